@@ -1,0 +1,53 @@
+PYTHON ?= python3
+VENV   ?= .venv
+EXTRAS ?= demo,dev
+ARGS   ?=
+STAMP  := $(VENV)/.installed
+BIN    := $(VENV)/bin
+
+.DELETE_ON_ERROR:
+.PHONY: help install train test lint types clean
+
+help:
+	@echo "make train   train a block-sparse network beside its dense twin (ARGS='--help' for the options)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove the environment and what was built"
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: Python 3.10 or newer is needed; try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot create environments with pip (module ensurepip or venv missing)." >&2; \
+	    echo "       On Debian or Ubuntu: apt-get install python3-venv; or name another one: make PYTHON=/path/to/python3" >&2; \
+	    exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# The interpreter is an order-only prerequisite: its time stamp would cause reinstalls.
+$(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing sparsekern and what it needs into $(VENV) (some minutes, once) ..."
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/sparsekern train $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# For type checkers only: lets them find kernels/ under its installed name. Ignored by git, never packaged.
+typings/sparsekern/kernels:
+	@mkdir -p $(@D)
+	@ln -sfn ../../kernels $@
+
+types: $(STAMP) | typings/sparsekern/kernels
+	$(BIN)/mypy -p sparsekern -p sparsekern.kernels
+
+clean:
+	rm -rf $(VENV) build dist typings *.egg-info .mypy_cache .pytest_cache .ruff_cache

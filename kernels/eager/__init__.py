@@ -1,0 +1,16 @@
+"""Plain PyTorch: any device, any floating dtype, any block, in a bounded scratch. The backend to read first."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsekern.kernels.eager.chunks import SCRATCH_BYTES
+from sparsekern.kernels.eager.linear import dvalues, dx, fwd
+from sparsekern.kernels.eager.scores import all_block_norms, block_norms, sketch
+
+__all__ = ["SCRATCH_BYTES", "all_block_norms", "block_norms", "dvalues", "dx", "fwd", "sketch", "why_not"]
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
+    """Return None: there is nothing that these kernels cannot run."""
+    return None

@@ -1,0 +1,36 @@
+"""Block-sparse layers for PyTorch that train truly sparse."""
+
+from __future__ import annotations
+
+
+def _use_kernels_beside_package() -> None:
+    """In a checkout, let `sparsekern.kernels` (and nothing else) come from ../kernels."""
+    from pathlib import Path
+
+    here = Path(__file__).parent  # not resolve(): strict editable trees are made of links
+    source = here.parent / "kernels"
+    if (here / "kernels" / "__init__.py").is_file() or not (source / "__init__.py").is_file():
+        return
+
+    import sys
+    from importlib.machinery import ModuleSpec
+    from importlib.util import spec_from_file_location
+
+    name = f"{__name__}.kernels"
+
+    class KernelsBesidePackage:
+        """Finds one module, so that a stray file in the checkout is never importable as part of the package."""
+
+        @staticmethod
+        def find_spec(fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+            if fullname != name:
+                return None
+            return spec_from_file_location(
+                fullname, source / "__init__.py", submodule_search_locations=[str(source)]
+            )
+
+    sys.meta_path.insert(0, KernelsBesidePackage)  # before an editable install's own finder
+
+
+_use_kernels_beside_package()
+del _use_kernels_beside_package

@@ -1,0 +1,20 @@
+"""The operators: checks, choice of backend, autograd, probes. Registered as ``torch.ops.sparsekern``."""
+
+from sparsekern.ops.backends import BACKENDS, backend, requested_backend, supports
+from sparsekern.ops.flops import stored_elements
+from sparsekern.ops.linear import linear
+from sparsekern.ops.probes import Probe
+from sparsekern.ops.scores import all_block_norms, block_norms, sketch
+
+__all__ = [
+    "BACKENDS",
+    "Probe",
+    "all_block_norms",
+    "backend",
+    "block_norms",
+    "linear",
+    "requested_backend",
+    "sketch",
+    "stored_elements",
+    "supports",
+]

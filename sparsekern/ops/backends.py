@@ -1,0 +1,78 @@
+"""Which backend runs an op. The order is that of speed; an explicit request never falls back."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+
+from sparsekern.kernels import eager
+from sparsekern.kernels.contract import Backend
+
+BACKENDS: dict[str, Backend] = {"eager": eager}
+"""Fastest first."""
+
+AUTO = "auto"
+
+_requested = AUTO
+
+
+class backend:  # noqa: N801  used as a function and as a context manager, like torch.set_grad_enabled
+    """Ask for one backend, or for ``"auto"``, the fastest that can (the default).
+
+    As a statement it holds until the next one; in a ``with`` block until its end. It holds for the whole process. A
+    backward runs on the backend of its forward, wherever it is called.
+
+    Args:
+        name: ``"auto"`` or a name in :data:`sparsekern.ops.backends.BACKENDS`.
+
+    Raises:
+        ValueError: unknown name. (An op that the backend cannot run raises :class:`NotImplementedError` when called.)
+
+    Example:
+        >>> import sparsekern as sk
+        >>> with sk.backend("eager"):
+        ...     y = sk.SparseLinear(64, 64, block_size=16)(torch.ones(2, 64))
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        if name != AUTO and name not in BACKENDS:
+            raise ValueError(f"backend is {name!r}; it must be one of {', '.join([AUTO, *BACKENDS])}")
+        self._previous = _requested
+        _requested = name
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def requested_backend() -> str:
+    """Return the name that :class:`backend` was last given."""
+    return _requested
+
+
+def supports(name: str, op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> bool:
+    """Return whether a backend can run an op, such as ``"linear"``, on these tensors."""
+    return BACKENDS[name].why_not(op, device, dtype, block) is None
+
+
+def resolve(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> str:
+    """Return the backend that runs ``op``: the one asked for, or the first that can.
+
+    Raises:
+        NotImplementedError: the one asked for cannot; the text says why.
+    """
+    if name == AUTO:
+        return next(n for n, b in BACKENDS.items() if b.why_not(op, x.device, x.dtype, block) is None)
+    reason = BACKENDS[name].why_not(op, x.device, x.dtype, block)
+    if reason is not None:
+        raise NotImplementedError(
+            f"backend {name!r} cannot run {op}: {reason}. Ask for another one, or for backend('auto')"
+        )
+    return name

@@ -1,0 +1,74 @@
+"""Every user error of an op, raised once, here. Kernels check nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.kernels.contract import Index
+from sparsekern.ops.probes import KINDS, Probe
+from sparsekern.topology import Grid
+
+
+def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:
+    """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.linear` fit together."""
+    if x.dim() == 0 or x.shape[-1] != grid.in_features:
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}; its last axis must be in_features = {grid.in_features}"
+        )
+    if values.dim() != 3 or tuple(values.shape[1:]) != grid.block:
+        raise ValueError(
+            f"values has shape {tuple(values.shape)}; it must be (slots, {grid.block[0]}, {grid.block[1]})"
+        )
+    if (index.slots, index.row_ptr.shape[0], index.col_ptr.shape[0]) != (
+        values.shape[0],
+        grid.rows + 1,
+        grid.cols + 1,
+    ):
+        raise ValueError(
+            f"the index is for {index.slots} slots in {index.row_ptr.shape[0] - 1} x {index.col_ptr.shape[0] - 1} "
+            f"blocks; values has {values.shape[0]} slots and the grid {grid.rows} x {grid.cols} blocks"
+        )
+    if bias is not None and tuple(bias.shape) != (grid.out_features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({grid.out_features},)")
+    for name, tensor in (("values", values), ("bias", bias), ("the index", index.row_ptr)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"input is on {x.device} but {name} on {tensor.device}; move one of them with .to()"
+            )
+    _check_dtypes(x, values, bias)
+
+
+def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
+    if not (x.is_floating_point() and values.is_floating_point()):
+        raise TypeError(f"input is {x.dtype} and values are {values.dtype}; both must be real floating point")
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, values.dtype):
+        return  # autocast casts the input, and the kernels round what they read of the values
+    if x.dtype != values.dtype:
+        raise TypeError(
+            f"input is {x.dtype} but values are {values.dtype}; convert one with .to(), or use torch.autocast"
+        )
+    if bias is not None and bias.dtype != values.dtype:
+        raise TypeError(f"bias is {bias.dtype} but values are {values.dtype}; they must be the same")
+
+
+def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
+    """Raise ValueError unless a probe is of a known kind and of the shape that the grid asks for."""
+    rows_cols = (grid.rows, grid.cols)
+    wanted: tuple[int, ...]
+    if probe.kind == "candidates":
+        wanted = (Index(*probe.args).slots, *grid.block)
+    elif probe.kind == "norms":
+        wanted = tuple(probe.args[0].shape)
+    elif probe.kind == "all_norms":
+        wanted = rows_cols
+    elif probe.kind == "sketch":
+        wanted = (probe.args[0].shape[0], *rows_cols)
+    else:
+        raise ValueError(f"probe kind is {probe.kind!r}; it must be one of {', '.join(KINDS)}")
+    if tuple(probe.tensor.shape) != wanted:
+        raise ValueError(
+            f"the probe for {probe.kind!r} has shape {tuple(probe.tensor.shape)}; on this layer it must be {wanted}"
+        )
+    if probe.tensor.device != x.device:
+        raise ValueError(f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there")

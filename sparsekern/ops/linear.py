@@ -1,0 +1,270 @@
+"""The block-sparse linear op: ``y = x W' + bias``, where W is its stored blocks and an index.
+
+Three ops, closed under differentiation, so that derivatives of any order exist:
+
+    linear          y = x W'            dx = linear_dx(dy, W)       dW = linear_dvalues(dy, x)
+    linear_dx       dx = dy W           ddy = linear(g, W)          dW = linear_dvalues(dy, g)
+    linear_dvalues  dW = dy' x on W     ddy = linear(x, G)          dx = linear_dx(dy, G)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekern.kernels.contract import PADDING, Index
+from sparsekern.ops import checks, scores
+from sparsekern.ops.backends import BACKENDS, requested_backend, resolve
+from sparsekern.ops.library import below_autograd, define, wants_grad
+from sparsekern.ops.probes import Probe
+from sparsekern.topology import Grid
+
+Tensors = tuple[Tensor, ...]
+
+
+def linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid, probe: Probe | None = None
+) -> Tensor:
+    """Multiply by a block-sparse weight, as :func:`torch.nn.functional.linear` does by a dense one.
+
+    Args:
+        x: ``(*, in_features)``, on the device and of the dtype of ``values`` (autocast casts it).
+        values: ``(Z, bo, bi)``, the stored blocks.
+        bias: ``(out_features,)`` or None.
+        index: where the blocks are; :func:`sparsekern.topology.build_index`.
+        grid: the sizes.
+        probe: what to ask of the gradient of the whole weight; the answer is ``probe.tensor.grad``.
+
+    Returns:
+        ``(*, out_features)`` of the dtype of x.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: the backend that was asked for cannot run this.
+    """
+    checks.check_linear(x, values, bias, index, grid)
+    if probe is not None:
+        checks.check_probe(probe, x, grid)
+    flat = x if x.dim() == 2 else x.reshape(-1, grid.in_features)
+    y = _linear(
+        flat,
+        values,
+        bias,
+        list(index),
+        grid.out_features,
+        None if probe is None else probe.tensor,
+        "" if probe is None else probe.kind,
+        [] if probe is None else list(probe.args),
+        requested_backend(),
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], grid.out_features)
+
+
+def _block(values: Tensor) -> tuple[int, int]:
+    return values.shape[1], values.shape[2]
+
+
+# The schema names of the index, once for all ops: row_ptr, row_col, row_slot, col_ptr, col_row, col_slot.
+
+
+def _run_linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: list[Tensor], out_features: int, *rest: Any
+) -> Tensor:
+    chosen = BACKENDS[resolve(rest[-1], "linear", x, _block(values))]
+    return chosen.fwd(x, values, bias, Index(*index), out_features)
+
+
+def _run_dx(dy: Tensor, values: Tensor, index: list[Tensor], in_features: int, backend: str) -> Tensor:
+    return BACKENDS[resolve(backend, "linear", dy, _block(values))].dx(dy, values, Index(*index), in_features)
+
+
+def _run_dvalues(
+    dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    chosen = BACKENDS[resolve(backend, "linear", x, (bo, bi))]
+    return chosen.dvalues(dy, x, Index(*index), (bo, bi), dtype)
+
+
+def _fake_linear(x: Tensor, values: Tensor, bias: Any, index: Any, out_features: int, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+def _fake_dx(dy: Tensor, values: Tensor, index: Any, in_features: int, backend: str) -> Tensor:
+    return dy.new_empty(dy.shape[0], in_features)
+
+
+def _fake_dvalues(
+    dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return x.new_empty(index[2].shape[0] - PADDING, bo, bi, dtype=dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        probe: Tensor | None,
+        index: Tensors,
+        out_features: int,
+        kind: str,
+        probe_args: Tensors,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, values, *index, *probe_args)
+        ctx.backend, ctx.kind = backend, kind
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.probe_dtype = None if probe is None else probe.dtype
+        return below_autograd(
+            _linear, x, values, bias, list(index), out_features, probe, kind, list(probe_args), backend
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, values, *rest = ctx.saved_tensors
+        index, probe_args = rest[:6], rest[6:]
+        bo, bi = _block(values)
+        need_x, need_values, need_bias, need_probe = ctx.needs_input_grad[:4]
+        dx = _linear_dx(dy, values, index, x.shape[1], ctx.backend) if need_x else None
+        dvalues = (
+            _linear_dvalues(dy, x, index, bo, bi, values.dtype, ctx.backend) if need_values else None
+        )
+        dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
+        dprobe = (
+            _probe_grad(ctx.kind, dy, x, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend)
+            if need_probe
+            else None
+        )
+        return dx, dvalues, dbias, dprobe, None, None, None, None, None
+
+
+class _LinearDx(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dy: Tensor, values: Tensor, index: Tensors, in_features: int, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(dy, values, *index)
+        ctx.backend = backend
+        return below_autograd(_linear_dx, dy, values, list(index), in_features, backend)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        dy, values, *index = ctx.saved_tensors
+        bo, bi = _block(values)
+        ddy = dvalues = None
+        if ctx.needs_input_grad[0]:
+            ddy = _linear(g, values, None, index, dy.shape[1], None, "", [], ctx.backend)
+        if ctx.needs_input_grad[1]:
+            dvalues = _linear_dvalues(dy, g, index, bo, bi, values.dtype, ctx.backend)
+        return ddy, dvalues, None, None, None
+
+
+class _LinearDvalues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dy: Tensor, x: Tensor, index: Tensors, bo: int, bi: int, dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(dy, x, *index)
+        ctx.backend = backend
+        return below_autograd(_linear_dvalues, dy, x, list(index), bo, bi, dtype, backend)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        dy, x, *index = ctx.saved_tensors
+        ddy = dx = None
+        if ctx.needs_input_grad[0]:
+            ddy = _linear(x, g, None, index, dy.shape[1], None, "", [], ctx.backend)
+        if ctx.needs_input_grad[1]:
+            dx = _linear_dx(dy, g, index, x.shape[1], ctx.backend)
+        return ddy, dx, None, None, None, None, None
+
+
+def _probe_grad(
+    kind: str,
+    dy: Tensor,
+    x: Tensor,
+    args: list[Tensor],
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Return the gradient of a probe; :class:`Probe` says what each kind asks for."""
+    bo, bi = block
+    if kind == "candidates":
+        return _linear_dvalues(dy, x, args, bo, bi, dtype, backend)
+    if kind == "norms":
+        return scores.block_norms(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
+    if kind == "all_norms":
+        return scores.all_block_norms(dy, x, bo, bi, backend).to(dtype)
+    return scores.sketch(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
+
+
+# The backend is settled here, at the forward: a backward runs on another thread, perhaps under another setting.
+
+
+def _linear_autograd(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: list[Tensor],
+    out_features: int,
+    probe: Tensor | None,
+    kind: str,
+    probe_args: list[Tensor],
+    backend: str,
+) -> Tensor:
+    backend = resolve(backend, "linear", x, _block(values))
+    if wants_grad(x, values, bias, probe):
+        y: Tensor = _Linear.apply(
+            x, values, bias, probe, tuple(index), out_features, kind, tuple(probe_args), backend
+        )
+        return y
+    return below_autograd(_linear, x, values, bias, index, out_features, probe, kind, probe_args, backend)
+
+
+def _dx_autograd(dy: Tensor, values: Tensor, index: list[Tensor], in_features: int, backend: str) -> Tensor:
+    backend = resolve(backend, "linear", dy, _block(values))
+    if wants_grad(dy, values):
+        dx: Tensor = _LinearDx.apply(dy, values, tuple(index), in_features, backend)
+        return dx
+    return below_autograd(_linear_dx, dy, values, index, in_features, backend)
+
+
+def _dvalues_autograd(
+    dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    backend = resolve(backend, "linear", x, (bo, bi))
+    if wants_grad(dy, x):
+        dvalues: Tensor = _LinearDvalues.apply(dy, x, tuple(index), bo, bi, dtype, backend)
+        return dvalues
+    return below_autograd(_linear_dvalues, dy, x, index, bo, bi, dtype, backend)
+
+
+_linear = define(
+    "linear",
+    "(Tensor x, Tensor values, Tensor? bias, Tensor[] index, SymInt out_features, "
+    "Tensor? probe, str probe_kind, Tensor[] probe_args, str backend) -> Tensor",
+    fake=_fake_linear,
+    run=_run_linear,
+    autograd=_linear_autograd,
+    casts=(0,),
+)
+_linear_dx = define(
+    "linear_dx",
+    "(Tensor dy, Tensor values, Tensor[] index, SymInt in_features, str backend) -> Tensor",
+    fake=_fake_dx,
+    run=_run_dx,
+    autograd=_dx_autograd,
+)
+_linear_dvalues = define(
+    "linear_dvalues",
+    "(Tensor dy, Tensor x, Tensor[] index, SymInt bo, SymInt bi, ScalarType dtype, str backend) -> Tensor",
+    fake=_fake_dvalues,
+    run=_run_dvalues,
+    autograd=_dvalues_autograd,
+)

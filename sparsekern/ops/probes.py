@@ -1,0 +1,60 @@
+"""Probes: how a training method reads the gradient of blocks that are not stored, without hooks or a second pass.
+
+A probe is a tensor of zeros that takes part in the forward without changing it. Its gradient, which autograd adds up
+over micro-batches and reduces over ranks like any other, *is* what the method asks for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology import Grid, Topology, build_index
+
+KINDS = ("candidates", "norms", "all_norms", "sketch")
+
+
+class Probe(NamedTuple):
+    """What to ask of the gradient ``G = dy' x`` of the whole weight; after the backward the answer is ``tensor.grad``.
+
+    Make one with a class method. Norms of several backwards do not add up to the norm of the sum: use ``candidates`` or
+    ``sketch``, which are linear in G, where gradients are accumulated or reduced over ranks.
+    """
+
+    kind: str
+    tensor: Tensor
+    args: tuple[Tensor, ...]
+
+    @classmethod
+    def candidates(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
+        """Ask for the blocks ``(row[k], col[k])`` of G: ``(K, bo, bi)``. The places are distinct, int32 ``(K,)``."""
+        index = build_index(Topology(grid, row, col))
+        shape = (row.shape[0], *grid.block)
+        return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
+
+    @classmethod
+    def norms(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
+        """Ask for the Frobenius norms of the blocks ``(row[k], col[k])`` of G: ``(K,)``."""
+        return cls("norms", _zeros(row.shape, dtype, row.device), (row, col))
+
+    @classmethod
+    def all_norms(
+        cls, grid: Grid, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> Probe:
+        """Ask for the Frobenius norms of all blocks of G: ``(R, C)``, one number a block."""
+        return cls("all_norms", _zeros((grid.rows, grid.cols), dtype, device), ())
+
+    @classmethod
+    def sketch(cls, grid: Grid, u: Tensor, v: Tensor) -> Probe:
+        """Ask for ``u[q]' G v[q]`` in every block: ``(r, R, C)``.
+
+        With independent entries of mean 0 and variance 1 in ``u (r, out)`` and ``v (r, in)``, the mean of the squares
+        over q estimates the squared norm of a block, with relative deviation about ``sqrt(8 / r)``.
+        """
+        return cls("sketch", _zeros((u.shape[0], grid.rows, grid.cols), u.dtype, u.device), (u, v))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)

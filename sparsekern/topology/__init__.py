@@ -1,0 +1,41 @@
+"""Which blocks of a weight are stored, and the index that kernels read."""
+
+from sparsekern.kernels.contract import PADDING, Index
+from sparsekern.topology.absent import sample_absent, sample_distinct
+from sparsekern.topology.dense import dense_block_norms, gather_blocks, to_dense
+from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, check_sparsity, round_half_up
+from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
+from sparsekern.topology.grid import Grid, block_pair
+from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, rebuild_
+from sparsekern.topology.seeds import generator_for
+from sparsekern.topology.topology import Topology, from_keys, with_capacity
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "PADDING",
+    "Grid",
+    "Index",
+    "Topology",
+    "allocate",
+    "balanced",
+    "block_pair",
+    "build_index",
+    "by_norm",
+    "check_count",
+    "check_sparsity",
+    "dense_block_norms",
+    "empty_index",
+    "from_keys",
+    "from_mask",
+    "gather_blocks",
+    "generator_for",
+    "index_bytes",
+    "mask_index",
+    "random",
+    "rebuild_",
+    "round_half_up",
+    "sample_absent",
+    "sample_distinct",
+    "to_dense",
+    "with_capacity",
+]

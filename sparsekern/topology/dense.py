@@ -1,0 +1,52 @@
+"""Between a dense weight and its stored blocks. Only conversion comes here; training never does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology.grid import Grid
+from sparsekern.topology.topology import Topology
+
+
+@torch.no_grad()
+def to_dense(topology: Topology, values: Tensor) -> Tensor:
+    """Return the dense weight ``(out, in)``: the stored blocks, zero elsewhere."""
+    grid, (bo, bi) = topology.grid, topology.grid.block
+    used = topology.used()
+    row, col = topology.row[used].long(), topology.col[used].long()
+    dense = values.new_zeros(grid.rows, bo, grid.cols, bi)
+    dense[row, :, col, :] = values[used]
+    return dense.view(grid.rows * bo, grid.cols * bi)[: grid.out_features, : grid.in_features].contiguous()
+
+
+@torch.no_grad()
+def gather_blocks(topology: Topology, weight: Tensor) -> Tensor:
+    """Return ``values (Z, bo, bi)``: the blocks of a dense ``weight (out, in)`` at the topology's places.
+
+    Free slots and phantom elements are zero.
+
+    Raises:
+        ValueError: the weight has another shape than the grid.
+    """
+    blocks = _as_blocks(topology.grid, weight)
+    values = blocks[topology.row.clamp(min=0).long(), :, topology.col.clamp(min=0).long(), :]
+    return values.masked_fill_(~topology.used().view(-1, 1, 1), 0)
+
+
+@torch.no_grad()
+def dense_block_norms(grid: Grid, weight: Tensor) -> Tensor:
+    """Return the Frobenius norm of every block of a dense weight, ``(R, C)``."""
+    return torch.linalg.vector_norm(_as_blocks(grid, weight), dim=(1, 3))
+
+
+def _as_blocks(grid: Grid, weight: Tensor) -> Tensor:
+    """View ``(out, in)`` as ``(R, bo, C, bi)``, filled up with zeros at the edges."""
+    if tuple(weight.shape) != (grid.out_features, grid.in_features):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; the layer is ({grid.out_features}, {grid.in_features})"
+        )
+    bo, bi = grid.block
+    below, right = grid.rows * bo - grid.out_features, grid.cols * bi - grid.in_features
+    padded = torch.nn.functional.pad(weight, (0, right, 0, below))
+    return padded.unflatten(1, (grid.cols, bi)).unflatten(0, (grid.rows, bo))

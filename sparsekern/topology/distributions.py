@@ -1,0 +1,81 @@
+"""How many blocks each layer gets, in exact integers, from one sparsity for the whole network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sparsekern.topology.grid import Grid
+
+DISTRIBUTIONS = ("uniform", "er", "erk")
+
+
+def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "uniform") -> list[int]:
+    """Return the number of blocks of each layer; together ``round((1 - sparsity) * cells)``.
+
+    ``uniform`` gives all layers the same density. ``er`` (Erdos-Renyi; Mocanu et al. 2018) gives a layer blocks in
+    proportion to ``R + C``; ``erk`` (Evci et al. 2020) extends it to convolutions and is the same for linear layers.
+    What a layer cannot hold goes to the others in the same proportion. Every layer keeps at least one block.
+
+    Raises:
+        ValueError: sparsity outside [0, 1), an unknown distribution, or fewer blocks than layers.
+    """
+    check_sparsity(sparsity)
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}")
+    cells = [grid.cells for grid in grids]
+    total = round_half_up((1 - sparsity) * sum(cells))
+    if total < len(grids):
+        raise ValueError(
+            f"sparsity {sparsity} leaves {total} of {sum(cells)} blocks for {len(grids)} layer(s); every layer needs "
+            "at least one: lower the sparsity or use smaller blocks"
+        )
+    shares = [float(grid.cells if distribution == "uniform" else grid.rows + grid.cols) for grid in grids]
+    return round_to_sum(fill(shares, [1.0] * len(grids), [float(c) for c in cells], float(total)), total)
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise ValueError unless ``sparsity`` is in [0, 1)."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1)")
+
+
+def round_half_up(number: float) -> int:
+    """Round to the nearest integer; Python's ``round`` takes halves to even, which would surprise here."""
+    return math.floor(number + 0.5)
+
+
+def fill(shares: list[float], low: list[float], high: list[float], total: float) -> list[float]:
+    """Return amounts in proportion to ``shares``, clipped to [low, high], that add up to ``total``.
+
+    Repeats: distribute what is left in proportion, fix the layers that break a bound, until none does. Of the two
+    kinds of breach the larger one in sum is fixed first, which never has to be taken back.
+    """
+    amounts = [0.0] * len(shares)
+    open_ = list(range(len(shares)))
+    left = total
+    while open_:
+        scale = left / sum(shares[i] for i in open_)
+        above = [i for i in open_ if shares[i] * scale > high[i]]
+        below = [i for i in open_ if shares[i] * scale < low[i]]
+        if not above and not below:
+            for i in open_:
+                amounts[i] = shares[i] * scale
+            break
+        excess = sum(shares[i] * scale - high[i] for i in above)
+        lack = sum(low[i] - shares[i] * scale for i in below)
+        fixed, bound = (above, high) if excess >= lack else (below, low)
+        for i in fixed:
+            amounts[i] = bound[i]
+            left -= bound[i]
+        open_ = [i for i in open_ if i not in fixed]
+    return amounts
+
+
+def round_to_sum(amounts: list[float], total: int) -> list[int]:
+    """Round by largest remainders: floor everything, then give the missing units to the largest fractions."""
+    floors = [math.floor(amount + 1e-9) for amount in amounts]
+    order = sorted(range(len(amounts)), key=lambda i: floors[i] - amounts[i])
+    for i in order[: total - sum(floors)]:
+        floors[i] += 1
+    return floors

@@ -1,0 +1,103 @@
+"""Initial topologies: random, balanced, from a mask, from the block norms of a dense weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology.absent import sample_absent
+from sparsekern.topology.dense import dense_block_norms
+from sparsekern.topology.grid import Grid
+from sparsekern.topology.topology import Topology, from_keys
+
+ROUNDS = 12
+"""Rounds of swaps in :func:`balanced`; each offers every block a new partner once."""
+
+
+def check_count(grid: Grid, blocks: int) -> None:
+    """Raise ValueError unless ``blocks`` is between 1 and the number of cells."""
+    if not 1 <= blocks <= grid.cells:
+        raise ValueError(
+            f"{blocks} blocks were asked for in a grid of {grid.rows} x {grid.cols} blocks of {grid.block}; "
+            f"it must be 1 to {grid.cells}: change the sparsity or the block size"
+        )
+
+
+def random(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
+    """Draw exactly ``blocks`` cells, every set equally likely. Rows and columns may stay empty."""
+    check_count(grid, blocks)
+    nothing = torch.empty(0, dtype=torch.int64)
+    return from_keys(grid, sample_absent(nothing, grid.cells, blocks, generator).sort().values)
+
+
+def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
+    """Draw exactly ``blocks`` cells such that block rows differ by at most one block, and block columns likewise.
+
+    A random graph at high sparsity leaves block rows empty, and an empty block row is ``bo`` dead outputs.
+
+    Starts from a cyclic pattern under random row and column orders, then swaps the columns of random pairs of blocks
+    (which keeps all degrees) until the pattern is gone.
+    """
+    check_count(grid, blocks)
+    if 2 * blocks > grid.cells:  # the complement of a balanced topology is balanced, and swaps find room in it
+        empty = _balanced_keys(grid, grid.cells - blocks, generator)
+        full = torch.ones(grid.cells, dtype=torch.bool)
+        full[empty] = False
+        return from_keys(grid, full.nonzero().squeeze(1))
+    return from_keys(grid, _balanced_keys(grid, blocks, generator).sort().values)
+
+
+def _balanced_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor:
+    rows, cols = grid.rows, grid.cols
+    row_order = torch.randperm(rows, generator=generator)
+    col_order = torch.randperm(cols, generator=generator)
+    degree = torch.full((rows,), blocks // rows)
+    degree[: blocks % rows] += 1
+    entry = torch.arange(blocks)
+    row = row_order.repeat_interleave(degree, output_size=blocks)
+    keys = row * cols + col_order[entry % cols]  # at most cols in a row: no cell twice
+    for _ in range(ROUNDS):
+        keys = _swap_columns(keys, cols, generator)
+    return keys
+
+
+def _swap_columns(keys: Tensor, cols: int, generator: torch.Generator) -> Tensor:
+    """Pair the blocks at random and let each pair exchange columns where both new cells are empty and wanted once."""
+    half = keys.shape[0] // 2
+    order = torch.randperm(keys.shape[0], generator=generator)
+    first, second = keys[order[:half]], keys[order[half : 2 * half]]
+    wanted = torch.cat([first - first % cols + second % cols, second - second % cols + first % cols])
+    taken = torch.isin(wanted, keys)
+    ordered, position = wanted.sort()
+    repeated = torch.zeros_like(taken)
+    same = ordered[1:] == ordered[:-1]
+    repeated[position[1:][same]] = True
+    repeated[position[:-1][same]] = True
+    refused = (taken | repeated).view(2, half).any(0).repeat(2)
+    keys = keys.clone()
+    pair = order[: 2 * half]
+    keys[pair] = torch.where(refused, keys[pair], wanted)
+    return keys
+
+
+def from_mask(grid: Grid, mask: Tensor) -> Topology:
+    """Take the cells where ``mask (R, C)`` is true, in row-major order.
+
+    Raises:
+        ValueError: the shape is not that of the grid (a mask over elements is not accepted), or no cell is true.
+    """
+    if tuple(mask.shape) != (grid.rows, grid.cols):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; it must have one entry a block, ({grid.rows}, {grid.cols})"
+        )
+    keys = mask.bool().flatten().nonzero().squeeze(1)
+    check_count(grid, keys.shape[0])
+    return from_keys(grid, keys)
+
+
+def by_norm(grid: Grid, weight: Tensor, blocks: int) -> Topology:
+    """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight (out, in)``; ties go to the first."""
+    check_count(grid, blocks)
+    norms = dense_block_norms(grid, weight).flatten()
+    keys = norms.sort(descending=True, stable=True).indices[:blocks]
+    return from_keys(grid, keys.sort().values)

@@ -1,0 +1,93 @@
+"""Building the :class:`~sparsekern.kernels.contract.Index` on the device, in place, without waiting for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.kernels.contract import PADDING, Index
+from sparsekern.topology.grid import Grid
+from sparsekern.topology.topology import Topology
+
+
+def empty_index(topology: Topology) -> Index:
+    """Return an index of zeros with the right shapes; :func:`rebuild_` fills it.
+
+    At 1x1 ``row_col`` and ``col_row`` are the topology's own tensors (see :class:`Index`).
+    """
+    grid, device = topology.grid, topology.row.device
+
+    def zeros(length: int) -> Tensor:
+        return torch.zeros(length, dtype=torch.int32, device=device)
+
+    entries = topology.slots + PADDING
+    by_slot = grid.block == (1, 1)
+    return Index(
+        row_ptr=zeros(grid.rows + 1),
+        row_col=topology.col if by_slot else zeros(entries),
+        row_slot=zeros(entries),
+        col_ptr=zeros(grid.cols + 1),
+        col_row=topology.row if by_slot else zeros(entries),
+        col_slot=zeros(entries),
+    )
+
+
+def build_index(topology: Topology) -> Index:
+    """Return the index of a topology."""
+    index = empty_index(topology)
+    rebuild_(index, topology)
+    return index
+
+
+@torch.no_grad()
+def rebuild_(index: Index, topology: Topology) -> None:
+    """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host."""
+    grid, used = topology.grid, topology.used()
+    for major, minor, majors, minors, ptr, other, slot in (
+        (topology.row, topology.col, grid.rows, grid.cols, index.row_ptr, index.row_col, index.row_slot),
+        (topology.col, topology.row, grid.cols, grid.rows, index.col_ptr, index.col_row, index.col_slot),
+    ):
+        key = torch.where(used, major * minors + minor, grid.cells)  # free slots last
+        key, order = key.sort(stable=True)
+        starts = torch.arange(majors + 1, dtype=torch.int32, device=key.device) * minors
+        ptr.copy_(torch.searchsorted(key, starts, out_int32=True))
+        slot[: topology.slots].copy_(order)
+        if grid.block != (1, 1):
+            other[: topology.slots].copy_(key.remainder_(minors))
+
+
+@torch.no_grad()
+def mask_index(index: Index, keep: Tensor, block: tuple[int, int]) -> Index:
+    """Return a transient index of the blocks whose slot is kept, by a prefix sum over the two orders: no sort.
+
+    Args:
+        index: the layer's index; not changed.
+        keep: ``(Z,)`` bool, over slots. Free slots stay out whatever it says.
+        block: the block size of the layer.
+    """
+    row_ptr, row_col, row_slot = _compact(index.row_ptr, index.row_col, index.row_slot, keep, block)
+    col_ptr, col_row, col_slot = _compact(index.col_ptr, index.col_row, index.col_slot, keep, block)
+    return Index(row_ptr, row_col, row_slot, col_ptr, col_row, col_slot)
+
+
+def _compact(
+    ptr: Tensor, other: Tensor, slot: Tensor, keep: Tensor, block: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the kept entries of one order to the front; the others follow them, as free slots do."""
+    slots = slot.shape[0] - PADDING
+    entry = torch.arange(slots, dtype=torch.int32, device=ptr.device)
+    kept = keep.index_select(0, slot[:slots]) & (entry < ptr[-1])
+    before = torch.nn.functional.pad(kept.cumsum(0, dtype=torch.int32), (1, 0))  # kept entries before each one
+    place = torch.where(kept, before[:-1], before[-1] + entry - before[:-1]).long()
+    new_slot = torch.zeros_like(slot).index_copy_(0, place, slot[:slots])
+    new_ptr = before.index_select(0, ptr)
+    if block == (1, 1):
+        return new_ptr, other, new_slot
+    return new_ptr, torch.zeros_like(other).index_copy_(0, place, other[:slots]), new_slot
+
+
+def index_bytes(grid: Grid, slots: int) -> int:
+    """Return the bytes of row, col and the index together, for ``slots`` slots."""
+    lists = 4 if grid.block == (1, 1) else 6  # at 1x1 two of the lists are row and col themselves
+    padding = lists - 2
+    return 4 * (lists * slots + padding * PADDING + grid.rows + 1 + grid.cols + 1)

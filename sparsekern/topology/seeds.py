@@ -1,0 +1,17 @@
+"""Random numbers that depend on a seed and a name, and on nothing else: not on the device, the rank or the order."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def generator_for(seed: int, *names: str | int) -> torch.Generator:
+    """Return a CPU generator for what ``names`` say, such as a layer and a purpose.
+
+    All random decisions of the package are drawn on the CPU, so that every device and every rank takes the same.
+    """
+    text = "/".join(str(part) for part in (seed, *names))
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,141 @@
+"""Where the stored blocks are: one coordinate pair a slot, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology.grid import Grid
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The places of the blocks. Holds the tensors it is given, so a layer's topology is a view of its buffers.
+
+    Args:
+        grid: the grid of ``R x C`` cells.
+        row: ``(Z,)`` int32, block row of each slot; -1 is a free slot.
+        col: ``(Z,)`` int32, block column of each slot; -1 where ``row`` is.
+    """
+
+    grid: Grid
+    row: Tensor
+    col: Tensor
+
+    @property
+    def slots(self) -> int:
+        """Z, stored blocks and free slots together."""
+        return self.row.shape[0]
+
+    def used(self) -> Tensor:
+        """Return ``(Z,)`` bool: the slot holds a block."""
+        return self.row >= 0
+
+    def blocks(self) -> int:
+        """Return the number of stored blocks (waits for the device)."""
+        return int(self.used().sum())
+
+    def elements(self) -> int:
+        """Return the number of stored elements, phantom ones not counted (waits for the device)."""
+        return int((self.grid.real_rows(self.row.long()) * self.grid.real_cols(self.col.long())).sum())
+
+    def sparsity(self) -> float:
+        """Return the fraction of the matrix that is absent, in [0, 1] (waits for the device)."""
+        return 1 - self.elements() / self.grid.numel
+
+    def keys(self) -> Tensor:
+        """Return ``(Z,)`` int32: ``row * C + col``, and ``R * C`` for a free slot, so that free slots sort last."""
+        return torch.where(self.used(), self.row * self.grid.cols + self.col, self.grid.cells)
+
+    def sorted_keys(self) -> Tensor:
+        """Return the keys of the stored blocks only, ascending (waits for the device)."""
+        return self.keys().sort().values[: self.blocks()]
+
+    def real(self) -> Tensor | None:
+        """Return a bool mask, ``(Z, bo, bi)``-broadcastable, of elements that are inside the matrix and in a used slot.
+
+        None when every slot is used and no block sticks out.
+        """
+        grid = self.grid
+        if not grid.has_edge and self.blocks() == self.slots:
+            return None
+        inside_row = torch.arange(grid.block[0], device=self.row.device) < grid.real_rows(self.row)[:, None]
+        inside_col = torch.arange(grid.block[1], device=self.row.device) < grid.real_cols(self.col)[:, None]
+        return inside_row[:, :, None] & inside_col[:, None, :]
+
+    def moved(self, slots: Tensor, row: Tensor, col: Tensor) -> Topology:
+        """Return a new topology, validated, in which ``slots (k,)`` are at ``row (k,)``, ``col (k,)``.
+
+        Raises:
+            ValueError: a slot or a place does not exist, or two blocks would be at one place.
+        """
+        slots = slots.long()
+        if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.slots):
+            raise ValueError(f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}")
+        if slots.unique().numel() != slots.numel():
+            raise ValueError("a slot is named twice among those to move; each can go to one place only")
+        new = Topology(
+            self.grid,
+            self.row.index_copy(0, slots, row.to(self.row)),
+            self.col.index_copy(0, slots, col.to(self.col)),
+        )
+        new.validate()
+        return new
+
+    def validate(self) -> None:
+        """Check that every slot is free or at a place of its own inside the grid (waits for the device).
+
+        Raises:
+            ValueError: what is wrong, and in which slot.
+        """
+        grid = self.grid
+        for name in ("row", "col"):
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != torch.int32 or tensor.dim() != 1:
+                shape = tuple(tensor.shape)
+                raise ValueError(f"{name} is {tensor.dtype} of shape {shape}; it must be int32 of shape (slots,)")
+        if self.row.shape != self.col.shape or self.row.device != self.col.device:
+            raise ValueError(
+                f"row has {self.row.shape[0]} slots on {self.row.device}, col {self.col.shape[0]} on "
+                f"{self.col.device}; they must agree"
+            )
+        if self.slots == 0:
+            raise ValueError("the topology has no slots; it needs at least one")
+        free = (self.row == -1) & (self.col == -1)
+        inside = (self.row >= 0) & (self.row < grid.rows) & (self.col >= 0) & (self.col < grid.cols)
+        wrong = ~(free | inside)
+        if bool(wrong.any()):
+            slot = int(wrong.int().argmax())
+            raise ValueError(
+                f"slot {slot} is at block ({int(self.row[slot])}, {int(self.col[slot])}); the grid has "
+                f"{grid.rows} x {grid.cols} blocks, and a free slot has row = col = -1"
+            )
+        keys, slots = self.keys().sort(stable=True)
+        same = (keys[1:] == keys[:-1]) & (keys[1:] < grid.cells)
+        if bool(same.any()):
+            at = int(same.int().argmax())
+            first, second = int(slots[at]), int(slots[at + 1])
+            raise ValueError(
+                f"slots {first} and {second} are both at block ({int(self.row[first])}, {int(self.col[first])}); "
+                "each block is stored once"
+            )
+
+
+def from_keys(grid: Grid, keys: Tensor) -> Topology:
+    """Return the topology whose slot ``z`` is at cell ``keys[z] = row * C + col``."""
+    keys = keys.long()
+    return Topology(grid, (keys // grid.cols).int(), (keys % grid.cols).int())
+
+
+def with_capacity(topology: Topology, capacity: int) -> Topology:
+    """Return the topology with free slots appended until it has ``capacity`` slots.
+
+    Raises:
+        ValueError: ``capacity`` is below the slots there are.
+    """
+    if capacity < topology.slots:
+        raise ValueError(f"capacity is {capacity}; it must be at least the number of blocks, {topology.slots}")
+    free = topology.row.new_full((capacity - topology.slots,), -1)
+    return Topology(topology.grid, torch.cat([topology.row, free]), torch.cat([topology.col, free]))
