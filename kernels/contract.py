@@ -77,9 +77,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """Return the stored blocks of ``dW = dy' x`` as ``(Z, bo, bi)`` of ``dtype``."""
 
-    def block_norms(
-        self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]
-    ) -> Tensor:
+    def block_norms(self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
         """Return the Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])`` of ``dy' x``."""
 
     def all_block_norms(self, dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:

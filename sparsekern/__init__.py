@@ -34,3 +34,25 @@ def _use_kernels_beside_package() -> None:
 
 _use_kernels_beside_package()
 del _use_kernels_beside_package
+
+from sparsekern import ops, topology  # noqa: E402  the finder must be in place first
+from sparsekern.nn import SparseLinear, densify, refresh_, sparse_layers, sparsify_  # noqa: E402
+from sparsekern.ops import Probe, backend  # noqa: E402
+from sparsekern.training import SET, Method, Static  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SET",
+    "Method",
+    "Probe",
+    "SparseLinear",
+    "Static",
+    "backend",
+    "densify",
+    "ops",
+    "refresh_",
+    "sparse_layers",
+    "sparsify_",
+    "topology",
+]

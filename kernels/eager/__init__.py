@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from sparsekern.kernels.eager.chunks import SCRATCH_BYTES
 from sparsekern.kernels.eager.linear import dvalues, dx, fwd
 from sparsekern.kernels.eager.scores import all_block_norms, block_norms, sketch

@@ -1,17 +1,16 @@
 """The block-sparse linear layer in plain PyTorch. Axes and edge cases: :mod:`sparsekern.kernels.contract`.
 
-    y[t, o]          = bias[o] + sum over stored (o, i) of x[t, i] * W[o, i]
-    dx[t, i]         = sum over stored (o, i) of dy[t, o] * W[o, i]
-    dvalues[z, a, b] = sum over t of dy[t, row[z] * bo + a] * x[t, col[z] * bi + b]
+y[t, o]          = bias[o] + sum over stored (o, i) of x[t, i] * W[o, i]
+dx[t, i]         = sum over stored (o, i) of dy[t, o] * W[o, i]
+dvalues[z, a, b] = sum over t of dy[t, row[z] * bo + a] * x[t, col[z] * bi + b]
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from sparsekern.kernels.contract import Index, entry_columns, entry_rows
 from sparsekern.kernels.eager.products import entry_owners, multiply, outer_blocks
+from torch import Tensor
 
 
 def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, out_features: int) -> Tensor:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.kernels.eager.chunks import block_chunk, cut, spans, token_panel
+from torch import Tensor
 
 
 def entry_owners(ptr: Tensor, slots: int) -> Tensor:

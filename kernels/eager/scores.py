@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.kernels.eager.chunks import cut, spans, token_panel
 from sparsekern.kernels.eager.products import outer_blocks
+from torch import Tensor
+from torch.nn.functional import pad
 
 TILE = 256
 """Side, in elements, of the tile of G that :func:`all_block_norms` holds at a time."""

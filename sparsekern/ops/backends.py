@@ -17,7 +17,7 @@ AUTO = "auto"
 _requested = AUTO
 
 
-class backend:  # noqa: N801  used as a function and as a context manager, like torch.set_grad_enabled
+class backend:
     """Ask for one backend, or for ``"auto"``, the fastest that can (the default).
 
     As a statement it holds until the next one; in a ``with`` block until its end. It holds for the whole process. A

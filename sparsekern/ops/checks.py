@@ -71,4 +71,6 @@ def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
             f"the probe for {probe.kind!r} has shape {tuple(probe.tensor.shape)}; on this layer it must be {wanted}"
         )
     if probe.tensor.device != x.device:
-        raise ValueError(f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there")
+        raise ValueError(
+            f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there"
+        )

@@ -131,9 +131,7 @@ class _Linear(torch.autograd.Function):
         bo, bi = _block(values)
         need_x, need_values, need_bias, need_probe = ctx.needs_input_grad[:4]
         dx = _linear_dx(dy, values, index, x.shape[1], ctx.backend) if need_x else None
-        dvalues = (
-            _linear_dvalues(dy, x, index, bo, bi, values.dtype, ctx.backend) if need_values else None
-        )
+        dvalues = _linear_dvalues(dy, x, index, bo, bi, values.dtype, ctx.backend) if need_values else None
         dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
         dprobe = (
             _probe_grad(ctx.kind, dy, x, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend)

@@ -1,0 +1,20 @@
+"""Layers, and the verbs that make a model sparse and dense again."""
+
+from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.densify import densify, refresh_, sparse_layers
+from sparsekern.nn.linear import SparseLinear
+from sparsekern.nn.select import Selector, select
+from sparsekern.nn.sparsify import sparsify_
+from sparsekern.nn.weight import WeightInfo
+
+__all__ = [
+    "BlockSparse",
+    "Selector",
+    "SparseLinear",
+    "WeightInfo",
+    "densify",
+    "refresh_",
+    "select",
+    "sparse_layers",
+    "sparsify_",
+]

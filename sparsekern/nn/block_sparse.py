@@ -1,0 +1,273 @@
+"""What all sparse layers share: blocks, their places, and the rules that keep the two together."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.nn.init import draw_values
+from sparsekern.nn.weight import WeightInfo
+from sparsekern.ops import Probe
+from sparsekern.topology import (
+    Grid,
+    Index,
+    Topology,
+    balanced,
+    empty_index,
+    gather_blocks,
+    generator_for,
+    random,
+    rebuild_,
+    to_dense,
+    with_capacity,
+)
+
+logger = logging.getLogger("sparsekern")
+
+INITS = {"balanced": balanced, "random": random}
+"""How an initial topology is drawn, by name."""
+
+STORED = ("values", "row", "col")
+
+
+class BlockSparse(nn.Module):
+    """A layer whose weight is ``Z`` slots of one block each.
+
+    Attributes:
+        values: Parameter ``(Z, bo, bi)``, the only copy of the weight.
+        row, col: int32 buffers ``(Z,)``, the place of each slot; -1 is a free slot. Saved.
+        index: derived from them for the kernels, in buffers that are not saved. :meth:`refresh_` rebuilds it.
+        probe: what a training method asks of the next backward, or None.
+
+    Shapes and addresses never change: a move of blocks writes into these tensors.
+    """
+
+    values: nn.Parameter
+    row: Tensor
+    col: Tensor
+    row_ptr: Tensor
+    row_col: Tensor
+    row_slot: Tensor
+    col_ptr: Tensor
+    col_row: Tensor
+    col_slot: Tensor
+
+    def __init__(
+        self,
+        grid: Grid,
+        topology: Topology | None,
+        *,
+        blocks: int,
+        capacity: int | None,
+        init: str,
+        seed: int | None,
+        name: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if topology is None and init not in INITS:
+            raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
+        self.grid = grid
+        self.init = init if topology is None else "given"
+        # As in torch, construction may read the global generator; afterwards nothing does.
+        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        self.name = name
+        self.probe: Probe | None = None
+        self._blocks = blocks
+        self._capacity = blocks if capacity is None else capacity
+        if topology is None and device is not None and torch.device(device).type == "meta":
+            placed = torch.empty(self._capacity, dtype=torch.int32, device="meta")
+            topology = Topology(grid, placed, torch.empty_like(placed))
+        elif topology is None:
+            topology = self._draw()
+        else:
+            topology = with_capacity(topology, self._capacity)
+            topology.validate()
+        values = torch.empty(self._capacity, *grid.block, device=device, dtype=dtype)
+        self.values = nn.Parameter(values)
+        self.register_buffer("row", topology.row.to(values.device))
+        self.register_buffer("col", topology.col.to(values.device))
+        self._allocate_index()
+
+    def _draw(self) -> Topology:
+        """Draw the initial topology on the CPU: from the seed and the name alone, so ranks agree."""
+        if self.init == "given":  # nothing to draw from: all free, until a checkpoint is loaded
+            free = torch.full((self._capacity,), -1, dtype=torch.int32)
+            return Topology(self.grid, free, free.clone())
+        with torch.device("cpu"):
+            topology = INITS[self.init](
+                self.grid, self._blocks, generator_for(self.seed, self.name, "topology")
+            )
+            return with_capacity(topology, self._capacity)
+
+    def _allocate_index(self) -> None:
+        index = empty_index(self.topology)
+        for name in self._derived():
+            self.register_buffer(name, getattr(index, name), persistent=False)
+        if not self.row.is_meta:
+            rebuild_(self.index, self.topology)
+
+    def _derived(self) -> tuple[str, ...]:
+        by_slot = self.grid.block == (1, 1)
+        return tuple(n for n in Index._fields if not (by_slot and n in ("row_col", "col_row")))
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """Return ``(bo, bi)``."""
+        return self.grid.block
+
+    @property
+    def topology(self) -> Topology:
+        """Return the places of the blocks: a view of the buffers, not a copy."""
+        return Topology(self.grid, self.row, self.col)
+
+    @property
+    def index(self) -> Index:
+        """Return what kernels read."""
+        by_slot = self.grid.block == (1, 1)
+        return Index(
+            self.row_ptr,
+            self.col if by_slot else self.row_col,
+            self.row_slot,
+            self.col_ptr,
+            self.row if by_slot else self.col_row,
+            self.col_slot,
+        )
+
+    @property
+    def weight(self) -> WeightInfo:
+        """Return the shape, dtype and device of the weight; computing with it raises. See :meth:`to_dense`."""
+        return WeightInfo((self.grid.out_features, self.grid.in_features), self.values)
+
+    @property
+    def sparsity(self) -> float:
+        """Return the fraction of the weight that is absent (waits for the device)."""
+        return self.topology.sparsity()
+
+    def dense_weight(self) -> Tensor:
+        """Return the weight as a dense ``(out, in)`` tensor without gradient."""
+        return to_dense(self.topology, self.values.detach())
+
+    def reset_parameters(self) -> None:
+        """Draw the values anew from the seed and the name, for the blocks there are, and rebuild the index."""
+        if self.row.is_meta:
+            return
+        topology = Topology(self.grid, self.row.cpu(), self.col.cpu())
+        values = draw_values(topology, self.values.dtype, generator_for(self.seed, self.name, "values"))
+        with torch.no_grad():
+            self.values.copy_(values)
+        self.refresh_()
+
+    def refresh_(self) -> None:
+        """Check the topology and rebuild the index from ``row`` and ``col``.
+
+        Needed after anything wrote into them behind the layer's back, such as a bare ``torch.distributed.checkpoint.load``.
+
+        Raises:
+            ValueError: the topology is not one; the text says what is wrong where.
+        """
+        if self.row.is_meta:
+            return
+        self.topology.validate()
+        if self.row_ptr.device != self.row.device:
+            self._allocate_index()
+        rebuild_(self.index, self.topology)
+
+    @torch.no_grad()
+    def move_(self, slots: Tensor, row: Tensor, col: Tensor) -> None:
+        """Move the blocks in ``slots (k,)`` to ``(row, col)``, zero them and their gradient, and rebuild the index.
+
+        In place: no shape or address changes. ``row = col = -1`` frees a slot. Training methods call this through
+        their own ``move``, which resets the optimizer's state too.
+
+        Raises:
+            ValueError: a place is taken or outside the grid; nothing has changed then.
+        """
+        moved = self.topology.moved(slots, row, col)
+        self.row.copy_(moved.row)
+        self.col.copy_(moved.col)
+        slots = slots.long()
+        self.values.index_fill_(0, slots, 0)
+        if self.values.grad is not None:
+            self.values.grad.index_fill_(0, slots, 0)
+        rebuild_(self.index, self.topology)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        was_meta = self.row.is_meta
+        super()._apply(fn, recurse)
+        if (
+            was_meta and not self.row.is_meta
+        ):  # to_empty(): the memory is anything, so draw what the seed says
+            topology = self._draw()
+            self.row.copy_(topology.row)
+            self.col.copy_(topology.col)
+            self.refresh_()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problem = self._adapt(state_dict, prefix)
+        if problem is not None:
+            error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {problem}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not self.row.is_meta:
+            real = self.topology.real()
+            if real is not None and not self.values.is_meta:
+                with torch.no_grad():
+                    self.values.masked_fill_(~real, 0)
+            self.refresh_()
+
+    def _adapt(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Turn a dense weight into blocks, check a sparse one; return what is wrong with it, if anything."""
+        present = [name for name in STORED if prefix + name in state_dict]
+        dense = state_dict.get(prefix + "weight")
+        if not present and dense is not None:
+            if self.row.is_meta:
+                return "a dense weight cannot be loaded on the meta device; call to_empty(device=...) first"
+            try:
+                state_dict[prefix + "values"] = gather_blocks(self.topology, dense.to(self.row.device))
+            except ValueError as error:
+                return str(error)
+            del state_dict[prefix + "weight"]
+            state_dict[prefix + "row"], state_dict[prefix + "col"] = self.row.clone(), self.col.clone()
+            logger.info("%sweight is dense: kept the blocks of the present topology", prefix)
+            return None
+        if 0 < len(present) < len(STORED):
+            absent = ", ".join(name for name in STORED if name not in present)
+            return f"the checkpoint has {', '.join(present)} but not {absent}; blocks without their places mean nothing"
+        if present:
+            return self._mismatch(*(state_dict[prefix + name] for name in STORED))
+        return None
+
+    def _mismatch(self, values: Tensor, row: Tensor, col: Tensor) -> str | None:
+        if tuple(values.shape[1:]) != self.grid.block:
+            return (
+                f"the checkpoint has blocks of {tuple(values.shape[1:])}, the layer of {self.grid.block}; "
+                f"build the layer with block_size={tuple(values.shape[1:])}"
+            )
+        if values.shape[0] != self.values.shape[0]:
+            return (
+                f"the checkpoint has {values.shape[0]} slots, the layer {self.values.shape[0]}; "
+                f"build the layer with blocks={values.shape[0]}"
+            )
+        try:
+            if not row.is_meta:
+                Topology(self.grid, row, col).validate()
+        except ValueError as error:
+            return f"the checkpoint's topology does not fit: {error}"
+        return None

@@ -1,0 +1,44 @@
+"""Initial values, by the number of inputs that an output really has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology import Topology
+
+
+def fan_in(topology: Topology) -> Tensor:
+    """Return ``(R,)`` int64: the stored inputs of each output of a block row."""
+    grid, used = topology.grid, topology.used()
+    row = topology.row.clamp(min=0).long()
+    inputs = torch.where(used, grid.real_cols(topology.col), 0).long()
+    return torch.zeros(grid.rows, dtype=torch.int64, device=row.device).index_add_(0, row, inputs)
+
+
+def draw_values(topology: Topology, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Draw ``values (Z, bo, bi)`` on the CPU, uniform in ``+-1 / sqrt(fan_in)`` with the *actual* fan-in.
+
+    That is :class:`torch.nn.Linear`'s rule; with all blocks present it is the same distribution. Free slots and phantom
+    elements are zero.
+
+    Args:
+        topology: on the CPU.
+        dtype: of the result; drawn in float32 (float64 for float64).
+        generator: a CPU generator.
+    """
+    drawn = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.empty(topology.slots, *topology.grid.block, dtype=drawn)
+    values.uniform_(-1, 1, generator=generator)
+    bound = fan_in(topology).clamp(min=1).to(drawn).rsqrt()
+    values *= bound[topology.row.clamp(min=0).long()].view(-1, 1, 1)
+    real = topology.real()
+    return (values if real is None else values.masked_fill_(~real, 0)).to(dtype)
+
+
+def draw_bias(topology: Topology, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Draw ``(out_features,)`` on the CPU, uniform in ``+-1 / sqrt(fan_in)`` of each output."""
+    grid = topology.grid
+    bound = fan_in(topology).clamp(min=1).double().rsqrt().repeat_interleave(grid.block[0])
+    drawn = torch.empty(grid.out_features, dtype=torch.float64).uniform_(-1, 1, generator=generator)
+    return (drawn * bound[: grid.out_features]).to(dtype)

@@ -1,0 +1,186 @@
+"""The drop-in replacement of torch.nn.Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern import ops
+from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.init import draw_bias
+from sparsekern.topology import (
+    Grid,
+    Topology,
+    block_pair,
+    by_norm,
+    check_count,
+    check_sparsity,
+    gather_blocks,
+    generator_for,
+    round_half_up,
+)
+
+
+class SparseLinear(BlockSparse):
+    """*Weight*-sparse linear layer: ``y = x W' + b`` where only the stored blocks of W exist.
+
+    Forward, backward and optimizer hold the blocks, never a dense weight or gradient.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`.
+        sparsity: fraction of blocks left out, in [0, 1); rounded to whole blocks. Ignored if ``blocks`` is given.
+        block_size: side of the blocks, or ``(out, in)``. Need not divide the feature counts. Default: 32 on a CPU, 64 on
+            CUDA.
+        blocks: number of blocks, instead of ``sparsity``.
+        capacity: number of slots, at least ``blocks``; the rest are free, for methods whose layers grow.
+        init: ``"balanced"`` (all block rows alike, all block columns alike) or ``"random"``.
+        topology: places of the blocks, instead of a drawn one; see :mod:`sparsekern.topology`.
+        seed: with ``name`` it decides topology and values. Default: drawn from torch's global generator.
+        name: the layer's name in the model, so that layers of one seed differ.
+
+    Raises:
+        ValueError: a size, sparsity or count out of range, or an unknown init.
+
+    Shape:
+        input ``(*, in_features)``, output ``(*, out_features)``.
+
+    Example:
+        >>> import sparsekern as sk
+        >>> layer = sk.SparseLinear(1024, 4096, sparsity=0.9, block_size=32)
+        >>> layer(torch.randn(8, 1024)).shape
+        torch.Size([8, 4096])
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparsity: float = 0.9,
+        block_size: int | tuple[int, int] | None = None,
+        blocks: int | None = None,
+        capacity: int | None = None,
+        init: str = "balanced",
+        topology: Topology | None = None,
+        seed: int | None = None,
+        name: str = "",
+    ) -> None:
+        if topology is not None:
+            grid, blocks = topology.grid, topology.slots
+            if (grid.out_features, grid.in_features) != (out_features, in_features):
+                raise ValueError(
+                    f"topology is for {grid.out_features} x {grid.in_features}, the layer is {out_features} x {in_features}"
+                )
+        else:
+            if block_size is None:
+                block_size = default_block_size(device)
+            grid = Grid(out_features, in_features, block_pair(block_size))
+            if blocks is None:
+                check_sparsity(sparsity)
+                blocks = round_half_up((1 - sparsity) * grid.cells)
+            check_count(grid, blocks)
+        super().__init__(
+            grid,
+            topology,
+            blocks=blocks,
+            capacity=capacity,
+            init=init,
+            seed=seed,
+            name=name,
+            device=device,
+            dtype=dtype,
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        *,
+        sparsity: float = 0.9,
+        block_size: int | tuple[int, int] | None = None,
+        blocks: int | None = None,
+        capacity: int | None = None,
+        topology: Topology | None = None,
+        seed: int | None = None,
+        name: str = "",
+    ) -> SparseLinear:
+        """Keep the blocks of largest norm of a dense layer (or those of ``topology``), with their values and the bias.
+
+        The other arguments are those of the class. Device and dtype are the dense layer's.
+        """
+        weight = linear.weight.detach()
+        if topology is None:
+            size = default_block_size(weight.device) if block_size is None else block_size
+            grid = Grid(linear.out_features, linear.in_features, block_pair(size))
+            if blocks is None:
+                check_sparsity(sparsity)
+                blocks = round_half_up((1 - sparsity) * grid.cells)
+            topology = by_norm(grid, weight, blocks)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            weight.device,
+            weight.dtype,
+            capacity=capacity,
+            topology=topology,
+            seed=seed,
+            name=name,
+        )
+        with torch.no_grad():
+            layer.values.copy_(gather_blocks(layer.topology, weight))
+            if layer.bias is not None and linear.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer
+
+    def to_dense(self) -> nn.Linear:
+        """Return a :class:`torch.nn.Linear` with the same weight (zeros where no block is) and bias, as copies."""
+        weight = self.dense_weight()
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype
+        )
+        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def reset_parameters(self) -> None:
+        """Draw values and bias anew from the seed and the name, as at construction, and rebuild the index."""
+        super().reset_parameters()
+        if self.bias is not None and not self.row.is_meta:
+            places = Topology(self.grid, self.row.cpu(), self.col.cpu())
+            drawn = draw_bias(places, self.bias.dtype, generator_for(self.seed, self.name, "bias"))
+            with torch.no_grad():
+                self.bias.copy_(drawn)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input W' + bias``; see :func:`sparsekern.ops.linear` for the errors."""
+        return ops.linear(input, self.values, self.bias, self.index, self.grid, self.probe)
+
+    def extra_repr(self) -> str:
+        """Return the sizes, the blocks and the sparsity, for ``print(model)``."""
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_size={self.block_size}"
+        )
+        if self.row.is_meta:
+            return f"{text}, slots={self.values.shape[0]}"
+        return f"{text}, blocks={self.topology.blocks()}/{self.grid.cells}, sparsity={self.sparsity:.4g}"
+
+
+def default_block_size(device: torch.device | str | None) -> int:
+    """Return the block size that is a good start on a device: 64 on CUDA, 32 elsewhere."""
+    device = torch.get_default_device() if device is None else torch.device(device)
+    return 64 if device.type == "cuda" else 32

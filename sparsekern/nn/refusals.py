@@ -1,0 +1,29 @@
+"""Dense layers that must stay dense, and why: replacing them would be silently wrong."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
+    """Return why the layer cannot become sparse, or None when it can."""
+    kind = type(module).__name__
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight instead of calling it"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight in its fast path instead of calling it"
+    if type(module) is not nn.Linear:
+        return f"it is a {kind}, which may do more than nn.Linear does"
+    extra = sorted(key for key, _ in module.named_parameters() if key not in ("weight", "bias"))
+    if extra or "weight" not in module._parameters:
+        return f"its weight is computed from other tensors ({', '.join(extra) or 'parametrized'})"
+    uses = [
+        f"{owner}.{key}" if owner else key
+        for owner, other in model.named_modules(remove_duplicate=False)
+        for key, parameter in other.named_parameters(recurse=False)
+        if parameter is module.weight
+    ]
+    if len(uses) > 1:
+        return f"its weight is shared: {', '.join(uses)}"
+    return None

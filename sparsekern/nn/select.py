@@ -1,0 +1,69 @@
+"""The one grammar for naming modules: a type, a name, a glob, ``re:`` and a pattern, a function, or a list of these."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+Selector = type | str | Callable[[nn.Module, str], bool] | Iterable[Any]
+
+
+def flatten(selector: Selector) -> list[Any]:
+    """Return the single selectors of a nested list of them."""
+    if isinstance(selector, (str, type)) or callable(selector):
+        return [selector]
+    if not isinstance(selector, Iterable):
+        raise TypeError(
+            f"a selector is {selector!r}; it must be a type, a name, a glob, 're:<pattern>', a function (module, name) "
+            "-> bool, or a list of these"
+        )
+    return [single for item in selector for single in flatten(item)]
+
+
+def matches(single: Any, module: nn.Module, name: str) -> bool:
+    """Return whether one selector matches a module of this name."""
+    if isinstance(single, type):
+        return isinstance(module, single)
+    if not isinstance(single, str):
+        return bool(single(module, name))
+    if single.startswith("re:"):
+        try:
+            return re.match(single[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"selector {single!r} is not a regular expression: {error}") from None
+    return name == single or fnmatch.fnmatchcase(name, single)
+
+
+def select(model: nn.Module, selector: Selector, argument: str) -> dict[str, nn.Module]:
+    """Return the modules below ``model`` that a selector matches, by name, in the model's order.
+
+    Raises:
+        ValueError: a selector matches nothing; the text names the nearest names.
+    """
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    chosen: set[str] = set()
+    for single in flatten(selector):
+        found = {name for name, module in named.items() if matches(single, module, name)}
+        if not found:
+            raise ValueError(
+                f"{argument}: {_describe(single)} matches no module; {_nearest(single, list(named))}"
+            )
+        chosen |= found
+    return {name: module for name, module in named.items() if name in chosen}
+
+
+def _describe(single: Any) -> str:
+    return repr(single) if isinstance(single, str) else getattr(single, "__qualname__", repr(single))
+
+
+def _nearest(single: Any, names: list[str]) -> str:
+    if not names:
+        return "the model has no children"
+    wanted = single.removeprefix("re:") if isinstance(single, str) else ""
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or names[:3]
+    return f"nearest names: {', '.join(near)}"

@@ -1,0 +1,223 @@
+"""The shape that all training methods share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.nn import BlockSparse, sparse_layers
+from sparsekern.topology import generator_for
+from sparsekern.training.followers import Followers, Move, OnMove
+from sparsekern.training.schedules import Schedule
+
+STATE_VERSION = 1
+
+
+class Method:
+    """Moves the blocks of a model's sparse layers while it trains; subclasses say which, in :meth:`choose`.
+
+    Owns no loop and patches nothing. Call :meth:`step` after ``optimizer.step()``::
+
+        sparse = sk.SET(model, optimizer, update_every=100, stop=0.75 * steps)
+        for x, y in loader:
+            loss_fn(model(x), y).backward()
+            optimizer.step(); optimizer.zero_grad(set_to_none=True)
+            sparse.step()
+
+    Steps are those that the optimizer made: one that gradient scaling skipped does not count. Layers whose values are
+    frozen stay as they are.
+
+    Args:
+        model: with at least one sparse layer.
+        optimizer: holds their values.
+        update_every: optimizer steps between updates.
+        start, stop: first step of an update, and the step from which on there is none (None: no end).
+        drop_fraction: fraction of a layer's blocks that moves, in [0, 1]; falls to 0 along a cosine by ``stop``. Or a
+            function of the step.
+        grown_state: optimizer state of a moved block: ``"zero"`` or ``"mean_v"``; :class:`Followers`.
+        seed: decides every random choice, together with the layer's name and the step.
+
+    Raises:
+        ValueError: a number out of range, no sparse layer, or an optimizer that lacks one or cannot follow.
+        TypeError: the optimizer is not a :class:`torch.optim.Optimizer`.
+        NotImplementedError: the values are sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        update_every: int = 100,
+        start: int = 0,
+        stop: float | None = None,
+        drop_fraction: float | Callable[[int], float] = 0.3,
+        grown_state: str = "zero",
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        self.layers = sparse_layers(model)
+        if not self.layers:
+            raise ValueError("the model has no sparse layer; call sparsekern.sparsify_ first")
+        for name, layer in self.layers.items():
+            if hasattr(layer.values, "device_mesh"):
+                raise NotImplementedError(
+                    f"values of {name!r} are a DTensor; moving sharded blocks is not supported, use DDP"
+                )
+        self.schedule = Schedule(update_every, start, None if stop is None else int(stop), drop_fraction)
+        self.followers = Followers(self.layers, optimizer, grown_state)
+        self.followers.check()
+        self.optimizer = optimizer
+        self.seed = seed
+        self.steps = 0
+        self.updates = 0
+        self.seconds = 0.0
+        self._seen = 0
+        self._churn = dict.fromkeys(self.layers, 0.0)
+        self._start = {name: layer.topology.sorted_keys().cpu() for name, layer in self.layers.items()}
+        optimizer.register_step_post_hook(self._count)
+
+    def choose(
+        self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator
+    ) -> Move | None:
+        """Return which blocks of a layer move where, or None. Must change nothing.
+
+        Args:
+            name: the layer's name.
+            layer: the layer, after the optimizer's step.
+            fraction: of its blocks to move, in [0, 1].
+            generator: a CPU generator that depends on the seed, the method, the layer's name and the step.
+        """
+        raise NotImplementedError
+
+    def step(self) -> bool:
+        """Update the topology if it is time to. Call it after ``optimizer.step()``; returns whether blocks moved."""
+        if self.steps == self._seen:
+            return False
+        self._seen = self.steps
+        return self.update() if self.schedule.due(self.steps) else False
+
+    def update(self) -> bool:
+        """Update the topology now, whatever the schedule says; returns whether blocks moved."""
+        began = time.perf_counter()
+        fraction = self.schedule.fraction(self.steps)
+        moves: dict[str, Move] = {}
+        for name, layer in self.layers.items():
+            self._churn[name] = 0.0
+            if layer.values.requires_grad:
+                generator = generator_for(self.seed, type(self).__name__, name, self.steps)
+                move = self.choose(name, layer, fraction, generator)
+                if move is not None and move.slots.numel():
+                    moves[name] = move
+        self.followers.check()  # all layers, before the first one moves
+        for name, move in moves.items():
+            self.followers.move(name, move)
+            self._churn[name] = move.slots.numel() / self.layers[name].topology.blocks()
+        self.updates += 1
+        self.seconds += time.perf_counter() - began
+        return bool(moves)
+
+    def backward(
+        self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor:
+        """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
+
+        The form that every method has; those that need several passes over a batch require it.
+
+        Args:
+            closure: computes the loss ``()`` of one batch.
+            scaler: scales the loss before the backward.
+
+        Returns:
+            The loss, detached and not scaled.
+        """
+        loss = closure()
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
+            raise ValueError(f"the closure returned a loss of {what}; it must return a tensor of one number")
+        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def follow(
+        self, target: Tensor | nn.Module, *, layer: str | None = None, on_move: OnMove = "zero"
+    ) -> None:
+        """Let something else follow the blocks.
+
+        Args:
+            target: a tensor ``(Z, ...)`` of the named layer; or a copy of the model (an exponential moving average),
+                whose blocks then move, and restart from zero, with the model's.
+            layer: the layer's name, for a tensor.
+            on_move: what happens to a tensor in the slots that move: ``"zero"``, ``"keep"``, or a function
+                ``(tensor, slots)``.
+
+        Raises:
+            ValueError: the first axis is not the layer's slots, or the copy has other layers or blocks.
+        """
+        if isinstance(target, nn.Module):
+            self.followers.add_model(target)
+            return
+        if layer is None:
+            raise ValueError("layer is missing; a tensor follows the layer that it names")
+        self.followers.add_tensor(layer, target, on_move)
+
+    def metrics(self) -> dict[str, float]:
+        """Return plain numbers about the topology; waits for the device.
+
+        ``sparsity/*`` fraction absent; ``churn/*`` fraction of blocks that the last update moved; ``kept/*`` fraction of
+        the first topology's places that are still in use; ``steps``, ``updates``, ``update_seconds`` in total.
+        """
+        numbers: dict[str, float] = {}
+        stored = total = 0
+        for name, layer in self.layers.items():
+            elements = layer.topology.elements()
+            stored, total = stored + elements, total + layer.grid.numel
+            numbers[f"sparsity/{name}"] = 1 - elements / layer.grid.numel
+            numbers[f"churn/{name}"] = self._churn[name]
+            now = layer.topology.sorted_keys().cpu()
+            start = self._start[name]
+            numbers[f"kept/{name}"] = float(torch.isin(start, now).sum()) / start.shape[0]
+        numbers["sparsity/global"] = 1 - stored / total
+        numbers |= {"steps": self.steps, "updates": self.updates, "update_seconds": self.seconds}
+        return numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, beside the model's and the optimizer's state."""
+        return {
+            "version": STATE_VERSION,
+            "method": type(self).__name__,
+            "steps": self.steps,
+            "seen": self._seen,
+            "updates": self.updates,
+            "seconds": self.seconds,
+            "churn": dict(self._churn),
+            "start": dict(self._start),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: the state is of another method, another version or other layers.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"the state has version {state.get('version')}; this code reads {STATE_VERSION}")
+        if state["method"] != type(self).__name__:
+            raise ValueError(f"the state is of {state['method']}; this is {type(self).__name__}")
+        if state["start"].keys() != self.layers.keys():
+            raise ValueError(
+                f"the state is of layers {', '.join(state['start'])}; the model has {', '.join(self.layers)}"
+            )
+        self.steps, self._seen = state["steps"], state["seen"]
+        self.updates, self.seconds = state["updates"], state["seconds"]
+        self._churn, self._start = dict(state["churn"]), dict(state["start"])
+
+    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf):
+            self.steps += 1

@@ -1,0 +1,116 @@
+"""What goes along when blocks move. The only route by which anything is reset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from sparsekern.nn import BlockSparse, sparse_layers
+from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
+
+OnMove = str | Callable[[Tensor, Tensor], None]
+"""``"zero"``, ``"keep"``, or a function ``(tensor, slots)`` that writes into the tensor in place."""
+
+GROWN_STATES = ("zero", "mean_v")
+
+
+class Move(NamedTuple):
+    """The blocks of ``slots (k,)`` go to block row ``row (k,)`` and block column ``col (k,)``."""
+
+    slots: Tensor
+    row: Tensor
+    col: Tensor
+
+
+class Followers:
+    """Everything that has an axis of slots: the optimizer's state, and what a user registers.
+
+    Args:
+        layers: the sparse layers by name.
+        optimizer: holds the values of every layer that trains.
+        grown_state: ``"zero"``, or ``"mean_v"``: a moved block's second moment starts at the mean of the layer's others.
+            With zero, Adam's first step of a grown block is about 3.2 times the learning rate.
+    """
+
+    def __init__(
+        self, layers: dict[str, BlockSparse], optimizer: torch.optim.Optimizer, grown_state: str
+    ) -> None:
+        if grown_state not in GROWN_STATES:
+            raise ValueError(f"grown_state is {grown_state!r}; it must be one of {', '.join(GROWN_STATES)}")
+        self.layers = layers
+        self.optimizer = optimizer
+        self.grown_state = grown_state
+        self._tensors: dict[str, list[tuple[Tensor, OnMove]]] = {name: [] for name in layers}
+        self._twins: dict[str, list[BlockSparse]] = {name: [] for name in layers}
+
+    def add_tensor(self, layer: str, tensor: Tensor, on_move: OnMove) -> None:
+        """Let a tensor ``(Z, ...)`` follow the blocks of a layer."""
+        if layer not in self.layers:
+            raise ValueError(f"layer is {layer!r}; it must be one of {', '.join(self.layers)}")
+        slots = self.layers[layer].values.shape[0]
+        if tensor.dim() == 0 or tensor.shape[0] != slots:
+            raise ValueError(
+                f"a follower of {layer!r} has shape {tuple(tensor.shape)}; its first axis must be its {slots} slots"
+            )
+        if on_move not in ("zero", "keep") and not callable(on_move):
+            raise ValueError(
+                f"on_move is {on_move!r}; it must be 'zero', 'keep' or a function (tensor, slots)"
+            )
+        self._tensors[layer].append((tensor, on_move))
+
+    def add_model(self, copy: nn.Module) -> None:
+        """Let a copy of the model, such as an exponential moving average, move its blocks with the model's."""
+        if isinstance(copy, AveragedModel):
+            if copy.use_buffers:
+                raise ValueError(
+                    "AveragedModel(use_buffers=True) averages the coordinates of blocks; use use_buffers=False"
+                )
+            copy = copy.module
+        twins = sparse_layers(copy)
+        if twins.keys() != self.layers.keys():
+            raise ValueError(
+                f"the copy has sparse layers {', '.join(twins) or 'none'}; it must have those of the model, "
+                f"{', '.join(self.layers)}"
+            )
+        for name, twin in twins.items():
+            layer = self.layers[name]
+            if twin is layer:
+                raise ValueError("the copy is the model itself; follow a deep copy of it")
+            same = twin.row.shape == layer.row.shape and torch.equal(twin.row.to(layer.row), layer.row)
+            if not same or not torch.equal(twin.col.to(layer.col), layer.col):
+                raise ValueError(
+                    f"{name!r} has other blocks in the copy; copy the model before the first move"
+                )
+        for name, twin in twins.items():
+            self._twins[name].append(twin)
+
+    def check(self) -> None:
+        """Raise ValueError if the optimizer misses a layer or keeps a state that cannot follow."""
+        for name, layer in self.layers.items():
+            if layer.values.requires_grad:
+                slot_state(self.optimizer, layer.values, name)
+
+    @torch.no_grad()
+    def move(self, name: str, move: Move) -> None:
+        """Move blocks of one layer, with all that follows them. Checks everything before it changes anything."""
+        layer = self.layers[name]
+        states = slot_state(self.optimizer, layer.values, name)
+        layer.move_(move.slots, move.row, move.col)
+        slots = move.slots.long()
+        kept = layer.topology.used().index_fill(0, slots, False)
+        for key, tensor, fresh in states:
+            if self.grown_state == "mean_v" and key in SECOND_MOMENTS:
+                tensor[slots] = mean_of_kept(tensor, kept, layer.topology.real())
+            else:
+                tensor.index_fill_(0, slots, fresh)
+        for tensor, on_move in self._tensors[name]:
+            if callable(on_move):
+                on_move(tensor, slots)
+            elif on_move == "zero":
+                tensor.index_fill_(0, slots.to(tensor.device), 0)
+        for twin in self._twins[name]:
+            twin.move_(*(t.to(twin.row.device) for t in move))

@@ -1,0 +1,59 @@
+"""When blocks move, and what fraction of them. Counted in optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Every ``update_every`` steps from ``start`` on, before ``stop``, a ``drop_fraction`` of each layer's blocks moves.
+
+    Args:
+        update_every: steps between updates, 1 or more.
+        start: first step at which an update may happen.
+        stop: no update happens at this step or later; None for no end.
+        drop_fraction: a number in [0, 1], or a function of the step. A number falls to 0 along a cosine by ``stop``
+            (RigL, equation in section 3 of Evci et al. 2020); without ``stop`` it stays.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    update_every: int
+    start: int
+    stop: int | None
+    drop_fraction: float | Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        if self.update_every < 1:
+            raise ValueError(f"update_every is {self.update_every}; it must be 1 or more optimizer steps")
+        if self.start < 0:
+            raise ValueError(f"start is {self.start}; it must be 0 or more optimizer steps")
+        if self.stop is not None and self.stop < self.start:
+            raise ValueError(f"stop is {self.stop}, before start = {self.start}; it must be that or later")
+        if not callable(self.drop_fraction):
+            _check_fraction(self.drop_fraction)
+
+    def due(self, step: int) -> bool:
+        """Return whether an update happens after optimizer step ``step`` (the first step is 1)."""
+        before_stop = self.stop is None or step < self.stop
+        return step >= max(1, self.start) and before_stop and step % self.update_every == 0
+
+    def fraction(self, step: int) -> float:
+        """Return the fraction of blocks to move after optimizer step ``step``."""
+        if callable(self.drop_fraction):
+            return _check_fraction(self.drop_fraction(step))
+        if self.stop is None:
+            return self.drop_fraction
+        if step >= self.stop:
+            return 0.0
+        return self.drop_fraction / 2 * (1 + math.cos(math.pi * step / self.stop))
+
+
+def _check_fraction(fraction: float) -> float:
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"drop_fraction is {fraction}; it must be in [0, 1]")
+    return fraction

@@ -1,0 +1,44 @@
+"""Which blocks: scores of stored blocks, and choices among them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.nn import BlockSparse
+from sparsekern.topology import Topology
+
+
+def block_norms(layer: BlockSparse) -> Tensor:
+    """Return the Frobenius norm ``(Z,)`` of every stored block; infinity for a free slot, so that it is never dropped."""
+    norms = torch.linalg.vector_norm(layer.values.detach().float(), dim=(1, 2))
+    return norms.masked_fill(~layer.topology.used(), torch.inf)
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Return the slots ``(k,)`` of the ``count`` lowest finite scores; ties go to the lower slot.
+
+    Fewer are returned when fewer are finite (waits for the device).
+    """
+    count = min(count, int(torch.isfinite(scores).sum()))
+    return scores.sort(stable=True).indices[:count]
+
+
+def protect_last(topology: Topology, scores: Tensor) -> Tensor:
+    """Return the scores with infinity at the highest one of every block row and block column.
+
+    Dropping among the rest then leaves each block row and column that has a block with at least one.
+    """
+    scores = scores.clone()
+    free = ~topology.used()
+    protected = torch.zeros_like(free)
+    by_score = torch.where(free, -torch.inf, scores).argsort(
+        stable=True
+    )  # ascending: the last write is the highest
+    for place, count in ((topology.row, topology.grid.rows), (topology.col, topology.grid.cols)):
+        rank = torch.empty_like(by_score)
+        rank[by_score] = torch.arange(by_score.shape[0], device=rank.device)
+        best = torch.full((count,), -1, device=rank.device)
+        best.scatter_reduce_(0, place.clamp(min=0).long(), torch.where(free, -1, rank), "amax")
+        protected[by_score[best[best >= 0]]] = True
+    return scores.masked_fill_(protected, torch.inf)

@@ -1,0 +1,72 @@
+"""SET: drop the weakest blocks, grow as many at random.
+
+Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
+science", Nature Communications 2018; with the drop fraction along a cosine, as in Evci et al. 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sparsekern.nn import BlockSparse
+from sparsekern.topology import sample_absent
+from sparsekern.training.base import Method
+from sparsekern.training.followers import Move
+from sparsekern.training.scores import block_norms, lowest, protect_last
+
+
+class SET(Method):
+    """Sparse Evolutionary Training on blocks.
+
+    At an update ``floor(drop_fraction * blocks)`` blocks of smallest Frobenius norm go to places drawn uniformly among
+    those that were empty, so a dropped block never returns in the same update. They restart from zero.
+
+    Args:
+        keep_connected: never drop the strongest block of a block row or column, so that none becomes empty.
+
+    The other arguments are those of :class:`Method`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        update_every: int = 100,
+        start: int = 0,
+        stop: float | None = None,
+        drop_fraction: float | Callable[[int], float] = 0.3,
+        grown_state: str = "zero",
+        seed: int = 0,
+        keep_connected: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            optimizer,
+            update_every=update_every,
+            start=start,
+            stop=stop,
+            drop_fraction=drop_fraction,
+            grown_state=grown_state,
+            seed=seed,
+        )
+        self.keep_connected = keep_connected
+
+    def choose(
+        self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator
+    ) -> Move | None:
+        """Return the weakest blocks and as many empty places."""
+        topology = layer.topology
+        present = topology.sorted_keys()
+        blocks = present.shape[0]
+        scores = block_norms(layer)
+        if self.keep_connected:
+            scores = protect_last(topology, scores)
+        # floor: with ceil one block a layer would go on moving until the end of the cosine
+        slots = lowest(scores, min(math.floor(fraction * blocks), topology.grid.cells - blocks))
+        keys = sample_absent(present, topology.grid.cells, slots.shape[0], generator)
+        return Move(slots, (keys // topology.grid.cols).int(), (keys % topology.grid.cols).int())
