@@ -61,9 +61,7 @@ class Index(NamedTuple):
 class Backend(Protocol):
     """The functions of a backend. ``kernels/eager`` is the one to read first."""
 
-    def why_not(
-        self, op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]
-    ) -> str | None:
+    def why_not(self, op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
         """Return None when the backend can run ``op`` so, else the reason as half a sentence."""
 
     def fwd(self, x: Tensor, values: Tensor, bias: Tensor | None, index: Index, out_features: int) -> Tensor:
@@ -72,9 +70,7 @@ class Backend(Protocol):
     def dx(self, dy: Tensor, values: Tensor, index: Index, in_features: int) -> Tensor:
         """Return ``dx = dy W``, shape ``(T, I)``. An empty block column yields zeros."""
 
-    def dvalues(
-        self, dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
+    def dvalues(self, dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Return the stored blocks of ``dW = dy' x`` as ``(Z, bo, bi)`` of ``dtype``."""
 
     def block_norms(self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:

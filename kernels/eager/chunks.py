@@ -36,4 +36,5 @@ def cut(x: Tensor, side: int) -> Tensor:
     missing = -x.shape[-1] % side
     if missing:
         x = pad(x, (0, missing))
-    return x.unflatten(-1, (-1, side))
+    blocks: Tensor = x.unflatten(-1, (-1, side))
+    return blocks

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def entry_owners(ptr: Tensor, slots: int) -> Tensor:
-    """Return the block row of each entry ``(Z,)`` from ``row_ptr``; entries of free slots get ``R``, one past the last."""
+    """Return the block row of each entry ``(Z,)`` from ``row_ptr``; free slots' entries get ``R``, one too many."""
     entries = torch.arange(slots, dtype=torch.int32, device=ptr.device)
     return torch.searchsorted(ptr, entries, right=True, out_int32=True) - 1
 

@@ -15,7 +15,7 @@ from sparsekern.topology import index_bytes
 class Account:
     """What one layer stores and computes. Elements and FLOPs count real elements, bytes count what is allocated.
 
-    ``flops`` are those of one training step (forward and both gradients: ``6 * tokens * elements``) on the given tokens.
+    ``flops`` are those of one training step on the given tokens: forward and both gradients, ``6 * tokens * elements``.
     """
 
     name: str
@@ -59,9 +59,7 @@ class Account:
         return self.values_bytes + self.index_bytes + self.gradient_bytes + self.state_bytes
 
 
-def account(
-    name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim.Optimizer | None = None
-) -> Account:
+def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim.Optimizer | None = None) -> Account:
     """Return the account of a sparse layer or an :class:`torch.nn.Linear`.
 
     Args:
@@ -75,6 +73,7 @@ def account(
     """
     bias = getattr(layer, "bias", None)
     bias_count = bias.numel() if isinstance(bias, Tensor) else 0
+    weight: Tensor
     if isinstance(layer, BlockSparse):
         grid, weight = layer.grid, layer.values
         shape = (grid.out_features, grid.in_features)
@@ -87,9 +86,7 @@ def account(
         blocks = cells = 0
         elements = weight.numel()
     else:
-        raise TypeError(
-            f"{name!r} is a {type(layer).__name__}; only sparse layers and nn.Linear have an account"
-        )
+        raise TypeError(f"{name!r} is a {type(layer).__name__}; only sparse layers and nn.Linear have an account")
     size = weight.element_size()
     state = state_bytes(optimizer, weight)
     state_per_value = state / max(1, weight.numel())

@@ -99,9 +99,7 @@ class BlockSparse(nn.Module):
             free = torch.full((self._capacity,), -1, dtype=torch.int32)
             return Topology(self.grid, free, free.clone())
         with torch.device("cpu"):
-            topology = INITS[self.init](
-                self.grid, self._blocks, generator_for(self.seed, self.name, "topology")
-            )
+            topology = INITS[self.init](self.grid, self._blocks, generator_for(self.seed, self.name, "topology"))
             return with_capacity(topology, self._capacity)
 
     def _allocate_index(self) -> None:
@@ -165,7 +163,8 @@ class BlockSparse(nn.Module):
     def refresh_(self) -> None:
         """Check the topology and rebuild the index from ``row`` and ``col``.
 
-        Needed after anything wrote into them behind the layer's back, such as a bare ``torch.distributed.checkpoint.load``.
+        Needed after anything wrote into them behind the layer's back, such as a bare
+        ``torch.distributed.checkpoint.load``.
 
         Raises:
             ValueError: the topology is not one; the text says what is wrong where.
@@ -199,9 +198,7 @@ class BlockSparse(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_meta = self.row.is_meta
         super()._apply(fn, recurse)
-        if (
-            was_meta and not self.row.is_meta
-        ):  # to_empty(): the memory is anything, so draw what the seed says
+        if was_meta and not self.row.is_meta:  # to_empty(): the memory is anything, so draw what the seed says
             topology = self._draw()
             self.row.copy_(topology.row)
             self.col.copy_(topology.col)

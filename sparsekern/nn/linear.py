@@ -29,8 +29,8 @@ class SparseLinear(BlockSparse):
     Args:
         in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`.
         sparsity: fraction of blocks left out, in [0, 1); rounded to whole blocks. Ignored if ``blocks`` is given.
-        block_size: side of the blocks, or ``(out, in)``. Need not divide the feature counts. Default: 32 on a CPU, 64 on
-            CUDA.
+        block_size: side of the blocks, or ``(out, in)``. Need not divide the feature counts. Default: 32 on a CPU, 64
+            on CUDA.
         blocks: number of blocks, instead of ``sparsity``.
         capacity: number of slots, at least ``blocks``; the rest are free, for methods whose layers grow.
         init: ``"balanced"`` (all block rows alike, all block columns alike) or ``"random"``.
@@ -74,7 +74,8 @@ class SparseLinear(BlockSparse):
             grid, blocks = topology.grid, topology.slots
             if (grid.out_features, grid.in_features) != (out_features, in_features):
                 raise ValueError(
-                    f"topology is for {grid.out_features} x {grid.in_features}, the layer is {out_features} x {in_features}"
+                    f"topology is for {grid.out_features} x {grid.in_features}, "
+                    f"the layer is {out_features} x {in_features}"
                 )
         else:
             if block_size is None:
@@ -148,9 +149,7 @@ class SparseLinear(BlockSparse):
     def to_dense(self) -> nn.Linear:
         """Return a :class:`torch.nn.Linear` with the same weight (zeros where no block is) and bias, as copies."""
         weight = self.dense_weight()
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype
-        )
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype)
         dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)

@@ -50,9 +50,7 @@ def select(model: nn.Module, selector: Selector, argument: str) -> dict[str, nn.
     for single in flatten(selector):
         found = {name for name, module in named.items() if matches(single, module, name)}
         if not found:
-            raise ValueError(
-                f"{argument}: {_describe(single)} matches no module; {_nearest(single, list(named))}"
-            )
+            raise ValueError(f"{argument}: {_describe(single)} matches no module; {_nearest(single, list(named))}")
         chosen |= found
     return {name: module for name, module in named.items() if name in chosen}
 

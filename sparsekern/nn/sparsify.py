@@ -66,9 +66,7 @@ def sparsify_(
 
 def _chosen(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, nn.Linear]:
     if isinstance(model, nn.Linear):
-        raise ValueError(
-            "model is itself an nn.Linear and cannot be replaced in place; use SparseLinear.from_dense"
-        )
+        raise ValueError("model is itself an nn.Linear and cannot be replaced in place; use SparseLinear.from_dense")
     ignored = select(model, ignore, "ignore")
     layers: dict[str, nn.Linear] = {}
     for single in flatten(targets):

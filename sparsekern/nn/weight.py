@@ -50,7 +50,9 @@ class WeightInfo:
         raise AttributeError(f"the weight of a sparse layer has no {name!r}: {_WAY_OUT}")
 
 
-_WAY_OUT = "only its blocks exist. Use layer.values to train, initialise or inspect them, or layer.to_dense() for a dense copy"
+_WAY_OUT = (
+    "only its blocks exist. Use layer.values to train, initialise or inspect them, or layer.to_dense() for a dense copy"
+)
 
 
 def _refuse(what: str) -> NoReturn:

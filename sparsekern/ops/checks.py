@@ -13,9 +13,7 @@ from sparsekern.topology import Grid
 def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:
     """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.linear` fit together."""
     if x.dim() == 0 or x.shape[-1] != grid.in_features:
-        raise ValueError(
-            f"input has shape {tuple(x.shape)}; its last axis must be in_features = {grid.in_features}"
-        )
+        raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features = {grid.in_features}")
     if values.dim() != 3 or tuple(values.shape[1:]) != grid.block:
         raise ValueError(
             f"values has shape {tuple(values.shape)}; it must be (slots, {grid.block[0]}, {grid.block[1]})"
@@ -33,9 +31,7 @@ def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({grid.out_features},)")
     for name, tensor in (("values", values), ("bias", bias), ("the index", index.row_ptr)):
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"input is on {x.device} but {name} on {tensor.device}; move one of them with .to()"
-            )
+            raise ValueError(f"input is on {x.device} but {name} on {tensor.device}; move one of them with .to()")
     _check_dtypes(x, values, bias)
 
 
@@ -71,6 +67,4 @@ def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
             f"the probe for {probe.kind!r} has shape {tuple(probe.tensor.shape)}; on this layer it must be {wanted}"
         )
     if probe.tensor.device != x.device:
-        raise ValueError(
-            f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there"
-        )
+        raise ValueError(f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there")

@@ -48,9 +48,7 @@ def _linear_dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, *_: Any
 
 
 @register_flop_formula(torch.ops.sparsekern.linear_block_norms, get_raw=True)
-def _linear_block_norms(
-    dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, *_: Any, **__: Any
-) -> int:
+def _linear_block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, *_: Any, **__: Any) -> int:
     return 2 * x.shape[0] * row.shape[0] * bo * bi
 
 

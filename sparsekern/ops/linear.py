@@ -134,18 +134,14 @@ class _Linear(torch.autograd.Function):
         dvalues = _linear_dvalues(dy, x, index, bo, bi, values.dtype, ctx.backend) if need_values else None
         dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
         dprobe = (
-            _probe_grad(ctx.kind, dy, x, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend)
-            if need_probe
-            else None
+            _probe_grad(ctx.kind, dy, x, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend) if need_probe else None
         )
         return dx, dvalues, dbias, dprobe, None, None, None, None, None
 
 
 class _LinearDx(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, dy: Tensor, values: Tensor, index: Tensors, in_features: int, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, dy: Tensor, values: Tensor, index: Tensors, in_features: int, backend: str) -> Tensor:
         ctx.save_for_backward(dy, values, *index)
         ctx.backend = backend
         return below_autograd(_linear_dx, dy, values, list(index), in_features, backend)
@@ -218,9 +214,7 @@ def _linear_autograd(
 ) -> Tensor:
     backend = resolve(backend, "linear", x, _block(values))
     if wants_grad(x, values, bias, probe):
-        y: Tensor = _Linear.apply(
-            x, values, bias, probe, tuple(index), out_features, kind, tuple(probe_args), backend
-        )
+        y: Tensor = _Linear.apply(x, values, bias, probe, tuple(index), out_features, kind, tuple(probe_args), backend)
         return y
     return below_autograd(_linear, x, values, bias, index, out_features, probe, kind, probe_args, backend)
 

@@ -24,9 +24,7 @@ class _NotDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "block scores are not differentiable; detach them, or use the candidates' gradients"
-        )
+        raise RuntimeError("block scores are not differentiable; detach them, or use the candidates' gradients")
 
 
 def _autograd_kernel(name: str) -> Any:
@@ -40,9 +38,7 @@ def _autograd_kernel(name: str) -> Any:
     return kernel
 
 
-def _run_block_norms(
-    dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, backend: str
-) -> Tensor:
+def _run_block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, backend: str) -> Tensor:
     chosen = BACKENDS[resolve(backend, "linear", x, (bo, bi))]
     return chosen.block_norms(dy, x, row, col, (bo, bi))
 

@@ -37,7 +37,8 @@ def gather_blocks(topology: Topology, weight: Tensor) -> Tensor:
 @torch.no_grad()
 def dense_block_norms(grid: Grid, weight: Tensor) -> Tensor:
     """Return the Frobenius norm of every block of a dense weight, ``(R, C)``."""
-    return torch.linalg.vector_norm(_as_blocks(grid, weight), dim=(1, 3))
+    norms: Tensor = torch.linalg.vector_norm(_as_blocks(grid, weight), dim=(1, 3))
+    return norms
 
 
 def _as_blocks(grid: Grid, weight: Tensor) -> Tensor:
@@ -49,4 +50,5 @@ def _as_blocks(grid: Grid, weight: Tensor) -> Tensor:
     bo, bi = grid.block
     below, right = grid.rows * bo - grid.out_features, grid.cols * bi - grid.in_features
     padded = torch.nn.functional.pad(weight, (0, right, 0, below))
-    return padded.unflatten(1, (grid.cols, bi)).unflatten(0, (grid.rows, bo))
+    blocks: Tensor = padded.unflatten(1, (grid.cols, bi)).unflatten(0, (grid.rows, bo))
+    return blocks

@@ -39,9 +39,7 @@ def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
     (which keeps all degrees) until the pattern is gone.
     """
     check_count(grid, blocks)
-    if (
-        2 * blocks > grid.cells
-    ):  # the complement of a balanced topology is balanced, and swaps find room in it
+    if 2 * blocks > grid.cells:  # the complement of a balanced topology is balanced, and swaps find room in it
         empty = _balanced_keys(grid, grid.cells - blocks, generator)
         full = torch.ones(grid.cells, dtype=torch.bool)
         full[empty] = False

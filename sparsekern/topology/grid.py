@@ -33,9 +33,7 @@ class Grid:
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be 1 or more")
         if len(self.block) != 2 or min(self.block) < 1:
-            raise ValueError(
-                f"block_size is {self.block}; it must be an int or a pair (out, in), 1 or more each"
-            )
+            raise ValueError(f"block_size is {self.block}; it must be an int or a pair (out, in), 1 or more each")
         if self.cells >= 2**31:
             raise ValueError(
                 f"{self.out_features} x {self.in_features} in blocks of {self.block} are {self.cells} cells; "

@@ -77,9 +77,7 @@ def _compact(
     slots = slot.shape[0] - PADDING
     entry = torch.arange(slots, dtype=torch.int32, device=ptr.device)
     kept = keep.index_select(0, slot[:slots]) & (entry < ptr[-1])
-    before = torch.nn.functional.pad(
-        kept.cumsum(0, dtype=torch.int32), (1, 0)
-    )  # kept entries before each one
+    before = torch.nn.functional.pad(kept.cumsum(0, dtype=torch.int32), (1, 0))  # kept entries before each one
     place = torch.where(kept, before[:-1], before[-1] + entry - before[:-1]).long()
     new_slot = torch.zeros_like(slot).index_copy_(0, place, slot[:slots])
     new_ptr = before.index_select(0, ptr)

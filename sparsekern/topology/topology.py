@@ -73,9 +73,7 @@ class Topology:
         """
         slots = slots.long()
         if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.slots):
-            raise ValueError(
-                f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}"
-            )
+            raise ValueError(f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}")
         if slots.unique().numel() != slots.numel():
             raise ValueError("a slot is named twice among those to move; each can go to one place only")
         new = Topology(
@@ -97,9 +95,7 @@ class Topology:
             tensor: Tensor = getattr(self, name)
             if tensor.dtype != torch.int32 or tensor.dim() != 1:
                 shape = tuple(tensor.shape)
-                raise ValueError(
-                    f"{name} is {tensor.dtype} of shape {shape}; it must be int32 of shape (slots,)"
-                )
+                raise ValueError(f"{name} is {tensor.dtype} of shape {shape}; it must be int32 of shape (slots,)")
         if self.row.shape != self.col.shape or self.row.device != self.col.device:
             raise ValueError(
                 f"row has {self.row.shape[0]} slots on {self.row.device}, col {self.col.shape[0]} on "
@@ -140,8 +136,6 @@ def with_capacity(topology: Topology, capacity: int) -> Topology:
         ValueError: ``capacity`` is below the slots there are.
     """
     if capacity < topology.slots:
-        raise ValueError(
-            f"capacity is {capacity}; it must be at least the number of blocks, {topology.slots}"
-        )
+        raise ValueError(f"capacity is {capacity}; it must be at least the number of blocks, {topology.slots}")
     free = topology.row.new_full((capacity - topology.slots,), -1)
     return Topology(topology.grid, torch.cat([topology.row, free]), torch.cat([topology.col, free]))

@@ -82,9 +82,7 @@ class Method:
         self._start = {name: layer.topology.sorted_keys().cpu() for name, layer in self.layers.items()}
         optimizer.register_step_post_hook(self._count)
 
-    def choose(
-        self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator
-    ) -> Move | None:
+    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return which blocks of a layer move where, or None. Must change nothing.
 
         Args:
@@ -122,9 +120,7 @@ class Method:
         self.seconds += time.perf_counter() - began
         return bool(moves)
 
-    def backward(
-        self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None
-    ) -> Tensor:
+    def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
 
         The form that every method has; those that need several passes over a batch require it.
@@ -140,12 +136,10 @@ class Method:
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
             raise ValueError(f"the closure returned a loss of {what}; it must return a tensor of one number")
-        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        (loss if scaler is None else scaler.scale(loss)).backward()
         return loss.detach()
 
-    def follow(
-        self, target: Tensor | nn.Module, *, layer: str | None = None, on_move: OnMove = "zero"
-    ) -> None:
+    def follow(self, target: Tensor | nn.Module, *, layer: str | None = None, on_move: OnMove = "zero") -> None:
         """Let something else follow the blocks.
 
         Args:
@@ -168,8 +162,8 @@ class Method:
     def metrics(self) -> dict[str, float]:
         """Return plain numbers about the topology; waits for the device.
 
-        ``sparsity/*`` fraction absent; ``churn/*`` fraction of blocks that the last update moved; ``kept/*`` fraction of
-        the first topology's places that are still in use; ``steps``, ``updates``, ``update_seconds`` in total.
+        ``sparsity/*`` fraction absent; ``churn/*`` fraction of blocks that the last update moved; ``kept/*`` fraction
+        of the first topology's places that are still in use; ``steps``, ``updates``, ``update_seconds`` in total.
         """
         numbers: dict[str, float] = {}
         stored = total = 0

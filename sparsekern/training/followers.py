@@ -32,13 +32,11 @@ class Followers:
     Args:
         layers: the sparse layers by name.
         optimizer: holds the values of every layer that trains.
-        grown_state: ``"zero"``, or ``"mean_v"``: a moved block's second moment starts at the mean of the layer's others.
-            With zero, Adam's first step of a grown block is about 3.2 times the learning rate.
+        grown_state: ``"zero"``, or ``"mean_v"``: a moved block's second moment starts at the mean of the others of its
+            layer. With zero, Adam's first step of a grown block is about 3.2 times the learning rate.
     """
 
-    def __init__(
-        self, layers: dict[str, BlockSparse], optimizer: torch.optim.Optimizer, grown_state: str
-    ) -> None:
+    def __init__(self, layers: dict[str, BlockSparse], optimizer: torch.optim.Optimizer, grown_state: str) -> None:
         if grown_state not in GROWN_STATES:
             raise ValueError(f"grown_state is {grown_state!r}; it must be one of {', '.join(GROWN_STATES)}")
         self.layers = layers
@@ -57,9 +55,7 @@ class Followers:
                 f"a follower of {layer!r} has shape {tuple(tensor.shape)}; its first axis must be its {slots} slots"
             )
         if on_move not in ("zero", "keep") and not callable(on_move):
-            raise ValueError(
-                f"on_move is {on_move!r}; it must be 'zero', 'keep' or a function (tensor, slots)"
-            )
+            raise ValueError(f"on_move is {on_move!r}; it must be 'zero', 'keep' or a function (tensor, slots)")
         self._tensors[layer].append((tensor, on_move))
 
     def add_model(self, copy: nn.Module) -> None:
@@ -82,9 +78,7 @@ class Followers:
                 raise ValueError("the copy is the model itself; follow a deep copy of it")
             same = twin.row.shape == layer.row.shape and torch.equal(twin.row.to(layer.row), layer.row)
             if not same or not torch.equal(twin.col.to(layer.col), layer.col):
-                raise ValueError(
-                    f"{name!r} has other blocks in the copy; copy the model before the first move"
-                )
+                raise ValueError(f"{name!r} has other blocks in the copy; copy the model before the first move")
         for name, twin in twins.items():
             self._twins[name].append(twin)
 

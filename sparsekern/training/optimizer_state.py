@@ -30,8 +30,8 @@ def param_group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> list[SlotState]:
     """Return the state tensors that must be reset where a block moves.
 
-    A state is matched by its first axis, not its shape: Adafactor's are ``(Z, bo, 1)``. Numbers and 0-dimensional tensors,
-    such as step counters, belong to the whole parameter and stay.
+    A state is matched by its first axis, not its shape: Adafactor's are ``(Z, bo, 1)``. Numbers and 0-dimensional
+    tensors, such as step counters, belong to the whole parameter and stay.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.

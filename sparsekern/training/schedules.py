@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every ``update_every`` steps from ``start`` on, before ``stop``, a ``drop_fraction`` of each layer's blocks moves.
+    """Every ``update_every`` steps, from ``start`` to before ``stop``, a ``drop_fraction`` of a layer's blocks moves.
 
     Args:
         update_every: steps between updates, 1 or more.

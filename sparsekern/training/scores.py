@@ -10,8 +10,8 @@ from sparsekern.topology import Topology
 
 
 def block_norms(layer: BlockSparse) -> Tensor:
-    """Return the Frobenius norm ``(Z,)`` of every stored block; infinity for a free slot, so that it is never dropped."""
-    norms = torch.linalg.vector_norm(layer.values.detach().float(), dim=(1, 2))
+    """Return the Frobenius norm ``(Z,)`` of every stored block; infinity for a free slot, so that none is dropped."""
+    norms: Tensor = torch.linalg.vector_norm(layer.values.detach().float(), dim=(1, 2))
     return norms.masked_fill(~layer.topology.used(), torch.inf)
 
 
@@ -32,9 +32,7 @@ def protect_last(topology: Topology, scores: Tensor) -> Tensor:
     scores = scores.clone()
     free = ~topology.used()
     protected = torch.zeros_like(free)
-    by_score = torch.where(free, -torch.inf, scores).argsort(
-        stable=True
-    )  # ascending: the last write is the highest
+    by_score = torch.where(free, -torch.inf, scores).argsort(stable=True)  # ascending: the last write is the highest
     for place, count in ((topology.row, topology.grid.rows), (topology.col, topology.grid.cols)):
         rank = torch.empty_like(by_score)
         rank[by_score] = torch.arange(by_score.shape[0], device=rank.device)

@@ -56,9 +56,7 @@ class SET(Method):
         )
         self.keep_connected = keep_connected
 
-    def choose(
-        self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator
-    ) -> Move | None:
+    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and as many empty places."""
         topology = layer.topology
         present = topology.sorted_keys()

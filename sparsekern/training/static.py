@@ -15,8 +15,6 @@ class Static(Method):
     Takes the arguments of :class:`Method`; those about updates have no effect.
     """
 
-    def choose(
-        self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator
-    ) -> Move | None:
+    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return None."""
         return None
