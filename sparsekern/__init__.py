@@ -25,9 +25,7 @@ def _use_kernels_beside_package() -> None:
         def find_spec(fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
             if fullname != name:
                 return None
-            return spec_from_file_location(
-                fullname, source / "__init__.py", submodule_search_locations=[str(source)]
-            )
+            return spec_from_file_location(fullname, source / "__init__.py", submodule_search_locations=[str(source)])
 
     sys.meta_path.insert(0, KernelsBesidePackage)  # before an editable install's own finder
 
@@ -38,6 +36,7 @@ del _use_kernels_beside_package
 from sparsekern import ops, topology  # noqa: E402  the finder must be in place first
 from sparsekern.nn import SparseLinear, densify, refresh_, sparse_layers, sparsify_  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
+from sparsekern.report import summary  # noqa: E402
 from sparsekern.training import SET, Method, Static  # noqa: E402
 
 __version__ = "0.1.0"
@@ -54,5 +53,6 @@ __all__ = [
     "refresh_",
     "sparse_layers",
     "sparsify_",
+    "summary",
     "topology",
 ]

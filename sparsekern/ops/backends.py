@@ -76,3 +76,8 @@ def resolve(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> str:
             f"backend {name!r} cannot run {op}: {reason}. Ask for another one, or for backend('auto')"
         )
     return name
+
+
+def backend_for(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> Backend:
+    """Return the kernels that run ``op``; the arguments and errors are those of :func:`resolve`."""
+    return BACKENDS[resolve(name, op, x, block)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.ops import checks, scores
-from sparsekern.ops.backends import BACKENDS, requested_backend, resolve
+from sparsekern.ops.backends import backend_for, requested_backend, resolve
 from sparsekern.ops.library import below_autograd, define, wants_grad
 from sparsekern.ops.probes import Probe
 from sparsekern.topology import Grid
@@ -71,20 +71,28 @@ def _block(values: Tensor) -> tuple[int, int]:
 
 
 def _run_linear(
-    x: Tensor, values: Tensor, bias: Tensor | None, index: list[Tensor], out_features: int, *rest: Any
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: list[Tensor],
+    out_features: int,
+    probe: Tensor | None,
+    kind: str,
+    probe_args: list[Tensor],
+    backend: str,
 ) -> Tensor:
-    chosen = BACKENDS[resolve(rest[-1], "linear", x, _block(values))]
+    chosen = backend_for(backend, "linear", x, _block(values))
     return chosen.fwd(x, values, bias, Index(*index), out_features)
 
 
 def _run_dx(dy: Tensor, values: Tensor, index: list[Tensor], in_features: int, backend: str) -> Tensor:
-    return BACKENDS[resolve(backend, "linear", dy, _block(values))].dx(dy, values, Index(*index), in_features)
+    return backend_for(backend, "linear", dy, _block(values)).dx(dy, values, Index(*index), in_features)
 
 
 def _run_dvalues(
     dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    chosen = BACKENDS[resolve(backend, "linear", x, (bo, bi))]
+    chosen = backend_for(backend, "linear", x, (bo, bi))
     return chosen.dvalues(dy, x, Index(*index), (bo, bi), dtype)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.kernels.contract import accumulate_dtype
-from sparsekern.ops.backends import BACKENDS, resolve
+from sparsekern.ops.backends import backend_for
 from sparsekern.ops.library import below_autograd, define, wants_grad
 
 
@@ -39,16 +39,16 @@ def _autograd_kernel(name: str) -> Any:
 
 
 def _run_block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, backend: str) -> Tensor:
-    chosen = BACKENDS[resolve(backend, "linear", x, (bo, bi))]
+    chosen = backend_for(backend, "linear", x, (bo, bi))
     return chosen.block_norms(dy, x, row, col, (bo, bi))
 
 
 def _run_all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, backend: str) -> Tensor:
-    return BACKENDS[resolve(backend, "linear", x, (bo, bi))].all_block_norms(dy, x, (bo, bi))
+    return backend_for(backend, "linear", x, (bo, bi)).all_block_norms(dy, x, (bo, bi))
 
 
 def _run_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, backend: str) -> Tensor:
-    return BACKENDS[resolve(backend, "linear", x, (bo, bi))].sketch(dy, x, u, v, (bo, bi))
+    return backend_for(backend, "linear", x, (bo, bi)).sketch(dy, x, u, v, (bo, bi))
 
 
 def _fake_block_norms(dy: Tensor, x: Tensor, row: Tensor, *_: Any) -> Tensor:

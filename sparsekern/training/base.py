@@ -95,10 +95,9 @@ class Method:
 
     def step(self) -> bool:
         """Update the topology if it is time to. Call it after ``optimizer.step()``; returns whether blocks moved."""
-        if self.steps == self._seen:
-            return False
+        due = any(self.schedule.due(step) for step in range(self._seen + 1, self.steps + 1))
         self._seen = self.steps
-        return self.update() if self.schedule.due(self.steps) else False
+        return self.update() if due else False
 
     def update(self) -> bool:
         """Update the topology now, whatever the schedule says; returns whether blocks moved."""

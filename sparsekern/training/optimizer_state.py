@@ -41,6 +41,11 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
     Raises:
         ValueError: the parameter is not in the optimizer, or a state cannot be split by slots.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS keeps flat vectors over all parameters, which cannot follow moving blocks; use an optimizer with "
+            "one state entry a weight, such as SGD or AdamW"
+        )
     group = param_group(optimizer, parameter)
     if group is None:
         raise ValueError(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import Topology
 
 
 def block_norms(layer: BlockSparse) -> Tensor:
     """Return the Frobenius norm ``(Z,)`` of every stored block; infinity for a free slot, so that none is dropped."""
-    norms: Tensor = torch.linalg.vector_norm(layer.values.detach().float(), dim=(1, 2))
+    norms: Tensor = torch.linalg.vector_norm(
+        layer.values.detach(), dim=(1, 2), dtype=accumulate_dtype(layer.values.dtype)
+    )
     return norms.masked_fill(~layer.topology.used(), torch.inf)
 
 

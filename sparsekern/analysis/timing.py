@@ -1,0 +1,55 @@
+"""Measured milliseconds of one layer beside its dense twin."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsekern.nn import SparseLinear
+
+
+def race(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Return the median milliseconds of each contestant; they take turns, so that a busy machine slows all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(repeats + 2):  # two rounds to warm up
+        for name, run in contestants.items():
+            _wait(device)
+            began = time.perf_counter()
+            run()
+            _wait(device)
+            if repeat >= 2:
+                samples[name].append((time.perf_counter() - began) * 1e3)
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def time_layer(layer: SparseLinear, x: Tensor, repeats: int = 5) -> tuple[float, float]:
+    """Return ``(sparse, dense)`` median milliseconds of forward and backward on ``x (*, in_features)``.
+
+    The dense contestant is :func:`torch.nn.functional.linear` with a weight of zeros, made for the measurement.
+    Gradients of the layer are left as they were.
+    """
+    x = x.detach().clone().requires_grad_()
+    weight = torch.zeros(layer.weight.shape, dtype=x.dtype, device=x.device, requires_grad=True)
+    sparse_inputs = [x, *layer.parameters()]
+    dense_inputs = [x, weight] if layer.bias is None else [x, weight, layer.bias]
+    dy = torch.ones(*x.shape[:-1], layer.out_features, dtype=x.dtype, device=x.device)
+    with torch.enable_grad():
+        medians = race(
+            {
+                "sparse": lambda: torch.autograd.grad(layer(x), sparse_inputs, dy),
+                "dense": lambda: torch.autograd.grad(F.linear(x, weight, layer.bias), dense_inputs, dy),
+            },
+            repeats,
+            x.device,
+        )
+    return medians["sparse"], medians["dense"]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

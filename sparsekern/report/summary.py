@@ -1,0 +1,135 @@
+"""The table of a model's layers: what is stored, what is computed, and what the dense layer would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.analysis import Account, account, time_layer
+from sparsekern.nn import BlockSparse, SparseLinear
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The accounts of a model's sparse and linear layers; ``print`` it for the table.
+
+    Attributes:
+        rows: one :class:`~sparsekern.analysis.Account` a layer, in the model's order.
+        milliseconds: ``{name: (sparse, dense)}`` of forward and backward, where they were measured.
+    """
+
+    rows: list[Account]
+    milliseconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        timed = bool(self.milliseconds)
+        head = ["layer", "kind", "out x in", "block", "blocks", "sparsity", "parameters", "MFLOP/step"]
+        head += ["values MiB", "index MiB", "gradient MiB", "state MiB", "total MiB", "dense MiB"]
+        head += ["ms", "dense ms"] if timed else []
+        lines = [head] + [self._cells(row, timed) for row in self.rows] + [self._total(timed)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+                for line in lines]
+        text.insert(1, "-" * len(text[0]))
+        text.insert(-1, "-" * len(text[0]))
+        return "\n".join(line.rstrip() for line in text)
+
+    def _cells(self, row: Account, timed: bool) -> list[str]:
+        sparse = row.block is not None
+        cells = [
+            row.name,
+            row.kind,
+            f"{row.shape[0]} x {row.shape[1]}",
+            f"{row.block[0]}x{row.block[1]}" if row.block else "dense",
+            f"{row.blocks}/{row.cells}" if sparse else "",
+            f"{row.sparsity:.1%}",
+            f"{row.parameters:,}",
+            f"{row.flops / 1e6:.2f}",
+        ]
+        sizes = (row.values_bytes, row.index_bytes, row.gradient_bytes, row.state_bytes, row.total_bytes, row.dense_bytes)
+        cells += [f"{size / MIB:.2f}" for size in sizes]
+        if timed:
+            measured = self.milliseconds.get(row.name)
+            cells += ["", ""] if measured is None else [f"{ms:.2f}" for ms in measured]
+        return cells
+
+    def _total(self, timed: bool) -> list[str]:
+        rows = self.rows
+        numel = sum(r.shape[0] * r.shape[1] for r in rows)
+        cells = ["total", "", "", "", "", f"{1 - sum(r.elements for r in rows) / numel:.1%}"]
+        cells += [f"{sum(r.parameters for r in rows):,}", f"{sum(r.flops for r in rows) / 1e6:.2f}"]
+        for name in ("values_bytes", "index_bytes", "gradient_bytes", "state_bytes", "total_bytes", "dense_bytes"):
+            cells.append(f"{sum(getattr(r, name) for r in rows) / MIB:.2f}")
+        if timed:
+            cells += [f"{sum(times[i] for times in self.milliseconds.values()):.2f}" for i in (0, 1)]
+        return cells
+
+
+def summary(
+    model: nn.Module,
+    sample_input: Tensor | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    measure: bool = True,
+) -> Summary:
+    """Return the table of a model's sparse and linear layers.
+
+    Args:
+        model: not changed; its gradients stay as they are.
+        sample_input: what the model takes. With it FLOPs are those of this batch (else of one token) and the sparse
+            layers are timed.
+        optimizer: whose state is counted, as it is now.
+        measure: whether to time the layers, each beside a dense one of its size.
+
+    Returns:
+        A :class:`Summary`.
+
+    Raises:
+        ValueError: the model has no sparse or linear layer.
+    """
+    layers = {
+        name or "(model)": module
+        for name, module in model.named_modules()
+        if isinstance(module, (BlockSparse, nn.Linear))
+    }
+    if not layers:
+        raise ValueError("the model has no sparse or linear layer; there is nothing to summarise")
+    inputs = {} if sample_input is None else _inputs(model, layers, sample_input)
+    rows = []
+    milliseconds = {}
+    for name, layer in layers.items():
+        x = inputs.get(name)
+        tokens = 1 if sample_input is None else 0 if x is None else x.numel() // x.shape[-1]
+        rows.append(account(name, layer, tokens, optimizer))
+        if measure and x is not None and isinstance(layer, SparseLinear):
+            milliseconds[name] = time_layer(layer, x)
+    return Summary(rows, milliseconds)
+
+
+def _inputs(model: nn.Module, layers: dict[str, nn.Module], sample_input: Tensor) -> dict[str, Tensor]:
+    """Run the model once and return what each layer was given, last call counted."""
+    inputs: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = args[0].detach()
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()  # so that norm statistics stay as they are
+        with torch.no_grad():
+            model(sample_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return inputs

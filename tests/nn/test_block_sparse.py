@@ -1,0 +1,265 @@
+"""Blocks and places stay together: moves, loading, meta device, copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.topology import Grid, Topology, build_index, from_mask
+
+X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+
+
+def layer(seed: int = 0, **options) -> sk.SparseLinear:
+    options = {"sparsity": 0.5, "block_size": (4, 3), "seed": seed} | options
+    return sk.SparseLinear(10, 14, **options)
+
+
+def ints(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def assert_index_is_fresh(module: sk.SparseLinear) -> None:
+    for mine, fresh in zip(module.index, build_index(module.topology), strict=True):
+        assert torch.equal(mine, fresh)
+
+
+class TestMove:
+    def test_values_gradient_and_index_follow_and_addresses_stay(self):
+        module = layer(capacity=9)
+        module(X).sum().backward()
+        addresses = [t.data_ptr() for t in (module.values, module.row, module.col, *module.index)]
+        before = module.values.detach().clone(), module.values.grad.clone()
+        absent = next(
+            (r, c)
+            for r in range(4)
+            for c in range(4)
+            if (r, c) not in zip(module.row.tolist(), module.col.tolist(), strict=True)
+        )
+        module.move_(torch.tensor([2, 8]), ints(absent[0], -1), ints(absent[1], -1))
+        assert (int(module.row[2]), int(module.col[2])) == absent
+        assert (module.values[[2, 8]] == 0).all() and (module.values.grad[[2, 8]] == 0).all()
+        others = [0, 1, 3, 4, 5, 6, 7]
+        assert torch.equal(module.values[others], before[0][others])
+        assert torch.equal(module.values.grad[others], before[1][others])
+        assert addresses == [t.data_ptr() for t in (module.values, module.row, module.col, *module.index)]
+        assert_index_is_fresh(module)
+
+    def test_a_place_that_is_taken_changes_nothing(self):
+        module = layer()
+        before = copy.deepcopy(module.state_dict())
+        with pytest.raises(ValueError, match="slots 0 and 1 are both at block"):
+            module.move_(torch.tensor([1]), module.row[:1], module.col[:1])
+        assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+        assert_index_is_fresh(module)
+
+    def test_freeing_all_slots_leaves_the_bias(self):
+        module = layer()
+        slots = torch.arange(module.values.shape[0])
+        module.move_(slots, torch.full_like(module.row, -1), torch.full_like(module.row, -1))
+        assert torch.equal(module(X), module.bias.expand(5, 14))
+        assert module.sparsity == 1
+
+
+DAMAGES = [
+    (lambda s: s.pop("row"), "has values, col but not row; blocks without their places"),
+    (lambda s: s.pop("values"), "has row, col but not values"),
+    (lambda s: s.update(values=torch.ones(8, 4, 4)), r"has blocks of \(4, 4\), the layer of \(4, 3\); build the"),
+    (lambda s: s.update(values=torch.ones(3, 4, 3)), "has 3 slots, the layer 8; build the layer with blocks=3"),
+    (lambda s: s["row"].fill_(7), r"topology does not fit: slot 0 is at block \(7, "),
+    (lambda s: (s["row"].fill_(1), s["col"].fill_(1)), "slots 0 and 1 are both at block"),
+    (lambda s: s.update(row=s["row"].long()), "row is torch.int64"),
+    (lambda s: s.update(weight=torch.ones(3, 3)) or [s.pop(k) for k in ("values", "row", "col")],
+     r"weight has shape \(3, 3\); the layer is \(14, 10\)"),
+]  # fmt: skip
+
+
+class TestStateDict:
+    def test_it_holds_values_places_and_bias(self):
+        assert list(layer().state_dict()) == ["values", "bias", "row", "col"]
+        assert list(layer(block_size=1).state_dict()) == ["values", "bias", "row", "col"]
+
+    def test_another_topology_replaces_the_present_one(self):
+        source, target = layer(0), layer(1)
+        assert not torch.equal(source.row, target.row) or not torch.equal(source.col, target.col)
+        target.load_state_dict(source.state_dict())
+        assert torch.equal(target(X), source(X))
+        assert_index_is_fresh(target)
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_nested_and_assigned(self, assign):
+        source, target = nn.Sequential(layer(0)), nn.Sequential(layer(1))
+        target.load_state_dict(source.state_dict(), assign=assign)
+        assert torch.equal(target(X), source(X))
+
+    def test_a_dense_checkpoint_keeps_the_topology(self):
+        dense, module = nn.Linear(10, 14), layer()
+        row = module.row.clone()
+        keys = list(dense.state_dict())
+        state = dense.state_dict()
+        module.load_state_dict(state)
+        assert list(state) == keys, "the caller's dict is not touched"
+        assert torch.equal(module.row, row)
+        kept = module.dense_weight() != 0
+        assert torch.equal(module.dense_weight()[kept], dense.weight[kept])
+        assert torch.equal(module.bias, dense.bias)
+
+    def test_phantom_elements_of_a_checkpoint_are_cleared(self):
+        module = layer()
+        state = module.state_dict()
+        state["values"] = torch.ones_like(state["values"])
+        module.load_state_dict(state)
+        real = module.topology.real()
+        assert real is not None and torch.equal(module.values, real.float())
+
+    @pytest.mark.parametrize(("damage", "text"), DAMAGES, ids=[text[:30] for _, text in DAMAGES])
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_a_checkpoint_that_does_not_fit_changes_nothing(self, damage, text, strict):
+        module = nn.Sequential(layer())
+        before = copy.deepcopy(module.state_dict())
+        state = {k: v.clone() for k, v in layer(1).state_dict().items()}
+        damage(state)
+        with pytest.raises(RuntimeError, match=text):
+            module.load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=strict)
+        assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+        assert_index_is_fresh(module[0])
+
+    def test_safetensors_round_trip(self, tmp_path):
+        safetensors = pytest.importorskip("safetensors.torch", reason="extra 'demo' is not installed")
+        source, target = layer(0), layer(1)
+        safetensors.save_file(source.state_dict(), tmp_path / "m.safetensors")
+        target.load_state_dict(safetensors.load_file(tmp_path / "m.safetensors"))
+        assert torch.equal(target(X), source(X))
+
+
+class TestMeta:
+    def test_built_on_meta_emptied_loaded_it_trains(self):
+        source = nn.Sequential(layer(0), nn.ReLU(), nn.Linear(14, 2))
+        with torch.device("meta"):
+            model = nn.Sequential(layer(1), nn.ReLU(), nn.Linear(14, 2))
+        assert model[0].row.is_meta and "slots=8" in repr(model)
+        model.to_empty(device="cpu")
+        model.load_state_dict(source.state_dict())
+        assert torch.equal(model(X), source(X))
+        optimizer = torch.optim.AdamW(model.parameters())
+        method = sk.SET(model, optimizer, update_every=1)
+        for _ in range(3):
+            model(X).square().sum().backward()
+            optimizer.step()
+            assert method.step()
+
+    def test_to_empty_draws_the_topology_of_the_seed(self):
+        with torch.device("meta"):
+            module = layer(3)
+        module.to_empty(device="cpu")
+        assert torch.equal(module.row, layer(3).row) and torch.equal(module.col, layer(3).col)
+        module.reset_parameters()
+        assert torch.equal(module(X), layer(3)(X))
+
+    def test_a_given_topology_cannot_be_drawn_again_and_starts_free(self):
+        topology = from_mask(Grid(14, 10, (4, 3)), torch.eye(4))
+        source = sk.SparseLinear(10, 14, topology=topology)
+        module = copy.deepcopy(source).to("meta").to_empty(device="cpu")
+        assert module.sparsity == 1
+        module.load_state_dict(source.state_dict())
+        assert torch.equal(module(X), source(X))
+
+    def test_assigning_a_checkpoint_to_meta(self):
+        source = layer(0)
+        module = layer(1).to("meta")
+        module.load_state_dict(source.state_dict(), assign=True)
+        assert torch.equal(module(X), source(X))
+
+    def test_a_dense_checkpoint_has_no_place_on_meta(self):
+        with pytest.raises(RuntimeError, match=r"cannot be loaded on the meta device; call to_empty\("):
+            layer().to("meta").load_state_dict(nn.Linear(10, 14).state_dict(), assign=True)
+
+
+class TestCopies:
+    def test_deepcopy_pickle_and_torch_save(self):
+        module = layer()
+        saved = io.BytesIO()
+        torch.save(module, saved)
+        saved.seek(0)
+        for twin in (
+            copy.deepcopy(module),
+            pickle.loads(pickle.dumps(module)),
+            torch.load(saved, weights_only=False),
+        ):
+            assert torch.equal(twin(X), module(X))
+            assert not {t.data_ptr() for t in twin.index} & {t.data_ptr() for t in module.index}
+            twin.move_(torch.tensor([0]), ints(-1), ints(-1))
+            assert twin.row[0] == -1 and module.row[0] != -1
+
+    @pytest.mark.parametrize("block", [(4, 3), (1, 1)])
+    def test_to_another_dtype(self, block):
+        module = layer(block_size=block)
+        for dtype in (torch.float64, torch.float16, torch.bfloat16):
+            module = module.to(dtype)
+            assert module.row.dtype == torch.int32 and module.row_ptr.dtype == torch.int32
+            assert module(X.to(dtype)).dtype == dtype
+
+
+def test_refresh_after_a_write_behind_its_back():
+    module, other = layer(0), layer(1)
+    module.row.copy_(other.row)
+    module.col.copy_(other.col)
+    sk.refresh_(module)
+    assert_index_is_fresh(module)
+    module.row[0] = 99
+    with pytest.raises(ValueError, match="slot 0 is at block"):
+        sk.refresh_(module)
+    sk.refresh_(layer().to("meta"))
+
+
+def test_seed_and_name_decide_everything():
+    def same(a, b):
+        return all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in a.state_dict())
+
+    assert same(layer(0), layer(0)) and not same(layer(0), layer(1)) and not same(layer(0), layer(0, name="a"))
+    torch.manual_seed(5)
+    first = layer(seed=None)
+    assert not same(first, layer(seed=None))
+    torch.manual_seed(5)
+    assert same(first, layer(seed=None)), "without a seed torch's own seed decides, as for nn.Linear"
+    state = torch.get_rng_state()
+    first.reset_parameters()
+    layer(0)
+    assert torch.equal(state, torch.get_rng_state()), "with a seed the global generator is not read"
+
+
+def test_a_default_device_does_not_change_the_draw():
+    with torch.device("meta"):
+        module = layer(2)
+    assert torch.equal(module.to_empty(device="cpu").row, layer(2).row)
+
+
+ERRORS = [
+    (dict(init="er"), "init is 'er'; it must be one of balanced, random"),
+    (dict(capacity=3), "capacity is 3; it must be at least the number of blocks, 8"),
+    (dict(sparsity=1.0), r"sparsity is 1.0; it is the fraction absent and must be in \[0, 1\)"),
+    (dict(sparsity=-0.1), "sparsity is -0.1"),
+    (dict(sparsity=0.99), "0 blocks were asked for in a grid of 4 x 4 blocks"),
+    (dict(blocks=17), "17 blocks were asked for in a grid of 4 x 4"),
+    (dict(block_size=0), r"block_size is \(0, 0\); it must be an int or a pair"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), ERRORS, ids=[text[:30] for _, text in ERRORS])
+def test_errors(options, text):
+    with pytest.raises(ValueError, match=text):
+        layer(**options)
+
+
+def test_a_bad_topology_is_refused():
+    grid = Grid(14, 10, (4, 3))
+    with pytest.raises(ValueError, match="both at block"):
+        sk.SparseLinear(10, 14, topology=Topology(grid, ints(0, 0), ints(0, 0)))
+    with pytest.raises(ValueError, match="topology is for 14 x 10, the layer is 14 x 11"):
+        sk.SparseLinear(11, 14, topology=Topology(grid, ints(0), ints(0)))

@@ -1,0 +1,39 @@
+"""Back to dense."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import sparsekern as sk
+
+
+def test_a_copy_with_dense_layers_that_computes_the_same():
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Sequential(nn.Linear(64, 30))).double()
+    seen = []
+    model[0].register_forward_hook(lambda *a: seen.append(1))
+    sk.sparsify_(model, 0.5, 8).eval()
+    dense = sk.densify(model)
+    assert type(dense[0]) is nn.Linear and type(dense[2][0]) is nn.Linear and not dense[0].training
+    x = torch.randn(3, 16, dtype=torch.float64)
+    torch.testing.assert_close(dense(x), model(x))
+    assert len(seen) == 2, "the dense copy has the hook too"
+    assert isinstance(model[0], sk.SparseLinear)
+    with torch.no_grad():
+        dense[0].weight.zero_()
+    assert model[0].values.abs().sum() > 0
+
+
+def test_a_single_layer():
+    layer = sk.SparseLinear(16, 8, block_size=4, sparsity=0.5)
+    assert type(sk.densify(layer)) is nn.Linear
+
+
+def test_layers_are_named_as_in_the_bare_model():
+    model = nn.Sequential(nn.Linear(16, 64), nn.Sequential(nn.Linear(64, 32)))
+    sk.sparsify_(model, 0.5, 8)
+    names = ["0", "1.0"]
+    assert list(sk.sparse_layers(model)) == names
+    assert list(sk.sparse_layers(torch.compile(model, backend="eager"))) == names
+    model[1] = torch.compile(model[1], backend="eager")
+    assert list(sk.sparse_layers(model)) == names

@@ -1,0 +1,70 @@
+"""Layers that must stay dense are refused with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.nn.refusals import refusal
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+def tied() -> nn.Module:
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "head": nn.Linear(4, 8, bias=False)})
+    model["head"].weight = model["embed"].weight
+    return model
+
+
+def shared() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    return nn.ModuleDict({"a": layer, "head": layer})
+
+
+def parametrized() -> nn.Module:
+    return nn.ModuleDict({"head": torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
+
+
+def old_weight_norm() -> nn.Module:
+    model = nn.ModuleDict({"head": nn.Linear(4, 4)})
+    model["head"].weight_g = nn.Parameter(torch.ones(4, 1))
+    return model
+
+
+CASES = [
+    (lambda: nn.ModuleDict({"head": nn.Linear(4, 4)}), "head", None),
+    (tied, "head", "its weight is shared: embed.weight, head.weight"),
+    (shared, "head", "its weight is shared: a.weight, head.weight"),
+    (lambda: nn.ModuleDict({"head": Subclass(4, 4)}), "head", "it is a Subclass, which may do more"),
+    (parametrized, "head", "it is a ParametrizedLinear"),
+    (old_weight_norm, "head", r"its weight is computed from other tensors \(weight_g\)"),
+    (lambda: nn.MultiheadAttention(4, 2), "out_proj", "nn.MultiheadAttention reads its weight"),
+    (lambda: nn.TransformerEncoderLayer(4, 2), "linear1", "nn.TransformerEncoderLayer reads its weight"),
+    (lambda: nn.TransformerEncoderLayer(4, 2), "self_attn.out_proj", "nn.MultiheadAttention reads its weight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "name", "reason"), CASES, ids=[str(c[2])[:30] for c in CASES])
+def test_reasons(make, name, reason):
+    model = make()
+    if reason is None:
+        assert refusal(model, name, model.get_submodule(name)) is None
+        return
+    before = repr(model)
+    with pytest.raises(ValueError, match=f"cannot be made sparse: .*{name}: {reason}.*ignore=\\["):
+        sk.sparsify_(model, 0.5, 2)
+    assert repr(model) == before
+
+
+def test_the_ignore_list_of_the_error_works():
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 4))
+    ignore = ["0.self_attn.out_proj", "0.linear1", "0.linear2"]
+    with pytest.raises(ValueError, match=str(ignore).replace("[", r"\[").replace("]", r"\]")):
+        sk.sparsify_(model, 0.5, 2)
+    sk.sparsify_(model, 0.5, 2, ignore=ignore)
+    assert isinstance(model[1], sk.SparseLinear)
+    model.eval()(torch.ones(1, 3, 4))

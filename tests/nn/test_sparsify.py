@@ -1,0 +1,123 @@
+"""Making a model sparse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32, bias=False), nn.ReLU(), nn.Linear(32, 8))
+
+
+def blocks(model: nn.Module) -> dict[str, int]:
+    return {name: layer.topology.blocks() for name, layer in sk.sparse_layers(model).items()}
+
+
+def test_every_linear_layer_by_default():
+    model = mlp()
+    assert sk.sparsify_(model, 0.75, 8) is model
+    assert blocks(model) == {"0": 4, "2": 8, "4": 1}
+    assert model[2].bias is None and model[0].bias is not None
+    assert model(torch.ones(3, 16)).shape == (3, 8)
+
+
+def test_device_dtype_training_flag_frozen_parameters_and_hooks_are_kept():
+    model = mlp().to(torch.bfloat16).eval()
+    model[0].weight.requires_grad_(False)
+    model[4].bias.requires_grad_(False)
+    seen = []
+    model[0].register_forward_hook(lambda *a: seen.append(1))
+    sk.sparsify_(model, 0.5, 8)
+    assert model[0].values.dtype == torch.bfloat16 and not model[0].training
+    assert not model[0].values.requires_grad and model[0].bias.requires_grad
+    assert model[4].values.requires_grad and not model[4].bias.requires_grad
+    model(torch.ones(1, 16, dtype=torch.bfloat16))
+    assert seen == [1]
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        model = sk.sparsify_(mlp(), 0.5, 8)
+    assert model[0].values.is_meta
+    other = sk.sparsify_(mlp(), 0.5, 8)
+    model.to_empty(device="cpu")
+    assert torch.equal(model[0].row, other[0].row), "seed and name decide, not the device"
+
+
+def test_targets_and_ignore():
+    model = sk.sparsify_(mlp(), 0.5, 8, targets=["0", "re:[24]"], ignore="4")
+    assert list(blocks(model)) == ["0", "2"]
+    model = sk.sparsify_(mlp(), 0.5, 8, targets="*", ignore=lambda m, name: name == "0")
+    assert list(blocks(model)) == ["2", "4"]
+
+
+def test_sparsity_by_layer():
+    model = sk.sparsify_(mlp(), {"2": 0.25, "*": 0.5}, 8)
+    assert blocks(model) == {"0": 8, "2": 24, "4": 2}
+
+
+def test_each_entry_of_sparsity_is_a_group_with_its_own_distribution():
+    # ER gives blocks by R + C: layers 0 and 4 (8 x 2 and 1 x 4) share 10 blocks as 10 : 5, layer 4 holds only 4
+    model = sk.sparsify_(mlp(), {"re:[04]": 0.5, "2": 0.5}, 8, distribution="er")
+    assert blocks(model) == {"0": 7, "2": 16, "4": 3}
+
+
+def test_norm_keeps_values_and_bias():
+    model = mlp()
+    dense = copy.deepcopy(model)
+    sk.sparsify_(model, 0.5, 8, init="norm")
+    kept = model[0].dense_weight() != 0
+    assert 0 < kept.float().mean() <= 0.5
+    assert torch.equal(model[0].dense_weight()[kept], dense[0].weight[kept])
+    assert torch.equal(model[0].bias, dense[0].bias)
+
+
+def test_it_does_not_read_the_global_generator_and_layers_differ():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    state = torch.get_rng_state()
+    sk.sparsify_(model, 0.5, 8)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(model[0].values, model[1].values)
+    assert model[0].name == "0" and model[1].name == "1"
+
+
+@pytest.mark.parametrize("init", ["balanced", "random"])
+def test_inits(init):
+    model = sk.sparsify_(mlp(), 0.5, 8, init=init)
+    assert blocks(model) == {"0": 8, "2": 16, "4": 2}
+
+
+ERRORS = [
+    (dict(targets="encoder.*"), "targets: 'encoder.*' matches no module"),
+    (dict(targets=["0", "1"]), "targets: '1' matches only ReLU; it must match an nn.Linear"),
+    (dict(ignore="lm_head"), "ignore: 'lm_head' matches no module; nearest names"),
+    (dict(ignore=["0", "2", "4"]), "every target is ignored"),
+    (dict(init="dense"), "init is 'dense'; it must be one of balanced, random, norm"),
+    (dict(sparsity=1), "sparsity is 1; it is the fraction absent"),
+    (dict(sparsity={"0": 0.5}), r"sparsity names no value for '2'; add it, or a last entry '\*'"),
+    (dict(sparsity={"*": 0.5, "5": 0.5}), "sparsity: '5' matches no module"),
+    (dict(sparsity=0.99), r"sparsity 0.99 leaves 1 of 52 blocks for 3 layer\(s\)"),
+    (dict(sparsity={"4": 0.9, "*": 0.5}), r"sparsity 0.9 leaves 0 of 4 blocks for 1 layer\(s\)"),
+    (dict(distribution="ERK"), "distribution is 'ERK'; it must be one of uniform, er, erk"),
+    (dict(block_size=(8, 0)), r"block_size is \(8, 0\)"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), ERRORS, ids=[text[:35] for _, text in ERRORS])
+def test_errors_change_nothing(options, text):
+    model = mlp()
+    before = repr(model)
+    with pytest.raises(ValueError, match=text):
+        sk.sparsify_(model, **({"sparsity": 0.5, "block_size": 8} | options))
+    assert repr(model) == before
+
+
+def test_a_model_that_is_one_layer():
+    with pytest.raises(ValueError, match=r"itself an nn.Linear.*SparseLinear.from_dense"):
+        sk.sparsify_(nn.Linear(8, 8), 0.5, 4)

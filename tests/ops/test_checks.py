@@ -1,0 +1,53 @@
+"""Every error of the op names the argument, its value and the rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsekern import ops
+from sparsekern.ops import Probe
+from sparsekern.topology import Grid, balanced, build_index, generator_for
+
+GRID = Grid(8, 12, (4, 4))
+COARSE = Grid(8, 12, (4, 6))
+TOPOLOGY = balanced(GRID, 3, generator_for(0))
+INDEX = build_index(TOPOLOGY)
+X, VALUES, BIAS = torch.ones(2, 12), torch.ones(3, 4, 4), torch.ones(8)
+ROW, COL = TOPOLOGY.row, TOPOLOGY.col
+
+CASES = [
+    (dict(x=torch.ones(2, 11)), ValueError, r"input has shape \(2, 11\); its last axis must be in_features = 12"),
+    (dict(x=torch.ones(())), ValueError, r"input has shape \(\)"),
+    (dict(values=torch.ones(3, 4, 5)), ValueError, r"values has shape \(3, 4, 5\); it must be \(slots, 4, 4\)"),
+    (dict(values=torch.ones(3, 16)), ValueError, r"values has shape \(3, 16\)"),
+    (dict(values=torch.ones(5, 4, 4)), ValueError, "the index is for 3 slots in 2 x 3 blocks; values has 5 slots"),
+    (dict(index=build_index(balanced(Grid(8, 16, (4, 4)), 3, generator_for(0)))), ValueError,
+     "the index is for 3 slots in 2 x 4 blocks"),
+    (dict(bias=torch.ones(7)), ValueError, r"bias has shape \(7,\); it must be \(8,\)"),
+    (dict(values=torch.ones(3, 4, 4, device="meta")), ValueError, "input is on cpu but values on meta; move one"),
+    (dict(bias=torch.ones(8, device="meta")), ValueError, "input is on cpu but bias on meta"),
+    (dict(x=torch.ones(2, 12, dtype=torch.int32)), TypeError, "input is torch.int32 and values are torch.float32"),
+    (dict(x=X.double()), TypeError, "input is torch.float64 but values are torch.float32; convert one"),
+    (dict(bias=BIAS.half()), TypeError, "bias is torch.float16 but values are torch.float32"),
+    (dict(probe=Probe("norm", X, ())), ValueError, "probe kind is 'norm'; it must be one of candidates, norms"),
+    (dict(probe=Probe.all_norms(COARSE)), ValueError, r"the probe for 'all_norms' has shape \(2, 2\).*\(2, 3\)"),
+    (dict(probe=Probe.sketch(COARSE, torch.ones(5, 8), torch.ones(5, 12))), ValueError, r"'sketch'.*\(5, 2, 3\)"),
+    (dict(probe=Probe.norms(GRID, ROW, COL)._replace(tensor=torch.zeros(2))), ValueError, r"'norms'.*\(3,\)"),
+    (dict(probe=Probe.candidates(COARSE, ROW[:1], COL[:1] * 0)), ValueError, r"'candidates'.*\(1, 4, 4\)"),
+    (dict(probe=Probe.all_norms(GRID, device="meta")), ValueError, "input is on cpu but the probe on meta"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "text"), CASES, ids=[c[2][:40] for c in CASES])
+def test_errors(change, error, text):
+    arguments = dict(x=X, values=VALUES, bias=BIAS, index=INDEX, grid=GRID, probe=None) | change
+    with pytest.raises(error, match=text):
+        ops.linear(**arguments)
+
+
+def test_autocast_accepts_what_it_will_cast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(X.half(), VALUES, BIAS, INDEX, GRID).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"float64 but values are torch.float32"):
+            ops.linear(X.double(), VALUES, BIAS, INDEX, GRID)
