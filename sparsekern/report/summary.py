@@ -33,8 +33,10 @@ class Summary:
         head += ["ms", "dense ms"] if timed else []
         lines = [head] + [self._cells(row, timed) for row in self.rows] + [self._total(timed)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-                for line in lines]
+        text = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        ]
         text.insert(1, "-" * len(text[0]))
         text.insert(-1, "-" * len(text[0]))
         return "\n".join(line.rstrip() for line in text)
@@ -51,7 +53,14 @@ class Summary:
             f"{row.parameters:,}",
             f"{row.flops / 1e6:.2f}",
         ]
-        sizes = (row.values_bytes, row.index_bytes, row.gradient_bytes, row.state_bytes, row.total_bytes, row.dense_bytes)
+        sizes = (
+            row.values_bytes,
+            row.index_bytes,
+            row.gradient_bytes,
+            row.state_bytes,
+            row.total_bytes,
+            row.dense_bytes,
+        )
         cells += [f"{size / MIB:.2f}" for size in sizes]
         if timed:
             measured = self.milliseconds.get(row.name)

@@ -1,0 +1,82 @@
+"""Parameters, FLOPs and bytes, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.analysis import account, state_bytes, stored_parameters, training_bytes
+from sparsekern.topology import Grid, Topology
+
+# 5 x 7 in blocks of 2 x 4: 3 x 2 blocks. Stored: (0, 0) whole, 8 elements; (2, 1): 1 x 3. One slot is free.
+ROW, COL = torch.tensor([[0, 2], [0, 1]], dtype=torch.int32)
+TOPOLOGY = Topology(Grid(5, 7, (2, 4)), ROW, COL)
+
+
+def layer() -> sk.SparseLinear:
+    return sk.SparseLinear(7, 5, topology=TOPOLOGY, capacity=3)
+
+
+def test_a_sparse_layer():
+    module = layer()
+    found = account("fc", module, tokens=10)
+    assert (found.blocks, found.cells, found.elements, found.bias, found.parameters) == (2, 6, 11, 5, 16)
+    assert found.sparsity == 1 - 11 / 35
+    assert found.flops == 6 * 10 * 11 and found.dense_flops == 6 * 10 * 35
+    assert found.values_bytes == found.gradient_bytes == 3 * 8 * 4
+    index = (module.row, module.col, *module.index)
+    assert found.index_bytes == sum(t.numel() * t.element_size() for t in index)
+    assert found.state_bytes == 0
+    assert found.total_bytes == 2 * 96 + found.index_bytes
+    assert found.dense_bytes == 2 * 35 * 4
+
+
+def test_the_index_of_unstructured_blocks_is_16_bytes_a_value():
+    module = sk.SparseLinear(300, 400, block_size=1, sparsity=0.9)
+    held = {t.data_ptr(): t.numel() * 4 for t in (module.row, module.col, *module.index)}
+    found = account("fc", module)
+    assert found.index_bytes == sum(held.values())
+    rest = 4 * (2 * 16 + 301 + 401)  # padding and pointers
+    assert found.index_bytes - rest == 16 * 12000
+
+
+def test_optimizer_state_and_frozen_values():
+    module = layer()
+    optimizer = torch.optim.AdamW(module.parameters())
+    assert account("fc", module, optimizer=optimizer).state_bytes == 0, "no state before the first step"
+    module(torch.ones(1, 7)).sum().backward()
+    optimizer.step()
+    found = account("fc", module, optimizer=optimizer)
+    assert found.state_bytes == 2 * 96 + 4  # two moments and the step
+    assert found.dense_bytes == round(35 * (8 + found.state_bytes / 24))
+    module.values.requires_grad_(False)
+    assert account("fc", module).gradient_bytes == 0
+
+
+def test_a_dense_layer():
+    found = account("head", nn.Linear(7, 5, bias=False).bfloat16(), tokens=2)
+    assert (found.elements, found.bias, found.blocks, found.block) == (35, 0, 0, None)
+    assert found.sparsity == 0 and found.index_bytes == 0
+    assert found.total_bytes == found.dense_bytes == 2 * 35 * 2
+
+
+def test_another_layer_has_no_account():
+    with pytest.raises(TypeError, match="'norm' is a LayerNorm; only sparse layers and nn.Linear have an account"):
+        account("norm", nn.LayerNorm(4))
+
+
+def test_the_bytes_and_parameters_of_a_model():
+    model = nn.Sequential(layer(), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    dense = 5 * 3 + 3
+    index = account("0", model[0]).index_bytes
+    assert stored_parameters(model) == 11 + 5 + dense
+    assert training_bytes(model) == 2 * 4 * (24 + 5 + dense) + index
+    model(torch.ones(1, 7)).sum().backward()
+    optimizer.step()
+    assert training_bytes(model, optimizer) == 3 * 4 * (24 + 5 + dense) + index
+    assert state_bytes(None, model[1].weight) == 0
+    model[1].requires_grad_(False)
+    assert training_bytes(model) == 2 * 4 * (24 + 5) + 4 * dense + index

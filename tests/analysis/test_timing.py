@@ -1,0 +1,25 @@
+"""Contestants take turns, every one is run alike, and nothing is left behind. No test here looks at a time."""
+
+from __future__ import annotations
+
+import torch
+
+import sparsekern as sk
+from sparsekern.analysis import race, time_layer
+
+
+def test_contestants_take_turns_after_two_rounds_of_warming_up():
+    calls = []
+    medians = race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, torch.device("cpu"))
+    assert calls == ["a", "b"] * 5
+    assert medians.keys() == {"a", "b"} and min(medians.values()) > 0
+
+
+def test_timing_leaves_the_layer_as_it_was():
+    for bias in (True, False):
+        layer = sk.SparseLinear(16, 24, bias, block_size=4, sparsity=0.5)
+        x = torch.ones(2, 3, 16)
+        with torch.no_grad():
+            sparse, dense = time_layer(layer, x, repeats=1)
+        assert sparse > 0 and dense > 0
+        assert layer.values.grad is None and x.grad is None and not x.requires_grad

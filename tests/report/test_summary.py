@@ -1,0 +1,76 @@
+"""The table of layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+
+
+def model() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return sk.sparsify_(net, 0.75, 16, targets="2", seed=0)
+
+
+def test_the_table_by_hand():
+    # sparse layer: 4 of 16 blocks of 256 elements of 4 bytes
+    assert str(sk.summary(model())).splitlines()[3].split() == [
+        "2", "SparseLinear", "64", "x", "64", "16x16", "4/16", "75.0%", "1,088", "0.01",
+        "0.00", "0.00", "0.00", "0.00", "0.01", "0.03",
+    ]  # fmt: skip
+
+
+def test_columns_line_up_and_the_total_adds_up():
+    lines = str(sk.summary(model())).splitlines()
+    assert len({len(lines[i]) for i in (0, 1, 3, 5)}) == 1
+    parameters = [int(line.split("%")[1].split()[0].replace(",", "")) for line in lines if "%" in line]
+    assert parameters[-1] == sum(parameters[:-1]) == 16 * 64 + 64 + 1024 + 64 + 640 + 10
+
+
+def test_with_a_batch_flops_are_counted_and_sparse_layers_timed():
+    net = model()
+    summary = sk.summary(net, torch.randn(12, 16))
+    assert [row.tokens for row in summary.rows] == [12, 12, 12]
+    assert list(summary.milliseconds) == ["2"]
+    assert "dense ms" in str(summary)
+    assert not sk.summary(net, torch.randn(12, 16), measure=False).milliseconds
+
+
+def test_the_model_is_left_as_it_was():
+    net = model().train()
+    net[2].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    sk.summary(net, torch.randn(12, 16))
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "norm statistics too"
+    assert net.training and net[1].training and not net[2].training
+    assert all(p.grad is None for p in net.parameters())
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_layer_that_the_batch_does_not_reach():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    summary = sk.summary(Skips(), torch.ones(3, 4))
+    assert [row.tokens for row in summary.rows] == [3, 0]
+
+
+def test_the_optimizer_is_counted():
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.randn(12, 16)).sum().backward()
+    optimizer.step()
+    assert sk.summary(net, optimizer=optimizer).rows[1].state_bytes == 2 * 1024 * 4 + 4
+
+
+def test_a_single_layer_and_a_model_without_layers():
+    assert "(model)" in str(sk.summary(sk.SparseLinear(16, 16, block_size=4)))
+    with pytest.raises(ValueError, match="no sparse or linear layer; there is nothing to summarise"):
+        sk.summary(nn.ReLU())

@@ -1,0 +1,253 @@
+"""The shape that all methods share."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.training import METHODS, Method, Move
+
+
+def make(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    return sk.sparsify_(model, 0.5, 4, seed=seed)
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(6, 8, generator=torch.Generator().manual_seed(step))
+
+
+def train(model, optimizer, method, steps) -> list[bool]:
+    moved = []
+    for step in steps:
+        method.backward(lambda step=step: model(batch(step)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        moved.append(method.step())
+    return moved
+
+
+def bits(model: nn.Module) -> list[torch.Tensor]:
+    return list(copy.deepcopy(model.state_dict()).values())
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_loaded_and_continued_bit_for_bit(name):
+    def build(seed):
+        model = make(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, optimizer, METHODS[name](model, optimizer, update_every=3, stop=40, seed=7)
+
+    through = build(0)
+    train(*through, range(20))
+    first = build(0)
+    train(*first, range(10))
+    saved = io.BytesIO()
+    torch.save([part.state_dict() for part in first], saved)
+    saved.seek(0)
+    second = build(1)
+    for part, state in zip(second, torch.load(saved, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(*second, range(10, 20))
+    assert equal(bits(second[0]), bits(through[0]))
+    theirs = {k: v for k, v in through[2].metrics().items() if k != "update_seconds"}
+    assert {k: v for k, v in second[2].metrics().items() if k != "update_seconds"} == theirs
+
+
+def test_one_seed_one_run():
+    def run(seed):
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, optimizer, sk.SET(model, optimizer, update_every=1, seed=seed), range(5))
+        return bits(model)
+
+    assert equal(run(0), run(0)) and not equal(run(0), run(1))
+
+
+def test_the_global_generator_is_not_read():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = sk.SET(model, optimizer, update_every=1)
+    state = torch.get_rng_state()
+    assert all(train(model, optimizer, method, range(3)))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_step_returns_whether_blocks_moved_and_counts_optimizer_steps():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = sk.SET(model, optimizer, update_every=3, stop=10, drop_fraction=lambda step: 0.5)
+    assert train(model, optimizer, method, range(12)) == [s % 3 == 0 and s < 10 for s in range(1, 13)]
+    assert method.step() is False, "no optimizer step since the last call"
+    assert method.steps == 12 and method.updates == 3
+
+
+def test_gradient_accumulation_and_late_calls():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = sk.SET(model, optimizer, update_every=2)
+    for micro in range(3):
+        model(batch(micro)).sum().backward()
+        assert method.step() is False
+    for _ in range(3):  # the update that was due after step 2 is not lost
+        optimizer.step()
+    assert method.step() is True and method.updates == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_scaling_skipped_does_not_count(fused):
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    method = sk.SET(model, optimizer, update_every=1)
+    scaler = torch.amp.GradScaler("cpu")
+    before = bits(model)
+    method.backward(lambda: model(batch(0)).sum() * float("inf"), scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert method.step() is False and method.steps == 0
+    assert equal(before, bits(model))
+    optimizer.zero_grad()
+    method.backward(lambda: model(batch(0)).sum(), scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert method.step() is True and method.steps == 1
+
+
+def test_backward_returns_the_loss_detached_and_not_scaled():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters())
+    method = sk.Static(model, optimizer)
+    expected = model(batch(0)).square().mean()
+    loss = method.backward(lambda: model(batch(0)).square().mean(), scaler=torch.amp.GradScaler("cpu"))
+    assert torch.equal(loss, expected) and not loss.requires_grad
+    assert model[0].values.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("closure", "text"),
+    [
+        (lambda: torch.ones(3), r"a loss of shape \(3,\)"),
+        (lambda: 1.0, "a loss of type float"),
+        (lambda: None, "NoneType"),
+    ],
+)
+def test_a_closure_without_a_loss(closure, text):
+    model = make()
+    with pytest.raises(ValueError, match=text + ".*it must return a tensor of one number"):
+        sk.Static(model, torch.optim.SGD(model.parameters())).backward(closure)
+
+
+def test_frozen_layers_stay():
+    model = make()
+    model[2].values.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    method = sk.SET(model, optimizer, update_every=1)
+    before = bits(model[2])
+    train(model, optimizer, method, range(3))
+    assert torch.equal(before[0], model[2].values) and method.metrics()["churn/2"] == 0
+    assert method.metrics()["churn/0"] > 0
+
+
+def test_sparsity_never_changes_and_metrics_are_plain_floats():
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters())
+    method = sk.SET(model, optimizer, update_every=1, drop_fraction=0.25)
+    assert method.metrics()["kept/2"] == 1
+    sparsity = {k: v for k, v in method.metrics().items() if k.startswith("sparsity")}
+    train(model, optimizer, method, range(5))
+    metrics = method.metrics()
+    assert {k: metrics[k] for k in sparsity} == sparsity
+    assert sparsity["sparsity/global"] == 0.5 and sparsity["sparsity/4"] == 0.5
+    assert metrics["churn/2"] == 0.25 and 0 < metrics["kept/2"] < 1
+    assert metrics["steps"] == metrics["updates"] == 5 and metrics["update_seconds"] > 0
+    assert all(type(v) in (int, float) for v in metrics.values())
+
+
+def test_a_failed_check_moves_nothing():
+    """An optimizer that cannot follow is found before the first layer moves."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method = sk.SET(model, optimizer, update_every=1)
+    model(batch(0)).sum().backward()
+    optimizer.step()
+    optimizer.state[model[4].values]["flat"] = torch.zeros(3)
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"SGD keeps 'flat' for values of '4', of shape \(3,\)"):
+        method.step()
+    assert equal(before, bits(model))
+
+
+def test_a_method_is_one_function():
+    """What a newcomer writes: here, every block swaps to the other end of the grid if that is free."""
+
+    class Mirror(Method):
+        def choose(self, name, layer, fraction, generator):
+            grid = layer.grid
+            row, col = grid.rows - 1 - layer.row, grid.cols - 1 - layer.col
+            free = ~torch.isin(row * grid.cols + col, layer.topology.keys())
+            slots = free.nonzero().squeeze(1)
+            return Move(slots, row[slots], col[slots])
+
+    layer = sk.SparseLinear(8, 8, block_size=2, blocks=5, seed=0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    method = Mirror(layer, optimizer, update_every=1)
+    layer(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    assert method.step()
+    layer.topology.validate()
+
+
+class TestErrors:
+    def test_no_sparse_layer(self):
+        model = nn.Linear(4, 4)
+        with pytest.raises(ValueError, match="the model has no sparse layer; call sparsekern.sparsify_ first"):
+            sk.SET(model, torch.optim.SGD(model.parameters()))
+
+    def test_an_optimizer_built_before_sparsify(self):
+        model = nn.Sequential(nn.Linear(8, 8))
+        optimizer = torch.optim.SGD(model.parameters())
+        sk.sparsify_(model, 0.5, 4)
+        with pytest.raises(ValueError, match="values of '0' are not in the optimizer.*build the optimizer after"):
+            sk.SET(model, optimizer)
+
+    def test_not_an_optimizer(self):
+        with pytest.raises(TypeError, match=r"optimizer is a list; it must be a torch.optim.Optimizer"):
+            sk.SET(make(), [])
+
+    def test_sharded_values(self, monkeypatch):
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters())
+        model[0].values.device_mesh = None
+        with pytest.raises(NotImplementedError, match="values of '0' are a DTensor"):
+            sk.SET(model, optimizer)
+
+    def test_choose_is_for_subclasses(self):
+        model = make()
+        with pytest.raises(NotImplementedError):
+            Method(model, torch.optim.SGD(model.parameters())).update()
+
+    def test_follow_needs_a_layer(self):
+        model = make()
+        with pytest.raises(ValueError, match="layer is missing; a tensor follows the layer that it names"):
+            sk.Static(model, torch.optim.SGD(model.parameters())).follow(torch.ones(4))
+
+    def test_states_that_do_not_fit(self):
+        model = make()
+        method = sk.SET(model, torch.optim.SGD(model.parameters()))
+        state = method.state_dict()
+        with pytest.raises(ValueError, match="the state has version 99; this code reads 1"):
+            method.load_state_dict(state | {"version": 99})
+        with pytest.raises(ValueError, match="the state is of Static; this is SET"):
+            method.load_state_dict(state | {"method": "Static"})
+        with pytest.raises(ValueError, match=r"the state is of layers fc; the model has 0, 2, 4"):
+            method.load_state_dict(state | {"start": {"fc": torch.ones(1)}})

@@ -1,0 +1,90 @@
+"""SET on hand-worked 4x4 grids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.topology import Grid, from_mask, generator_for
+
+#   norms of the stored blocks, by place:       slots in row-major order
+#     9  .  1  .                                0: (0,0)=9   1: (0,2)=1
+#     .  2  .  .                                2: (1,1)=2
+#     .  .  .  8                                3: (2,3)=8
+#     3  .  .  4                                4: (3,0)=3   5: (3,3)=4
+NORMS = torch.tensor([9.0, 1, 2, 8, 3, 4])
+MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 1]])
+
+
+def layer() -> sk.SparseLinear:
+    module = sk.SparseLinear(8, 8, topology=from_mask(Grid(8, 8, (2, 2)), MASK), capacity=7)
+    with torch.no_grad():
+        module.values[:6] = NORMS.view(6, 1, 1) / 2  # the norm of four equal entries is twice the entry
+    return module
+
+
+def choose(fraction: float, seed: int = 0, **options):
+    module = layer()
+    method = sk.SET(module, torch.optim.SGD(module.parameters()), **options)
+    return module, method.choose("", module, fraction, generator_for(seed))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "dropped"),
+    [(0.0, []), (0.16, []), (0.17, [1]), (0.34, [1, 2]), (0.5, [1, 2, 4]), (1.0, [1, 2, 4, 5, 3, 0])],
+)
+def test_the_weakest_blocks_are_dropped_rounding_down(fraction, dropped):
+    _, move = choose(fraction)
+    assert move.slots.tolist() == dropped
+
+
+def test_with_keep_connected_no_row_or_column_is_emptied():
+    # row 1 and column 1 have only block 2, column 2 only block 1: both stay. Strongest of row 3: 4 (slot 5);
+    # of column 0: 9, of column 3 and row 2: 8. So only slot 4 (norm 3) may go.
+    _, move = choose(1.0, keep_connected=True)
+    assert move.slots.tolist() == [4]
+
+
+def test_growth_is_in_places_that_were_empty_and_distinct():
+    for seed in range(30):
+        module, move = choose(0.5, seed)
+        cells = list(zip(move.row.tolist(), move.col.tolist(), strict=True))
+        assert len(set(cells)) == 3
+        assert not any(MASK[r, c] for r, c in cells), "a dropped block does not return at once"
+        module.move_(*move)
+        assert module.topology.blocks() == 6
+
+
+def test_growth_is_uniform_over_the_empty_places():
+    draws = 3000
+    counts = torch.zeros(4, 4)
+    for seed in range(draws):
+        _, move = choose(0.34, seed)  # two of ten empty places
+        counts[move.row.long(), move.col.long()] += 1
+    assert (counts[MASK.bool()] == 0).all()
+    expected = draws * 2 / 10
+    # inclusion of a place is Bernoulli(0.2): five standard deviations around the mean
+    assert ((counts[~MASK.bool()] - expected).abs() < 5 * (draws * 0.2 * 0.8) ** 0.5).all()
+
+
+def test_no_more_blocks_move_than_there_are_empty_places():
+    module = sk.SparseLinear(8, 8, block_size=2, sparsity=0)
+    method = sk.SET(module, torch.optim.SGD(module.parameters()))
+    assert method.choose("", module, 1.0, generator_for(0)).slots.numel() == 0
+    module = sk.SparseLinear(8, 8, block_size=2, blocks=15)
+    assert method.choose("", module, 1.0, generator_for(0)).slots.numel() == 1
+
+
+def test_the_drop_fraction_ends_at_zero():
+    module = layer()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.SET(module, optimizer, update_every=1, stop=8, drop_fraction=0.5)
+    churn = []
+    for _ in range(10):
+        module(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        churn.append(6 * method.metrics()["churn/"] if method.step() else None)
+        churn[-1] = None if churn[-1] is None else round(6 * method.metrics()["churn/"])
+    # floor(6 * 0.25 (1 + cos(pi t / 8))): t = 1 2 3 4 5 6 7
+    assert churn == [2, 2, 2, 1, None, None, None, None, None, None]
