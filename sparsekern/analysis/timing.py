@@ -34,9 +34,11 @@ def time_layer(layer: SparseLinear, x: Tensor, repeats: int = 5) -> tuple[float,
     Gradients of the layer are left as they were.
     """
     x = x.detach().clone().requires_grad_()
-    weight = torch.zeros(layer.weight.shape, dtype=x.dtype, device=x.device, requires_grad=True)
-    sparse_inputs = [x, *layer.parameters()]
-    dense_inputs = [x, weight] if layer.bias is None else [x, weight, layer.bias]
+    weight = torch.zeros(layer.weight.shape, dtype=x.dtype, device=x.device)
+    weight.requires_grad_(layer.values.requires_grad)
+    bias = [] if layer.bias is None or not layer.bias.requires_grad else [layer.bias]
+    sparse_inputs = [x, layer.values, *bias] if layer.values.requires_grad else [x, *bias]
+    dense_inputs = [x, weight, *bias] if layer.values.requires_grad else [x, *bias]
     dy = torch.ones(*x.shape[:-1], layer.out_features, dtype=x.dtype, device=x.device)
     with torch.enable_grad():
         medians = race(

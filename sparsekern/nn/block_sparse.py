@@ -74,7 +74,7 @@ class BlockSparse(nn.Module):
         self.grid = grid
         self.init = init if topology is None else "given"
         # As in torch, construction may read the global generator; afterwards nothing does.
-        self.seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        self.seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
         self.name = name
         self.probe: Probe | None = None
         self._blocks = blocks
@@ -96,11 +96,10 @@ class BlockSparse(nn.Module):
     def _draw(self) -> Topology:
         """Draw the initial topology on the CPU: from the seed and the name alone, so ranks agree."""
         if self.init == "given":  # nothing to draw from: all free, until a checkpoint is loaded
-            free = torch.full((self._capacity,), -1, dtype=torch.int32)
+            free = torch.full((self._capacity,), -1, dtype=torch.int32, device="cpu")
             return Topology(self.grid, free, free.clone())
-        with torch.device("cpu"):
-            topology = INITS[self.init](self.grid, self._blocks, generator_for(self.seed, self.name, "topology"))
-            return with_capacity(topology, self._capacity)
+        generator = generator_for(self.seed, self.name, "topology")
+        return with_capacity(INITS[self.init](self.grid, self._blocks, generator), self._capacity)
 
     def _allocate_index(self) -> None:
         index = empty_index(self.topology)

@@ -28,7 +28,7 @@ def draw_values(topology: Topology, dtype: torch.dtype, generator: torch.Generat
         generator: a CPU generator.
     """
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.empty(topology.slots, *topology.grid.block, dtype=drawn)
+    values = torch.empty(topology.slots, *topology.grid.block, dtype=drawn, device="cpu")
     values.uniform_(-1, 1, generator=generator)
     bound = fan_in(topology).clamp(min=1).to(drawn).rsqrt()
     values *= bound[topology.row.clamp(min=0).long()].view(-1, 1, 1)
@@ -40,5 +40,6 @@ def draw_bias(topology: Topology, dtype: torch.dtype, generator: torch.Generator
     """Draw ``(out_features,)`` on the CPU, uniform in ``+-1 / sqrt(fan_in)`` of each output."""
     grid = topology.grid
     bound = fan_in(topology).clamp(min=1).double().rsqrt().repeat_interleave(grid.block[0])
-    drawn = torch.empty(grid.out_features, dtype=torch.float64).uniform_(-1, 1, generator=generator)
+    drawn = torch.empty(grid.out_features, dtype=torch.float64, device="cpu")
+    drawn.uniform_(-1, 1, generator=generator)
     return (drawn * bound[: grid.out_features]).to(dtype)

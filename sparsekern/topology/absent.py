@@ -38,11 +38,11 @@ def sample_distinct(population: int, count: int, generator: torch.Generator) -> 
     memory is O(count).
     """
     if population <= 4 * count + 64:
-        return torch.randperm(population, generator=generator)[:count]
-    drawn = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(population, generator=generator, device="cpu")[:count]
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.shape[0] < count:
         more = 16 + (count - drawn.shape[0]) * 5 // 4
-        fresh = torch.randint(population, (more,), generator=generator)
+        fresh = torch.randint(population, (more,), generator=generator, device="cpu")
         drawn = _first_occurrences(torch.cat([drawn, fresh]))
     return drawn[:count]
 

@@ -26,7 +26,7 @@ def check_count(grid: Grid, blocks: int) -> None:
 def random(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
     """Draw exactly ``blocks`` cells, every set equally likely. Rows and columns may stay empty."""
     check_count(grid, blocks)
-    nothing = torch.empty(0, dtype=torch.int64)
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
     return from_keys(grid, sample_absent(nothing, grid.cells, blocks, generator).sort().values)
 
 
@@ -41,7 +41,7 @@ def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
     check_count(grid, blocks)
     if 2 * blocks > grid.cells:  # the complement of a balanced topology is balanced, and swaps find room in it
         empty = _balanced_keys(grid, grid.cells - blocks, generator)
-        full = torch.ones(grid.cells, dtype=torch.bool)
+        full = torch.ones(grid.cells, dtype=torch.bool, device="cpu")
         full[empty] = False
         return from_keys(grid, full.nonzero().squeeze(1))
     return from_keys(grid, _balanced_keys(grid, blocks, generator).sort().values)
@@ -49,11 +49,11 @@ def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
 
 def _balanced_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor:
     rows, cols = grid.rows, grid.cols
-    row_order = torch.randperm(rows, generator=generator)
-    col_order = torch.randperm(cols, generator=generator)
-    degree = torch.full((rows,), blocks // rows)
+    row_order = torch.randperm(rows, generator=generator, device="cpu")
+    col_order = torch.randperm(cols, generator=generator, device="cpu")
+    degree = torch.full((rows,), blocks // rows, device="cpu")
     degree[: blocks % rows] += 1
-    entry = torch.arange(blocks)
+    entry = torch.arange(blocks, device="cpu")
     row = row_order.repeat_interleave(degree, output_size=blocks)
     keys = row * cols + col_order[entry % cols]  # at most cols in a row: no cell twice
     for _ in range(ROUNDS):
@@ -64,7 +64,7 @@ def _balanced_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tenso
 def _swap_columns(keys: Tensor, cols: int, generator: torch.Generator) -> Tensor:
     """Pair the blocks at random and let each pair exchange columns where both new cells are empty and wanted once."""
     half = keys.shape[0] // 2
-    order = torch.randperm(keys.shape[0], generator=generator)
+    order = torch.randperm(keys.shape[0], generator=generator, device="cpu")
     first, second = keys[order[:half]], keys[order[half : 2 * half]]
     wanted = torch.cat([first - first % cols + second % cols, second - second % cols + first % cols])
     taken = torch.isin(wanted, keys)

@@ -16,8 +16,8 @@ def test_contestants_take_turns_after_two_rounds_of_warming_up():
 
 
 def test_timing_leaves_the_layer_as_it_was():
-    for bias in (True, False):
-        layer = sk.SparseLinear(16, 24, bias, block_size=4, sparsity=0.5)
+    for bias, frozen in ((True, False), (False, False), (True, True)):
+        layer = sk.SparseLinear(16, 24, bias, block_size=4, sparsity=0.5).requires_grad_(not frozen)
         x = torch.ones(2, 3, 16)
         with torch.no_grad():
             sparse, dense = time_layer(layer, x, repeats=1)

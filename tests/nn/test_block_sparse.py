@@ -237,7 +237,21 @@ def test_seed_and_name_decide_everything():
 def test_a_default_device_does_not_change_the_draw():
     with torch.device("meta"):
         module = layer(2)
+        assert layer(seed=None).row.is_meta
     assert torch.equal(module.to_empty(device="cpu").row, layer(2).row)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "random"}, {"sparsity": 0.1}, {"block_size": 1}], ids=str)
+def test_random_choices_are_made_on_the_cpu_whatever_the_default_device(options):
+    """A default device of "cuda" meets a CPU generator there; "meta" stands for it where there is none."""
+    expected = layer(**options)
+    module = copy.deepcopy(expected)
+    method = sk.SET(module, torch.optim.SGD(module.parameters()))
+    with torch.device("meta"):
+        drawn = module._draw()
+        module.reset_parameters()
+        assert method.update()
+    assert torch.equal(drawn.row, expected.row)
 
 
 ERRORS = [
