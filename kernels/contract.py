@@ -13,7 +13,7 @@ One letter per axis, used in all kernels and their tests:
     y       (T, O)        the compute dtype, contiguous; sums in float32 (float64 for float64)
 
 When ``bo`` does not divide O (or ``bi`` I), the last block row (column) sticks out. The part of a block outside the
-matrix is *phantom*: no kernel reads it, and ``dvalues`` writes zeros there.
+matrix is *phantom*: ``dvalues`` writes zeros there, and no result depends on what it holds as long as that is finite.
 
 A slot that is in no block row is free. Free slots are in no list of the index, and ``dvalues`` writes zeros there.
 """
@@ -88,15 +88,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def entry_columns(index: Index, block: tuple[int, int]) -> Tensor:
-    """Return the block column ``(Z,)`` of each entry of the row lists; any legal one for a free slot."""
+def entry_columns(index: Index, block: tuple[int, int], start: int, stop: int) -> Tensor:
+    """Return the block columns of entries ``start`` to ``stop`` of the row lists; any legal one for a free slot."""
     if block == (1, 1):
-        return index.row_col.index_select(0, index.row_slot[: index.slots]).clamp_(min=0)
-    return index.row_col[: index.slots]
+        return index.row_col.index_select(0, index.row_slot[start:stop]).clamp_(min=0)
+    return index.row_col[start:stop]
 
 
-def entry_rows(index: Index, block: tuple[int, int]) -> Tensor:
-    """Return the block row ``(Z,)`` of each entry of the column lists; any legal one for a free slot."""
+def entry_rows(index: Index, block: tuple[int, int], start: int, stop: int) -> Tensor:
+    """Return the block rows of entries ``start`` to ``stop`` of the column lists; any legal one for a free slot."""
     if block == (1, 1):
-        return index.col_row.index_select(0, index.col_slot[: index.slots]).clamp_(min=0)
-    return index.col_row[: index.slots]
+        return index.col_row.index_select(0, index.col_slot[start:stop]).clamp_(min=0)
+    return index.col_row[start:stop]

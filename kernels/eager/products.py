@@ -6,88 +6,100 @@ block columns). :func:`outer_blocks` forms chosen blocks of ``dy' x``. Sums are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.kernels.contract import Index, accumulate_dtype, entry_columns, entry_rows
 from sparsekern.kernels.eager.chunks import block_chunk, cut, spans, token_panel
 from torch import Tensor
 
 
-def entry_owners(ptr: Tensor, slots: int) -> Tensor:
-    """Return the block row of each entry ``(Z,)`` from ``row_ptr``; free slots' entries get ``R``, one too many."""
-    entries = torch.arange(slots, dtype=torch.int32, device=ptr.device)
+def entry_owners(ptr: Tensor, start: int, stop: int) -> Tensor:
+    """Return the block row of entries ``start`` to ``stop``, from ``row_ptr (R + 1,)``.
+
+    Entries of free slots get ``R``, one more than there is.
+    """
+    entries = torch.arange(start, stop, dtype=torch.int32, device=ptr.device)
     return torch.searchsorted(ptr, entries, right=True, out_int32=True) - 1
 
 
 def multiply(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    ptr: Tensor,
-    other: Tensor,
-    slot: Tensor,
-    features: int,
-    *,
-    transposed: bool,
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, features: int, *, transposed: bool
 ) -> Tensor:
-    """Return ``y (T, features)``: ``y[:, owner] += x[:, other] @ values[slot]'`` over all entries, plus ``bias``.
+    """Return ``y (T, features)``: ``y[:, row] += x[:, col] @ values[slot]'`` over all entries, plus ``bias``.
 
     Args:
         x: ``(T, F)``.
         values: ``(Z, bo, bi)``.
         bias: ``(features,)`` or None.
-        ptr: ``(R + 1,)`` entries of each block row of y.
-        other: ``(Z,)`` block of x that each entry reads.
-        slot: ``(Z,)`` slot of each entry.
+        index: the places.
         features: size of the last axis of y; the last block row may stick out.
-        transposed: multiply by ``values[slot]`` instead of its transpose, as dx does; then ptr are block columns.
+        transposed: multiply by ``values[slot]`` instead of its transpose and go by the column lists, as dx does: rows
+            and columns change parts.
     """
     tokens, slots, acc = x.shape[0], values.shape[0], accumulate_dtype(x.dtype)
-    bo, bi = (values.shape[2], values.shape[1]) if transposed else (values.shape[1], values.shape[2])
+    block = (values.shape[1], values.shape[2])
+    bo, bi = block[::-1] if transposed else block
+    ptr, slot = (index.col_ptr, index.col_slot) if transposed else (index.row_ptr, index.row_slot)
+    others = entry_rows if transposed else entry_columns
     rows, whole = ptr.shape[0] - 1, features // bo
     size, x_size = acc.itemsize, x.element_size()
     y = x.new_empty(tokens, features)
-    owner = entry_owners(ptr, slots)
 
     panel = token_panel(tokens, (rows + 1) * bo * size + x.shape[1] * x_size)
-    chunk = block_chunk(slots, panel * (bi * (x_size + size) + bo * size) + bo * bi * (8 + size))
+    chunk = block_chunk(slots, panel * (bi * (x_size + size) + bo * size) + bo * bi * (8 + size) + 16)
     for t0, t1 in spans(tokens, panel):
         total = _start(bias, rows, whole, t1 - t0, bo, features, acc, x.device)
         x_blocks = cut(x[t0:t1], bi)
         for e0, e1 in spans(slots, chunk):
-            gathered = x_blocks.index_select(1, other[e0:e1]).to(acc).transpose(0, 1)  # (n, T, bi)
+            gathered = x_blocks.index_select(1, others(index, block, e0, e1)).to(acc).transpose(0, 1)  # (n, T, bi)
             weight = values.index_select(0, slot[e0:e1]).to(x.dtype).to(acc)
             weight = weight if transposed else weight.transpose(1, 2)  # (n, bi, bo)
-            _add_at(total, owner[e0:e1], _batched(gathered, weight))
+            _add_at(total, entry_owners(ptr, e0, e1), _batched(gathered, weight))
+            del gathered, weight  # before the next chunk makes its own
         out = y[t0:t1]
         out[:, : whole * bo].unflatten(1, (whole, bo)).copy_(total[:whole].transpose(0, 1))
         if whole < rows:
             out[:, whole * bo :].copy_(total[whole, :, : features - whole * bo])
+        del total, x_blocks
     return y
 
 
 def outer_blocks(
-    dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]
+    dy: Tensor,
+    x: Tensor,
+    places: Callable[[int, int], tuple[Tensor, Tensor]],
+    count: int,
+    block: tuple[int, int],
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield ``(start, stop, part)``: ``part (n, bo, bi)`` are the blocks ``(row[k], col[k])`` of ``dy' x``.
+    """Yield ``(start, stop, part)``: ``part (n, bo, bi)`` are chosen blocks of ``dy' x``, in order.
 
-    ``part`` is overwritten by the next one. Its phantom elements are zero, also when dy or x hold NaN.
+    Phantom elements are zero, also when dy or x hold NaN.
+
+    Args:
+        dy: ``(T, O)``.
+        x: ``(T, I)``.
+        places: gives the block rows and columns of blocks ``start`` to ``stop``.
+        count: number of blocks.
+        block: ``(bo, bi)``.
     """
     (bo, bi), acc = block, accumulate_dtype(x.dtype)
     tokens, size, x_size = x.shape[0], acc.itemsize, x.element_size()
     edge_bytes = (dy.shape[1] * (dy.shape[1] % bo > 0) + x.shape[1] * (x.shape[1] % bi > 0)) * x_size
     panel = min(token_panel(tokens, (bo + bi) * (size + x_size) + edge_bytes), 4096)
-    chunk = block_chunk(row.shape[0], panel * (bo + bi) * (size + x_size) + bo * bi * (size + 8))
-    for e0, e1 in spans(row.shape[0], chunk):
+    chunk = block_chunk(count, panel * (bo + bi) * (size + x_size) + bo * bi * (size + 8) + 32)
+    for e0, e1 in spans(count, chunk):
+        row, col = places(e0, e1)
         part = torch.zeros(e1 - e0, bo, bi, dtype=acc, device=x.device)
         for t0, t1 in spans(tokens, panel):
-            dy_blocks = cut(dy[t0:t1], bo).index_select(1, row[e0:e1]).to(acc).permute(1, 2, 0)  # (n, bo, T)
-            x_blocks = cut(x[t0:t1], bi).index_select(1, col[e0:e1]).to(acc).transpose(0, 1)  # (n, T, bi)
+            dy_blocks = cut(dy[t0:t1], bo).index_select(1, row).to(acc).permute(1, 2, 0)  # (n, bo, T)
+            x_blocks = cut(x[t0:t1], bi).index_select(1, col).to(acc).transpose(0, 1)  # (n, T, bi)
             part.baddbmm_(dy_blocks, x_blocks)
-        _clear_phantom(part, row[e0:e1], dy.shape[1], axis=1)
-        _clear_phantom(part, col[e0:e1], x.shape[1], axis=2)
+            del dy_blocks, x_blocks  # before the next panel makes its own
+        _clear_phantom(part, row, dy.shape[1], axis=1)
+        _clear_phantom(part, col, x.shape[1], axis=2)
         yield e0, e1, part
+        del part
 
 
 def _batched(a: Tensor, b: Tensor) -> Tensor:

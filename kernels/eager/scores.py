@@ -16,7 +16,7 @@ TILE = 256
 def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
     """Return the norms ``(K,)`` of chosen blocks; see :meth:`sparsekern.kernels.contract.Backend.block_norms`."""
     norms = torch.empty(row.shape[0], dtype=accumulate_dtype(x.dtype), device=x.device)
-    for e0, e1, part in outer_blocks(dy, x, row, col, block):
+    for e0, e1, part in outer_blocks(dy, x, lambda e0, e1: (row[e0:e1], col[e0:e1]), row.shape[0], block):
         norms[e0:e1] = torch.linalg.vector_norm(part, dim=(1, 2))
     return norms
 
@@ -24,7 +24,7 @@ def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[in
 def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
     """Return the norms ``(R, C)`` of all blocks; see :meth:`sparsekern.kernels.contract.Backend.all_block_norms`.
 
-    One tile of G at a time, at most a quarter of it, is formed and reduced.
+    One tile of G at a time is formed and reduced: at most half its block rows by half its block columns, rounded up.
     """
     (bo, bi), acc = block, accumulate_dtype(x.dtype)
     rows, cols = -(-dy.shape[1] // bo), -(-x.shape[1] // bi)

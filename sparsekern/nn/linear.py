@@ -12,12 +12,12 @@ from sparsekern.topology import (
     Grid,
     Topology,
     block_pair,
+    blocks_at,
     by_norm,
     check_count,
     check_sparsity,
     gather_blocks,
     generator_for,
-    round_half_up,
 )
 
 
@@ -83,7 +83,7 @@ class SparseLinear(BlockSparse):
             grid = Grid(out_features, in_features, block_pair(block_size))
             if blocks is None:
                 check_sparsity(sparsity)
-                blocks = round_half_up((1 - sparsity) * grid.cells)
+                blocks = blocks_at(sparsity, grid.cells)
             check_count(grid, blocks)
         super().__init__(
             grid,
@@ -127,7 +127,7 @@ class SparseLinear(BlockSparse):
             grid = Grid(linear.out_features, linear.in_features, block_pair(size))
             if blocks is None:
                 check_sparsity(sparsity)
-                blocks = round_half_up((1 - sparsity) * grid.cells)
+                blocks = blocks_at(sparsity, grid.cells)
             topology = by_norm(grid, weight, blocks)
         layer = cls(
             linear.in_features,

@@ -24,7 +24,7 @@ def stored_elements(index: Index, block: tuple[int, int], out_features: int, in_
     used = int(index.row_ptr[-1])
     # Rows from the column lists, columns from the row lists: matched up by slot.
     sizes = torch.zeros(2, index.slots, dtype=torch.int64, device=index.row_ptr.device)
-    rows, cols = entry_rows(index, block)[:used].long(), entry_columns(index, block)[:used].long()
+    rows, cols = entry_rows(index, block, 0, used).long(), entry_columns(index, block, 0, used).long()
     sizes[0, index.col_slot[:used].long()] = (out_features - rows * bo).clamp(max=bo)
     sizes[1, index.row_slot[:used].long()] = (in_features - cols * bi).clamp(max=bi)
     return int((sizes[0] * sizes[1]).sum())

@@ -101,7 +101,7 @@ def summary(
     Raises:
         ValueError: the model has no sparse or linear layer.
     """
-    layers = {
+    layers: dict[str, nn.Module] = {
         name or "(model)": module
         for name, module in model.named_modules()
         if isinstance(module, (BlockSparse, nn.Linear))

@@ -3,7 +3,7 @@
 from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.topology.absent import sample_absent, sample_distinct
 from sparsekern.topology.dense import dense_block_norms, gather_blocks, to_dense
-from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, check_sparsity, round_half_up
+from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at, check_sparsity
 from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
 from sparsekern.topology.grid import Grid, block_pair
 from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, rebuild_
@@ -19,6 +19,7 @@ __all__ = [
     "allocate",
     "balanced",
     "block_pair",
+    "blocks_at",
     "build_index",
     "by_norm",
     "check_count",
@@ -33,7 +34,6 @@ __all__ = [
     "mask_index",
     "random",
     "rebuild_",
-    "round_half_up",
     "sample_absent",
     "sample_distinct",
     "to_dense",

@@ -37,6 +37,8 @@ def sample_distinct(population: int, count: int, generator: torch.Generator) -> 
     Draws with replacement and keeps first occurrences, unless the population is small enough to be shuffled: so the
     memory is O(count).
     """
+    if not 0 <= count <= population:
+        raise ValueError(f"{count} distinct integers were asked for out of {population}; it must be 0 to {population}")
     if population <= 4 * count + 64:
         return torch.randperm(population, generator=generator, device="cpu")[:count]
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.topology import Topology
 
@@ -36,8 +37,8 @@ def gather_blocks(topology: Topology, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dense_block_norms(grid: Grid, weight: Tensor) -> Tensor:
-    """Return the Frobenius norm of every block of a dense weight, ``(R, C)``."""
-    norms: Tensor = torch.linalg.vector_norm(_as_blocks(grid, weight), dim=(1, 3))
+    """Return the Frobenius norm of every block of a dense weight, ``(R, C)``; float32 (float64 for float64)."""
+    norms: Tensor = torch.linalg.vector_norm(_as_blocks(grid, weight), dim=(1, 3), dtype=accumulate_dtype(weight.dtype))
     return norms
 
 

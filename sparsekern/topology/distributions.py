@@ -24,7 +24,7 @@ def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "unifor
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}")
     cells = [grid.cells for grid in grids]
-    total = round_half_up((1 - sparsity) * sum(cells))
+    total = blocks_at(sparsity, sum(cells))
     if total < len(grids):
         raise ValueError(
             f"sparsity {sparsity} leaves {total} of {sum(cells)} blocks for {len(grids)} layer(s); every layer needs "
@@ -40,9 +40,13 @@ def check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1)")
 
 
-def round_half_up(number: float) -> int:
-    """Round to the nearest integer; Python's ``round`` takes halves to even, which would surprise here."""
-    return math.floor(number + 0.5)
+def blocks_at(sparsity: float, cells: int) -> int:
+    """Return ``(1 - sparsity) * cells`` rounded to the nearest integer, halves up.
+
+    ``1 - 0.9`` is a little less than 0.1, and 0.9 a little more than nine tenths: what is meant as a half must not be
+    rounded down for it.
+    """
+    return math.floor(cells - sparsity * cells + 0.5 + 1e-9)
 
 
 def fill(shares: list[float], low: list[float], high: list[float], total: float) -> list[float]:

@@ -99,5 +99,7 @@ def by_norm(grid: Grid, weight: Tensor, blocks: int) -> Topology:
     """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight (out, in)``; ties go to the first."""
     check_count(grid, blocks)
     norms = dense_block_norms(grid, weight).flatten()
+    if bool(norms.isnan().any()):
+        raise ValueError("the weight holds NaN; its blocks have no order of strength")
     keys = norms.sort(descending=True, stable=True).indices[:blocks]
     return from_keys(grid, keys.sort().values)

@@ -77,8 +77,18 @@ class Grid:
 
 
 def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``(out, in)`` from an int or a pair; :class:`Grid` checks the numbers."""
-    if isinstance(block_size, int):
-        return block_size, block_size
-    bo, bi = block_size
-    return int(bo), int(bi)
+    """Return ``(out, in)`` from an int or a pair; :class:`Grid` checks that they are 1 or more.
+
+    Raises:
+        TypeError: neither an int nor a pair of ints.
+    """
+    pair = (
+        (block_size, block_size)
+        if isinstance(block_size, int)
+        else tuple(block_size)
+        if isinstance(block_size, (tuple, list))
+        else (block_size,)
+    )
+    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
+        raise TypeError(f"block_size is {block_size!r}; it must be an int or a pair of ints (out, in)")
+    return pair

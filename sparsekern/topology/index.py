@@ -43,6 +43,8 @@ def build_index(topology: Topology) -> Index:
 def rebuild_(index: Index, topology: Topology) -> None:
     """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host."""
     grid, used = topology.grid, topology.used()
+    if grid.block == (1, 1) and (index.row_col is not topology.col or index.col_row is not topology.row):
+        raise ValueError("at 1x1 an index shares row and col with its topology; build a new one for another topology")
     for major, minor, majors, minors, ptr, other, slot in (
         (topology.row, topology.col, grid.rows, grid.cols, index.row_ptr, index.row_col, index.row_slot),
         (topology.col, topology.row, grid.cols, grid.rows, index.col_ptr, index.col_row, index.col_slot),

@@ -71,6 +71,19 @@ class Topology:
         Raises:
             ValueError: a slot or a place does not exist, or two blocks would be at one place.
         """
+        if not slots.shape == row.shape == col.shape or slots.dim() != 1:
+            shapes = ", ".join(str(tuple(t.shape)) for t in (slots, row, col))
+            raise ValueError(f"slots, row and col have shapes {shapes}; they must be (k,) all three")
+        for name, tensor in (("slots", slots), ("row", row), ("col", col)):
+            if tensor.is_floating_point() or tensor.is_complex():
+                raise ValueError(f"{name} is {tensor.dtype}; it must hold integers")
+        for name, tensor, count in (("row", row, self.grid.rows), ("col", col, self.grid.cols)):
+            outside = (tensor < -1) | (tensor >= count)
+            if bool(outside.any()):  # found here, before int32 wraps it into the grid
+                at = int(outside.int().argmax())
+                raise ValueError(
+                    f"{name} is {int(tensor[at])} for slot {int(slots[at])}; it must be 0 to {count - 1}, or -1 if free"
+                )
         slots = slots.long()
         if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.slots):
             raise ValueError(f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}")

@@ -1,0 +1,60 @@
+"""What all tests share. A test under ``tests/kernels`` runs in poisoned memory without asking for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+KERNEL_TESTS = Path(__file__).parent / "kernels"
+INTEGER_POISON = 0x5A
+"""Byte of an unwritten integer: as int32 it is 1515870810, an index into nothing."""
+
+
+def pytest_configure() -> None:
+    """One thread: a second one that waits for a busy core makes an op on small tensors a hundred times slower."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill fresh memory with NaN (integers with a large number), so that a cell that nobody wrote is noticed.
+
+    Fresh memory is often zero, and zero is often right.
+    """
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poison(*args: Any, **kwargs: Any) -> Tensor:
+            fresh = make(*args, **kwargs)
+            if fresh.is_floating_point():
+                return fresh.fill_(float("nan"))
+            if fresh.dtype != torch.bool and not fresh.is_complex():
+                return fresh.fill_(int.from_bytes([INTEGER_POISON] * fresh.element_size(), "little"))
+            return fresh
+
+        return poison
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory_in_kernel_tests(request: pytest.FixtureRequest) -> None:
+    if request.path.is_relative_to(KERNEL_TESTS):
+        request.getfixturevalue("poisoned_memory")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator, the same in every test."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,256 @@
+"""What the kernels must compute, said another way: a masked dense layer in float64, built from row and col alone.
+
+Nothing here uses sparsekern's own conversions. :func:`check_y`, :func:`check_dx` and :func:`check_dvalues` compare a
+result with the exact one under the tolerance of the design, which is arithmetic and not hope, element by element:
+
+    |err| <= 2 * err_dense + (k + 2) * eps_acc * magnitude + eps_out * |exact|
+
+``err_dense`` is the error of PyTorch's own dense op of that dtype on the same numbers, ``k`` how many products the sum
+has, ``eps_acc`` the precision in which sums are formed, ``magnitude`` the same sum over absolute values. Where nothing
+is stored, all of it is zero: an empty block row, a free slot and a phantom element are checked to the bit.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from sparsekern.kernels.contract import Index, accumulate_dtype
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from sparsekern.ops import linear
+from sparsekern.topology import Grid, Topology, build_index
+
+F64 = torch.float64
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BLOCKS = (
+    *((1, 1), (2, 3), (3, 2), (4, 4), (1, 5), (5, 7), (8, 16), (16, 8), (16, 16)),
+    *((32, 32), (64, 64), (128, 128), (32, 64), (128, 16)),
+)
+X_LAYOUTS = ("contiguous", "transposed", "columns of a wider one", "every second row")
+DY_LAYOUTS = (*X_LAYOUTS, "one row expanded", "one number expanded")
+GARBAGE = 1000.0
+"""What free slots and phantom elements of ``values`` hold in a case: no kernel may let it through."""
+
+
+# The oracle.
+
+
+def dense_weight(values: Tensor, row: Tensor, col: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Return the float64 ``(O, I)`` weight: each stored block at its place, cut off at the edge, zero elsewhere."""
+    _, bo, bi = values.shape
+    weight = torch.zeros(out_features, in_features, dtype=F64)
+    for block, r, c in zip(values, row.tolist(), col.tolist(), strict=True):
+        if r >= 0:
+            place = weight[r * bo : (r + 1) * bo, c * bi : (c + 1) * bi]
+            place.copy_(block[: place.shape[0], : place.shape[1]])
+    return weight
+
+
+def stored_blocks(weight: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return ``(Z, bo, bi)``: what a dense ``(O, I)`` matrix holds at each slot; zero in free slots and phantom."""
+    bo, bi = block
+    values = weight.new_zeros(len(row), bo, bi)
+    for value, r, c in zip(values, row.tolist(), col.tolist(), strict=True):
+        if r >= 0:
+            place = weight[r * bo : (r + 1) * bo, c * bi : (c + 1) * bi]
+            value[: place.shape[0], : place.shape[1]] = place
+    return values
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear layer with the numbers that go through it."""
+
+    grid: Grid
+    row: Tensor
+    col: Tensor
+    x: Tensor
+    values: Tensor
+    bias: Tensor | None
+    dy: Tensor
+
+    @property
+    def index(self) -> Index:
+        return build_index(Topology(self.grid, self.row, self.col))
+
+    @property
+    def weight(self) -> Tensor:
+        """The exact weight as a kernel reads it: rounded to the compute dtype."""
+        rounded = self.values.to(self.x.dtype)
+        return dense_weight(rounded, self.row, self.col, self.grid.out_features, self.grid.in_features)
+
+    @property
+    def stored(self) -> Tensor:
+        """``(O, I)``: 1 where an element is stored, else 0."""
+        ones = torch.ones_like(self.values)
+        return dense_weight(ones, self.row, self.col, self.grid.out_features, self.grid.in_features)
+
+
+# The tolerance.
+
+
+def check_y(case: Case, y: Tensor) -> None:
+    """Raise AssertionError unless ``y`` is ``x W' + bias``."""
+    x, weight, dtype = case.x.to(F64), case.weight, case.x.dtype
+    exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
+    if case.bias is not None:
+        exact, magnitude = exact + case.bias.to(F64), magnitude + case.bias.to(F64).abs()
+    peer = dense_linear(case.x, weight.to(dtype), None if case.bias is None else case.bias.to(dtype))
+    assert_within("y", y, exact, peer, magnitude, case.stored.sum(1), dtype)
+
+
+def check_dx(case: Case, dx: Tensor) -> None:
+    """Raise AssertionError unless ``dx`` is ``dy W``."""
+    dy, weight, dtype = case.dy.to(F64), case.weight, case.dy.dtype
+    exact, magnitude = dy @ weight, dy.abs() @ weight.abs()
+    assert_within("dx", dx, exact, case.dy @ weight.to(dtype), magnitude, case.stored.sum(0), dtype)
+
+
+def check_dvalues(case: Case, dvalues: Tensor, dtype: torch.dtype) -> None:
+    """Raise AssertionError unless ``dvalues`` are the stored blocks of ``dy' x`` in ``dtype``."""
+    dy, x = case.dy.to(F64), case.x.to(F64)
+    wide = torch.promote_types(case.x.dtype, dtype)  # an output wider than the input is compared with a wide dense op
+
+    def blocks(matrix: Tensor) -> Tensor:
+        return stored_blocks(matrix, case.row, case.col, case.grid.block)
+
+    exact, magnitude = blocks(dy.T @ x), blocks(dy.abs().T @ x.abs())
+    peer = blocks((case.dy.to(wide).T @ case.x.to(wide)).to(dtype))
+    tokens = torch.tensor(float(case.x.shape[0]))
+    assert_within("dvalues", dvalues, exact, peer, magnitude, tokens, dtype, accumulate_dtype(case.x.dtype))
+
+
+def assert_within(
+    name: str,
+    result: Tensor,
+    exact: Tensor,
+    peer: Tensor,
+    magnitude: Tensor,
+    terms: Tensor,
+    dtype: torch.dtype,
+    sums: torch.dtype | None = None,
+) -> None:
+    """Raise AssertionError unless ``result`` has the shape of ``exact``, the ``dtype``, and errors in the tolerance."""
+    assert result.shape == exact.shape, f"{name} has shape {tuple(result.shape)}, not {tuple(exact.shape)}"
+    assert result.dtype == dtype, f"{name} is {result.dtype}, not {dtype}"
+    eps_acc, eps_out = torch.finfo(sums or accumulate_dtype(dtype)).eps, torch.finfo(dtype).eps
+    err_dense = (peer.to(F64) - exact).abs()
+    bound = 2 * err_dense + (terms + 2) * eps_acc * magnitude + eps_out * exact.abs()
+    good = (result.to(F64) - exact).abs() <= bound  # NaN is not
+    if not bool(good.all()):
+        at = tuple((~good).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}[{at}] is {float(result[at])!r}, not {float(exact[at])!r} +- {float(bound[at]):.3g}; "
+            f"{int((~good).sum())} of {good.numel()} elements are wrong"
+        )
+
+
+def check_kernels(backend: ModuleType, case: Case) -> None:
+    """Raise AssertionError unless the three linear kernels of a backend give what the oracle says."""
+    grid, index, dtype = case.grid, case.index, case.values.dtype
+    y = backend.fwd(case.x, case.values, case.bias, index, grid.out_features)
+    check_y(case, y)
+    assert y.is_contiguous()
+    check_dx(case, backend.dx(case.dy, case.values, index, grid.in_features))
+    check_dvalues(case, backend.dvalues(case.dy, case.x, index, grid.block, dtype), dtype)
+
+
+def check_op(case: Case) -> None:
+    """Raise AssertionError unless ``sparsekern.ops.linear`` and its backward give what the oracle says."""
+    x, values = case.x.detach().requires_grad_(), case.values.detach().requires_grad_()
+    bias = None if case.bias is None else case.bias.detach().requires_grad_()
+    y = linear(x, values, bias, case.index, case.grid)
+    check_y(case, y.detach())
+    y.backward(case.dy)
+    assert x.grad is not None and values.grad is not None
+    check_dx(case, x.grad)
+    check_dvalues(case, values.grad, values.dtype)
+    if bias is not None:
+        assert bias.grad is not None
+        dy = case.dy.to(F64)
+        tokens = torch.tensor(float(dy.shape[0]))
+        assert_within("dbias", bias.grad, dy.sum(0), case.dy.sum(0), dy.abs().sum(0), tokens, bias.dtype)
+
+
+# Random cases.
+
+
+def random_case(seed: int, **given: Any) -> Case:
+    """Draw a case from a seed; what is ``given`` is not drawn.
+
+    Args:
+        seed: of everything.
+        given: any of ``block``, ``rows`` and ``cols`` (of blocks), ``out_features`` and ``in_features`` (else the
+            matrix ends anywhere inside the last block row and column), ``blocks`` (stored), ``free`` (slots),
+            ``tokens``, ``dtype``, ``values_dtype``, ``bias``, ``x_layout``, ``dy_layout``.
+    """
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def pick(name: str, choices: Any) -> Any:
+        drawn = draw.choice(choices)  # always drawn, so that what is given does not change the rest
+        return given.pop(name, drawn)
+
+    bo, bi = pick("block", BLOCKS)
+    most = 12 if max(bo, bi) <= 8 else 5 if max(bo, bi) <= 32 else 3
+    rows, cols = pick("rows", range(1, most + 1)), pick("cols", range(1, most + 1))
+    out_features = pick("out_features", [rows * bo, *range((rows - 1) * bo + 1, rows * bo + 1)])
+    in_features = pick("in_features", [cols * bi, *range((cols - 1) * bi + 1, cols * bi + 1)])
+    grid = Grid(out_features, in_features, (bo, bi))
+    blocks = pick("blocks", range(1, grid.cells + 1))
+    free = pick("free", (0, 0, 1, 3))
+    tokens = pick("tokens", (0, 1, 2, 7, 17, 33, 65))
+    dtype = pick("dtype", DTYPES)
+    values_dtype = given.pop("values_dtype", dtype)
+    bias = pick("bias", (True, False))
+    x_layout, dy_layout = pick("x_layout", X_LAYOUTS), pick("dy_layout", DY_LAYOUTS)
+    if given:
+        raise TypeError(f"unknown: {', '.join(given)}")
+
+    cells = torch.randperm(grid.cells, generator=generator)[:blocks].int()
+    order = torch.randperm(blocks + free, generator=generator)  # slots are in no order, free ones between
+    row, col = (torch.cat([c, c.new_full((free,), -1)])[order] for c in (cells // grid.cols, cells % grid.cols))
+    values = torch.randn(blocks + free, bo, bi, generator=generator, dtype=F64)
+    values[row < 0] = GARBAGE
+    values[row == grid.rows - 1, out_features - (grid.rows - 1) * bo :, :] = GARBAGE
+    values[col == grid.cols - 1, :, in_features - (grid.cols - 1) * bi :] = GARBAGE
+    return Case(
+        grid=grid,
+        row=row,
+        col=col,
+        x=lay_out(torch.randn(tokens, in_features, generator=generator, dtype=F64).to(dtype), x_layout),
+        values=values.to(values_dtype),
+        bias=torch.randn(out_features, generator=generator, dtype=F64).to(values_dtype) if bias else None,
+        dy=lay_out(torch.randn(tokens, out_features, generator=generator, dtype=F64).to(dtype), dy_layout),
+    )
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """Return ``x (T, F)`` in other strides; an expanded one repeats the first row, or the first element."""
+    tokens, features = x.shape
+    if layout == "contiguous":
+        return x
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "columns of a wider one":
+        wide = x.new_full((tokens, features + 3), float("nan"))
+        wide[:, 1:-2] = x
+        return wide[:, 1:-2]
+    if layout == "every second row":
+        tall = x.new_full((2 * tokens, features), float("nan"))
+        tall[::2] = x
+        return tall[::2]
+    if layout == "one row expanded":
+        return x[:1].expand(tokens, features)
+    if layout == "one number expanded":
+        return x[:1, :1].expand(tokens, features)
+    raise ValueError(f"layout {layout!r}")
+
+
+def with_slots_reordered(case: Case, order: Tensor) -> Case:
+    """Return the same weight with its blocks in other slots: slot ``order[z]`` becomes slot ``z``."""
+    return replace(case, row=case.row[order], col=case.col[order], values=case.values[order])

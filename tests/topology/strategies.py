@@ -1,0 +1,39 @@
+"""Topologies for hypothesis to draw, and what several tests of this folder say about them."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsekern.topology import Grid, Topology
+
+SIDES = (1, 2, 3, 4)
+
+
+def ints(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@st.composite
+def grids(draw: st.DrawFn, sides: tuple[int, ...] = SIDES, most: int = 9) -> Grid:
+    """Rectangular grids of up to ``most`` blocks a side; the matrix ends anywhere inside the last ones."""
+    bo, bi = draw(st.sampled_from(sides)), draw(st.sampled_from(sides))
+    return Grid(draw(st.integers(1, most * bo)), draw(st.integers(1, most * bi)), (bo, bi))
+
+
+@st.composite
+def topologies(draw: st.DrawFn, sides: tuple[int, ...] = SIDES) -> Topology:
+    """Any blocks of a grid in slots of any order, with up to 4 free ones between; sometimes all are free."""
+    grid = draw(grids(sides))
+    free = draw(st.integers(0, 4))
+    keys = draw(st.sets(st.integers(0, grid.cells - 1), min_size=0 if free else 1))
+    slots = draw(st.permutations([*keys, *[-1] * free]))
+    row = [-1 if key < 0 else key // grid.cols for key in slots]
+    col = [-1 if key < 0 else key % grid.cols for key in slots]
+    return Topology(grid, ints(*row), ints(*col))
+
+
+def places(topology: Topology) -> list[tuple[int, int]]:
+    """Return ``(row, col)`` of each slot, as Python numbers."""
+    return list(zip(topology.row.tolist(), topology.col.tolist(), strict=True))

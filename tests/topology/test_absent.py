@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsekern.topology import generator_for, sample_absent, sample_distinct
+from tests.memory import allocations
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_uniform(counts: list[int], draws: int, probability: float) -> None:
+    """Raise AssertionError if a count is 5 standard deviations from its mean: one in 1.7 million, at a fixed seed."""
+    mean, deviation = draws * probability, (draws * probability * (1 - probability)) ** 0.5
+    assert all(abs(count - mean) <= 5 * deviation for count in counts), (min(counts), mean, max(counts))
+
+
+# Distinct numbers. A population of at most 4 * count + 64 is shuffled, a larger one sampled with rejection.
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.integers(0, 400), st.integers(0, 2**31), st.data())
+def test_numbers_are_distinct_and_in_range(population: int, seed: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, population))
+
+    drawn = sample_distinct(population, count, seeded(seed))
+
+    assert drawn.dtype == torch.int64
+    assert len(drawn) == len(set(drawn.tolist())) == count
+    assert set(drawn.tolist()) <= set(range(population))
+
+
+@pytest.mark.parametrize("population", [0, 1, 5, 100])
+def test_a_whole_population_is_a_permutation(population: int) -> None:
+    assert sorted(sample_distinct(population, population, seeded()).tolist()) == list(range(population))
+
+
+@pytest.mark.parametrize(("population", "count"), [(30, 4), (100, 9), (101, 9), (85, 5)])
+def test_every_number_is_as_likely_as_any_other(population: int, count: int) -> None:
+    """100 is the last population that is shuffled for 9, and 101 the first that is not."""
+    generator, draws = seeded(), 4000
+    seen = Counter(i for _ in range(draws) for i in sample_distinct(population, count, generator).tolist())
+
+    assert_uniform([seen[i] for i in range(population)], draws, count / population)
+
+
+@pytest.mark.parametrize(("population", "count"), [(20, 2), (73, 2)])
+def test_every_position_is_as_likely_as_any_other(population: int, count: int) -> None:
+    """The order is random too: the first number drawn is uniform, and so is the second."""
+    generator, draws = seeded(), 6000
+    drawn = torch.stack([sample_distinct(population, count, generator) for _ in range(draws)])
+
+    for position in range(count):
+        counts = drawn[:, position].bincount(minlength=population).tolist()
+        assert_uniform(counts, draws, 1 / population)
+
+
+def test_every_pair_is_as_likely_as_any_other() -> None:
+    """With rejection, on a population made large enough for it: all pairs among the first 8 of 73."""
+    generator, draws = seeded(), 20_000
+    seen: Counter[tuple[int, ...]] = Counter()
+    for _ in range(draws // 100):
+        for row in torch.stack([sample_distinct(73, 2, generator) for _ in range(100)]).sort(1).values.tolist():
+            seen[tuple(row)] += 1
+
+    assert_uniform([seen[pair] for pair in combinations(range(8), 2)], draws, 2 / (73 * 72))
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    for population in (50, 10**6):
+        first, second = (sample_distinct(population, 10, seeded(3)).tolist() for _ in range(2))
+        assert first == second
+
+
+def test_a_huge_population_costs_memory_for_the_count_alone() -> None:
+    """A thousand of two thousand million: a permutation would be 17 GB."""
+    assert allocations(lambda: sample_distinct(2**31 - 1, 1000, seeded())).peak < 200_000
+
+
+# Absent cells.
+
+
+def keys(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def test_absent_cells_by_hand() -> None:
+    """Of 8 cells 0, 3, 4 and 7 are taken."""
+    drawn = sample_absent(keys(0, 3, 4, 7), 8, 4, seeded())
+
+    assert sorted(drawn.tolist()) == [1, 2, 5, 6]
+    assert drawn.dtype == torch.int64
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(st.integers(1, 300), st.data())
+def test_all_absent_cells_are_the_complement(cells: int, data: st.DataObject) -> None:
+    present = sorted(data.draw(st.sets(st.integers(0, cells - 1))))
+    absent = set(range(cells)) - set(present)
+
+    assert set(sample_absent(keys(*present), cells, len(absent), seeded()).tolist()) == absent
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.integers(1, 300), st.data())
+def test_some_absent_cells_are_distinct_and_absent(cells: int, data: st.DataObject) -> None:
+    present = data.draw(st.sets(st.integers(0, cells - 1)))
+    count = data.draw(st.integers(0, cells - len(present)))
+
+    drawn = sample_absent(keys(*sorted(present)), cells, count, seeded()).tolist()
+
+    assert len(drawn) == len(set(drawn)) == count
+    assert not set(drawn) & present
+
+
+@pytest.mark.parametrize(("cells", "count"), [(20, 2), (90, 2)])
+def test_every_absent_cell_is_as_likely_as_any_other(cells: int, count: int) -> None:
+    """Drawn by a shuffle (20 cells) and by rejection (90 cells)."""
+    present = [0, 1, 5, 9, 10, 11, 19]
+    generator, draws = seeded(), 4000
+    seen = Counter(i for _ in range(draws) for i in sample_absent(keys(*present), cells, count, generator).tolist())
+
+    absent = [cell for cell in range(cells) if cell not in present]
+    assert set(seen) <= set(absent)
+    assert_uniform([seen[cell] for cell in absent], draws, count / len(absent))
+
+
+def test_none_of_a_full_grid() -> None:
+    assert sample_absent(keys(0, 1, 2), 3, 0, seeded()).tolist() == []
+
+
+@pytest.mark.parametrize("present", [[], [0, 1]])
+def test_more_than_there_are_is_refused(present: list[int]) -> None:
+    empty = 6 - len(present)
+
+    with pytest.raises(
+        ValueError, match=rf"{empty + 1} blocks were to be added, but only {empty} of 6 cells are empty"
+    ):
+        sample_absent(keys(*present), 6, empty + 1, seeded())
+
+
+@pytest.mark.parametrize("count", [-1, 5])
+def test_a_count_out_of_range_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"{count} distinct integers were asked for out of 4; it must be 0 to 4"):
+        sample_distinct(4, count, generator_for(0))

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsekern.topology import Grid, Topology, balanced, by_norm, check_count, from_mask, random
+from tests.topology.strategies import places
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def cells(rows: int, cols: int) -> Grid:
+    return Grid(rows, cols, (1, 1))
+
+
+def degrees(topology: Topology) -> tuple[list[int], list[int]]:
+    """Return the blocks of each block row, and of each block column."""
+    grid = topology.grid
+    return (
+        topology.row.bincount(minlength=grid.rows).tolist(),
+        topology.col.bincount(minlength=grid.cols).tolist(),
+    )
+
+
+# Random.
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_random_has_exactly_the_number_of_blocks(rows: int, cols: int, data: st.DataObject) -> None:
+    blocks = data.draw(st.integers(1, rows * cols))
+
+    topology = random(cells(rows, cols), blocks, seeded())
+
+    topology.validate()
+    assert topology.slots == topology.blocks() == blocks
+
+
+def test_random_slots_are_in_the_order_of_their_cells() -> None:
+    """Neighbours in memory are neighbours in a row."""
+    keys = random(cells(50, 50), 100, seeded()).keys().tolist()
+
+    assert keys == sorted(keys)
+
+
+def test_random_reaches_every_cell_equally_often() -> None:
+    """Within 5 standard deviations of a binomial; the seed is fixed."""
+    generator, draws, probability = seeded(), 3000, 5 / 24
+    seen = Counter(p for _ in range(draws) for p in places(random(cells(4, 6), 5, generator)))
+
+    mean, deviation = draws * probability, (draws * probability * (1 - probability)) ** 0.5
+    assert len(seen) == 24
+    assert all(abs(count - mean) < 5 * deviation for count in seen.values())
+
+
+@pytest.mark.parametrize("draw", [random, balanced])
+def test_the_same_seed_draws_the_same_blocks(draw) -> None:
+    first, second, other = (places(draw(cells(20, 30), 60, seeded(seed))) for seed in (1, 1, 2))
+
+    assert first == second
+    assert first != other
+
+
+@pytest.mark.parametrize("draw", [random, balanced])
+@pytest.mark.parametrize("blocks", [0, 7, -1])
+def test_a_number_of_blocks_that_does_not_fit_is_refused(draw, blocks: int) -> None:
+    grid = Grid(4, 12, (2, 4))
+
+    with pytest.raises(ValueError, match=rf"{blocks} blocks were asked for in a grid of 2 x 3 .* it must be 1 to 6"):
+        draw(grid, blocks, seeded())
+
+
+def test_check_count_takes_one_to_all() -> None:
+    check_count(cells(2, 3), 1)
+    check_count(cells(2, 3), 6)
+
+
+# Balanced.
+
+
+def assert_balanced(grid: Grid, blocks: int, seed: int = 0) -> None:
+    topology = balanced(grid, blocks, seeded(seed))
+    rows, cols = degrees(topology)
+
+    topology.validate()
+    assert topology.slots == topology.blocks() == blocks
+    assert max(rows) - min(rows) <= 1, (grid, blocks, rows)
+    assert max(cols) - min(cols) <= 1, (grid, blocks, cols)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 99), st.data())
+def test_balanced_degrees_differ_by_at_most_one(rows: int, cols: int, seed: int, data: st.DataObject) -> None:
+    assert_balanced(cells(rows, cols), data.draw(st.integers(1, rows * cols)), seed)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (6, 4), (5, 5)])
+def test_balanced_for_every_number_of_blocks(rows: int, cols: int) -> None:
+    for blocks in range(1, rows * cols + 1):
+        assert_balanced(cells(rows, cols), blocks)
+
+
+@pytest.mark.parametrize("blocks", [1, 63, 64, 65, 410, 2048, 2049, 3600, 4095, 4096])
+def test_balanced_on_a_large_grid(blocks: int) -> None:
+    assert_balanced(cells(64, 64), blocks)
+
+
+def test_balanced_leaves_no_row_and_no_column_empty() -> None:
+    """64 blocks for 64 rows; at random a third of the rows would be empty."""
+    rows, cols = degrees(balanced(cells(64, 32), 64, seeded()))
+
+    assert set(rows) == {1}
+    assert set(cols) == {2}
+
+
+@pytest.mark.parametrize("blocks", [410, 4096 - 410])
+def test_balanced_is_well_mixed(blocks: int) -> None:
+    """Of the pattern it starts from (rows that repeat every few ones), nothing is left.
+
+    Two random rows of 6 of 64 columns are the same once in 75 million; 0.55 of the pairs share no column, give or take
+    0.011, the deviation over 2016 pairs. In the cyclic pattern 0.83 share none, and some share all.
+    """
+    grid = cells(64, 64)
+    topology = balanced(grid, blocks, seeded())
+    mask = torch.zeros(64, 64)
+    mask[topology.row.long(), topology.col.long()] = 1
+    mask = mask if blocks < 2048 else 1 - mask
+    rows = [tuple(row.nonzero().flatten().tolist()) for row in mask]
+    shared = [len({*a} & {*b}) for a, b in combinations(rows, 2)]
+
+    assert len(set(rows)) == 64
+    assert max(shared) <= 4
+    assert abs(shared.count(0) / len(shared) - 0.55) < 5 * 0.011
+
+
+def test_balanced_reaches_every_cell_equally_often() -> None:
+    """Within 5 standard deviations of a binomial; the seed is fixed."""
+    generator, draws, probability = seeded(), 500, 12 / 48
+    seen = Counter(p for _ in range(draws) for p in places(balanced(cells(6, 8), 12, generator)))
+
+    mean, deviation = draws * probability, (draws * probability * (1 - probability)) ** 0.5
+    assert len(seen) == 48
+    assert all(abs(count - mean) < 5 * deviation for count in seen.values())
+
+
+# From a mask.
+
+
+def test_from_mask_by_hand() -> None:
+    mask = torch.tensor([[0, 1, 0], [1, 0, 1]])
+
+    topology = from_mask(Grid(4, 12, (2, 4)), mask)
+
+    assert places(topology) == [(0, 1), (1, 0), (1, 2)]
+    assert topology.row.dtype == torch.int32
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask has shape \(4, 12\); it must have one entry a block, \(2, 3\)"):
+        from_mask(Grid(4, 12, (2, 4)), torch.ones(4, 12))
+
+
+def test_a_mask_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 blocks were asked for"):
+        from_mask(Grid(4, 12, (2, 4)), torch.zeros(2, 3))
+
+
+# By norm.
+
+
+def test_by_norm_by_hand() -> None:
+    """The norms in blocks of 1 x 1, and the order in which they are taken: ties go to the first in row-major order.
+
+    1  -9   3   0          .  1st  .    .
+    5   5  -5   2          2nd 3rd 4th  .
+    0   0   0   8   ->     .   .   .   2nd ...
+    """
+    weight = torch.tensor([[1.0, -9, 3, 0], [5, 5, -5, 2], [0, 0, 0, 8], [5, 0, 0, 0]])
+    by_size = [(0, 1), (2, 3), (1, 0), (1, 1), (1, 2), (3, 0), (0, 2), (1, 3), (0, 0)]
+
+    for blocks in range(1, 10):
+        assert places(by_norm(cells(4, 4), weight, blocks)) == sorted(by_size[:blocks])
+
+
+def test_by_norm_takes_the_norm_of_a_block_and_not_its_largest_element() -> None:
+    """Norms: sqrt(4 * 4) = 4 against sqrt(9) = 3; the edge block has norm 3.5 in its only column."""
+    weight = torch.tensor([[2.0, 2, 3, 0, 3.5], [2, 2, 0, 0, 0]])
+
+    assert places(by_norm(Grid(2, 5, (2, 2)), weight, 1)) == [(0, 0)]
+    assert places(by_norm(Grid(2, 5, (2, 2)), weight, 2)) == [(0, 0), (0, 2)]
+
+
+def test_by_norm_of_a_weight_of_zeros_takes_the_first() -> None:
+    assert places(by_norm(cells(3, 3), torch.zeros(3, 3), 4)) == [(0, 0), (0, 1), (0, 2), (1, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_by_norm_of_a_half_precision_weight_is_not_decided_by_rounding(dtype: torch.dtype) -> None:
+    """Norms sqrt(16**2 + 0.25**2) = 16.002 and 16: one number in bfloat16 and float16, and no tie."""
+    weight = torch.tensor([[16, 0, 16, 0.25]], dtype=dtype)
+
+    assert places(by_norm(Grid(1, 4, (1, 2)), weight, 1)) == [(0, 1)]
+
+
+def test_by_norm_checks_the_number_and_the_shape() -> None:
+    with pytest.raises(ValueError, match="10 blocks were asked for"):
+        by_norm(cells(3, 3), torch.zeros(3, 3), 10)
+    with pytest.raises(ValueError, match=r"weight has shape \(3, 4\); the layer is \(3, 3\)"):
+        by_norm(cells(3, 3), torch.zeros(3, 4), 1)
+
+
+def test_by_norm_has_no_order_for_nan() -> None:
+    weight = torch.ones(4, 4)
+    weight[3, 0] = torch.nan
+    with pytest.raises(ValueError, match="the weight holds NaN; its blocks have no order of strength"):
+        by_norm(Grid(4, 4, (2, 2)), weight, 2)
