@@ -1,0 +1,1 @@
+"""The command line: ``sparsekern`` and its sub-commands, one file each."""

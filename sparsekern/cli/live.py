@@ -1,0 +1,87 @@
+"""What a run shows while it goes on: a bar on a terminal, a line an epoch elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sparsekern.recipes import Config, Observer
+from sparsekern.recipes.learner import Learner
+
+
+class Live(Observer):
+    """Shows seed, epoch, and the loss and accuracy of both networks. Use it in a ``with`` block.
+
+    Args:
+        console: on stderr, so that stdout holds the results alone.
+        should_stop: whether the user asked to stop.
+        quiet: show nothing.
+    """
+
+    def __init__(self, console: Console, should_stop: Callable[[], bool], *, quiet: bool) -> None:
+        self._console, self._asked, self._quiet = console, should_stop, quiet
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._steps: dict[tuple[int, str], int] = {}
+        self._state: dict[str, str] = {}
+        self._accuracy: dict[str, float] = {}
+
+    def __enter__(self) -> Live:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, config: Config, batches: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Start the bar: all steps of all seeds and networks, those of earlier rows done."""
+        self._config = config
+        total = config.seeds * len(config.networks) * (config.epochs or 0) * batches
+        self._task = self._progress.add_task("starting", total=total, state="")
+        for row in rows:
+            self._take(row)
+
+    def step(self, learner: Learner, loss: float) -> None:
+        """Advance the bar."""
+        self._show(learner.seed, learner.network, learner.epoch + 1, learner.steps, loss)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Remember the accuracy; without a bar, print a line."""
+        self._take(row)
+        if self._progress.disable and not self._quiet and row["network"] == self._config.networks[-1]:
+            self._console.print(f"{self._where(row['seed'], row['epoch'])}  {'  '.join(self._state.values())}")
+
+    def should_stop(self) -> bool:
+        """Return what the user asked for."""
+        return self._asked()
+
+    def _take(self, row: dict[str, Any]) -> None:
+        self._accuracy[row["network"]] = row["test_accuracy"]
+        self._show(row["seed"], row["network"], row["epoch"], row["step"], row["loss"])
+
+    def _show(self, seed: int, network: str, epoch: int, steps: int, loss: float) -> None:
+        self._steps[seed, network] = steps
+        accuracy = f" {100 * self._accuracy[network]:.1f} %" if network in self._accuracy else ""
+        self._state[network] = f"{network} loss {loss:.4f}{accuracy}"
+        self._progress.update(
+            self._task,
+            completed=sum(self._steps.values()),
+            description=self._where(seed, epoch),
+            state="  ".join(self._state.values()),
+        )
+
+    def _where(self, seed: int, epoch: int) -> str:
+        return f"seed {seed + 1}/{self._config.seeds}  epoch {epoch}/{self._config.epochs}"

@@ -1,0 +1,150 @@
+"""``sparsekern train``: a block-sparse network beside its dense twin."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sparsekern.cli.live import Live
+from sparsekern.cli.table import notes, result_table
+from sparsekern.recipes import Config, Interrupted, resume, start
+from sparsekern.recipes.folder import CONFIG, PICTURE, default_folder, read_config
+from sparsekern.training import METHODS
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+
+def _option(text: str, default: object, *names: str) -> Any:
+    """Return an option that is None unless it is given: its default is that of :class:`Config`."""
+    return typer.Option(*names, help=text, show_default=str(default))
+
+
+def train(
+    data: Annotated[
+        str | None,
+        _option(
+            "An .npz file (train_images, train_labels, test_images, test_labels) or a folder of IDX files.",
+            "scikit-learn's digits",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, _option("Fraction of the hidden weights that is absent.", Config.sparsity)
+    ] = None,
+    block_size: Annotated[int | None, _option("Side of the blocks.", Config.block_size)] = None,
+    method: Annotated[str | None, _option(f"How blocks move: {', '.join(METHODS)}.", Config.method)] = None,
+    width: Annotated[int | None, _option("Features of the hidden layers.", Config.width)] = None,
+    epochs: Annotated[
+        int | None, _option("Passes over the training set.", "20; 5 with more than 10 000 images")
+    ] = None,
+    batch_size: Annotated[int | None, _option("Images a step.", Config.batch_size)] = None,
+    rate: Annotated[float | None, _option("Learning rate of AdamW.", Config.rate)] = None,
+    update_every: Annotated[int | None, _option("Steps between moves of blocks.", "about 20 moves in all")] = None,
+    seeds: Annotated[int | None, _option("Number of seeds to train.", Config.seeds)] = None,
+    device: Annotated[str | None, _option("cpu, cuda or cuda:<number>.", "cuda where there is one")] = None,
+    dense: Annotated[bool | None, _option("Train the dense twin too.", "dense", "--dense/--no-dense")] = None,
+    out: Annotated[
+        Path | None, _option("Folder for everything the run writes.", "runs/<date-time>-<method>-<sparsity>")
+    ] = None,
+    resume_: Annotated[
+        Path | None,
+        typer.Option("--resume", help="Go on with the run in this folder, exactly where it stopped.", metavar="FOLDER"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress, only the results.")] = False,
+) -> None:
+    """Train a block-sparse network and its dense twin side by side, and compare them.
+
+    Ctrl-C saves everything and says how to go on.
+    """
+    options: dict[str, Any] = {
+        "data": None if data is None else str(Path(data).expanduser().resolve()),
+        "sparsity": sparsity,
+        "block_size": block_size,
+        "method": method,
+        "width": width,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "rate": rate,
+        "update_every": update_every,
+        "seeds": seeds,
+        "device": device,
+        "dense": dense,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    folder = None
+    try:
+        with _CtrlC() as interrupt, Live(errors, interrupt.asked, quiet=quiet) as live:
+            if resume_ is not None:
+                folder = resume_
+                _check_agreement(folder, given, out)
+                results = resume(folder, live)
+            else:
+                config = Config(**given)
+                folder = out or default_folder(config, datetime.now())
+                results = start(config, folder, live)
+    except ValueError as error:
+        errors.print(f"error: {error}")
+        raise typer.Exit(USAGE_ERROR) from None
+    except (Interrupted, KeyboardInterrupt) as stop:
+        errors.print(_how_to_go_on(folder, saved=isinstance(stop, Interrupted)))
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        typer.echo(json.dumps(results | {"folder": str(folder)}))
+    else:
+        Console().print(result_table(results))
+        typer.echo(notes(results))
+        typer.echo(f"{folder}: config, metrics, checkpoints, and the picture {folder / PICTURE}")
+
+
+def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:
+    if folder is None or not (folder / CONFIG).is_file():
+        return "stopped before training began; nothing is saved"
+    state = "saved" if saved else "stopped at once; what the last epoch saved is kept"
+    return f"{state}. To go on: sparsekern train --resume {shlex.quote(str(folder))}"
+
+
+def _check_agreement(folder: Path, given: dict[str, Any], out: Path | None) -> None:
+    """Raise ValueError if an option says something else than the run that is resumed."""
+    if out is not None and out.resolve() != folder.resolve():
+        raise ValueError(f"--out is {out}, but a resumed run stays in its folder {folder}; drop --out")
+    config = read_config(folder)[0].to_json()
+    for name, value in given.items():
+        if value != config[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}, but the run in {folder} has {config[name]}; drop the option, "
+                "or start a new run without --resume"
+            )
+
+
+class _CtrlC:
+    """Turns the first Ctrl-C into a request, which the loop reads between two steps; a second one ends at once.
+
+    A KeyboardInterrupt in the middle of a step would leave weights and optimizer state of different steps.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: Any = None
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> _CtrlC:
+        self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,6 @@
+"""The shipped training recipe: data, networks, the loop, checkpoints, results. ``sparsekern train`` is its shell."""
+
+from sparsekern.recipes.config import Config
+from sparsekern.recipes.run import Interrupted, Observer, resume, start
+
+__all__ = ["Config", "Interrupted", "Observer", "resume", "start"]

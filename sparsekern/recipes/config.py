@@ -1,0 +1,133 @@
+"""What a run is asked to do: one frozen record, checked once, and its form in ``config.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from sparsekern.training import METHODS
+
+FORMAT_VERSION = 1
+"""Of every JSON file in a run folder."""
+
+SMALL_DATA = 10_000
+"""Training images up to which a data set counts as small, and gets more epochs by default."""
+
+STOP = 0.75
+"""Fraction of the training after which no block moves, so that the last grown ones have time to learn."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of one run. Those that are None are chosen by :meth:`resolved`.
+
+    Attributes:
+        data: None for scikit-learn's digits, or the path of an ``.npz`` file or of a folder of IDX files.
+        sparsity: fraction of the hidden weights that is absent, in [0, 1).
+        block_size: side of the blocks.
+        method: a name in :data:`sparsekern.training.METHODS`.
+        width: features of the three hidden layers.
+        epochs: passes over the training set. Default: 20, or 5 with more than 10 000 images.
+        batch_size: images a step.
+        rate: AdamW's learning rate.
+        update_every: steps between moves of blocks. Default: about twenty moves, at most 100 steps apart.
+        seeds: number of runs; run ``i`` has seed ``i``.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``. Default: CUDA where there is one.
+        dense: whether the dense twin is trained too.
+
+    Raises:
+        ValueError: a value out of range; the text names it, the rule and the way out.
+    """
+
+    data: str | None = None
+    sparsity: float = 0.9
+    block_size: int = 16
+    method: str = "set"
+    width: int = 1024
+    epochs: int | None = None
+    batch_size: int = 64
+    rate: float = 1e-3
+    update_every: int | None = None
+    seeds: int = 5
+    device: str | None = None
+    dense: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "width", "epochs", "batch_size", "update_every", "seeds"):
+            value = getattr(self, name)
+            optional = name in ("epochs", "update_every")
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+        for name in ("sparsity", "rate"):
+            if type(value := getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity is {self.sparsity}; it is the fraction absent and must be in [0, 1)")
+        if not (math.isfinite(self.rate) and self.rate > 0):
+            raise ValueError(f"rate is {self.rate}; it must be a number above 0, such as 0.001")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
+        if not (self.data is None or isinstance(self.data, str)):
+            raise ValueError(f"data is {self.data!r}; it must be a path, or nothing for the digits of scikit-learn")
+        if type(self.dense) is not bool:
+            raise ValueError(f"dense is {self.dense!r}; it must be true or false")
+        if self.device is not None:
+            _check_device(self.device)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the networks, in the order in which they are trained."""
+        return ("sparse", "dense") if self.dense else ("sparse",)
+
+    def resolved(self, images: int) -> Config:
+        """Return the configuration with nothing left open, for a training set of that many images."""
+        epochs = self.epochs or (20 if images <= SMALL_DATA else 5)
+        moving = STOP * epochs * math.ceil(images / self.batch_size)
+        return replace(
+            self,
+            epochs=epochs,
+            update_every=self.update_every or min(100, max(1, int(moving / 20))),
+            device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that :meth:`from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Config:
+        """Read what :meth:`to_json` returned.
+
+        Raises:
+            ValueError: a name too many or too few, or a value out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            wrong = ", ".join(sorted(names ^ values.keys()))
+            raise ValueError(f"the configuration has other entries than this version of sparsekern knows: {wrong}")
+        return cls(**values)
+
+
+def _check_device(name: str) -> None:
+    try:
+        kind = torch.device(name).type
+    except (RuntimeError, TypeError):
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; it must be cpu, cuda or cuda:<number>")
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ValueError: this machine, or this installation of PyTorch, does not have it.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device

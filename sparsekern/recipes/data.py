@@ -1,0 +1,178 @@
+"""Data sets: scikit-learn's digits, an ``.npz`` file, a folder of IDX files."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsekern.recipes.idx import IMAGES, LABELS, find_idx, read_idx
+
+if TYPE_CHECKING:
+    import numpy
+
+KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+TEST_FRACTION = 0.2
+"""Of each class of the digits, which come without a split of their own."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images as vectors, standardised by the mean and standard deviation of the training set.
+
+    Attributes:
+        name: for titles.
+        train_images: ``(N, F)`` float32.
+        train_labels: ``(N,)`` int64, 0 to ``classes - 1``.
+        test_images: ``(M, F)`` float32.
+        test_labels: ``(M,)`` int64.
+        classes: one more than the largest label.
+        digest: of the raw arrays, so that a resumed run can tell that it has the same data.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: int
+    digest: str
+
+    @property
+    def features(self) -> int:
+        """F, the pixels of an image."""
+        return self.train_images.shape[1]
+
+    def to(self, device: torch.device) -> Dataset:
+        """Return the data set on a device."""
+        moved = {key: getattr(self, key).to(device) for key in KEYS}
+        return Dataset(self.name, **moved, classes=self.classes, digest=self.digest)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what ``config.json`` says about the data."""
+        return {
+            "name": self.name,
+            "train_images": self.train_images.shape[0],
+            "test_images": self.test_images.shape[0],
+            "features": self.features,
+            "classes": self.classes,
+            "sha256": self.digest,
+        }
+
+
+def load(path: str | None = None) -> Dataset:
+    """Load a data set.
+
+    Args:
+        path: None for the digits of scikit-learn; an ``.npz`` file with the arrays of :data:`KEYS`; or a folder with
+            the four IDX files of MNIST or Fashion-MNIST, gzipped or not.
+
+    Raises:
+        ValueError: the data are missing, damaged or do not fit together; one sentence says what and where.
+    """
+    if path is None:
+        return _dataset("digits (scikit-learn)", "the digits of scikit-learn", _digits())
+    source = Path(path)
+    if not source.exists():
+        raise ValueError(f"data is {path}, which does not exist; give an .npz file or a folder of IDX files")
+    if source.is_dir():
+        return _dataset(source.resolve().name, path, _idx_folder(source))
+    if source.suffix != ".npz":
+        raise ValueError(
+            f"data is {path}, a file that does not end in .npz; give an .npz file or a folder of IDX files"
+        )
+    return _dataset(source.stem, path, _npz(source))
+
+
+def _digits() -> dict[str, numpy.ndarray]:
+    """Return the digits, split class by class at random but always alike, whatever libraries and seeds do elsewhere."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for digit in range(10):
+        members = torch.from_numpy(labels == digit).nonzero().squeeze(1)
+        order = torch.randperm(members.shape[0], generator=generator)
+        test[members[order[: round(TEST_FRACTION * members.shape[0])]]] = True
+    chosen = test.numpy()
+    return dict(zip(KEYS, (images[~chosen], labels[~chosen], images[chosen], labels[chosen]), strict=True))
+
+
+def _idx_folder(folder: Path) -> dict[str, numpy.ndarray]:
+    parts = (("train-images", IMAGES), ("train-labels", LABELS), ("t10k-images", IMAGES), ("t10k-labels", LABELS))
+    return {key: read_idx(find_idx(folder, *part), part[1]) for key, part in zip(KEYS, parts, strict=True)}
+
+
+def _npz(path: Path) -> dict[str, numpy.ndarray]:
+    import numpy
+
+    try:
+        content = numpy.load(path, allow_pickle=False)
+        if isinstance(content, numpy.ndarray):
+            raise ValueError("it is a single array")
+        with content as archive:
+            absent = [key for key in KEYS if key not in archive]
+            if not absent:
+                arrays = {key: archive[key] for key in KEYS}
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from None
+    if absent:
+        raise ValueError(f"{path} has no array {', '.join(absent)}; it must have {', '.join(KEYS)}")
+    for key in ("train_images", "test_images"):
+        array = arrays[key]
+        if array.dtype != numpy.uint8 or array.ndim not in (3, 4):
+            raise ValueError(
+                f"{key} in {path} is {array.dtype} of shape {array.shape}; it must be uint8 of shape "
+                "(images, height, width) or (images, height, width, channels)"
+            )
+    for key in ("train_labels", "test_labels"):
+        if arrays[key].dtype.kind not in "iu" or arrays[key].ndim != 1:
+            raise ValueError(
+                f"{key} in {path} is {arrays[key].dtype} of shape {arrays[key].shape}; it must be integers of shape "
+                "(images,)"
+            )
+    return arrays
+
+
+def _dataset(name: str, source: str, arrays: dict[str, numpy.ndarray]) -> Dataset:
+    """Check that the arrays fit together, and turn them into tensors."""
+    for part in ("train", "test"):
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+        if len(images) != len(labels):
+            raise ValueError(f"{source} has {len(images)} {part} images but {len(labels)} {part} labels")
+        if images.size == 0:
+            raise ValueError(f"{source} has an empty {part} set: its images have shape {images.shape}")
+        if labels.min() < 0:
+            raise ValueError(f"{source} has {part} label {labels.min()}; labels are 0 and up")
+    train, test = arrays["train_images"], arrays["test_images"]
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(f"{source} has train images of shape {train.shape[1:]}, test images of {test.shape[1:]}")
+    train_labels, test_labels = (torch.from_numpy(arrays[key].astype("int64")) for key in KEYS[1::2])
+    known = train_labels.unique()
+    if known.shape[0] < 2:
+        raise ValueError(f"{source} has train images of 1 class only; there must be 2 or more")
+    if not bool(torch.isin(test_labels, known).all()):
+        strange = sorted(set(test_labels.tolist()) - set(known.tolist()))
+        raise ValueError(f"{source} has test labels that no train image has: {', '.join(map(str, strange[:5]))}")
+    train_images, test_images = _standardised(train, test, source)
+    digest = hashlib.sha256()
+    for key in KEYS:
+        digest.update(arrays[key].tobytes())
+    classes = int(known.max()) + 1
+    return Dataset(name, train_images, train_labels, test_images, test_labels, classes, digest.hexdigest())
+
+
+def _standardised(train: numpy.ndarray, test: numpy.ndarray, source: str) -> tuple[Tensor, Tensor]:
+    flat = [torch.from_numpy(images.reshape(len(images), -1).astype("float32")) for images in (train, test)]
+    mean, std = flat[0].double().mean(), flat[0].double().std()
+    if std == 0:
+        raise ValueError(f"{source} has train images in which all pixels are equal; there is nothing to learn from")
+    return flat[0].sub_(mean).div_(std), flat[1].sub_(mean).div_(std)

@@ -1,0 +1,106 @@
+"""The files of a run folder, but for the checkpoints: ``config.json``, ``metrics.jsonl``, ``results.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sparsekern.recipes.config import FORMAT_VERSION, Config
+
+CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.json", "summary.png"
+
+
+def default_folder(config: Config, now: datetime) -> Path:
+    """Return ``runs/<date-time>-<method>-<sparsity>``."""
+    return Path("runs") / f"{now:%Y%m%d-%H%M%S}-{config.method}-{config.sparsity:g}"
+
+
+def create(folder: Path, config: Config, data: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Make a run folder and write its ``config.json``.
+
+    Raises:
+        ValueError: there is something in the folder, or it cannot be made.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"out is {folder}, which is not empty; resume it with --resume, or choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}); choose another --out") from None
+    write_json(folder / CONFIG, {"config": config.to_json(), "data": data, "environment": environment})
+
+
+def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
+    """Return the configuration of a run and the description of its data.
+
+    Raises:
+        ValueError: there is no run in the folder, or its configuration is damaged.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"resume is {folder}, which has no {CONFIG}; give the folder of a run")
+    content = read_json(folder / CONFIG)
+    try:
+        return Config.from_json(content["config"]), content["data"]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder / CONFIG} is not the configuration of a run; start a new run") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file with a format version, whole or not at all."""
+    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, allow_nan=False)
+    _replace(path, text + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote.
+
+    Raises:
+        ValueError: not JSON, or of another format version.
+    """
+    try:
+        content = json.loads(path.read_text())
+        version = content["format_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is missing or damaged; start a new run") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}; this code reads {FORMAT_VERSION}: use the version of sparsekern "
+            "that wrote it"
+        )
+    result: dict[str, Any] = content
+    return result
+
+
+class Metrics:
+    """``metrics.jsonl``: a row for every network and epoch, in the order of training.
+
+    Args:
+        path: the file, which is replaced.
+        rows: those of the checkpoints of the run, so that a resumed run has no row twice.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
+        self.path = path
+        _replace(path, "".join(_line(row) for row in rows))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row at the end."""
+        with self.path.open("a") as file:
+            file.write(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".unfinished")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

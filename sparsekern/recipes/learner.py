@@ -1,0 +1,155 @@
+"""One network on its way: model, optimizer, method, and its place in the training."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sparsekern.analysis import stored_parameters, training_bytes
+from sparsekern.recipes.config import STOP, Config
+from sparsekern.recipes.data import Dataset
+from sparsekern.recipes.models import build
+from sparsekern.topology import generator_for
+from sparsekern.training import METHODS
+
+WARM_UP = 5
+"""Steps at the start that are not timed: they allocate the optimizer's state and fill caches."""
+
+EVALUATION_BATCH = 1024
+
+
+class Learner:
+    """Trains one network of one seed, a step at a time.
+
+    Args:
+        network: ``"sparse"`` or ``"dense"``.
+        config: resolved.
+        data: on the device on which the network is to be.
+        seed: decides initial values, topology, order of batches and moves of blocks.
+
+    Attributes:
+        epoch: epochs completed.
+        batch: batches done of the present epoch.
+        steps: optimizer steps in total.
+    """
+
+    def __init__(self, network: str, config: Config, data: Dataset, seed: int) -> None:
+        assert config.epochs is not None and config.update_every is not None  # resolved() filled them
+        self.network, self.data, self.seed = network, data, seed
+        self.batch_size = config.batch_size
+        self.batches = math.ceil(data.train_images.shape[0] / config.batch_size)
+        self.device = data.train_images.device
+        self.model = build(network, config, data.features, data.classes, seed).to(self.device)
+        # fused: on a CPU the default AdamW is slow, most of all for the dense twin, and would flatter the sparse one
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.rate, fused=True)
+        self.method = None
+        if network == "sparse":
+            stop = STOP * config.epochs * self.batches
+            self.method = METHODS[config.method](
+                self.model, self.optimizer, update_every=config.update_every, stop=stop, seed=seed
+            )
+        self.epoch = self.batch = self.steps = 0
+        self._loss_sum = 0.0
+        self._milliseconds: list[float] = []
+        self._order: tuple[int, Tensor] | None = None  # the epoch, and the images (N,) in its order
+
+    def step(self) -> float:
+        """Train on the next batch of the present epoch; returns its mean loss. After the last one: finish_epoch().
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
+        if self.batch == 0:
+            self._loss_sum, self._milliseconds = 0.0, []
+        images, labels = self._next_batch()
+        self._wait()
+        began = time.perf_counter()
+        loss = cross_entropy(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.method is not None:
+            self.method.step()
+        self._wait()
+        if self.steps >= WARM_UP:
+            self._milliseconds.append(1e3 * (time.perf_counter() - began))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss of the {self.network} network is {value} after {self.steps} steps; choose a lower rate"
+            )
+        self._loss_sum += value * labels.shape[0]
+        self.batch += 1
+        self.steps += 1
+        return value
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Close the epoch and return its row for ``metrics.jsonl``; ``ms_per_step`` is a median, None if not timed."""
+        self.epoch, self.batch = self.epoch + 1, 0
+        row = {
+            "seed": self.seed,
+            "network": self.network,
+            "epoch": self.epoch,
+            "step": self.steps,
+            "loss": self._loss_sum / self.data.train_images.shape[0],
+            "test_accuracy": self._accuracy(),
+            "ms_per_step": statistics.median(self._milliseconds) if self._milliseconds else None,
+        }
+        return row | (self.method.metrics() if self.method is not None else {})
+
+    def sizes(self) -> dict[str, int]:
+        """Return what the network stores, after its first step."""
+        return {
+            "stored_parameters": stored_parameters(self.model),
+            "training_bytes": training_bytes(self.model, self.optimizer),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what, beside the model's own state, a resumed run needs to go on bit for bit."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "steps": self.steps,
+            "loss_sum": self._loss_sum,
+            "milliseconds": list(self._milliseconds),
+            "optimizer": self.optimizer.state_dict(),
+            "method": None if self.method is None else self.method.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; the model's own state is loaded before."""
+        self.epoch, self.batch, self.steps = state["epoch"], state["batch"], state["steps"]
+        self._loss_sum, self._milliseconds = state["loss_sum"], list(state["milliseconds"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.method is not None:
+            self.method.load_state_dict(state["method"])
+
+    def _next_batch(self) -> tuple[Tensor, Tensor]:
+        """Return images ``(B, F)`` and labels ``(B,)``; the order of an epoch is the same for both networks."""
+        count = self.data.train_images.shape[0]
+        if self._order is None or self._order[0] != self.epoch:
+            order = torch.randperm(count, generator=generator_for(self.seed, "order", self.epoch))
+            self._order = (self.epoch, order.to(self.device))
+        chosen = self._order[1][self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
+        return self.data.train_images[chosen], self.data.train_labels[chosen]
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        self.model.eval()
+        right = 0
+        for images, labels in zip(
+            self.data.test_images.split(EVALUATION_BATCH), self.data.test_labels.split(EVALUATION_BATCH), strict=True
+        ):
+            right += int((self.model(images).argmax(1) == labels).sum())
+        self.model.train()
+        return right / self.data.test_labels.shape[0]
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

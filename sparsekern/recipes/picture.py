@@ -1,0 +1,61 @@
+"""What the picture of a run says: its title and which numbers go where. :mod:`sparsekern.report.plots` draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsekern.report.plots import BlockMap, Curves, draw_training
+from sparsekern.training import METHODS
+
+
+def draw_summary(
+    path: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]], block_map: dict[str, Any]
+) -> None:
+    """Draw the curves of all seeds and the block map of the first one.
+
+    Args:
+        path: of the picture.
+        results: of the run.
+        rows: of ``metrics.jsonl``.
+        block_map: of the first sparse layer of seed 0: its name, ``rows``, ``cols``, and the keys ``start``, ``end``.
+    """
+    config, networks = results["config"], results["networks"]
+    names = {"sparse": f"{100 * config['sparsity']:.4g} % sparse", "dense": "dense twin"}
+    draw_training(
+        path,
+        title=_title(config, results["data"]["name"], names["sparse"]),
+        subtitle=_subtitle(config, networks),
+        accuracy=[Curves(names[network], _curves(rows, network, "test_accuracy", 100)) for network in networks],
+        loss=[Curves(names[network], _curves(rows, network, "loss", 1)) for network in networks],
+        block_map=BlockMap(
+            layer=block_map["layer"],
+            rows=block_map["rows"],
+            cols=block_map["cols"],
+            start=block_map["start"].tolist(),
+            end=block_map["end"].tolist(),
+        ),
+    )
+
+
+def _title(config: dict[str, Any], data: str, sparse: str) -> str:
+    side, twin = config["block_size"], " beside its dense twin" if config["dense"] else ""
+    method = METHODS[config["method"]].__name__
+    return f"{data}: MLP of width {config['width']}, hidden layers {sparse} (blocks of {side} x {side}, {method}){twin}"
+
+
+def _subtitle(config: dict[str, Any], networks: dict[str, Any]) -> str:
+    scores = {name: 100 * network["test_accuracy"]["mean"] for name, network in networks.items()}
+    accuracy = ", ".join(f"{name} {score:.1f} %" for name, score in scores.items())
+    stored = " against ".join(f"{network['stored_parameters']:,}" for network in networks.values())
+    return f"test accuracy after {config['epochs']} epochs: {accuracy};  stored parameters: {stored}"
+
+
+def _curves(rows: Sequence[dict[str, Any]], network: str, key: str, scale: float) -> list[list[float]]:
+    """Return one list a seed, one number an epoch."""
+    by_seed: dict[int, list[float]] = {}
+    for row in rows:
+        if row["network"] == network:
+            by_seed.setdefault(row["seed"], []).append(scale * row[key])
+    return list(by_seed.values())

@@ -1,0 +1,65 @@
+"""The numbers at the end of a run, from its rows. No drawing, no rounding."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def summarise(rows: Sequence[Row], sizes: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Return accuracy, sizes and times of the networks, and their comparison if the dense twin was trained.
+
+    Accuracies are fractions, those of the last epoch (never the best one: that would choose by the test set).
+
+    Args:
+        rows: of ``metrics.jsonl``: all seeds, all epochs.
+        sizes: ``stored_parameters`` and ``training_bytes`` by network.
+    """
+    result: dict[str, Any] = {"networks": {name: _network(rows, name, sizes[name]) for name in sizes}}
+    if "dense" in sizes:
+        sparse, dense = (result["networks"][name] for name in ("sparse", "dense"))
+        gaps = [
+            s - d for s, d in zip(sparse["test_accuracy"]["by_seed"], dense["test_accuracy"]["by_seed"], strict=True)
+        ]
+        result["comparison"] = {
+            "accuracy_gap": statistics.fmean(gaps),
+            "accuracy_gap_standard_error": statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None,
+            "parameters_dense_over_sparse": dense["stored_parameters"] / sparse["stored_parameters"],
+            "bytes_dense_over_sparse": dense["training_bytes"] / sparse["training_bytes"],
+            "time_dense_over_sparse": _spread(_time_ratios(rows)),
+        }
+    return result
+
+
+def _network(rows: Sequence[Row], name: str, sizes: dict[str, int]) -> dict[str, Any]:
+    mine = [row for row in rows if row["network"] == name]
+    last = max(row["epoch"] for row in mine)
+    final = [row["test_accuracy"] for row in mine if row["epoch"] == last]
+    return {
+        "test_accuracy": {
+            "mean": statistics.fmean(final),
+            "standard_deviation": statistics.stdev(final) if len(final) > 1 else None,
+            "by_seed": final,
+        },
+        **sizes,
+        "ms_per_step": _spread([row["ms_per_step"] for row in mine if row["ms_per_step"] is not None]),
+    }
+
+
+def _time_ratios(rows: Sequence[Row]) -> list[float]:
+    """Return dense time over sparse time, epoch by epoch: the two ran side by side, so a slow spell slows both."""
+    times = {(row["network"], row["seed"], row["epoch"]): row["ms_per_step"] for row in rows}
+    pairs = [(time, times["sparse", seed, epoch]) for (name, seed, epoch), time in times.items() if name == "dense"]
+    return [dense / sparse for dense, sparse in pairs if dense is not None and sparse is not None]
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    """Return the median and the quartiles; None where there are too few values."""
+    if len(values) < 2:
+        return {"median": values[0] if values else None, "low": None, "high": None}
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}

@@ -1,0 +1,201 @@
+"""The training loop of a run: seed by seed, epoch by epoch, the two networks in turn."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsekern as sk
+from sparsekern.nn import sparse_layers
+from sparsekern.ops import BACKENDS, supports
+from sparsekern.recipes import checkpoint
+from sparsekern.recipes.config import Config, usable_device
+from sparsekern.recipes.data import Dataset, load
+from sparsekern.recipes.folder import METRICS, PICTURE, RESULTS, Metrics, create, read_config, read_json, write_json
+from sparsekern.recipes.learner import Learner
+from sparsekern.recipes.picture import draw_summary
+from sparsekern.recipes.results import summarise
+
+
+class Observer:
+    """What a run tells while it goes on; the methods do nothing and may be overridden."""
+
+    def begin(self, config: Config, batches: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Training begins, or goes on after ``rows``; an epoch of one network has that many batches."""
+
+    def step(self, learner: Learner, loss: float) -> None:
+        """A step is done."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A network has finished an epoch; its row of ``metrics.jsonl``."""
+
+    def should_stop(self) -> bool:
+        """Return whether to save and stop; asked before every step."""
+        return False
+
+
+class Interrupted(Exception):
+    """The run was stopped on request; everything is saved in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"stopped; everything is saved in {folder}")
+        self.folder = folder
+
+
+def start(config: Config, folder: Path, observer: Observer) -> dict[str, Any]:
+    """Train in a new run folder; returns what :func:`resume` does.
+
+    Raises:
+        ValueError: data, options or the folder are not usable.
+        Interrupted: the observer asked to stop.
+    """
+    data = load(config.data)
+    config = config.resolved(data.train_images.shape[0])
+    _check(config, data)
+    create(folder, config, data.describe(), environment(config))
+    return _train(config, data, folder, observer)
+
+
+def resume(folder: Path, observer: Observer) -> dict[str, Any]:
+    """Go on with a run, bit for bit as if it had not stopped (on the CPU); of a finished one read the results.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        ValueError: the folder is not that of a run, or its data have changed.
+        Interrupted: the observer asked to stop.
+    """
+    config, described = read_config(folder)
+    if (folder / RESULTS).is_file():
+        return read_json(folder / RESULTS)
+    data = load(config.data)
+    if data.describe() != described:
+        raise ValueError(f"the data of {folder} have changed since it began; restore them, or start a new run")
+    _check(config, data)
+    return _train(config, data, folder, observer)
+
+
+def _check(config: Config, data: Dataset) -> None:
+    """Raise every error about the options before the run folder is made: building a network finds the last ones."""
+    usable_device(str(config.device))
+    Learner("sparse", config, data, seed=0)
+
+
+def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> dict[str, Any]:
+    saved = [_saved(folder, seed) for seed in range(config.seeds)]
+    before = [row for state in saved for row in state["rows"]]
+    metrics = Metrics(folder / METRICS, before)
+    observer.begin(config, math.ceil(data.train_images.shape[0] / config.batch_size), before)
+    on_device = data.to(usable_device(str(config.device)))
+    finished = []
+    for seed, state in enumerate(saved):
+        if not state["finished"]:
+            state = _Seed(config, on_device, seed, state, folder, metrics, observer).train()
+        finished.append(state)
+    rows = [row for state in finished for row in state["rows"]]
+    results = {
+        "config": config.to_json(),
+        "data": data.describe(),
+        "environment": environment(config),
+        **summarise(rows, finished[0]["sizes"]),
+    }
+    draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
+    write_json(folder / RESULTS, results)  # last: it says that the run is finished
+    return read_json(folder / RESULTS)
+
+
+def _saved(folder: Path, seed: int) -> dict[str, Any]:
+    """Return the saved state of a seed; one without rows if it has not begun."""
+    newest = checkpoint.latest(checkpoint.seed_folder(folder, seed))
+    return {"rows": [], "finished": False} if newest is None else checkpoint.load_state(newest)
+
+
+class _Seed:
+    """The training of one seed, from its newest checkpoint's ``state`` if it has one."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Dataset,
+        seed: int,
+        state: dict[str, Any],
+        folder: Path,
+        metrics: Metrics,
+        observer: Observer,
+    ) -> None:
+        self.config, self.folder, self.metrics, self.observer = config, folder, metrics, observer
+        self.checkpoints = checkpoint.seed_folder(folder, seed)
+        self.learners = {name: Learner(name, config, data, seed) for name in config.networks}
+        self.rows: list[dict[str, Any]] = list(state["rows"])
+        newest = checkpoint.latest(self.checkpoints)
+        if newest is not None:
+            for name, learner in self.learners.items():
+                checkpoint.load_model(newest, name, learner.model)
+                learner.load_state_dict(state["learners"][name])
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end; returns the state of the last checkpoint, which keeps no optimizer."""
+        learners = self.learners.values()
+        for epoch in range(min(learner.epoch for learner in learners), self.config.epochs or 0):
+            for learner in learners:
+                if learner.epoch == epoch:  # else it was done with it before the interruption
+                    self._finish_epoch(learner)
+            if epoch + 1 != self.config.epochs:
+                self._save()
+        sizes = {name: learner.sizes() for name, learner in self.learners.items()}
+        return self._write(
+            {"rows": self.rows, "finished": True, "sizes": sizes, "map": _block_map(self.learners["sparse"])}
+        )
+
+    def _finish_epoch(self, learner: Learner) -> None:
+        while learner.batch < learner.batches:
+            if self.observer.should_stop():
+                self._save()
+                raise Interrupted(self.folder)
+            self.observer.step(learner, learner.step())
+        row = learner.finish_epoch()
+        self.rows.append(row)
+        self.metrics.append(row)
+        self.observer.row(row)
+
+    def _save(self) -> None:
+        states = {name: learner.state_dict() for name, learner in self.learners.items()}
+        self._write({"rows": self.rows, "finished": False, "learners": states})
+
+    def _write(self, state: dict[str, Any]) -> dict[str, Any]:
+        models = {name: learner.model for name, learner in self.learners.items()}
+        checkpoint.save(self.checkpoints, sum(learner.steps for learner in self.learners.values()), models, state)
+        return state
+
+
+def _block_map(sparse: Learner) -> dict[str, Any]:
+    """Return where the blocks of the first sparse layer are, now and at the start, as sorted keys ``row * C + col``."""
+    assert sparse.method is not None
+    name, layer = next(iter(sparse_layers(sparse.model).items()))
+    return {
+        "layer": name,
+        "rows": layer.grid.rows,
+        "cols": layer.grid.cols,
+        "start": sparse.method.state_dict()["start"][name],
+        "end": layer.topology.sorted_keys().cpu(),
+    }
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """Return what times, and the last bits of results, depend on."""
+    device = usable_device(str(config.device))
+    block = (config.block_size, config.block_size)
+    return {
+        "sparsekern": sk.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "kernels": next(name for name in BACKENDS if supports(name, "linear", device, torch.float32, block)),
+    }

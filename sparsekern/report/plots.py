@@ -1,0 +1,106 @@
+"""Pictures of a training. Draws what it is given, and touches no global state of matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#0b6e99", "#c4570c", "#5b8c2a", "#7a4fa3")
+"""One a curve; told apart also without colour vision, and by their labels."""
+
+EMPTY, KEPT, DROPPED, GROWN = "#f4f4f1", "#1d3f5e", "#9db8cc", "#e07b39"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One network's curves: ``by_seed[i][e]`` is its number for seed i after epoch e + 1."""
+
+    label: str
+    by_seed: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Where the blocks of a layer are: keys ``row * cols + col`` on a grid of ``rows x cols``."""
+
+    layer: str
+    rows: int
+    cols: int
+    start: Sequence[int]
+    end: Sequence[int]
+
+
+def draw_training(
+    path: Path, *, title: str, subtitle: str, accuracy: Sequence[Curves], loss: Sequence[Curves], block_map: BlockMap
+) -> None:
+    """Write a picture of a training: accuracy, loss, and the blocks of a layer at the start and at the end.
+
+    Args:
+        path: its suffix gives the format, such as ``.png``.
+        title, subtitle: what was trained, and what came out.
+        accuracy: in percent.
+        loss: on the training set; drawn on a logarithmic scale.
+        block_map: the layer to show.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 4.9), dpi=110, layout="constrained")
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=13)
+    left, middle, before, after = figure.subplots(1, 4, width_ratios=(1.15, 1.15, 1, 1))
+    _draw_curves(left, accuracy, "test accuracy (%)", legend="lower right")
+    _draw_curves(middle, loss, "training loss", legend="upper right")
+    middle.set_yscale("log")
+    _draw_blocks(before, block_map, at_start=True)
+    _draw_blocks(after, block_map, at_start=False)
+    figure.savefig(path)
+
+
+def _draw_curves(
+    axes: Axes, curves: Sequence[Curves], what: str, *, legend: Literal["lower right", "upper right"]
+) -> None:
+    """Draw the mean over seeds, a band from the lowest to the highest, and the names in the colours of the lines."""
+    import numpy
+    from matplotlib.ticker import MaxNLocator
+
+    for colour, curve in zip(COLOURS, curves, strict=False):
+        seeds = numpy.asarray(curve.by_seed)
+        epochs = numpy.arange(1, seeds.shape[1] + 1)
+        axes.fill_between(epochs, seeds.min(0), seeds.max(0), color=colour, alpha=0.2, linewidth=0)
+        axes.plot(epochs, seeds.mean(0), color=colour, linewidth=2, label=curve.label, marker="." * (len(epochs) == 1))
+    count = max(len(curve.by_seed) for curve in curves)
+    axes.set_title(what if count == 1 else f"{what}: mean and range of {count} seeds", fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.legend(loc=legend, labelcolor="linecolor", frameon=False, fontsize=11)
+
+
+def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
+    """Draw one cell a block: those at both times in one colour, those only at this time in another."""
+    import numpy
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    start, end = set(block_map.start), set(block_map.end)
+    shown, both = (start if at_start else end), start & end
+    only, name = (DROPPED, "dropped later") if at_start else (GROWN, "grown since")
+    cells = numpy.zeros(block_map.rows * block_map.cols)
+    cells[sorted(shown)] = 2
+    cells[sorted(both)] = 1
+    colours = ListedColormap([EMPTY, KEPT, only])
+    axes.imshow(cells.reshape(block_map.rows, block_map.cols), cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+    share = f"{len(shown)} of {cells.size} blocks, {100 * len(shown) / cells.size:.3g} %"
+    axes.set_title(f"layer {block_map.layer} at the {'start' if at_start else 'end'}\n{share}", fontsize=11)
+    axes.set_xlabel("input block")
+    axes.set_ylabel("output block")
+    entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({len(both)})")]
+    if shown - both:
+        entries.append(Patch(color=only, label=f"{name} ({len(shown - both)})"))
+    axes.legend(
+        handles=entries, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, handlelength=1
+    )

@@ -1,0 +1,45 @@
+import io
+from types import SimpleNamespace
+
+from rich.console import Console
+
+from sparsekern.cli.live import Live
+from sparsekern.recipes import Config
+
+CONFIG = Config(epochs=2, seeds=2)
+
+
+def row(network, epoch, accuracy=0.5):
+    return {"seed": 0, "network": network, "epoch": epoch, "step": 3 * epoch, "loss": 1.25, "test_accuracy": accuracy}
+
+
+def show(*, terminal, quiet=False):
+    text = io.StringIO()
+    with Live(Console(file=text, force_terminal=terminal, width=140), lambda: False, quiet=quiet) as live:
+        live.begin(CONFIG, 3, [row("sparse", 1), row("dense", 1)])
+        live.step(SimpleNamespace(seed=0, network="sparse", epoch=1, steps=4), 0.75)
+        live.row(row("sparse", 2, 0.625))
+        live.row(row("dense", 2, 0.875))
+        task = live._progress.tasks[0]
+    return text.getvalue(), task
+
+
+def test_elsewhere_a_line_an_epoch_but_none_for_earlier_rows():
+    text, _ = show(terminal=False)
+    assert text == "seed 1/2  epoch 2/2  sparse loss 1.2500 62.5 %  dense loss 1.2500 87.5 %\n"
+
+
+def test_on_a_terminal_a_bar():
+    text, task = show(terminal=True)
+    assert "seed 1/2  epoch 2/2" in text and "dense loss 1.2500 87.5 %" in text
+    assert (task.completed, task.total) == (12, 2 * 2 * 2 * 3)
+
+
+def test_quiet_is_silent():
+    assert show(terminal=True, quiet=True)[0] == show(terminal=False, quiet=True)[0] == ""
+
+
+def test_asks_whether_to_stop():
+    answers = iter([False, True])
+    live = Live(Console(file=io.StringIO()), lambda: next(answers), quiet=True)
+    assert (live.should_stop(), live.should_stop()) == (False, True)

@@ -1,0 +1,151 @@
+import json
+import signal
+
+import pytest
+from typer.testing import CliRunner
+
+from sparsekern.cli.main import application
+from sparsekern.recipes.learner import Learner
+
+TINY = ["--width=32", "--block-size=8", "--sparsity=0.5", "--epochs=2", "--batch-size=400", "--seeds=1", "--device=cpu"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(application(), ["train", *map(str, arguments)], env={"COLUMNS": "120"})
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr("sparsekern.recipes.run.draw_summary", lambda *_: None)  # it takes longer than the training
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, invoke(*TINY, "--out", folder)
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Press Ctrl-C during the given step, so many times."""
+
+    def press(at, times=1):
+        step, done = Learner.step, []
+
+        def pressed(learner):
+            loss = step(learner)
+            done.append(loss)
+            if len(done) == at:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            return loss
+
+        monkeypatch.setattr(Learner, "step", pressed)
+
+    return press
+
+
+def test_the_table_the_folder_and_the_progress(finished):
+    folder, result = finished
+    assert result.exit_code == 0, result.output
+    for text in ("digits", "50 %", "test accuracy", "stored parameters", "training state", "median time", "dense"):
+        assert text in result.stdout
+    assert str(folder / "summary.png") in result.stdout
+    assert "seed 1/1  epoch 2/2  sparse loss" in result.stderr and "seed" not in result.stdout.split("accuracy  ")[0]
+    assert (folder / "summary.png").is_file() and (folder / "config.json").is_file()
+
+
+def test_resuming_a_finished_run_prints_the_table_again(finished):
+    folder, result = finished
+    again = invoke("--resume", folder)
+    assert (again.exit_code, again.stdout) == (0, result.stdout)
+    assert again.stderr == ""
+
+
+def test_json_is_alone_on_stdout(finished):
+    folder, _ = finished
+    result = invoke("--resume", folder, "--json")
+    content = json.loads(result.stdout)
+    assert content["folder"] == str(folder)
+    assert {"config", "data", "environment", "networks", "comparison"} < content.keys()
+
+
+def test_quiet_shows_only_the_table(no_picture, tmp_path):
+    result = invoke(*TINY, "--out", tmp_path / "run", "--quiet", "--no-dense")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "test accuracy" in result.stdout and "against dense" not in result.stdout
+
+
+def test_the_default_folder(no_picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(*TINY, "--method", "static", "--json", "--quiet").exit_code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-static-0.5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "1.5"], "error: sparsity is 1.5; it is the fraction absent and must be in [0, 1)"),
+        (["--method", "sett"], "error: method is 'sett'; it must be one of static, set"),
+        (["--data", "nothing.npz"], "which does not exist"),
+        (["--resume", "nothing"], "error: resume is nothing, which has no config.json"),
+        (["--width", "16"], "every layer needs at least one"),
+    ],
+)
+def test_an_error_is_one_line_and_no_traceback(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and message in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_not_overwritten(finished):
+    result = invoke(*TINY, "--out", finished[0])
+    assert result.exit_code == 2 and "not empty; resume it with --resume, or choose another --out" in result.stderr
+
+
+def test_options_that_contradict_the_resumed_run(finished, tmp_path):
+    folder, _ = finished
+    for arguments, message in (
+        (["--width", "64"], f"--width is 64, but the run in {folder} has 32"),
+        (["--batch-size", "1"], "--batch-size is 1, but"),
+        (["--no-dense"], "--dense is False, but"),
+        (["--data", tmp_path], "--data is"),
+        (["--out", tmp_path], "--out is"),
+    ):
+        result = invoke("--resume", folder, *arguments)
+        assert result.exit_code == 2 and message in result.stderr
+    assert invoke("--resume", folder, *TINY, "--out", folder).exit_code == 0
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(no_picture, finished, tmp_path, ctrl_c, monkeypatch):
+    folder = tmp_path / "my run"
+    with monkeypatch.context() as patch:
+        ctrl_c(6)
+        result = invoke(*TINY, "--out", folder)
+        patch.undo()
+    assert result.exit_code == 130 and result.stdout == ""
+    assert f"saved. To go on: sparsekern train --resume '{folder}'" in result.stderr
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = invoke("--resume", folder, "--json")
+    networks = json.loads(resumed.stdout)["networks"]
+    straight = json.loads((finished[0] / "results.json").read_text())["networks"]
+    assert [n["test_accuracy"] for n in networks.values()] == [n["test_accuracy"] for n in straight.values()]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, ctrl_c):
+    ctrl_c(6, times=2)
+    result = invoke(*TINY, "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert "stopped at once; what the last epoch saved is kept. To go on:" in result.stderr
+
+
+def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):
+    def stopped(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsekern.recipes.run.load", stopped)
+    result = invoke("--out", tmp_path / "run")
+    assert result.exit_code == 130 and "nothing is saved" in result.stderr

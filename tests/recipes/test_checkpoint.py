@@ -1,0 +1,89 @@
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekern import SparseLinear
+from sparsekern.recipes import checkpoint
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_one_checkpoint_stays_and_loads(tmp_path):
+    sparse, dense = SparseLinear(32, 32, block_size=8, sparsity=0.5), nn.Linear(3, 2)
+    folder = checkpoint.seed_folder(tmp_path, 4)
+    assert folder == tmp_path / "checkpoints" / "seed-4"
+    assert checkpoint.latest(folder) is None
+    checkpoint.save(folder, 9, {"sparse": sparse, "dense": dense}, {"a": 1})
+    last = checkpoint.save(folder, 10, {"sparse": sparse, "dense": dense}, {"a": 2, "tensor": torch.arange(3)})
+    assert names(folder) == ["step-00000010"] and checkpoint.latest(folder) == last
+    assert names(last) == ["dense.safetensors", "sparse.safetensors", "state.pt"]
+    state = checkpoint.load_state(last)
+    assert state["a"] == 2 and state["tensor"].tolist() == [0, 1, 2]
+    other = SparseLinear(32, 32, block_size=8, sparsity=0.5)
+    checkpoint.load_model(last, "sparse", other)
+    assert torch.equal(other.dense_weight(), sparse.dense_weight())
+
+
+def test_the_same_step_is_written_once(tmp_path):
+    first = checkpoint.save(tmp_path, 5, {}, {"a": 1})
+    assert checkpoint.save(tmp_path, 5, {}, {"a": 2}) == first
+    assert checkpoint.load_state(first)["a"] == 1
+
+
+def test_a_crash_while_writing_leaves_the_older_one(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 5, {}, {"a": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint.save(tmp_path, 6, {}, {"a": 2})
+    assert checkpoint.load_state(checkpoint.latest(tmp_path))["a"] == 1
+    checkpoint.save(tmp_path, 7, {}, {"a": 3})
+    assert names(tmp_path) == ["step-00000007"], "what the crash left is gone"
+
+
+def test_the_newest_is_found_by_number(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    assert checkpoint.latest(tmp_path).name == "step-100000000"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint"])
+def test_a_damaged_state_is_described(tmp_path, content):
+    if content is not None:
+        (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state.pt cannot be read: .+; start a new run"):
+        checkpoint.load_state(tmp_path)
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_a_state_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"version": 1, "harm": Harm()}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load_state(tmp_path)
+    assert names(tmp_path) == ["state.pt"]
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    torch.save({"version": 99}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="has version 99; this code reads 1"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_weights_that_do_not_load_are_described(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, {"dense": nn.Linear(3, 2)}, {})
+    with pytest.raises(ValueError, match=r"dense.safetensors cannot be loaded: .*size mismatch"):
+        checkpoint.load_model(folder, "dense", nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"sparse.safetensors cannot be loaded: .*No such file"):
+        checkpoint.load_model(folder, "sparse", nn.Linear(3, 2))
+    (folder / "dense.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"dense.safetensors cannot be loaded"):
+        checkpoint.load_model(folder, "dense", nn.Linear(3, 2))

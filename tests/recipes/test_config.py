@@ -1,0 +1,75 @@
+import json
+
+import pytest
+import torch
+
+from sparsekern.recipes.config import Config, usable_device
+
+
+def test_the_default_is_what_the_readme_promises():
+    config = Config()
+    assert (config.width, config.block_size, config.sparsity, config.method) == (1024, 16, 0.9, "set")
+    assert config.networks == ("sparse", "dense")
+    assert Config(dense=False).networks == ("sparse",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("block_size", 0, "1 or more"),
+        ("width", -5, "1 or more"),
+        ("width", 1.5, "whole number"),
+        ("epochs", 0, "1 or more"),
+        ("batch_size", True, "whole number"),
+        ("update_every", 0, "1 or more"),
+        ("seeds", None, "1 or more"),
+        ("sparsity", 1.0, r"\[0, 1\)"),
+        ("sparsity", float("nan"), r"\[0, 1\)"),
+        ("sparsity", "0.9", "a number"),
+        ("rate", 0.0, "above 0"),
+        ("rate", float("inf"), "above 0"),
+        ("method", "sett", "one of static, set"),
+        ("data", 3, "a path"),
+        ("dense", 1, "true or false"),
+        ("device", "tpu", "cpu, cuda"),
+        ("device", "meta", "cpu, cuda"),
+        ("device", 3.5, "cpu, cuda"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(name, value, rule):
+    with pytest.raises(ValueError, match=rf"{name} is .*{rule}"):
+        Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "update_every"), [(1438, 20, 17), (10_001, 5, 29), (60_000, 5, 100), (10, 20, 1)]
+)
+def test_open_values_follow_the_size_of_the_data(images, epochs, update_every):
+    resolved = Config().resolved(images)
+    assert (resolved.epochs, resolved.update_every) == (epochs, update_every)
+    assert resolved.device in ("cpu", "cuda")
+
+
+def test_given_values_stay():
+    config = Config(epochs=3, update_every=7, device="cpu")
+    assert config.resolved(1438) == config
+
+
+def test_json_and_back():
+    config = Config(data="x.npz", sparsity=0.5, epochs=2)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("change", [{"depth": 3}, {"width": ...}])
+def test_json_of_another_version_is_refused(change):
+    values = {k: v for k, v in (Config().to_json() | change).items() if v is not ...}
+    with pytest.raises(ValueError, match=f"other entries .*{next(iter(change))}"):
+        Config.from_json(values)
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert usable_device("cuda") == torch.device("cuda")
+    assert usable_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device is 'cuda:1', but PyTorch sees 1"):
+        usable_device("cuda:1")

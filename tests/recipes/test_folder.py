@@ -1,0 +1,73 @@
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from sparsekern.recipes.config import Config
+from sparsekern.recipes.folder import Metrics, create, default_folder, read_config, read_json, write_json
+
+
+def test_the_default_name_says_what_and_when():
+    now = datetime(2026, 11, 20, 9, 5, 1)
+    assert default_folder(Config(sparsity=0.95), now) == Path("runs/20261120-090501-set-0.95")
+
+
+def test_config_and_back(tmp_path):
+    config = Config(epochs=3)
+    create(tmp_path / "a" / "b", config, {"name": "x"}, {"torch": "1"})
+    assert read_config(tmp_path / "a" / "b") == (config, {"name": "x"})
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["format_version"] == 1
+
+
+def test_nothing_is_overwritten(tmp_path):
+    create(tmp_path, Config(), {}, {})
+    with pytest.raises(ValueError, match=r"not empty; resume it with --resume, or choose another --out"):
+        create(tmp_path, Config(), {}, {})
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="cannot be made .*choose another --out"):
+            create(path, Config(), {}, {})
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json; give the folder of a run"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "missing or damaged"),
+        ("[]", "missing or damaged"),
+        ("{}", "missing or damaged"),
+        ('{"format_version": 2}', "has format version 2; this code reads 1"),
+        ('{"format_version": 1}', "not the configuration of a run"),
+        ('{"format_version": 1, "config": [], "data": {}}', "not the configuration of a run"),
+        ('{"format_version": 1, "config": {"width": 0}, "data": {}}', "other entries"),
+    ],
+)
+def test_a_damaged_configuration_is_described(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+def test_json_is_written_whole(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"format_version": 1, "a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_metrics_begin_with_the_rows_of_the_checkpoints(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    metrics = Metrics(path, [{"epoch": 1}])
+    metrics.append({"epoch": 2})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"epoch": 1}, {"epoch": 2}]

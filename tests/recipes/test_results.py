@@ -1,0 +1,56 @@
+import pytest
+
+from sparsekern.recipes.results import summarise
+
+SIZES = {
+    "sparse": {"stored_parameters": 10, "training_bytes": 100},
+    "dense": {"stored_parameters": 40, "training_bytes": 250},
+}
+
+
+def row(network, seed, epoch, accuracy, ms):
+    return {"network": network, "seed": seed, "epoch": epoch, "test_accuracy": accuracy, "ms_per_step": ms}
+
+
+ROWS = [
+    row("sparse", 0, 1, 1.0, None),
+    row("dense", 0, 1, 1.0, 4.0),
+    row("sparse", 0, 2, 0.8, 2.0),
+    row("dense", 0, 2, 0.9, 6.0),
+    row("sparse", 1, 1, 1.0, 10.0),
+    row("dense", 1, 1, 1.0, 10.0),
+    row("sparse", 1, 2, 0.9, 4.0),
+    row("dense", 1, 2, 0.9, 8.0),
+]
+
+
+def test_by_hand():
+    result = summarise(ROWS, SIZES)
+    sparse, dense = result["networks"]["sparse"], result["networks"]["dense"]
+    assert sparse["test_accuracy"]["by_seed"] == [0.8, 0.9]  # the last epoch, not the best
+    assert sparse["test_accuracy"]["mean"] == pytest.approx(0.85)
+    assert sparse["test_accuracy"]["standard_deviation"] == pytest.approx(0.1 / 2**0.5)
+    assert (sparse["stored_parameters"], dense["training_bytes"]) == (10, 250)
+    assert sparse["ms_per_step"] == {"median": 4.0, "low": 3.0, "high": 7.0}
+    compared = result["comparison"]
+    assert compared["accuracy_gap"] == pytest.approx(-0.05)
+    assert compared["accuracy_gap_standard_error"] == pytest.approx(0.05)
+    assert compared["parameters_dense_over_sparse"] == 4 and compared["bytes_dense_over_sparse"] == 2.5
+    assert compared["time_dense_over_sparse"] == {"median": 2.0, "low": 1.5, "high": 2.5}  # of 3, 1 and 2
+
+
+def test_one_seed_has_no_deviation():
+    result = summarise([r for r in ROWS if r["seed"] == 0], SIZES)
+    assert result["networks"]["sparse"]["test_accuracy"]["standard_deviation"] is None
+    assert result["comparison"]["accuracy_gap_standard_error"] is None
+    assert result["comparison"]["time_dense_over_sparse"] == {"median": 3.0, "low": None, "high": None}
+
+
+def test_nothing_timed():
+    rows = [row("sparse", 0, 1, 0.5, None), row("dense", 0, 1, 0.5, None)]
+    assert summarise(rows, SIZES)["comparison"]["time_dense_over_sparse"]["median"] is None
+
+
+def test_without_the_twin():
+    result = summarise([r for r in ROWS if r["network"] == "sparse"], {"sparse": SIZES["sparse"]})
+    assert "comparison" not in result and list(result["networks"]) == ["sparse"]

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+
+import numpy
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.recipes import Config, Interrupted, Observer, checkpoint, resume, start
+from sparsekern.recipes.models import build
+from sparsekern.recipes.run import environment
+
+CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=3, batch_size=400, seeds=2, update_every=2, device="cpu")
+BATCHES = 4
+STEPS = 2 * 2 * 3 * BATCHES  # seeds, networks, epochs
+
+
+class StopAt(Observer):
+    """Asks to stop before a step, counted from 0."""
+
+    def __init__(self, *steps: int) -> None:
+        self.stops, self.asked, self.seen = steps, 0, []
+
+    def should_stop(self):
+        self.asked += 1
+        return self.asked - 1 in self.stops
+
+    def row(self, row):
+        self.seen.append(row)
+
+
+def rows_of(folder, *, timed=False):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    drop = () if timed else ("ms_per_step", "update_seconds")
+    return [{key: value for key, value in row.items() if key not in drop} for row in rows]
+
+
+def weights(folder):
+    return {
+        f"{seed}/{network}": (
+            checkpoint.latest(folder / "checkpoints" / f"seed-{seed}") / f"{network}.safetensors"
+        ).read_bytes()
+        for seed in (0, 1)
+        for network in ("sparse", "dense")
+    }
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr("sparsekern.recipes.run.draw_summary", lambda *_: None)  # it takes longer than the training
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, start(CONFIG, folder, Observer())
+
+
+def test_the_run_folder(straight):
+    folder, results = straight
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "results.json",
+        "summary.png",
+    ]
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert results["config"] == CONFIG.to_json()
+    assert results["networks"]["sparse"]["stored_parameters"] < results["networks"]["dense"]["stored_parameters"]
+    assert results["comparison"]["time_dense_over_sparse"]["median"] > 0
+    rows = rows_of(folder)
+    assert [(row["seed"], row["epoch"], row["network"]) for row in rows] == [
+        (seed, epoch, network) for seed in (0, 1) for epoch in (1, 2, 3) for network in ("sparse", "dense")
+    ]
+    assert 0.1 < rows[-1]["test_accuracy"] < 1
+    final = [row["test_accuracy"] for row in rows if row["epoch"] == 3 and row["network"] == "sparse"]
+    assert results["networks"]["sparse"]["test_accuracy"]["by_seed"] == final
+
+
+def test_a_finished_checkpoint_holds_the_network_and_no_optimizer(straight):
+    newest = checkpoint.latest(straight[0] / "checkpoints" / "seed-0")
+    state = checkpoint.load_state(newest)
+    assert state["finished"] and "learners" not in state
+    model = build("sparse", CONFIG, 64, 10, seed=99)
+    checkpoint.load_model(newest, "sparse", model)
+    keys = sk.sparse_layers(model)["hidden1"].topology.sorted_keys()
+    assert torch.equal(keys, state["map"]["end"]) and not torch.equal(keys, state["map"]["start"])
+    assert keys.shape == state["map"]["start"].shape == (8,)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        (0,),  # before the first step
+        (BATCHES + 2,),  # in the middle of the dense network's first epoch
+        (2 * BATCHES,),  # between two epochs
+        (2 * BATCHES + 3,),  # in the middle of the sparse network's second epoch
+        (STEPS // 2 + 3 * BATCHES + 1,),  # in the second seed
+        (5, 0, 1, 7),  # again and again, also at once after resuming
+    ],
+)
+def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(straight, no_picture, tmp_path, stops):
+    folder, results = straight
+    with pytest.raises(Interrupted) as stopped:
+        start(CONFIG, tmp_path, StopAt(stops[0]))
+    assert stopped.value.folder == tmp_path
+    for stop in stops[1:]:
+        with pytest.raises(Interrupted):
+            resume(tmp_path, StopAt(stop))
+    observer = StopAt()
+    resumed = resume(tmp_path, observer)
+    assert observer.asked == STEPS - sum(stops), "steps were lost or done twice"
+    assert weights(tmp_path) == weights(folder)
+    assert rows_of(tmp_path) == rows_of(folder)
+    assert len(observer.seen) < len(rows_of(folder)) or stops == (0,)
+    for name in ("sparse", "dense"):
+        assert resumed["networks"][name]["test_accuracy"] == results["networks"][name]["test_accuracy"]
+
+
+def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path):
+    class Killed(StopAt):
+        def should_stop(self):
+            if super().should_stop():
+                raise RuntimeError("killed")
+            return False
+
+    with pytest.raises(RuntimeError, match="killed"):
+        start(CONFIG, tmp_path, Killed(3 * BATCHES + 1))  # the sparse row of the second epoch is written, and lost
+    assert len(rows_of(tmp_path)) == 3
+    resume(tmp_path, Observer())
+    assert weights(tmp_path) == weights(straight[0])
+    assert rows_of(tmp_path) == rows_of(straight[0])
+
+
+def test_a_finished_run_is_only_read(straight):
+    folder, results = straight
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert resume(folder, StopAt(0)) == results
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_the_global_generator_is_left_alone(no_picture, tmp_path):
+    torch.manual_seed(1)
+    start(Config(**{**CONFIG.to_json(), "epochs": 1, "seeds": 1, "dense": False}), tmp_path, Observer())
+    after = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(()))
+
+
+def test_without_the_twin(no_picture, tmp_path):
+    results = start(Config(**{**CONFIG.to_json(), "epochs": 1, "seeds": 1, "dense": False}), tmp_path, Observer())
+    assert list(results["networks"]) == ["sparse"] and "comparison" not in results
+    newest = checkpoint.latest(tmp_path / "checkpoints" / "seed-0")
+    assert sorted(path.name for path in newest.iterdir()) == ["sparse.safetensors", "state.pt"]
+
+
+def test_an_error_leaves_no_folder(tmp_path):
+    for wrong in ({"width": 8, "sparsity": 0.9}, {"device": "cuda:99"}, {"data": str(tmp_path / "nothing.npz")}):
+        with pytest.raises(ValueError):
+            start(Config(**{**CONFIG.to_json(), **wrong}), tmp_path / "run", Observer())
+        assert not (tmp_path / "run").exists()
+
+
+def test_data_that_changed_are_noticed(tmp_path):
+    rng = numpy.random.default_rng(0)
+    content = {
+        "train_images": rng.integers(0, 256, (40, 4, 4), dtype="uint8"),
+        "train_labels": numpy.arange(40) % 3,
+        "test_images": rng.integers(0, 256, (6, 4, 4), dtype="uint8"),
+        "test_labels": numpy.arange(6) % 3,
+    }
+    path, folder = tmp_path / "data.npz", tmp_path / "run"
+    numpy.savez(path, **content)
+    with pytest.raises(Interrupted):
+        start(Config(**{**CONFIG.to_json(), "data": str(path)}), folder, StopAt(1))
+    content["test_images"][0, 0, 0] ^= 1
+    numpy.savez(path, **content)
+    with pytest.raises(ValueError, match="have changed since it began"):
+        resume(folder, Observer())
+
+
+def test_the_environment_names_the_kernels():
+    found = environment(CONFIG)
+    assert found["kernels"] in sk.ops.BACKENDS and found["torch"] == torch.__version__
