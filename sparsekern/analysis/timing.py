@@ -33,7 +33,7 @@ def time_layer(layer: SparseLinear, x: Tensor, repeats: int = 5) -> tuple[float,
     The dense contestant is :func:`torch.nn.functional.linear` with a weight of zeros, made for the measurement.
     Gradients of the layer are left as they were.
     """
-    x = x.detach().clone().requires_grad_()
+    x = x.detach().to(layer.values.dtype, copy=True).requires_grad_()
     weight = torch.zeros(layer.weight.shape, dtype=x.dtype, device=x.device)
     weight.requires_grad_(layer.values.requires_grad)
     bias = [] if layer.bias is None or not layer.bias.requires_grad else [layer.bias]

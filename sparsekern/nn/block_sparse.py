@@ -101,6 +101,21 @@ class BlockSparse(nn.Module):
         generator = generator_for(self.seed, self.name, "topology")
         return with_capacity(INITS[self.init](self.grid, self._blocks, generator), self._capacity)
 
+    def _places(self) -> Topology:
+        """Return the topology on the CPU, drawn anew into the buffers if they hold none."""
+        topology = Topology(self.grid, self.row.cpu(), self.col.cpu())
+        try:
+            topology.validate()
+        except ValueError:
+            topology = self._draw()
+            self.row.copy_(topology.row)
+            self.col.copy_(topology.col)
+        if self.init == "given" and topology.blocks() == 0:
+            raise ValueError(
+                "the layer was built with a given topology, which is lost; load a checkpoint that holds row and col"
+            )
+        return topology
+
     def _allocate_index(self) -> None:
         index = empty_index(self.topology)
         for name in self._derived():
@@ -150,10 +165,16 @@ class BlockSparse(nn.Module):
         return to_dense(self.topology, self.values.detach())
 
     def reset_parameters(self) -> None:
-        """Draw the values anew from the seed and the name, for the blocks there are, and rebuild the index."""
+        """Draw the values anew from the seed and the name, for the blocks there are, and rebuild the index.
+
+        Where ``row`` and ``col`` are no topology, as ``to_empty`` leaves them, that is drawn anew too.
+
+        Raises:
+            ValueError: there is no topology, and the layer was built with a given one: nothing to draw from.
+        """
         if self.row.is_meta:
             return
-        topology = Topology(self.grid, self.row.cpu(), self.col.cpu())
+        topology = self._places()
         values = draw_values(topology, self.values.dtype, generator_for(self.seed, self.name, "values"))
         with torch.no_grad():
             self.values.copy_(values)
@@ -235,6 +256,8 @@ class BlockSparse(nn.Module):
         if not present and dense is not None:
             if self.row.is_meta:
                 return "a dense weight cannot be loaded on the meta device; call to_empty(device=...) first"
+            if self.topology.blocks() == 0:
+                return "a dense weight was to be loaded, but the layer has no block; load a checkpoint with row and col"
             try:
                 state_dict[prefix + "values"] = gather_blocks(self.topology, dense.to(self.row.device))
             except ValueError as error:
@@ -264,6 +287,8 @@ class BlockSparse(nn.Module):
         try:
             if not row.is_meta:
                 Topology(self.grid, row, col).validate()
+            if row.shape != self.row.shape:
+                return f"the checkpoint has {row.shape[0]} places for {values.shape[0]} slots"
         except ValueError as error:
             return f"the checkpoint's topology does not fit: {error}"
         return None

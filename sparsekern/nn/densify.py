@@ -12,27 +12,42 @@ from sparsekern.nn.swap import carry_over, swap_
 
 
 def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
-    """Return the sparse layers of a model by name, without the prefixes that DDP and torch.compile add."""
-    return {
-        name.replace("_orig_mod.", "").removeprefix("module."): module
-        for name, module in model.named_modules()
-        if isinstance(module, BlockSparse)
-    }
+    """Return the sparse layers of a model by name, without what DDP and torch.compile add to it.
+
+    Raises:
+        ValueError: two layers would have one name.
+    """
+    root = model
+    while isinstance(inner := getattr(root, "_orig_mod", None), nn.Module):
+        root = inner
+    wrapped = isinstance(root, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    layers: dict[str, BlockSparse] = {}
+    for full_name, module in model.named_modules():
+        if isinstance(module, BlockSparse):
+            parts = [part for part in full_name.split(".") if part and part != "_orig_mod"]
+            name = ".".join(parts[1:] if wrapped else parts)
+            if name in layers:
+                raise ValueError(f"two sparse layers have the name {name!r} once torch.compile's prefix is left out")
+            layers[name] = module
+    return layers
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Return a copy of the model in which every sparse layer is dense, with zeros where no block is.
 
-    The model itself is not changed.
+    The model itself is not changed. A layer that is used in several places stays one layer.
     """
     model = copy.deepcopy(model)
     if isinstance(model, SparseLinear):
         dense = model.to_dense()
         carry_over(model, dense)
         return dense
-    for name, module in list(model.named_modules()):
+    twins: dict[BlockSparse, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, SparseLinear):
-            swap_(model, name, module.to_dense())
+            if module not in twins:
+                twins[module] = module.to_dense()
+            swap_(model, name, twins[module])
     return model
 
 

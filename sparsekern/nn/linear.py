@@ -11,11 +11,10 @@ from sparsekern.nn.init import draw_bias
 from sparsekern.topology import (
     Grid,
     Topology,
+    allocate,
     block_pair,
-    blocks_at,
     by_norm,
     check_count,
-    check_sparsity,
     gather_blocks,
     generator_for,
 )
@@ -82,8 +81,7 @@ class SparseLinear(BlockSparse):
                 block_size = default_block_size(device)
             grid = Grid(out_features, in_features, block_pair(block_size))
             if blocks is None:
-                check_sparsity(sparsity)
-                blocks = blocks_at(sparsity, grid.cells)
+                (blocks,) = allocate([grid], sparsity)
             check_count(grid, blocks)
         super().__init__(
             grid,
@@ -126,8 +124,7 @@ class SparseLinear(BlockSparse):
             size = default_block_size(weight.device) if block_size is None else block_size
             grid = Grid(linear.out_features, linear.in_features, block_pair(size))
             if blocks is None:
-                check_sparsity(sparsity)
-                blocks = blocks_at(sparsity, grid.cells)
+                (blocks,) = allocate([grid], sparsity)
             topology = by_norm(grid, weight, blocks)
         layer = cls(
             linear.in_features,
@@ -159,8 +156,7 @@ class SparseLinear(BlockSparse):
         """Draw values and bias anew from the seed and the name, as at construction, and rebuild the index."""
         super().reset_parameters()
         if self.bias is not None and not self.row.is_meta:
-            places = Topology(self.grid, self.row.cpu(), self.col.cpu())
-            drawn = draw_bias(places, self.bias.dtype, generator_for(self.seed, self.name, "bias"))
+            drawn = draw_bias(self._places(), self.bias.dtype, generator_for(self.seed, self.name, "bias"))
             with torch.no_grad():
                 self.bias.copy_(drawn)
 

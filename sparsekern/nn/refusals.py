@@ -18,12 +18,13 @@ def refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
     extra = sorted(key for key, _ in module.named_parameters() if key not in ("weight", "bias"))
     if extra or "weight" not in module._parameters:
         return f"its weight is computed from other tensors ({', '.join(extra) or 'parametrized'})"
-    uses = [
-        f"{owner}.{key}" if owner else key
-        for owner, other in model.named_modules(remove_duplicate=False)
-        for key, parameter in other.named_parameters(recurse=False)
-        if parameter is module.weight
-    ]
-    if len(uses) > 1:
-        return f"its weight is shared: {', '.join(uses)}"
+    for kind, own in (("weight", module.weight), ("bias", module.bias)):
+        uses = [
+            f"{owner}.{key}" if owner else key
+            for owner, other in model.named_modules(remove_duplicate=False)
+            for key, parameter in other.named_parameters(recurse=False)
+            if parameter is own
+        ]
+        if len(uses) > 1:
+            return f"its {kind} is shared: {', '.join(uses)}"
     return None

@@ -115,6 +115,8 @@ def _counts(
 
 def _sparse_twin(layer: nn.Linear, grid: Grid, blocks: int, init: str, seed: int, name: str) -> SparseLinear:
     if init == "norm":
+        if layer.weight.is_meta:
+            raise ValueError(f"{name!r} is on the meta device and has no weight; init='norm' needs one")
         new = SparseLinear.from_dense(layer, block_size=grid.block, blocks=blocks, seed=seed, name=name)
     else:
         new = SparseLinear(

@@ -38,7 +38,9 @@ def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
 def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
     if not (x.is_floating_point() and values.is_floating_point()):
         raise TypeError(f"input is {x.dtype} and values are {values.dtype}; both must be real floating point")
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, values.dtype):
+    device_type = x.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and torch.float64 not in (x.dtype, values.dtype):
         return  # autocast casts the input, and the kernels round what they read of the values
     if x.dtype != values.dtype:
         raise TypeError(

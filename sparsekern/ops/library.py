@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("sparsekern", "DEF")
 """Alive as long as the module: the registrations go with it."""
@@ -55,7 +56,18 @@ def below_autograd(op: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Return whether autograd has to record a call on these tensors."""
+    """Return whether autograd has to record a call on these tensors.
+
+    Raises:
+        NotImplementedError: one carries a tangent of forward-mode differentiation, which would be lost without a word.
+    """
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(
+            "sparsekern's ops have no forward-mode derivative (torch.func.jvp, jacfwd, dual numbers); "
+            "use reverse mode, or sparsekern.densify(model)"
+        )
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -19,8 +19,9 @@ KINDS = ("candidates", "norms", "all_norms", "sketch")
 class Probe(NamedTuple):
     """What to ask of the gradient ``G = dy' x`` of the whole weight; after the backward the answer is ``tensor.grad``.
 
-    Make one with a class method. Norms of several backwards do not add up to the norm of the sum: use ``candidates`` or
-    ``sketch``, which are linear in G, where gradients are accumulated or reduced over ranks.
+    Make one with a class method; places that are not distinct ones of the grid raise ValueError. Norms of several
+    backwards do not add up to the norm of the sum: use ``candidates`` or ``sketch``, which are linear in G, where
+    gradients are accumulated or reduced over ranks.
     """
 
     kind: str
@@ -30,13 +31,16 @@ class Probe(NamedTuple):
     @classmethod
     def candidates(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
         """Ask for the blocks ``(row[k], col[k])`` of G: ``(K, bo, bi)``. The places are distinct, int32 ``(K,)``."""
-        index = build_index(Topology(grid, row, col))
+        places = Topology(grid, row, col)
+        places.validate()
+        index = build_index(places)
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
 
     @classmethod
     def norms(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
         """Ask for the Frobenius norms of the blocks ``(row[k], col[k])`` of G: ``(K,)``."""
+        Topology(grid, row, col).validate()
         return cls("norms", _zeros(row.shape, dtype, row.device), (row, col))
 
     @classmethod

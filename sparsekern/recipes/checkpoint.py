@@ -50,29 +50,39 @@ def save(folder: Path, step: int, models: Mapping[str, nn.Module], state: dict[s
     torch.save({"version": STATE_VERSION, **state}, aside / STATE)
     for path in (*aside.iterdir(), aside):
         _sync(path)
-    older = list(folder.glob("step-*"))
     aside.rename(final)
     _sync(folder)
-    for path in older:
-        shutil.rmtree(path)
+    tidy(folder)
     return final
 
 
 def latest(folder: Path) -> Path | None:
     """Return the newest checkpoint of a seed, or None."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = _all(folder)
     return found[-1] if found else None
+
+
+def tidy(folder: Path) -> None:
+    """Delete what a killed run left: an unfinished checkpoint, and all but the newest finished one."""
+    shutil.rmtree(folder / ASIDE, ignore_errors=True)
+    for path in _all(folder)[:-1]:
+        shutil.rmtree(path)
+
+
+def _all(folder: Path) -> list[Path]:
+    """Return the checkpoints of a seed, oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """Return the state that was saved, on the CPU. Executes nothing that the file might contain.
 
     Raises:
-        ValueError: the file is missing, damaged, or of another version.
+        ValueError: the file is missing, not readable, or of another version. (Damage inside a tensor is not seen.)
     """
     try:
         state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{checkpoint / STATE} cannot be read: {reason}; start a new run") from None
     if state.get("version") != STATE_VERSION:

@@ -26,7 +26,8 @@ def create(folder: Path, config: Config, data: dict[str, Any], environment: dict
         ValueError: there is something in the folder, or it cannot be made.
     """
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        # a run that was killed while it wrote its first file has left nothing but that file's unfinished copy
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - {_aside(folder / CONFIG).name}:
             raise ValueError(f"out is {folder}, which is not empty; resume it with --resume, or choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -97,8 +98,12 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".unfinished")
+
+
 def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".unfinished")
+    aside = _aside(path)
     with aside.open("w") as file:
         file.write(text)
         file.flush()

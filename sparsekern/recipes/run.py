@@ -112,7 +112,9 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> d
 
 def _saved(folder: Path, seed: int) -> dict[str, Any]:
     """Return the saved state of a seed; one without rows if it has not begun."""
-    newest = checkpoint.latest(checkpoint.seed_folder(folder, seed))
+    checkpoints = checkpoint.seed_folder(folder, seed)
+    checkpoint.tidy(checkpoints)
+    newest = checkpoint.latest(checkpoints)
     return {"rows": [], "finished": False} if newest is None else checkpoint.load_state(newest)
 
 

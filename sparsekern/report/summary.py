@@ -125,12 +125,12 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], sample_input: Tensor
     inputs: dict[str, Tensor] = {}
 
     def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[name] = args[0].detach()
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[name] = (args[0] if args else kwargs["input"]).detach()
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()  # so that norm statistics stay as they are

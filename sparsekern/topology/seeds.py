@@ -12,5 +12,5 @@ def generator_for(seed: int, *names: str | int) -> torch.Generator:
 
     All random decisions of the package are drawn on the CPU, so that every device and every rank takes the same.
     """
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    digest = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -95,7 +95,9 @@ class Method:
 
     def step(self) -> bool:
         """Update the topology if it is time to. Call it after ``optimizer.step()``; returns whether blocks moved."""
+        stop = self.schedule.stop
         due = any(self.schedule.due(step) for step in range(self._seen + 1, self.steps + 1))
+        due = due and (stop is None or self.steps < stop)
         self._seen = self.steps
         return self.update() if due else False
 
@@ -111,10 +113,12 @@ class Method:
                 move = self.choose(name, layer, fraction, generator)
                 if move is not None and move.slots.numel():
                     moves[name] = move
-        self.followers.check()  # all layers, before the first one moves
+        self.followers.check()  # everything, before the first layer moves
+        for name, move in moves.items():
+            self.followers.check_move(name, move)
         for name, move in moves.items():
             self.followers.move(name, move)
-            self._churn[name] = move.slots.numel() / self.layers[name].topology.blocks()
+            self._churn[name] = move.slots.numel() / max(1, self.layers[name].topology.blocks())
         self.updates += 1
         self.seconds += time.perf_counter() - began
         return bool(moves)
@@ -173,7 +177,7 @@ class Method:
             numbers[f"churn/{name}"] = self._churn[name]
             now = layer.topology.sorted_keys().cpu()
             start = self._start[name]
-            numbers[f"kept/{name}"] = float(torch.isin(start, now).sum()) / start.shape[0]
+            numbers[f"kept/{name}"] = float(torch.isin(start, now).sum()) / max(1, start.shape[0])
         numbers["sparsity/global"] = 1 - stored / total
         numbers |= {"steps": self.steps, "updates": self.updates, "update_seconds": self.seconds}
         return numbers
@@ -199,6 +203,9 @@ class Method:
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"the state has version {state.get('version')}; this code reads {STATE_VERSION}")
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it is not one that state_dict() returned")
         if state["method"] != type(self).__name__:
             raise ValueError(f"the state is of {state['method']}; this is {type(self).__name__}")
         if state["start"].keys() != self.layers.keys():

@@ -88,9 +88,19 @@ class Followers:
             if layer.values.requires_grad:
                 slot_state(self.optimizer, layer.values, name)
 
+    def check_move(self, name: str, move: Move) -> None:
+        """Raise ValueError if a move is not legal, or a copy of the model no longer has the model's blocks."""
+        layer = self.layers[name]
+        layer.topology.moved(*move)
+        for twin in self._twins[name]:
+            if not (torch.equal(twin.row.to(layer.row), layer.row) and torch.equal(twin.col.to(layer.col), layer.col)):
+                raise ValueError(
+                    f"{name!r} has other blocks in a copy that follows the model; load both from the same checkpoint"
+                )
+
     @torch.no_grad()
     def move(self, name: str, move: Move) -> None:
-        """Move blocks of one layer, with all that follows them. Checks everything before it changes anything."""
+        """Move blocks of one layer, with all that follows them. :meth:`check` and :meth:`check_move` come before."""
         layer = self.layers[name]
         states = slot_state(self.optimizer, layer.values, name)
         layer.move_(move.slots, move.row, move.col)

@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "v")
+from sparsekern.kernels.contract import accumulate_dtype
+
+SECOND_MOMENTS = (
+    *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "v"),
+    *("row_var", "col_var", "variance"),  # Adafactor
+)
 """Names under which optimizers keep the size of past gradients, for ``grown_state="mean_v"``."""
 
 
@@ -30,8 +35,8 @@ def param_group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> list[SlotState]:
     """Return the state tensors that must be reset where a block moves.
 
-    A state is matched by its first axis, not its shape: Adafactor's are ``(Z, bo, 1)``. Numbers and 0-dimensional
-    tensors, such as step counters, belong to the whole parameter and stay.
+    A state is matched by its axes, not its shape: Adafactor's are ``(Z, bo, 1)``. Numbers and 0-dimensional tensors,
+    such as step counters, belong to the whole parameter and stay.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.
@@ -46,11 +51,17 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
             "LBFGS keeps flat vectors over all parameters, which cannot follow moving blocks; use an optimizer with "
             "one state entry a weight, such as SGD or AdamW"
         )
+    inner = next((key for key, part in vars(optimizer).items() if isinstance(part, torch.optim.Optimizer)), None)
+    if inner is not None:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps its state in another optimizer ({inner!r}), where it would not follow "
+            "moving blocks; pass that one, unsharded"
+        )
     group = param_group(optimizer, parameter)
     if group is None:
         raise ValueError(
-            f"values of {name!r} are not in the optimizer, so they would never train; build the optimizer after "
-            "sparsify_, from model.parameters()"
+            f"values of {name!r} are not in this optimizer. Build it after sparsify_, from model.parameters(); a model "
+            "whose sparse layers are spread over several optimizers is not supported"
         )
     found = []
     for key, state in optimizer.state.get(parameter, {}).items():
@@ -58,7 +69,7 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
             continue
         if isinstance(state, Tensor) and state.dim() == 0:
             continue
-        if isinstance(state, Tensor) and state.shape[0] == parameter.shape[0]:
+        if isinstance(state, Tensor) and _is_by_slot(state, parameter):
             found.append(SlotState(key, state, _fresh(optimizer, key, group)))
             continue
         what = f"of shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"a {type(state).__name__}"
@@ -68,6 +79,14 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
             "weight, such as SGD or AdamW"
         )
     return found
+
+
+def _is_by_slot(state: Tensor, parameter: Tensor) -> bool:
+    """Return whether a state is one number a slot, or has the parameter's axes, some of them reduced to 1."""
+    if state.shape[0] != parameter.shape[0]:
+        return False
+    later = zip(state.shape[1:], parameter.shape[1:], strict=False)
+    return state.dim() == 1 or (state.dim() == parameter.dim() and all(s in (1, p) for s, p in later))
 
 
 def _fresh(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
@@ -90,4 +109,5 @@ def mean_of_kept(state: Tensor, kept: Tensor, real: Tensor | None) -> Tensor:
     weight = kept.view(-1, *[1] * (state.dim() - 1)).expand_as(state)
     if real is not None and state.shape[1:] == real.shape[1:]:
         weight = weight & real
-    return torch.where(weight, state, 0).sum() / weight.sum().clamp(min=1)
+    total = torch.where(weight, state, 0).sum(dtype=accumulate_dtype(state.dtype))  # float16 would overflow
+    return (total / weight.sum().clamp(min=1)).to(state.dtype)

@@ -64,7 +64,7 @@ class SET(Method):
         scores = block_norms(layer)
         if self.keep_connected:
             scores = protect_last(topology, scores)
-        # floor: with ceil one block a layer would go on moving until the end of the cosine
-        slots = lowest(scores, min(math.floor(fraction * blocks), topology.grid.cells - blocks))
+        # floor: with ceil one block a layer would go on moving until the end of the cosine. 0.29 of 100 is 28.99...96
+        slots = lowest(scores, min(math.floor(fraction * blocks + 1e-9), topology.grid.cells - blocks))
         keys = sample_absent(present, topology.grid.cells, slots.shape[0], generator)
         return Move(slots, (keys // topology.grid.cols).int(), (keys % topology.grid.cols).int())

@@ -75,6 +75,7 @@ DAMAGES = [
     (lambda s: s["row"].fill_(7), r"topology does not fit: slot 0 is at block \(7, "),
     (lambda s: (s["row"].fill_(1), s["col"].fill_(1)), "slots 0 and 1 are both at block"),
     (lambda s: s.update(row=s["row"].long()), "row is torch.int64"),
+    (lambda s: s.update(row=s["row"][:3], col=s["col"][:3]), "the checkpoint has 3 places for 8 slots"),
     (lambda s: s.update(weight=torch.ones(3, 3)) or [s.pop(k) for k in ("values", "row", "col")],
      r"weight has shape \(3, 3\); the layer is \(14, 10\)"),
 ]  # fmt: skip
@@ -170,6 +171,22 @@ class TestMeta:
         module.load_state_dict(source.state_dict())
         assert torch.equal(module(X), source(X))
 
+    def test_a_given_topology_that_is_lost_is_noticed(self):
+        dense = nn.Linear(10, 14)
+        module = sk.SparseLinear.from_dense(dense, sparsity=0.5, block_size=(4, 3)).to("meta").to_empty(device="cpu")
+        with pytest.raises(RuntimeError, match="the layer has no block; load a checkpoint with row and col"):
+            module.load_state_dict(dense.state_dict())
+        with pytest.raises(ValueError, match="built with a given topology, which is lost; load a checkpoint"):
+            module.reset_parameters()
+
+    def test_to_empty_on_a_real_device_then_reset(self):
+        module = layer(3)
+        with torch.no_grad():
+            for tensor in (module.row, module.col):
+                tensor.fill_(-303382992)  # what fresh memory may hold
+        module.reset_parameters()
+        assert torch.equal(module(X), layer(3)(X))
+
     def test_assigning_a_checkpoint_to_meta(self):
         source = layer(0)
         module = layer(1).to("meta")
@@ -259,7 +276,7 @@ ERRORS = [
     (dict(capacity=3), "capacity is 3; it must be at least the number of blocks, 8"),
     (dict(sparsity=1.0), r"sparsity is 1.0; it is the fraction absent and must be in \[0, 1\)"),
     (dict(sparsity=-0.1), "sparsity is -0.1"),
-    (dict(sparsity=0.99), "0 blocks were asked for in a grid of 4 x 4 blocks"),
+    (dict(sparsity=0.99), r"sparsity 0.99 leaves 0 of 16 blocks for 1 layer\(s\)"),
     (dict(blocks=17), "17 blocks were asked for in a grid of 4 x 4"),
     (dict(block_size=0), r"block_size is \(0, 0\); it must be an int or a pair"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -37,3 +38,24 @@ def test_layers_are_named_as_in_the_bare_model():
     assert list(sk.sparse_layers(torch.compile(model, backend="eager"))) == names
     model[1] = torch.compile(model[1], backend="eager")
     assert list(sk.sparse_layers(model)) == names
+    model[0] = torch.compile(model[0], backend="eager")
+    assert list(sk.sparse_layers(model)) == names
+    assert list(sk.sparse_layers(torch.nn.DataParallel(model))) == names
+    assert list(sk.sparse_layers(torch.compile(model[0]._orig_mod, backend="eager"))) == [""]
+
+
+def test_a_child_called_module_keeps_its_name():
+    def layer():
+        return sk.SparseLinear(16, 16, block_size=4)
+
+    model = nn.ModuleDict({"fc": layer(), "module": nn.ModuleDict({"fc": layer()})})
+    assert list(sk.sparse_layers(model)) == ["fc", "module.fc"]
+    model["_orig_mod"] = nn.ModuleDict({"fc": layer()})
+    with pytest.raises(ValueError, match="two sparse layers have the name 'fc'"):
+        sk.sparse_layers(model)
+
+
+def test_a_layer_used_twice_is_dense_in_both_places_and_still_one():
+    layer = sk.SparseLinear(16, 16, block_size=4)
+    dense = sk.densify(nn.Sequential(layer, nn.ReLU(), layer))
+    assert type(dense[0]) is nn.Linear and dense[2] is dense[0]

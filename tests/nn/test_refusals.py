@@ -20,6 +20,12 @@ def tied() -> nn.Module:
     return model
 
 
+def tied_bias() -> nn.Module:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].bias = model["a"].bias
+    return model
+
+
 def shared() -> nn.Module:
     layer = nn.Linear(4, 4)
     return nn.ModuleDict({"a": layer, "head": layer})
@@ -38,6 +44,7 @@ def old_weight_norm() -> nn.Module:
 CASES = [
     (lambda: nn.ModuleDict({"head": nn.Linear(4, 4)}), "head", None),
     (tied, "head", "its weight is shared: embed.weight, head.weight"),
+    (tied_bias, "head", "its bias is shared: a.bias, head.bias"),
     (shared, "head", "its weight is shared: a.weight, head.weight"),
     (lambda: nn.ModuleDict({"head": Subclass(4, 4)}), "head", "it is a Subclass, which may do more"),
     (parametrized, "head", "it is a ParametrizedLinear"),

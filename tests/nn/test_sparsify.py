@@ -118,6 +118,13 @@ def test_errors_change_nothing(options, text):
     assert repr(model) == before
 
 
+def test_norm_needs_a_weight():
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match="'0' is on the meta device and has no weight; init='norm' needs one"):
+        sk.sparsify_(model, 0.5, 8, init="norm")
+
+
 def test_a_model_that_is_one_layer():
     with pytest.raises(ValueError, match=r"itself an nn.Linear.*SparseLinear.from_dense"):
         sk.sparsify_(nn.Linear(8, 8), 0.5, 4)

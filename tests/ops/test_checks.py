@@ -51,3 +51,10 @@ def test_autocast_accepts_what_it_will_cast():
         assert ops.linear(X.half(), VALUES, BIAS, INDEX, GRID).dtype == torch.bfloat16
         with pytest.raises(TypeError, match=r"float64 but values are torch.float32"):
             ops.linear(X.double(), VALUES, BIAS, INDEX, GRID)
+
+
+def test_meta_tensors_pass_through():
+    """A device that autocast does not know."""
+    meta = [t.to("meta") for t in (X, VALUES, BIAS)]
+    index = type(INDEX)(*(t.to("meta") for t in INDEX))
+    assert ops.linear(*meta, index, GRID).shape == (2, 8)

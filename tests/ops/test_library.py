@@ -101,3 +101,24 @@ def test_wants_grad():
     assert not wants_grad(None, leaf.detach())
     with torch.no_grad():
         assert not wants_grad(leaf)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_forward_mode_raises_instead_of_losing_the_tangent(trained):
+    x, values, bias, *rest = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments()["linear"])
+    values.requires_grad_(trained)
+    op = torch.ops.sparsekern.linear.default
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: op(x, values, bias, *rest), (x,), (x,))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda v: op(x, v, bias, *rest), (values.detach(),), (values.detach(),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+        op(torch.autograd.forward_ad.make_dual(x, x), values, bias, *rest)
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(op(x, values, bias, *rest), torch.func.vmap(lambda b: b + 0)(op(x, values, bias, *rest)))
+
+
+def test_vmap_raises():
+    x, *rest = (t.detach() if isinstance(t, torch.Tensor) else t for t in arguments()["linear"])
+    with pytest.raises(RuntimeError, match="sparsekern::linear"):
+        torch.func.vmap(lambda x: torch.ops.sparsekern.linear.default(x, *rest))(x[None])

@@ -92,3 +92,14 @@ def test_a_layer_under_compile_has_two_graphs_armed_and_not():
             g = torch.ones(5, 11, dtype=torch.float64).T @ x
             torch.testing.assert_close(layer.probe.tensor.grad, dense_block_norms(layer.grid, g))
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("make", [Probe.candidates, Probe.norms])
+def test_places_are_checked(make):
+    """Out of range a place would wrap to another block."""
+    with pytest.raises(ValueError, match=r"slot 0 is at block \(0, 5\); the grid has 3 x 5 blocks"):
+        make(GRID, ROW[:1], COL[:1] + 1)
+    with pytest.raises(ValueError, match="slots 0 and 1 are both at block"):
+        make(GRID, ROW[[0, 0]], COL[[0, 0]])
+    with pytest.raises(ValueError, match="row is torch.int64"):
+        make(GRID, ROW.long(), COL)

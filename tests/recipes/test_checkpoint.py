@@ -87,3 +87,29 @@ def test_weights_that_do_not_load_are_described(tmp_path):
     (folder / "dense.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"dense.safetensors cannot be loaded"):
         checkpoint.load_model(folder, "dense", nn.Linear(3, 2))
+
+
+def test_what_a_kill_left_is_tidied_away(tmp_path):
+    """Between the rename and the end of the deletion of the older one, or in the middle of writing."""
+    checkpoint.save(tmp_path, 5, {}, {"a": 1})
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / checkpoint.ASIDE).mkdir()
+    checkpoint.tidy(tmp_path)
+    assert names(tmp_path) == ["step-00000005"]
+    checkpoint.tidy(tmp_path / "none")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_damage_is_one_clear_error_or_harmless(tmp_path, seed):
+    last = checkpoint.save(tmp_path, 5, {}, {"a": 1, "text": "x" * 50})
+    content = bytearray((last / "state.pt").read_bytes())
+    generator = torch.Generator().manual_seed(seed)
+    for place in torch.randint(len(content), (8,), generator=generator).tolist():
+        content[place] ^= 0xFF
+    (last / "state.pt").write_bytes(content)
+    reason = None
+    try:
+        checkpoint.load_state(last)
+    except ValueError as error:
+        reason = str(error)
+    assert reason is None or "state.pt" in reason

@@ -71,3 +71,9 @@ def test_metrics_begin_with_the_rows_of_the_checkpoints(tmp_path):
     metrics = Metrics(path, [{"epoch": 1}])
     metrics.append({"epoch": 2})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"epoch": 1}, {"epoch": 2}]
+
+
+def test_a_run_killed_at_its_first_file_can_begin_again(tmp_path):
+    (tmp_path / "config.json.unfinished").write_text('{"form')
+    create(tmp_path, Config(), {}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

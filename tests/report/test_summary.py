@@ -74,3 +74,16 @@ def test_a_single_layer_and_a_model_without_layers():
     assert "(model)" in str(sk.summary(sk.SparseLinear(16, 16, block_size=4)))
     with pytest.raises(ValueError, match="no sparse or linear layer; there is nothing to summarise"):
         sk.summary(nn.ReLU())
+
+
+def test_a_model_that_casts_or_names_its_input():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = sk.SparseLinear(16, 16, block_size=4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.fc(input=x.bfloat16())
+
+    assert list(sk.summary(Casts(), torch.ones(3, 16)).milliseconds) == ["fc"]

@@ -58,3 +58,7 @@ def test_the_generator_is_on_the_cpu_whatever_the_default_device() -> None:
         generator = generator_for(0, "a")
 
     assert generator.device == torch.device("cpu")
+
+
+def test_a_seed_of_another_integer_type_is_the_same_seed() -> None:
+    assert first(torch.tensor(7), "a") == first(7, "a") == first(True + 6, "a")  # type: ignore[arg-type]

@@ -187,6 +187,39 @@ def test_a_failed_check_moves_nothing():
     assert equal(before, bits(model))
 
 
+def test_an_illegal_move_of_one_layer_moves_none():
+    class Wrong(Method):
+        def choose(self, name, layer, fraction, generator):
+            row = torch.tensor([-1 if name == "0" else 99], dtype=torch.int32)
+            return Move(torch.tensor([0]), row, row)
+
+    model = make()
+    method = Wrong(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = bits(model)
+    with pytest.raises(ValueError, match="row is 99 for slot 0"):
+        method.update()
+    assert equal(before, bits(model))
+
+
+def test_nothing_moves_at_stop_or_later_however_late_the_call():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = sk.SET(model, optimizer, update_every=10, stop=15, drop_fraction=lambda step: 0.5)
+    model(batch(0)).sum().backward()
+    for _ in range(20):
+        optimizer.step()
+    assert method.step() is False
+
+
+def test_a_layer_without_blocks_has_metrics():
+    layer = sk.SparseLinear(8, 8, block_size=4, blocks=1)
+    free = torch.tensor([-1], dtype=torch.int32)
+    layer.move_(torch.tensor([0]), free, free)
+    method = sk.SET(layer, torch.optim.SGD(layer.parameters()))
+    assert method.update() is False
+    assert method.metrics()["sparsity/global"] == 1
+
+
 def test_a_method_is_one_function():
     """What a newcomer writes: here, every block swaps to the other end of the grid if that is free."""
 
@@ -217,7 +250,7 @@ class TestErrors:
         model = nn.Sequential(nn.Linear(8, 8))
         optimizer = torch.optim.SGD(model.parameters())
         sk.sparsify_(model, 0.5, 4)
-        with pytest.raises(ValueError, match="values of '0' are not in the optimizer.*build the optimizer after"):
+        with pytest.raises(ValueError, match="values of '0' are not in this optimizer. Build it after sparsify_"):
             sk.SET(model, optimizer)
 
     def test_not_an_optimizer(self):
@@ -247,6 +280,8 @@ class TestErrors:
         state = method.state_dict()
         with pytest.raises(ValueError, match="the state has version 99; this code reads 1"):
             method.load_state_dict(state | {"version": 99})
+        with pytest.raises(ValueError, match="the state lacks churn, method, seconds, seen, start, steps, updates"):
+            method.load_state_dict({"version": 1})
         with pytest.raises(ValueError, match="the state is of Static; this is SET"):
             method.load_state_dict(state | {"method": "Static"})
         with pytest.raises(ValueError, match=r"the state is of layers fc; the model has 0, 2, 4"):

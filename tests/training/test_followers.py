@@ -73,6 +73,15 @@ def test_mean_v_starts_the_second_moment_at_the_mean_of_the_others():
     assert (state["exp_avg"][SLOTS] == 0).all()
 
 
+def test_mean_v_of_adafactor():
+    net = model()
+    optimizer = torch.optim.Adafactor(net.parameters())
+    train(net, optimizer)
+    Followers({"0": net[0]}, optimizer, "mean_v").move("0", Move(SLOTS, *absent(net[0], 2)))
+    state = optimizer.state[net[0].values]
+    assert (state["row_var"][SLOTS] > 0).all() and (state["col_var"][SLOTS] > 0).all()
+
+
 def test_why_mean_v_exists():
     """A constant gradient: an old weight moves by the rate, one with fresh state by 3.2 times as much at once."""
     ratio = {}
@@ -141,7 +150,7 @@ def test_check_finds_an_optimizer_that_lost_the_layer():
     followers = Followers({"0": net[0]}, optimizer, "zero")
     followers.check()
     optimizer.param_groups[0]["params"] = [net[0].bias]
-    with pytest.raises(ValueError, match="values of '0' are not in the optimizer"):
+    with pytest.raises(ValueError, match="values of '0' are not in this optimizer"):
         followers.check()
     net[0].values.requires_grad_(False)
     followers.check()
@@ -178,9 +187,17 @@ class TestErrors:
         with pytest.raises(ValueError, match="'0' has other blocks in the copy"):
             followers.add_model(other)
 
-    def test_a_place_that_is_taken_changes_nothing(self):
+    def test_a_place_that_is_taken(self):
         net, followers = self.followers()
-        before = copy.deepcopy(net.state_dict())
         with pytest.raises(ValueError, match="both at block"):
-            followers.move("0", Move(SLOTS, net[0].row[[0, 2]], net[0].col[[0, 2]]))
-        assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+            followers.check_move("0", Move(SLOTS, net[0].row[[0, 2]], net[0].col[[0, 2]]))
+
+    def test_a_copy_that_went_another_way(self):
+        net, followers = self.followers()
+        ema = copy.deepcopy(net)
+        followers.add_model(ema)
+        move = Move(SLOTS, *absent(net[0], 2))
+        followers.check_move("0", move)
+        ema[0].move_(*move)
+        with pytest.raises(ValueError, match="'0' has other blocks in a copy that follows the model"):
+            followers.check_move("0", move)

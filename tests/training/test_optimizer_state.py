@@ -39,6 +39,23 @@ class History(Lion):
             self.state[p]["history"] = [p.detach().clone()]
 
 
+class Wrapper(Lion):
+    """As ZeroRedundancyOptimizer: another optimizer does the work and has the state."""
+
+    def __init__(self, params):
+        params = list(params)
+        super().__init__(params)
+        self.optim = torch.optim.AdamW(params)
+
+
+class Shampoo(Lion):
+    """A preconditioner that happens to begin with an axis of Z."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["precond"] = torch.eye(p.shape[0])
+
+
 def stepped(make) -> tuple[sk.SparseLinear, torch.optim.Optimizer]:
     layer = sk.SparseLinear(8, 12, block_size=(4, 2), blocks=5, seed=0)
     optimizer = make(layer.parameters())
@@ -89,6 +106,8 @@ def test_what_an_untouched_entry_holds():
     [
         (Flat, r"Flat keeps 'flat' for values of 'fc', of shape \(40,\), which has no axis of 5 slots"),
         (History, "History keeps 'history' for values of 'fc', a list"),
+        (Shampoo, r"Shampoo keeps 'precond' for values of 'fc', of shape \(5, 5\)"),
+        (Wrapper, r"Wrapper keeps its state in another optimizer \('optim'\)"),
         (torch.optim.LBFGS, "LBFGS keeps flat vectors over all parameters"),
     ],
 )
@@ -107,8 +126,14 @@ def test_an_optimizer_without_the_layer_is_refused():
     optimizer = torch.optim.SGD([layer.bias])
     assert param_group(optimizer, layer.values) is None
     assert param_group(optimizer, layer.bias) is optimizer.param_groups[0]
-    with pytest.raises(ValueError, match="values of 'fc' are not in the optimizer.*after sparsify_"):
+    with pytest.raises(ValueError, match="values of 'fc' are not in this optimizer. Build it after sparsify_"):
         slot_state(optimizer, layer.values, "fc")
+
+
+def test_a_half_precision_mean_does_not_overflow():
+    state = torch.full((4096, 16, 16), 0.2, dtype=torch.float16)
+    mean = mean_of_kept(state, torch.ones(4096, dtype=torch.bool), None)
+    assert mean.dtype == torch.float16 and mean == state[0, 0, 0]
 
 
 def test_mean_of_kept_by_hand():

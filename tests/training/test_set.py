@@ -39,6 +39,13 @@ def test_the_weakest_blocks_are_dropped_rounding_down(fraction, dropped):
     assert move.slots.tolist() == dropped
 
 
+def test_a_decimal_fraction_counts_as_it_is_written():
+    """0.29 of 100 is 28.999999999999996 in floats."""
+    module = sk.SparseLinear(40, 40, block_size=2, blocks=100)
+    method = sk.SET(module, torch.optim.SGD(module.parameters()))
+    assert method.choose("", module, 0.29, generator_for(0)).slots.numel() == 29
+
+
 def test_with_keep_connected_no_row_or_column_is_emptied():
     # row 1 and column 1 have only block 2, column 2 only block 1: both stay. Strongest of row 3: 4 (slot 5);
     # of column 0: 9, of column 3 and row 2: 8. So only slot 4 (norm 3) may go.
