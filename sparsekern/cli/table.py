@@ -8,14 +8,18 @@ from rich.table import Table
 
 MIB = 2**20
 
+BUSY = 3
+"""An epoch this many times slower than the median one is worth a note."""
+
 
 def result_table(results: dict[str, Any]) -> Table:
     """Return the table of ``results.json``: a row a quantity, a column a network, and what the comparison says."""
     config, networks = results["config"], results["networks"]
     comparison = results.get("comparison")
     table = Table(
-        title=f"{results['data']['name']}: {100 * config['sparsity']:g} % sparse in blocks of {config['block_size']}, "
-        f"{config['method']}, width {config['width']}",
+        title=f"{results['data']['name']}, MLP of width {config['width']}: hidden layers "
+        f"{100 * networks['sparse']['sparsity']:.1f} % sparse in blocks of {config['block_size']} "
+        f"({config['method']}), first and last layer dense",
         title_justify="left",
     )
     table.add_column("")
@@ -60,8 +64,13 @@ def _bytes(comparison: dict[str, Any]) -> str:
 
 
 def _time(comparison: dict[str, Any]) -> str:
-    ratio = comparison["time_dense_over_sparse"]["median"]
-    return "not measured" if ratio is None else _times(ratio, "faster", "SLOWER")
+    ratio = comparison["time_sparse_over_dense"]
+    if ratio["median"] is None:
+        return "not measured"
+    words = _times(1 / ratio["median"], "faster", "SLOWER")
+    if ratio["low"] is None:
+        return f"{words}, too few epochs to be sure"
+    return "no clear difference" if ratio["low"] <= 1 <= ratio["high"] else words
 
 
 def _times(ratio: float, better: str, worse: str) -> str:
@@ -79,14 +88,22 @@ def notes(results: dict[str, Any]) -> str:
     lines = [f"accuracy  after the last epoch, {accuracy}"]
     if config["dense"] and seeds > 1:
         lines[0] += "; gap ± standard error"
+    lines[0] += f"; on {results['data']['test_images']:,} test images"
     lines.append(
         f"time      forward, backward and optimizer on {environment['device']}, {environment['threads']} threads, "
         f"{environment['kernels']} kernels"
     )
-    ratio = results["comparison"]["time_dense_over_sparse"] if config["dense"] else {"low": None}
+    ratio = results["comparison"]["time_sparse_over_dense"] if config["dense"] else {"low": None}
     if ratio["low"] is not None:
         lines.append(
-            f"ratio     dense / sparse {ratio['median']:.2f}, quartiles {ratio['low']:.2f} to {ratio['high']:.2f} over "
-            "epochs; the two networks took turns"
+            f"ratio     time of a sparse step / of a dense step, epoch by epoch: median {ratio['median']:.2f}, "
+            f"quartiles {ratio['low']:.2f} to {ratio['high']:.2f}; the two networks took turns"
+        )
+    times = [network["ms_per_step"] for network in results["networks"].values()]
+    worst = max((t["highest"] / t["median"] for t in times if t["median"]), default=1.0)
+    if worst > BUSY:
+        lines.append(
+            f"busy      some epoch took {worst:.0f} times as long as usual: another program used the processor. "
+            "OMP_NUM_THREADS=1 suffers less from it"
         )
     return "\n".join(lines)

@@ -94,6 +94,11 @@ def train(
     except ValueError as error:
         errors.print(f"error: {error}")
         raise typer.Exit(USAGE_ERROR) from None
+    except (RuntimeError, MemoryError) as error:
+        if "alloc" not in str(error) and "out of memory" not in str(error):
+            raise
+        errors.print("error: the memory does not suffice; choose a smaller width, batch size or data set")
+        raise typer.Exit(USAGE_ERROR) from None
     except (Interrupted, KeyboardInterrupt) as stop:
         errors.print(_how_to_go_on(folder, saved=isinstance(stop, Interrupted)))
         raise typer.Exit(INTERRUPTED) from None
@@ -120,7 +125,7 @@ def _check_agreement(folder: Path, given: dict[str, Any], out: Path | None) -> N
     for name, value in given.items():
         if value != config[name]:
             raise ValueError(
-                f"--{name.replace('_', '-')} is {value}, but the run in {folder} has {config[name]}; drop the option, "
+                f"{name} is {value}, but the run in {folder} has {config[name]}; drop the option, "
                 "or start a new run without --resume"
             )
 

@@ -282,7 +282,7 @@ class BlockSparse(nn.Module):
         if values.shape[0] != self.values.shape[0]:
             return (
                 f"the checkpoint has {values.shape[0]} slots, the layer {self.values.shape[0]}; "
-                f"build the layer with blocks={values.shape[0]}"
+                f"build the layer with blocks={values.shape[0]}, or sparsify_ with the sparsity of the checkpoint"
             )
         try:
             if not row.is_meta:

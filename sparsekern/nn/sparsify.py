@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from sparsekern.nn.densify import sparse_layers
 from sparsekern.nn.linear import SparseLinear, default_block_size
 from sparsekern.nn.refusals import refusal
 from sparsekern.nn.select import Selector, flatten, matches, select
@@ -77,7 +78,8 @@ def _chosen(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, 
             raise ValueError(f"targets: {single!r} matches only {kinds}; it must match an nn.Linear")
         layers |= {name: m for name, m in linears.items() if name not in ignored}
     if not layers:
-        raise ValueError("every target is ignored: nothing is left to make sparse")
+        already = ", ".join(sparse_names) if (sparse_names := [*sparse_layers(model)]) else "none"
+        raise ValueError(f"every target is ignored: nothing is left to make sparse (sparse already: {already})")
     refused = {name: why for name, m in layers.items() if (why := refusal(model, name, m)) is not None}
     if refused:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sparsekern.topology import check_sparsity
 from sparsekern.training import METHODS
 
 FORMAT_VERSION = 1
@@ -34,7 +35,7 @@ class Config:
         epochs: passes over the training set. Default: 20, or 5 with more than 10 000 images.
         batch_size: images a step.
         rate: AdamW's learning rate.
-        update_every: steps between moves of blocks. Default: about twenty moves, at most 100 steps apart.
+        update_every: steps between moves of blocks. Default: about eight moves, at most 100 steps apart.
         seeds: number of runs; run ``i`` has seed ``i``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``. Default: CUDA where there is one.
         dense: whether the dense twin is trained too.
@@ -65,8 +66,12 @@ class Config:
         for name in ("sparsity", "rate"):
             if type(value := getattr(self, name)) not in (int, float):
                 raise ValueError(f"{name} is {value!r}; it must be a number")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity is {self.sparsity}; it is the fraction absent and must be in [0, 1)")
+        check_sparsity(self.sparsity)
+        if self.block_size > self.width:
+            raise ValueError(
+                f"block_size is {self.block_size}, larger than the layers of width {self.width}; "
+                "choose smaller blocks or a larger width"
+            )
         if not (math.isfinite(self.rate) and self.rate > 0):
             raise ValueError(f"rate is {self.rate}; it must be a number above 0, such as 0.001")
         if self.method not in METHODS:
@@ -90,7 +95,7 @@ class Config:
         return replace(
             self,
             epochs=epochs,
-            update_every=self.update_every or min(100, max(1, int(moving / 20))),
+            update_every=self.update_every or min(100, max(1, int(moving / 8))),
             device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
 

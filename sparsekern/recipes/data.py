@@ -114,6 +114,7 @@ def _idx_folder(folder: Path) -> dict[str, numpy.ndarray]:
 def _npz(path: Path) -> dict[str, numpy.ndarray]:
     import numpy
 
+    keys = ", ".join(KEYS)
     try:
         content = numpy.load(path, allow_pickle=False)
         if isinstance(content, numpy.ndarray):
@@ -122,10 +123,13 @@ def _npz(path: Path) -> dict[str, numpy.ndarray]:
             absent = [key for key in KEYS if key not in archive]
             if not absent:
                 arrays = {key: archive[key] for key in KEYS}
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from None
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError):
+        # numpy's own words are no help: of a text file it says that it could be loaded unsafely
+        raise ValueError(
+            f"data is {path}, which is damaged or no .npz file; write one with numpy.savez, of plain arrays {keys}"
+        ) from None
     if absent:
-        raise ValueError(f"{path} has no array {', '.join(absent)}; it must have {', '.join(KEYS)}")
+        raise ValueError(f"{path} has no array {', '.join(absent)}; it must have {keys}")
     for key in ("train_images", "test_images"):
         array = arrays[key]
         if array.dtype != numpy.uint8 or array.ndim not in (3, 4):
@@ -147,9 +151,13 @@ def _dataset(name: str, source: str, arrays: dict[str, numpy.ndarray]) -> Datase
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         if len(images) != len(labels):
-            raise ValueError(f"{source} has {len(images)} {part} images but {len(labels)} {part} labels")
+            raise ValueError(
+                f"{source} has {len(images)} {part} images but {len(labels)} {part} labels; there must be one an image"
+            )
         if images.size == 0:
-            raise ValueError(f"{source} has an empty {part} set: its images have shape {images.shape}")
+            raise ValueError(
+                f"{source} has an empty {part} set: its images have shape {images.shape}; there must be at least one"
+            )
         if labels.min() < 0:
             raise ValueError(f"{source} has {part} label {labels.min()}; labels are 0 and up")
     train, test = arrays["train_images"], arrays["test_images"]
@@ -167,6 +175,10 @@ def _dataset(name: str, source: str, arrays: dict[str, numpy.ndarray]) -> Datase
     for key in KEYS:
         digest.update(arrays[key].tobytes())
     classes = int(known.max()) + 1
+    if classes > max(1000, len(train)):
+        raise ValueError(
+            f"{source} has train label {classes - 1} with {len(train)} train images; labels must be 0, 1, 2 and so on"
+        )
     return Dataset(name, train_images, train_labels, test_images, test_labels, classes, digest.hexdigest())
 
 

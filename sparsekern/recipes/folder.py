@@ -28,7 +28,8 @@ def create(folder: Path, config: Config, data: dict[str, Any], environment: dict
     try:
         # a run that was killed while it wrote its first file has left nothing but that file's unfinished copy
         if folder.is_dir() and {path.name for path in folder.iterdir()} - {_aside(folder / CONFIG).name}:
-            raise ValueError(f"out is {folder}, which is not empty; resume it with --resume, or choose another --out")
+            way_out = "resume it with --resume, or " if (folder / CONFIG).is_file() else ""
+            raise ValueError(f"out is {folder}, which is not empty; {way_out}choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}); choose another --out") from None

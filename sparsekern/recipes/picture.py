@@ -30,7 +30,8 @@ def draw_summary(
         accuracy=[Curves(names[network], _curves(rows, network, "test_accuracy", 100)) for network in networks],
         loss=[Curves(names[network], _curves(rows, network, "loss", 1)) for network in networks],
         block_map=BlockMap(
-            layer=block_map["layer"],
+            layer=f"{block_map['layer']} of seed 0",
+            side=config["block_size"],
             rows=block_map["rows"],
             cols=block_map["cols"],
             start=block_map["start"].tolist(),

@@ -30,7 +30,7 @@ def summarise(rows: Sequence[Row], sizes: dict[str, dict[str, int]]) -> dict[str
             "accuracy_gap_standard_error": statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None,
             "parameters_dense_over_sparse": dense["stored_parameters"] / sparse["stored_parameters"],
             "bytes_dense_over_sparse": dense["training_bytes"] / sparse["training_bytes"],
-            "time_dense_over_sparse": _spread(_time_ratios(rows)),
+            "time_sparse_over_dense": _spread(_time_ratios(rows)),
         }
     return result
 
@@ -40,6 +40,7 @@ def _network(rows: Sequence[Row], name: str, sizes: dict[str, int]) -> dict[str,
     last = max(row["epoch"] for row in mine)
     final = [row["test_accuracy"] for row in mine if row["epoch"] == last]
     return {
+        "sparsity": mine[-1].get("sparsity/global", 0.0),
         "test_accuracy": {
             "mean": statistics.fmean(final),
             "standard_deviation": statistics.stdev(final) if len(final) > 1 else None,
@@ -51,15 +52,17 @@ def _network(rows: Sequence[Row], name: str, sizes: dict[str, int]) -> dict[str,
 
 
 def _time_ratios(rows: Sequence[Row]) -> list[float]:
-    """Return dense time over sparse time, epoch by epoch: the two ran side by side, so a slow spell slows both."""
+    """Return sparse time over dense time, epoch by epoch: the two ran side by side, so a slow spell slows both."""
     times = {(row["network"], row["seed"], row["epoch"]): row["ms_per_step"] for row in rows}
     pairs = [(time, times["sparse", seed, epoch]) for (name, seed, epoch), time in times.items() if name == "dense"]
-    return [dense / sparse for dense, sparse in pairs if dense is not None and sparse is not None]
+    return [sparse / dense for dense, sparse in pairs if dense is not None and sparse is not None]
 
 
 def _spread(values: list[float]) -> dict[str, float | None]:
-    """Return the median and the quartiles; None where there are too few values."""
-    if len(values) < 2:
-        return {"median": values[0] if values else None, "low": None, "high": None}
+    """Return the median, the quartiles and the highest value; None where there are too few values."""
+    highest = max(values, default=None)
+    if len(values) < 4:
+        median = statistics.median(values) if values else None
+        return {"median": median, "low": None, "high": None, "highest": highest}
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
+    return {"median": median, "low": low, "high": high, "highest": highest}

@@ -26,9 +26,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Where the blocks of a layer are: keys ``row * cols + col`` on a grid of ``rows x cols``."""
+    """Where the blocks of a layer are, ``side`` features wide: keys ``row * cols + col`` on a ``rows x cols`` grid."""
 
     layer: str
+    side: int
     rows: int
     cols: int
     start: Sequence[int]
@@ -54,7 +55,8 @@ def draw_training(
     left, middle, before, after = figure.subplots(1, 4, width_ratios=(1.15, 1.15, 1, 1))
     _draw_curves(left, accuracy, "test accuracy (%)", legend="lower right")
     _draw_curves(middle, loss, "training loss", legend="upper right")
-    middle.set_yscale("log")
+    if max(len(curve) for network in loss for curve in network.by_seed) > 1:
+        middle.set_yscale("log")
     _draw_blocks(before, block_map, at_start=True)
     _draw_blocks(after, block_map, at_start=False)
     figure.savefig(path)
@@ -76,6 +78,8 @@ def _draw_curves(
     axes.set_title(what if count == 1 else f"{what}: mean and range of {count} seeds", fontsize=11)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    longest = max(len(curve) for network in curves for curve in network.by_seed)
+    axes.set_xlim(0.5, longest + 0.5)
     axes.grid(alpha=0.25)
     axes.legend(loc=legend, labelcolor="linecolor", frameon=False, fontsize=11)
 
@@ -85,6 +89,7 @@ def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
     import numpy
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     start, end = set(block_map.start), set(block_map.end)
     shown, both = (start if at_start else end), start & end
@@ -96,8 +101,10 @@ def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
     axes.imshow(cells.reshape(block_map.rows, block_map.cols), cmap=colours, vmin=0, vmax=2, interpolation="nearest")
     share = f"{len(shown)} of {cells.size} blocks, {100 * len(shown) / cells.size:.3g} %"
     axes.set_title(f"layer {block_map.layer} at the {'start' if at_start else 'end'}\n{share}", fontsize=11)
-    axes.set_xlabel("input block")
+    axes.set_xlabel(f"input block (of {block_map.side} features)")
     axes.set_ylabel("output block")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({len(both)})")]
     if shown - both:
         entries.append(Patch(color=only, label=f"{name} ({len(shown - both)})"))

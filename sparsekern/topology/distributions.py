@@ -37,7 +37,8 @@ def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "unifor
 def check_sparsity(sparsity: float) -> None:
     """Raise ValueError unless ``sparsity`` is in [0, 1)."""
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1)")
+        hint = f" (did you mean {sparsity / 100:g}?)" if 1 < sparsity < 100 else ""
+        raise ValueError(f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1){hint}")
 
 
 def blocks_at(sparsity: float, cells: int) -> int:

@@ -82,6 +82,13 @@ class Method:
         self._start = {name: layer.topology.sorted_keys().cpu() for name, layer in self.layers.items()}
         optimizer.register_step_post_hook(self._count)
 
+    def __repr__(self) -> str:
+        schedule = self.schedule
+        return (
+            f"{type(self).__name__}({len(self.layers)} layers, update_every={schedule.update_every}, "
+            f"start={schedule.start}, stop={schedule.stop}, step {self.steps}, {self.updates} updates)"
+        )
+
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return which blocks of a layer move where, or None. Must change nothing.
 

@@ -13,13 +13,14 @@ def network(mean, deviation, parameters, size, ms):
         "test_accuracy": {"mean": mean, "standard_deviation": deviation, "by_seed": []},
         "stored_parameters": parameters,
         "training_bytes": size,
-        "ms_per_step": {"median": ms, "low": None, "high": None},
+        "sparsity": 0.875,
+        "ms_per_step": {"median": ms, "low": None, "high": None, "highest": ms},
     }
 
 
 RESULTS = {
     "config": Config(epochs=2).to_json(),
-    "data": {"name": "digits"},
+    "data": {"name": "digits", "test_images": 359},
     "environment": {"device": "CPU", "threads": 2, "kernels": "eager"},
     "networks": {
         "sparse": network(0.9789, 0.0021, 288522, 4.4 * 2**20, 8.0),
@@ -30,7 +31,7 @@ RESULTS = {
         "accuracy_gap_standard_error": 0.0011,
         "parameters_dense_over_sparse": 7.54,
         "bytes_dense_over_sparse": 7.5,
-        "time_dense_over_sparse": {"median": 0.8, "low": 0.7, "high": 0.9},
+        "time_sparse_over_dense": {"median": 1.25, "low": 1.1, "high": 1.4, "highest": 2.0},
     },
 }
 
@@ -46,16 +47,34 @@ def test_a_slower_sparse_network_is_called_slower():
     for cell in ("97.89 ± 0.21 %", "98.12 ± 0.16 %", "-0.23 ± 0.11 points", "288,522", "7.54x fewer", "4.4 MiB"):
         assert cell in text
     assert "8.00 ms" in text and "1.25x SLOWER" in text
-    assert "dense / sparse 0.80, quartiles 0.70 to 0.90" in notes(RESULTS)
+    assert "epoch by epoch: median 1.25, quartiles 1.10 to 1.40" in notes(RESULTS)
+    assert "hidden layers 87.5 % sparse" in " ".join(text.split()) and "359 test images" in notes(RESULTS)
+    assert "busy" not in notes(RESULTS)
     assert "mean over 5 seeds" in notes(RESULTS) and "eager kernels" in notes(RESULTS)
 
 
-@pytest.mark.parametrize(("ratio", "words"), [(2.0, "2.00x faster"), (1.001, "the same"), (None, "not measured")])
-def test_the_ratio_in_words(ratio, words):
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "words"),
+    [
+        (0.5, 0.4, 0.6, "2.00x faster"),
+        (1.25, 1.1, 1.4, "1.25x SLOWER"),
+        (1.07, 0.97, 1.14, "no clear difference"),
+        (0.5, None, None, "2.00x faster, too few epochs to be sure"),
+        (1.001, None, None, "the same, too few epochs to be sure"),
+        (None, None, None, "not measured"),
+    ],
+)
+def test_the_ratio_in_words(ratio, low, high, words):
     results = copy.deepcopy(RESULTS)
-    results["comparison"]["time_dense_over_sparse"] = {"median": ratio, "low": None, "high": None}
-    assert words in shown(results)
-    assert "quartiles" not in notes(results)
+    results["comparison"]["time_sparse_over_dense"] = {"median": ratio, "low": low, "high": high, "highest": ratio}
+    assert words in " ".join(shown(results, width=200).split())
+    assert ("quartiles" in notes(results)) == (low is not None)
+
+
+def test_a_busy_machine_is_noted():
+    results = copy.deepcopy(RESULTS)
+    results["networks"]["dense"]["ms_per_step"]["highest"] = 70.0
+    assert "some epoch took 10 times as long as usual" in notes(results)
 
 
 def test_one_seed_without_the_twin():

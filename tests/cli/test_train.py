@@ -48,7 +48,15 @@ def ctrl_c(monkeypatch):
 def test_the_table_the_folder_and_the_progress(finished):
     folder, result = finished
     assert result.exit_code == 0, result.output
-    for text in ("digits", "50 %", "test accuracy", "stored parameters", "training state", "median time", "dense"):
+    for text in (
+        "digits",
+        "50.0 % sparse",
+        "test accuracy",
+        "stored parameters",
+        "training state",
+        "median time",
+        "dense",
+    ):
         assert text in result.stdout
     assert str(folder / "summary.png") in result.stdout
     assert "seed 1/1  epoch 2/2  sparse loss" in result.stderr and "seed" not in result.stdout.split("accuracy  ")[0]
@@ -101,6 +109,19 @@ def test_an_error_is_one_line_and_no_traceback(tmp_path, monkeypatch, arguments,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch):
+    def start(*_):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        )
+
+    monkeypatch.setattr("sparsekern.cli.train.start", start)
+    result = invoke("--out", tmp_path / "run")
+    assert result.exit_code == 2 and result.stderr.startswith("error: the memory does not suffice; choose a smaller")
+    monkeypatch.setattr("sparsekern.cli.train.start", lambda *_: (_ for _ in ()).throw(RuntimeError("a defect")))
+    assert isinstance(invoke("--out", tmp_path / "run").exception, RuntimeError), "a defect keeps its traceback"
+
+
 def test_a_folder_in_use_is_not_overwritten(finished):
     result = invoke(*TINY, "--out", finished[0])
     assert result.exit_code == 2 and "not empty; resume it with --resume, or choose another --out" in result.stderr
@@ -109,10 +130,10 @@ def test_a_folder_in_use_is_not_overwritten(finished):
 def test_options_that_contradict_the_resumed_run(finished, tmp_path):
     folder, _ = finished
     for arguments, message in (
-        (["--width", "64"], f"--width is 64, but the run in {folder} has 32"),
-        (["--batch-size", "1"], "--batch-size is 1, but"),
-        (["--no-dense"], "--dense is False, but"),
-        (["--data", tmp_path], "--data is"),
+        (["--width", "64"], f"width is 64, but the run in {folder} has 32"),
+        (["--batch-size", "1"], "batch_size is 1, but"),
+        (["--no-dense"], "dense is False, but"),
+        (["--data", tmp_path], "data is"),
         (["--out", tmp_path], "--out is"),
     ):
         result = invoke("--resume", folder, *arguments)

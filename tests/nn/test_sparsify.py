@@ -97,7 +97,7 @@ ERRORS = [
     (dict(targets="encoder.*"), "targets: 'encoder.*' matches no module"),
     (dict(targets=["0", "1"]), "targets: '1' matches only ReLU; it must match an nn.Linear"),
     (dict(ignore="lm_head"), "ignore: 'lm_head' matches no module; nearest names"),
-    (dict(ignore=["0", "2", "4"]), "every target is ignored"),
+    (dict(ignore=["0", "2", "4"]), r"every target is ignored: nothing is left .*\(sparse already: none\)"),
     (dict(init="dense"), "init is 'dense'; it must be one of balanced, random, norm"),
     (dict(sparsity=1), "sparsity is 1; it is the fraction absent"),
     (dict(sparsity={"0": 0.5}), r"sparsity names no value for '2'; add it, or a last entry '\*'"),
@@ -116,6 +116,12 @@ def test_errors_change_nothing(options, text):
     with pytest.raises(ValueError, match=text):
         sk.sparsify_(model, **({"sparsity": 0.5, "block_size": 8} | options))
     assert repr(model) == before
+
+
+def test_twice():
+    model = sk.sparsify_(mlp(), 0.5, 8, ignore=["0", "4"])
+    with pytest.raises(ValueError, match=r"nothing is left to make sparse \(sparse already: 2\)"):
+        sk.sparsify_(model, 0.5, 8, ignore=["0", "4"])
 
 
 def test_norm_needs_a_weight():

@@ -113,3 +113,10 @@ def test_random_damage_is_one_clear_error_or_harmless(tmp_path, seed):
     except ValueError as error:
         reason = str(error)
     assert reason is None or "state.pt" in reason
+
+
+def test_text_in_place_of_a_state(tmp_path):
+    last = checkpoint.save(tmp_path, 5, {}, {"a": 1})
+    (last / "state.pt").write_text("junk")
+    with pytest.raises(ValueError, match=r"state.pt cannot be read: .*; start a new run"):
+        checkpoint.load_state(last)

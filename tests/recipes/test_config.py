@@ -42,7 +42,7 @@ def test_a_wrong_value_is_named_with_its_rule(name, value, rule):
 
 
 @pytest.mark.parametrize(
-    ("images", "epochs", "update_every"), [(1438, 20, 17), (10_001, 5, 29), (60_000, 5, 100), (10, 20, 1)]
+    ("images", "epochs", "update_every"), [(1438, 20, 43), (10_001, 5, 73), (60_000, 5, 100), (10, 20, 1)]
 )
 def test_open_values_follow_the_size_of_the_data(images, epochs, update_every):
     resolved = Config().resolved(images)
@@ -73,3 +73,13 @@ def test_a_device_that_is_not_there(monkeypatch):
     assert usable_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="device is 'cuda:1', but PyTorch sees 1"):
         usable_device("cuda:1")
+
+
+def test_blocks_larger_than_the_layers():
+    with pytest.raises(ValueError, match="block_size is 65, larger than the layers of width 64; choose smaller blocks"):
+        Config(block_size=65, width=64)
+
+
+def test_a_percentage_is_recognised():
+    with pytest.raises(ValueError, match=r"sparsity is 90; it is the fraction absent .* \(did you mean 0.9\?\)"):
+        Config(sparsity=90)

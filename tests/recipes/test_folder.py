@@ -77,3 +77,9 @@ def test_a_run_killed_at_its_first_file_can_begin_again(tmp_path):
     (tmp_path / "config.json.unfinished").write_text('{"form')
     create(tmp_path, Config(), {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_of_something_else_is_not_said_to_be_resumable(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"which is not empty; choose another --out$"):
+        create(tmp_path, Config(), {}, {})

@@ -1,6 +1,6 @@
 import pytest
 
-from sparsekern.recipes.results import summarise
+from sparsekern.recipes.results import _spread, summarise
 
 SIZES = {
     "sparse": {"stored_parameters": 10, "training_bytes": 100},
@@ -31,24 +31,41 @@ def test_by_hand():
     assert sparse["test_accuracy"]["mean"] == pytest.approx(0.85)
     assert sparse["test_accuracy"]["standard_deviation"] == pytest.approx(0.1 / 2**0.5)
     assert (sparse["stored_parameters"], dense["training_bytes"]) == (10, 250)
-    assert sparse["ms_per_step"] == {"median": 4.0, "low": 3.0, "high": 7.0}
+    assert sparse["ms_per_step"] == {"median": 4.0, "low": None, "high": None, "highest": 10.0}
     compared = result["comparison"]
     assert compared["accuracy_gap"] == pytest.approx(-0.05)
     assert compared["accuracy_gap_standard_error"] == pytest.approx(0.05)
     assert compared["parameters_dense_over_sparse"] == 4 and compared["bytes_dense_over_sparse"] == 2.5
-    assert compared["time_dense_over_sparse"] == {"median": 2.0, "low": 1.5, "high": 2.5}  # of 3, 1 and 2
+    # of 1/3, 1 and 1/2
+    assert compared["time_sparse_over_dense"] == {"median": 0.5, "low": None, "high": None, "highest": 1.0}
 
 
 def test_one_seed_has_no_deviation():
     result = summarise([r for r in ROWS if r["seed"] == 0], SIZES)
     assert result["networks"]["sparse"]["test_accuracy"]["standard_deviation"] is None
     assert result["comparison"]["accuracy_gap_standard_error"] is None
-    assert result["comparison"]["time_dense_over_sparse"] == {"median": 3.0, "low": None, "high": None}
+    third = 1 / 3
+    assert result["comparison"]["time_sparse_over_dense"] == {
+        "median": third,
+        "low": None,
+        "high": None,
+        "highest": third,
+    }
+
+
+def test_quartiles_need_four_values():
+    assert _spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3, "low": 2, "high": 4, "highest": 5}
+    assert _spread([3.0, 1.0, 2.0]) == {"median": 2, "low": None, "high": None, "highest": 3}
+
+
+def test_the_sparsity_is_the_one_reached():
+    rows = [ROWS[0] | {"sparsity/global": 0.875}]
+    assert summarise(rows, {"sparse": SIZES["sparse"]})["networks"]["sparse"]["sparsity"] == 0.875
 
 
 def test_nothing_timed():
     rows = [row("sparse", 0, 1, 0.5, None), row("dense", 0, 1, 0.5, None)]
-    assert summarise(rows, SIZES)["comparison"]["time_dense_over_sparse"]["median"] is None
+    assert summarise(rows, SIZES)["comparison"]["time_sparse_over_dense"]["median"] is None
 
 
 def test_without_the_twin():

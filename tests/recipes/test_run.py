@@ -70,7 +70,7 @@ def test_the_run_folder(straight):
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["config"] == CONFIG.to_json()
     assert results["networks"]["sparse"]["stored_parameters"] < results["networks"]["dense"]["stored_parameters"]
-    assert results["comparison"]["time_dense_over_sparse"]["median"] > 0
+    assert results["comparison"]["time_sparse_over_dense"]["median"] > 0
     rows = rows_of(folder)
     assert [(row["seed"], row["epoch"], row["network"]) for row in rows] == [
         (seed, epoch, network) for seed in (0, 1) for epoch in (1, 2, 3) for network in ("sparse", "dense")

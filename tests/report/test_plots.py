@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 def draw(path, *, seeds=2, epochs=3, end=(1, 5), labels=("sparse", "dense")):
     numbers = [[seed + epoch + 1.0 for epoch in range(epochs)] for seed in range(seeds)]
     curves = [Curves(label, numbers) for label in labels]
-    block_map = BlockMap("hidden1", rows=2, cols=3, start=(0, 5), end=end)
+    block_map = BlockMap("hidden1", side=16, rows=2, cols=3, start=(0, 5), end=end)
     draw_training(path, title="a title", subtitle="what came out", accuracy=curves, loss=curves, block_map=block_map)
 
 
@@ -68,7 +68,7 @@ def test_pyplot_and_its_global_state_are_not_needed(tmp_path):
         "import sys; from pathlib import Path; from sparsekern.report.plots import *;"
         "c = [Curves('a', [[1.0, 2.0]])];"
         f"draw_training(Path({str(tmp_path / 'x.png')!r}), title='', subtitle='', accuracy=c, loss=c,"
-        " block_map=BlockMap('l', 1, 1, [0], [0])); print('matplotlib.pyplot' in sys.modules)"
+        " block_map=BlockMap('l', 1, 1, 1, [0], [0])); print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -147,6 +147,12 @@ def test_a_closure_without_a_loss(closure, text):
         sk.Static(model, torch.optim.SGD(model.parameters())).backward(closure)
 
 
+def test_repr():
+    model = make()
+    method = sk.SET(model, torch.optim.SGD(model.parameters()), update_every=5, stop=50)
+    assert repr(method) == "SET(3 layers, update_every=5, start=0, stop=50, step 0, 0 updates)"
+
+
 def test_frozen_layers_stay():
     model = make()
     model[2].values.requires_grad_(False)
