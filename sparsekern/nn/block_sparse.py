@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.nn.init import draw_values
+from sparsekern.nn.loading import adapt
 from sparsekern.nn.weight import WeightInfo
 from sparsekern.ops import Probe
 from sparsekern.topology import (
@@ -17,7 +17,6 @@ from sparsekern.topology import (
     Topology,
     balanced,
     empty_index,
-    gather_blocks,
     generator_for,
     random,
     rebuild_,
@@ -25,12 +24,8 @@ from sparsekern.topology import (
     with_capacity,
 )
 
-logger = logging.getLogger("sparsekern")
-
 INITS = {"balanced": balanced, "random": random}
 """How an initial topology is drawn, by name."""
-
-STORED = ("values", "row", "col")
 
 
 class BlockSparse(nn.Module):
@@ -235,7 +230,7 @@ class BlockSparse(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        problem = self._adapt(state_dict, prefix)
+        problem = adapt(self.topology, state_dict, prefix)
         if problem is not None:
             error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {problem}")
             return
@@ -248,47 +243,3 @@ class BlockSparse(nn.Module):
                 with torch.no_grad():
                     self.values.masked_fill_(~real, 0)
             self.refresh_()
-
-    def _adapt(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """Turn a dense weight into blocks, check a sparse one; return what is wrong with it, if anything."""
-        present = [name for name in STORED if prefix + name in state_dict]
-        dense = state_dict.get(prefix + "weight")
-        if not present and dense is not None:
-            if self.row.is_meta:
-                return "a dense weight cannot be loaded on the meta device; call to_empty(device=...) first"
-            if self.topology.blocks() == 0:
-                return "a dense weight was to be loaded, but the layer has no block; load a checkpoint with row and col"
-            try:
-                state_dict[prefix + "values"] = gather_blocks(self.topology, dense.to(self.row.device))
-            except ValueError as error:
-                return str(error)
-            del state_dict[prefix + "weight"]
-            state_dict[prefix + "row"], state_dict[prefix + "col"] = self.row.clone(), self.col.clone()
-            logger.info("%sweight is dense: kept the blocks of the present topology", prefix)
-            return None
-        if 0 < len(present) < len(STORED):
-            absent = ", ".join(name for name in STORED if name not in present)
-            return f"the checkpoint has {', '.join(present)} but not {absent}; blocks without their places mean nothing"
-        if present:
-            return self._mismatch(*(state_dict[prefix + name] for name in STORED))
-        return None
-
-    def _mismatch(self, values: Tensor, row: Tensor, col: Tensor) -> str | None:
-        if tuple(values.shape[1:]) != self.grid.block:
-            return (
-                f"the checkpoint has blocks of {tuple(values.shape[1:])}, the layer of {self.grid.block}; "
-                f"build the layer with block_size={tuple(values.shape[1:])}"
-            )
-        if values.shape[0] != self.values.shape[0]:
-            return (
-                f"the checkpoint has {values.shape[0]} slots, the layer {self.values.shape[0]}; "
-                f"build the layer with blocks={values.shape[0]}, or sparsify_ with the sparsity of the checkpoint"
-            )
-        try:
-            if not row.is_meta:
-                Topology(self.grid, row, col).validate()
-            if row.shape != self.row.shape:
-                return f"the checkpoint has {row.shape[0]} places for {values.shape[0]} slots"
-        except ValueError as error:
-            return f"the checkpoint's topology does not fit: {error}"
-        return None

@@ -7,7 +7,7 @@ science", Nature Communications 2018; with the drop fraction along a cosine, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,33 +27,14 @@ class SET(Method):
 
     Args:
         keep_connected: never drop the strongest block of a block row or column, so that none becomes empty.
-
-    The other arguments are those of :class:`Method`.
+        options: the arguments of :class:`Method`: ``update_every``, ``start``, ``stop``, ``drop_fraction``,
+            ``grown_state``, ``seed``.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        update_every: int = 100,
-        start: int = 0,
-        stop: float | None = None,
-        drop_fraction: float | Callable[[int], float] = 0.3,
-        grown_state: str = "zero",
-        seed: int = 0,
-        keep_connected: bool = False,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep_connected: bool = False, **options: Any
     ) -> None:
-        super().__init__(
-            model,
-            optimizer,
-            update_every=update_every,
-            start=start,
-            stop=stop,
-            drop_fraction=drop_fraction,
-            grown_state=grown_state,
-            seed=seed,
-        )
+        super().__init__(model, optimizer, **options)
         self.keep_connected = keep_connected
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
