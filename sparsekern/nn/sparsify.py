@@ -78,7 +78,7 @@ def _chosen(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, 
             raise ValueError(f"targets: {single!r} matches only {kinds}; it must match an nn.Linear")
         layers |= {name: m for name, m in linears.items() if name not in ignored}
     if not layers:
-        already = ", ".join(sparse_names) if (sparse_names := [*sparse_layers(model)]) else "none"
+        already = ", ".join(sparse_layers(model)) or "none"
         raise ValueError(f"every target is ignored: nothing is left to make sparse (sparse already: {already})")
     refused = {name: why for name, m in layers.items() if (why := refusal(model, name, m)) is not None}
     if refused:
