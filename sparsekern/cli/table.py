@@ -103,7 +103,7 @@ def notes(results: dict[str, Any]) -> str:
     worst = max((t["highest"] / t["median"] for t in times if t["median"]), default=1.0)
     if worst > BUSY:
         lines.append(
-            f"busy      some epoch took {worst:.0f} times as long as usual: another program used the processor. "
-            "OMP_NUM_THREADS=1 suffers less from it"
+            f"busy      some epoch took {worst:.0f} times as long as usual, probably because another program was "
+            "busy. OMP_NUM_THREADS=1 suffers less from it"
         )
     return "\n".join(lines)

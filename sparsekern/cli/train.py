@@ -27,6 +27,10 @@ def _option(text: str, default: object, *names: str) -> Any:
     return typer.Option(*names, help=text, show_default=str(default))
 
 
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+"""What PyTorch says when there is not enough memory, on a CPU and on CUDA."""
+
+
 def train(
     data: Annotated[
         str | None,
@@ -95,7 +99,7 @@ def train(
         errors.print(f"error: {error}")
         raise typer.Exit(USAGE_ERROR) from None
     except (RuntimeError, MemoryError) as error:
-        if "alloc" not in str(error) and "out of memory" not in str(error):
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)):
             raise
         errors.print("error: the memory does not suffice; choose a smaller width, batch size or data set")
         raise typer.Exit(USAGE_ERROR) from None

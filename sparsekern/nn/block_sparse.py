@@ -72,6 +72,7 @@ class BlockSparse(nn.Module):
         self.seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
         self.name = name
         self.probe: Probe | None = None
+        self._lost = False  # a given topology that went through the meta device
         self._blocks = blocks
         self._capacity = blocks if capacity is None else capacity
         if topology is None and device is not None and torch.device(device).type == "meta":
@@ -105,7 +106,8 @@ class BlockSparse(nn.Module):
             topology = self._draw()
             self.row.copy_(topology.row)
             self.col.copy_(topology.col)
-        if self.init == "given" and topology.blocks() == 0:
+            self._lost = self.init == "given"
+        if self._lost:
             raise ValueError(
                 "the layer was built with a given topology, which is lost; load a checkpoint that holds row and col"
             )
@@ -217,6 +219,7 @@ class BlockSparse(nn.Module):
             topology = self._draw()
             self.row.copy_(topology.row)
             self.col.copy_(topology.col)
+            self._lost = self.init == "given"
             self.refresh_()
         return self
 
@@ -237,6 +240,8 @@ class BlockSparse(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if prefix + "row" in state_dict and not self.row.is_meta:
+            self._lost = False
         if not self.row.is_meta:
             real = self.topology.real()
             if real is not None and not self.values.is_meta:

@@ -35,8 +35,11 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
 def densify(model: nn.Module) -> nn.Module:
     """Return a copy of the model in which every sparse layer is dense, with zeros where no block is.
 
-    The model itself is not changed. A layer that is used in several places stays one layer.
+    The model itself is not changed. A layer that is used in several places stays one layer. A compiled model or layer
+    comes out not compiled.
     """
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner  # a compiled module would go on calling the layer that it was compiled for
     model = copy.deepcopy(model)
     if isinstance(model, SparseLinear):
         dense = model.to_dense()
@@ -47,7 +50,7 @@ def densify(model: nn.Module) -> nn.Module:
         if isinstance(module, SparseLinear):
             if module not in twins:
                 twins[module] = module.to_dense()
-            swap_(model, name, twins[module])
+            swap_(model, name.removesuffix("._orig_mod"), twins[module])
     return model
 
 

@@ -31,16 +31,15 @@ class Probe(NamedTuple):
     @classmethod
     def candidates(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
         """Ask for the blocks ``(row[k], col[k])`` of G: ``(K, bo, bi)``. The places are distinct, int32 ``(K,)``."""
-        places = Topology(grid, row, col)
-        places.validate()
-        index = build_index(places)
+        _check_places(grid, row, col)
+        index = build_index(Topology(grid, row, col))
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
 
     @classmethod
     def norms(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
         """Ask for the Frobenius norms of the blocks ``(row[k], col[k])`` of G: ``(K,)``."""
-        Topology(grid, row, col).validate()
+        _check_places(grid, row, col)
         return cls("norms", _zeros(row.shape, dtype, row.device), (row, col))
 
     @classmethod
@@ -58,6 +57,14 @@ class Probe(NamedTuple):
         over q estimates the squared norm of a block, with relative deviation about ``sqrt(8 / r)``.
         """
         return cls("sketch", _zeros((u.shape[0], grid.rows, grid.cols), u.dtype, u.device), (u, v))
+
+
+def _check_places(grid: Grid, row: Tensor, col: Tensor) -> None:
+    if row.numel() == 0 and row.shape == col.shape:
+        return  # nothing to ask, as in a layer that is full
+    Topology(grid, row, col).validate()
+    if bool((row < 0).any()):
+        raise ValueError("a probe asks for blocks (-1, -1); that is a free slot, not a place")
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

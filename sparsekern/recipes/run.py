@@ -113,9 +113,10 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> d
 def _saved(folder: Path, seed: int) -> dict[str, Any]:
     """Return the saved state of a seed; one without rows if it has not begun."""
     checkpoints = checkpoint.seed_folder(folder, seed)
-    checkpoint.tidy(checkpoints)
     newest = checkpoint.latest(checkpoints)
-    return {"rows": [], "finished": False} if newest is None else checkpoint.load_state(newest)
+    state = {"rows": [], "finished": False} if newest is None else checkpoint.load_state(newest)
+    checkpoint.tidy(checkpoints)  # only now: if the newest cannot be read, an older one is worth having
+    return state
 
 
 class _Seed:

@@ -51,11 +51,11 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
             "LBFGS keeps flat vectors over all parameters, which cannot follow moving blocks; use an optimizer with "
             "one state entry a weight, such as SGD or AdamW"
         )
-    inner = next((key for key, part in vars(optimizer).items() if isinstance(part, torch.optim.Optimizer)), None)
+    inner = next((key for key, part in vars(optimizer).items() if _holds_optimizer(part)), None)
     if inner is not None:
         raise ValueError(
             f"{type(optimizer).__name__} keeps its state in another optimizer ({inner!r}), where it would not follow "
-            "moving blocks; pass that one, unsharded"
+            "moving blocks; use a plain optimizer"
         )
     group = param_group(optimizer, parameter)
     if group is None:
@@ -79,6 +79,12 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
             "weight, such as SGD or AdamW"
         )
     return found
+
+
+def _holds_optimizer(part: Any) -> bool:
+    """Return whether a part of an optimizer is itself an optimizer, or a collection of them."""
+    parts = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else (part,)
+    return any(isinstance(p, torch.optim.Optimizer) for p in parts)
 
 
 def _is_by_slot(state: Tensor, parameter: Tensor) -> bool:

@@ -118,8 +118,10 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekern.cli.train.start", start)
     result = invoke("--out", tmp_path / "run")
     assert result.exit_code == 2 and result.stderr.startswith("error: the memory does not suffice; choose a smaller")
-    monkeypatch.setattr("sparsekern.cli.train.start", lambda *_: (_ for _ in ()).throw(RuntimeError("a defect")))
-    assert isinstance(invoke("--out", tmp_path / "run").exception, RuntimeError), "a defect keeps its traceback"
+    for error, defect in ((MemoryError(), False), (RuntimeError("its data is not allocated yet"), True)):
+        monkeypatch.setattr("sparsekern.cli.train.start", lambda *_, error=error: (_ for _ in ()).throw(error))
+        result = invoke("--out", tmp_path / "run")
+        assert (result.exception is error) == defect, "a defect keeps its traceback"
 
 
 def test_a_folder_in_use_is_not_overwritten(finished):

@@ -107,6 +107,21 @@ class TestMeta:
         with pytest.raises(ValueError, match="built with a given topology, which is lost; load a checkpoint"):
             module.reset_parameters()
 
+    def test_a_layer_without_blocks_is_not_a_lost_one(self):
+        module = sk.SparseLinear.from_dense(nn.Linear(10, 14), sparsity=0.5, block_size=(4, 3))
+        free = torch.full_like(module.row, -1)
+        module.move_(torch.arange(8), free, free)
+        module.reset_parameters()
+        again = sk.SparseLinear(10, 14, topology=module.topology)
+        assert again.sparsity == 1 and torch.equal(again(X), again.bias.expand(5, 14))
+
+    def test_a_lost_topology_comes_back_with_a_checkpoint(self):
+        source = sk.SparseLinear.from_dense(nn.Linear(10, 14), sparsity=0.5, block_size=(4, 3))
+        module = copy.deepcopy(source).to("meta").to_empty(device="cpu")
+        module.load_state_dict(source.state_dict())
+        module.reset_parameters()
+        assert module.sparsity == source.sparsity
+
     def test_to_empty_on_a_real_device_then_reset(self):
         module = layer(3)
         with torch.no_grad():

@@ -55,6 +55,19 @@ def test_a_child_called_module_keeps_its_name():
         sk.sparse_layers(model)
 
 
+def test_compiled_models_and_layers_are_dense_all_through():
+    x = torch.randn(3, 16)
+    layer = sk.SparseLinear(16, 16, block_size=4)
+    model = nn.Sequential(torch.compile(layer, backend="eager"), nn.ReLU())
+    for compiled in (torch.compile(layer, backend="eager"), model, torch.compile(model, backend="eager")):
+        dense = sk.densify(compiled)
+        torch.testing.assert_close(dense(x), compiled(x))
+        with torch.no_grad():
+            for parameter in dense.parameters():
+                parameter.zero_()
+        assert not dense(x).any() and type(dense) in (nn.Linear, nn.Sequential)
+
+
 def test_a_layer_used_twice_is_dense_in_both_places_and_still_one():
     layer = sk.SparseLinear(16, 16, block_size=4)
     dense = sk.densify(nn.Sequential(layer, nn.ReLU(), layer))

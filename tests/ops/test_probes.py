@@ -80,6 +80,15 @@ def test_norms_do_not_add_up():
     assert (probe.tensor.grad > PROBES["norms"][1](total) + 1e-3).all()
 
 
+@pytest.mark.parametrize("make", [Probe.candidates, Probe.norms])
+def test_no_places_and_free_places(make):
+    probe = make(GRID, ROW[:0], COL[:0], **F64)
+    run(probe)
+    assert probe.tensor.grad.shape[0] == 0
+    with pytest.raises(ValueError, match=r"asks for blocks \(-1, -1\)"):
+        make(GRID, ROW[:1] * 0 - 1, COL[:1] * 0 - 1)
+
+
 def test_a_layer_under_compile_has_two_graphs_armed_and_not():
     layer = sk.SparseLinear(9, 11, block_size=(4, 2), sparsity=0.5, dtype=torch.float64, seed=0)
     counter = CompileCounterWithBackend("aot_eager")

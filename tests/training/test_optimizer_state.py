@@ -48,6 +48,13 @@ class Wrapper(Lion):
         self.optim = torch.optim.AdamW(params)
 
 
+class Several(Lion):
+    def __init__(self, params):
+        params = list(params)
+        super().__init__(params)
+        self.optimizers = [torch.optim.AdamW(params)]
+
+
 class Shampoo(Lion):
     """A preconditioner that happens to begin with an axis of Z."""
 
@@ -107,6 +114,7 @@ def test_what_an_untouched_entry_holds():
         (Flat, r"Flat keeps 'flat' for values of 'fc', of shape \(40,\), which has no axis of 5 slots"),
         (History, "History keeps 'history' for values of 'fc', a list"),
         (Shampoo, r"Shampoo keeps 'precond' for values of 'fc', of shape \(5, 5\)"),
+        (Several, r"Several keeps its state in another optimizer \('optimizers'\)"),
         (Wrapper, r"Wrapper keeps its state in another optimizer \('optim'\)"),
         (torch.optim.LBFGS, "LBFGS keeps flat vectors over all parameters"),
     ],
