@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.nn.init import draw_values
+from sparsekern.nn.init import draw_bias, draw_values
 from sparsekern.nn.loading import adapt
 from sparsekern.nn.weight import WeightInfo
 from sparsekern.ops import Probe
@@ -33,6 +33,7 @@ class BlockSparse(nn.Module):
 
     Attributes:
         values: Parameter ``(Z, bo, bi)``, the only copy of the weight.
+        bias: Parameter ``(out_features,)`` or None; the subclass makes it, then calls :meth:`reset_parameters`.
         row, col: int32 buffers ``(Z,)``, the place of each slot; -1 is a free slot. Saved.
         index: derived from them for the kernels, in buffers that are not saved. :meth:`refresh_` rebuilds it.
         probe: what a training method asks of the next backward, or None.
@@ -41,6 +42,7 @@ class BlockSparse(nn.Module):
     """
 
     values: nn.Parameter
+    bias: nn.Parameter | None
     row: Tensor
     col: Tensor
     row_ptr: Tensor
@@ -97,16 +99,21 @@ class BlockSparse(nn.Module):
         generator = generator_for(self.seed, self.name, "topology")
         return with_capacity(INITS[self.init](self.grid, self._blocks, generator), self._capacity)
 
+    def _draw_again(self) -> Topology:
+        """Draw the initial topology into ``row`` and ``col``, which hold nothing of use; returns it on the CPU."""
+        topology = self._draw()
+        self.row.copy_(topology.row)
+        self.col.copy_(topology.col)
+        self._lost = self.init == "given"
+        return topology
+
     def _places(self) -> Topology:
         """Return the topology on the CPU, drawn anew into the buffers if they hold none."""
         topology = Topology(self.grid, self.row.cpu(), self.col.cpu())
         try:
             topology.validate()
         except ValueError:
-            topology = self._draw()
-            self.row.copy_(topology.row)
-            self.col.copy_(topology.col)
-            self._lost = self.init == "given"
+            topology = self._draw_again()
         if self._lost:
             raise ValueError(
                 "the layer was built with a given topology, which is lost; load a checkpoint that holds row and col"
@@ -162,7 +169,7 @@ class BlockSparse(nn.Module):
         return to_dense(self.topology, self.values.detach())
 
     def reset_parameters(self) -> None:
-        """Draw the values anew from the seed and the name, for the blocks there are, and rebuild the index.
+        """Draw values and bias anew from the seed and the name, for the blocks there are, and rebuild the index.
 
         Where ``row`` and ``col`` are no topology, as ``to_empty`` leaves them, that is drawn anew too.
 
@@ -172,9 +179,12 @@ class BlockSparse(nn.Module):
         if self.row.is_meta:
             return
         topology = self._places()
-        values = draw_values(topology, self.values.dtype, generator_for(self.seed, self.name, "values"))
         with torch.no_grad():
-            self.values.copy_(values)
+            generator = generator_for(self.seed, self.name, "values")
+            self.values.copy_(draw_values(topology, self.values.dtype, generator))
+            if self.bias is not None:
+                generator = generator_for(self.seed, self.name, "bias")
+                self.bias.copy_(draw_bias(topology, self.bias.dtype, generator))
         self.refresh_()
 
     def refresh_(self) -> None:
@@ -216,10 +226,7 @@ class BlockSparse(nn.Module):
         was_meta = self.row.is_meta
         super()._apply(fn, recurse)
         if was_meta and not self.row.is_meta:  # to_empty(): the memory is anything, so draw what the seed says
-            topology = self._draw()
-            self.row.copy_(topology.row)
-            self.col.copy_(topology.col)
-            self._lost = self.init == "given"
+            self._draw_again()
             self.refresh_()
         return self
 

@@ -17,10 +17,7 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
     Raises:
         ValueError: two layers would have one name.
     """
-    root = model
-    while isinstance(inner := getattr(root, "_orig_mod", None), nn.Module):
-        root = inner
-    wrapped = isinstance(root, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    wrapped = isinstance(_uncompiled(model), (nn.parallel.DistributedDataParallel, nn.DataParallel))
     layers: dict[str, BlockSparse] = {}
     for full_name, module in model.named_modules():
         if isinstance(module, BlockSparse):
@@ -38,9 +35,7 @@ def densify(model: nn.Module) -> nn.Module:
     The model itself is not changed. A layer that is used in several places stays one layer. A compiled model or layer
     comes out not compiled.
     """
-    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        model = inner  # a compiled module would go on calling the layer that it was compiled for
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(_uncompiled(model))  # compiled, it would go on calling the layers it was compiled for
     if isinstance(model, SparseLinear):
         dense = model.to_dense()
         carry_over(model, dense)
@@ -51,6 +46,13 @@ def densify(model: nn.Module) -> nn.Module:
             if module not in twins:
                 twins[module] = module.to_dense()
             swap_(model, name.removesuffix("._orig_mod"), twins[module])
+    return model
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that torch.compile wrapped, or the module itself."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
     return model
 
 

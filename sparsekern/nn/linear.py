@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from sparsekern import ops
 from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.init import draw_bias
 from sparsekern.topology import (
     Grid,
     Topology,
@@ -16,7 +15,6 @@ from sparsekern.topology import (
     by_norm,
     check_count,
     gather_blocks,
-    generator_for,
 )
 
 
@@ -50,8 +48,6 @@ class SparseLinear(BlockSparse):
         torch.Size([8, 4096])
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -77,9 +73,7 @@ class SparseLinear(BlockSparse):
                     f"the layer is {out_features} x {in_features}"
                 )
         else:
-            if block_size is None:
-                block_size = default_block_size(device)
-            grid = Grid(out_features, in_features, block_pair(block_size))
+            grid = linear_grid(out_features, in_features, block_size, device)
             if blocks is None:
                 (blocks,) = allocate([grid], sparsity)
             check_count(grid, blocks)
@@ -121,8 +115,7 @@ class SparseLinear(BlockSparse):
         """
         weight = linear.weight.detach()
         if topology is None:
-            size = default_block_size(weight.device) if block_size is None else block_size
-            grid = Grid(linear.out_features, linear.in_features, block_pair(size))
+            grid = linear_grid(linear.out_features, linear.in_features, block_size, weight.device)
             if blocks is None:
                 (blocks,) = allocate([grid], sparsity)
             topology = by_norm(grid, weight, blocks)
@@ -152,14 +145,6 @@ class SparseLinear(BlockSparse):
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return dense.train(self.training)
 
-    def reset_parameters(self) -> None:
-        """Draw values and bias anew from the seed and the name, as at construction, and rebuild the index."""
-        super().reset_parameters()
-        if self.bias is not None and not self.row.is_meta:
-            drawn = draw_bias(self._places(), self.bias.dtype, generator_for(self.seed, self.name, "bias"))
-            with torch.no_grad():
-                self.bias.copy_(drawn)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input W' + bias``; see :func:`sparsekern.ops.linear` for the errors."""
         return ops.linear(input, self.values, self.bias, self.index, self.grid, self.probe)
@@ -173,6 +158,14 @@ class SparseLinear(BlockSparse):
         if self.row.is_meta:
             return f"{text}, slots={self.values.shape[0]}"
         return f"{text}, blocks={self.topology.blocks()}/{self.grid.cells}, sparsity={self.sparsity:.4g}"
+
+
+def linear_grid(
+    out_features: int, in_features: int, block_size: int | tuple[int, int] | None, device: torch.device | str | None
+) -> Grid:
+    """Return the grid of a linear layer; without a block size, that of the device's default."""
+    size = default_block_size(device) if block_size is None else block_size
+    return Grid(out_features, in_features, block_pair(size))
 
 
 def default_block_size(device: torch.device | str | None) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from torch import nn
 
 from sparsekern.nn.densify import sparse_layers
-from sparsekern.nn.linear import SparseLinear, default_block_size
+from sparsekern.nn.linear import SparseLinear, linear_grid
 from sparsekern.nn.refusals import refusal
 from sparsekern.nn.select import Selector, flatten, matches, select
 from sparsekern.nn.swap import swap_
-from sparsekern.topology import Grid, allocate, block_pair
+from sparsekern.topology import Grid, allocate
 
 logger = logging.getLogger("sparsekern")
 
@@ -95,10 +95,10 @@ def _counts(
     distribution: str,
 ) -> dict[str, tuple[Grid, int]]:
     """Return the grid and the number of blocks of each layer, without having changed anything."""
-    grids: dict[str, Grid] = {}
-    for name, layer in layers.items():
-        size = default_block_size(layer.weight.device) if block_size is None else block_size
-        grids[name] = Grid(layer.out_features, layer.in_features, block_pair(size))
+    grids = {
+        name: linear_grid(layer.out_features, layer.in_features, block_size, layer.weight.device)
+        for name, layer in layers.items()
+    }
     groups: dict[str, list[str]] = {}
     by_pattern = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
     for pattern in by_pattern:

@@ -102,9 +102,7 @@ class Method:
 
     def step(self) -> bool:
         """Update the topology if it is time to. Call it after ``optimizer.step()``; returns whether blocks moved."""
-        stop = self.schedule.stop
-        due = any(self.schedule.due(step) for step in range(self._seen + 1, self.steps + 1))
-        due = due and (stop is None or self.steps < stop)
+        due = self.schedule.due_since(self._seen, self.steps)
         self._seen = self.steps
         return self.update() if due else False
 

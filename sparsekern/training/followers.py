@@ -76,8 +76,7 @@ class Followers:
             layer = self.layers[name]
             if twin is layer:
                 raise ValueError("the copy is the model itself; follow a deep copy of it")
-            same = twin.row.shape == layer.row.shape and torch.equal(twin.row.to(layer.row), layer.row)
-            if not same or not torch.equal(twin.col.to(layer.col), layer.col):
+            if not _same_blocks(twin, layer):
                 raise ValueError(f"{name!r} has other blocks in the copy; copy the model before the first move")
         for name, twin in twins.items():
             self._twins[name].append(twin)
@@ -93,7 +92,7 @@ class Followers:
         layer = self.layers[name]
         layer.topology.moved(*move)
         for twin in self._twins[name]:
-            if not (torch.equal(twin.row.to(layer.row), layer.row) and torch.equal(twin.col.to(layer.col), layer.col)):
+            if not _same_blocks(twin, layer):
                 raise ValueError(
                     f"{name!r} has other blocks in a copy that follows the model; load both from the same checkpoint"
                 )
@@ -118,3 +117,8 @@ class Followers:
                 tensor.index_fill_(0, slots.to(tensor.device), 0)
         for twin in self._twins[name]:
             twin.move_(*(t.to(twin.row.device) for t in move))
+
+
+def _same_blocks(a: BlockSparse, b: BlockSparse) -> bool:
+    """Return whether two layers, on whatever devices, hold the same places in the same slots."""
+    return torch.equal(a.row.to(b.row), b.row) and torch.equal(a.col.to(b.col), b.col)

@@ -19,6 +19,13 @@ def test_due_steps():
     assert due(update_every=1, stop=3) == [1, 2]
 
 
+def test_due_since():
+    schedule = Schedule(3, 0, 8, 0.3)
+    assert [schedule.due_since(seen, 7) for seen in range(8)] == [True] * 6 + [False] * 2  # 3 and 6 are due
+    assert not schedule.due_since(0, 2) and not schedule.due_since(6, 6)
+    assert not schedule.due_since(0, 8), "not at stop, even for what was due before"
+
+
 def test_the_cosine_by_hand():
     schedule = Schedule(1, 0, 100, 0.4)
     # 0.4 / 2 * (1 + cos(pi t / 100))
