@@ -17,8 +17,9 @@ setup(
         "sparsekern.training",
         "sparsekern.kernels",
         "sparsekern.kernels.eager",
+        "sparsekern.kernels.gpu",
     ],
     package_dir={"sparsekern": "sparsekern", "sparsekern.kernels": "kernels"},
     include_package_data=False,
-    package_data={"sparsekern": ["py.typed"]},
+    package_data={"sparsekern": ["py.typed"], "sparsekern.kernels.gpu": ["configs/*.json"]},
 )

@@ -26,7 +26,7 @@ GROUPS = [
 RANK = {layer: rank for rank, group in enumerate(GROUPS) for layer in group}
 
 OPTIONAL = {"triton", "matplotlib", "numpy", "safetensors", "sklearn", "typer", "rich", "transformers", "lightning"}
-MAY_IMPORT_OPTIONAL = {"cli": {"typer", "rich"}}
+MAY_IMPORT_OPTIONAL = {"cli": {"typer", "rich"}, "gpu": {"triton"}}
 
 
 def sources(root: Path) -> list[Path]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from types import TracebackType
 
 import torch
 
-from sparsekern.kernels import eager
+from sparsekern.kernels import eager, gpu
 from sparsekern.kernels.contract import Backend
 
-BACKENDS: dict[str, Backend] = {"eager": eager}
+BACKENDS: dict[str, Backend] = {"gpu": gpu, "eager": eager}
 """Fastest first."""
 
 AUTO = "auto"
 
 _requested = AUTO
+_log = logging.getLogger("sparsekern")
 
 
 class backend:
@@ -69,13 +72,29 @@ def resolve(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> str:
         NotImplementedError: the one asked for cannot; the text says why.
     """
     if name == AUTO:
-        return next(n for n, b in BACKENDS.items() if b.why_not(op, x.device, x.dtype, block) is None)
+        return _fastest(op, x.device, x.dtype, block)
     reason = BACKENDS[name].why_not(op, x.device, x.dtype, block)
     if reason is not None:
         raise NotImplementedError(
             f"backend {name!r} cannot run {op}: {reason}. Ask for another one, or for backend('auto')"
         )
     return name
+
+
+def _fastest(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str:
+    for name, candidate in BACKENDS.items():
+        if name == "gpu" and device.type != "cuda":
+            continue  # Triton's interpreter is for tests: it runs when asked for by name, never by itself
+        reason = candidate.why_not(op, device, dtype, block)
+        if reason is None:
+            return name
+        _say_once(name, op, reason)
+    raise AssertionError("the eager backend runs everything")
+
+
+@functools.cache
+def _say_once(name: str, op: str, reason: str) -> None:
+    _log.warning("the slower backend runs %s, because %r cannot: %s", op, name, reason)
 
 
 def backend_for(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> Backend:

@@ -1,0 +1,73 @@
+"""What all launchers of this folder need: aligned rows, the precision of float32, the device."""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+INTERPRETER = "sm_90"
+"""The architecture whose configurations Triton's interpreter runs."""
+
+
+def interpreted() -> bool:
+    """Return whether Triton runs as an interpreter on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def arch(device: torch.device) -> str:
+    """Return the architecture of a device, such as ``sm_90``."""
+    if device.type == "cpu":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{10 * major + minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many programs a device works on side by side, at one each."""
+    return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Return how ``tl.dot`` multiplies float32: ``tf32`` or ``ieee``, as torch's own settings say.
+
+    They are ``torch.set_float32_matmul_precision`` and ``torch.backends.cuda.matmul.fp32_precision``.
+    """
+    if dtype != torch.float32:
+        return "tf32"  # means nothing there; one word, so that nothing is compiled twice
+    # Not allow_tf32: reading it raises once a user has set fp32_precision.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def alignment(dtype: torch.dtype) -> int:
+    """Return how many elements are 16 bytes, the widest copy."""
+    return 16 // dtype.itemsize
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """Return ``x (T, F)`` such that each row is contiguous and starts at, and is a multiple of, 16 bytes.
+
+    That is x itself for most; else a copy, filled up with zeros: one pass over x is little beside the many that a
+    kernel makes, and reading it element by element in each of them costs several times more. An expanded row
+    (stride 0) needs no copy.
+    """
+    align = alignment(x.dtype)
+    tokens, features = x.shape
+    missing = -features % align
+    stride = x.stride(0) if tokens > 1 else 0
+    if x.stride(1) == 1 and missing == 0 and stride % align == 0 and x.data_ptr() % 16 == 0:
+        return x
+    rows = x.new_empty(tokens, features + missing)
+    rows[:, :features] = x
+    rows[:, features:] = 0
+    return rows
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches on the device of x, which need not be the current one."""
+    return torch.cuda.device_of(x)

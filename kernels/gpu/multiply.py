@@ -1,0 +1,106 @@
+"""One Triton kernel for ``y = x W' + bias`` and for ``dx = dy W``: tokens on M, so that any block reaches ``wgmma``.
+
+It is written for the forward; dx is the same product with rows and columns exchanged and the block not transposed.
+
+    t  tokens, TILE_T a program              IN   side of a block that is summed over (bi; bo for dx)
+    n  output features, one block row        OUT  side of a block along the output (bo; bi for dx)
+    k  the stored inputs of a block row, end to end, TILE_K a turn of the loop
+
+    y[t, row * OUT + n] = bias[row * OUT + n] + sum over stored (row, col) and k of x[t, col * IN + k] * w[k, n]
+
+A tile of K holds several small blocks (a gather over block columns) or a part of a large one, so it is always whole
+cache lines. Three things keep the pipeline full, each seen in the compiled code (``bench/gpu_code.py``): the places of
+the next tile are loaded in this turn and carried in registers (an index load in the turn that uses it costs half the
+buffers); what is carried is the int64 *offset* of a block, not its slot; the loop has one ``tl.dot``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place_of_tile(T, rows, TILE_T: tl.constexpr, GROUP: tl.constexpr):
+    """Return ``(tile, row)`` of this program: all rows for GROUP token tiles first, so that x stays in the L2 cache."""
+    tiles = tl.cdiv(T, TILE_T)
+    pid = tl.program_id(0)
+    first = pid // (GROUP * rows) * GROUP
+    size = tl.minimum(tiles - first, GROUP)
+    inside = pid % (GROUP * rows)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def place_of_entry(other_ptr, slot_ptr, entry, IN: tl.constexpr, SIZE: tl.constexpr):
+    """Return where a stored block starts: its first column of x, and its first element of values (int64)."""
+    return tl.load(other_ptr + entry) * IN, tl.load(slot_ptr + entry).to(tl.int64) * SIZE
+
+
+@triton.jit
+def store_tile(
+    y_ptr, bias_ptr, acc, t, row, T, out_features,
+    OUT: tl.constexpr, HAS_BIAS: tl.constexpr, EDGE_OUT: tl.constexpr,
+):  # fmt: skip
+    """Add the bias and write ``y[t, block row]``, cut off at the last token and feature."""
+    n = tl.arange(0, OUT)
+    feature = row * OUT + n
+    n_mask = feature < out_features if EDGE_OUT else n < OUT
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + feature, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+    y = y_ptr + t[:, None] * out_features + feature[None, :]
+    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(t[:, None] < T) & n_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def multiply_kernel(
+    x_ptr, values_ptr, bias_ptr, row_ptr_ptr, other_ptr, slot_ptr, y_ptr,
+    T, rows, in_units, out_features, stride_units,
+    ALIGN: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the tile ``y[tokens, one block row]``. STRIDE_K and STRIDE_N are those of w[k, n] within a block.
+
+    Sizes in units of ALIGN elements tell the compiler that rows of x are 16-byte aligned.
+    """
+    tile, row = place_of_tile(T, rows, TILE_T, GROUP)
+    start, stop = tl.load(row_ptr_ptr + row), tl.load(row_ptr_ptr + row + 1)
+    last = tl.maximum(stop - 1, start)  # reading ahead stays in the row: a NaN of x must not reach another one
+
+    t = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    k, n = tl.arange(0, TILE_K), tl.arange(0, OUT)
+    in_features = in_units * ALIGN
+    x_rows = x_ptr + t[:, None] * (stride_units * ALIGN)
+    t_mask = t[:, None] < T
+    acc = tl.zeros((TILE_T, OUT), tl.float32)
+
+    if IN < TILE_K:
+        BLOCKS: tl.constexpr = TILE_K // IN
+        column, offset = place_of_entry(other_ptr, slot_ptr, tl.minimum(start + k // IN, last), IN, IN * OUT)
+        for i in range(start, stop, BLOCKS):
+            columns = tl.max_contiguous(tl.multiple_of(column + k % IN, IN), IN)
+            offsets = offset + k % IN * STRIDE_K
+            offsets = tl.max_contiguous(tl.multiple_of(offsets, IN), IN) if STRIDE_K == 1 else offsets
+            x_mask = (t_mask & (columns < in_features)[None, :]) if EDGE_IN else t_mask
+            x = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)
+            in_row = i + k // IN < stop
+            w = tl.load(values_ptr + (offsets[:, None] + n[None, :] * STRIDE_N), mask=in_row[:, None], other=0.0)
+            ahead = tl.minimum(i + BLOCKS + k // IN, last)
+            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    else:
+        PARTS: tl.constexpr = IN // TILE_K
+        column, offset = place_of_entry(other_ptr, slot_ptr, start, IN, IN * OUT)
+        for i in range(0, (stop - start) * PARTS):
+            x_mask = (t_mask & (column + k < in_features)[None, :]) if EDGE_IN else t_mask
+            x = tl.load(x_rows + (column + k)[None, :], mask=x_mask, other=0.0)
+            w = tl.load(values_ptr + offset + (k[:, None] * STRIDE_K + n[None, :] * STRIDE_N))
+            ahead = tl.minimum(start + (i + 1) // PARTS, last)
+            part = (i + 1) % PARTS * TILE_K
+            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
+            column += part
+            offset += part * STRIDE_K
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    store_tile(y_ptr, bias_ptr, acc, t, row, T, out_features, OUT, HAS_BIAS, EDGE_OUT)

@@ -1,0 +1,92 @@
+"""Chosen blocks of ``G = dy' x``: the gradient of the stored blocks, or their norms.
+
+    g  columns of x, TILE_IN a program: several small blocks of one block row side by side, or a part of a large one
+    n  the bo rows of the block row
+    t  tokens, TILE_T a turn, cut into splits when there are too few blocks to fill the device
+
+    out[slot, n, i] = sum over t of dy[t, row * bo + n] * x[t, col * bi + i]
+
+The columns do not change in the loop, so it reads no index. Side by side, blocks of 16 reach ``wgmma``, and a tile of
+dy is read once for all of them. Splits write to a float32 workspace, which :func:`sum_splits_kernel` adds up in order:
+the same bits every time.
+
+Programs find their block row by themselves. Row r gets ``row_ptr[r + 1] // BLOCKS - row_ptr[r] // BLOCKS + 1``
+programs, at least as many as it has groups of BLOCKS blocks, so its first one is ``row_ptr[r] // BLOCKS + r``: nothing
+is built or read on the host when blocks move. The rest leave at once, but for those behind the last row, which write the
+zeros of the free slots.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["T", "tokens_per_split", "rows", "slots", "search_steps"])
+def outer_kernel(
+    dy_ptr, x_ptr, row_ptr_ptr, column_ptr, slot_ptr, out_ptr,
+    T, tokens_per_split, rows, slots, search_steps, in_units, out_units, x_stride_units, dy_stride_units,
+    ALIGN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, TILE_IN: tl.constexpr, TILE_T: tl.constexpr,
+    EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, NORMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write a group of blocks (their norms if NORMS) of one split of the tokens."""
+    BLOCKS: tl.constexpr = TILE_IN // BI if TILE_IN > BI else 1
+    task, split, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+
+    row, above = 0, rows + 1  # the last row whose first program is not after this one
+    for _ in range(search_steps):
+        middle = (row + above) // 2
+        before = tl.load(row_ptr_ptr + middle) // BLOCKS + middle <= task
+        row, above = tl.where(before, middle, row), tl.where(before, above, middle)
+    start = tl.load(row_ptr_ptr + row)
+    stop = tl.load(row_ptr_ptr + row + 1, mask=row < rows, other=slots)
+    first = start + (task - start // BLOCKS - row) * BLOCKS
+
+    g = piece * TILE_IN + tl.arange(0, TILE_IN)
+    n, t = tl.arange(0, BO), tl.arange(0, TILE_T)
+    entry = tl.maximum(tl.minimum(first + g // BI, stop - 1), 0)
+    column = tl.load(column_ptr + entry) * BI + g % BI
+    column = tl.max_contiguous(tl.multiple_of(column, BI if BI < TILE_IN else TILE_IN), BI if BI < TILE_IN else TILE_IN)
+    feature = row * BO + n
+    in_features, out_features = in_units * ALIGN, out_units * ALIGN
+    x_stride, dy_stride = x_stride_units * ALIGN, dy_stride_units * ALIGN
+
+    begin = split * tokens_per_split
+    count = tl.minimum(tokens_per_split, T - begin)
+    count = tl.where((first < stop) & (row < rows), count, 0)  # else there is nothing to add up
+    x_ptrs = x_ptr + begin.to(tl.int64) * x_stride + column[:, None] + t[None, :] * x_stride
+    dy_ptrs = dy_ptr + begin.to(tl.int64) * dy_stride + t[:, None] * dy_stride + feature[None, :]
+    acc = tl.zeros((TILE_IN, BO), tl.float32)
+    for i in range(0, count, TILE_T):
+        ahead = tl.cast(i, tl.int64)
+        x_mask = (t < count - i)[None, :] & (column < in_features)[:, None] if EDGE_IN else (t < count - i)[None, :]
+        dy_mask = (t < count - i)[:, None] & (feature < out_features)[None, :] if EDGE_OUT else (t < count - i)[:, None]
+        x = tl.load(x_ptrs + ahead * x_stride, mask=x_mask, other=0.0)
+        dy = tl.load(dy_ptrs + ahead * dy_stride, mask=dy_mask, other=0.0)
+        acc = tl.dot(x, dy, acc, input_precision=PRECISION)
+
+    if EDGE_IN or EDGE_OUT:  # a NaN that met the filling
+        acc = tl.where((column < in_features)[:, None] & (feature < out_features)[None, :], acc, 0.0)
+    if NORMS:
+        b = tl.arange(0, BLOCKS)
+        norms = tl.sqrt(tl.sum(tl.reshape(acc * acc, (BLOCKS, BI * BO)), 1))
+        slot = tl.load(slot_ptr + tl.maximum(tl.minimum(first + b, stop - 1), 0))
+        tl.store(out_ptr + slot, norms, mask=first + b < stop)
+    else:
+        slot = tl.load(slot_ptr + entry).to(tl.int64) + split.to(tl.int64) * slots
+        out = out_ptr + (slot * (BO * BI) + g % BI)[:, None] + (n * BI)[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(first + g // BI < stop)[:, None])
+
+
+@triton.jit(do_not_specialize=["slots", "splits"])
+def sum_splits_kernel(parts_ptr, out_ptr, slots, splits, SIZE: tl.constexpr, NORMS: tl.constexpr):
+    """Add up the splits of one slot in order and write the block (its norm if NORMS). SIZE is bo * bi."""
+    slot = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, SIZE)
+    total = tl.zeros((SIZE,), tl.float32)
+    for split in range(splits):
+        total += tl.load(parts_ptr + (tl.cast(split, tl.int64) * slots + slot) * SIZE + e)
+    if NORMS:
+        tl.store(out_ptr + slot, tl.sqrt(tl.sum(total * total)))
+    else:
+        tl.store(out_ptr + slot * SIZE + e, total.to(out_ptr.dtype.element_ty))

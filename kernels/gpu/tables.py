@@ -1,0 +1,113 @@
+"""Which configuration a call gets: a measured one where there is one, else the best guess of the roofline.
+
+``SPARSEKERN_AUTOTUNE`` says how:
+
+    offline   (default) the tables: the user's own first, then those of the package. Nothing is measured.
+    0         the roofline only: the same choice everywhere, whatever was measured.
+    1         as offline, and what is in no table is measured at its first call and added to the user's table.
+
+A table is ``sm_90.json`` and so on: ``{"measured": {...where, when...}, "configs": {key: {...}}}``. The user's are in
+``SPARSEKERN_CACHE`` (default: ``sparsekern`` under ``XDG_CACHE_HOME`` or ``~/.cache``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparsekern.kernels.gpu import roofline, tune
+from sparsekern.kernels.gpu.config import KINDS, Config, Problem, package_data
+
+MODES = ("offline", "0", "1")
+
+_chosen: dict[Problem, Config] = {}
+_log = logging.getLogger("sparsekern")
+
+
+def choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
+    """Return the configuration for a problem; ``launch`` runs the call with a given one, should it be measured."""
+    config = _chosen.get(problem)
+    if config is None:
+        config = _choose(problem, launch)
+    return config
+
+
+def forget() -> None:
+    """Let the next calls read the environment and the tables again."""
+    _chosen.clear()
+    package_data.cache_clear()
+
+
+def mode() -> str:
+    """Return the value of ``SPARSEKERN_AUTOTUNE``.
+
+    Raises:
+        ValueError: it is none of those above.
+    """
+    value = os.environ.get("SPARSEKERN_AUTOTUNE", MODES[0])
+    if value not in MODES:
+        raise ValueError(f"SPARSEKERN_AUTOTUNE is {value!r}; it must be one of {', '.join(MODES)}")
+    return value
+
+
+def cache_folder() -> Path:
+    """Return the folder of the user's tables."""
+    given = os.environ.get("SPARSEKERN_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsekern"
+
+
+def read(problem: Problem) -> Config | None:
+    """Return the measured configuration, or None."""
+    for table in (_user_table(problem.arch), package_data(f"{problem.arch}.json")):
+        fields = (table or {}).get("configs", {}).get(problem.key)
+        if fields is not None:
+            try:
+                config: Config = KINDS[problem.kernel](**fields)
+            except TypeError:  # written by another version
+                continue
+            if roofline.fits(problem, config):
+                return config
+    return None
+
+
+def write(problem: Problem, config: Config) -> None:
+    """Add a measured configuration to the user's table. Another process may write another one at the same time."""
+    table = _user_table(problem.arch) or {"measured": {}, "configs": {}}
+    table["measured"] = tune.circumstances()
+    table["configs"][problem.key] = asdict(config)
+    path = cache_folder() / f"{problem.arch}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    aside.replace(path)
+
+
+def _choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
+    asked = mode()
+    config = None if asked == "0" else read(problem)
+    if config is None and asked == "1":
+        reason = tune.why_not()
+        if reason is not None:
+            _log.info("%s is not tuned now: %s", problem.key, reason)
+            return roofline.candidates(problem)[0]  # not remembered: the next call may be able to
+        config = tune.fastest(roofline.candidates(problem), launch)
+        write(problem, config)
+    _chosen[problem] = config or roofline.candidates(problem)[0]
+    return _chosen[problem]
+
+
+def _user_table(arch: str) -> dict[str, Any] | None:
+    path = cache_folder() / f"{arch}.json"
+    try:
+        table = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _log.warning("%s is not read: %s. Delete it to measure again", path, error)
+        return None
+    return table if isinstance(table, dict) and isinstance(table.get("configs"), dict) else None
