@@ -1,6 +1,103 @@
-"""The build: two source folders become one package. Metadata is in pyproject.toml."""
+"""The build: two source folders become one package, and C++ becomes the library of its native CPU kernels.
 
-from setuptools import setup
+Metadata is in pyproject.toml. Without a compiler the installation succeeds and the package runs on its other kernels;
+``SPARSEKERN_REQUIRE_CPU=1`` makes that an error, for where the library is expected.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1; only `setup.py build_ext --inplace` runs with such an old one
+    bdist_wheel = None
+
+BUILD_ERRORS = (BaseError, CCompilerError)
+LIBRARY = "sparsekern.kernels.cpu._sparsekern_cpu"
+CSRC = Path("kernels/cpu/csrc")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+ISA_FLAGS = {
+    "library.cpp": [],
+    "generic.cpp": [],
+    "avx2.cpp": AVX2,
+    "avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+"""By file: which of them runs is chosen on the machine that runs it, so nothing is compiled for the one that builds."""
+
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own intrinsics, pages of it
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildLibrary(build_ext):
+    """Compiles each file with the flags of its instruction set into one library, which ctypes opens."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return a name without the Python version: the library does not know Python."""
+        if fullname.rpartition(".")[2] == LIBRARY.rpartition(".")[2]:
+            return os.path.join(*fullname.split(".")) + ".so"
+        return str(super().get_ext_filename(fullname))
+
+    def run(self) -> None:
+        """Remove an older library first, so that a build that fails leaves none; then build."""
+        package, _, name = LIBRARY.rpartition(".")
+        beside = Path(self.get_finalized_command("build_py").get_package_dir(package))
+        for folder in (beside, Path(self.build_lib, *package.split("."))):
+            (folder / f"{name}.so").unlink(missing_ok=True)
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build with OpenMP, or without where the compiler has none."""
+        try:
+            self._build(ext, ["-fopenmp"])
+        except BUILD_ERRORS as first:
+            try:
+                self._build(ext, [])
+            except BUILD_ERRORS:
+                raise first from None
+            self.warn("built without OpenMP: the native CPU kernels run on one thread")
+
+    def _build(self, ext: Extension, openmp: list[str]) -> None:
+        def compile_one(source: str) -> list[str]:
+            isa = ISA_FLAGS[Path(source).name] if X86 else []
+            objects: list[str] = self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                depends=ext.depends,
+                extra_postargs=[*ext.extra_compile_args, *isa, *openmp],
+            )
+            return objects
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread waits for the compiler that it started
+            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f"{target.name}.unfinished")  # half a library would crash whoever opens it
+        self.compiler.link_shared_object(
+            objects, str(unfinished), extra_postargs=openmp, build_temp=self.build_temp, target_lang="c++"
+        )
+        os.replace(unfinished, target)
+
+
+commands: dict[str, type] = {"build_ext": BuildLibrary}
+if bdist_wheel is not None:
+
+    class PlatformWheel(bdist_wheel):
+        """A wheel for one platform and every Python: the library is no extension module."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            """Return the tag of the file name."""
+            return "py3", "none", super().get_tag()[2]
+
+    commands["bdist_wheel"] = PlatformWheel
 
 setup(
     # Every package by name: a wheel lacks one that is forgotten here, a checkout does not show it.
@@ -16,10 +113,23 @@ setup(
         "sparsekern.topology",
         "sparsekern.training",
         "sparsekern.kernels",
+        "sparsekern.kernels.cpu",
         "sparsekern.kernels.eager",
         "sparsekern.kernels.gpu",
     ],
     package_dir={"sparsekern": "sparsekern", "sparsekern.kernels": "kernels"},
     include_package_data=False,
     package_data={"sparsekern": ["py.typed"], "sparsekern.kernels.gpu": ["configs/*.json"]},
+    ext_modules=[
+        Extension(
+            LIBRARY,
+            sources=[str(CSRC / name) for name in ISA_FLAGS],
+            # All of them and this file: objects in build/ are made anew when any of it changes.
+            depends=["setup.py", *sorted(str(path) for path in CSRC.iterdir() if path.suffix in (".h", ".inc"))],
+            language="c++",
+            extra_compile_args=FLAGS,
+            optional=os.environ.get("SPARSEKERN_REQUIRE_CPU") != "1",
+        )
+    ],
+    cmdclass=commands,
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,34 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def _poisoned_memory_in_kernel_tests(request: pytest.FixtureRequest) -> None:
     if request.path.is_relative_to(KERNEL_TESTS):
         request.getfixturevalue("poisoned_memory")
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the native CPU kernels on one instruction set after the other; those that this machine lacks are skipped."""
+    from sparsekern.kernels.cpu import library
+
+    if library._open()[0] is None and os.environ.get("SPARSEKERN_REQUIRE_CPU") != "1":
+        pytest.skip(f"the native library {library._open()[1]}")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SPARSEKERN_CPU", request.param)
+            library.load.cache_clear()
+            try:
+                library.load()
+            except RuntimeError as error:
+                pytest.skip(str(error))
+            yield request.param
+    finally:
+        library.load.cache_clear()
+        library.load()  # the library keeps its last choice, and so would all tests that follow
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Return ``torch.set_num_threads``; one thread again afterwards."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

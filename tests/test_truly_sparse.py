@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparsekern.kernels import eager
+from sparsekern.kernels import cpu
+from sparsekern.kernels.cpu import scores as cpu_scores
 from sparsekern.kernels.eager import chunks
 
 import sparsekern as sk
@@ -91,6 +92,17 @@ def check(
 @pytest.fixture(autouse=True)
 def small_scratch(monkeypatch):
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", SCRATCH)
+    monkeypatch.setattr(cpu_scores, "CHUNK_BYTES", SCRATCH)
+
+
+@pytest.fixture(params=["cpu", "eager"])
+def kernels(request):
+    """Run on a backend by name; return its module."""
+    backend = sk.ops.BACKENDS[request.param]
+    if (reason := backend.why_not("linear", torch.device("cpu"), torch.float32, (32, 32))) is not None:
+        pytest.skip(reason)
+    with sk.backend(request.param):
+        yield backend
 
 
 def test_the_shape_is_one_that_the_promise_covers():
@@ -99,43 +111,60 @@ def test_the_shape_is_one_that_the_promise_covers():
 
 @pytest.mark.parametrize("part", ["forward", "backward", "step", "update", "summary"])
 @pytest.mark.parametrize(("block", "sparsity"), [((32, 32), 0.9), ((64, 64), 0.75), ((16, 32), 0.95)], ids=str)
-def test_by_the_allocator(part, block, sparsity):
+def test_by_the_allocator(part, block, sparsity, kernels):
     check(part, block, sparsity)
 
 
 @pytest.mark.parametrize("part", ["forward", "backward", "step", "update"])
-def test_unstructured_blocks_by_the_allocator(part):
+def test_unstructured_blocks_by_the_allocator(part, kernels):
     check(part, (1, 1), 0.99)
 
 
-def test_scores_hold_no_gradient():
+@pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
+def test_the_native_scratch_is_the_stored_blocks_and_panels_of_tokens(block):
+    """No allocator of PyTorch sees it: the library says itself what it holds. A dense weight has 64 MiB here."""
+    if (reason := cpu.why_not("linear", torch.device("cpu"), torch.float32, block)) is not None:
+        pytest.skip(reason)
+    layer = sk.SparseLinear(4096, 4096, sparsity=0.95, block_size=block, seed=0)
+    x = torch.randn(64, 4096, requires_grad=True)
+    cpu.release_scratch()
+    with sk.backend("cpu"):
+        layer(x).sum().backward()
+        layer(x[:1]).sum().backward()
+
+    lists, tokens = (4, 256) if block == (1, 1) else (1, 64)  # copies of the entries; tokens of a packed panel
+    panels = 2 * 4096 * tokens * 4
+    assert 0 < cpu.scratch_bytes() <= lists * layer.values.numel() * 4 + panels + 2 * 2**21  # in pieces of 2 MiB
+
+
+def test_scores_hold_no_gradient(kernels):
     dy, x = torch.randn(TOKENS, SIDE), torch.randn(TOKENS, SIDE)
-    u = torch.randn(8, SIDE)
+    u, name = torch.randn(8, SIDE), sk.ops.requested_backend()
     row, col = torch.arange(32, dtype=torch.int32), torch.arange(32, dtype=torch.int32)
     for score in (
-        lambda: sk.ops.all_block_norms(dy, x, 32, 32, "eager"),
-        lambda: sk.ops.block_norms(dy, x, row, col, 32, 32, "eager"),
-        lambda: sk.ops.sketch(dy, x, u, u, 32, 32, "eager"),
+        lambda: sk.ops.all_block_norms(dy, x, 32, 32, name),
+        lambda: sk.ops.block_norms(dy, x, row, col, 32, 32, name),
+        lambda: sk.ops.sketch(dy, x, u, u, 32, 32, name),
     ):
         found = allocations(score)
         assert found.largest <= DENSE / 4 and found.peak < DENSE / 2
 
 
-def plant_forward(monkeypatch, layer):
+def plant_forward(monkeypatch, kernels, layer):
     def fwd(x, values, bias, index, out_features):
         return torch.nn.functional.linear(x, to_dense(layer.topology, values), bias)
 
-    monkeypatch.setattr(eager, "fwd", fwd)
+    monkeypatch.setattr(kernels, "fwd", fwd)
 
 
-def plant_backward(monkeypatch, layer):
+def plant_backward(monkeypatch, kernels, layer):
     def dvalues(dy, x, index, block, dtype):
         return gather_blocks(layer.topology, dy.T @ x)
 
-    monkeypatch.setattr(eager, "dvalues", dvalues)
+    monkeypatch.setattr(kernels, "dvalues", dvalues)
 
 
-def plant_update(monkeypatch, layer):
+def plant_update(monkeypatch, kernels, layer):
     def block_norms(layer):
         return dense_block_norms(layer.grid, layer.dense_weight())[layer.row.long(), layer.col.long()]
 
@@ -145,11 +174,11 @@ def plant_update(monkeypatch, layer):
 @pytest.mark.parametrize(
     ("part", "plant"), [("forward", plant_forward), ("backward", plant_backward), ("update", plant_update)]
 )
-def test_a_densifying_line_is_found(part, plant, monkeypatch):
+def test_a_densifying_line_is_found(part, plant, kernels, monkeypatch):
     """The control: the same check, with the dense weight or gradient formed on the way."""
     check(part)
     with pytest.raises(AssertionError, match=f"{part} makes a tensor of"):
-        check(part, plant=lambda layer: plant(monkeypatch, layer))
+        check(part, plant=lambda layer: plant(monkeypatch, kernels, layer))
 
 
 RESIDENT = """

@@ -42,6 +42,7 @@ def application() -> typer.Typer:
     import typer  # here, so that main() can say what is missing
 
     import sparsekern
+    from sparsekern.cli.info import info
     from sparsekern.cli.train import train
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -60,6 +61,7 @@ def application() -> typer.Typer:
         """Block-sparse layers for PyTorch that train truly sparse."""
 
     app.command()(train)
+    app.command()(info)
     return app
 
 

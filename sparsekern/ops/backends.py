@@ -8,11 +8,17 @@ from types import TracebackType
 
 import torch
 
-from sparsekern.kernels import eager, gpu
+from sparsekern.kernels import cpu, eager, gpu
 from sparsekern.kernels.contract import Backend
 
-BACKENDS: dict[str, Backend] = {"gpu": gpu, "eager": eager}
+BACKENDS: dict[str, Backend] = {"gpu": gpu, "cpu": cpu, "eager": eager}
 """Fastest first."""
+
+DEVICE_TYPES = {"gpu": "cuda", "cpu": "cpu"}
+"""Where a backend is chosen by itself. By name "gpu" runs on a CPU too, in Triton's interpreter: that is for tests."""
+
+USUAL = (torch.float32, (32, 32))
+"""A dtype and a block size that every fast backend has."""
 
 AUTO = "auto"
 
@@ -83,11 +89,13 @@ def resolve(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> str:
 
 def _fastest(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str:
     for name, candidate in BACKENDS.items():
-        if name == "gpu" and device.type != "cuda":
-            continue  # Triton's interpreter is for tests: it runs when asked for by name, never by itself
+        if DEVICE_TYPES.get(name, device.type) != device.type:
+            continue
         reason = candidate.why_not(op, device, dtype, block)
         if reason is None:
             return name
+        if name == "cpu" and reason != candidate.why_not(op, device, *USUAL):
+            continue  # float64 or odd blocks were chosen, and run nowhere faster; a library that is not there is news
         _say_once(name, op, reason)
     raise AssertionError("the eager backend runs everything")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsekern.kernels import eager
+from sparsekern.kernels import cpu, eager
 
 import sparsekern as sk
 from sparsekern.ops import backends
@@ -39,6 +39,44 @@ def test_auto_takes_the_first_that_can(picky):
     assert picky.calls == ["fwd"]
     sk.SparseLinear(16, 16, block_size=8, sparsity=0)(torch.ones(1, 16))
     assert picky.calls == ["fwd"]
+
+
+@pytest.fixture
+def said(monkeypatch, caplog):
+    """What the log was told, as a list that goes on; nothing was said before."""
+    backends._say_once.cache_clear()
+    monkeypatch.setattr(cpu, "load", lambda: (None, "the native library was not built"))
+    yield lambda: [record.getMessage() for record in caplog.records if record.name == "sparsekern"]
+    backends._say_once.cache_clear()
+
+
+def test_why_it_is_slower_is_said_once(said):
+    for _ in range(2):
+        sk.SparseLinear(64, 64, block_size=32, sparsity=0)(torch.ones(1, 64))
+    assert said() == ["the slower backend runs linear, because 'cpu' cannot: the native library was not built"]
+
+
+def test_nothing_is_said_of_what_no_library_would_make_faster(said):
+    sk.SparseLinear(64, 64, block_size=32, sparsity=0).double()(torch.ones(1, 64).double())
+    sk.SparseLinear(64, 64, block_size=8, sparsity=0)(torch.ones(1, 64))
+    with sk.backend("eager"):
+        sk.SparseLinear(64, 64, block_size=32, sparsity=0)(torch.ones(1, 64))
+    assert said() == []
+
+
+def test_the_native_kernels_are_not_asked_about_tensors_elsewhere(said):
+    assert backends.resolve("auto", "linear", torch.ones(1, 64, device="meta"), (32, 32)) == "eager"
+    assert said() == []
+
+
+def test_auto_takes_the_native_kernels_on_a_cpu():
+    x = torch.ones(1, 64)
+    if (reason := cpu.why_not("linear", x.device, x.dtype, (32, 32))) is not None:
+        pytest.skip(reason)
+    assert backends.resolve("auto", "linear", x, (32, 32)) == "cpu"
+    assert backends.resolve("auto", "linear", x, (8, 8)) == "eager"
+    with pytest.raises(NotImplementedError, match="'cpu' cannot run linear: blocks are 8x8"):
+        backends.resolve("cpu", "linear", x, (8, 8))
 
 
 def test_supports(picky):
@@ -96,6 +134,6 @@ def test_as_a_statement_and_nested():
 
 
 def test_an_unknown_name():
-    with pytest.raises(ValueError, match="backend is 'cuda'; it must be one of auto, eager"):
+    with pytest.raises(ValueError, match="backend is 'cuda'; it must be one of auto, gpu, cpu, eager"):
         sk.backend("cuda")
     assert sk.ops.requested_backend() == "auto"

@@ -1,0 +1,9 @@
+// 512-bit vectors: 32 registers, 24 of them for a tile.
+#if defined(__AVX512F__)
+#define NAME avx512
+#define VL 16
+#define ACCUMULATORS 24
+#define OUTER_ROWS 8
+#define HELD 16
+#include "kernels.inc"
+#endif

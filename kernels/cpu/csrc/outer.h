@@ -1,0 +1,97 @@
+// The stored blocks of dy' x: a tile of R rows and C vectors of a block stays in registers over a panel of tokens.
+//
+//   acc[r][c] += dy[t][o + r] * x[t][i + c]
+//
+// A thread owns a range of entries, so nothing is reduced across threads; panels are added in order.
+#pragma once
+#include "pack.h"
+
+namespace {
+
+template <int C, int R>
+INLINE void outer_tile(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
+                       const float *next, int64_t next_step) {
+  Vector acc[R][C];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = add ? load(out + r * bi + c * VL) : Vector{};
+  for (int64_t t = 0; t < tokens; t++) {
+    __builtin_prefetch(next + t * next_step, 0, 3);
+    Vector xt[C];
+    UNROLL for (int c = 0; c < C; c++) xt[c] = load(x + t * bi + c * VL);
+    UNROLL for (int r = 0; r < R; r++) {
+      Vector d = all(dy[t * bo + r]);
+      UNROLL for (int c = 0; c < C; c++) acc[r][c] += d * xt[c];
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(out + r * bi + c * VL, acc[r][c]);
+}
+
+// A whole block; the tiles share the work of asking for the next block of x.
+template <int C, int R>
+void outer_block(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
+                 const float *next) {
+  const int64_t tiles = (bo / R) * (bi / (C * VL)), step = bi / tiles > 0 ? bi / tiles : 1;
+  int64_t q = 0;
+  for (int64_t o = 0; o < bo; o += R)
+    for (int64_t i = 0; i < bi; i += C * VL, q++)
+      outer_tile<C, R>(dy + o, bo, x + i, bi, tokens, out + o * bi + i, add, next + q * tokens * step % (tokens * bi), step);
+}
+
+void outer(const Outer &m) {
+  const int64_t size = int64_t(m.bo) * m.bi, tokens = m.x.rows, used = m.order.ptr[m.order.rows];
+  const int64_t panels = (tokens + m.panel - 1) / m.panel;
+  const int64_t x_panel = blocks_of(m.x.cols, m.bi) * m.bi * m.panel, dy_panel = blocks_of(m.dy.cols, m.bo) * m.bo * m.panel;
+  float *xs = (float *)m.scratch, *dys = xs + m.panels_at_once * x_panel;
+  const int threads = m.threads;
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t me = thread_number(), all_of_us = thread_count();
+    const int64_t e0 = used * me / all_of_us, e1 = used * (me + 1) / all_of_us;
+    int64_t first_row = 0;
+    while (first_row < m.order.rows && m.order.ptr[first_row + 1] <= e0) first_row++;
+
+    for (int64_t p0 = 0; p0 < panels; p0 += m.panels_at_once) {
+      const int64_t p1 = p0 + m.panels_at_once < panels ? p0 + m.panels_at_once : panels;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
+        int64_t p = p0 + q / 2, t0 = p * m.panel, count = tokens - t0 < m.panel ? tokens - t0 : m.panel;
+        if (q & 1) pack_panel(m.x, t0, count, m.bi, xs + (p - p0) * x_panel);
+        else pack_panel(m.dy, t0, count, m.bo, dys + (p - p0) * dy_panel);
+      }
+      for (int64_t p = p0; p < p1; p++) {
+        const int64_t count = tokens - p * m.panel < m.panel ? tokens - p * m.panel : m.panel;
+        const float *x = xs + (p - p0) * x_panel, *dy = dys + (p - p0) * dy_panel;
+        int64_t row = first_row;
+        for (int64_t e = e0; e < e1; e++) {
+          while (m.order.ptr[row + 1] <= e) row++;
+          const float *block = x + m.order.other[e] * count * m.bi, *g = dy + row * count * m.bo;
+          const float *next = x + m.order.other[e + 1 < e1 ? e + 1 : e] * count * m.bi;
+          float *out = m.out + m.order.slot[e] * size;
+#if VL == 16
+          if (m.bi == 16) {
+            outer_block<1, 16>(g, m.bo, block, m.bi, count, out, p > 0, next);
+            continue;
+          }
+#endif
+          outer_block<2, OUTER_ROWS>(g, m.bo, block, m.bi, count, out, p > 0, next);
+        }
+      }
+#pragma omp barrier
+    }
+
+    // Phantom elements, in which a NaN may have met the filling, and free slots.
+    int64_t row = first_row;
+    const int64_t rows_left = m.dy.cols % m.bo, cols_left = m.x.cols % m.bi, last_col = m.x.cols / m.bi;
+    for (int64_t e = e0; e < e1; e++) {
+      while (m.order.ptr[row + 1] <= e) row++;
+      float *out = m.out + m.order.slot[e] * size;
+      if (rows_left && row == m.order.rows - 1) std::memset(out + rows_left * m.bi, 0, (m.bo - rows_left) * m.bi * 4);
+      if (cols_left && m.order.other[e] == last_col)
+        for (int64_t o = 0; o < m.bo; o++) std::memset(out + o * m.bi + cols_left, 0, (m.bi - cols_left) * 4);
+    }
+#pragma omp for schedule(static)
+    for (int64_t e = used; e < m.order.slots; e++) std::memset(m.out + m.order.slot[e] * size, 0, size * 4);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,143 @@
+// y = x W' + bias by blocks: a tile of R tokens and C vectors of outputs stays in registers over a whole block row.
+//
+//   acc[r][c] += x[t + r][k] * w[k][n + c]      broadcast from a packed panel of x, vectors from the block
+//
+// Every element of y has one order of summation (the entries of its block row, k within a block), whatever the tile, the
+// panel or the number of threads: results are the same to the bit.
+#pragma once
+#include "pack.h"
+
+namespace {
+
+struct Row {           // what a tile reads: the entries of one block row
+  const float *x;      // the panel at the tile's first token; block b at x + b * x_block
+  int64_t x_block;
+  const float *w;      // transposed blocks in the order of the entries, or values as stored
+  const int32_t *other, *slot;  // slot is null for the former
+  int64_t count, size;          // entries; bo * bi
+  int64_t out;                  // side along y: the stride of w[k]
+};
+
+template <int IN, int C, int R> void tile(const Row &row, float *y, int64_t y_stride, const float *bias) {
+  Vector acc[R][C];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = bias ? load(bias + c * VL) : Vector{};
+  const int64_t out = row.out;
+  for (int64_t e = 0; e < row.count; e++) {
+    const float *x = row.x + row.other[e] * row.x_block;
+    const float *w = row.w + (row.slot ? row.slot[e] : e) * row.size;
+    // The hardware does not prefetch across blocks, which lie anywhere: the next one is asked for while this one is used.
+    int64_t ahead = e + 1 < row.count ? e + 1 : 0;
+    const float *next_x = row.x + row.other[ahead] * row.x_block + (ahead ? 0 : R * IN);
+    const float *next_w = row.w + (row.slot ? row.slot[ahead] : ahead) * row.size;
+    for (int k = 0; k < IN; k++) {
+      UNROLL for (int c = 0; c < C * VL; c += LINE) __builtin_prefetch(next_w + k * out + c, 0, 3);
+      UNROLL for (int c = 0; c < R; c += LINE) __builtin_prefetch(next_x + k * R + c, 0, 3);
+      Vector wk[C];
+      UNROLL for (int c = 0; c < C; c++) wk[c] = load(w + k * out + c * VL);
+      UNROLL for (int r = 0; r < R; r++) {
+        Vector xk = all(x[r * IN + k]);
+        UNROLL for (int c = 0; c < C; c++) acc[r][c] += xk * wk[c];
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(y + r * y_stride + c * VL, acc[r][c]);
+}
+
+typedef void (*Tile)(const Row &, float *, int64_t, const float *);
+
+template <int IN, int C, int R> struct Fill {
+  static void into(Tile *table) { table[R] = tile<IN, C, R>, Fill<IN, C, R - 1>::into(table); }
+};
+template <int IN, int C> struct Fill<IN, C, 0> {
+  static void into(Tile *) {}
+};
+template <int IN, int C> struct Tiles {  // by the number of tokens
+  static constexpr int MOST = ACCUMULATORS / C;
+  Tile by_rows[MOST + 1];
+  Tiles() { by_rows[0] = nullptr, Fill<IN, C, MOST>::into(by_rows); }
+};
+
+// One panel of tokens times the block rows [first, last).
+template <int IN, int C>
+void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, int64_t count, int64_t first, int64_t last,
+                   const float *w, const float *bias, float *aside) {
+  static const Tiles<IN, C> tiles;
+  const int64_t step = C * VL, most = Tiles<IN, C>::MOST, pieces = (count + most - 1) / most;
+  const float *values = w;
+  for (int64_t r = first; r < last; r++) {
+    int64_t start = m.order.ptr[r];
+    row.count = m.order.ptr[r + 1] - start;
+    row.other = m.order.other + start;
+    row.slot = m.transposed ? m.order.slot + start : nullptr;
+    int64_t features = m.y.cols - r * m.out < m.out ? m.y.cols - r * m.out : m.out;
+    bool direct = features == m.out && m.y.dtype == FLOAT32;
+    for (int64_t n = 0; n < m.out; n += step) {
+      if (n >= features) break;
+      row.w = (m.transposed ? values : values + start * row.size) + n;
+      for (int64_t i = 0, t = 0; i < pieces; i++) {
+        int64_t rows = count / pieces + (i < count % pieces);
+        row.x = packed + t * IN;
+        const float *b = bias ? bias + r * m.out + n : nullptr;
+        int64_t at = (t0 + t) * m.y.row_stride + r * m.out + n;
+        if (direct) tiles.by_rows[rows](row, (float *)m.y.data + at, m.y.row_stride, b);
+        else {
+          tiles.by_rows[rows](row, aside, step, b);
+          int64_t width = features - n < step ? features - n : step;
+          for (int64_t j = 0; j < rows; j++) write_row(m.y.data, at + j * m.y.row_stride, m.y.dtype, aside + j * step, width);
+        }
+        t += rows;
+      }
+    }
+  }
+}
+
+typedef void (*PanelProduct)(const Multiply &, Row, const float *, int64_t, int64_t, int64_t, int64_t, const float *,
+                             const float *, float *);
+
+template <int IN> PanelProduct by_width(int64_t out) {
+#if VL == 16
+  if (out == 16) return panel_product<IN, 1>;
+#endif
+  (void)out;
+  return panel_product<IN, 2>;
+}
+
+void multiply(const Multiply &m) {
+  PanelProduct product = m.in == 16   ? by_width<16>(m.out)
+                         : m.in == 32 ? by_width<32>(m.out)
+                         : m.in == 64 ? by_width<64>(m.out)
+                                      : by_width<128>(m.out);
+  const int64_t size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
+  const int64_t panels = (m.x.rows + m.panel - 1) / m.panel, packed = blocks_of(m.x.cols, m.in) * m.in * m.panel;
+  // The scratch: transposed blocks (forward), the bias filled up, and for each thread its panel and its tile.
+  float *w = (float *)m.scratch, *bias = w + (m.transposed ? 0 : round_up(used * size, LINE));
+  float *mine = bias + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0);
+  const int64_t stride = round_up(packed + MOST_ROWS * 2 * LINE, LINE);
+  if (m.bias)
+    for (int64_t i = 0; i < m.order.rows * m.out; i++) bias[i] = i < m.y.cols ? m.bias[i] : 0.f;
+  const int threads = m.threads;
+  // Few panels are shared: each is cut into groups of block rows, and every thread packs it for itself.
+  const int64_t groups = threads > 1 && (panels < 2 * threads || panels % threads) ? 2 * threads : 1;
+  const float *source = m.transposed ? m.values : w;
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (!m.transposed) {
+#pragma omp for schedule(static)
+      for (int64_t e = 0; e < used; e++) transpose_block(m.values + m.order.slot[e] * size, m.out, m.in, w + e * size);
+    }
+    float *panel = mine + thread_number() * stride, *aside = panel + packed;
+    int64_t held = -1;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t q = 0; q < panels * groups; q++) {
+      int64_t p = q / groups, g = q % groups, t0 = p * m.panel;
+      int64_t count = m.x.rows - t0 < m.panel ? m.x.rows - t0 : m.panel;
+      if (p != held) pack_panel(m.x, t0, count, m.in, panel), held = p;
+      Row row = {nullptr, count * m.in, nullptr, nullptr, nullptr, 0, size, m.out};
+      product(m, row, panel, t0, count, m.order.rows * g / groups, m.order.rows * (g + 1) / groups, source,
+              m.bias ? bias : nullptr, aside);
+    }
+  }
+}
+
+}  // namespace

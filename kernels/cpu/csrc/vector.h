@@ -1,0 +1,174 @@
+// Vectors of VL floats through the compilers' vector extensions: one source for AVX-512, AVX2 and 128-bit machines.
+// Included by the file of one instruction set; all of it is local to that file, lest the linker keep the AVX-512 copy
+// of a function for a machine without.
+#pragma once
+#include <cstring>
+#include "api.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define UNROLL _Pragma("GCC unroll 32")
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+typedef float Vector __attribute__((vector_size(VL * 4)));
+typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t Lanes __attribute__((vector_size(VL * 4)));
+typedef uint32_t Bits __attribute__((vector_size(VL * 4)));
+typedef uint16_t Halves __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+INLINE Vector load(const float *p) { return *(const Unaligned *)p; }
+INLINE void store(float *p, Vector v) { *(Unaligned *)p = v; }
+INLINE Vector all(float x) { return x - Vector{}; }
+
+// bfloat16: the upper half of a float, rounded to nearest even; NaN stays NaN.
+INLINE float from_bfloat16(uint16_t h) {
+  uint32_t bits = uint32_t(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+INLINE uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return uint16_t((bits >> 16) | 64);
+  return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// float16, by the bits: used where there is no instruction.
+INLINE float from_float16(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023, bits;
+  if (exponent == 31) bits = sign | 0x7F800000 | (fraction << 13);
+  else if (exponent) bits = sign | ((exponent + 112) << 23) | (fraction << 13);
+  else {  // subnormal: fraction * 2^-24
+    float x = float(fraction) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &x, 4);
+    bits |= sign;
+  }
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+INLINE uint16_t to_float16(float x) {
+#if defined(__F16C__)
+  return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7FFFFFFF;
+  if (bits > 0x7F800000) return sign | 0x7E00;             // NaN
+  if (bits >= 0x477FF000) return sign | 0x7C00;            // rounds to infinity
+  if (bits < 0x33000001) return sign;                      // rounds to zero
+  if (bits < 0x38800000) {                                 // subnormal
+    uint32_t shift = 126 - (bits >> 23), fraction = (bits & 0x7FFFFF) | 0x800000;
+    uint32_t kept = fraction >> shift, rest = fraction & ((1u << shift) - 1), half = 1u << (shift - 1);
+    return sign | uint16_t(kept + (rest > half || (rest == half && (kept & 1))));
+  }
+  bits += 0xFFF + ((bits >> 13) & 1);
+  return sign | uint16_t((bits - 0x38000000) >> 13);
+#endif
+}
+
+// One element, any dtype.
+INLINE float read(const void *p, int64_t i, int dtype) {
+  if (dtype == FLOAT32) return ((const float *)p)[i];
+  return dtype == BFLOAT16 ? from_bfloat16(((const uint16_t *)p)[i]) : from_float16(((const uint16_t *)p)[i]);
+}
+
+// VL contiguous elements.
+INLINE Vector read_vector(const void *p, int64_t i, int dtype) {
+  if (dtype == FLOAT32) return load((const float *)p + i);
+  const uint16_t *h = (const uint16_t *)p + i;
+  if (dtype == BFLOAT16) return (Vector)(__builtin_convertvector(*(const Halves *)h, Bits) << 16);
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h));
+#elif defined(__F16C__)
+  return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)h));
+#else
+  Vector v;
+  UNROLL for (int l = 0; l < VL; l++) v[l] = from_float16(h[l]);
+  return v;
+#endif
+}
+
+// n floats to contiguous elements of a dtype.
+INLINE void write_row(void *p, int64_t i, int dtype, const float *from, int64_t n) {
+  int64_t c = 0;
+  if (dtype == FLOAT32) {
+    float *to = (float *)p + i;
+    for (; c + VL <= n; c += VL) store(to + c, load(from + c));
+    for (; c < n; c++) to[c] = from[c];
+    return;
+  }
+  uint16_t *to = (uint16_t *)p + i;
+  if (dtype == BFLOAT16) {
+    for (; c + VL <= n; c += VL) {
+      Vector x = load(from + c);
+      Bits bits = (Bits)x, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+      Lanes is_nan = x != x;
+      rounded = (rounded & ~(Bits)is_nan) | (((bits >> 16) | 64) & (Bits)is_nan);
+      *(Halves *)(to + c) = __builtin_convertvector(rounded, Halves);
+    }
+    for (; c < n; c++) to[c] = to_bfloat16(from[c]);
+    return;
+  }
+#if defined(__AVX512F__)
+  for (; c + VL <= n; c += VL)
+    _mm256_storeu_si256((__m256i *)(to + c), _mm512_cvtps_ph((__m512)load(from + c), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  for (; c + VL <= n; c += VL)
+    _mm_storeu_si128((__m128i *)(to + c), _mm256_cvtps_ph((__m256)load(from + c), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; c < n; c++) to[c] = to_float16(from[c]);
+}
+
+// One step of the transposition of VL vectors: exchanges quadrants of side S.
+template <int S> INLINE void exchange(Vector *a) {
+  Lanes low, high;
+  UNROLL for (int l = 0; l < VL; l++) {
+    low[l] = (l & S) ? VL + l - S : l;
+    high[l] = (l & S) ? VL + l : l + S;
+  }
+  UNROLL for (int i = 0; i < VL; i++) if (!(i & S)) {
+    Vector x = a[i], y = a[i + S];
+#if defined(__clang__)
+    Vector u, v;
+    UNROLL for (int l = 0; l < VL; l++) {
+      u[l] = low[l] < VL ? x[low[l]] : y[low[l] - VL];
+      v[l] = high[l] < VL ? x[high[l]] : y[high[l] - VL];
+    }
+    a[i] = u, a[i + S] = v;
+#else
+    a[i] = __builtin_shuffle(x, y, low);
+    a[i + S] = __builtin_shuffle(x, y, high);
+#endif
+  }
+}
+
+// VL vectors in registers become their transpose.
+INLINE void transpose(Vector *a) {
+#if VL == 16
+  exchange<8>(a);
+#endif
+#if VL >= 8
+  exchange<4>(a);
+#endif
+  exchange<2>(a);
+  exchange<1>(a);
+}
+
+// Lane l of the result is the sum of a[l].
+INLINE Vector sums(Vector *a) {
+  transpose(a);
+  UNROLL for (int n = VL / 2; n > 0; n /= 2) UNROLL for (int i = 0; i < n; i++) a[i] += a[i + n];
+  return a[0];
+}
+
+}  // namespace

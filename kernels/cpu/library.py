@@ -1,0 +1,158 @@
+"""The compiled library: finding it, choosing its instruction set, calling it.
+
+``SPARSEKERN_CPU`` asks for one: ``avx512``, ``avx2``, ``generic``, or ``off`` for none. What the machine lacks, or a
+library that was never built, is an error then; without the variable it is a reason to take the eager kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 1
+FILE = Path(__file__).parent / "_sparsekern_cpu.so"
+CHOICES = ("avx512", "avx2", "generic", "off")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Matrix(ctypes.Structure):
+    """``Matrix`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("col_stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor) -> Matrix:
+        """Describe a 2-D tensor, which must outlive the call."""
+        return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1), DTYPES[x.dtype])
+
+
+class Order(ctypes.Structure):
+    """``Order`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        ("ptr", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
+        ("slot", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("slots", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, ptr: Tensor, other: Tensor, slot: Tensor, slots: int) -> Order:
+        """Describe one order of an index."""
+        return cls(ptr.data_ptr(), other.data_ptr(), slot.data_ptr(), ptr.shape[0] - 1, slots)
+
+
+class Multiply(ctypes.Structure):
+    """``Multiply`` of ``csrc/api.h``; what the library fills in itself is last."""
+
+    _fields_ = (
+        ("x", Matrix),
+        ("y", Matrix),
+        ("values", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("order", Order),
+        ("side_in", ctypes.c_int32),
+        ("side_out", ctypes.c_int32),
+        ("transposed", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("panel", ctypes.c_int64),
+        ("chunks", ctypes.c_int64),
+        ("shift", ctypes.c_int32),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class Outer(ctypes.Structure):
+    """``Outer`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        ("dy", Matrix),
+        ("x", Matrix),
+        ("out", ctypes.c_void_p),
+        ("order", Order),
+        ("bo", ctypes.c_int32),
+        ("bi", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("panel", ctypes.c_int64),
+        ("panels_at_once", ctypes.c_int64),
+        ("chunks", ctypes.c_int64),
+        ("shift", ctypes.c_int32),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the opened library and the name of its instruction set, or None and the reason why there is none.
+
+    Raises:
+        ValueError: ``SPARSEKERN_CPU`` is none of :data:`CHOICES`.
+        RuntimeError: it asks for what cannot be had.
+    """
+    asked = os.environ.get("SPARSEKERN_CPU", "")
+    if asked and asked not in CHOICES:
+        raise ValueError(f"SPARSEKERN_CPU is {asked!r}; it must be one of {', '.join(CHOICES)}")
+    if asked == "off":
+        return None, "SPARSEKERN_CPU is off"
+    library, reason = _open()
+    if library is None:
+        if asked:
+            raise RuntimeError(f"SPARSEKERN_CPU is {asked!r}, but the native library {reason}")
+        return None, f"the native library {reason}"
+    if not library.sk_use(asked.encode()):
+        raise RuntimeError(f"SPARSEKERN_CPU is {asked!r}, but this processor lacks it; unset it to take the best")
+    return library, library.sk_name().decode()
+
+
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    if not FILE.is_file():
+        return None, "was not built (no C++ compiler at installation?); install one and run: pip install -e ."
+    try:
+        library = ctypes.CDLL(str(FILE))  # torch was imported first: its OpenMP runtime is shared, not doubled
+        abi = library.sk_abi()
+    except (OSError, AttributeError) as error:  # a missing runtime, a truncated file, not our file
+        return None, f"cannot be used: {error}"
+    if abi != ABI:
+        return None, f"has interface {abi} and this source needs {ABI}; build again: pip install -e ."
+    library.sk_name.restype = ctypes.c_char_p
+    library.sk_scratch_bytes.restype = ctypes.c_int64
+    return library, ""
+
+
+def call(name: str, arguments: ctypes.Structure) -> None:
+    """Run one function of the library; ctypes lets other Python threads run meanwhile.
+
+    Raises:
+        MemoryError: no memory for the scratch.
+    """
+    library, reason = load()
+    if library is None:
+        raise RuntimeError(reason)
+    if getattr(library, name)(ctypes.byref(arguments)):
+        raise MemoryError(f"{name} finds no memory for its scratch")
+
+
+def scratch_bytes() -> int:
+    """Return the bytes of scratch that the library holds for its next calls."""
+    library, _ = load()
+    return 0 if library is None else int(library.sk_scratch_bytes())
+
+
+def release_scratch() -> None:
+    """Give the scratch of the library back to the system."""
+    library, _ = load()
+    if library is not None:
+        library.sk_release_scratch()

@@ -1,0 +1,137 @@
+"""Build the native CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, and sweep it against the oracle.
+
+    python tests/sanitize_cpu.py [seeds]
+
+Scratch memory is given out to the byte here and freed after every call: the usual pieces of 2 MiB, kept for the next
+call, would hide a kernel that reads or writes beyond its own. ``tests/test_cpu_sanitizers.py`` runs this file.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "kernels" / "cpu" / "csrc"
+COMPILER = os.environ.get("CXX", "g++")
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-w", *SANITIZE]
+PIECES = "constexpr size_t page = size_t(1) << 21;"
+
+
+def runtimes() -> list[str]:
+    """Return the files that must be in a process before Python is; empty where the compiler has none."""
+    files = []
+    for name in ("libasan.so", "libubsan.so"):
+        try:
+            said = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return []
+        files.append(said.stdout.strip())
+    return files if all(Path(file).is_absolute() for file in files) else []
+
+
+def flags_of_the_build() -> dict[str, list[str]]:
+    """Return the sources and the flags of their instruction sets, as setup.py has them."""
+    here = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        with mock.patch("setuptools.setup"):
+            found: dict[str, list[str]] = runpy.run_path("setup.py")["ISA_FLAGS"]
+    finally:
+        os.chdir(here)
+    return found
+
+
+def build(folder: Path) -> Path:
+    """Return the library, compiled into a folder."""
+    for source in CSRC.iterdir():
+        text = source.read_text()
+        if source.name == "library.cpp":
+            assert PIECES in text, f"library.cpp no longer says {PIECES!r}: look where scratch is allocated now"
+            text = text.replace(PIECES, "constexpr size_t page = 64;")
+        (folder / source.name).write_text(text)
+
+    def compile_one(item: tuple[str, list[str]]) -> str:
+        out = str(folder / f"{item[0]}.o")
+        subprocess.run([COMPILER, *FLAGS, *item[1], "-c", str(folder / item[0]), "-o", out], check=True)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, flags_of_the_build().items()))
+    subprocess.run([COMPILER, *FLAGS, "-shared", "-o", str(folder / "library.so"), *objects], check=True)
+    return folder / "library.so"
+
+
+def cases(seeds: int) -> Iterator[dict[str, Any]]:
+    """Yield what is given of each random case; the rest is drawn."""
+    import torch
+
+    blocks = ((1, 1), (16, 16), (32, 32), (64, 64), (128, 128), (16, 64), (128, 16), (32, 16))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for seed in range(seeds):
+        yield {"block": blocks[seed % 8], "dtype": dtypes[seed % 3]}
+    for tokens in (1, 5, 16, 17, 130, 300):
+        for block in blocks[:3]:
+            yield {"block": block, "dtype": dtypes[tokens % 3], "tokens": tokens}
+    for block in ((16, 16), (32, 32)):  # enough for two threads
+        yield {"block": block, "rows": 9, "cols": 9, "blocks": 40, "tokens": 300, "dtype": torch.float32}
+    yield {"block": (1, 1), "rows": 60, "cols": 65, "blocks": 3000, "tokens": 400, "dtype": torch.float32}
+
+
+def sweep(library_file: Path, seeds: int) -> None:
+    """Check every case on every instruction set of this machine."""
+    import torch
+    from sparsekern.kernels import cpu
+    from sparsekern.kernels.cpu import library
+
+    from tests.oracle import check_kernels, random_case
+
+    library.FILE = library_file
+    torch.set_num_threads(2)
+    for name in ("generic", "avx2", "avx512"):
+        os.environ["SPARSEKERN_CPU"] = name
+        library.load.cache_clear()
+        try:
+            library.load()
+        except RuntimeError as lacks:
+            print(lacks)
+            continue
+
+        def call(which: str, arguments: Any, real: Any = library.call) -> None:
+            library.release_scratch()
+            real(which, arguments)
+
+        with mock.patch("sparsekern.kernels.cpu.linear.call", call):
+            done = [check_kernels(cpu, random_case(seed, **given)) for seed, given in enumerate(cases(seeds))]
+        print(f"{name}: {len(done)} cases", flush=True)
+
+
+def main() -> int:
+    """Build, then run the sweep in a process in which the sanitizers' runtimes come first."""
+    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    if not runtimes():
+        print(f"{COMPILER} has no libasan.so and libubsan.so", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": ":".join(runtimes()),
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=66",  # Python's own leaks, that is
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "PYTHONPATH": str(ROOT),
+        }
+        code = f"from tests.sanitize_cpu import *; sweep(Path({str(build(Path(folder)))!r}), {seeds})"
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

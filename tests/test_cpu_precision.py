@@ -1,0 +1,158 @@
+"""Half precision in the native CPU kernels: every bit pattern, and how sums are rounded, on every instruction set.
+
+The conversions are instructions on one machine and bit arithmetic on another; here they must agree with PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import Index
+from torch import Tensor
+
+from sparsekern.topology import Grid, Topology, build_index
+
+pytestmark = pytest.mark.usefixtures("instructions", "poisoned_memory")
+
+HALVES = (torch.bfloat16, torch.float16)
+WAYS = ("fwd few", "fwd", "dx", "fwd 1x1", "dx 1x1")
+
+
+def diagonal(features: int, side: int) -> tuple[Tensor, Index]:
+    """Return values and index of the identity."""
+    blocks = features // side
+    place = torch.arange(blocks, dtype=torch.int32)
+    topology = Topology(Grid(features, features, (side, side)), place, place.clone())
+    return torch.eye(side).expand(blocks, side, side).contiguous(), build_index(topology)
+
+
+def through(x: Tensor, way: str) -> Tensor:
+    """Return ``x`` times the identity, by one of the kernels that read and write half precision."""
+    features = x.shape[1]
+    values, index = diagonal(features, 1 if "1x1" in way else 16)
+    if way == "fwd few":
+        return torch.cat([cpu.fwd(part, values, None, index, features) for part in x.split(2)])
+    if way.startswith("fwd"):
+        return cpu.fwd(x, values, None, index, features)
+    return cpu.dx(x, values, index, features)
+
+
+def one_sum(way: str, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a + b`` as the kernels round it: two weights of one, one product each, in one sum."""
+    side = 1 if "1x1" in way else 16
+    features = a.shape[1]
+    blocks = features // side
+    row = torch.arange(blocks, dtype=torch.int32).repeat(2)
+    col = torch.arange(2 * blocks, dtype=torch.int32)
+    values = torch.eye(side).expand(2 * blocks, side, side).contiguous()
+    x = torch.cat([a, b], 1)
+    if way.startswith("dx"):
+        index = build_index(Topology(Grid(2 * features, features, (side, side)), col, row))
+        return cpu.dx(x, values, index, features)
+    index = build_index(Topology(Grid(features, 2 * features, (side, side)), row, col))
+    pieces = x.split(2) if way == "fwd few" else [x]
+    return torch.cat([cpu.fwd(piece, values, None, index, features) for piece in pieces])
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    """Raise AssertionError unless both have the same bits, where they are not NaN."""
+    nan = expected.isnan()
+    assert torch.equal(found.isnan(), nan)
+    assert torch.equal(found.view(torch.int16)[~nan], expected.view(torch.int16)[~nan])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_bit_pattern_comes_back_unchanged(dtype: torch.dtype, way: str) -> None:
+    """At 1x1 all of them; in a larger block infinity and NaN meet the zeros of the identity, so they are left out."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    if "1x1" not in way:
+        x = torch.where(x.isfinite(), x, 0)
+
+    found = through(x.view(128, 512), way).flatten()
+
+    same(found, torch.where(x == 0, 0, x))  # a sum that starts at zero is never the negative zero
+
+
+@pytest.mark.parametrize("side", [1, 16])
+@pytest.mark.parametrize("tokens", [2, 30])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nan_and_infinity_stay_what_they_are(dtype: torch.dtype, tokens: int, side: int) -> None:
+    """Through a weight of ones: each output is the sum over a block."""
+    x = torch.ones(tokens, 4 * side, dtype=dtype)
+    for block, number in enumerate((float("nan"), float("inf"), float("-inf"))):
+        x[:, block * side] = number
+    values, index = diagonal(4 * side, side)
+
+    y = cpu.fwd(x, torch.ones_like(values), None, index, 4 * side)
+
+    expected = torch.tensor([float("nan"), float("inf"), float("-inf"), side]).repeat_interleave(side).to(dtype)
+    same(y, expected.expand(tokens, -1).contiguous())
+
+
+def random_sums(dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    a, b = (torch.randn(64, 512, generator=generator) for _ in range(2))
+    scale = torch.randint(-12, 12, (64, 512), generator=generator)
+    return torch.ldexp(a, scale).to(dtype), torch.ldexp(b, scale - 6).to(dtype)
+
+
+def ties(dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers, and half of the step to the next one: the sum lies exactly between two."""
+    bits = 10 if dtype == torch.float16 else 7
+    whole = torch.randint(2**bits, 2 ** (bits + 1), (64, 512), generator=generator).float()
+    sign = torch.randint(0, 2, (64, 512), generator=generator) * 2 - 1
+    return (sign * whole).to(dtype), (sign * torch.full((64, 512), 0.5)).to(dtype)
+
+
+def small(dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Subnormal numbers of float16, of both signs."""
+    return tuple((torch.randn(64, 512, generator=generator) * 2**-16).to(dtype) for _ in range(2))  # type: ignore
+
+
+def large(dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sums around the largest finite number: some of them round to infinity."""
+    most = torch.finfo(dtype).max
+    b = torch.rand(64, 512, generator=generator) * most * 2.0 ** (-10 if dtype == torch.float16 else -7)
+    return torch.full((64, 512), most, dtype=dtype), b.to(dtype)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("numbers", [random_sums, ties, small, large], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sums_are_rounded_to_nearest_even(
+    dtype: torch.dtype, numbers: Callable[..., tuple[Tensor, Tensor]], way: str, generator: torch.Generator
+) -> None:
+    a, b = numbers(dtype, generator)
+    expected = (a.float() + b.float()).to(dtype)
+
+    same(one_sum(way, a, b), torch.where(expected == 0, expected.abs(), expected))
+
+
+@pytest.mark.parametrize("side", [1, 16])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sums_over_many_inputs_are_not_formed_in_half_precision(dtype: torch.dtype, side: int) -> None:
+    """4096 ones: a float16 sum would stop at 2048, a bfloat16 sum at 256."""
+    topology = Topology(
+        Grid(side, 4096, (side, side)),
+        torch.zeros(4096 // side, dtype=torch.int32),
+        torch.arange(4096 // side, dtype=torch.int32),
+    )
+    ones, index = torch.ones(4096 // side, side, side).to(dtype), build_index(topology)
+
+    for tokens in (1, 30):
+        assert (cpu.fwd(torch.ones(tokens, 4096).to(dtype), ones, None, index, side) == 4096).all()
+    many = torch.ones(4096, side).to(dtype)
+    assert (cpu.dvalues(many, torch.ones(4096, 4096).to(dtype), index, (side, side), torch.float32) == 4096).all()
+
+
+@pytest.mark.parametrize("side", [1, 16])
+def test_dvalues_of_half_precision_inputs_keep_the_precision_of_their_sums(side: int) -> None:
+    """1 + 2**-13 is no float16 number; the sum of its two parts must not have been one on the way."""
+    values, index = diagonal(side, side)
+    x, dy = torch.ones(2, side).half(), torch.tensor([[1.0], [2**-13]]).expand(2, side).half()
+
+    assert (cpu.dvalues(dy, x, index, (side, side), torch.float32) == 1 + 2**-13).all()
+    assert values.shape == (1, side, side)

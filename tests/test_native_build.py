@@ -1,0 +1,138 @@
+"""The native library as pip builds it: with a compiler, without one, and where it is required.
+
+A copy of the source is built without a network. The compiler is wrapped so that it does not optimise, which takes most
+of the time; the flags of the real build are read off its command line.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = Path("kernels/cpu/_sparsekern_cpu.so")
+COMPILER = shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) or shutil.which("g++")
+NO_COMPILER = {"CC": "/nonexistent", "CXX": "/nonexistent"}
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the library was built on Linux alone"),
+    pytest.mark.skipif(not find_spec("pip") or not find_spec("setuptools"), reason="pip or setuptools is not here"),
+]
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what git has, without what was built."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("kernels", "sparsekern"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> dict[str, str]:
+    """The environment in which a quick compiler writes its arguments down, in ``calls``."""
+    script = tmp_path / "quick"
+    script.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\nexec {COMPILER} "$@" -O0\n')
+    script.chmod(0o755)
+    return {"CXX": str(script)}
+
+
+def pip(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-build-isolation", "--no-index"]
+    clean = {name: value for name, value in os.environ.items() if name not in ("SPARSEKERN_REQUIRE_CPU", "PYTHONPATH")}
+    return subprocess.run(command, env=clean | env, capture_output=True, text=True)
+
+
+def use(package: Path) -> str:
+    """Run a layer of an installed package outside the checkout; return where it is, its backend and what it says."""
+    code = """
+import logging, torch
+logging.basicConfig(format="%(message)s")
+import sparsekern as sk
+layer = sk.SparseLinear(64, 64, block_size=32, sparsity=0.5)
+for _ in range(2):
+    layer(torch.ones(2, 64)).sum().backward()
+print(sk.__file__, sk.ops.backends.resolve("auto", "linear", torch.ones(1, 64), (32, 32)))
+"""
+    env = {name: value for name, value in os.environ.items() if name != "SPARSEKERN_CPU"} | {"PYTHONPATH": str(package)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=package, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@needs_compiler
+def test_a_wheel_holds_the_library_and_no_source_and_its_layers_run_on_it(source, compiler, tmp_path):
+    done = pip("wheel", "--wheel-dir", tmp_path / "dist", source, env=compiler | {"SPARSEKERN_REQUIRE_CPU": "1"})
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert "-py3-none-linux_" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "sparsekern/kernels/cpu/_sparsekern_cpu.so" in names
+    assert not [name for name in names if "csrc" in name or name.startswith("kernels")]
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "there")
+    assert use(tmp_path / "there").split() == [str(tmp_path / "there/sparsekern/__init__.py"), "cpu"]
+
+    lines = (tmp_path / "calls").read_text().splitlines()
+    flags = {Path(name).name: line for line in lines for name in line.split() if name.endswith(".cpp")}
+    assert set(flags) == {"library.cpp", "generic.cpp", "avx2.cpp", "avx512.cpp"}
+    for name, line in flags.items():
+        assert "-march=native" not in line and "fast-math" not in line and "-O3" in line and "-fopenmp" in line
+        if os.uname().machine == "x86_64":
+            assert ("-mavx2" in line) == (name in ("avx2.cpp", "avx512.cpp")), name
+            assert ("-mavx512f" in line) == (name == "avx512.cpp"), name
+
+
+@needs_compiler
+def test_an_editable_install_puts_the_library_beside_the_source_and_the_source_distribution_holds_it(
+    source, compiler, tmp_path
+):
+    done = pip("install", "--prefix", tmp_path / "prefix", "-e", source, env=compiler)
+    assert done.returncode == 0, done.stderr
+    assert (source / LIBRARY).is_file()
+
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats", "tar"]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (archive,) = (source / "dist").iterdir()
+    names = subprocess.run(["tar", "tf", archive], capture_output=True, text=True, check=True).stdout.split()
+    inside = {name.partition("/")[2] for name in names if not name.endswith("/")}
+    assert {f"kernels/cpu/csrc/{path.name}" for path in (ROOT / "kernels/cpu/csrc").iterdir()} <= inside
+    assert not [name for name in inside if name.endswith((".so", ".o"))]
+
+
+def test_without_a_compiler_the_package_runs_and_says_once_why_it_is_slower(source, tmp_path):
+    """An older library goes: it might not fit the source any more."""
+    (source / LIBRARY).write_bytes(b"old")
+    done = pip("install", "--target", tmp_path / "there", source, env=NO_COMPILER)
+
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+    said, where = use(tmp_path / "there").splitlines()
+    assert said == (
+        "the slower backend runs linear, because 'cpu' cannot: the native library was not built "
+        "(no C++ compiler at installation?); install one and run: pip install -e ."
+    )
+    assert where.split() == [str(tmp_path / "there/sparsekern/__init__.py"), "eager"]
+
+
+def test_where_the_library_is_required_no_compiler_is_an_error(source, tmp_path):
+    done = pip("wheel", "--wheel-dir", tmp_path / "dist", source, env=NO_COMPILER | {"SPARSEKERN_REQUIRE_CPU": "1"})
+
+    assert done.returncode != 0
+    assert "/nonexistent" in done.stderr
