@@ -1,4 +1,8 @@
-"""What all tests share. A test under ``tests/kernels`` runs in poisoned memory without asking for it."""
+"""What all tests share. A test under ``tests/kernels`` runs in poisoned memory without asking for it.
+
+Where there is no GPU, Triton's interpreter runs its kernels on CPU tensors. Triton reads the variable when it is
+imported, so it is set here, before any test module is; importing torch does not import Triton.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 KERNEL_TESTS = Path(__file__).parent / "kernels"
+GPU_TESTS = KERNEL_TESTS / "gpu"
 INTEGER_POISON = 0x5A
 """Byte of an unwritten integer: as int32 it is 1515870810, an index into nothing."""
 
@@ -50,9 +58,38 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory_in_kernel_tests(request: pytest.FixtureRequest) -> None:
+def _watched_kernel_tests(request: pytest.FixtureRequest) -> None:
     if request.path.is_relative_to(KERNEL_TESTS):
         request.getfixturevalue("poisoned_memory")
+    if request.path.is_relative_to(GPU_TESTS):
+        request.getfixturevalue("guarded_memory")
+        request.getfixturevalue("no_tables")
+
+
+@pytest.fixture
+def guarded_memory() -> Iterator[None]:
+    """Let no interpreted kernel touch memory that it was not given."""
+    from tests.device import INTERPRETED
+    from tests.guard import guarded
+
+    if INTERPRETED:
+        with guarded():
+            yield
+    else:
+        yield
+
+
+@pytest.fixture
+def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Choose configurations as if nothing had been measured for this user; the folder of the user's tables."""
+    from sparsekern.kernels.gpu import tables
+
+    folder = tmp_path / "user" / "tables"
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(folder))
+    monkeypatch.delenv("SPARSEKERN_AUTOTUNE", raising=False)
+    tables.forget()
+    yield folder
+    tables.forget()
 
 
 @pytest.fixture(params=["avx512", "avx2", "generic"])

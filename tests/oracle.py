@@ -78,6 +78,11 @@ class Case:
     def index(self) -> Index:
         return build_index(Topology(self.grid, self.row, self.col))
 
+    def on(self, device: str) -> Case:
+        """Return the case with its tensors on a device, in the same layout; checks want the one on the CPU."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: moved(tensor, device) for name, tensor in tensors.items()})
+
     @property
     def weight(self) -> Tensor:
         """The exact weight as a kernel reads it: rounded to the compute dtype."""
@@ -94,24 +99,25 @@ class Case:
 # The tolerance.
 
 
-def check_y(case: Case, y: Tensor) -> None:
-    """Raise AssertionError unless ``y`` is ``x W' + bias``."""
+def check_y(case: Case, y: Tensor, products: float = 0.0) -> None:
+    """Raise AssertionError unless ``y`` is ``x W' + bias``; ``products`` is the precision of a factor, if not exact."""
     x, weight, dtype = case.x.to(F64), case.weight, case.x.dtype
     exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
     if case.bias is not None:
         exact, magnitude = exact + case.bias.to(F64), magnitude + case.bias.to(F64).abs()
     peer = dense_linear(case.x, weight.to(dtype), None if case.bias is None else case.bias.to(dtype))
-    assert_within("y", y, exact, peer, magnitude, case.stored.sum(1), dtype)
+    assert_within("y", y, exact, peer, magnitude, case.stored.sum(1), dtype, products=products)
 
 
-def check_dx(case: Case, dx: Tensor) -> None:
+def check_dx(case: Case, dx: Tensor, products: float = 0.0) -> None:
     """Raise AssertionError unless ``dx`` is ``dy W``."""
     dy, weight, dtype = case.dy.to(F64), case.weight, case.dy.dtype
     exact, magnitude = dy @ weight, dy.abs() @ weight.abs()
-    assert_within("dx", dx, exact, case.dy @ weight.to(dtype), magnitude, case.stored.sum(0), dtype)
+    peer = case.dy @ weight.to(dtype)
+    assert_within("dx", dx, exact, peer, magnitude, case.stored.sum(0), dtype, products=products)
 
 
-def check_dvalues(case: Case, dvalues: Tensor, dtype: torch.dtype) -> None:
+def check_dvalues(case: Case, dvalues: Tensor, dtype: torch.dtype, products: float = 0.0) -> None:
     """Raise AssertionError unless ``dvalues`` are the stored blocks of ``dy' x`` in ``dtype``."""
     dy, x = case.dy.to(F64), case.x.to(F64)
     wide = torch.promote_types(case.x.dtype, dtype)  # an output wider than the input is compared with a wide dense op
@@ -122,7 +128,7 @@ def check_dvalues(case: Case, dvalues: Tensor, dtype: torch.dtype) -> None:
     exact, magnitude = blocks(dy.T @ x), blocks(dy.abs().T @ x.abs())
     peer = blocks((case.dy.to(wide).T @ case.x.to(wide)).to(dtype))
     tokens = torch.tensor(float(case.x.shape[0]))
-    assert_within("dvalues", dvalues, exact, peer, magnitude, tokens, dtype, accumulate_dtype(case.x.dtype))
+    assert_within("dvalues", dvalues, exact, peer, magnitude, tokens, dtype, accumulate_dtype(case.x.dtype), products)
 
 
 def assert_within(
@@ -134,13 +140,18 @@ def assert_within(
     terms: Tensor,
     dtype: torch.dtype,
     sums: torch.dtype | None = None,
+    products: float = 0.0,
 ) -> None:
-    """Raise AssertionError unless ``result`` has the shape of ``exact``, the ``dtype``, and errors in the tolerance."""
+    """Raise AssertionError unless ``result`` has the shape of ``exact``, the ``dtype``, and errors in the tolerance.
+
+    Both factors of a product may be off by ``products``, where the hardware rounds them (tf32); else they are exact.
+    """
     assert result.shape == exact.shape, f"{name} has shape {tuple(result.shape)}, not {tuple(exact.shape)}"
     assert result.dtype == dtype, f"{name} is {result.dtype}, not {dtype}"
+    result = result.cpu()
     eps_acc, eps_out = torch.finfo(sums or accumulate_dtype(dtype)).eps, torch.finfo(dtype).eps
     err_dense = (peer.to(F64) - exact).abs()
-    bound = 2 * err_dense + (terms + 2) * eps_acc * magnitude + eps_out * exact.abs()
+    bound = 2 * err_dense + ((terms + 2) * eps_acc + 2 * products) * magnitude + eps_out * exact.abs()
     good = (result.to(F64) - exact).abs() <= bound  # NaN is not
     if not bool(good.all()):
         at = tuple((~good).nonzero()[0].tolist())
@@ -150,23 +161,25 @@ def assert_within(
         )
 
 
-def check_kernels(backend: ModuleType, case: Case) -> None:
+def check_kernels(backend: ModuleType, case: Case, device: str = "cpu") -> None:
     """Raise AssertionError unless the three linear kernels of a backend give what the oracle says."""
-    grid, index, dtype = case.grid, case.index, case.values.dtype
-    y = backend.fwd(case.x, case.values, case.bias, index, grid.out_features)
+    here, grid, dtype = case.on(device), case.grid, case.values.dtype
+    index = here.index
+    y = backend.fwd(here.x, here.values, here.bias, index, grid.out_features)
     check_y(case, y)
     assert y.is_contiguous()
-    check_dx(case, backend.dx(case.dy, case.values, index, grid.in_features))
-    check_dvalues(case, backend.dvalues(case.dy, case.x, index, grid.block, dtype), dtype)
+    check_dx(case, backend.dx(here.dy, here.values, index, grid.in_features))
+    check_dvalues(case, backend.dvalues(here.dy, here.x, index, grid.block, dtype), dtype)
 
 
-def check_op(case: Case) -> None:
+def check_op(case: Case, device: str = "cpu") -> None:
     """Raise AssertionError unless ``sparsekern.ops.linear`` and its backward give what the oracle says."""
-    x, values = case.x.detach().requires_grad_(), case.values.detach().requires_grad_()
-    bias = None if case.bias is None else case.bias.detach().requires_grad_()
-    y = linear(x, values, bias, case.index, case.grid)
+    here = case.on(device)
+    x, values = here.x.detach().requires_grad_(), here.values.detach().requires_grad_()
+    bias = None if here.bias is None else here.bias.detach().requires_grad_()
+    y = linear(x, values, bias, here.index, case.grid)
     check_y(case, y.detach())
-    y.backward(case.dy)
+    y.backward(here.dy)
     assert x.grad is not None and values.grad is not None
     check_dx(case, x.grad)
     check_dvalues(case, values.grad, values.dtype)
@@ -175,6 +188,17 @@ def check_op(case: Case) -> None:
         dy = case.dy.to(F64)
         tokens = torch.tensor(float(dy.shape[0]))
         assert_within("dbias", bias.grad, dy.sum(0), case.dy.sum(0), dy.abs().sum(0), tokens, bias.dtype)
+
+
+# Layouts.
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """Return the tensor on a device with its strides and its offset, beside the rest of its storage."""
+    if tensor.device == torch.device(device):
+        return tensor
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    return storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 # Random cases.

@@ -26,6 +26,8 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int,
         return f"it has no kernels for {op}"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"the tensors are on {device.type}; it needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests)"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
     if dtype not in DTYPES:
         return f"the dtype is {dtype}; it has {', '.join(str(d) for d in DTYPES)}"
     if block[0] not in SIDES or block[1] not in SIDES:

@@ -152,15 +152,17 @@ def outer_blocks(
         parts = out if splits == 1 else torch.empty(splits, slots, bo, bi, dtype=torch.float32, device=x.device)
         outer_kernel[(groups, splits, pieces)](
             dy, x, *lists, parts,
-            tokens, per_split, rows, slots, (rows + 1).bit_length(),
+            tokens, per_split, rows, slots, (rows + 1).bit_length(), in_features, out_features,
             x.shape[1] // align, dy.shape[1] // align, x.stride(0) // align, dy.stride(0) // align,
             ALIGN=align, BO=bo, BI=bi, TILE_IN=config.tile_in, TILE_T=config.tile_t,
-            EDGE_IN=in_features % bi != 0, EDGE_OUT=out_features % bo != 0,
+            EDGE_T=tokens % config.tile_t != 0, EDGE_IN=in_features % bi != 0, EDGE_OUT=out_features % bo != 0,
             NORMS=norms and splits == 1, PRECISION=precision,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if splits > 1:
-            sum_splits_kernel[(slots,)](parts, out, slots, splits, SIZE=bo * bi, NORMS=norms, num_warps=4)
+            sum_splits_kernel[(slots,)](
+                parts, out, slots, splits, SIZE=bo * bi, NORMS=norms, num_warps=4 if bo * bi < 2**13 else 8
+            )
 
     with on_device_of(x):
         launch(tables.choose(problem(kernel, arch(x.device), x.dtype, precision, block, tokens, slots, rows), launch))

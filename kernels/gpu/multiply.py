@@ -71,8 +71,8 @@ def multiply_kernel(
     t = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
     k, n = tl.arange(0, TILE_K), tl.arange(0, OUT)
     in_features = in_units * ALIGN
-    x_rows = x_ptr + t[:, None] * (stride_units * ALIGN)
-    t_mask = t[:, None] < T
+    # Behind the last token the last one is read again, and not written: a mask costs two instructions a copy.
+    x_rows = x_ptr + tl.minimum(t, T - 1)[:, None] * (stride_units * ALIGN)
     acc = tl.zeros((TILE_T, OUT), tl.float32)
 
     if IN < TILE_K:
@@ -82,8 +82,8 @@ def multiply_kernel(
             columns = tl.max_contiguous(tl.multiple_of(column + k % IN, IN), IN)
             offsets = offset + k % IN * STRIDE_K
             offsets = tl.max_contiguous(tl.multiple_of(offsets, IN), IN) if STRIDE_K == 1 else offsets
-            x_mask = (t_mask & (columns < in_features)[None, :]) if EDGE_IN else t_mask
-            x = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0)
+            x_mask = (columns < in_features)[None, :] if EDGE_IN else None
+            x = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0 if EDGE_IN else None)
             in_row = i + k // IN < stop
             w = tl.load(values_ptr + (offsets[:, None] + n[None, :] * STRIDE_N), mask=in_row[:, None], other=0.0)
             ahead = tl.minimum(i + BLOCKS + k // IN, last)
@@ -93,8 +93,8 @@ def multiply_kernel(
         PARTS: tl.constexpr = IN // TILE_K
         column, offset = place_of_entry(other_ptr, slot_ptr, start, IN, IN * OUT)
         for i in range(0, (stop - start) * PARTS):
-            x_mask = (t_mask & (column + k < in_features)[None, :]) if EDGE_IN else t_mask
-            x = tl.load(x_rows + (column + k)[None, :], mask=x_mask, other=0.0)
+            x_mask = (column + k < in_features)[None, :] if EDGE_IN else None
+            x = tl.load(x_rows + (column + k)[None, :], mask=x_mask, other=0.0 if EDGE_IN else None)
             w = tl.load(values_ptr + offset + (k[:, None] * STRIDE_K + n[None, :] * STRIDE_N))
             ahead = tl.minimum(start + (i + 1) // PARTS, last)
             part = (i + 1) % PARTS * TILE_K

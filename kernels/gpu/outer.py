@@ -12,8 +12,8 @@ the same bits every time.
 
 Programs find their block row by themselves. Row r gets ``row_ptr[r + 1] // BLOCKS - row_ptr[r] // BLOCKS + 1``
 programs, at least as many as it has groups of BLOCKS blocks, so its first one is ``row_ptr[r] // BLOCKS + r``: nothing
-is built or read on the host when blocks move. The rest leave at once, but for those behind the last row, which write the
-zeros of the free slots.
+is built or read on the host when blocks move. The rest leave at once, but for those behind the last row, which write
+the zeros of the free slots.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["T", "tokens_per_split", "rows", "slots", "search_steps"])
 def outer_kernel(
     dy_ptr, x_ptr, row_ptr_ptr, column_ptr, slot_ptr, out_ptr,
-    T, tokens_per_split, rows, slots, search_steps, in_units, out_units, x_stride_units, dy_stride_units,
+    T, tokens_per_split, rows, slots, search_steps, in_features, out_features,
+    in_units, out_units, x_stride_units, dy_stride_units,
     ALIGN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, TILE_IN: tl.constexpr, TILE_T: tl.constexpr,
-    EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, NORMS: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE_T: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr,
+    NORMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write a group of blocks (their norms if NORMS) of one split of the tokens."""
     BLOCKS: tl.constexpr = TILE_IN // BI if TILE_IN > BI else 1
@@ -48,19 +50,22 @@ def outer_kernel(
     column = tl.load(column_ptr + entry) * BI + g % BI
     column = tl.max_contiguous(tl.multiple_of(column, BI if BI < TILE_IN else TILE_IN), BI if BI < TILE_IN else TILE_IN)
     feature = row * BO + n
-    in_features, out_features = in_units * ALIGN, out_units * ALIGN
+    in_width, out_width = in_units * ALIGN, out_units * ALIGN  # of the rows, which may be filled up with zeros
     x_stride, dy_stride = x_stride_units * ALIGN, dy_stride_units * ALIGN
 
     begin = split * tokens_per_split
     count = tl.minimum(tokens_per_split, T - begin)
     count = tl.where((first < stop) & (row < rows), count, 0)  # else there is nothing to add up
-    x_ptrs = x_ptr + begin.to(tl.int64) * x_stride + column[:, None] + t[None, :] * x_stride
-    dy_ptrs = dy_ptr + begin.to(tl.int64) * dy_stride + t[:, None] * dy_stride + feature[None, :]
+    token = begin.to(tl.int64) + t  # rows may lie far apart: the last tokens of long sequences
+    x_ptrs = x_ptr + column[:, None] + token[None, :] * x_stride
+    dy_ptrs = dy_ptr + token[:, None] * dy_stride + feature[None, :]
     acc = tl.zeros((TILE_IN, BO), tl.float32)
     for i in range(0, count, TILE_T):
         ahead = tl.cast(i, tl.int64)
-        x_mask = (t < count - i)[None, :] & (column < in_features)[:, None] if EDGE_IN else (t < count - i)[None, :]
-        dy_mask = (t < count - i)[:, None] & (feature < out_features)[None, :] if EDGE_OUT else (t < count - i)[:, None]
+        # A mask that is not needed costs two instructions a copy.
+        here = t < (count - i if EDGE_T else TILE_T)
+        x_mask = here[None, :] & (column < in_width)[:, None] if EDGE_IN else here[None, :]
+        dy_mask = here[:, None] & (feature < out_width)[None, :] if EDGE_OUT else here[:, None]
         x = tl.load(x_ptrs + ahead * x_stride, mask=x_mask, other=0.0)
         dy = tl.load(dy_ptrs + ahead * dy_stride, mask=dy_mask, other=0.0)
         acc = tl.dot(x, dy, acc, input_precision=PRECISION)

@@ -1,19 +1,28 @@
 """Configurations worth trying, best guess first: what runs where nothing was measured.
 
 The guess is a roofline a stored FLOP: gathering from the L2 cache, the tensor cores, and issuing instructions,
-whichever is slowest; less when the buffers are too few to hide the latency of the memory. Its device constants
-(``configs/devices.json``) are data sheets and estimates, so it orders configurations and predicts no times.
+whichever is slowest; or the latency of a program that starts, loads and stores, shared by those that a multiprocessor
+holds. Rows have few blocks, so a program takes few turns, and the second counts: two programs side by side are worth
+more than one large tile. The device constants (``configs/devices.json``) are data sheets and estimates, so it orders
+configurations and predicts no times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from sparsekern.kernels.gpu.config import Config, FewTokens, Multiply, Outer, Problem, Supertile, package_data
 
 LATENCY = 0.8e-6
 """Seconds from asking the L2 cache to having the answer in shared memory, under load."""
+
+NEAR = 1.125
+"""Costs that differ by less are the same: the constants are no better. The smaller tile is the safer guess then."""
+
+STAGES = (4, 3, 5)
+"""Buffers of a pipeline, in the order of preference where the cost is the same."""
 
 MOST = 8
 """Configurations that a tuner tries for a problem."""
@@ -31,8 +40,14 @@ def device(arch: str) -> dict[str, Any]:
 
 def candidates(problem: Problem) -> list[Config]:
     """Return at most :data:`MOST` configurations that fit the device, best guess first."""
-    fitting = [c for c in _all(problem) if fits(problem, c)]
-    return sorted(fitting, key=lambda c: cost(problem, c))[:MOST]
+    ranked = sorted((c for c in _all(problem) if fits(problem, c)), key=lambda c: cost(problem, c))
+    near = [c for c in ranked if cost(problem, c) <= NEAR * cost(problem, ranked[0])]
+    first = min(near, key=lambda c: tile(problem, c)[0] * tile(problem, c)[1])
+    ranked = [first, *(c for c in ranked if c != first)]
+    # A tuner learns more from another tile than from another number of stages: one of each shape, then the rest.
+    shapes = {replace(c, stages=0): c for c in reversed(ranked)}
+    distinct = [c for c in ranked if shapes[replace(c, stages=0)] is c][: MOST - 2]
+    return [*distinct, *(c for c in ranked if c not in distinct)][:MOST]
 
 
 def tile(problem: Problem, config: Config) -> tuple[int, int, int]:
@@ -46,17 +61,39 @@ def tile(problem: Problem, config: Config) -> tuple[int, int, int]:
     return config.tile_out, config.tile_in, config.tile_t
 
 
+def from_shared(problem: Problem, config: Config) -> bool:
+    """Return whether the tensor cores read both operands from shared memory: wgmma or tcgen05, not mma.sync."""
+    large = tile(problem, config)[0] >= 64 and config.warps % 4 == 0
+    return large and problem.dtype != "ieee" and bool(device(problem.arch)["from_shared"])
+
+
+def buffers(problem: Problem, config: Config) -> int:
+    """Return how many tiles of each operand Triton holds in shared memory for ``num_stages``.
+
+    mma.sync multiplies registers: the tile that is in use needs no buffer any more.
+    """
+    return config.stages if from_shared(problem, config) else config.stages - 1
+
+
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """Return the shared memory of a program: both operands of ``tl.dot``, once a stage."""
+    """Return the shared memory of a program: the buffers of both operands of ``tl.dot``."""
     m, n, k = tile(problem, config)
-    return (m + n) * k * problem.itemsize * config.stages
+    return (m + n) * k * problem.itemsize * buffers(problem, config)
 
 
 def fits(problem: Problem, config: Config) -> bool:
-    """Return whether the buffers fit the shared memory and the accumulator half of the registers."""
+    """Return whether the tile fits the block, the buffers the shared memory and the accumulator the registers.
+
+    An accumulator may have a quarter of them, half where the tensor cores read 2-byte operands from shared memory: the
+    rest is for addresses, and with mma.sync for the operands too.
+    """
     m, n, _ = tile(problem, config)
+    if isinstance(config, FewTokens) and problem.kept % config.tile_n:
+        return False
+    if isinstance(config, Supertile) and (config.tile_out % problem.bo or config.tile_in % problem.bi):
+        return False
     enough = shared_bytes(problem, config) + 1024 <= device(problem.arch)["shared_kib"] * 1024
-    limit = 64 if problem.dtype == "ieee" else 128  # without tensor cores the operands sit in registers too
+    limit = 128 if from_shared(problem, config) and problem.itemsize == 2 else 64
     return enough and m * n <= limit * 32 * config.warps
 
 
@@ -67,24 +104,37 @@ def cost(problem: Problem, config: Config) -> float:
     bytes_moved = (m + n) * k * problem.itemsize
     kind = problem.dtype if problem.dtype == "ieee" else "tf32" if problem.dtype == "fp32" else "half"
     threads = 32 * config.warps
-    registers = (m * n // threads + 64) * threads
-    resident = min((d["shared_kib"] + 1) * 1024 // shared_bytes(problem, config), 65536 // registers, 4)
-    in_flight = max(1, resident) * (config.stages - 1) * bytes_moved
-    needed = d["l2_tb_s"] * 1e12 / d["sms"] * LATENCY
-    gather = bytes_moved / (d["l2_tb_s"] * 1e12 / d["sms"]) / min(1.0, in_flight / needed)
+    gather = bytes_moved / (d["l2_tb_s"] * 1e12 / d["sms"])
     tensor = flops / (d["tflops"][kind] * 1e12 / d["sms"])
-    # Counted in compiled loops (bench/gpu_code.py): some 60 instructions a turn and warp, and 3 a 16-byte copy.
+    # Counted in compiled loops (bench/gpu_code.py): some 65 instructions a turn and warp, and 3 a 16-byte copy. The
+    # copy engine needs no addresses, but barriers.
     copies = bytes_moved / 16 / threads
-    per_warp = (40 if isinstance(config, Multiply) and config.tma else 60 + 3 * copies) + m * n * k / 2**17
+    per_warp = (103 if isinstance(config, Multiply) and config.tma else 65 + 3 * copies) + m * n * k / 2**17
     issue = per_warp * config.warps / 4 / (d["clock_ghz"] * 1e9)
-    useful = 1.0
-    if isinstance(config, Multiply):
-        tokens = 2**problem.log2_tokens
-        useful = min(1.0, tokens / config.tile_t)
-        blocks = 2**problem.log2_blocks * problem.summed / config.tile_k
-        useful *= blocks / (blocks + 0.5)  # the last tile of K of a row is half empty
-    seconds: float = (max(gather, tensor, issue) + 0.1 * (gather + tensor + issue)) / flops / useful
+    busy = max(gather, tensor, issue) + 0.1 * (gather + tensor + issue)
+
+    turns, useful = _turns(problem, config)
+    registers = (m * n // threads + (64 if from_shared(problem, config) else 104)) * threads
+    shared = shared_bytes(problem, config) + 1024
+    resident = max(1, min((d["shared_kib"] + 1) * 1024 // shared, 65536 // registers, 4))
+    if isinstance(config, FewTokens):
+        resident = min(resident, 32 // config.tile_n)  # decoding has few programs, and half as many of twice the height
+    alone = 2 * LATENCY + turns * max(busy, LATENCY / (config.stages - 1))
+    seconds: float = max(turns * busy, alone / resident) / (turns * flops * useful)
     return seconds
+
+
+def _turns(problem: Problem, config: Config) -> tuple[float, float]:
+    """Return how many turns the loop of a program makes, and which part of its products is asked for."""
+    tokens, blocks = 2**problem.log2_tokens, 2**problem.log2_blocks
+    if isinstance(config, (Multiply, FewTokens)):
+        full = blocks * problem.summed / config.tile_k
+        used = min(1.0, tokens / config.tile_t) if isinstance(config, Multiply) else 1.0
+        return full + 0.5, used * full / (full + 0.5)  # the last tile of K of a row is half empty
+    turns = max(1.0, tokens / config.tile_t)
+    if isinstance(config, Supertile):
+        return turns, 1.0
+    return turns, blocks / (blocks + max(0.0, config.tile_in / problem.bi - 1) / 2)  # and so is the last group
 
 
 def _all(problem: Problem) -> Iterator[Config]:
@@ -107,21 +157,27 @@ def _multiply(problem: Problem, wide: int) -> Iterator[Config]:
     for tile_t in (32, 64, 128, 256):
         for tile_k in (wide, 2 * wide):
             for warps in (4, 8):
-                for stages in (3, 4, 5):
+                if problem.dtype == "ieee" and (tile_t, warps) != ((64, 8) if problem.kept == 128 else (32, 4)):
+                    continue  # without tensor cores the operands sit in registers too: others spill somewhere
+                for stages in STAGES:
                     yield Multiply(tile_t, tile_k, 8, warps, stages)
                     if tma and tile_k <= problem.summed:
                         yield Multiply(tile_t, tile_k, 8, warps, stages, tma=True)
 
 
 def _outer(problem: Problem, wide: int) -> Iterator[Config]:
-    # float32 on Hopper: wgmma reads tf32 along K only, a transposition in 4-byte copies; 32 rows take mma.sync instead.
-    narrow = problem.dtype in ("fp32", "ieee") and problem.kernel == "dvalues"
-    for tile_in in (32,) if narrow else (64, 128):
-        if problem.kernel == "block_norms" and tile_in < problem.bi:
-            continue  # a norm needs the whole block
-        for warps in (4, 8):
-            for stages in (3, 4, 5):
-                yield Outer(tile_in, wide, warps, stages)
+    # Tokens are K here, and tf32 of wgmma and tcgen05 lies along K only: a transposition, in 4-byte copies. Programs of
+    # 2 warps and tiles of 32 rows take mma.sync instead. A norm needs the whole block in one program.
+    norm = problem.kernel == "block_norms"
+    along_k = problem.dtype == "fp32" and device(problem.arch)["from_shared"]
+    shapes: tuple[tuple[int, int], ...]
+    if along_k and not (norm and problem.bo * problem.bi > 64 * 64):
+        shapes = ((32, 4), (64, 2), (128, 2)) if norm and problem.bi == 128 else ((32, 4), (64, 2))
+    else:
+        shapes = ((64, 4), (64, 8), (128, 4), (128, 8))
+    for tile_in, warps in shapes:
+        if tile_in >= problem.bi or not norm:
+            yield from (Outer(tile_in, wide, warps, stages) for stages in STAGES)
 
 
 def _supertile(problem: Problem, wide: int) -> Iterator[Config]:
@@ -129,4 +185,4 @@ def _supertile(problem: Problem, wide: int) -> Iterator[Config]:
         for tile_in in (64, 128):
             if tile_out >= problem.bo and tile_in >= problem.bi:
                 for warps in (4, 8):
-                    yield from (Supertile(tile_out, tile_in, wide, warps, stages) for stages in (3, 4))
+                    yield from (Supertile(tile_out, tile_in, wide, warps, stages) for stages in STAGES)

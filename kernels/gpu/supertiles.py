@@ -26,8 +26,8 @@ def supertile_kernel(
     t = tl.arange(0, TILE_T)
     o_mask, i_mask = (o < out_units * ALIGN)[:, None], (i < in_units * ALIGN)[None, :]
     dy_stride, x_stride = dy_stride_units * ALIGN, x_stride_units * ALIGN
-    dy_ptrs = dy_ptr + o[:, None] + t[None, :] * dy_stride
-    x_ptrs = x_ptr + t[:, None] * x_stride + i[None, :]
+    dy_ptrs = dy_ptr + o[:, None] + t.to(tl.int64)[None, :] * dy_stride
+    x_ptrs = x_ptr + t.to(tl.int64)[:, None] * x_stride + i[None, :]
 
     acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
     for begin in range(0, T, TILE_T):

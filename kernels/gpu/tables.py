@@ -2,7 +2,8 @@
 
 ``SPARSEKERN_AUTOTUNE`` says how:
 
-    offline   (default) the tables: the user's own first, then those of the package. Nothing is measured.
+    offline   (default) the tables: the user's own first, then those of the package; the nearest entry, if there is
+              none for just these magnitudes. Nothing is measured.
     0         the roofline only: the same choice everywhere, whatever was measured.
     1         as offline, and what is in no table is measured at its first call and added to the user's table.
 
@@ -24,6 +25,9 @@ from sparsekern.kernels.gpu import roofline, tune
 from sparsekern.kernels.gpu.config import KINDS, Config, Problem, package_data
 
 MODES = ("offline", "0", "1")
+
+_NEAR = sorted((abs(t) + abs(n), t, n) for t in range(-3, 4) for n in range(-3, 4))
+"""How far, in powers of two: distance, tokens, blocks. Farther than that the roofline knows better."""
 
 _chosen: dict[Problem, Config] = {}
 _log = logging.getLogger("sparsekern")
@@ -62,15 +66,21 @@ def cache_folder() -> Path:
 
 
 def read(problem: Problem) -> Config | None:
-    """Return the measured configuration, or None."""
+    """Return the configuration measured for a problem, or None."""
     for table in (_user_table(problem.arch), package_data(f"{problem.arch}.json")):
-        fields = (table or {}).get("configs", {}).get(problem.key)
-        if fields is not None:
-            try:
-                config: Config = KINDS[problem.kernel](**fields)
-            except TypeError:  # written by another version
-                continue
-            if roofline.fits(problem, config):
+        config = _entry(table, problem, problem)
+        if config is not None:
+            return config
+    return None
+
+
+def read_near(problem: Problem) -> Config | None:
+    """Return the configuration measured for the nearest magnitudes of tokens and blocks, or None."""
+    for table in (_user_table(problem.arch), package_data(f"{problem.arch}.json")):
+        for _, tokens, blocks in _NEAR:
+            near = problem._replace(log2_tokens=problem.log2_tokens + tokens, log2_blocks=problem.log2_blocks + blocks)
+            config = _entry(table, near, problem)
+            if config is not None:
                 return config
     return None
 
@@ -97,8 +107,21 @@ def _choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
             return roofline.candidates(problem)[0]  # not remembered: the next call may be able to
         config = tune.fastest(roofline.candidates(problem), launch)
         write(problem, config)
+    if config is None and asked != "0":
+        config = read_near(problem)
     _chosen[problem] = config or roofline.candidates(problem)[0]
     return _chosen[problem]
+
+
+def _entry(table: dict[str, Any] | None, entry: Problem, problem: Problem) -> Config | None:
+    fields = (table or {}).get("configs", {}).get(entry.key)
+    if fields is None:
+        return None
+    try:
+        config: Config = KINDS[problem.kernel](**fields)
+    except TypeError:  # written by another version
+        return None
+    return config if roofline.fits(problem, config) else None
 
 
 def _user_table(arch: str) -> dict[str, Any] | None:

@@ -51,6 +51,8 @@ def fastest(
         except Exception as error:  # out of shared memory or registers, or a compiler's defect: the next one may do
             _log.info("%s does not run: %s", config, error)
             failures.append(error)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # raises if the error took the device with it: nothing measured so far counts
             continue
         if time < best_time:
             best, best_time = config, time

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsekern.kernels import cpu, eager
+from sparsekern.kernels import cpu, eager, gpu
 
 import sparsekern as sk
 from sparsekern.ops import backends
+from tests.device import DEVICE, INTERPRETED
+from tests.gpu_checks import corners
+from tests.oracle import check_op
 
 
 class Picky:
@@ -137,3 +140,72 @@ def test_an_unknown_name():
     with pytest.raises(ValueError, match="backend is 'cuda'; it must be one of auto, gpu, cpu, eager"):
         sk.backend("cuda")
     assert sk.ops.requested_backend() == "auto"
+
+
+# The gpu backend, asked for by name.
+
+
+@pytest.mark.usefixtures("guarded_memory", "no_tables")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 5, 37])
+def test_gpu_by_name_runs_the_op_and_its_backward(tokens, dtype):
+    with sk.backend("gpu"):
+        check_op(corners((16, 32), tokens=tokens, dtype=dtype, dy_layout="one row expanded"), DEVICE)
+
+
+@pytest.mark.usefixtures("guarded_memory", "no_tables")
+def test_a_training_step_on_gpu_is_that_on_eager(generator):
+    """The same to the tolerance of float32, in weight, bias and output."""
+    x = torch.randn(3, 20, 40, generator=generator).to(DEVICE)
+    seen = []
+    for name in ("gpu", "eager"):
+        torch.manual_seed(0)
+        layer = sk.SparseLinear(40, 50, block_size=16, sparsity=0.5).to(DEVICE)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        with sk.backend(name):
+            layer(x).square().mean().backward()
+            optimizer.step()
+            seen.append([layer(x).detach(), *(p.detach().clone() for p in layer.parameters())])
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="with a GPU, auto takes it")
+def test_auto_never_takes_the_interpreter(monkeypatch):
+    def fail(*args):
+        raise AssertionError("the gpu backend was called")
+
+    monkeypatch.setattr(gpu, "fwd", fail)
+    x = torch.ones(2, 16)
+
+    assert backends.supports("gpu", "linear", x.device, x.dtype, (16, 16))
+    assert backends.resolve("auto", "linear", x, (16, 16)) != "gpu"
+    sk.SparseLinear(16, 16, block_size=16, sparsity=0)(x)
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "reason"),
+    [(16, torch.float64, "the dtype is torch.float64"), (1, torch.float32, "blocks are 1x1")],
+)
+def test_gpu_by_name_says_why_it_cannot(block, dtype, reason):
+    layer = sk.SparseLinear(16, 16, block_size=block, sparsity=0).to(DEVICE, dtype)
+
+    with sk.backend("gpu"), pytest.raises(NotImplementedError, match=f"backend 'gpu' cannot run linear: {reason}"):
+        layer(torch.ones(2, 16, device=DEVICE, dtype=dtype))
+
+
+def test_a_slower_backend_is_told_of_once(monkeypatch, caplog):
+    """On a GPU, for each reason. Blocks of 24 are asked for three times, of 1 once."""
+    backends._say_once.cache_clear()
+    monkeypatch.setattr(gpu, "_why_not_here", lambda device: None)
+    cuda = torch.device("cuda", 0)
+
+    for block in ((24, 24), (24, 24), (1, 1), (24, 24)):
+        assert backends._fastest("linear", cuda, torch.float16, block) == "eager"
+    assert backends._fastest("linear", cuda, torch.float16, (16, 16)) == "gpu"
+
+    assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING"]
+    assert caplog.messages[0] == (
+        "the slower backend runs linear, because 'gpu' cannot: blocks are 24x24; it has sides 16, 32, 64, 128"
+    )
+    backends._say_once.cache_clear()

@@ -1,0 +1,65 @@
+"""The rows of the table of :mod:`bench.gpu_code`: which kernels are compiled, and for what."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from sparsekern.kernels.gpu import roofline
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+SQUARES = ((16, 16), (32, 32), (64, 64), (128, 128))
+RECTANGLES = ((16, 64), (64, 16), (32, 128), (128, 32))
+DTYPES = ("bf16", "fp16", "fp32", "ieee")
+MATRIX = ("fwd", "dx", "dvalues", "few_fwd", "few_dx", "block_norms", "all_block_norms")
+
+
+class Case(NamedTuple):
+    """A row of the table: which kernel is compiled for what."""
+
+    arch: str
+    kernel: str
+    """A kernel of :data:`MATRIX`, ``fwd_tma``, ``dx_tma``, ``sum_splits`` or ``projection``."""
+    dtype: str
+    """``bf16`` | ``fp16`` | ``fp32`` (tf32) | ``ieee`` (float32 without tensor cores)"""
+    bo: int
+    bi: int
+
+    @property
+    def key(self) -> str:
+        """The name of the row."""
+        return f"{self.arch} {self.kernel} {self.dtype} {self.bo}x{self.bi}"
+
+
+def cases(patterns: list[str]) -> list[Case]:
+    """Return the rows whose names match one of these, such as ``sm_90 fwd * 64x64``; all for none.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    every = list(_all())
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(case.key, pattern) for case in every):
+            raise ValueError(f"no row is called {pattern!r}; one is {every[0].key!r}")
+    return [case for case in every if not patterns or any(fnmatch.fnmatchcase(case.key, p) for p in patterns)]
+
+
+def sample() -> list[Case]:
+    """Return one row for each kernel, dtype and architecture; the blocks take turns."""
+    groups = [list(group) for _, group in groupby(_all(), key=lambda case: case[:3])]
+    return [group[number % min(4, len(group))] for number, group in enumerate(groups)]
+
+
+def _all() -> Iterator[Case]:
+    for arch in ARCHS:
+        for kernel in MATRIX:
+            for dtype in DTYPES:
+                if dtype != "ieee" or kernel in ("fwd", "dx", "dvalues"):
+                    yield from (Case(arch, kernel, dtype, *block) for block in (*SQUARES, *RECTANGLES))
+        for dtype in ("bf16", "fp16", "fp32"):
+            for kernel in ("fwd_tma", "dx_tma") if roofline.device(arch)["tma"] else ():
+                yield from (Case(arch, kernel, dtype, side, side) for side in (64, 128))
+            for kernel in ("sum_splits", "projection"):
+                yield from (Case(arch, kernel, dtype, *block) for block in SQUARES)

@@ -1,0 +1,112 @@
+"""What the package would launch on a GPU that is not here: its own functions are called, and nothing is launched.
+
+No signature is written down here. A function of ``sparsekern.kernels.gpu`` gets CPU tensors of a real size (their
+memory is never touched), and Triton gets every launch with its true arguments, but as a warm-up for the asked
+architecture: it specialises, compiles and stops there. So what is compiled is what a user's call would run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from sparsekern.kernels.contract import PADDING, Index
+from sparsekern.kernels.gpu import linear, roofline, scores, tables
+from sparsekern.kernels.gpu.config import Config, Multiply, Problem
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bench.code.cases import Case
+
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "ieee": torch.float32}
+
+TOKENS, FEW, FEATURES, DENSITY = 8192, 8, 4096, 0.1
+"""The call: a layer of 4096 x 4096 with a tenth of its blocks stored, in training and in decoding."""
+
+
+def compiled(case: Case) -> tuple[Any, dict[str, Any], bool]:
+    """Return what Triton compiled for a row, the configuration, and whether that is the default of such a call."""
+    chosen: list[tuple[Config, bool]] = []
+
+    def choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
+        best = wanted = roofline.candidates(problem)[0]
+        if isinstance(best, Multiply):  # without TMA: what is launched when rows are not as the copy engine wants them
+            wanted = replace(best, tma=case.kernel.endswith("_tma"))
+        chosen.append((wanted, wanted == best))
+        return wanted
+
+    name = {"sum_splits": "sum_splits_kernel", "projection": "projection_kernel"}.get(case.kernel)
+    with _warm_ups_for(case.arch) as launched, patch.object(tables, "choose", choose):
+        _call(case)
+    kernel = next(k for function, k in launched if name in (None, function))
+    return kernel, asdict(chosen[0][0]) if name is None else {}, chosen[0][1] if name is None else True
+
+
+def _call(case: Case) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if case.dtype == "ieee" else "tf32"
+    dtype, block = TORCH[case.dtype], (case.bo, case.bi)
+    few = case.kernel.startswith("few")
+    features = FEATURES // 16 if case.kernel in ("sum_splits", "projection") else FEATURES  # so few that it splits
+    slots = int(features * features * DENSITY) // (case.bo * case.bi) + 1
+    x = torch.empty(FEW if few else TOKENS, features, dtype=dtype)
+    values = torch.empty(slots, *block, dtype=dtype)
+    index = _index(features // case.bo, features // case.bi, slots)
+    operation = case.kernel.removeprefix("few_").removesuffix("_tma")
+    if operation == "fwd":
+        linear.fwd(x, values, torch.empty(features, dtype=dtype), index, features)
+    elif operation == "dx":
+        linear.dx(x, values, index, features)
+    elif operation in ("dvalues", "sum_splits"):
+        linear.dvalues(x, x, index, block, dtype)
+    elif operation == "block_norms":
+        scores.block_norms(x, x, index.row_col[:slots], index.row_col[:slots], block)
+    elif operation == "all_block_norms":
+        scores.all_block_norms(x, x, block)
+    else:
+        directions = torch.empty(2, features)
+        scores.sketch(x[:64], x[:64], directions, directions, block)
+
+
+def _index(rows: int, cols: int, slots: int) -> Index:
+    """Return an index of the right shapes: only a running kernel would read what is in it."""
+    lengths = (rows + 1, slots + PADDING, slots + PADDING, cols + 1, slots + PADDING, slots + PADDING)
+    return Index(*(torch.zeros(length, dtype=torch.int32) for length in lengths))
+
+
+class _Architecture:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, arch: str) -> None:
+        self.capability = int(arch.removeprefix("sm_"))
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextmanager
+def _warm_ups_for(arch: str) -> Iterator[list[tuple[str, Any]]]:
+    """Turn launches into compilations for an architecture; yield the list of ``(function, compiled kernel)``."""
+    launched: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append((self.__name__, run(self, *args, **kwargs | {"warmup": True})))
+
+    driver.set_active(_Architecture(arch))
+    with (
+        patch.object(JITFunction, "run", warm_up),
+        patch.object(linear, "arch", lambda device: arch),
+        patch.object(scores, "arch", lambda device: arch),
+    ):
+        yield launched

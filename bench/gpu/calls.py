@@ -1,0 +1,80 @@
+"""The calls that are worth tuning, and doing one of them with a given configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from sparsekern.kernels.gpu import tables
+from sparsekern.kernels.gpu.config import Config, Problem, problem
+from sparsekern.kernels.gpu.launch import arch, dot_precision
+
+from bench.gpu.contestants import sparsekern_gpu
+from bench.gpu.goals import AROUND_BREAK_EVEN
+from bench.gpu.scene import DTYPES, Case, Scene
+from sparsekern.topology import blocks_at
+
+ORDER = (128, 64, 32, 16)
+Launch = Callable[[Config], object]
+
+
+def calls(rehearsal: bool) -> list[Case]:
+    """Return one call a problem, most valuable first: what the race times first is tuned first."""
+    if rehearsal:
+        return [
+            Case("fwd", "fp16", 64, 64, 128, 16, 0.5),
+            Case("dx", "fp16", 64, 64, 128, 32, 0.5),
+            Case("dvalues", "fp32", 64, 64, 128, 16, 0.5),
+            Case("fwd", "fp32", 16, 64, 128, 16, 0.5),
+        ]
+    return [
+        *_calls("bf16", 8192, (0.9, 0.95)),
+        *(c for b, around in AROUND_BREAK_EVEN.items() for c in _calls("bf16", 8192, around, blocks=(b,))),
+        *_calls("bf16", 16, (0.9, 0.95), ("fwd", "dx")),
+        *_calls("bf16", 2048, (0.9, 0.95)),
+        *_calls("bf16", 32768, (0.9, 0.95)),
+        *_calls("fp32", 8192, (0.9, 0.95)),
+        *_calls("bf16", 8192, (0.5, 0.7, 0.8, 0.99)),
+        *_calls("bf16", 16, (0.5, 0.75), ("fwd", "dx")),
+    ]
+
+
+def _calls(
+    dtype: str,
+    tokens: int,
+    sparsities: tuple[float, ...],
+    ops: tuple[str, ...] = ("fwd", "dx", "dvalues"),
+    blocks: tuple[int, ...] = ORDER,
+) -> Iterator[Case]:
+    for sparsity in sparsities:
+        for block in blocks:
+            yield from (Case(op, dtype, tokens, 4096, 4096, block, sparsity) for op in ops)
+
+
+def problem_of(case: Case, device: torch.device, few_tokens: int) -> Problem:
+    """Return what a call's configuration is chosen by; ``few_tokens`` is where the decoding kernels end."""
+    cols, rows = case.in_features // case.block, case.out_features // case.block
+    kernel = f"few_{case.op}" if case.op != "dvalues" and case.tokens <= few_tokens else case.op
+    slots = max(1, blocks_at(case.sparsity, rows * cols))
+    dtype = DTYPES[case.dtype]
+    majors = cols if case.op == "dx" else rows
+    block = (case.block, case.block)
+    return problem(kernel, arch(device), dtype, dot_precision(dtype), block, case.tokens, slots, majors)
+
+
+@contextmanager
+def choosing(choose: Callable[[Problem, Launch], Config]) -> Iterator[None]:
+    """Let ``choose`` decide on configurations instead of the tables."""
+    before = tables.choose
+    tables.choose = choose
+    try:
+        yield
+    finally:
+        tables.choose = before
+
+
+def call_with(scene: Scene, op: str, config: Config) -> object:
+    """Do one call with a configuration and return what it gave."""
+    with choosing(lambda which, launch: config):
+        return sparsekern_gpu(scene, op).run()

@@ -1,0 +1,42 @@
+"""A pytest plugin: writes one JSON line a test as soon as it has run, and leaves out what has passed before.
+
+A report that is written at the end is lost when the time is over. The file is named by ``RECORD_TESTS``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bench.gpu.results import read_rows
+
+FILE = "RECORD_TESTS"
+_seconds: dict[str, float] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that have passed, in every worker alike."""
+    passed = {row["key"] for row in read_rows(Path(os.environ[FILE])) if row.get("outcome") == "passed"}
+    again = [item for item in items if item.nodeid not in passed]
+    if len(again) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+        items[:] = again
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write the row of a test that is over; with several workers only the process that collects reports writes."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    _seconds[report.nodeid] = _seconds.get(report.nodeid, 0.0) + report.duration
+    # A test is one call; what fails or is skipped before or behind it has no passing call to report.
+    if report.when == "call" or not report.passed:
+        row = {"key": report.nodeid, "outcome": report.outcome, "seconds": round(_seconds[report.nodeid], 3)}
+        if report.outcome == "failed":
+            row["error"] = str(report.longrepr)[-2000:]
+        if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+            row["reason"] = str(report.longrepr[2])[:200]
+        with open(os.environ[FILE], "a") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,135 @@
+"""Where measurements are kept: one JSON line each, written as soon as it is known.
+
+Whatever stops a part keeps what it had measured, and the next run goes on behind it. A line tells with what it was
+measured (device, versions, commit, date), so that files can be put together and still be read.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+Row = dict[str, Any]
+
+TRIES = 2
+"""How often a measurement may be begun and not come back (a hang, a crash) before it is given up."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file; none if there is no file, and without a line that was cut off when it was written."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a whole JSON file: it is there complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+
+
+def circumstances(part: str, rehearsal: bool) -> Row:
+    """Return what every row says beside its figure."""
+    import torch  # here, because the plugin of the tests needs this file and not torch
+
+    try:
+        from importlib.metadata import version
+
+        triton = version("triton")
+    except ImportError:
+        triton = "none"
+    device = "cpu (Triton interpreter)" if rehearsal else torch.cuda.get_device_name()
+    return {
+        "part": part,
+        "rehearsal": rehearsal,
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str:
+    """Return the commit of the checkout, with a mark if files differ from it; ``unknown`` where git does not say."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "--short", "HEAD").strip() + (
+            "+changes" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
+
+
+class Results:
+    """The file of one part.
+
+    Args:
+        path: a ``.jsonl`` file; what is in it already counts as measured.
+        common: added to every row.
+        force: begin anew.
+    """
+
+    def __init__(self, path: Path, common: Row, force: bool = False) -> None:
+        self.path, self.common = path, common
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if force:
+            path.unlink(missing_ok=True)
+        kept = read_rows(path)
+        self.begun = Counter(row["key"] for row in kept if row.get("begun"))
+        self.rows = [row for row in kept if not row.get("begun") and not row.get("done")]
+        torn = path.is_file() and not path.read_text().endswith("\n")
+        self._file = path.open("a")
+        if torn:
+            self._file.write("\n")
+
+    def add(self, *rows: Row) -> None:
+        """Append rows, all of them at once."""
+        full = [{**self.common, **row} for row in rows]
+        self.rows += full
+        self._write(full)
+
+    def begin(self, key: str) -> None:
+        """Note that something is being measured, so that one that hangs or crashes is not tried for ever."""
+        self.begun[key] += 1
+        self._write([{"key": key, "begun": True}])
+
+    def has(self, key: str) -> bool:
+        """Return whether a key needs no more measuring: it is measured, failed, or given up."""
+        if any(row.get("key") == key for row in self.rows):
+            return True
+        if self.begun[key] >= TRIES:
+            self.add({"key": key, "error": f"begun {self.begun[key]} times, and the process was stopped or died"})
+            return True
+        return False
+
+    def finish(self) -> None:
+        """Note that nothing is left to do."""
+        self._write([{**self.common, "done": True}])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, rows: list[Row]) -> None:
+        self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._file.flush()

@@ -1,0 +1,200 @@
+"""The short table that ends a run: what was measured, beside what was to be reached.
+
+It reads the files of a folder, whichever of them are there:  python -m bench.gpu.table --out FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.gpu.contestants import OURS
+from bench.gpu.goals import DEVICE, DTYPE, FEATURES, GOALS, TOKENS, break_even, verdict
+from bench.gpu.part import parser
+from bench.gpu.results import Row, read_rows
+from bench.gpu.run_tests import outcomes
+
+ORDER = (128, 64, 32, 16)
+NONE = "-"
+
+
+class Setting(NamedTuple):
+    """What a line of the table is about; the block is the column."""
+
+    op: str
+    dtype: str
+    tokens: int
+    in_features: int
+    out_features: int
+    draw: str = "random"
+
+
+HEADLINE = Setting("step", DTYPE, TOKENS, FEATURES, FEATURES)
+REHEARSED = Setting("step", "fp16", 64, 64, 128)
+
+
+class Race:
+    """The package's rows of the comparison, by what they are about."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.found: dict[tuple[object, ...], Row] = {}
+        for row in rows:
+            if row.get("contestant") == OURS and "ms" in row:
+                self.found[(*(row[field] for field in Setting._fields), row["block"], row["sparsity"])] = row
+
+    def row(self, setting: Setting, block: int, sparsity: float) -> Row | None:
+        """Return the package's row of a case."""
+        return self.found.get((*setting, block, sparsity))
+
+    def speedups(self, setting: Setting, block: int) -> dict[float, float]:
+        """Return the speed-up over the best dense peer by sparsity."""
+        found = {key[-1]: row["vs_dense"] for key, row in self.found.items() if key[:-1] == (*setting, block)}
+        return {sparsity: ratio for sparsity, ratio in found.items() if ratio}  # type: ignore[misc]
+
+
+def times(ratio: float | None) -> str:
+    """Return a speed-up as text."""
+    return NONE if ratio is None else f"{ratio:.2f}x"
+
+
+def lines(folder: Path) -> Iterator[str]:
+    """Yield the table."""
+    files = {name: read_rows(folder / f"{name}.jsonl") for name in ("tests", "micro", "tune", "race")}
+    environment, sanitizer = (_json(folder / f"{name}.json") for name in ("environment", "sanitizer"))
+    everything = [row for rows in files.values() for row in rows] + [environment or {}]
+    rehearsal = any(row.get("rehearsal") for row in everything)
+    if rehearsal:
+        yield "*** REHEARSAL on the CPU, in Triton's interpreter, tiny sizes: THESE TIMES MEAN NOTHING ***"
+    yield _environment(environment)
+    yield f"{_tests(files['tests'])}; {_sanitizer(sanitizer, folder)}"
+    yield from _micro(files["micro"])
+    yield _tune(files["tune"])
+    yield from _race(Race(files["race"]), rehearsal, (environment or {}).get("device", ""))
+    yield from _failures(files)
+
+
+def _json(path: Path) -> Row | None:
+    try:
+        found: Row = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _environment(row: Row | None) -> str:
+    if row is None:
+        return "environment: not recorded"
+    smi = row.get("nvidia-smi")
+    driver = f", driver {smi.get('driver_version')}, {smi.get('clocks.max.sm')}" if isinstance(smi, dict) else ""
+    counted = f", {row['multiprocessors']} SMs" if "multiprocessors" in row else ""
+    return (
+        f"{row['device']}{counted}{driver}; torch {row['torch']}, triton {row['triton']}, python {row['python']}; "
+        f"commit {row['commit']}, {row['date'][:10]}"
+    )
+
+
+def _tests(rows: list[Row]) -> str:
+    last = outcomes(rows)
+    if not last:
+        return "tests: not run"
+    counts = [f"{sum(r['outcome'] == kind for r in last.values())} {kind}" for kind in ("passed", "failed", "skipped")]
+    return "tests: " + ", ".join(counts) + ("" if any(row.get("done") for row in rows) else " (NOT ALL OF THEM)")
+
+
+def _sanitizer(row: Row | None, folder: Path) -> str:
+    if row is None:
+        return "sanitizer: ERRORS FOUND" if (folder / "sanitizer-failed.json").exists() else "sanitizer: not run"
+    return f"sanitizer: {row['reason'] if row.get('reason') else str(row['errors']) + ' errors'}"
+
+
+def _micro(rows: list[Row]) -> Iterator[str]:
+    rates = {row["key"]: row.get("tb_s", row.get("tflops")) for row in rows if "tb_s" in row or "tflops" in row}
+
+    def of(prefix: str) -> str:
+        return ", ".join(f"{k.removeprefix(prefix).strip()} {v:.3g}" for k, v in rates.items() if k.startswith(prefix))
+
+    if not rates:
+        yield "micro: not measured"
+        return
+    held = ", ".join(f"{k[5:]} {v:.3g}" for k, v in rates.items() if k.startswith("dots N"))
+    yield f"copy {rates.get('copy', float('nan')):.3g} TB/s; cuBLAS TFLOP/s: {of('cublas') or NONE}"
+    yield f"L2 gather TB/s, by width of a block: {of('gather') or NONE}"
+    yield f"dots TFLOP/s: {held or NONE}; fed from L2: {of('dots fed') or NONE}"
+
+
+def _tune(rows: list[Row]) -> str:
+    problems = [row for row in rows if "chosen" in row]
+    if not problems:
+        return "tuning: nothing tuned; the guesses of the roofline are used"
+    first = " | 0"
+    guesses = {r["key"].removesuffix(first): r["ms"] for r in rows if r.get("key", "").endswith(first) and "ms" in r}
+    lost = [guesses[row["key"]] / row["ms"] for row in problems if row["key"] in guesses]
+    median = f", the first guess takes {statistics.median(lost):.2f}x of the fastest (median)" if lost else ""
+    return f"tuning: {len(problems)} problems{median}"
+
+
+def _race(race: Race, rehearsal: bool, device: str) -> Iterator[str]:
+    if not race.found:
+        yield "comparison: nothing measured"
+        return
+    head = REHEARSED if rehearsal else HEADLINE
+    columns = (0.5, 0.75) if rehearsal else (0.9, 0.95)
+    yield f"forward + backward, {_title(head)}, speed-up over cuBLAS (device | as Python sees it), goal must/aim:"
+    for block in ORDER:
+        goal = GOALS[block]
+        cells = []
+        for sparsity, (must, aim) in zip(columns, goal.speedup.values(), strict=True):
+            row = race.row(head, block, sparsity)
+            said = "not measured" if row is None or not row["vs_dense"] else verdict(row["vs_dense"], must, aim)
+            measured = f"{times(row and row['vs_dense'])} | {times(row and row['wall_vs_dense'])}"
+            cells.append(f"{sparsity:.0%} {measured} of {must:g}/{aim:g}: {said}")
+        even = break_even(race.speedups(head, block))
+        cells.append(
+            "break-even -" if even is None else f"break-even {even[1]} {even[0]:.0%} of <= {goal.break_even:.0%}"
+        )
+        rows = [race.row(head, block, sparsity) for sparsity in columns]
+        cells.append("vs other sparse " + ", ".join(times(row and row["vs_sparse"]) for row in rows))
+        yield f"  b{block:<3} " + "; ".join(cells)
+    if DEVICE not in device:
+        yield f"  (the goals are those of an {DEVICE})"
+    yield "others, by block " + ", ".join(map(str, ORDER)) + ": speed-up over cuBLAS (TFLOP/s on stored blocks)"
+    for setting in sorted({Setting(*key[:6]) for key in race.found} - {head}):  # type: ignore[arg-type]
+        measured = {float(str(key[-1])) for key in race.found if key[:6] == tuple(setting)}
+        sparsity = 0.9 if 0.9 in measured else max(measured)
+        found = [race.row(setting, block, sparsity) for block in ORDER]
+        if any(found):
+            cells = [NONE if row is None else f"{times(row['vs_dense'])} ({row['tflops']:.3g})" for row in found]
+            yield f"  {_title(setting)}, {setting.op}, {sparsity:.0%}: " + ", ".join(cells)
+
+
+def _title(setting: Setting) -> str:
+    drawn = "" if setting.draw == "random" else f" {setting.draw}"
+    return f"{setting.dtype} T={setting.tokens} K={setting.in_features} N={setting.out_features}{drawn}"
+
+
+def _failures(files: dict[str, list[Row]]) -> Iterator[str]:
+    for word in ("refused", "error"):
+        bad = [(part, row) for part, rows in files.items() for row in rows if word in row and part != "tests"]
+        if bad:
+            part, row = bad[0]
+            kind = "wrong answers, not timed" if word == "refused" else "that did not run"
+            yield f"{len(bad)} {kind}, such as {part} {row['key']}: {row[word][:110]}"
+
+
+def main() -> int:
+    """Print the table and keep it as ``table.txt``."""
+    given = parser(__doc__).parse_args()
+    text = "\n".join(lines(given.out))
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "table.txt").write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

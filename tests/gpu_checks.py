@@ -1,0 +1,201 @@
+"""Checks of the Triton kernels under a given configuration: for their own tests, and for the mutations of them.
+
+Small tiles are forced, so that a small layer has several of each kind and a tail of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from sparsekern.kernels import gpu
+from sparsekern.kernels.gpu import tables
+from sparsekern.kernels.gpu.config import KINDS, Config, FewTokens, Multiply, Outer, Problem, Supertile
+from torch import Tensor
+
+from sparsekern.topology import Topology, build_index
+from tests.device import DEVICE, huge
+from tests.oracle import Case, check_dvalues, check_dx, check_y, random_case, with_slots_reordered
+from tests.oracle_scores import all_cells, check_norms, check_sketch, signs
+
+NAN = float("nan")
+HOLES = ("......", ".xxxx.", "......", ".xx.x.", "...x..", "......")
+"""Stored blocks, block row by block row: empty ones at both ends and between; rows of 1, 3 and 4 blocks."""
+CORNERS = ("xx.x", "..x.", "xxxx")
+"""The last block row and the last block column hold blocks, which stick out of an unaligned matrix."""
+
+
+@contextmanager
+def forced(*configs: Config) -> Iterator[None]:
+    """Run the kernels with these configurations, of which there is at most one of a kind."""
+    healthy, by_kind = tables.choose, {type(c): c for c in configs}
+
+    def choose(problem: Problem, launch: Any) -> Config:
+        return by_kind.get(KINDS[problem.kernel]) or healthy(problem, launch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "choose", choose)
+        yield
+
+
+def drawn(pattern: Sequence[str], seed: int = 0, **given: Any) -> Case:
+    """Return a case whose stored blocks are the ``x`` of a pattern, in slots of no order, 2 free ones between."""
+    rows, cols = len(pattern), len(pattern[0])
+    settings = {"bias": True, "free": 2, "dtype": torch.float32, "x_layout": "contiguous", "dy_layout": "contiguous"}
+    case = random_case(seed, rows=rows, cols=cols, blocks=rows * cols, **{**settings, **given})
+    places = zip(case.row.tolist(), case.col.tolist(), strict=True)
+    kept = [slot for slot, (r, c) in enumerate(places) if r < 0 or pattern[r][c] == "x"]
+    return with_slots_reordered(case, torch.tensor(kept, dtype=torch.int64))
+
+
+def corners(block: tuple[int, int], **given: Any) -> Case:
+    """Return a case of :data:`CORNERS` that ends 11 rows and 9 columns early, inside 16 bytes."""
+    sizes = {"out_features": 3 * block[0] - 11, "in_features": 4 * block[1] - 9, "tokens": 37}
+    return drawn(CORNERS, **{"block": block, **sizes, **given})
+
+
+class Product(NamedTuple):
+    """One way through the kernels of y and dx: a configuration and a layer that takes it both times."""
+
+    config: Multiply | FewTokens
+    block: tuple[int, int]
+    tokens: int
+
+    def case(self, pattern: Sequence[str] = CORNERS, **given: Any) -> Case:
+        sizes = {"out_features": len(pattern) * self.block[0], "in_features": len(pattern[0]) * self.block[1]}
+        return drawn(pattern, **{"block": self.block, "tokens": self.tokens, **sizes, **given})
+
+    def edge_case(self, **given: Any) -> Case:
+        return corners(self.block, **{"tokens": self.tokens, **given})
+
+
+PRODUCTS = {
+    "gather": Product(Multiply(tile_t=16, tile_k=32, group=2, warps=4, stages=3), (16, 16), 33),
+    "parts": Product(Multiply(tile_t=16, tile_k=16, group=2, warps=4, stages=3), (32, 32), 33),
+    "tma": Product(Multiply(tile_t=16, tile_k=32, group=2, warps=4, stages=3, tma=True), (64, 128), 33),
+    "few gather": Product(FewTokens(tile_n=16, tile_k=32, warps=2, stages=4), (32, 16), 7),
+    "few parts": Product(FewTokens(tile_n=32, tile_k=16, warps=2, stages=4), (32, 32), 19),
+}
+OUTERS = {
+    "groups": (Outer(tile_in=64, tile_t=16, warps=4, stages=3), (32, 16)),
+    "pieces": (Outer(tile_in=16, tile_t=16, warps=4, stages=3), (16, 32)),
+}
+SUPERTILE = Supertile(tile_out=64, tile_in=32, tile_t=16, warps=4, stages=3)
+
+
+# One call.
+
+
+def fwd(case: Case) -> Tensor:
+    here = case.on(DEVICE)
+    return gpu.fwd(here.x, here.values, here.bias, here.index, case.grid.out_features)
+
+
+def dx(case: Case) -> Tensor:
+    here = case.on(DEVICE)
+    return gpu.dx(here.dy, here.values, here.index, case.grid.in_features)
+
+
+def dvalues(case: Case, dtype: torch.dtype | None = None) -> Tensor:
+    here = case.on(DEVICE)
+    return gpu.dvalues(here.dy, here.x, here.index, case.grid.block, dtype or case.values.dtype)
+
+
+# Checks.
+
+
+def check_products(case: Case, *configs: Config) -> None:
+    """Raise AssertionError unless y and dx are right."""
+    with forced(*configs):
+        y, grad = fwd(case), dx(case)
+    assert y.is_contiguous() and grad.is_contiguous()
+    check_y(case, y)
+    check_dx(case, grad)
+
+
+def check_outer(case: Case, *configs: Config, dtype: torch.dtype | None = None) -> None:
+    """Raise AssertionError unless the stored gradient is right, its free slots and phantom parts zero."""
+    with forced(*configs):
+        check_dvalues(case, dvalues(case, dtype), dtype or case.values.dtype)
+
+
+def check_block_norms(case: Case, *configs: Config) -> None:
+    """Raise AssertionError unless the norms of all blocks, asked for one by one in a random order, are right."""
+    here, order = case.on(DEVICE), torch.randperm(case.grid.cells, generator=torch.Generator().manual_seed(1))
+    row, col = (places[order].to(DEVICE) for places in all_cells(case))
+    with forced(*configs):
+        norms = gpu.block_norms(here.dy, here.x, row, col, case.grid.block)
+    check_norms(case, norms.cpu()[order.argsort()])
+
+
+def check_all_block_norms(case: Case, *configs: Config) -> None:
+    """Raise AssertionError unless the norms of all blocks, asked for at once, are right."""
+    here = case.on(DEVICE)
+    with forced(*configs):
+        check_norms(case, gpu.all_block_norms(here.dy, here.x, case.grid.block))
+
+
+def check_sketches(case: Case, pairs: int = 3) -> None:
+    """Raise AssertionError unless sketches of random directions are right."""
+    here, u, v = case.on(DEVICE), signs(pairs, case.grid.out_features, 0), signs(pairs, case.grid.in_features, 1)
+    check_sketch(case, gpu.sketch(here.dy, here.x, u.to(DEVICE), v.to(DEVICE), case.grid.block), u, v)
+
+
+def check_that_nan_stays_where_it_is_read(product: Product) -> None:
+    """Raise AssertionError if a NaN in a block column of x reaches a block row that stores nothing there; so in dy.
+
+    Each token has its NaN in another block column.
+    """
+    case = product.case(HOLES)
+    across = tuple("".join(column) for column in zip(*HOLES, strict=True))
+    with forced(product.config):
+        for run, name, side_in, side_out, pattern in (
+            (fwd, "x", product.block[1], product.block[0], HOLES),
+            (dx, "dy", product.block[0], product.block[1], across),
+        ):
+            poisoned = getattr(case, name).clone()
+            for place in range(len(pattern[0])):
+                poisoned[place, place * side_in] = NAN
+            clean, result = run(case).cpu(), run(replace(case, **{name: poisoned})).cpu()
+            for row, line in enumerate(pattern):
+                for token in range(case.x.shape[0]):
+                    at = (token, slice(row * side_out, (row + 1) * side_out))
+                    if line[token : token + 1] == "x":
+                        assert result[at].isnan().all(), f"the NaN of token {token} in {name} is lost in {line}"
+                    else:
+                        assert torch.equal(result[at], clean[at]), f"the NaN of token {token} in {name} is in {line}"
+
+
+def check_far_values(product: Product) -> None:
+    """Raise AssertionError unless blocks behind the element 2**31 of values are read."""
+    case = product.case(("x.", "xx"), dtype=torch.float16, block=(128, 128), out_features=256, in_features=256, free=0)
+    slots = 2**31 // 128**2 + len(case.values)
+    values = huge(slots * 128**2).view(slots, 128, 128)
+    values[-len(case.values) :] = case.values
+    free = case.row.new_full((slots - len(case.values),), -1)
+    index = build_index(Topology(case.grid, *(torch.cat([free, places]).to(DEVICE) for places in (case.row, case.col))))
+    here = case.on(DEVICE)
+    with forced(product.config):
+        check_y(case, gpu.fwd(here.x, values, here.bias, index, 256))
+        check_dx(case, gpu.dx(here.dy, values, index, 256))
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """Return ``x (T, F)`` with its last row behind the element 2**31 of its storage."""
+    tokens, features = x.shape
+    stride = -(-(2**31) // (tokens - 1)) // 16 * 16 + 16
+    rows = huge(tokens * stride, x.dtype).as_strided((tokens, features), (stride, 1))
+    return rows.copy_(x)
+
+
+def check_far_tokens(product: Product) -> None:
+    """Raise AssertionError unless tokens behind the element 2**31 of x (of dy) are read."""
+    case = product.case(dtype=torch.float16)
+    here = case.on(DEVICE)
+    with forced(product.config):
+        check_y(case, gpu.fwd(far_apart(case.x), here.values, here.bias, here.index, case.grid.out_features))
+        check_dx(case, gpu.dx(far_apart(case.dy), here.values, here.index, case.grid.in_features))

@@ -1,0 +1,64 @@
+"""The norms of all blocks, a supertile of them a program."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparsekern.kernels import gpu
+from sparsekern.kernels.gpu.config import Supertile
+
+from tests.device import DEVICE, DTYPES
+from tests.gpu_checks import SUPERTILE, check_all_block_norms, corners, drawn, far_apart, forced
+from tests.oracle_scores import check_norms
+
+
+def config(tile_out: int, tile_in: int, tile_t: int = 16) -> Supertile:
+    return Supertile(tile_out, tile_in, tile_t, warps=4, stages=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("block", "tile_out", "tile_in"),
+    [
+        ((16, 16), 16, 16),
+        ((16, 16), 64, 32),  # 3 rows and 4 columns of blocks: no whole number of supertiles
+        ((16, 16), 128, 128),
+        ((32, 32), 64, 64),
+        ((64, 16), 64, 64),
+        ((16, 64), 32, 128),
+        ((128, 128), 128, 128),
+    ],
+)
+def test_any_block_and_supertile(block: tuple[int, int], tile_out: int, tile_in: int, dtype: torch.dtype) -> None:
+    check_all_block_norms(corners(block, dtype=dtype), config(tile_out, tile_in))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 33])
+@pytest.mark.parametrize("tile_t", [16, 64])
+def test_any_number_of_tokens(tile_t: int, tokens: int) -> None:
+    check_all_block_norms(corners((16, 16), tokens=tokens), config(32, 32, tile_t))
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 64), (48, 61), (43, 64), (40, 56)])
+def test_edges_on_either_side_aligned_or_not(out_features: int, in_features: int) -> None:
+    check_all_block_norms(corners((16, 16), out_features=out_features, in_features=in_features), SUPERTILE)
+
+
+@pytest.mark.parametrize("tile_t", [16, 64])
+def test_tokens_behind_the_element_2_to_the_31(tile_t: int) -> None:
+    """Reached by a later turn, and by a later token of one turn."""
+    case = drawn(("xx",), block=(16, 16), tokens=33, out_features=16, in_features=32, dtype=torch.float16)
+
+    with forced(config(16, 32, tile_t)):
+        norms = gpu.all_block_norms(far_apart(case.dy), far_apart(case.x), (16, 16))
+
+    check_norms(case, norms.cpu())
+
+
+def test_two_calls_agree_to_the_bit() -> None:
+    here = corners((16, 16)).on(DEVICE)
+
+    with forced(SUPERTILE):
+        norms = [gpu.all_block_norms(here.dy, here.x, (16, 16)) for _ in range(2)]
+
+    assert torch.equal(*norms)

@@ -1,0 +1,304 @@
+"""Broken Triton kernels, one at a time: the text of a source is edited, and a check of the suite must turn red.
+
+A row of the table names the check, and what is replaced by what; it must be there once. The edited module takes the
+place of the healthy one in every module that imports from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from sparsekern.kernels import gpu
+from sparsekern.kernels.gpu.config import Outer
+
+from tests.device import interpreted_only
+from tests.gpu_checks import (
+    HOLES,
+    OUTERS,
+    PRODUCTS,
+    SUPERTILE,
+    check_all_block_norms,
+    check_block_norms,
+    check_far_tokens,
+    check_far_values,
+    check_outer,
+    check_products,
+    check_sketches,
+    check_that_nan_stays_where_it_is_read,
+    corners,
+    drawn,
+    dvalues,
+    far_apart,
+    forced,
+)
+
+pytestmark = [interpreted_only, pytest.mark.usefixtures("poisoned_memory", "guarded_memory", "no_tables")]
+
+FOLDER = Path(__file__).parent.parent / "kernels/gpu"
+MODULES = ("few_tokens", "launch", "linear", "multiply", "multiply_tma", "outer", "projection", "scores", "supertiles")
+
+
+SEEN = r" elements are wrong$| addresses are wrong$|the NaN of token|^assert \(?not"
+"""What the oracle, the guard and the checks for NaN and for phantom elements say."""
+
+# The checks.
+
+
+def products(name: str) -> Callable[[], None]:
+    return lambda: check_products(PRODUCTS[name].edge_case(), PRODUCTS[name].config)
+
+
+def aligned_products(name: str) -> Callable[[], None]:
+    return lambda: check_products(PRODUCTS[name].case(HOLES, free=0), PRODUCTS[name].config)
+
+
+def expanded(name: str) -> Callable[[], None]:
+    return lambda: check_products(PRODUCTS[name].case(dy_layout="one number expanded"), PRODUCTS[name].config)
+
+
+def half_products(name: str) -> Callable[[], None]:
+    return lambda: check_products(PRODUCTS[name].edge_case(dtype=torch.float16), PRODUCTS[name].config)
+
+
+def nan_stays(name: str) -> Callable[[], None]:
+    return lambda: check_that_nan_stays_where_it_is_read(PRODUCTS[name])
+
+
+def far_values(name: str) -> Callable[[], None]:
+    return lambda: check_far_values(PRODUCTS[name])
+
+
+def far_tokens(name: str) -> Callable[[], None]:
+    return lambda: check_far_tokens(PRODUCTS[name])
+
+
+def outer(name: str, tokens: int = 37) -> Callable[[], None]:
+    return lambda: check_outer(corners(OUTERS[name][1], tokens=tokens), OUTERS[name][0])
+
+
+def outer_far() -> None:
+    case = drawn(("xx",), block=(16, 16), tokens=33, out_features=16, in_features=32, dtype=torch.float16)
+    check_outer(replace(case, x=far_apart(case.x), dy=far_apart(case.dy)), Outer(32, 16, 4, 3))
+    check_outer(replace(case, x=far_apart(case.x), dy=far_apart(case.dy)), Outer(32, 64, 4, 3))
+
+
+def outer_of_no_tokens() -> None:
+    check_outer(corners((16, 16), tokens=0))
+
+
+def phantom_is_zero() -> None:
+    config, (bo, bi) = OUTERS["groups"]
+    case = corners((bo, bi), tokens=5)
+    with forced(config):
+        grad = dvalues(replace(case, x=torch.full_like(case.x, torch.nan), dy=torch.full_like(case.dy, torch.nan)))
+    assert not grad[case.row == 2, bo - 11 :, :].any() and not grad[case.col == 3, :, bi - 9 :].any()
+
+
+def block_norms(tokens: int = 37) -> Callable[[], None]:
+    return lambda: check_block_norms(corners((16, 16), tokens=tokens), Outer(64, 16, 4, 3))
+
+
+def all_block_norms() -> None:
+    check_all_block_norms(corners((16, 16)), SUPERTILE)
+
+
+def sketch() -> None:
+    check_sketches(corners((16, 16), tokens=70))
+
+
+def sketch_in_panels() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.scores, "SKETCH_BYTES", 1)
+        check_sketches(corners((16, 16), tokens=70))
+
+
+# The table.
+
+
+OUTER_STORE = "out = out_ptr + (slot * (BO * BI) + g % BI)[:, None] + (n * BI)[None, :]"
+SPLIT_SLOT = "slot = tl.load(slot_ptr + entry).to(tl.int64) + split.to(tl.int64) * slots"
+GATHER_AHEAD = "ahead = tl.minimum(i + BLOCKS + k // IN, last)"
+GATHER_FIRST = "tl.minimum(start + k // IN, last)"
+PARTS_AHEAD = "ahead = tl.minimum(start + (i + 1) // PARTS, last)"
+PART = "part = (i + 1) % PARTS * TILE_K"
+
+TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
+    "multiply": [
+        ("wrong slot", products("gather"), "tl.load(slot_ptr + entry)", "entry"),
+        ("values: missing int64 cast", far_values("gather"), ".to(tl.int64) * SIZE", " * SIZE"),
+        ("few: missing int64 cast of values", far_values("few gather"), ".to(tl.int64) * SIZE", " * SIZE"),
+        ("x: missing int64 cast", far_tokens("gather"), "tile.to(tl.int64) * TILE_T", "tile * TILE_T"),
+        ("group tail unmasked", products("gather"), "size = tl.minimum(tiles - first, GROUP)", "size = GROUP"),
+        ("tma: group tail unmasked", products("tma"), "size = tl.minimum(tiles - first, GROUP)", "size = GROUP"),
+        ("bias dropped", products("gather"), "if HAS_BIAS:", "if False:"),
+        ("edge mask of y dropped", products("gather"), "feature < out_features if EDGE_OUT else", ""),
+        ("token mask of y dropped", aligned_products("gather"),
+         "mask=(t[:, None] < T) & n_mask", "mask=(t[:, None] >= 0) & n_mask"),
+        ("gather: pointer not advanced", products("gather"), GATHER_AHEAD, "ahead = tl.minimum(start + k // IN, last)"),
+        ("parts: pointer not advanced", products("parts"), PARTS_AHEAD, "ahead = start"),
+        ("parts: part not advanced", products("parts"), PART, "part = 0"),
+        ("parts: part of values not advanced", products("parts"), "offset += part * STRIDE_K", "offset += 0"),
+        ("parts: block transposed", products("parts"),
+         "k[:, None] * STRIDE_K + n[None, :] * STRIDE_N", "k[:, None] * STRIDE_N + n[None, :] * STRIDE_K"),
+        ("token bound of x dropped", aligned_products("gather"), "tl.minimum(t, T - 1)[:, None]", "t[:, None]"),
+        ("gather: edge mask of x dropped", products("gather"),
+         "(columns < in_features)", "(columns >= 0)"),
+        ("parts: edge mask of x dropped", products("parts"),
+         "(column + k < in_features)", "(column + k >= 0)"),
+        ("gather: tail of the row unmasked", products("gather"), "mask=in_row[:, None], other=0.0", ""),
+        ("gather: clamp of reading ahead dropped", nan_stays("gather"), GATHER_AHEAD, "ahead = i + BLOCKS + k // IN"),
+        ("gather: clamp of the first turn dropped", nan_stays("gather"), GATHER_FIRST, "start + k // IN"),
+    ],
+    "multiply_tma": [
+        ("tma: part forgotten", products("tma"), PART, "part = 0"),
+        ("tma: part of values forgotten", products("tma"),
+         "values_desc.load([line, part])", "values_desc.load([line, 0])"),
+        ("tma: part of values forgotten in dx", half_products("tma"),
+         "values_desc.load([line + part, 0])", "values_desc.load([line, 0])"),
+        ("tma: pointer not advanced", products("tma"), PARTS_AHEAD, "ahead = start"),
+        ("tma: wrong slot", products("tma"), "tl.load(slot_ptr + ahead) * BO", "ahead * BO"),
+        ("tma: lines of the other side", products("tma"), "IN if TRANSPOSED else OUT", "OUT if TRANSPOSED else IN"),
+    ],
+    "few_tokens": [
+        ("few gather: pointer not advanced", products("few gather"),
+         GATHER_AHEAD, "ahead = tl.minimum(start + k // IN, last)"),
+        ("few parts: pointer not advanced", products("few parts"), PARTS_AHEAD, "ahead = start"),
+        ("few parts: part forgotten", products("few parts"), PART, "part = 0"),
+        ("few parts: block transposed", products("few parts"),
+         "k[None, :] * STRIDE_K + n[:, None] * STRIDE_N", "k[None, :] * STRIDE_N + n[:, None] * STRIDE_K"),
+        ("few: token mask dropped", aligned_products("few gather"),
+         "t_mask = t[None, :] < T", "t_mask = t[None, :] >= 0"),
+        ("few gather: edge mask of x dropped", products("few gather"),
+         "(t_mask & (columns < in_features)[:, None]) if EDGE_IN else t_mask", "t_mask"),
+        ("few: edge mask of y dropped", products("few gather"),
+         "n_mask = feature < out_features", "n_mask = feature >= 0"),
+        ("few gather: tail of the row unmasked", products("few gather"), "mask=in_row[None, :], other=0.0", ""),
+        ("few gather: clamp of reading ahead dropped", nan_stays("few gather"),
+         GATHER_AHEAD, "ahead = i + BLOCKS + k // IN"),
+        ("few gather: clamp of the first turn dropped", nan_stays("few gather"), GATHER_FIRST, "start + k // IN"),
+        ("few: bias dropped", products("few gather"), "if HAS_BIAS:", "if False:"),
+        ("few: missing int64 cast of x", far_tokens("few gather"),
+         "x_ptr + t.to(tl.int64)[None, :]", "x_ptr + t[None, :]"),
+        ("few: all pieces the first", products("few gather"), "tl.program_id(0) % PIECES * TILE_N", "0"),
+    ],
+    "outer": [
+        ("outer: splits longer than the tokens", outer("groups"),
+         "count = tl.minimum(tokens_per_split, T - begin)", "count = tokens_per_split"),
+        ("outer: token mask dropped", outer("groups"), "here = t < (count - i if EDGE_T else TILE_T)", "here = t >= 0"),
+        ("outer: edge mask of x dropped", outer("groups"),
+         "here[None, :] & (column < in_width)[:, None] if EDGE_IN else", ""),
+        ("outer: edge mask of dy dropped", outer("groups"),
+         "here[:, None] & (feature < out_width)[None, :] if EDGE_OUT else", ""),
+        ("outer: pointers not advanced", outer("groups"),
+         "ahead = tl.cast(i, tl.int64)", "ahead = tl.cast(0, tl.int64)"),
+        ("outer: missing int64 cast of a turn", outer_far, "ahead = tl.cast(i, tl.int64)", "ahead = i"),
+        ("outer: missing int64 cast of a token", outer_far, "token = begin.to(tl.int64) + t", "token = begin + t"),
+        ("outer: block transposed", outer("groups"),
+         OUTER_STORE, OUTER_STORE.replace("g % BI)", "g % BI * BO)").replace("(n * BI)", "n")),
+        ("outer: wrong slot", outer("groups"), "tl.load(slot_ptr + entry).to(tl.int64)", "entry.to(tl.int64)"),
+        ("outer: wrong row", outer("groups"), "// BLOCKS + middle <= task", "// BLOCKS + middle < task"),
+        ("outer: tail of the group unmasked", outer("groups"),
+         "mask=(first + g // BI < stop)[:, None]", "mask=(g >= 0)[:, None]"),
+        ("outer: free slots not zeroed", outer("groups"),
+         "mask=(first + g // BI < stop)[:, None]", "mask=((first + g // BI < stop) & (row < rows))[:, None]"),
+        ("outer: phantom not cleared", phantom_is_zero, "if EDGE_IN or EDGE_OUT:", "if False:"),
+        ("outer: phantom cleared behind the filling only", phantom_is_zero,
+         "(column < in_features)[:, None] & (feature < out_features)",
+         "(column < in_width)[:, None] & (feature < out_width)"),
+        ("outer: all splits the first", outer("groups", 300), "begin = split * tokens_per_split", "begin = split * 0"),
+        ("outer: splits on top of each other", outer("groups", 300),
+         SPLIT_SLOT, "slot = tl.load(slot_ptr + entry).to(tl.int64)"),
+        ("outer: all pieces the first", outer("pieces"), "g = piece * TILE_IN", "g = 0 * TILE_IN"),
+        ("first split only", outer("groups", 300), "for split in range(splits):", "for split in range(1):"),
+        ("norms: tail of the group unmasked", block_norms(), "mask=first + b < stop", "mask=b >= 0"),
+        ("norms: the square kept", block_norms(), "tl.sqrt(tl.sum(tl.reshape", "(tl.sum(tl.reshape"),
+    ],
+    "linear": [
+        ("workspace not reduced", outer("groups", 300), "if splits > 1:", "if splits > 99:"),
+        ("outer: nothing written without tokens", outer_of_no_tokens, "out.zero_()", "pass"),
+        ("norms of splits added up", block_norms(300), "NORMS=norms and splits == 1", "NORMS=norms"),
+        ("dx by the row lists", products("gather"),
+         "(index.col_ptr, index.col_row, index.col_slot)", "(index.row_ptr, index.row_col, index.row_slot)"),
+        ("gather: block transposed", products("gather"),
+         "(bi, 1) if transposed else (1, bi)", "(1, bi) if transposed else (bi, 1)"),
+        ("dx: the strides of the copy forgotten", products("gather"), "stride_k, stride_n = 1, bo", "pass"),
+    ],
+    "scores": [
+        ("norms in the order of rows", block_norms(), "order.int()", "order.argsort().int()"),
+        ("sketch: the first panel only", sketch_in_panels,
+         "x[start : start + panel]", "x[: min(panel, tokens - start)]"),
+    ],
+    "supertiles": [
+        ("supertile: token mask of dy dropped", all_block_norms,
+         "mask=(t < T - begin)[None, :] & o_mask", "mask=o_mask"),
+        ("supertile: edge mask of x dropped", all_block_norms, "(i < in_units * ALIGN)", "(i >= 0)"),
+        ("supertile: mask of the norms dropped", all_block_norms, "mask=(r < rows)[:, None] & (c < cols)[None, :]", ""),
+        ("supertile: every fourth row of G", all_block_norms,
+         "(ROWS, BO, COLS, BI)), 3), 1)", "(BO, ROWS, COLS, BI)), 3), 0)"),
+    ],
+    "projection": [
+        ("projection: feature mask dropped", sketch, "(t < T)[:, None] & (i < features)[None, :]", "(t < T)[:, None]"),
+        ("projection: token mask dropped", sketch,
+         "out, tl.sum(x * direction[None, :], 1), mask=t < T", "out, tl.sum(x * direction[None, :], 1)"),
+        ("projection: the first direction only", sketch, "direction_ptr + line * features", "direction_ptr"),
+    ],
+    "launch": [
+        ("the filling not cleared", products("gather"), "rows[:, features:] = 0", "pass"),
+        ("a feature stride ignored", expanded("gather"), "x.stride(1) == 1 and ", ""),
+    ],
+}  # fmt: skip
+"""By file: a name, the check that must turn red, what is replaced, by what."""
+
+MUTATIONS = [(name, file, *rest) for file, rows in TABLE.items() for name, *rest in rows]
+
+
+def mutate(file: str, old: str, new: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Load the edited file, and give its functions to all that took them from the healthy module."""
+    source = (FOLDER / f"{file}.py").read_text()
+    assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
+    path = folder / f"broken_{file}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+
+    healthy = importlib.import_module(f"sparsekern.kernels.gpu.{file}")
+    users: list[ModuleType] = [importlib.import_module(f"sparsekern.kernels.gpu.{name}") for name in MODULES]
+    for user in [*users, broken]:
+        for name, value in list(vars(user).items()):
+            of = getattr(getattr(value, "fn", value), "__module__", None)
+            if user is not healthy and of == healthy.__name__:
+                patch.setattr(user, name, vars(broken)[name])
+    patch.setattr(gpu, file, broken)
+
+
+@pytest.mark.parametrize(("name", "file", "check", "old", "new"), MUTATIONS, ids=[name for name, *_ in MUTATIONS])
+def test_a_broken_kernel_is_noticed(
+    name: str,
+    file: str,
+    check: Callable[[], None],
+    old: str,
+    new: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the oracle or by the guard, not by a crash of the broken kernel."""
+    check()
+    mutate(file, old, new, tmp_path, monkeypatch)
+
+    with pytest.raises(AssertionError, match=SEEN) as red:
+        check()
+
+    print(f"{file}: {name}: {str(red.value).splitlines()[0]}")
+
+
+def test_names_are_unique() -> None:
+    assert len({name for name, *_ in MUTATIONS}) == len(MUTATIONS)
