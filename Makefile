@@ -26,7 +26,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The interpreter is an order-only prerequisite: its time stamp would cause reinstalls.
-$(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
+$(STAMP): setup.py pyproject.toml constraints.txt $(wildcard kernels/cpu/csrc/*) | $(BIN)/python
 	@echo "installing sparsekern and what it needs into $(VENV) (some minutes, once) ..."
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
@@ -50,4 +50,4 @@ types: $(STAMP) | typings/sparsekern/kernels
 	$(BIN)/mypy -p sparsekern -p sparsekern.kernels
 
 clean:
-	rm -rf $(VENV) build dist typings *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) kernels/cpu/*.so build dist typings *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,13 +1,15 @@
 """The build: two source folders become one package, and C++ becomes the library of its native CPU kernels.
 
 Metadata is in pyproject.toml. Without a compiler the installation succeeds and the package runs on its other kernels;
-``SPARSEKERN_REQUIRE_CPU=1`` makes that an error, for where the library is expected.
+``SPARSEKERN_REQUIRE_CPU=1`` makes that an error, for where the library is expected. macOS was never tried: there the
+library would be one without AVX.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,7 +36,9 @@ ISA_FLAGS = {
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own intrinsics, pages of it
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"  # as WITH_AVX of api.h
+if X86:
+    FLAGS += ["-march=x86-64"]  # lest a -march=native of CXXFLAGS reach the files for every machine
 
 
 class BuildLibrary(build_ext):
@@ -47,11 +51,13 @@ class BuildLibrary(build_ext):
         return str(super().get_ext_filename(fullname))
 
     def run(self) -> None:
-        """Remove an older library first, so that a build that fails leaves none; then build."""
-        package, _, name = LIBRARY.rpartition(".")
-        beside = Path(self.get_finalized_command("build_py").get_package_dir(package))
-        for folder in (beside, Path(self.build_lib, *package.split("."))):
-            (folder / f"{name}.so").unlink(missing_ok=True)
+        """Remove an older library first, so that a build that fails leaves none; then build.
+
+        In place a library is built in ``build_lib`` and copied beside the source. A wheel leaves the one there alone:
+        it is that of an editable installation.
+        """
+        for path in (Path(self.build_lib, self.get_ext_filename(LIBRARY)), Path(self.get_ext_fullpath(LIBRARY))):
+            path.unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

@@ -114,6 +114,39 @@ for caller in callers:
 print(set(ends), right())
 """
 
+FORK_WHILE_SCRATCH_COMES_AND_GOES = """
+torch.set_num_threads(1)
+stop = False
+def grow_and_release():
+    while not stop:
+        cpu.fwd(x[:16], values, None, index, 512)
+        cpu.release_scratch()
+other = threading.Thread(target=grow_and_release)
+other.start()
+ends = []
+for _ in range(150):
+    child = os.fork()
+    if child == 0:
+        cpu.fwd(x[:16], values, None, index, 512)
+        os._exit(0)
+    ends.append(end_of(child))
+stop = True
+other.join()
+print(set(ends))
+"""
+
+FIRST_IN_CHILD = """
+from sparsekern.kernels.cpu import library
+library.load.cache_clear()
+assert "_sparsekern_cpu" not in open("/proc/self/maps").read()
+torch.relu(torch.randn(4000, 1000))  # PyTorch's loop on two threads
+child = os.fork()
+if child == 0:
+    call()
+    os._exit(0)
+print(end_of(child))
+"""
+
 LOADER = """
 class Multiplied(torch.utils.data.Dataset):
     def __len__(self):
@@ -137,6 +170,16 @@ def test_children_and_grandchildren_after_a_fork_compute_the_same() -> None:
 @linux_only
 def test_a_fork_while_other_threads_are_in_a_call() -> None:
     assert run(SETTING + FORK_WHILE_CALLING) == "{0} True\n"
+
+
+@linux_only
+def test_a_fork_while_another_thread_grows_and_releases_the_scratch() -> None:
+    assert run(SETTING + FORK_WHILE_SCRATCH_COMES_AND_GOES) == "{0}\n"
+
+
+@linux_only
+def test_a_child_that_is_the_first_to_open_the_library() -> None:
+    assert run(SETTING.replace("expected = call()", "# ") + FIRST_IN_CHILD) == "0\n"
 
 
 @linux_only

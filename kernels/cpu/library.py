@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ class Matrix(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor) -> Matrix:
-        """Describe a 2-D tensor, which must outlive the call."""
+        """Describe a 2-D tensor that is no negated view and that outlives the call."""
         return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1), DTYPES[x.dtype])
 
 
@@ -121,15 +122,49 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
     if not FILE.is_file():
         return None, "was not built (no C++ compiler at installation?); install one and run: pip install -e ."
     try:
+        if _is_truncated(FILE):
+            return None, "is truncated; build again: pip install -e ."
         library = ctypes.CDLL(str(FILE))  # torch was imported first: its OpenMP runtime is shared, not doubled
         abi = library.sk_abi()
-    except (OSError, AttributeError) as error:  # a missing runtime, a truncated file, not our file
+    except (OSError, AttributeError) as error:  # a missing runtime, not our file
         return None, f"cannot be used: {error}"
     if abi != ABI:
         return None, f"has interface {abi} and this source needs {ABI}; build again: pip install -e ."
     library.sk_name.restype = ctypes.c_char_p
     library.sk_scratch_bytes.restype = ctypes.c_int64
     return library, ""
+
+
+def _is_truncated(file: Path) -> bool:
+    """Return whether an ELF file ends before its table of sections, the last thing in it: opening it would crash."""
+    with file.open("rb") as opened:
+        header = opened.read(64)
+    if not header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian; what is none is refused by dlopen
+        return False
+    if len(header) < 64:
+        return True
+    (table,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return bool(table + size * count > file.stat().st_size)
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """Return how many threads a call may take: one in a forked child, which OpenMP's threads did not come to.
+
+    The library says so too, to children of a process that had opened it; this is for one that is opened in the child.
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:

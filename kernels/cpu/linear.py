@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import Index
-from sparsekern.kernels.cpu.library import Matrix, Multiply, Order, Outer, call
+from sparsekern.kernels.cpu.library import Matrix, Multiply, Order, Outer, call, threads
 from torch import Tensor
 
 Lists = tuple[Tensor, Tensor, Tensor]
@@ -34,8 +34,9 @@ def _multiply(
     y = x.new_empty(x.shape[0], features)
     if y.numel() == 0:
         return y
-    values = values.to(x.dtype).float().contiguous()
-    bias = None if bias is None else bias.float().contiguous()
+    x = x.resolve_neg()  # the library sees memory, and a negated view is a flag beside it
+    values = values.to(x.dtype).float().resolve_neg().contiguous()
+    bias = None if bias is None else bias.float().resolve_neg().contiguous()
     call(
         "sk_multiply",
         Multiply(
@@ -47,7 +48,7 @@ def _multiply(
             bo if transposed else bi,
             bi if transposed else bo,
             transposed,
-            torch.get_num_threads(),
+            threads(),
         ),
     )
     return y
@@ -69,10 +70,11 @@ def outer_blocks(dy: Tensor, x: Tensor, lists: Lists, slots: int, block: tuple[i
         block: ``(bo, bi)``.
     """
     if x.shape[0] == 0 or slots == 0:
-        return torch.zeros(slots, *block)
-    out = torch.empty(slots, *block)
+        return torch.zeros(slots, *block, dtype=torch.float32, device=x.device)
+    dy, x = dy.resolve_neg(), x.resolve_neg()
+    out = torch.empty(slots, *block, dtype=torch.float32, device=x.device)
     call(
         "sk_outer",
-        Outer(Matrix.of(dy), Matrix.of(x), out.data_ptr(), Order.of(*lists, slots), *block, torch.get_num_threads()),
+        Outer(Matrix.of(dy), Matrix.of(x), out.data_ptr(), Order.of(*lists, slots), *block, threads()),
     )
     return out

@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 from sparsekern.kernels.cpu.linear import outer_blocks
 from sparsekern.kernels.eager import sketch
+from sparsekern.kernels.eager.chunks import spans
 from torch import Tensor
 
 __all__ = ["all_block_norms", "block_norms", "sketch"]
 
 CHUNK_BYTES = 8 * 2**20
-"""What the blocks of a chunk may take before they are reduced to norms."""
+"""What the blocks of a chunk may take before they are reduced to norms, with the lists that say where they are."""
+
+LIST_BYTES = 48
+"""What these lists take a block, those in the scratch of the library with them; at 1x1 far more than the block."""
 
 
 def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
     """Return the norms ``(K,)`` of chosen blocks; see :meth:`sparsekern.kernels.contract.Backend.block_norms`."""
+    row, col = row.int(), col.int()
     order = row.argsort(stable=True)
-    norms = torch.empty(row.shape[0])
-    chunk = max(1, CHUNK_BYTES // (4 * block[0] * block[1]))
-    for some in order.split(chunk):
+    norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
+    for some in order.split(_chunk(block)):
         norms[some] = _norms(dy, x, row[some], col[some], block)
     return norms
 
@@ -26,18 +30,23 @@ def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[in
 def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
     """Return the norms ``(R, C)`` of all blocks; see :meth:`sparsekern.kernels.contract.Backend.all_block_norms`."""
     rows, cols = -(-dy.shape[1] // block[0]), -(-x.shape[1] // block[1])
-    norms = torch.empty(rows * cols)
-    chunk = max(1, CHUNK_BYTES // (4 * block[0] * block[1]))
-    for cells in torch.arange(rows * cols, dtype=torch.int32).split(chunk):
-        norms[cells[0] : cells[-1] + 1] = _norms(dy, x, cells // cols, cells % cols, block)
+    norms = torch.empty(rows * cols, dtype=torch.float32, device=x.device)
+    for start, stop in spans(rows * cols, _chunk(block)):
+        cells = torch.arange(start, stop, device=x.device)
+        norms[start:stop] = _norms(dy, x, (cells // cols).int(), (cells % cols).int(), block)
     return norms.view(rows, cols)
+
+
+def _chunk(block: tuple[int, int]) -> int:
+    """Return how many blocks are computed at a time."""
+    return max(1, CHUNK_BYTES // (4 * block[0] * block[1] + LIST_BYTES))
 
 
 def _norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
     """Return the norms of blocks that are given in the order of their rows."""
     rows = -(-dy.shape[1] // block[0])
-    row_ptr = torch.searchsorted(row, torch.arange(rows + 1, dtype=row.dtype), out_int32=True)
-    slot = torch.arange(row.shape[0], dtype=torch.int32)
+    row_ptr = torch.searchsorted(row, torch.arange(rows + 1, dtype=torch.int32, device=x.device), out_int32=True)
+    slot = torch.arange(row.shape[0], dtype=torch.int32, device=x.device)
     blocks = outer_blocks(dy, x, (row_ptr, col.contiguous(), slot), row.shape[0], block)
     norms: Tensor = torch.linalg.vector_norm(blocks, dim=(1, 2))
     return norms

@@ -1,5 +1,6 @@
 // 256-bit vectors: 16 registers, 12 of them for a tile.
-#if defined(__AVX2__)
+#include "api.h"
+#if defined(WITH_AVX)
 #define NAME avx2
 #define VL 8
 #define ACCUMULATORS 12

@@ -1,5 +1,6 @@
 // 512-bit vectors: 32 registers, 24 of them for a tile.
-#if defined(__AVX512F__)
+#include "api.h"
+#if defined(WITH_AVX)
 #define NAME avx512
 #define VL 16
 #define ACCUMULATORS 24

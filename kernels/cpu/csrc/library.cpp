@@ -9,6 +9,9 @@
 #include <new>
 
 #include "api.h"
+#if defined(WITH_AVX)
+#include <cpuid.h>
+#endif
 
 namespace {
 
@@ -66,8 +69,11 @@ class Scratch {
   Arena *arena = nullptr;
 };
 
+// A fork waits until no thread is in the middle of growing or releasing an arena: the child gets whole ones.
+void before_fork() { lock.lock(); }
+void in_parent() { lock.unlock(); }
 void in_child() {
-  new (&lock) std::mutex;  // whoever held it does not exist here
+  new (&lock) std::mutex;  // held since before_fork, by the thread of the parent
   for (Arena &a : arenas) a.busy = false;
   forked = true;
 }
@@ -75,8 +81,10 @@ void in_child() {
 const Kernels *live = nullptr;
 
 const Kernels *by_name(const char *name) {
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(WITH_AVX)
+  unsigned a, b, c, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // older compilers do not know its name
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && (!*name || !std::strcmp(name, "avx512"))) return &avx512_kernels;
@@ -149,7 +157,7 @@ int sk_abi() { return ABI; }
 // Chooses the instruction set by name, the best one for "". Returns 0 when the machine lacks it.
 int sk_use(const char *name) {
   static std::once_flag once;
-  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, in_child); });
+  std::call_once(once, [] { pthread_atfork(before_fork, in_parent, in_child); });
   const Kernels *found = by_name(name);
   if (found) live = found;
   return found != nullptr;

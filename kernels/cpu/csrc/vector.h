@@ -4,7 +4,7 @@
 #pragma once
 #include <cstring>
 #include "api.h"
-#if defined(__x86_64__)
+#if defined(WITH_AVX)
 #include <immintrin.h>
 #endif
 
@@ -37,9 +37,10 @@ INLINE uint16_t to_bfloat16(float x) {
   return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// float16, by the bits: used where there is no instruction.
+// float16, by the bits: used where there is no instruction. What there is follows from VL and not from the compiler's
+// __F16C__: flags of the user's may define that for the generic file too, which runs on every machine.
 INLINE float from_float16(uint16_t h) {
-#if defined(__F16C__)
+#if VL >= 8
   return _cvtsh_ss(h);
 #else
   uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023, bits;
@@ -56,7 +57,7 @@ INLINE float from_float16(uint16_t h) {
 #endif
 }
 INLINE uint16_t to_float16(float x) {
-#if defined(__F16C__)
+#if VL >= 8
   return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
 #else
   uint32_t bits;
@@ -87,9 +88,9 @@ INLINE Vector read_vector(const void *p, int64_t i, int dtype) {
   if (dtype == FLOAT32) return load((const float *)p + i);
   const uint16_t *h = (const uint16_t *)p + i;
   if (dtype == BFLOAT16) return (Vector)(__builtin_convertvector(*(const Halves *)h, Bits) << 16);
-#if defined(__AVX512F__)
+#if VL == 16
   return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h));
-#elif defined(__F16C__)
+#elif VL == 8
   return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)h));
 #else
   Vector v;
@@ -119,10 +120,10 @@ INLINE void write_row(void *p, int64_t i, int dtype, const float *from, int64_t 
     for (; c < n; c++) to[c] = to_bfloat16(from[c]);
     return;
   }
-#if defined(__AVX512F__)
+#if VL == 16
   for (; c + VL <= n; c += VL)
     _mm256_storeu_si256((__m256i *)(to + c), _mm512_cvtps_ph((__m512)load(from + c), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif VL == 8
   for (; c + VL <= n; c += VL)
     _mm_storeu_si128((__m128i *)(to + c), _mm256_cvtps_ph((__m256)load(from + c), _MM_FROUND_TO_NEAREST_INT));
 #endif

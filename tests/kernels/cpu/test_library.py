@@ -140,8 +140,9 @@ def test_what_the_machine_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 def broken(kind: str, folder: Path) -> Path:
     path = folder / "library.so"
-    if kind == "truncated":
-        path.write_bytes(library.FILE.read_bytes()[:40])
+    if kind.startswith("cut"):
+        whole = library.FILE.read_bytes()
+        path.write_bytes(whole[: {"cut at 40": 40, "cut at 5000": 5000, "cut by half": len(whole) // 2}[kind]])
     elif kind == "text":
         path.write_text("not a library")
     elif kind == "a folder":
@@ -158,7 +159,9 @@ def broken(kind: str, folder: Path) -> Path:
         ("missing", r"the native library was not built \(no C\+\+ compiler at installation\?\); install one and run: "),
         ("a folder", "the native library was not built"),
         ("text", "the native library cannot be used: .*"),
-        ("truncated", "the native library cannot be used: .*"),
+        ("cut at 40", "the native library is truncated; build again: "),
+        ("cut at 5000", "the native library is truncated; build again: "),
+        ("cut by half", "the native library is truncated; build again: "),
         ("foreign", "the native library cannot be used: .*sk_abi"),
     ],
 )

@@ -29,7 +29,7 @@ NAN = float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SQUARES = ((1, 1), (16, 16), (32, 32), (64, 64), (128, 128))
 RECTANGLES = ((16, 32), (32, 16), (64, 16), (16, 128), (128, 32), (64, 128))
-TOKENS = (0, 1, 2, 15, 16, 17, 100, 300)
+TOKENS = (0, 1, 2, 8, 9, 15, 16, 17, 100, 300)
 
 
 def ints(*numbers: int) -> Tensor:
@@ -172,6 +172,47 @@ def test_dvalues_come_in_the_dtype_that_is_asked_for(x_dtype: torch.dtype, dtype
         case = with_block(block, dtype=x_dtype, tokens=40)
 
         check_dvalues(case, dvalues(case, dtype), dtype)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> None:
+    for block in ((1, 1), (16, 32)):
+        case = with_block(block, tokens=40)
+        index = case.index
+        expected = dvalues(case), fwd(case), dx(case)
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                found = (
+                    cpu.dvalues(case.dy, case.x, index, block, torch.float32),
+                    cpu.fwd(case.x, case.values, case.bias, index, case.grid.out_features),
+                    cpu.dx(case.dy, case.values, index, case.grid.in_features),
+                )
+                empty = cpu.dvalues(case.dy[:0], case.x[:0], index, block, torch.float32)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert (empty.dtype, empty.device.type) == (torch.float32, "cpu")
+
+
+def negated(x: Tensor) -> Tensor:
+    """The same numbers as a view of memory that holds them with the other sign."""
+    view = torch.complex(torch.zeros(()), -x).conj().imag
+    assert view.is_neg() and torch.equal(view, x)
+    return view
+
+
+@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
+def test_negated_views_keep_their_sign(block: tuple[int, int]) -> None:
+    case = with_block(block, tokens=40)
+    assert case.bias is not None
+    views = {"x": negated(case.x), "dy": negated(case.dy), "bias": negated(case.bias), "values": negated(case.values)}
+    same = replace(case, **views)
+
+    assert torch.equal(fwd(same), fwd(case))
+    assert torch.equal(dx(same), dx(case))
+    assert torch.equal(dvalues(same), dvalues(case))
 
 
 # What must not leak.

@@ -102,6 +102,32 @@ def test_a_nan_reaches_only_the_blocks_that_it_belongs_to(which: str) -> None:
         assert torch.equal(all_norms(replace(case, **broken)).isnan(), expected)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> None:
+    for block in ((1, 1), (16, 32)):
+        case = edge_case(block=block, out_features=3 * block[0], in_features=4 * block[1])
+        cells = all_cells(case)
+        expected = all_norms(case)
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                found = all_norms(case), cpu.block_norms(case.dy, case.x, *cells, block).view(3, 4)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+        assert torch.equal(found[0], expected)
+        assert torch.equal(found[1], expected)
+
+
+def test_chosen_blocks_may_be_given_in_int64_and_in_any_strides() -> None:
+    case = edge_case()
+    row, col = all_cells(case)
+    pairs = torch.stack([row, col], 1)
+
+    for given in ((row.long(), col.long()), pairs.unbind(1), pairs.long().unbind(1)):
+        assert torch.equal(cpu.block_norms(case.dy, case.x, *given, case.grid.block), all_norms(case).flatten())
+
+
 def test_the_sketch_is_that_of_the_eager_kernels() -> None:
     assert cpu.sketch is eager.sketch
 
@@ -115,3 +141,12 @@ def test_the_norms_of_all_blocks_never_hold_the_gradient() -> None:
 
     assert found.largest <= 2**20
     assert found.peak < 2 * 2**20
+
+
+def test_the_norms_of_single_elements_hold_little_beside_them() -> None:
+    """4 million of them, 16 MiB; what says where an element is takes more than the element."""
+    dy = x = torch.ones(2, 2048)
+    cpu.release_scratch()
+    found = allocations(lambda: cpu.all_block_norms(dy, x, (1, 1)))
+
+    assert found.peak - 4 * 2048**2 + cpu.scratch_bytes() < 32 * 2**20
