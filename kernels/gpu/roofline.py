@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from sparsekern.kernels.contract import PADDING
 from sparsekern.kernels.gpu.config import Config, FewTokens, Multiply, Outer, Problem, Supertile, package_data
 
 LATENCY = 0.8e-6
@@ -78,7 +79,8 @@ def buffers(problem: Problem, config: Config) -> int:
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Return the shared memory of a program: the buffers of both operands of ``tl.dot``."""
     m, n, k = tile(problem, config)
-    return (m + n) * k * problem.itemsize * buffers(problem, config)
+    values = 4 if isinstance(config, FewTokens) else problem.itemsize  # those of float32 are converted after the read
+    return (m * values + n * problem.itemsize) * k * buffers(problem, config)
 
 
 def fits(problem: Problem, config: Config) -> bool:
@@ -88,7 +90,13 @@ def fits(problem: Problem, config: Config) -> bool:
     rest is for addresses, and with mma.sync for the operands too.
     """
     m, n, _ = tile(problem, config)
+    if isinstance(config, (Multiply, FewTokens)) and 2 * (config.tile_k // problem.summed) > PADDING:
+        return False  # it reads ahead in the lists of the index
+    if isinstance(config, Multiply) and config.tma and (config.tile_k > problem.summed or problem.kept < 64):
+        return False
     if isinstance(config, FewTokens) and problem.kept % config.tile_n:
+        return False
+    if isinstance(config, Outer) and problem.kernel == "block_norms" and config.tile_in < problem.bi:
         return False
     if isinstance(config, Supertile) and (config.tile_out % problem.bo or config.tile_in % problem.bi):
         return False

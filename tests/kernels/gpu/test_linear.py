@@ -20,6 +20,8 @@ from tests.gpu_checks import (
     check_far_values,
     check_outer,
     check_products,
+    check_that_infinity_stays_infinite,
+    check_that_nan_of_a_block_stays_in_its_row,
     check_that_nan_stays_where_it_is_read,
     corners,
     drawn,
@@ -142,6 +144,14 @@ def test_without_a_bias(product: Product) -> None:
 
 
 # What must not leak.
+
+
+def test_a_nan_in_a_block_reaches_only_its_row_and_in_dx_its_column(product: Product) -> None:
+    check_that_nan_of_a_block_stays_in_its_row(product)
+
+
+def test_an_infinity_in_x_stays_one_and_so_in_dy(product: Product) -> None:
+    check_that_infinity_stays_infinite(product)
 
 
 def test_a_nan_in_x_reaches_only_the_rows_that_read_it_and_so_in_dy(product: Product) -> None:
