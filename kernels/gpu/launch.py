@@ -52,9 +52,8 @@ def alignment(dtype: torch.dtype) -> int:
 def aligned_rows(x: Tensor) -> Tensor:
     """Return ``x (T, F)`` such that each row is contiguous and starts at, and is a multiple of, 16 bytes.
 
-    That is x itself for most; else a copy, filled up with zeros: one pass over x is little beside the many that a
-    kernel makes, and reading it element by element in each of them costs several times more. An expanded row
-    (stride 0) needs no copy.
+    That is x itself for most; else a copy, filled up with zeros: one pass over x, where a kernel makes one for each
+    block row and would read it element by element. An expanded row (stride 0) needs no copy.
     """
     align = alignment(x.dtype)
     tokens, features = x.shape

@@ -4,7 +4,7 @@ It is written for the forward; dx is the same product with rows and columns exch
 
     t  tokens, TILE_T a program              IN   side of a block that is summed over (bi; bo for dx)
     n  output features, one block row        OUT  side of a block along the output (bo; bi for dx)
-    k  the stored inputs of a block row, end to end, TILE_K a turn of the loop
+    k  the stored inputs of a block row, end to end, TILE_K per turn of the loop
 
     y[t, row * OUT + n] = bias[row * OUT + n] + sum over stored (row, col) and k of x[t, col * IN + k] * w[k, n]
 
@@ -71,7 +71,7 @@ def multiply_kernel(
     t = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
     k, n = tl.arange(0, TILE_K), tl.arange(0, OUT)
     in_features = in_units * ALIGN
-    # Behind the last token the last one is read again, and not written: a mask costs two instructions a copy.
+    # Behind the last token the last one is read again, and not written: a mask costs two instructions per copy.
     x_rows = x_ptr + tl.minimum(t, T - 1)[:, None] * stride_units * ALIGN
     acc = tl.zeros((TILE_T, OUT), tl.float32)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekern.kernels.gpu import roofline, tune
-from sparsekern.kernels.gpu.config import KINDS, Config, Problem, package_data
+from sparsekern.kernels.gpu.config import KINDS, Config, Problem, package_data, well_formed
 
 MODES = ("offline", "0", "1")
 
@@ -139,7 +139,7 @@ def _entry(table: dict[str, Any] | None, entry: Problem, problem: Problem) -> Co
         config: Config = KINDS[problem.kernel](**fields)
     except TypeError:  # written by another version
         return None
-    return config if roofline.fits(problem, config) else None
+    return config if well_formed(config) and roofline.fits(problem, config) else None
 
 
 def _user_table(arch: str) -> dict[str, Any] | None:

@@ -53,10 +53,6 @@ def test_edges_on_either_side_aligned_or_not(out_features: int, in_features: int
     check_products(corners((64, 64), out_features=out_features, in_features=in_features), config())
 
 
-def values_of(slots: int) -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.float16).expand(slots, 64, 64).as_strided((slots, 64, 64), (64 * 64, 64, 1), 0)
-
-
 @pytest.mark.parametrize(("slots", "described"), [(2**31 // 64 - 1, True), (2**31 // 64, False)])
 def test_coordinates_are_of_32_bits(slots: int, described: bool) -> None:
     values = torch.empty(slots, 64, 64, dtype=torch.float16, device="meta")

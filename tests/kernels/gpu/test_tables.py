@@ -303,6 +303,11 @@ def test_a_table_of_another_form_is_none(text: str, folder: Path) -> None:
         {"tile_t": 64},  # an earlier one
         asdict(Outer(64, 16, 4, 3)),  # another kernel
         asdict(Multiply(tile_t=256, tile_k=256, group=8, warps=8, stages=8)),  # too large for the device
+        {**asdict(USERS), "tile_t": "64"},
+        {**asdict(USERS), "tile_t": 48},  # no power of two
+        {**asdict(USERS), "warps": 0},
+        {**asdict(USERS), "stages": 1.5},
+        {**asdict(USERS), "tma": 1},
         [64, 64],
         "fast",
     ],
