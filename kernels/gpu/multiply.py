@@ -95,7 +95,9 @@ def multiply_kernel(
             x_mask = (column + k < in_features)[None, :] if EDGE_IN else None
             x = tl.load(x_rows + (column + k)[None, :], mask=x_mask, other=0.0 if EDGE_IN else None)
             w = tl.load(values_ptr + offset + (k[:, None] * STRIDE_K + n[None, :] * STRIDE_N))
-            column, offset = place_of_entry(other_ptr, slot_ptr, start + (i + 1) // PARTS, IN, IN * OUT)
+            # At most stop, or the compiler advances 64-bit pointers instead, which takes more instructions.
+            ahead = tl.minimum(start + (i + 1) // PARTS, stop)
+            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
             part = (i + 1) % PARTS * TILE_K
             column += part
             offset += part * STRIDE_K

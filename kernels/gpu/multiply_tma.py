@@ -33,7 +33,7 @@ def multiply_tma_kernel(
     for i in range(0, (stop - start) * PARTS):
         x = x_desc.load([tile * TILE_T, column + part])
         w = values_desc.load([line + part, 0]) if TRANSPOSED else values_desc.load([line, part]).T
-        ahead = start + (i + 1) // PARTS
+        ahead = tl.minimum(start + (i + 1) // PARTS, stop)
         part = (i + 1) % PARTS * TILE_K
         column, line = tl.load(other_ptr + ahead) * IN, tl.load(slot_ptr + ahead) * BO
         acc = tl.dot(x, w, acc, input_precision=PRECISION)

@@ -184,6 +184,8 @@ def _outer(problem: Problem, wide: int) -> Iterator[Config]:
     else:
         shapes = ((64, 4), (64, 8), (128, 4), (128, 8))
     for tile_in, warps in shapes:
+        if problem.dtype == "ieee" and not norm and tile_in * problem.bo > 32 * 32 * warps:
+            continue  # spills, as in _multiply
         if tile_in >= problem.bi or not norm:
             yield from (Outer(tile_in, wide, warps, stages) for stages in STAGES)
 
