@@ -28,7 +28,7 @@ def few_tokens_kernel(
     t, k = tl.arange(0, TOKENS), tl.arange(0, TILE_K)
     n = tl.program_id(0) % PIECES * TILE_N + tl.arange(0, TILE_N)
     in_features = in_units * ALIGN
-    x_rows = x_ptr + t.to(tl.int64)[None, :] * stride_units * ALIGN
+    x_rows = x_ptr + t.to(tl.int64)[None, :] * (stride_units * ALIGN)
     t_mask = t[None, :] < T
     acc = tl.zeros((TILE_N, TOKENS), tl.float32)
 

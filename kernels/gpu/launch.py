@@ -59,7 +59,8 @@ def aligned_rows(x: Tensor) -> Tensor:
     tokens, features = x.shape
     missing = -features % align
     stride = x.stride(0) if tokens > 1 else 0
-    if x.stride(1) == 1 and missing == 0 and stride % align == 0 and x.data_ptr() % 16 == 0:
+    near = stride < 2**31  # kernels take strides as int32, and form products with them in int64
+    if x.stride(1) == 1 and missing == 0 and stride % align == 0 and near and x.data_ptr() % 16 == 0:
         return x
     rows = x.new_empty(tokens, features + missing)
     rows[:, :features] = x

@@ -72,7 +72,7 @@ def multiply_kernel(
     k, n = tl.arange(0, TILE_K), tl.arange(0, OUT)
     in_features = in_units * ALIGN
     # Behind the last token the last one is read again, and not written: a mask costs two instructions per copy.
-    x_rows = x_ptr + tl.minimum(t, T - 1)[:, None] * stride_units * ALIGN
+    x_rows = x_ptr + tl.minimum(t, T - 1)[:, None] * (stride_units * ALIGN)
     acc = tl.zeros((TILE_T, OUT), tl.float32)
 
     if IN < TILE_K:

@@ -51,24 +51,23 @@ def outer_kernel(
     column = tl.max_contiguous(tl.multiple_of(column, BI if BI < TILE_IN else TILE_IN), BI if BI < TILE_IN else TILE_IN)
     feature = row * BO + n
     in_width, out_width = in_units * ALIGN, out_units * ALIGN  # of the rows, which may be filled up with zeros
-    # int64: rows may lie far apart, such as the last tokens of long sequences.
-    x_stride = tl.cast(x_stride_units, tl.int64) * ALIGN
-    dy_stride = tl.cast(dy_stride_units, tl.int64) * ALIGN
+    x_stride, dy_stride = x_stride_units * ALIGN, dy_stride_units * ALIGN
 
     begin = split * tokens_per_split
     count = tl.minimum(tokens_per_split, T - begin)
     count = tl.where((first < stop) & (row < rows), count, 0)  # else there is nothing to add up
-    token = begin + t
+    token = begin.to(tl.int64) + t  # rows may lie far apart, such as the last tokens of long sequences
     x_ptrs = x_ptr + column[:, None] + token[None, :] * x_stride
     dy_ptrs = dy_ptr + token[:, None] * dy_stride + feature[None, :]
     acc = tl.zeros((TILE_IN, BO), tl.float32)
     for i in range(0, count, TILE_T):
+        ahead = tl.cast(i, tl.int64)
         # A mask that is not needed costs two instructions per copy.
         here = t < (count - i if EDGE_T else TILE_T)
         x_mask = here[None, :] & (column < in_width)[:, None] if EDGE_IN else here[None, :]
         dy_mask = here[:, None] & (feature < out_width)[None, :] if EDGE_OUT else here[:, None]
-        x = tl.load(x_ptrs + i * x_stride, mask=x_mask, other=0.0)
-        dy = tl.load(dy_ptrs + i * dy_stride, mask=dy_mask, other=0.0)
+        x = tl.load(x_ptrs + ahead * x_stride, mask=x_mask, other=0.0)
+        dy = tl.load(dy_ptrs + ahead * dy_stride, mask=dy_mask, other=0.0)
         acc = tl.dot(x, dy, acc, input_precision=PRECISION)
 
     if EDGE_IN or EDGE_OUT:  # a NaN that met the filling

@@ -25,16 +25,15 @@ def supertile_kernel(
     i = tl.program_id(1) * TILE_IN + tl.arange(0, TILE_IN)
     t = tl.arange(0, TILE_T)
     o_mask, i_mask = (o < out_units * ALIGN)[:, None], (i < in_units * ALIGN)[None, :]
-    # int64: rows may lie far apart, such as the last tokens of long sequences.
-    dy_stride = tl.cast(dy_stride_units, tl.int64) * ALIGN
-    x_stride = tl.cast(x_stride_units, tl.int64) * ALIGN
-    dy_ptrs = dy_ptr + o[:, None] + t[None, :] * dy_stride
-    x_ptrs = x_ptr + t[:, None] * x_stride + i[None, :]
+    dy_stride, x_stride = dy_stride_units * ALIGN, x_stride_units * ALIGN
+    dy_ptrs = dy_ptr + o[:, None] + t.to(tl.int64)[None, :] * dy_stride
+    x_ptrs = x_ptr + t.to(tl.int64)[:, None] * x_stride + i[None, :]
 
     acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
     for begin in range(0, T, TILE_T):
-        dy = tl.load(dy_ptrs + begin * dy_stride, mask=(t < T - begin)[None, :] & o_mask, other=0.0)
-        x = tl.load(x_ptrs + begin * x_stride, mask=(t < T - begin)[:, None] & i_mask, other=0.0)
+        ahead = tl.cast(begin, tl.int64)
+        dy = tl.load(dy_ptrs + ahead * dy_stride, mask=(t < T - begin)[None, :] & o_mask, other=0.0)
+        x = tl.load(x_ptrs + ahead * x_stride, mask=(t < T - begin)[:, None] & i_mask, other=0.0)
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
 
     # An infinity that met the filling is no NaN.
