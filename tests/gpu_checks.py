@@ -170,6 +170,37 @@ def check_that_nan_stays_where_it_is_read(product: Product) -> None:
                         assert torch.equal(result[at], clean[at]), f"the NaN of token {token} in {name} is in {line}"
 
 
+def check_that_nan_of_a_block_stays_in_its_row(product: Product) -> None:
+    """Raise AssertionError if a NaN in a stored block reaches a block row (in dx a column) that does not store it."""
+    case = product.case(HOLES)
+    with forced(product.config):
+        for run, places, side in ((fwd, case.row, product.block[0]), (dx, case.col, product.block[1])):
+            clean = run(case).cpu()
+            for slot in (case.row >= 0).nonzero().flatten().tolist():
+                values = case.values.clone()
+                values[slot, 0, 0] = NAN
+                result, row = run(replace(case, values=values)).cpu(), int(places[slot])
+                others = torch.ones(clean.shape[1], dtype=torch.bool)
+                others[row * side : (row + 1) * side] = False
+                assert torch.equal(result[:, others], clean[:, others]), f"the NaN of slot {slot} left its row"
+                assert result.isnan().any()
+
+
+def check_that_infinity_stays_infinite(product: Product) -> None:
+    """Raise AssertionError unless an infinity in x (in dy) gives what it gives in exact arithmetic: infinities, no NaN.
+
+    It is in the last block of a row, which a tile of K that is not full reads again.
+    """
+    case = product.case(("xxx", "..x", "xxx"))
+    inf, token = float("inf"), case.x.shape[0] - 1
+    with forced(product.config):
+        for run, name, places in ((fwd, "x", product.block[1]), (dx, "dy", product.block[0])):
+            infinite = getattr(case, name).clone()
+            infinite[token, infinite.shape[1] - min(places, infinite.shape[1])] = inf
+            result = run(replace(case, **{name: infinite})).cpu()
+            assert not result.isnan().any() and result[token].isinf().any(), f"inf in {name} became NaN"
+
+
 def check_far_values(product: Product) -> None:
     """Raise AssertionError unless blocks behind the element 2**31 of values are read."""
     case = product.case(("x.", "xx"), dtype=torch.float16, block=(128, 128), out_features=256, in_features=256, free=0)
@@ -184,18 +215,21 @@ def check_far_values(product: Product) -> None:
         check_dx(case, gpu.dx(here.dy, values, index, 256))
 
 
-def far_apart(x: Tensor) -> Tensor:
-    """Return ``x (T, F)`` with its last row behind the element 2**31 of its storage."""
+def far_apart(x: Tensor, stride: int | None = None) -> Tensor:
+    """Return ``x (T, F)`` with its last row behind the element 2**31 of its storage, or with rows ``stride`` apart."""
     tokens, features = x.shape
-    stride = -(-(2**31) // (tokens - 1)) // 16 * 16 + 16
+    stride = stride or -(-(2**31) // (tokens - 1)) // 16 * 16 + 16
     rows = huge(tokens * stride, x.dtype).as_strided((tokens, features), (stride, 1))
     return rows.copy_(x)
 
 
 def check_far_tokens(product: Product) -> None:
     """Raise AssertionError unless tokens behind the element 2**31 of x (of dy) are read."""
-    case = product.case(dtype=torch.float16)
-    here = case.on(DEVICE)
-    with forced(product.config):
-        check_y(case, gpu.fwd(far_apart(case.x), here.values, here.bias, here.index, case.grid.out_features))
-        check_dx(case, gpu.dx(far_apart(case.dy), here.values, here.index, case.grid.in_features))
+    for case, stride in (
+        (product.case(dtype=torch.float16), None),
+        (product.case(dtype=torch.float16, tokens=2), 2**31),  # the stride itself is no int32
+    ):
+        here, x, dy = case.on(DEVICE), far_apart(case.x, stride), far_apart(case.dy, stride)
+        with forced(product.config):
+            check_y(case, gpu.fwd(x, here.values, here.bias, here.index, case.grid.out_features))
+            check_dx(case, gpu.dx(dy, here.values, here.index, case.grid.in_features))

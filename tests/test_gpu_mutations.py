@@ -31,6 +31,7 @@ from tests.gpu_checks import (
     check_outer,
     check_products,
     check_sketches,
+    check_that_nan_of_a_block_stays_in_its_row,
     check_that_nan_stays_where_it_is_read,
     corners,
     drawn,
@@ -45,7 +46,7 @@ FOLDER = Path(__file__).parent.parent / "kernels/gpu"
 MODULES = ("few_tokens", "launch", "linear", "multiply", "multiply_tma", "outer", "projection", "scores", "supertiles")
 
 
-SEEN = r" elements are wrong$| addresses are wrong$|the NaN of token|^assert \(?not"
+SEEN = r" elements are wrong$| addresses are wrong$|the NaN of (token|slot)|^assert \(?not"
 """What the oracle, the guard and the checks for NaN and for phantom elements say."""
 
 # The checks.
@@ -68,7 +69,11 @@ def half_products(name: str) -> Callable[[], None]:
 
 
 def nan_stays(name: str) -> Callable[[], None]:
-    return lambda: check_that_nan_stays_where_it_is_read(PRODUCTS[name])
+    def check() -> None:
+        check_that_nan_stays_where_it_is_read(PRODUCTS[name])
+        check_that_nan_of_a_block_stays_in_its_row(PRODUCTS[name])
+
+    return check
 
 
 def far_values(name: str) -> Callable[[], None]:
@@ -124,9 +129,8 @@ def sketch_in_panels() -> None:
 
 OUTER_STORE = "out = out_ptr + (slot * (BO * BI) + g % BI)[:, None] + (n * BI)[None, :]"
 SPLIT_SLOT = "slot = tl.load(slot_ptr + entry).to(tl.int64) + split.to(tl.int64) * slots"
-GATHER_AHEAD = "ahead = tl.minimum(i + BLOCKS + k // IN, last)"
-GATHER_FIRST = "tl.minimum(start + k // IN, last)"
-PARTS_AHEAD = "ahead = tl.minimum(start + (i + 1) // PARTS, last)"
+GATHER_AHEAD = "slot_ptr, i + BLOCKS + k // IN,"
+PARTS_AHEAD = "start + (i + 1) // PARTS"
 PART = "part = (i + 1) % PARTS * TILE_K"
 
 TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
@@ -141,8 +145,8 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("edge mask of y dropped", products("gather"), "feature < out_features if EDGE_OUT else", ""),
         ("token mask of y dropped", aligned_products("gather"),
          "mask=(t[:, None] < T) & n_mask", "mask=(t[:, None] >= 0) & n_mask"),
-        ("gather: pointer not advanced", products("gather"), GATHER_AHEAD, "ahead = tl.minimum(start + k // IN, last)"),
-        ("parts: pointer not advanced", products("parts"), PARTS_AHEAD, "ahead = start"),
+        ("gather: pointer not advanced", products("gather"), GATHER_AHEAD, "slot_ptr, start + k // IN,"),
+        ("parts: pointer not advanced", products("parts"), PARTS_AHEAD, "start"),
         ("parts: part not advanced", products("parts"), PART, "part = 0"),
         ("parts: part of values not advanced", products("parts"), "offset += part * STRIDE_K", "offset += 0"),
         ("parts: block transposed", products("parts"),
@@ -152,9 +156,10 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
          "(columns < in_features)", "(columns >= 0)"),
         ("parts: edge mask of x dropped", products("parts"),
          "(column + k < in_features)", "(column + k >= 0)"),
-        ("gather: tail of the row unmasked", products("gather"), "mask=in_row[:, None], other=0.0", ""),
-        ("gather: clamp of reading ahead dropped", nan_stays("gather"), GATHER_AHEAD, "ahead = i + BLOCKS + k // IN"),
-        ("gather: clamp of the first turn dropped", nan_stays("gather"), GATHER_FIRST, "start + k // IN"),
+        ("gather: tail of the row unmasked", products("gather"), "in_row = i + k // IN < stop", "in_row = k >= 0"),
+        ("gather: tail of the row unmasked in values", nan_stays("gather"), "mask=in_row[:, None], other=0.0", ""),
+        ("gather: tail of the row unmasked in x", nan_stays("gather"),
+         "if EDGE_IN else in_row\n", "if EDGE_IN else k >= 0\n"),
     ],
     "multiply_tma": [
         ("tma: part forgotten", products("tma"), PART, "part = 0"),
@@ -162,27 +167,29 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
          "values_desc.load([line, part])", "values_desc.load([line, 0])"),
         ("tma: part of values forgotten in dx", half_products("tma"),
          "values_desc.load([line + part, 0])", "values_desc.load([line, 0])"),
-        ("tma: pointer not advanced", products("tma"), PARTS_AHEAD, "ahead = start"),
+        ("tma: pointer not advanced", products("tma"), PARTS_AHEAD, "start"),
         ("tma: wrong slot", products("tma"), "tl.load(slot_ptr + ahead) * BO", "ahead * BO"),
         ("tma: lines of the other side", products("tma"), "IN if TRANSPOSED else OUT", "OUT if TRANSPOSED else IN"),
     ],
     "few_tokens": [
         ("few gather: pointer not advanced", products("few gather"),
-         GATHER_AHEAD, "ahead = tl.minimum(start + k // IN, last)"),
-        ("few parts: pointer not advanced", products("few parts"), PARTS_AHEAD, "ahead = start"),
+         GATHER_AHEAD, "slot_ptr, start + k // IN,"),
+        ("few parts: pointer not advanced", products("few parts"), PARTS_AHEAD, "start"),
         ("few parts: part forgotten", products("few parts"), PART, "part = 0"),
         ("few parts: block transposed", products("few parts"),
          "k[None, :] * STRIDE_K + n[:, None] * STRIDE_N", "k[None, :] * STRIDE_N + n[:, None] * STRIDE_K"),
         ("few: token mask dropped", aligned_products("few gather"),
          "t_mask = t[None, :] < T", "t_mask = t[None, :] >= 0"),
         ("few gather: edge mask of x dropped", products("few gather"),
-         "(t_mask & (columns < in_features)[:, None]) if EDGE_IN else t_mask", "t_mask"),
+         "(columns < in_features)", "(columns >= 0)"),
         ("few: edge mask of y dropped", products("few gather"),
          "n_mask = feature < out_features", "n_mask = feature >= 0"),
-        ("few gather: tail of the row unmasked", products("few gather"), "mask=in_row[None, :], other=0.0", ""),
-        ("few gather: clamp of reading ahead dropped", nan_stays("few gather"),
-         GATHER_AHEAD, "ahead = i + BLOCKS + k // IN"),
-        ("few gather: clamp of the first turn dropped", nan_stays("few gather"), GATHER_FIRST, "start + k // IN"),
+        ("few gather: tail of the row unmasked", products("few gather"),
+         "in_row = i + k // IN < stop", "in_row = k >= 0"),
+        ("few gather: tail of the row unmasked in values", nan_stays("few gather"),
+         "mask=in_row[None, :], other=0.0", ""),
+        ("few gather: tail of the row unmasked in x", nan_stays("few gather"),
+         "mask=t_mask & x_mask[:, None]", "mask=t_mask"),
         ("few: bias dropped", products("few gather"), "if HAS_BIAS:", "if False:"),
         ("few: missing int64 cast of x", far_tokens("few gather"),
          "x_ptr + t.to(tl.int64)[None, :]", "x_ptr + t[None, :]"),
@@ -196,8 +203,8 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
          "here[None, :] & (column < in_width)[:, None] if EDGE_IN else", ""),
         ("outer: edge mask of dy dropped", outer("groups"),
          "here[:, None] & (feature < out_width)[None, :] if EDGE_OUT else", ""),
-        ("outer: pointers not advanced", outer("groups"),
-         "ahead = tl.cast(i, tl.int64)", "ahead = tl.cast(0, tl.int64)"),
+        ("outer: pointer of x not advanced", outer("groups"), "x_ptrs + ahead * x_stride", "x_ptrs"),
+        ("outer: pointer of dy not advanced", outer("groups"), "dy_ptrs + ahead * dy_stride", "dy_ptrs"),
         ("outer: missing int64 cast of a turn", outer_far, "ahead = tl.cast(i, tl.int64)", "ahead = i"),
         ("outer: missing int64 cast of a token", outer_far, "token = begin.to(tl.int64) + t", "token = begin + t"),
         ("outer: block transposed", outer("groups"),

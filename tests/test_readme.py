@@ -31,4 +31,4 @@ def test_the_layout_names_what_is_there():
         for p in (ROOT / "sparsekern").iterdir()
         if p.is_dir() and p.name not in ("__pycache__", "kernels")
     }
-    assert named == there | {"kernels/", "tests/"}
+    assert named == there | {"kernels/", "tests/", "bench/"}

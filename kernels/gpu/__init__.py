@@ -1,13 +1,13 @@
-"""Triton kernels, for NVIDIA GPUs from sm_80 on. Triton is imported at the first call, not before.
+"""Triton kernels, for NVIDIA GPUs from sm_80 on. The modules beside this one need Triton; this one does not.
 
-Under ``TRITON_INTERPRET=1`` they run on CPU tensors, slowly, when asked for by name: that is how they are tested where
-there is no GPU.
+Under ``TRITON_INTERPRET=1``, set before anything imports Triton (``import sparsekern`` does, through PyTorch), they run
+on CPU tensors, slowly, when asked for by name: that is how they are tested where there is no GPU.
 """
 
 from __future__ import annotations
 
 import functools
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 from sparsekern.kernels.contract import Index
@@ -37,9 +37,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int,
 
 @functools.cache
 def _why_not_here(device: torch.device) -> str | None:
-    try:
-        version("triton")
-    except PackageNotFoundError:
+    if find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     if device.type == "cuda":
         if torch.version.hip is not None:

@@ -1,7 +1,7 @@
 """How a kernel is cut and scheduled, and what that choice may depend on.
 
 A configuration is chosen by a :class:`Problem`: the kernel, the architecture, dtype and block, and the *magnitude* of
-tokens and of blocks a row. Never by the number of blocks or where they are: a topology that moves must not recompile.
+tokens and of blocks per row. Never by the number of blocks or where they are: a topology that moves must not recompile.
 """
 
 from __future__ import annotations
@@ -99,6 +99,18 @@ class Supertile:
 
 
 Config = Multiply | FewTokens | Outer | Supertile
+
+
+def well_formed(config: Config) -> bool:
+    """Return whether the fields of a configuration that was read from a file are numbers a kernel can be built with."""
+    fields = dict(vars(config))
+    if not isinstance(fields.pop("tma", False), bool):
+        return False
+    if not all(type(n) is int and n > 0 for n in fields.values()):
+        return False
+    tiles = [n for name, n in fields.items() if name.startswith("tile") or name == "warps"]
+    return all(n & (n - 1) == 0 for n in tiles) and config.warps <= 16 and 2 <= config.stages <= 16
+
 
 KINDS: dict[str, type[Config]] = {
     "fwd": Multiply,

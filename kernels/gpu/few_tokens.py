@@ -24,7 +24,6 @@ def few_tokens_kernel(
     PIECES: tl.constexpr = OUT // TILE_N
     row = tl.program_id(0) // PIECES
     start, stop = tl.load(row_ptr_ptr + row), tl.load(row_ptr_ptr + row + 1)
-    last = tl.maximum(stop - 1, start)
 
     t, k = tl.arange(0, TOKENS), tl.arange(0, TILE_K)
     n = tl.program_id(0) % PIECES * TILE_N + tl.arange(0, TILE_N)
@@ -35,17 +34,16 @@ def few_tokens_kernel(
 
     if IN < TILE_K:
         BLOCKS: tl.constexpr = TILE_K // IN
-        column, offset = place_of_entry(other_ptr, slot_ptr, tl.minimum(start + k // IN, last), IN, IN * OUT)
+        column, offset = place_of_entry(other_ptr, slot_ptr, start + k // IN, IN, IN * OUT)
         for i in range(start, stop, BLOCKS):
             columns = tl.max_contiguous(tl.multiple_of(column + k % IN, IN), IN)
             offsets = offset + k % IN * STRIDE_K
             offsets = tl.max_contiguous(tl.multiple_of(offsets, IN), IN) if STRIDE_K == 1 else offsets
-            x_mask = (t_mask & (columns < in_features)[:, None]) if EDGE_IN else t_mask
-            x = tl.load(x_rows + columns[:, None], mask=x_mask, other=0.0)
-            in_row = i + k // IN < stop
+            in_row = i + k // IN < stop  # masks both: a NaN or an infinity of another row times zero is a NaN
+            x_mask = in_row & (columns < in_features) if EDGE_IN else in_row
+            x = tl.load(x_rows + columns[:, None], mask=t_mask & x_mask[:, None], other=0.0)
             w = tl.load(values_ptr + (offsets[None, :] + n[:, None] * STRIDE_N), mask=in_row[None, :], other=0.0)
-            ahead = tl.minimum(i + BLOCKS + k // IN, last)
-            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
+            column, offset = place_of_entry(other_ptr, slot_ptr, i + BLOCKS + k // IN, IN, IN * OUT)
             acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision=PRECISION)
     else:
         PARTS: tl.constexpr = IN // TILE_K
@@ -54,9 +52,10 @@ def few_tokens_kernel(
             x_mask = (t_mask & (column + k < in_features)[:, None]) if EDGE_IN else t_mask
             x = tl.load(x_rows + (column + k)[:, None], mask=x_mask, other=0.0)
             w = tl.load(values_ptr + offset + (k[None, :] * STRIDE_K + n[:, None] * STRIDE_N))
-            ahead = tl.minimum(start + (i + 1) // PARTS, last)
-            part = (i + 1) % PARTS * TILE_K
+            # At most stop, or the compiler advances 64-bit pointers instead, which takes more instructions.
+            ahead = tl.minimum(start + (i + 1) // PARTS, stop)
             column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
+            part = (i + 1) % PARTS * TILE_K
             column += part
             offset += part * STRIDE_K
             acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision=PRECISION)

@@ -52,15 +52,15 @@ def alignment(dtype: torch.dtype) -> int:
 def aligned_rows(x: Tensor) -> Tensor:
     """Return ``x (T, F)`` such that each row is contiguous and starts at, and is a multiple of, 16 bytes.
 
-    That is x itself for most; else a copy, filled up with zeros: one pass over x is little beside the many that a
-    kernel makes, and reading it element by element in each of them costs several times more. An expanded row
-    (stride 0) needs no copy.
+    That is x itself for most; else a copy, filled up with zeros: one pass over x, where a kernel makes one for each
+    block row and would read it element by element. An expanded row (stride 0) needs no copy.
     """
     align = alignment(x.dtype)
     tokens, features = x.shape
     missing = -features % align
     stride = x.stride(0) if tokens > 1 else 0
-    if x.stride(1) == 1 and missing == 0 and stride % align == 0 and x.data_ptr() % 16 == 0:
+    near = stride < 2**31  # kernels take strides as int32, and form products with them in int64
+    if x.stride(1) == 1 and missing == 0 and stride % align == 0 and near and x.data_ptr() % 16 == 0:
         return x
     rows = x.new_empty(tokens, features + missing)
     rows[:, :features] = x

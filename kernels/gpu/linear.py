@@ -78,7 +78,7 @@ def _multiply(
             return
         assert isinstance(config, Multiply)
         grid = (triton.cdiv(tokens, config.tile_t) * rows,)
-        if config.tma and can_describe(x, values):
+        if config.tma and can_describe(x, values, (config.tile_t, config.tile_k)):
             multiply_tma_kernel[grid](
                 descriptor(x, (config.tile_t, config.tile_k)),
                 descriptor(values.flatten(0, 1), (config.tile_k, bi) if transposed else (side_out, config.tile_k)),

@@ -4,14 +4,15 @@ It is written for the forward; dx is the same product with rows and columns exch
 
     t  tokens, TILE_T a program              IN   side of a block that is summed over (bi; bo for dx)
     n  output features, one block row        OUT  side of a block along the output (bo; bi for dx)
-    k  the stored inputs of a block row, end to end, TILE_K a turn of the loop
+    k  the stored inputs of a block row, end to end, TILE_K per turn of the loop
 
     y[t, row * OUT + n] = bias[row * OUT + n] + sum over stored (row, col) and k of x[t, col * IN + k] * w[k, n]
 
 A tile of K holds several small blocks (a gather over block columns) or a part of a large one, so it is always whole
 cache lines. Three things keep the pipeline full, each seen in the compiled code (``bench/gpu_code.py``): the places of
 the next tile are loaded in this turn and carried in registers (an index load in the turn that uses it costs half the
-buffers); what is carried is the int64 *offset* of a block, not its slot; the loop has one ``tl.dot``.
+buffers; the lists are padded for the last turn); what is carried is the int64 *offset* of a block, not its slot; the
+loop has one ``tl.dot``.
 """
 
 from __future__ import annotations
@@ -66,28 +67,26 @@ def multiply_kernel(
     """
     tile, row = place_of_tile(T, rows, TILE_T, GROUP)
     start, stop = tl.load(row_ptr_ptr + row), tl.load(row_ptr_ptr + row + 1)
-    last = tl.maximum(stop - 1, start)  # reading ahead stays in the row: a NaN of x must not reach another one
 
     t = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
     k, n = tl.arange(0, TILE_K), tl.arange(0, OUT)
     in_features = in_units * ALIGN
-    # Behind the last token the last one is read again, and not written: a mask costs two instructions a copy.
+    # Behind the last token the last one is read again, and not written: a mask costs two instructions per copy.
     x_rows = x_ptr + tl.minimum(t, T - 1)[:, None] * (stride_units * ALIGN)
     acc = tl.zeros((TILE_T, OUT), tl.float32)
 
     if IN < TILE_K:
         BLOCKS: tl.constexpr = TILE_K // IN
-        column, offset = place_of_entry(other_ptr, slot_ptr, tl.minimum(start + k // IN, last), IN, IN * OUT)
+        column, offset = place_of_entry(other_ptr, slot_ptr, start + k // IN, IN, IN * OUT)
         for i in range(start, stop, BLOCKS):
             columns = tl.max_contiguous(tl.multiple_of(column + k % IN, IN), IN)
             offsets = offset + k % IN * STRIDE_K
             offsets = tl.max_contiguous(tl.multiple_of(offsets, IN), IN) if STRIDE_K == 1 else offsets
-            x_mask = (columns < in_features)[None, :] if EDGE_IN else None
-            x = tl.load(x_rows + columns[None, :], mask=x_mask, other=0.0 if EDGE_IN else None)
-            in_row = i + k // IN < stop
+            in_row = i + k // IN < stop  # masks both: a NaN or an infinity of another row times zero is a NaN
+            x_mask = in_row & (columns < in_features) if EDGE_IN else in_row
+            x = tl.load(x_rows + columns[None, :], mask=x_mask[None, :], other=0.0)
             w = tl.load(values_ptr + (offsets[:, None] + n[None, :] * STRIDE_N), mask=in_row[:, None], other=0.0)
-            ahead = tl.minimum(i + BLOCKS + k // IN, last)
-            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
+            column, offset = place_of_entry(other_ptr, slot_ptr, i + BLOCKS + k // IN, IN, IN * OUT)
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
     else:
         PARTS: tl.constexpr = IN // TILE_K
@@ -96,9 +95,10 @@ def multiply_kernel(
             x_mask = (column + k < in_features)[None, :] if EDGE_IN else None
             x = tl.load(x_rows + (column + k)[None, :], mask=x_mask, other=0.0 if EDGE_IN else None)
             w = tl.load(values_ptr + offset + (k[:, None] * STRIDE_K + n[None, :] * STRIDE_N))
-            ahead = tl.minimum(start + (i + 1) // PARTS, last)
-            part = (i + 1) % PARTS * TILE_K
+            # At most stop, or the compiler advances 64-bit pointers instead, which takes more instructions.
+            ahead = tl.minimum(start + (i + 1) // PARTS, stop)
             column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
+            part = (i + 1) % PARTS * TILE_K
             column += part
             offset += part * STRIDE_K
             acc = tl.dot(x, w, acc, input_precision=PRECISION)

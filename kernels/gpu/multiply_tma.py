@@ -24,7 +24,6 @@ def multiply_tma_kernel(
     """Write the tile ``y[tokens, one block row]``. values_desc is ``(Z * bo, bi)``; TRANSPOSED says that it is dx."""
     tile, row = place_of_tile(T, rows, TILE_T, GROUP)
     start, stop = tl.load(row_ptr_ptr + row), tl.load(row_ptr_ptr + row + 1)
-    last = tl.maximum(stop - 1, start)
     PARTS: tl.constexpr = IN // TILE_K
     BO: tl.constexpr = IN if TRANSPOSED else OUT
 
@@ -34,7 +33,7 @@ def multiply_tma_kernel(
     for i in range(0, (stop - start) * PARTS):
         x = x_desc.load([tile * TILE_T, column + part])
         w = values_desc.load([line + part, 0]) if TRANSPOSED else values_desc.load([line, part]).T
-        ahead = tl.minimum(start + (i + 1) // PARTS, last)
+        ahead = tl.minimum(start + (i + 1) // PARTS, stop)
         part = (i + 1) % PARTS * TILE_K
         column, line = tl.load(other_ptr + ahead) * IN, tl.load(slot_ptr + ahead) * BO
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
@@ -43,12 +42,16 @@ def multiply_tma_kernel(
     store_tile(y_ptr, bias_ptr, acc, t, row, T, out_features, OUT, HAS_BIAS, EDGE_OUT)
 
 
-def can_describe(x: Tensor, values: Tensor) -> bool:
-    """Return whether the copy engine can address them: rows a multiple of 16 bytes apart, coordinates in int32."""
-    slots, bo, bi = values.shape
-    rows = x.stride(0) > 0 and x.stride(0) * x.element_size() % 16 == 0 and max(x.shape) < 2**31
-    blocks = values.is_contiguous() and bi * values.element_size() % 16 == 0 and 0 < slots * bo < 2**31
-    return rows and blocks and x.data_ptr() % 16 == 0 and values.data_ptr() % 16 == 0
+def can_describe(x: Tensor, values: Tensor, tile: tuple[int, int]) -> bool:
+    """Return whether the copy engine can load tiles of x, and of values (contiguous).
+
+    Rows of 16 bytes at a multiple of 16 bytes, coordinates in int32; nothing that drivers are known to stumble over: no
+    tile larger than x, and no holes between its rows (triton-lang/triton#9235).
+    """
+    rows = x.is_contiguous() and x.shape[1] * x.element_size() % 16 == 0 and max(x.shape) < 2**31
+    boxes = x.shape[0] >= tile[0] and x.shape[1] >= tile[1]
+    blocks = 0 < values.shape[0] * values.shape[1] < 2**31
+    return rows and boxes and blocks and x.data_ptr() % 16 == 0 and values.data_ptr() % 16 == 0
 
 
 def descriptor(matrix: Tensor, tile: tuple[int, int]) -> TensorDescriptor:

@@ -2,7 +2,7 @@
 
     g  columns of x, TILE_IN a program: several small blocks of one block row side by side, or a part of a large one
     n  the bo rows of the block row
-    t  tokens, TILE_T a turn, cut into splits when there are too few blocks to fill the device
+    t  tokens, TILE_T per turn, cut into splits when there are too few blocks to fill the device
 
     out[slot, n, i] = sum over t of dy[t, row * bo + n] * x[t, col * bi + i]
 
@@ -12,8 +12,8 @@ the same bits every time.
 
 Programs find their block row by themselves. Row r gets ``row_ptr[r + 1] // BLOCKS - row_ptr[r] // BLOCKS + 1``
 programs, at least as many as it has groups of BLOCKS blocks, so its first one is ``row_ptr[r] // BLOCKS + r``: nothing
-is built or read on the host when blocks move. The rest leave at once, but for those behind the last row, which write
-the zeros of the free slots.
+is built or read on the host when blocks move. The rest have nothing to add up and store nothing, but for those behind
+the last row, which write the zeros of the free slots.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def outer_kernel(
     begin = split * tokens_per_split
     count = tl.minimum(tokens_per_split, T - begin)
     count = tl.where((first < stop) & (row < rows), count, 0)  # else there is nothing to add up
-    token = begin.to(tl.int64) + t  # rows may lie far apart: the last tokens of long sequences
+    token = begin.to(tl.int64) + t  # rows may lie far apart, such as the last tokens of long sequences
     x_ptrs = x_ptr + column[:, None] + token[None, :] * x_stride
     dy_ptrs = dy_ptr + token[:, None] * dy_stride + feature[None, :]
     acc = tl.zeros((TILE_IN, BO), tl.float32)
     for i in range(0, count, TILE_T):
         ahead = tl.cast(i, tl.int64)
-        # A mask that is not needed costs two instructions a copy.
+        # A mask that is not needed costs two instructions per copy.
         here = t < (count - i if EDGE_T else TILE_T)
         x_mask = here[None, :] & (column < in_width)[:, None] if EDGE_IN else here[None, :]
         dy_mask = here[:, None] & (feature < out_width)[None, :] if EDGE_OUT else here[:, None]

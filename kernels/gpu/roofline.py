@@ -1,6 +1,6 @@
 """Configurations worth trying, best guess first: what runs where nothing was measured.
 
-The guess is a roofline a stored FLOP: gathering from the L2 cache, the tensor cores, and issuing instructions,
+The guess is a roofline per stored FLOP: gathering from the L2 cache, the tensor cores, and issuing instructions,
 whichever is slowest; or the latency of a program that starts, loads and stores, shared by those that a multiprocessor
 holds. Rows have few blocks, so a program takes few turns, and the second counts: two programs side by side are worth
 more than one large tile. The device constants (``configs/devices.json``) are data sheets and estimates, so it orders
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from sparsekern.kernels.contract import PADDING
 from sparsekern.kernels.gpu.config import Config, FewTokens, Multiply, Outer, Problem, Supertile, package_data
 
 LATENCY = 0.8e-6
-"""Seconds from asking the L2 cache to having the answer in shared memory, under load."""
+"""Seconds from asking the L2 cache to having the answer in shared memory, under load: an estimate."""
 
 NEAR = 1.125
 """Costs that differ by less are the same: the constants are no better. The smaller tile is the safer guess then."""
@@ -78,7 +79,8 @@ def buffers(problem: Problem, config: Config) -> int:
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Return the shared memory of a program: the buffers of both operands of ``tl.dot``."""
     m, n, k = tile(problem, config)
-    return (m + n) * k * problem.itemsize * buffers(problem, config)
+    values = 4 if isinstance(config, FewTokens) else problem.itemsize  # those of float32 are converted after the read
+    return (m * values + n * problem.itemsize) * k * buffers(problem, config)
 
 
 def fits(problem: Problem, config: Config) -> bool:
@@ -88,7 +90,13 @@ def fits(problem: Problem, config: Config) -> bool:
     rest is for addresses, and with mma.sync for the operands too.
     """
     m, n, _ = tile(problem, config)
+    if isinstance(config, (Multiply, FewTokens)) and 2 * (config.tile_k // problem.summed) > PADDING:
+        return False  # it reads ahead in the lists of the index
+    if isinstance(config, Multiply) and config.tma and (config.tile_k > problem.summed or problem.kept < 64):
+        return False
     if isinstance(config, FewTokens) and problem.kept % config.tile_n:
+        return False
+    if isinstance(config, Outer) and problem.kernel == "block_norms" and config.tile_in < problem.bi:
         return False
     if isinstance(config, Supertile) and (config.tile_out % problem.bo or config.tile_in % problem.bi):
         return False
@@ -98,7 +106,7 @@ def fits(problem: Problem, config: Config) -> bool:
 
 
 def cost(problem: Problem, config: Config) -> float:
-    """Return the predicted seconds a FLOP of the whole device, in no absolute sense; see the head of this file."""
+    """Return the predicted seconds per FLOP of the whole device, in no absolute sense; see the head of this file."""
     d, (m, n, k) = device(problem.arch), tile(problem, config)
     flops = 2 * m * n * k
     bytes_moved = (m + n) * k * problem.itemsize
@@ -106,7 +114,7 @@ def cost(problem: Problem, config: Config) -> float:
     threads = 32 * config.warps
     gather = bytes_moved / (d["l2_tb_s"] * 1e12 / d["sms"])
     tensor = flops / (d["tflops"][kind] * 1e12 / d["sms"])
-    # Counted in compiled loops (bench/gpu_code.py): some 65 instructions a turn and warp, and 3 a 16-byte copy. The
+    # Counted in compiled loops (bench/gpu_code.py): some 65 instructions per turn and warp, 3 per 16-byte copy. The
     # copy engine needs no addresses, but barriers.
     copies = bytes_moved / 16 / threads
     per_warp = (103 if isinstance(config, Multiply) and config.tma else 65 + 3 * copies) + m * n * k / 2**17
@@ -166,8 +174,8 @@ def _multiply(problem: Problem, wide: int) -> Iterator[Config]:
 
 
 def _outer(problem: Problem, wide: int) -> Iterator[Config]:
-    # Tokens are K here, and tf32 of wgmma and tcgen05 lies along K only: a transposition, in 4-byte copies. Programs of
-    # 2 warps and tiles of 32 rows take mma.sync instead. A norm needs the whole block in one program.
+    # Tokens are K here, and wgmma reads tf32 along K only: a transposition, in 4-byte copies (in Triton 3.7.1 tcgen05
+    # too). Programs of 2 warps and tiles of 32 rows take mma.sync instead. A norm needs the whole block in one program.
     norm = problem.kernel == "block_norms"
     along_k = problem.dtype == "fp32" and device(problem.arch)["from_shared"]
     shapes: tuple[tuple[int, int], ...]
@@ -176,6 +184,8 @@ def _outer(problem: Problem, wide: int) -> Iterator[Config]:
     else:
         shapes = ((64, 4), (64, 8), (128, 4), (128, 8))
     for tile_in, warps in shapes:
+        if problem.dtype == "ieee" and not norm and tile_in * problem.bo > 32 * 32 * warps:
+            continue  # spills, as in _multiply
         if tile_in >= problem.bi or not norm:
             yield from (Outer(tile_in, wide, warps, stages) for stages in STAGES)
 

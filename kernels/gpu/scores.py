@@ -21,7 +21,7 @@ def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[in
 
     They are brought in the order of block rows, so that blocks side by side share the tiles of dy.
     """
-    norms = torch.empty(row.shape[0], device=x.device)
+    norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
     rows = -(-dy.shape[1] // block[0])
     sorted_row, order = row.sort(stable=True)
     starts = torch.arange(rows + 1, dtype=row.dtype, device=row.device)
@@ -33,8 +33,9 @@ def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[in
 def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
     """Return the norms ``(R, C)`` of all blocks; see :meth:`sparsekern.kernels.contract.Backend.all_block_norms`."""
     (bo, bi), tokens = block, x.shape[0]
-    rows, cols = -(-dy.shape[1] // bo), -(-x.shape[1] // bi)
-    norms = torch.empty(rows, cols, device=x.device)
+    in_features, out_features = x.shape[1], dy.shape[1]
+    rows, cols = -(-out_features // bo), -(-in_features // bi)
+    norms = torch.empty(rows, cols, dtype=torch.float32, device=x.device)
     if tokens == 0:
         return norms.zero_()
     x, dy = aligned_rows(x), aligned_rows(dy)
@@ -45,7 +46,8 @@ def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
         grid = (triton.cdiv(rows * bo, config.tile_out), triton.cdiv(cols * bi, config.tile_in))
         supertile_kernel[grid](
             dy, x, norms,
-            tokens, x.shape[1] // align, dy.shape[1] // align, x.stride(0) // align, dy.stride(0) // align, rows, cols,
+            tokens, in_features, out_features,
+            x.shape[1] // align, dy.shape[1] // align, x.stride(0) // align, dy.stride(0) // align, rows, cols,
             ALIGN=align, BO=bo, BI=bi,
             TILE_OUT=config.tile_out, TILE_IN=config.tile_in, TILE_T=config.tile_t, PRECISION=precision,
             num_warps=config.warps, num_stages=config.stages,
@@ -65,7 +67,9 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) 
     """
     (bo, bi), pairs, tokens = block, u.shape[0], x.shape[0]
     rows, cols = -(-dy.shape[1] // bo), -(-x.shape[1] // bi)
-    total = torch.zeros(pairs, rows, cols, device=x.device)
+    total = torch.zeros(pairs, rows, cols, dtype=torch.float32, device=x.device)
+    if pairs == 0:
+        return total
     panel = max(TILE_T, SKETCH_BYTES // (4 * pairs * (rows + cols)) // TILE_T * TILE_T)
     for start in range(0, tokens, panel):
         left = _project(dy[start : start + panel], u, bo)
@@ -78,10 +82,12 @@ def _project(x: Tensor, directions: Tensor, side: int) -> Tensor:
     """Return ``(r, blocks, T)``: each block of columns of ``x (T, F)`` times that part of each direction ``(r, F)``."""
     (tokens, features), pairs = x.shape, directions.shape[0]
     blocks = -(-features // side)
-    out = torch.empty(pairs, blocks, tokens, device=x.device)
+    out = torch.empty(pairs, blocks, tokens, dtype=torch.float32, device=x.device)
     directions = directions.float().contiguous()
     with on_device_of(x):
-        projection_kernel[(triton.cdiv(tokens, TILE_T), blocks)](
-            x, directions, out, tokens, features, pairs, x.stride(0), x.stride(1), SIDE=side, TILE_T=TILE_T, num_warps=4
-        )
+        projection_kernel[(triton.cdiv(tokens, TILE_T) * blocks,)](
+            x, directions, out,
+            tokens, features, blocks, pairs, x.stride(0), x.stride(1),
+            SIDE=side, TILE_T=TILE_T, num_warps=4,
+        )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["T", "rows", "cols"])
 def supertile_kernel(
     dy_ptr, x_ptr, norms_ptr,
-    T, in_units, out_units, x_stride_units, dy_stride_units, rows, cols,
+    T, in_features, out_features, in_units, out_units, x_stride_units, dy_stride_units, rows, cols,
     ALIGN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,6 +36,8 @@ def supertile_kernel(
         x = tl.load(x_ptrs + ahead * x_stride, mask=(t < T - begin)[:, None] & i_mask, other=0.0)
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
 
+    # An infinity that met the filling is no NaN.
+    acc = tl.where((o < out_features)[:, None] & (i < in_features)[None, :], acc, 0.0)
     squares = tl.sum(tl.sum(tl.reshape(acc * acc, (ROWS, BO, COLS, BI)), 3), 1)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLS + tl.arange(0, COLS)

@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sparsekern.kernels.gpu import roofline, tune
-from sparsekern.kernels.gpu.config import KINDS, Config, Problem, package_data
+from sparsekern.kernels.gpu.config import KINDS, Config, Problem, package_data, well_formed
 
 MODES = ("offline", "0", "1")
 
@@ -31,6 +32,7 @@ _NEAR = sorted((abs(t) + abs(n), t, n) for t in range(-3, 4) for n in range(-3, 
 
 _chosen: dict[Problem, Config] = {}
 _log = logging.getLogger("sparsekern")
+_writing = threading.Lock()  # backward threads of several GPUs may measure at the same time
 
 
 def choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
@@ -59,10 +61,16 @@ def mode() -> str:
     return value
 
 
-def cache_folder() -> Path:
-    """Return the folder of the user's tables."""
-    given = os.environ.get("SPARSEKERN_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsekern"
+def cache_folder() -> Path | None:
+    """Return the folder of the user's tables; None for a user without a home."""
+    if given := os.environ.get("SPARSEKERN_CACHE"):
+        return Path(given)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "sparsekern"
+    try:
+        return Path.home() / ".cache" / "sparsekern"
+    except RuntimeError:
+        return None
 
 
 def read(problem: Problem) -> Config | None:
@@ -86,15 +94,22 @@ def read_near(problem: Problem) -> Config | None:
 
 
 def write(problem: Problem, config: Config) -> None:
-    """Add a measured configuration to the user's table. Another process may write another one at the same time."""
-    table = _user_table(problem.arch) or {"measured": {}, "configs": {}}
-    table["measured"] = tune.circumstances()
-    table["configs"][problem.key] = asdict(config)
-    path = cache_folder() / f"{problem.arch}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Add a measured configuration to the user's table, or warn that it cannot be."""
+    folder = cache_folder()
+    if folder is None:
+        return
+    path = folder / f"{problem.arch}.json"
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    aside.replace(path)
+    with _writing:
+        table = _user_table(problem.arch) or {"measured": {}, "configs": {}}
+        table["measured"] = tune.circumstances()
+        table["configs"][problem.key] = asdict(config)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            aside.replace(path)
+        except OSError as error:
+            _log.warning("%s is not written: %s. Set SPARSEKERN_CACHE to a folder that can be", path, error)
 
 
 def _choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
@@ -103,10 +118,13 @@ def _choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
     if config is None and asked == "1":
         reason = tune.why_not()
         if reason is not None:
-            _log.info("%s is not tuned now: %s", problem.key, reason)
-            return roofline.candidates(problem)[0]  # not remembered: the next call may be able to
-        config = tune.fastest(roofline.candidates(problem), launch)
-        write(problem, config)
+            _log.info("%s is not tuned: %s", problem.key, reason)
+            if reason == tune.CAPTURING:  # not remembered: the next call may be able to
+                return read_near(problem) or roofline.candidates(problem)[0]
+        else:
+            config = tune.fastest(roofline.candidates(problem), launch)
+            _chosen[problem] = config
+            write(problem, config)
     if config is None and asked != "0":
         config = read_near(problem)
     _chosen[problem] = config or roofline.candidates(problem)[0]
@@ -121,14 +139,17 @@ def _entry(table: dict[str, Any] | None, entry: Problem, problem: Problem) -> Co
         config: Config = KINDS[problem.kernel](**fields)
     except TypeError:  # written by another version
         return None
-    return config if roofline.fits(problem, config) else None
+    return config if well_formed(config) and roofline.fits(problem, config) else None
 
 
 def _user_table(arch: str) -> dict[str, Any] | None:
-    path = cache_folder() / f"{arch}.json"
+    folder = cache_folder()
+    if folder is None:
+        return None
+    path = folder / f"{arch}.json"
     try:
         table = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         _log.warning("%s is not read: %s. Delete it to measure again", path, error)

@@ -10,6 +10,8 @@ import torch
 from sparsekern.kernels.gpu.config import Config
 from sparsekern.kernels.gpu.launch import interpreted
 
+CAPTURING = "a CUDA graph is being captured"
+
 _log = logging.getLogger("sparsekern")
 
 
@@ -25,7 +27,7 @@ def why_not() -> str | None:
         # Ranks would choose differently, or wait for each other while one of them measures inside a collective.
         return "several ranks are running; tune in one process first, all ranks read the same table"
     if torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph is being captured"
+        return CAPTURING
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -181,10 +180,7 @@ class TestHere:
         assert reason == "the tensors are on cpu; it needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests)"
 
     def test_no_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def missing(name: str) -> str:
-            raise PackageNotFoundError(name)
-
-        monkeypatch.setattr(gpu, "version", missing)
+        monkeypatch.setattr(gpu, "find_spec", lambda name: None)
         reason = gpu.why_not("linear", HERE, torch.float16, (16, 16))
         assert reason == "Triton is not installed; pip install triton"
 

@@ -18,11 +18,11 @@ from tests.gpu_checks import (
     Product,
     check_far_tokens,
     check_far_values,
-    check_outer,
     check_products,
+    check_that_infinity_stays_infinite,
+    check_that_nan_of_a_block_stays_in_its_row,
     check_that_nan_stays_where_it_is_read,
     corners,
-    drawn,
     dvalues,
     dx,
     forced,
@@ -94,12 +94,14 @@ def test_values_of_another_dtype_are_rounded_when_read(product: Product) -> None
 
 
 def test_arguments_are_not_written_to(product: Product) -> None:
-    case = product.edge_case()
-    before = [t.clone() for t in (case.x, case.dy, case.values)]
+    here = product.edge_case().on(DEVICE)
+    before = [t.clone() for t in (here.x, here.dy, here.values)]
 
-    check_products(case, product.config)
+    with forced(product.config):
+        gpu.fwd(here.x, here.values, here.bias, here.index, here.grid.out_features)
+        gpu.dx(here.dy, here.values, here.index, here.grid.in_features)
 
-    assert all(torch.equal(t, b) for t, b in zip((case.x, case.dy, case.values), before, strict=True))
+    assert all(torch.equal(t, b) for t, b in zip((here.x, here.dy, here.values), before, strict=True))
 
 
 # Nothing there.
@@ -142,6 +144,14 @@ def test_without_a_bias(product: Product) -> None:
 
 
 # What must not leak.
+
+
+def test_a_nan_in_a_block_reaches_only_its_row_and_in_dx_its_column(product: Product) -> None:
+    check_that_nan_of_a_block_stays_in_its_row(product)
+
+
+def test_an_infinity_in_x_stays_one_and_so_in_dy(product: Product) -> None:
+    check_that_infinity_stays_infinite(product)
 
 
 def test_a_nan_in_x_reaches_only_the_rows_that_read_it_and_so_in_dy(product: Product) -> None:
@@ -262,9 +272,3 @@ def test_splits_cover_the_tokens_and_none_is_empty(tile_t: int, wanted: int) -> 
         splits = -(-tokens // per_split)
         assert per_split % tile_t == 0
         assert (splits - 1) * per_split < tokens <= splits * per_split
-
-
-def test_a_gradient_of_many_blocks_holds_no_workspace() -> None:
-    case = drawn(("xxxx",) * 4, block=(16, 16), tokens=20)
-
-    check_outer(case)

@@ -9,7 +9,10 @@ from sparsekern.kernels.gpu.config import Multiply
 from sparsekern.kernels.gpu.multiply_tma import can_describe, descriptor
 
 from tests.device import DEVICE, DTYPES
-from tests.gpu_checks import HOLES, check_products, corners, drawn, far_apart
+from tests.gpu_checks import HOLES, check_products, corners, drawn
+
+VALUES = torch.zeros(1, 64, 64).half()
+TILE = (32, 64)
 
 
 def config(tile_t: int = 16, tile_k: int = 32, group: int = 2) -> Multiply:
@@ -32,8 +35,7 @@ def test_any_block_and_part_of_it(block: tuple[int, int], tile_k: int, dtype: to
 
 
 @pytest.mark.usefixtures("only_descriptors")
-@pytest.mark.parametrize("tokens", [33, 48, 65])
-@pytest.mark.parametrize("tile_t", [16, 64])
+@pytest.mark.parametrize(("tile_t", "tokens"), [(16, 33), (16, 48), (32, 65), (64, 65), (64, 128)])
 def test_any_number_of_tokens(tile_t: int, tokens: int) -> None:
     check_products(corners((64, 64), tokens=tokens, dtype=torch.float16), config(tile_t))
 
@@ -51,30 +53,13 @@ def test_edges_on_either_side_aligned_or_not(out_features: int, in_features: int
     check_products(corners((64, 64), out_features=out_features, in_features=in_features), config())
 
 
-def values_of(slots: int) -> torch.Tensor:
-    return torch.zeros(1, dtype=torch.float16).expand(slots, 64, 64).as_strided((slots, 64, 64), (64 * 64, 64, 1), 0)
-
-
-def test_what_can_be_described() -> None:
-    x, values = torch.zeros(4, 64), torch.zeros(3, 64, 64)
-
-    assert can_describe(x, values)
-    assert not can_describe(torch.zeros(4, 62), values), "rows of 248 bytes"
-    assert not can_describe(x[:1].expand(4, 64), values), "rows on top of each other"
-    assert not can_describe(torch.zeros(4 * 64 + 4)[1:-3].view(4, 64), values), "a start of 4 bytes"
-    assert not can_describe(x, values[:0]), "nothing"
-    assert not can_describe(x, values.transpose(1, 2)), "blocks that are not contiguous"
-    assert not can_describe(x, torch.zeros(3, 64, 66)), "lines of 264 bytes"
-    assert not can_describe(x, torch.zeros(3 * 64 * 64 + 4)[1:-3].view(3, 64, 64)), "values at 4 bytes"
-
-
 @pytest.mark.parametrize(("slots", "described"), [(2**31 // 64 - 1, True), (2**31 // 64, False)])
 def test_coordinates_are_of_32_bits(slots: int, described: bool) -> None:
     values = torch.empty(slots, 64, 64, dtype=torch.float16, device="meta")
-    x = torch.empty(4, 64, device="meta", dtype=torch.float16)
+    x = torch.empty(32, 64, device="meta", dtype=torch.float16)
 
-    assert can_describe(x, values) is described
-    assert can_describe(torch.empty(2**31, 64, device="meta"), values) is False
+    assert can_describe(x, values, TILE) is described
+    assert can_describe(torch.empty(2**31, 64, device="meta"), values, TILE) is False
 
 
 def test_a_descriptor_has_the_strides_of_its_matrix() -> None:
@@ -88,9 +73,32 @@ def test_a_layer_without_a_stored_block_takes_the_pointer_kernel(free: int) -> N
     check_products(drawn(("..", ".."), block=(64, 64), tokens=33, free=free), config())
 
 
+def test_fewer_tokens_than_a_tile_take_the_pointer_kernel() -> None:
+    check_products(corners((64, 64), tokens=33), config(64))
+
+
 def test_an_expanded_row_takes_the_pointer_kernel() -> None:
     check_products(corners((64, 64), out_features=192, in_features=256, dy_layout="one row expanded"), config())
 
 
-def test_rows_far_apart_are_described() -> None:
-    assert can_describe(far_apart(torch.ones(3, 64).half()), torch.zeros(1, 64, 64).half())
+@pytest.mark.parametrize(
+    ("x", "described"),
+    [
+        (torch.ones(32, 64), True),
+        (torch.ones(31, 64), False),  # a box larger than what it is taken from
+        (torch.ones(32, 56), False),
+        (torch.ones(32, 128).half()[:, :64], False),  # holes between the rows: a defect of drivers for Blackwell
+        (torch.ones(1, 64).half().expand(32, 64), False),  # rows on top of each other
+        (torch.ones(32, 66), False),  # rows of 132 bytes
+        (torch.ones(32 * 64 + 4).half()[1:-3].view(32, 64), False),  # a start of 2 bytes
+    ],
+)
+def test_what_can_be_described(x: torch.Tensor, described: bool) -> None:
+    assert can_describe(x.half(), VALUES, TILE) is described
+
+
+def test_blocks_at_an_odd_address_are_not_described() -> None:
+    odd = torch.zeros(64 * 64 + 1).half()[1:].view(1, 64, 64)
+
+    assert not can_describe(torch.ones(32, 64).half(), odd, TILE)
+    assert not can_describe(torch.ones(32, 64).half(), VALUES[:0], TILE), "nothing is stored"

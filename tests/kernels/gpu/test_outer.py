@@ -179,6 +179,17 @@ def test_tokens_behind_the_element_2_to_the_31(tile_t: int, per_split: int, monk
     check_dvalues(case, grad, torch.float16)
 
 
+def test_rows_that_are_2_to_the_31_elements_apart() -> None:
+    """The stride itself is no int32."""
+    case = drawn(("xx",), block=(16, 16), tokens=2, out_features=16, in_features=32, dtype=torch.float16)
+    x, dy = far_apart(case.x, 2**31), far_apart(case.dy, 2**31)
+
+    with forced(config(tile_t=16)):
+        grad = linear.dvalues(dy, x, case.on(DEVICE).index, (16, 16), torch.float16)
+
+    check_dvalues(case, grad, torch.float16)
+
+
 def test_a_slot_behind_the_element_2_to_the_31() -> None:
     """The only block, in slot 2**23: the launcher is told of one slot, so the others need not be written."""
     case = drawn(("x",), block=(16, 16), tokens=5, out_features=16, in_features=16, free=0)

@@ -118,6 +118,13 @@ def test_shared_memory_by_hand(arch: str, dtype: str, stages: int, buffers: int,
     assert shared_bytes(problem, config) == expected
 
 
+def test_few_tokens_are_counted_with_values_of_float32() -> None:
+    """Under autocast they are, and are converted after they are read."""
+    problem = PROBLEM._replace(kernel="few_fwd", arch="sm_80", log2_tokens=4)
+
+    assert shared_bytes(problem, FewTokens(16, 64, 4, 3)) == 2 * 64 * (16 * 4 + 16 * 2)
+
+
 @pytest.mark.parametrize(
     ("arch", "config", "expected"),
     [
@@ -141,6 +148,10 @@ def test_a_tile_that_cuts_a_block_into_fractions_does_not_fit() -> None:
     few = PROBLEM._replace(kernel="few_fwd", bo=16, log2_tokens=4)
     norms = PROBLEM._replace(kernel="all_block_norms", bo=128)
 
+    whole = PROBLEM._replace(kernel="block_norms", bi=128)
+
+    assert fits(whole, Outer(128, 32, 8, 3)) and not fits(whole, Outer(64, 32, 4, 3))
+    assert not fits(PROBLEM, Multiply(128, 64, 8, 4, 3, tma=True)), "a turn takes a whole tile of one block"
     assert fits(few, FewTokens(16, 32, 4, 4)) and not fits(few, FewTokens(32, 32, 4, 4))
     assert fits(norms, Supertile(128, 64, 32, 8, 3)) and not fits(norms, Supertile(64, 64, 32, 8, 3))
 

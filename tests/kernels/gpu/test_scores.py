@@ -32,6 +32,31 @@ def test_all_scores_as_they_are_configured_by_default(block: tuple[int, int], dt
     check_sketches(case)
 
 
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_scores_are_float32_whatever_the_default_dtype(tokens: int) -> None:
+    here = corners(BLOCK, tokens=tokens).on(DEVICE)
+    u, v = torch.ones(2, here.dy.shape[1], device=DEVICE), torch.ones(2, here.x.shape[1], device=DEVICE)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        results = (
+            gpu.block_norms(here.dy, here.x, ints(0), ints(0), BLOCK),
+            gpu.all_block_norms(here.dy, here.x, BLOCK),
+            gpu.sketch(here.dy, here.x, u, v, BLOCK),
+        )
+    finally:
+        torch.set_default_dtype(before)
+
+    assert [r.dtype for r in results] == [torch.float32] * 3
+
+
+def test_a_sketch_of_no_directions_is_empty() -> None:
+    here = corners(BLOCK).on(DEVICE)
+    none = torch.ones(0, here.dy.shape[1], device=DEVICE), torch.ones(0, here.x.shape[1], device=DEVICE)
+
+    assert gpu.sketch(here.dy, here.x, *none, BLOCK).shape == (0, here.grid.rows, here.grid.cols)
+
+
 def test_norms_by_hand() -> None:
     """``dy' x`` with one number in three of its four blocks; they are asked for in any order, one of them twice."""
     dy, x = torch.zeros(3, 32, device=DEVICE), torch.zeros(3, 32, device=DEVICE)

@@ -55,6 +55,27 @@ def test_tokens_behind_the_element_2_to_the_31(tile_t: int) -> None:
     check_norms(case, norms.cpu())
 
 
+def test_rows_that_are_2_to_the_31_elements_apart() -> None:
+    """The stride itself is no int32."""
+    case = drawn(("xx",), block=(16, 16), tokens=2, out_features=16, in_features=32, dtype=torch.float16)
+
+    with forced(SUPERTILE):
+        norms = gpu.all_block_norms(far_apart(case.dy, 2**31), far_apart(case.x, 2**31), (16, 16))
+
+    check_norms(case, norms.cpu())
+
+
+def test_an_infinity_that_meets_the_filling_is_no_nan() -> None:
+    case = corners((16, 16), out_features=43, in_features=61)
+    dy = case.dy.abs() + 1
+    dy[2, 3] = float("inf")
+
+    with forced(SUPERTILE):
+        norms = gpu.all_block_norms(dy.to(DEVICE), (case.x.abs() + 1).to(DEVICE), (16, 16)).cpu()
+
+    assert norms[0].isinf().all() and norms[1:].isfinite().all()
+
+
 def test_two_calls_agree_to_the_bit() -> None:
     here = corners((16, 16)).on(DEVICE)
 

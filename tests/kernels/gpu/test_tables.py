@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -180,12 +181,60 @@ def test_mode_1_waits_until_it_can_measure(
     monkeypatch.setattr(tune, "why_not", lambda: "a CUDA graph is being captured")
     with caplog.at_level(logging.INFO, "sparsekern"):
         assert tables.choose(PROBLEM, never) == GUESS
-    assert caplog.messages == [f"{PROBLEM.key} is not tuned now: a CUDA graph is being captured"]
+    assert caplog.messages == [f"{PROBLEM.key} is not tuned: a CUDA graph is being captured"]
     assert measuring == [] and not folder.exists()
 
     monkeypatch.setattr(tune, "why_not", lambda: None)
 
     assert tables.choose(PROBLEM, never) == MEASURED
+
+
+def test_what_cannot_be_measured_is_chosen_once(
+    folder: Path, measuring: list[list[Config]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks would read the table in every step; and take the nearest entry, as offline does."""
+    near = PROBLEM._replace(log2_tokens=PROBLEM.log2_tokens + 1)
+    give_user(folder, {near.key: asdict(USERS)})
+    monkeypatch.setattr(tune, "why_not", lambda: "several ranks are running")
+
+    assert tables.choose(PROBLEM, never) == USERS
+    monkeypatch.setattr(tables, "read", lambda problem: pytest.fail("the table was read again"))
+    assert tables.choose(PROBLEM, never) == USERS
+    assert measuring == []
+
+
+def test_a_folder_that_cannot_be_written_costs_one_measurement(
+    tmp_path: Path, measuring: list[list[Config]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "file" / "folder"))
+
+    assert [tables.choose(PROBLEM, never) for _ in range(3)] == [MEASURED] * 3
+    assert len(measuring) == 1
+    (message,) = caplog.messages
+    assert "is not written" in message and "SPARSEKERN_CACHE" in message
+
+
+def test_threads_that_measure_at_once_lose_nothing(folder: Path) -> None:
+    problems = [PROBLEM._replace(log2_tokens=t, log2_blocks=n) for t in range(12) for n in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda problem: tables.write(problem, MEASURED), problems))
+
+    assert all(tables.read(problem) == MEASURED for problem in problems)
+
+
+def test_without_a_home_there_is_no_table_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SPARSEKERN_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    assert tables.cache_folder() == Path("elsewhere/sparsekern")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tables.cache_folder() is None
+    assert tables.choose(PROBLEM, never) == GUESS
 
 
 # Files.
@@ -254,6 +303,11 @@ def test_a_table_of_another_form_is_none(text: str, folder: Path) -> None:
         {"tile_t": 64},  # an earlier one
         asdict(Outer(64, 16, 4, 3)),  # another kernel
         asdict(Multiply(tile_t=256, tile_k=256, group=8, warps=8, stages=8)),  # too large for the device
+        {**asdict(USERS), "tile_t": "64"},
+        {**asdict(USERS), "tile_t": 48},  # no power of two
+        {**asdict(USERS), "warps": 0},
+        {**asdict(USERS), "stages": 1.5},
+        {**asdict(USERS), "tma": 1},
         [64, 64],
         "fast",
     ],
