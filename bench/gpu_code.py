@@ -4,13 +4,21 @@
     python -m bench.gpu_code --only 'sm_90 fwd *'     some rows; may be given more than once
     python -m bench.gpu_code --update                 write what is new or better into the table
 
-A row is a kernel, dtype, block and architecture, in the configuration that a call gets where nothing was measured. It
-says which matrix instruction the products are (``products``), the bytes of asynchronous copies (``copies``), bytes
-spilled, how many data buffers the pipeline has, shared memory, the instructions of a turn of the main loop (``loop``),
-and ``per_block``: warp instructions for a stored block and 128 tokens (all tokens in decoding), whatever the tile.
+A row is a kernel, dtype, block and architecture, in the configuration that a call gets where nothing was measured:
 
-The table is a ratchet. The exit code is 1 when a row is not what :func:`bench.code.rules.requirements` asks for, or,
-with the version of Triton that made the table, worse than its committed row. ``--allow-worse`` excuses the second.
+    products    which matrix instructions, and how often they are written; - for none
+    copies      bytes of the asynchronous copies, and how many there are; tma for the copy engine
+    spills      bytes that did not fit into registers
+    registers   of a thread
+    shared      bytes of shared memory of a program
+    buffers     how many tiles of both operands the pipeline holds
+    loop        instructions of a turn of the main loop
+    per_block   warp instructions for a stored block and 128 tokens (all tokens in decoding), whatever the tile
+
+The table is a ratchet. The exit code is 0 when nothing is wrong, 1 when a row is not what
+:func:`bench.code.rules.requirements` asks for, or, with the version of Triton that made the table, worse than its
+committed row (``--allow-worse`` excuses the second), and 2 when the arguments make no sense, such as ``--update`` of
+some rows with another version of Triton.
 """
 
 from __future__ import annotations
@@ -106,7 +114,7 @@ def read_table() -> dict[str, Any]:
 
 
 def write_table(version: str, rows: dict[str, Row]) -> None:
-    """Write the table, a line a row, so that a difference can be read."""
+    """Write the table, a line per row, so that a difference can be read."""
     lines = ",\n".join(f"  {json.dumps(case)}: {json.dumps(row)}" for case, row in rows.items())
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text(f'{{\n "triton": {json.dumps(version)},\n "rows": {{\n{lines}\n }}\n}}\n')
@@ -120,29 +128,42 @@ def updated(old: dict[str, Row], new: dict[str, Row], known: Sequence[str], refu
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0 when nothing is wrong, 1 when a row is, 2 when no row is called so."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_code", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_code",
+        description=(__doc__ or "").replace("``", "").replace(":func:", "").replace("`", ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="rows, such as 'sm_90 fwd * 64x64'")
-    parser.add_argument("--sample", action="store_true", help="one block for each kernel, dtype and architecture")
+    parser.add_argument("--sample", action="store_true", help="one block of them for each kernel, dtype, architecture")
     parser.add_argument("--update", action="store_true", help="write new and better rows into the table")
     parser.add_argument("--allow-worse", action="append", default=[], metavar="GLOB", help="rows that may get worse")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, and what is wrong to stderr")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="how many compile at a time")
     options = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # else the kernels would be Python functions, and nothing to compile
+    if options.processes < 1:
+        parser.error("--processes must be at least 1")
+    os.environ.pop("TRITON_INTERPRET", None)  # otherwise the kernels would be Python functions, and nothing to compile
 
     import triton
 
     from bench.code.cases import cases, sample
 
     try:
-        chosen, known = sample() if options.sample else cases(options.only), [case.key for case in cases([])]
+        chosen, known = (sample if options.sample else cases)(options.only), [case.key for case in cases([])]
+        cases(options.allow_worse)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    rows = measure_all(chosen, options.processes, quiet=options.json)
-
     table = read_table()
     same = table["triton"] == triton.__version__
+    if options.update and (options.only or options.sample) and table["rows"] and not same:
+        print(
+            f"the table is of Triton {table['triton']}, this is {triton.__version__}: --update writes all rows, "
+            "so give neither --only nor --sample",
+            file=sys.stderr,
+        )
+        return 2
+    rows = measure_all(chosen, options.processes, quiet=options.json)
     wrong, changed = judge(table["rows"], rows, same, options.allow_worse)
     if options.json:
         print(json.dumps({"triton": triton.__version__, "rows": rows}))

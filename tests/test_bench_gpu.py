@@ -1,41 +1,30 @@
-"""The rehearsal of bench/gpu_run.sh: what can be known of it without a GPU."""
+"""How bench/gpu_run.sh times, judges, tunes and shows: what can be known of it without a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sparsekern.kernels.gpu.launch import interpreted
 
-from bench.gpu import calls, contestants, environment, micro, race, sanitize, table, tune
+from bench.gpu import calls, contestants, micro, peers, race, table, tune
 from bench.gpu.clock import Clock
 from bench.gpu.goals import GOALS, break_even, verdict
-from bench.gpu.part import FINISHED, LOST, PARTLY, DeviceLost, Part, main
-from bench.gpu.record_tests import FILE
-from bench.gpu.results import TRIES, Results, circumstances, read_rows, write_json
-from bench.gpu.run_tests import outcomes
-from bench.gpu.scene import OPS, Case, Judge, make_scene
+from bench.gpu.part import DeviceLost, Part
+from bench.gpu.results import Results, circumstances
+from bench.gpu.scene import NORMS, OPS, Case, Judge, make_scene
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-REHEARSED = "race"  # the others are rehearsed in this process: each new one costs seconds
 CASE = Case("step", "fp16", 16, 32, 32, 16, 0.5)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal is for machines without a GPU")
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not set")
-
-
-def script(out: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "PYTHONPATH": ""} | environment
-    given.pop("TRITON_INTERPRET", None)
-    return subprocess.run(["bench/gpu_run.sh", *words], cwd=ROOT, env=given, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -43,162 +32,6 @@ def part(tmp_path: Path):
     results = Results(tmp_path / "race.jsonl", circumstances("race", True))
     yield Part(tmp_path, True, CPU, results, time.monotonic() + 60)
     results.close()
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    out = tmp_path_factory.mktemp("rehearsal")
-    return out, script(out, "--rehearse", PARTS=REHEARSED)
-
-
-# The whole.
-
-
-def test_a_rehearsal_runs_its_parts_and_says_that_its_times_mean_nothing(rehearsal):
-    out, ran = rehearsal
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert {"race.jsonl", "table.txt"} == {path.name for path in out.iterdir()}
-    table = (out / "table.txt").read_text()
-    assert ran.stdout.endswith(table)
-    assert table.splitlines()[0].startswith("*** REHEARSAL") and len(table.splitlines()) <= 40
-
-
-def test_every_row_says_what_it_was_measured_with(rehearsal):
-    for path in rehearsal[0].glob("*.jsonl"):
-        for row in read_rows(path):
-            if not row.get("begun"):
-                assert row["rehearsal"] is True and row["device"] == "cpu (Triton interpreter)"
-                assert {"torch", "triton", "commit", "date", "part"} <= row.keys()
-
-
-def test_the_race_has_a_row_for_each_contestant_of_each_case(rehearsal):
-    rows = {row["key"]: row for row in read_rows(rehearsal[0] / "race.jsonl") if "key" in row}
-    for case in race.rehearsal_cases():
-        for name in ("sparsekern", "cublas", "torch-bsr"):
-            row = rows[f"{case.key} | {name}"]
-            assert {k: row[k] for k in case._fields} == case._asdict()
-            assert ("ms" in row) != ("error" in row or "refused" in row)
-        ours = rows[f"{case.key} | sparsekern"]
-        assert ours["p20"] <= ours["ms"] <= ours["p80"] and ours["best_dense"] == "cublas"
-        assert ours["vs_dense"] == pytest.approx(rows[f"{case.key} | cublas"]["ms"] / ours["ms"])
-
-
-def test_a_second_run_measures_nothing_again_and_other_results_are_not_mixed_in(rehearsal):
-    out, _ = rehearsal
-    before = {path.name: path.read_text() for path in out.iterdir()}
-    ran = script(out, "--rehearse", PARTS=REHEARSED)
-    assert ran.returncode == 0 and ran.stdout.count(": complete") == 1
-    assert {path.name: path.read_text() for path in out.iterdir()} == before
-    refused = script(out)
-    assert refused.returncode == 2 and "mixes a rehearsal" in refused.stderr
-
-
-def test_a_part_that_fails_does_not_stop_the_table_and_is_named_at_the_end(tmp_path):
-    ran = script(tmp_path, PARTS="micro")  # there is no GPU
-    assert ran.returncode == 1 and ran.stdout.rstrip().endswith("FAILED: micro")
-    assert "environment: not recorded" in (tmp_path / "table.txt").read_text()
-
-
-def test_the_script_explains_itself_and_refuses_what_it_does_not_know(tmp_path):
-    assert script(tmp_path, "--help").returncode == 0 and "BUDGET_PERCENT" in script(tmp_path, "--help").stdout
-    assert script(tmp_path, "--nonsense").returncode == 2
-    assert script(tmp_path, "--rehearse", PARTS="nothing").returncode == 2
-
-
-# The results.
-
-
-def test_a_file_that_was_cut_off_is_gone_on_with(tmp_path):
-    path = tmp_path / "x.jsonl"
-    results = Results(path, {"part": "x"})
-    results.add({"key": "a", "ms": 1.0})
-    results.close()
-    path.write_text(path.read_text() + '{"key": "b", "m')
-    again = Results(path, {"part": "x"})
-    assert again.has("a") and not again.has("b")
-    again.add({"key": "b", "ms": 2.0})
-    again.close()
-    assert [row["key"] for row in read_rows(path)] == ["a", "b"]
-
-
-def test_what_never_comes_back_is_given_up(tmp_path):
-    path = tmp_path / "x.jsonl"
-    for attempt in range(TRIES + 1):
-        results = Results(path, {})
-        assert results.has("hangs") == (attempt == TRIES)
-        results.begin("hangs")
-        results.close()
-    assert any("begun 2 times" in row.get("error", "") for row in read_rows(path))
-
-
-@needs_interpreter
-def test_the_micro_benchmarks_are_right(tmp_path):
-    assert main("micro", "", micro.run, ["--out", str(tmp_path), "--rehearse"]) == FINISHED
-    rows = {row["key"]: row for row in read_rows(tmp_path / "micro.jsonl") if "part" in row and "key" in row}
-    assert set(rows) == {name for name, _ in micro.measurements()} and len(rows) == 19
-    assert not [row for row in rows.values() if "error" in row]
-
-
-def test_the_environment_is_one_line_of_the_table(tmp_path):
-    write_json(tmp_path / "environment.json", environment.environment(True))
-    assert f"torch {torch.__version__}" in list(table.lines(tmp_path))[1]
-
-
-@needs_interpreter
-def test_the_sanitized_calls_run():
-    assert sanitize.call_kernels(CPU, True, time.monotonic() + 60) == 5
-    assert sanitize.call_kernels(CPU, True, time.monotonic() - 1) == 0
-
-
-def test_tests_that_passed_are_left_out_the_next_time(tmp_path):
-    file, tests = tmp_path / "tests.jsonl", tmp_path / "test_two.py"
-    tests.write_text("import os\ndef test_a(): pass\ndef test_b(): assert 'FIXED' in os.environ\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "bench.gpu.record_tests",
-        "-p",
-        "no:cacheprovider",
-        str(tests),
-    ]
-    for fixed, outcome in (({}, "failed"), ({"FIXED": "1"}, "passed")):
-        given = os.environ | fixed | {FILE: str(file), "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, cwd=tmp_path, env=given, capture_output=True)
-        last = outcomes(read_rows(file))
-        assert [row["outcome"] for row in last.values()] == ["passed", outcome]
-    assert len(read_rows(file)) == 3
-
-
-@needs_interpreter
-def test_a_part_ends_with_its_budget_and_goes_on_the_next_time(tmp_path, monkeypatch):
-    command = ["--out", str(tmp_path), "--rehearse"]
-    one = ("one", lambda clock, tiny: time.sleep(0.2) or {"ms": 1.0})
-    two = ("two", lambda clock, tiny: {"ms": 2.0})
-    monkeypatch.setattr(micro, "measurements", lambda: iter([one, two]))
-    assert main("micro", "", micro.run, [*command, "--seconds", "0.1"]) == PARTLY
-    assert [row["key"] for row in read_rows(tmp_path / "micro.jsonl") if "ms" in row] == ["one"]
-    assert main("micro", "", micro.run, command) == FINISHED
-    assert [row["key"] for row in read_rows(tmp_path / "micro.jsonl") if "ms" in row] == ["one", "two"]
-
-
-@needs_interpreter
-def test_a_lost_device_is_recorded_and_asks_for_a_new_process(tmp_path, monkeypatch):
-    def breaks(clock, tiny):
-        raise RuntimeError("an illegal memory access was encountered")
-
-    def dead(device):
-        raise DeviceLost("gone")
-
-    monkeypatch.setattr(micro, "measurements", lambda: iter([("bad", breaks), ("good", lambda clock, tiny: {"ms": 1})]))
-    monkeypatch.setattr(micro, "check_device", dead)
-    command = ["--out", str(tmp_path), "--rehearse"]
-    assert main("micro", "", micro.run, command) == LOST
-    assert main("micro", "", micro.run, command) == FINISHED
-    rows = {row["key"]: row for row in read_rows(tmp_path / "micro.jsonl") if "part" in row and "key" in row}
-    assert "illegal" in rows["bad"]["error"] and rows["good"]["ms"] == 1
 
 
 # The clock of a GPU, with a GPU that is made up.
@@ -233,16 +66,34 @@ def test_the_queue_is_held_until_the_whole_call_is_in_it_or_for_a_limited_time(m
     assert gpu.clock.median_seconds(lambda: None) == 3e-3
 
 
-def test_an_error_of_a_call_that_ran_before_means_that_the_device_is_lost(monkeypatch):
+@pytest.mark.parametrize("lost", [True, False])
+def test_an_error_of_a_call_that_ran_before_is_the_device_only_if_it_answers_nothing_more(monkeypatch, lost):
     gpu, calls_made = FakeGpu(monkeypatch, 0.0), []
+    gpu.clock.device = torch.device("cuda")
+
+    def answers(*_) -> None:
+        if lost and len(calls_made) > 3:
+            raise RuntimeError("an illegal memory access")
 
     def breaks() -> None:
         calls_made.append(1)
         if len(calls_made) > 3:
-            raise RuntimeError("an illegal memory access")
+            raise torch.OutOfMemoryError("no memory for it")
 
-    with pytest.raises(DeviceLost, match="illegal"):
-        gpu.clock.race({"a": breaks})
+    monkeypatch.setattr(torch.cuda, "synchronize", answers)
+    if lost:
+        with pytest.raises(DeviceLost, match="illegal"):
+            gpu.clock.race({"a": breaks})
+    else:
+        timings, errors = gpu.clock.race({"a": breaks, "b": lambda: None})
+        assert set(timings) == {"b"} and "no memory" in errors["a"]
+
+
+def test_what_is_gathered_fits_the_l2_cache(monkeypatch):
+    for properties, size in (({"L2_cache_size": 50 * 2**20}, 25), ({"L2_cache_size": 0}, 16), ({}, 16)):
+        found = SimpleNamespace(**properties)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
+        assert micro.gathered_bytes(torch.device("cuda")) == size * 2**20
 
 
 # Right and wrong answers.
@@ -264,6 +115,16 @@ def test_the_dense_layer_is_right_and_any_wrong_element_is_not(op, dtype):
         assert "shape" in (judge.wrong(answer | {name: tensor[:-1]}, by_element=False) or "")
 
 
+@needs_interpreter
+@pytest.mark.parametrize("op", NORMS)
+def test_norms_are_judged(op):
+    scene = make_scene(CASE._replace(op=op), CPU)
+    judge = Judge(scene, op)
+    answer = contestants.named(op, contestants.sparsekern_gpu(scene, op).run())
+    assert judge.wrong(answer, by_element=True) is None
+    assert "of its norm" in (judge.wrong({op: 1.1 * answer[op]}, by_element=True) or "")
+
+
 def test_a_wrong_answer_is_recorded_and_not_timed(part):
     def wrong(scene, op):
         dense = contestants.cublas(scene, op)
@@ -272,10 +133,15 @@ def test_a_wrong_answer_is_recorded_and_not_timed(part):
     def breaks(scene, op):
         raise NotImplementedError("no such kernel")
 
-    race.run_case(part, Clock(CPU), CASE, {"cublas": contestants.cublas, "liar": wrong, "none": breaks})
+    def unable(scene, op):
+        raise peers.NotSupported("not here")
+
+    taking_part = {"cublas": contestants.cublas, "liar": wrong, "none": breaks, "unable": unable}
+    race.run_case(part, Clock(CPU), CASE, taking_part)
     rows = {row["key"]: row for row in part.results.rows}
     assert "of its norm" in rows[f"{CASE.key} | liar"]["refused"] and "ms" not in rows[f"{CASE.key} | liar"]
     assert rows[f"{CASE.key} | none"]["error"] == "NotImplementedError: no such kernel"
+    assert rows[f"{CASE.key} | unable"]["not_supported"] == "not here"
     assert rows[f"{CASE.key} | cublas"]["vs_dense"] == 1.0 and rows[CASE.key]["contestants"] == 1
 
 
@@ -315,7 +181,7 @@ def test_break_even_is_where_the_sparse_layer_takes_as_long():
     assert break_even({0.5: 2.0, 0.9: 4.0}) == (0.5, "<")
     assert break_even({0.5: 0.2, 0.9: 0.4}) == (0.9, ">")
     assert break_even({}) is None
-    assert [verdict(x, 2, 3) for x in (1.9, 2, 3)] == ["MISSED", "must reached", "aim reached"]
+    assert [verdict(x, 2, 3) for x in (1.9, 2, 3)] == ["MISSED", "reached must", "reached aim"]
 
 
 def test_the_table_makes_sense_of_whatever_is_there(tmp_path):
@@ -327,8 +193,20 @@ def test_the_table_makes_sense_of_whatever_is_there(tmp_path):
         "key": "x",
         "ms": 1.0,
     }
-    row |= {"vs_dense": 4.5, "wall_vs_dense": 4.0, "vs_sparse": None, "tflops": 300.0, "part": "race"}
+    row |= {"vs_dense": 4.5, "wall_vs_dense": 4.0, "vs_sparse": 1.3, "best_sparse": "torch-bsr", "tflops": 300.0}
     (tmp_path / "race.jsonl").write_text(json.dumps(row) + "\n{cut")
     text = "\n".join(table.lines(tmp_path))
-    assert "90% 4.50x | 4.00x of 4/5.5: must reached" in text and "break-even < 90% of <= 45%" in text
-    assert "REHEARSAL" not in text and "not measured" in text
+    assert (
+        "  b64 at 90%: 4.50x on the device (must 4, aim 5.5: reached must), 4.00x with Python; "
+        "break-even below 90% (goal 45%); 1.3x of torch-bsr\n" in text
+    )
+    assert "REHEARSAL" not in text and "b64 at 95%: not measured" in text
+
+
+def test_a_rehearsal_has_no_verdicts(tmp_path):
+    row = race.rehearsal_cases()[5]._asdict() | {"contestant": "sparsekern", "key": "x", "ms": 1.0, "rehearsal": True}
+    row |= {"vs_dense": 4.5, "wall_vs_dense": 4.0, "vs_sparse": None, "tflops": 300.0}
+    (tmp_path / "race.jsonl").write_text(json.dumps(row))
+    text = "\n".join(table.lines(tmp_path))
+    assert "b32 at 50%: 4.50x on the device, 4.00x with Python" in text
+    assert "MISSED" not in text and "reached" not in text and "goal" not in text

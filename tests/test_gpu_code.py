@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from bench.code.cases import cases, sample
 from bench.code.rules import judge, narrowest, requirements, worse
-from bench.gpu_code import read_table, updated, write_table
+from bench.gpu_code import COLUMNS, main, read_table, updated, write_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +63,7 @@ def row() -> Row:
 CASE = "sm_90 fwd bf16 32x32"
 
 
-@pytest.mark.parametrize("case", [case.key for case in sample()])
+@pytest.mark.parametrize("case", [case.key for case in sample([])])
 def test_compiled_code(case: str, compiled: tuple[bool, dict[str, Row]]) -> None:
     same_compiler, rows = compiled
     committed = read_table()["rows"]
@@ -80,13 +80,7 @@ def test_every_committed_row_is_known_and_as_required() -> None:
 
 
 def test_sample_has_every_kernel_dtype_and_architecture_once() -> None:
-    assert sorted({case[:3] for case in cases([])}) == sorted(case[:3] for case in sample())
-
-
-def test_unknown_selection() -> None:
-    result = run_gpu_code("--only", "sm_90 backward *")
-    assert result.returncode == 2
-    assert "no row is called 'sm_90 backward *'" in result.stderr
+    assert sorted({case[:3] for case in cases([])}) == sorted(case[:3] for case in sample([]))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +147,56 @@ def test_table_is_read_as_it_was_written(row: Row, tmp_path: Path, monkeypatch: 
     assert read_table() == {"triton": None, "rows": {}}
     write_table("1.2", {CASE: row, "b": copy.deepcopy(row)})
     assert read_table() == {"triton": "1.2", "rows": {CASE: row, "b": row}}
+
+
+def test_a_copy_that_was_by_tma_is_called_so(row: Row) -> None:
+    assert worse(row | {"copies": {"tma": 2}}, row) == ["copies of 16 bytes, not by TMA"]
+
+
+@pytest.mark.parametrize("width", ["4", "8", "16"])
+def test_tf32_over_tokens_is_copied_in_4_bytes_by_need_only_on_hopper(row: Row, width: str) -> None:
+    copied = row | {"copies": {width: 8}, "config": row["config"] | {"tile_in": 128, "warps": 8}}
+    hopper = requirements("sm_90 all_block_norms fp32 32x32", copied)
+    assert hopper == ([] if width == "4" else [f"its copies are {width}, not 4"])
+    assert requirements("sm_100 all_block_norms fp32 32x32", copied | {"instruction": "tcgen05"}) == []
+
+
+def test_sample_of_some_rows() -> None:
+    assert {case[:3] for case in sample(["sm_90 fwd *"])} == {
+        ("sm_90", "fwd", d) for d in ("bf16", "fp16", "fp32", "ieee")
+    }
+    assert len(sample(["sm_90 fwd bf16 *"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "sm_90 backward *"], "no row is called 'sm_90 backward *'"),
+        (["--allow-worse", "sm_90 backward *"], "no row is called 'sm_90 backward *'"),
+        (["--processes", "0"], "--processes must be at least 1"),
+        (["--update", "--only", "sm_90 fwd *"], "the table is of Triton 0.1"),
+        (["--update", "--sample"], "the table is of Triton 0.1"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    arguments: list[str], said: str, row: Row, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr("bench.gpu_code.TABLE", tmp_path / "table.json")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # main takes it out of the environment
+    monkeypatch.setattr("bench.gpu_code.measure_all", lambda *_, **__: pytest.fail("something is compiled"))
+    write_table("0.1", {CASE: row})
+    before = (tmp_path / "table.json").read_text()
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2 and said in capsys.readouterr().err
+    assert (tmp_path / "table.json").read_text() == before
+
+
+def test_help_explains_columns_and_exit_codes() -> None:
+    said = run_gpu_code("--help").stdout
+    assert "exit code is 0" in said and all(f"    {column} " in said for column in COLUMNS)
 
 
 def test_narrowest(row: Row) -> None:

@@ -11,22 +11,22 @@ from sparsekern.kernels.gpu.config import Config, Problem, problem
 from sparsekern.kernels.gpu.launch import arch, dot_precision
 
 from bench.gpu.contestants import sparsekern_gpu
-from bench.gpu.goals import AROUND_BREAK_EVEN
-from bench.gpu.scene import DTYPES, Case, Scene
+from bench.gpu.goals import AROUND_BREAK_EVEN, ORDER
+from bench.gpu.scene import DTYPES, NORMS, Case, Scene
 from sparsekern.topology import blocks_at
 
-ORDER = (128, 64, 32, 16)
 Launch = Callable[[Config], object]
 
 
 def calls(rehearsal: bool) -> list[Case]:
-    """Return one call a problem, most valuable first: what the race times first is tuned first."""
+    """Return one call per problem, most valuable first: what the race times first is tuned first."""
     if rehearsal:
         return [
             Case("fwd", "fp16", 64, 64, 128, 16, 0.5),
             Case("dx", "fp16", 64, 64, 128, 32, 0.5),
             Case("dvalues", "fp32", 64, 64, 128, 16, 0.5),
             Case("fwd", "fp32", 16, 64, 128, 16, 0.5),
+            *(Case(op, "fp16", 64, 64, 128, 16, 0.5) for op in NORMS),
         ]
     return [
         *_calls("bf16", 8192, (0.9, 0.95)),
@@ -37,6 +37,7 @@ def calls(rehearsal: bool) -> list[Case]:
         *_calls("fp32", 8192, (0.9, 0.95)),
         *_calls("bf16", 8192, (0.5, 0.7, 0.8, 0.99)),
         *_calls("bf16", 16, (0.5, 0.75), ("fwd", "dx")),
+        *_calls("bf16", 8192, (0.9,), NORMS, blocks=(64, 32)),
     ]
 
 
@@ -55,8 +56,8 @@ def _calls(
 def problem_of(case: Case, device: torch.device, few_tokens: int) -> Problem:
     """Return what a call's configuration is chosen by; ``few_tokens`` is where the decoding kernels end."""
     cols, rows = case.in_features // case.block, case.out_features // case.block
-    kernel = f"few_{case.op}" if case.op != "dvalues" and case.tokens <= few_tokens else case.op
-    slots = max(1, blocks_at(case.sparsity, rows * cols))
+    kernel = f"few_{case.op}" if case.op in ("fwd", "dx") and case.tokens <= few_tokens else case.op
+    slots = rows * cols if case.op == "all_block_norms" else max(1, blocks_at(case.sparsity, rows * cols))
     dtype = DTYPES[case.dtype]
     majors = cols if case.op == "dx" else rows
     block = (case.block, case.block)

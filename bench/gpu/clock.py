@@ -1,6 +1,6 @@
 """Milliseconds of calls that take turns.
 
-Two figures a call, because they answer different questions:
+Two figures per call, because they answer different questions:
 
     ms       on the device: caches flushed before each call, and the queue held back until the call is wholly in it, so
              that no time of Python is in it. p20 and p80 beside the median.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.gpu.part import DeviceLost, check_device, say_what_failed
+from bench.gpu.part import check_device, say_what_failed
 
 FLUSH_BYTES = 256 * 2**20
 """More than any L2 cache holds."""
@@ -88,11 +88,19 @@ class Clock:
                 break
             for name, timing in timings.items():
                 slow = len(timing.samples) * timing.quantile(0.5) / 1e3 > seconds if timing.samples else False
-                if not (slow and len(timing.samples) >= 2):
-                    timing.samples.append(self._sample(contestants[name], timing))
+                if name not in errors and not (slow and len(timing.samples) >= 2):
+                    try:
+                        timing.samples.append(self._sample(contestants[name], timing))
+                    except Exception as error:
+                        errors[name] = say_what_failed(error)
         for name, timing in timings.items():
-            timing.wall_ms = self._wall(contestants[name], timing)
-        return timings, errors
+            try:
+                if name not in errors:
+                    timing.wall_ms = self._wall(contestants[name], timing)
+            except Exception as error:
+                errors[name] = say_what_failed(error)
+                check_device(self.device)
+        return {name: timing for name, timing in timings.items() if name not in errors}, errors
 
     def median_seconds(self, run: Call) -> float:
         """Return the median of one call, for a tuner; errors are the caller's."""
@@ -130,8 +138,9 @@ class Clock:
                 if not late or timing.hold >= MOST_HOLD:
                     return self.start.elapsed_time(self.stop)
                 timing.hold = min(MOST_HOLD, 2 * timing.hold)
-        except RuntimeError as error:  # it ran before: this can only be the device
-            raise DeviceLost(str(error)) from error
+        except RuntimeError:  # such as an illegal access, or memory that is short: does the device still answer?
+            check_device(self.device)
+            raise
 
     def _wall(self, run: Call, timing: Timing) -> float:
         if not self.cuda:

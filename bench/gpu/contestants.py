@@ -42,6 +42,8 @@ def sparsekern_gpu(scene: Scene, op: str) -> Contestant:
         "fwd": lambda: gpu.fwd(scene.x, scene.values, None, scene.index, grid.out_features),
         "dx": lambda: gpu.dx(scene.dy, scene.values, scene.index, grid.in_features),
         "dvalues": lambda: gpu.dvalues(scene.dy, scene.x, scene.index, grid.block, scene.dtype),
+        "block_norms": lambda: gpu.block_norms(scene.dy, scene.x, scene.row, scene.col, grid.block),
+        "all_block_norms": lambda: gpu.all_block_norms(scene.dy, scene.x, grid.block),
         "step": step,
     }
     return Contestant("sparsekern", OURS, runs[op], lambda result: named(op, result))

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
-from bench.gpu.part import FINISHED, NO_DEVICE, parser, prepare
-from bench.gpu.results import Row, circumstances, write_json
+from bench.gpu.part import FINISHED, MIXED, NO_DEVICE, parser, prepare
+from bench.gpu.results import Row, circumstances, delete, other_results, write_json
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "stanford-stk", "blksprs", "torchao")
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
@@ -37,6 +38,14 @@ def environment(rehearsal: bool) -> Row:
     return row
 
 
+def go_on_from(earlier: Path, out: Path) -> None:
+    """Copy earlier results that are not there yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(earlier.glob("*.json*")):
+        if not (out / path.name).exists():
+            shutil.copy(path, out)
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -57,12 +66,23 @@ def _nvidia_smi() -> dict[str, str] | str:
 
 
 def main() -> int:
-    """Write ``environment.json``."""
-    given = parser(__doc__).parse_args()
+    """Write ``environment.json``, unless the folder holds results that do not belong with this device and commit."""
+    options = parser(__doc__)
+    options.add_argument("--parts", type=str.split, default=[], help="with --force, the parts whose results go first")
+    options.add_argument("--earlier", type=Path, help="folder of earlier results, copied where OUT has none")
+    given = options.parse_args()
     if prepare(given.out, given.rehearse) is None:
         print("environment: there is no GPU that PyTorch can use")
         return NO_DEVICE
     row = environment(given.rehearse)
+    for part in given.parts if given.force else ():
+        delete(given.out, part)
+    for folder in (given.out, given.earlier):
+        if folder is not None and (said := other_results(folder, row)):
+            print(f"error: {said}", file=sys.stderr)
+            return MIXED
+    if given.earlier is not None:
+        go_on_from(given.earlier, given.out)
     write_json(given.out / "environment.json", row)
     print("environment: " + ", ".join(f"{k} {row.get(k)}" for k in ("device", "multiprocessors", "torch", "triton")))
     return FINISHED

@@ -5,6 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
+ORDER = (128, 64, 32, 16)
+"""Sides of blocks, as they are tuned, raced and shown."""
+
 DEVICE = "H200"
 TOKENS, FEATURES, DTYPE = 8192, 4096, "bf16"
 
@@ -31,7 +34,7 @@ AROUND_BREAK_EVEN = {128: (0.25, 0.5), 64: (0.4, 0.5), 32: (0.6, 0.7), 16: (0.8,
 
 def verdict(measured: float, must: float, aim: float) -> str:
     """Return in a word how a speed-up compares with its goal."""
-    return "aim reached" if measured >= aim else "must reached" if measured >= must else "MISSED"
+    return "reached aim" if measured >= aim else "reached must" if measured >= must else "MISSED"
 
 
 def break_even(points: dict[float, float]) -> tuple[float, str] | None:

@@ -64,8 +64,8 @@ def gather(clock: Clock, tiny: bool, width: int) -> Row:
     """Return the best rate at which tiles of 128 rows, made of blocks this wide, come out of the L2 cache."""
     from bench.gpu.micro_kernels import gather_kernel
 
-    # 16 MiB: in the cache of all but the smallest devices, and in either half of Hopper's.
-    rows, words, tile_t = (64, 128, 16) if tiny else (2048, 2048, 128)
+    words, tile_t = (128, 16) if tiny else (2048, 128)
+    rows = 64 if tiny else max(tile_t, gathered_bytes(clock.device) // (4 * words) // tile_t * tile_t)
     side, tile_k = width // 2, max(32, width // 2)  # a tile is at least a cache line of 128 bytes wide
     tiles, turns, blocks = rows // tile_t, 4 if tiny else 128, words // side
     programs = 2 if tiny else 32 * multiprocessors(clock.device)  # many, so that the last wave counts little
@@ -98,13 +98,19 @@ def gather(clock: Clock, tiny: bool, width: int) -> Row:
     return best
 
 
+def gathered_bytes(device: torch.device) -> int:
+    """Return half of the L2 cache, which fits into either half of Hopper's too; 16 MiB if its size is not known."""
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return int(size) // 2 or 16 * 2**20
+
+
 def dots(clock: Clock, tiny: bool, side: int, fed: bool) -> Row:
     """Return the rate of 128 tokens times N columns, the operands in shared memory or loaded each turn (K = 64)."""
     from bench.gpu.micro_kernels import dots_kernel
 
     m, k, turns = (16, 16, 2) if tiny else (128, 64, 256)
     kind = torch.float16 if tiny else torch.bfloat16  # the interpreter multiplies the bits of bf16 as integers
-    programs = 1 if tiny else 24 * multiprocessors(clock.device)  # whole waves, be there 1, 2, 3, 4 or 6 at a time
+    programs = 1 if tiny else 24 * multiprocessors(clock.device)  # whole waves, whether 1, 2, 3, 4 or 6 run at a time
     signs = torch.tensor([-1.0, 1.0], device=clock.device)
     a = signs[torch.randint(2, (m, k), device=clock.device)].to(kind).repeat(2, 1).view(2, m, k)
     b = signs[torch.randint(2, (k, side), device=clock.device)].to(kind).repeat(2, 1).view(2, k, side)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,17 +14,17 @@ from pathlib import Path
 import torch
 from sparsekern.kernels.gpu.launch import interpreted
 
-from bench.gpu.results import ROOT, Results, circumstances
+from bench.gpu.results import ROOT, Results, circumstances, delete, other_results
 
-FINISHED, FAILED, NO_DEVICE, PARTLY, LOST = 0, 1, 2, 3, 4
+FINISHED, FAILED, NO_DEVICE, PARTLY, LOST, MIXED = 0, 1, 2, 3, 4, 5
 """Exit codes: all measured | something is wrong | there is no GPU | the budget is over | run again, the GPU's context
-is gone."""
+is gone | there are results of another device, commit or version."""
 
 
 class DeviceLost(BaseException):
-    """After an illegal access every call of this process fails. No Exception: what passes over those must not see it.
+    """After an illegal access every call of this process fails. No Exception: handlers of those must not swallow it.
 
-    The measurement is recorded as failed before; a new process goes on behind it.
+    The measurement is recorded as failed before; a new process continues after it.
     """
 
 
@@ -65,9 +66,9 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     """Return the options of every part."""
     options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="folder of the results")
-    options.add_argument("--seconds", type=float, default=120.0, help="budget; the next run goes on behind it")
+    options.add_argument("--seconds", type=float, default=120.0, help="budget; the next run continues after it")
     options.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU; the times mean nothing")
-    options.add_argument("--force", action="store_true", help="begin anew")
+    options.add_argument("--force", action="store_true", help="delete what this part has written, and begin anew")
     return options
 
 
@@ -103,7 +104,13 @@ def main(name: str, about: str | None, run: Callable[[Part], bool], argv: Sequen
         wanted = "must be 1" if given.rehearse else "must not be set"
         print(f"{name}: TRITON_INTERPRET {wanted} in the environment; gpu_run.sh sees to that")
         return FAILED
-    results = Results(given.out / f"{name}.jsonl", circumstances(name, given.rehearse), given.force)
+    if given.force:
+        delete(given.out, name)
+    here = circumstances(name, given.rehearse)
+    if said := other_results(given.out, here):
+        print(f"error: {said}", file=sys.stderr)
+        return MIXED
+    results = Results(given.out / f"{name}.jsonl", here)
     try:
         done = run(Part(given.out, given.rehearse, device, results, began + given.seconds))
     except DeviceLost as error:

@@ -5,7 +5,7 @@
     stk         stanford-stk: blocks of 128, half precision
     blksprs     both operands in blocks: x, y and their gradients count as blocks already
 
-A peer that cannot run a case raises; the race records why and goes on.
+A peer that has no way to run a case raises :class:`NotSupported`; the race records why and goes on.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def torch_bsr(scene: Scene, op: str) -> Contestant:
     """Return ``torch.sparse``'s block-compressed rows. Slots of a scene are in row-major order already."""
     from torch.sparse import _triton_ops as functions
 
+    if scene.x.device.type == "cpu" and (op != "fwd" or scene.dtype != torch.float32):
+        raise NotSupported("on the CPU it has only the forward, in float32; the rest are Triton kernels")
     grid = scene.grid
     weight = torch.sparse_bsr_tensor(
         pointers(scene.row, grid.rows), scene.col.long(), scene.values, (grid.out_features, grid.in_features)

@@ -1,7 +1,7 @@
 """The comparison: the package, cuBLAS and other block-sparse libraries take turns in one process.
 
-An answer is checked before it is timed; a wrong one is recorded and not timed. One row a contestant and case. Cases are
-in the order of what they are worth, so that a budget that ends early cuts off the least.
+An answer is checked before it is timed; a wrong one is recorded and not timed. One row per contestant and case. Cases
+are in the order of what they are worth, so that a budget that ends early cuts off the least.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from sparsekern.kernels.gpu.launch import dot_precision
 from bench.gpu import peers
 from bench.gpu.clock import Clock
 from bench.gpu.contestants import DENSE, OURS, SPARSE, Contestant, cublas, sparsekern_gpu
-from bench.gpu.goals import AROUND_BREAK_EVEN
+from bench.gpu.goals import AROUND_BREAK_EVEN, ORDER
 from bench.gpu.part import Part, check_device, main, say_what_failed
 from bench.gpu.results import Row
 from bench.gpu.scene import OPS, Case, Judge, Scene, make_scene
 
-ORDER = (128, 64, 32, 16)
 SHAPES = ((1024, 4096), (4096, 11008), (8192, 8192))
 """(K, N), beside 4096 x 4096."""
 
@@ -116,6 +115,8 @@ def run_case(part: Part, clock: Clock, case: Case, taking_part: dict[str, Maker]
             answer = contestant.answer(contestant.run())
             wrong = judge.wrong(answer, by_element=contestant.kind == OURS)
             reason = None if wrong is None else {"refused": wrong}
+        except peers.NotSupported as error:
+            reason = {"not_supported": str(error)}
         except Exception as error:
             reason = {"error": say_what_failed(error)}
         if reason is None:

@@ -1,7 +1,8 @@
 """Where measurements are kept: one JSON line each, written as soon as it is known.
 
-Whatever stops a part keeps what it had measured, and the next run goes on behind it. A line tells with what it was
+Whatever stops a part keeps what it had measured, and the next run continues after it. A line tells with what it was
 measured (device, versions, commit, date), so that files can be put together and still be read.
+A folder holds the results of one device, commit and version.
 """
 
 from __future__ import annotations
@@ -18,6 +19,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
+WRITES = {
+    "environment": ("environment.json",),
+    "tests": ("tests.jsonl",),
+    "sanitizer": ("sanitizer.json",),
+    "micro": ("micro.jsonl",),
+    "tune": ("tune.jsonl", "sm_*.json"),
+    "race": ("race.jsonl",),
+}
+"""The files of each part."""
+
+SAME = ("device", "commit", "torch", "triton")
+"""What all results of a folder have in common."""
+
 TRIES = 2
 """How often a measurement may be begun and not come back (a hang, a crash) before it is given up."""
 
@@ -33,6 +47,15 @@ def read_rows(path: Path) -> list[Row]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def read_json(path: Path) -> Row | None:
+    """Return a whole JSON file, or None if there is none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -80,20 +103,44 @@ def commit() -> str:
         return os.environ.get("COMMIT", "unknown")
 
 
+def same_circumstances(row: Row, here: Row) -> bool:
+    """Return whether a row, if it says at all, is of the same device, commit and versions."""
+    return all(row.get(field, here[field]) == here[field] for field in SAME)
+
+
+def other_results(folder: Path, here: Row) -> str | None:
+    """Return in a sentence which results of a folder do not belong with those of ``here``, or None."""
+    rows = {path: read_rows(path) for path in sorted(folder.glob("*.jsonl"))}
+    rows[folder / "sanitizer.json"] = [read_json(folder / "sanitizer.json") or {}]
+    for path, found in rows.items():
+        for row in found:
+            if not same_circumstances(row, here):
+                field = next(field for field in SAME if row.get(field, here[field]) != here[field])
+                return (
+                    f"{path} has results of {field} {row[field]}, and this is {here[field]}; "
+                    "give another folder, or begin anew with --force"
+                )
+    return None
+
+
+def delete(folder: Path, part: str) -> None:
+    """Delete everything that a part writes."""
+    for pattern in WRITES[part]:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 class Results:
     """The file of one part.
 
     Args:
         path: a ``.jsonl`` file; what is in it already counts as measured.
         common: added to every row.
-        force: begin anew.
     """
 
-    def __init__(self, path: Path, common: Row, force: bool = False) -> None:
+    def __init__(self, path: Path, common: Row) -> None:
         self.path, self.common = path, common
         path.parent.mkdir(parents=True, exist_ok=True)
-        if force:
-            path.unlink(missing_ok=True)
         kept = read_rows(path)
         self.begun = Counter(row["key"] for row in kept if row.get("begun"))
         self.rows = [row for row in kept if not row.get("begun") and not row.get("done")]

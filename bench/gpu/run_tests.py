@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import time
 import torch
 
 from bench.gpu.part import Part, main
-from bench.gpu.record_tests import FILE
+from bench.gpu.record_tests import FILE, WITH
 from bench.gpu.results import ROOT, Row, read_rows
 
 REHEARSED = ("tests/kernels/gpu/test_config.py", "tests/kernels/gpu/test_tables.py", "tests/kernels/test_contract.py")
 """The first that exists: the rehearsal is about the bookkeeping, not about the kernels."""
+
+NO_GPU = ("test_gpu_code.py", "test_gpu_mutations.py")
+"""Tests that a GPU adds nothing to: they compile for any device, or need Triton's interpreter."""
 
 WORKERS = 8
 """Most of the time is compiling, one core each."""
@@ -26,7 +30,9 @@ def targets(rehearsal: bool) -> list[str]:
     if rehearsal:
         return [next(path for path in REHEARSED if (ROOT / path).is_file())]
     found = [path for path in ("tests/kernels/gpu",) if (ROOT / path).exists()]
-    return found + sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py"))
+    return found + sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py") if path.name not in NO_GPU
+    )
 
 
 def outcomes(rows: list[Row]) -> dict[str, Row]:
@@ -49,7 +55,7 @@ def run(part: Part) -> bool:
     assert wanted, "there are no tests of the GPU kernels"
     command += wanted
     began = time.monotonic()
-    environment = os.environ | {FILE: str(part.results.path.resolve())}
+    environment = os.environ | {FILE: str(part.results.path.resolve()), WITH: json.dumps(part.results.common)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         code = process.wait(max(1.0, part.left()))

@@ -27,7 +27,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 DRAWS = {"random": random, "balanced": balanced}
 OPS = ("fwd", "dx", "dvalues", "step")
-ANSWERS = {"fwd": ("y",), "dx": ("dx",), "dvalues": ("dvalues",), "step": ("y", "dx", "dvalues")}
+NORMS = ("block_norms", "all_block_norms")
+"""What a training method asks for; tuned, but not raced."""
+
+ANSWERS = {op: (op,) for op in ("dx", "dvalues", *NORMS)} | {"fwd": ("y",), "step": ("y", "dx", "dvalues")}
 
 Answer = dict[str, Tensor]
 
@@ -90,7 +93,14 @@ class Scene:
         if name == "dx":
             return dy @ weight, dy.abs() @ weight.abs(), stored.sum(0).double()
         tokens = torch.tensor(float(x.shape[0]), dtype=torch.float64, device=x.device)
-        return self.blocks_of(dy.T @ x), self.blocks_of(dy.abs().T @ x.abs()), tokens
+        gradient, magnitude = dy.T @ x, dy.abs().T @ x.abs()
+        if name == "all_block_norms":
+            full = (self.grid.rows, bo, self.grid.cols, bi)
+            return gradient.view(full).norm(dim=(1, 3)), magnitude.view(full).norm(dim=(1, 3)), tokens
+        blocks, of_blocks = self.blocks_of(gradient), self.blocks_of(magnitude)
+        if name == "block_norms":
+            return blocks.norm(dim=(1, 2)), of_blocks.norm(dim=(1, 2)), tokens
+        return blocks, of_blocks, tokens
 
 
 def make_scene(case: Case, device: torch.device, seed: int = 0) -> Scene:
@@ -132,7 +142,8 @@ class Judge:
         """Return what is wrong with an answer as half a sentence, or None."""
         for name, (exact, magnitude, terms) in self.exact.items():
             given = answer[name]
-            if given.shape != exact.shape or given.dtype != self.scene.dtype:
+            dtype = torch.float32 if name in NORMS else self.scene.dtype
+            if given.shape != exact.shape or given.dtype != dtype:
                 return f"{name} is {given.dtype} of shape {tuple(given.shape)}, not {tuple(exact.shape)}"
             error = (given.double() - exact).abs()
             tf32 = self.scene.dtype == torch.float32

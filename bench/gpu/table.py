@@ -5,7 +5,6 @@ It reads the files of a folder, whichever of them are there:  python -m bench.gp
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Iterator
@@ -13,12 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.gpu.contestants import OURS
-from bench.gpu.goals import DEVICE, DTYPE, FEATURES, GOALS, TOKENS, break_even, verdict
+from bench.gpu.goals import DEVICE, DTYPE, FEATURES, GOALS, ORDER, TOKENS, break_even, verdict
 from bench.gpu.part import parser
-from bench.gpu.results import Row, read_rows
+from bench.gpu.results import Row, read_json, read_rows
 from bench.gpu.run_tests import outcomes
 
-ORDER = (128, 64, 32, 16)
 NONE = "-"
 
 
@@ -65,25 +63,17 @@ def times(ratio: float | None) -> str:
 def lines(folder: Path) -> Iterator[str]:
     """Yield the table."""
     files = {name: read_rows(folder / f"{name}.jsonl") for name in ("tests", "micro", "tune", "race")}
-    environment, sanitizer = (_json(folder / f"{name}.json") for name in ("environment", "sanitizer"))
+    environment, sanitizer = (read_json(folder / f"{name}.json") for name in ("environment", "sanitizer"))
     everything = [row for rows in files.values() for row in rows] + [environment or {}]
     rehearsal = any(row.get("rehearsal") for row in everything)
     if rehearsal:
         yield "*** REHEARSAL on the CPU, in Triton's interpreter, tiny sizes: THESE TIMES MEAN NOTHING ***"
     yield _environment(environment)
-    yield f"{_tests(files['tests'])}; {_sanitizer(sanitizer, folder)}"
+    yield f"{_tests(files['tests'])}; {_sanitizer(sanitizer)}"
     yield from _micro(files["micro"])
     yield _tune(files["tune"])
     yield from _race(Race(files["race"]), rehearsal, (environment or {}).get("device", ""))
     yield from _failures(files)
-
-
-def _json(path: Path) -> Row | None:
-    try:
-        found: Row = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return found
 
 
 def _environment(row: Row | None) -> str:
@@ -106,9 +96,11 @@ def _tests(rows: list[Row]) -> str:
     return "tests: " + ", ".join(counts) + ("" if any(row.get("done") for row in rows) else " (NOT ALL OF THEM)")
 
 
-def _sanitizer(row: Row | None, folder: Path) -> str:
+def _sanitizer(row: Row | None) -> str:
     if row is None:
-        return "sanitizer: ERRORS FOUND" if (folder / "sanitizer-failed.json").exists() else "sanitizer: not run"
+        return "sanitizer: not run"
+    if row["failed"]:
+        return f"sanitizer: FAILED, {row['errors']} errors, exit code {row['code']}"
     return f"sanitizer: {row['reason'] if row.get('reason') else str(row['errors']) + ' errors'}"
 
 
@@ -143,24 +135,12 @@ def _race(race: Race, rehearsal: bool, device: str) -> Iterator[str]:
         yield "comparison: nothing measured"
         return
     head = REHEARSED if rehearsal else HEADLINE
-    columns = (0.5, 0.75) if rehearsal else (0.9, 0.95)
-    yield f"forward + backward, {_title(head)}, speed-up over cuBLAS (device | as Python sees it), goal must/aim:"
+    said = "times mean nothing, so there are no verdicts" if rehearsal else "verdicts are by the time on the device"
+    yield f"forward + backward, {_title(head)}, speed-up over cuBLAS ({said}):"
     for block in ORDER:
-        goal = GOALS[block]
-        cells = []
-        for sparsity, (must, aim) in zip(columns, goal.speedup.values(), strict=True):
-            row = race.row(head, block, sparsity)
-            said = "not measured" if row is None or not row["vs_dense"] else verdict(row["vs_dense"], must, aim)
-            measured = f"{times(row and row['vs_dense'])} | {times(row and row['wall_vs_dense'])}"
-            cells.append(f"{sparsity:.0%} {measured} of {must:g}/{aim:g}: {said}")
-        even = break_even(race.speedups(head, block))
-        cells.append(
-            "break-even -" if even is None else f"break-even {even[1]} {even[0]:.0%} of <= {goal.break_even:.0%}"
-        )
-        rows = [race.row(head, block, sparsity) for sparsity in columns]
-        cells.append("vs other sparse " + ", ".join(times(row and row["vs_sparse"]) for row in rows))
-        yield f"  b{block:<3} " + "; ".join(cells)
-    if DEVICE not in device:
+        for sparsity in sorted(race.speedups(head, block)) if rehearsal else GOALS[block].speedup:
+            yield f"  b{block} at {sparsity:.0%}: " + _headline(race, head, block, sparsity, rehearsal)
+    if DEVICE not in device and not rehearsal:
         yield f"  (the goals are those of an {DEVICE})"
     yield "others, by block " + ", ".join(map(str, ORDER)) + ": speed-up over cuBLAS (TFLOP/s on stored blocks)"
     for setting in sorted({Setting(*key[:6]) for key in race.found} - {head}):  # type: ignore[arg-type]
@@ -170,6 +150,26 @@ def _race(race: Race, rehearsal: bool, device: str) -> Iterator[str]:
         if any(found):
             cells = [NONE if row is None else f"{times(row['vs_dense'])} ({row['tflops']:.3g})" for row in found]
             yield f"  {_title(setting)}, {setting.op}, {sparsity:.0%}: " + ", ".join(cells)
+
+
+def _headline(race: Race, head: Setting, block: int, sparsity: float, rehearsal: bool) -> str:
+    row = race.row(head, block, sparsity)
+    if row is None or not row["vs_dense"]:
+        return "not measured"
+    goal = GOALS[block]
+    reached = ""
+    if not rehearsal:
+        must, aim = goal.speedup[sparsity]
+        reached = f" (must {must:g}, aim {aim:g}: {verdict(row['vs_dense'], must, aim)})"
+    words = [f"{times(row['vs_dense'])} on the device{reached}, {times(row['wall_vs_dense'])} with Python"]
+    even = break_even(race.speedups(head, block))
+    if even is not None:
+        bound = {"=": "", "<": "below ", ">": "above "}[even[1]]
+        asked = "" if rehearsal else f" (goal {goal.break_even:.0%})"
+        words.append(f"break-even {bound}{even[0]:.0%}{asked}")
+    if row.get("vs_sparse"):
+        words.append(f"{row['vs_sparse']:.1f}x of {row['best_sparse']}")
+    return "; ".join(words)
 
 
 def _title(setting: Setting) -> str:

@@ -1,7 +1,7 @@
 """Fills Triton's cache with the configurations that the tuner is going to time: one process of several, side by side.
 
-Compiling takes a hundred times as long as timing. Each process does its share of the calls once with each
-configuration; nothing is timed here, so that they may disturb each other.
+Each process does its share of the calls once with each configuration; nothing is timed here, so that they may disturb
+each other.
 
     python -m bench.gpu.tune_compile SHARE OF --out FOLDER [--rehearse]
 """

@@ -1,0 +1,202 @@
+"""The parts of bench/gpu_run.sh: their files, budgets and exit codes, and what each of them does."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from sparsekern.kernels.gpu.launch import interpreted
+
+from bench.gpu import environment, micro, sanitize, table
+from bench.gpu.part import FINISHED, LOST, MIXED, PARTLY, DeviceLost, main
+from bench.gpu.record_tests import FILE, WITH
+from bench.gpu.results import TRIES, Results, circumstances, delete, read_rows, write_json
+from bench.gpu.run_tests import NO_GPU, outcomes, targets
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal is for machines without a GPU")
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not set")
+
+
+# The results.
+
+
+def test_a_file_that_was_cut_off_is_gone_on_with(tmp_path):
+    path = tmp_path / "x.jsonl"
+    results = Results(path, {"part": "x"})
+    results.add({"key": "a", "ms": 1.0})
+    results.close()
+    path.write_text(path.read_text() + '{"key": "b", "m')
+    again = Results(path, {"part": "x"})
+    assert again.has("a") and not again.has("b")
+    again.add({"key": "b", "ms": 2.0})
+    again.close()
+    assert [row["key"] for row in read_rows(path)] == ["a", "b"]
+
+
+def test_what_never_comes_back_is_given_up(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for attempt in range(TRIES + 1):
+        results = Results(path, {})
+        assert results.has("hangs") == (attempt == TRIES)
+        results.begin("hangs")
+        results.close()
+    assert any("begun 2 times" in row.get("error", "") for row in read_rows(path))
+
+
+@needs_interpreter
+def test_the_micro_benchmarks_are_right(tmp_path):
+    assert main("micro", "", micro.run, ["--out", str(tmp_path), "--rehearse"]) == FINISHED
+    rows = {row["key"]: row for row in read_rows(tmp_path / "micro.jsonl") if "part" in row and "key" in row}
+    assert set(rows) == {name for name, _ in micro.measurements()} and len(rows) == 19
+    assert not [row for row in rows.values() if "error" in row]
+
+
+def test_the_environment_is_one_line_of_the_table(tmp_path):
+    write_json(tmp_path / "environment.json", environment.environment(True))
+    assert f"torch {torch.__version__}" in list(table.lines(tmp_path))[1]
+
+
+def launchable() -> set[str]:
+    """Return the kernels of the package that no other one calls."""
+    compiled, called = set(), set()
+    for path in (ROOT / "kernels/gpu").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                compiled.add(node.name)
+                called |= {ast.unparse(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)}
+    return compiled - called
+
+
+@needs_interpreter
+def test_the_sanitized_calls_launch_every_kernel(monkeypatch):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched, run = set(), InterpretedFunction.run
+
+    def record(self, *arguments, **options):
+        launched.add(self.fn.__name__)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    assert sanitize.call_kernels(CPU, True, time.monotonic() + 60) == 6 * len(sanitize.REHEARSED)
+    assert launched == launchable() and len(launched) >= 7
+    assert sanitize.call_kernels(CPU, True, time.monotonic() - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "output", "failed", "said"),
+    [
+        ("x", 0, "24 calls\nERROR SUMMARY: 0 errors", False, "sanitizer: 0 errors"),
+        ("x", 9, "24 calls\nERROR SUMMARY: 3 errors", True, "sanitizer: FAILED, 3 errors"),
+        ("x", 1, "cannot attach", False, "gave no verdict"),
+        (None, 0, "24 calls", False, "is not installed"),
+        (None, 1, "Traceback", True, "sanitizer: FAILED"),
+    ],
+)
+def test_the_outcome_of_the_sanitizer_is_one_file(tmp_path, program, code, output, failed, said):
+    row = sanitize.outcome(program, code, output)
+    write_json(tmp_path / "sanitizer.json", row)
+    assert row["failed"] is failed and said in "\n".join(table.lines(tmp_path))
+    delete(tmp_path, "sanitizer")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_interpreter
+def test_force_deletes_what_a_part_has_written_and_nothing_else(tmp_path):
+    for name in ("tune.jsonl", "sm_90.json", "race.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    assert main("tune", "", lambda part: True, ["--out", str(tmp_path), "--rehearse", "--force"]) == FINISHED
+    assert {path.name for path in tmp_path.iterdir()} == {"tune.jsonl", "race.jsonl"}
+    assert [row["done"] for row in read_rows(tmp_path / "tune.jsonl")] == [True]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("field", ["device", "commit", "torch", "triton"])
+def test_results_of_another_device_or_commit_are_not_gone_on_with(tmp_path, field, capsys):
+    row = circumstances("race", True) | {"key": "x", field: "another"}
+    (tmp_path / "race.jsonl").write_text(json.dumps(row) + "\n")
+    assert main("micro", "", lambda part: True, ["--out", str(tmp_path), "--rehearse"]) == MIXED
+    assert f"race.jsonl has results of {field} another" in capsys.readouterr().err
+
+
+def test_earlier_results_are_copied_only_if_they_belong_here(tmp_path, monkeypatch):
+    earlier, out = tmp_path / "earlier", tmp_path / "out"
+    earlier.mkdir()
+    command = ["environment", "--rehearse", "--out", str(out), "--earlier", str(earlier)]
+    monkeypatch.setattr(sys, "argv", command)
+    row = circumstances("race", True)
+    for commit, code, there in (("another", MIXED, False), (row["commit"], FINISHED, True)):
+        (earlier / "race.jsonl").write_text(json.dumps(row | {"key": "x", "commit": commit}) + "\n")
+        assert environment.main() == code and (out / "race.jsonl").exists() is there
+
+
+def test_the_tests_for_a_gpu_are_those_that_need_one():
+    wanted = targets(rehearsal=False)
+    assert "tests/kernels/gpu" in wanted and not {f"tests/{name}" for name in NO_GPU} & set(wanted)
+    assert all((ROOT / "tests" / name).is_file() for name in NO_GPU)
+
+
+def test_tests_that_passed_are_left_out_the_next_time(tmp_path):
+    file, tests = tmp_path / "tests.jsonl", tmp_path / "test_two.py"
+    tests.write_text("import os\ndef test_a(): pass\ndef test_b(): assert 'FIXED' in os.environ\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "bench.gpu.record_tests",
+        "-p",
+        "no:cacheprovider",
+        str(tests),
+    ]
+    here = {"device": "a", "commit": "b", "torch": "c", "triton": "d"}
+    for fixed, outcome, common, rows in (
+        ({}, "failed", here, 2),
+        ({"FIXED": "1"}, "passed", here, 3),  # only what had failed
+        ({"FIXED": "1"}, "passed", here | {"commit": "another"}, 5),  # what passed elsewhere has not passed here
+    ):
+        given = os.environ | fixed | {FILE: str(file), WITH: json.dumps(common), "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, cwd=tmp_path, env=given, capture_output=True)
+        last = outcomes(read_rows(file))
+        assert [row["outcome"] for row in last.values()] == ["passed", outcome]
+        assert len(read_rows(file)) == rows and read_rows(file)[-1]["commit"] == common["commit"]
+
+
+@needs_interpreter
+def test_a_part_ends_with_its_budget_and_goes_on_the_next_time(tmp_path, monkeypatch):
+    command = ["--out", str(tmp_path), "--rehearse"]
+    one = ("one", lambda clock, tiny: time.sleep(0.2) or {"ms": 1.0})
+    two = ("two", lambda clock, tiny: {"ms": 2.0})
+    monkeypatch.setattr(micro, "measurements", lambda: iter([one, two]))
+    assert main("micro", "", micro.run, [*command, "--seconds", "0.1"]) == PARTLY
+    assert [row["key"] for row in read_rows(tmp_path / "micro.jsonl") if "ms" in row] == ["one"]
+    assert main("micro", "", micro.run, command) == FINISHED
+    assert [row["key"] for row in read_rows(tmp_path / "micro.jsonl") if "ms" in row] == ["one", "two"]
+
+
+@needs_interpreter
+def test_a_lost_device_is_recorded_and_asks_for_a_new_process(tmp_path, monkeypatch):
+    def breaks(clock, tiny):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def dead(device):
+        raise DeviceLost("gone")
+
+    monkeypatch.setattr(micro, "measurements", lambda: iter([("bad", breaks), ("good", lambda clock, tiny: {"ms": 1})]))
+    monkeypatch.setattr(micro, "check_device", dead)
+    command = ["--out", str(tmp_path), "--rehearse"]
+    assert main("micro", "", micro.run, command) == LOST
+    assert main("micro", "", micro.run, command) == FINISHED
+    rows = {row["key"]: row for row in read_rows(tmp_path / "micro.jsonl") if "part" in row and "key" in row}
+    assert "illegal" in rows["bad"]["error"] and rows["good"]["ms"] == 1
