@@ -27,6 +27,9 @@ INTEGER_POISON = 0x5A
 def pytest_configure() -> None:
     """One thread: a second one that waits for a busy core makes an op on small tensors a hundred times slower."""
     torch.set_num_threads(1)
+    # PyTorch notes its constructors at the first use of a default device: let it be these, not poisoned ones.
+    with torch.device("cpu"):
+        torch.empty(0)
 
 
 @pytest.fixture
