@@ -51,6 +51,10 @@ def compiler(tmp_path: Path) -> dict[str, str]:
     return {"CXX": str(script)}
 
 
+ASIDE = ("--ignore-installed", "--prefix")
+"""Without the first pip uninstalls the package from the environment that runs the tests."""
+
+
 def pip(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-build-isolation", "--no-index"]
     clean = {name: value for name, value in os.environ.items() if name not in ("SPARSEKERN_REQUIRE_CPU", "PYTHONPATH")}
@@ -109,7 +113,7 @@ def test_a_wheel_holds_the_library_and_no_source_and_its_layers_run_on_it(source
 def test_an_editable_install_puts_the_library_beside_the_source_and_the_source_distribution_holds_it(
     source, compiler, tmp_path
 ):
-    done = pip("install", "--prefix", tmp_path / "prefix", "-e", source, env=compiler)
+    done = pip("install", *ASIDE, tmp_path / "prefix", "-e", source, env=compiler)
     assert done.returncode == 0, done.stderr
     assert (source / LIBRARY).is_file()
 
@@ -125,7 +129,7 @@ def test_an_editable_install_puts_the_library_beside_the_source_and_the_source_d
 def test_an_editable_install_without_a_compiler_leaves_no_older_library(source, tmp_path):
     """It might not fit the source any more."""
     (source / LIBRARY).write_bytes(b"old")
-    done = pip("install", "--prefix", tmp_path / "prefix", "-e", source, env=NO_COMPILER)
+    done = pip("install", *ASIDE, tmp_path / "prefix", "-e", source, env=NO_COMPILER)
 
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.so"))
