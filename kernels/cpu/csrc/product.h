@@ -63,7 +63,6 @@ void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, 
                    const float *w, const float *bias, float *aside) {
   static const Tiles<IN, C> tiles;
   const int64_t step = C * VL, most = Tiles<IN, C>::MOST, pieces = (count + most - 1) / most;
-  const float *values = w;
   for (int64_t r = first; r < last; r++) {
     int64_t start = m.order.ptr[r];
     row.count = m.order.ptr[r + 1] - start;
@@ -71,9 +70,8 @@ void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, 
     row.slot = m.transposed ? m.order.slot + start : nullptr;
     int64_t features = m.y.cols - r * m.out < m.out ? m.y.cols - r * m.out : m.out;
     bool direct = features == m.out && m.y.dtype == FLOAT32;
-    for (int64_t n = 0; n < m.out; n += step) {
-      if (n >= features) break;
-      row.w = (m.transposed ? values : values + start * row.size) + n;
+    for (int64_t n = 0; n < features; n += step) {
+      row.w = (m.transposed ? w : w + start * row.size) + n;
       for (int64_t i = 0, t = 0; i < pieces; i++) {
         int64_t rows = count / pieces + (i < count % pieces);
         row.x = packed + t * IN;
