@@ -34,9 +34,9 @@ def _multiply(
     y = x.new_empty(x.shape[0], features)
     if y.numel() == 0:
         return y
-    x = x.resolve_neg()  # the library sees memory, and a negated view is a flag beside it
-    values = values.to(x.dtype).float().resolve_neg().contiguous()
-    bias = None if bias is None else bias.float().resolve_neg().contiguous()
+    x = positive(x)
+    values = numbers(values if values.dtype is x.dtype else values.to(x.dtype))
+    bias = None if bias is None else numbers(bias)
     call(
         "sk_multiply",
         Multiply(
@@ -54,9 +54,21 @@ def _multiply(
     return y
 
 
+def positive(x: Tensor) -> Tensor:
+    """Return a tensor that is no negated view: the library sees memory, and that is a flag beside it."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def numbers(x: Tensor) -> Tensor:
+    """Return a tensor as the library reads weights: contiguous float32. Asking is cheaper than converting in vain."""
+    x = positive(x if x.dtype is torch.float32 else x.float())
+    return x if x.is_contiguous() else x.contiguous()
+
+
 def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.dvalues`."""
-    return outer_blocks(dy, x, (index.row_ptr, index.row_col, index.row_slot), index.slots, block).to(dtype)
+    out = outer_blocks(dy, x, (index.row_ptr, index.row_col, index.row_slot), index.slots, block)
+    return out if dtype is torch.float32 else out.to(dtype)
 
 
 def outer_blocks(dy: Tensor, x: Tensor, lists: Lists, slots: int, block: tuple[int, int]) -> Tensor:
@@ -71,7 +83,7 @@ def outer_blocks(dy: Tensor, x: Tensor, lists: Lists, slots: int, block: tuple[i
     """
     if x.shape[0] == 0 or slots == 0:
         return torch.zeros(slots, *block, dtype=torch.float32, device=x.device)
-    dy, x = dy.resolve_neg(), x.resolve_neg()
+    dy, x = positive(dy), positive(x)
     out = torch.empty(slots, *block, dtype=torch.float32, device=x.device)
     call(
         "sk_outer",

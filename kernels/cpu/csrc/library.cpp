@@ -106,9 +106,12 @@ void expect_large(void *data, int64_t bytes) {
 int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 int threads_for(int64_t flops, int threads) {
-  if (forked || flops < (int64_t(1) << 21)) return 1;  // too little to wake anyone up for
+  if (forked || flops < (int64_t(1) << 20)) return 1;  // too little to wake anyone up for
   return threads < 1 ? 1 : threads;
 }
+
+// What a product takes, in operations: with few tokens the time is that of reading (or writing) the blocks.
+int64_t work(int64_t values, int64_t tokens) { return 2 * values * (tokens < 8 ? 8 : tokens); }
 
 // Floats that fill half of the L2 cache.
 int64_t half_of_l2() {
@@ -191,7 +194,7 @@ void sk_release_scratch() {
 int sk_multiply(Multiply *m) {
   const bool elements = m->in == 1 && m->out == 1, few = !elements && !m->transposed && m->x.rows <= FEW_TOKENS;
   const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->in) * m->out;
-  m->threads = threads_for(2 * used * size * m->x.rows, m->threads);
+  m->threads = threads_for(work(used * size, m->x.rows), m->threads);
   expect_large(m->y.data, m->y.rows * m->y.row_stride * itemsize(m->y.dtype));
   int64_t floats;
   if (elements) {
@@ -215,7 +218,7 @@ int sk_multiply(Multiply *m) {
 int sk_outer(Outer *m) {
   const bool elements = m->bo == 1 && m->bi == 1;
   const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->bo) * m->bi, tokens = m->x.rows;
-  m->threads = threads_for(2 * used * size * tokens, m->threads);
+  m->threads = threads_for(work(used * size, tokens), m->threads);
   expect_large(m->out, m->order.slots * size * 4);
   int64_t floats;
   if (elements) {
