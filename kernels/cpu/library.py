@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -91,6 +91,24 @@ class Outer(ctypes.Structure):
         ("panels_at_once", ctypes.c_int64),
         ("chunks", ctypes.c_int64),
         ("shift", ctypes.c_int32),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class Sketch(ctypes.Structure):
+    """``Sketch`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        ("dy", Matrix),
+        ("x", Matrix),
+        ("u", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("pairs", ctypes.c_int64),
+        ("bo", ctypes.c_int32),
+        ("bi", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("panel", ctypes.c_int64),
         ("scratch", ctypes.c_void_p),
     )
 

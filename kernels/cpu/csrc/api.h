@@ -54,6 +54,18 @@ struct Outer {
   int32_t shift;
   char *scratch;
 };
+
+// The sketch of dy' x: see sketch.h.
+struct Sketch {
+  Matrix dy, x;
+  const float *u, *v;    // (dy.cols, pairs) and (x.cols, pairs), pairs filled up to a multiple of GROUP_PAIRS
+  float *out;            // (pairs, groups of block rows, groups of block columns, GROUP, GROUP)
+  int64_t pairs;
+  int32_t bo, bi;
+  int32_t threads;
+  int64_t panel;         // tokens whose projections are held at a time
+  char *scratch;
+};
 }
 
 // What an instruction set offers.
@@ -64,6 +76,7 @@ struct Kernels {
   void (*outer)(const Outer &);
   void (*multiply_elements)(const Multiply &);
   void (*outer_elements)(const Outer &);
+  void (*sketch)(const Sketch &);
 };
 
 extern const Kernels generic_kernels;
@@ -79,3 +92,9 @@ constexpr int64_t MOST_ROWS = 24;    // tokens of the largest tile
 constexpr int64_t FEW_TOKENS = 16;   // up to so many the forward reads blocks as they are stored
 constexpr int64_t MULTIPLY_LANES = 64;  // tokens of a panel at 1x1
 constexpr int64_t OUTER_LANES = 256;    // the same for the gradient: a constant, its sums are formed lane by lane
+constexpr int64_t GROUP = 32;           // block rows (columns) of a sketch that are multiplied together
+constexpr int64_t GROUP_PAIRS = 8;
+constexpr int64_t SKETCH_TOKENS = 256;  // at most so many are projected before they are multiplied; a multiple of 32
+
+inline int64_t sketch_groups(const Matrix &x, int64_t side) { return blocks_of(blocks_of(x.cols, side), GROUP); }
+inline int64_t sketch_floats(int64_t pairs) { return 128 * 32 + round_up(pairs, GROUP_PAIRS) * 2 * 16 * 16; }  // a thread

@@ -15,7 +15,7 @@
 
 namespace {
 
-const int ABI = 1;  // raised with every change of api.h or of a signature below; library.py asks for it
+const int ABI = 2;  // raised with every change of api.h or of a signature below; library.py asks for it
 
 // The scratch memory: arenas that grow, one a running call, idle ones kept for the next.
 struct Arena {
@@ -190,7 +190,7 @@ void sk_release_scratch() {
     if (!a.busy) std::free(a.memory), a.memory = nullptr, a.size = 0;
 }
 
-// Both return 0, or 1 when there is no memory for the scratch.
+// All return 0, or 1 when there is no memory for the scratch.
 int sk_multiply(Multiply *m) {
   const bool elements = m->in == 1 && m->out == 1, few = !elements && !m->transposed && m->x.rows <= FEW_TOKENS;
   const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->in) * m->out;
@@ -240,6 +240,20 @@ int sk_outer(Outer *m) {
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
   (elements ? live->outer_elements : live->outer)(*m);
+  return 0;
+}
+
+int sk_sketch(Sketch *m) {
+  const int64_t wide = (sketch_groups(m->dy, m->bo) + sketch_groups(m->x, m->bi)) * GROUP * m->pairs, tokens = m->x.rows;
+  m->threads = threads_for(2 * tokens * (m->dy.cols + m->x.cols) * round_up(m->pairs, GROUP_PAIRS), m->threads);
+  // A panel for which the projections take 8 MiB, or the fewest tokens that are projected at a time.
+  m->panel = (int64_t(2) << 20) / wide / 32 * 32;
+  m->panel = m->panel < 32 ? 32 : m->panel > SKETCH_TOKENS ? SKETCH_TOKENS : m->panel;
+  if (m->panel > tokens) m->panel = round_up(tokens, 32);
+  Scratch scratch((m->panel * wide + m->threads * sketch_floats(m->pairs)) * 4);
+  if (!scratch.memory) return 1;
+  m->scratch = scratch.memory;
+  live->sketch(*m);
   return 0;
 }
 

@@ -299,7 +299,7 @@ def test_dvalues_of_phantom_elements_and_free_slots_are_zero_whatever_dy_and_x_h
 def test_one_two_and_three_threads_and_repeated_calls_agree_to_the_bit(
     block: tuple[int, int], dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
-    for tokens in (3, 17, 300):
+    for tokens in (3, 12, 17, 300):
         case = large_case(block, dtype=dtype, tokens=tokens)
         for kernel in (fwd, dx, dvalues):
             threads(1)
