@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -93,6 +93,12 @@ class Outer(ctypes.Structure):
         ("shift", ctypes.c_int32),
         ("scratch", ctypes.c_void_p),
     )
+
+
+class Backward(ctypes.Structure):
+    """``Backward`` of ``csrc/api.h``."""
+
+    _fields_ = (("dx", Multiply), ("dvalues", Outer))
 
 
 @functools.cache
