@@ -97,7 +97,7 @@ const Kernels *by_name(const char *name) {
 void expect_large(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t page = 1 << 21;
-  if (bytes < 16 * page) return;
+  if (bytes < 2 * page) return;
   uintptr_t first = ((uintptr_t)data + page - 1) / page * page, last = ((uintptr_t)data + bytes) / page * page;
   if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
 #endif
