@@ -113,6 +113,12 @@ class Sketch(ctypes.Structure):
     )
 
 
+class Backward(ctypes.Structure):
+    """``Backward`` of ``csrc/api.h``."""
+
+    _fields_ = (("dx", Multiply), ("dvalues", Outer))
+
+
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """Return the opened library and the name of its instruction set, or None and the reason why there is none.

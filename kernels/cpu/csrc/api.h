@@ -66,6 +66,12 @@ struct Sketch {
   int64_t panel;         // tokens whose projections are held at a time
   char *scratch;
 };
+
+// Both gradients of a layer, from one dy: see backward.h. The panels and the scratch are those of `dvalues`.
+struct Backward {
+  Multiply dx;
+  Outer dvalues;
+};
 }
 
 // What an instruction set offers.
@@ -74,6 +80,7 @@ struct Kernels {
   void (*multiply)(const Multiply &);
   void (*multiply_few)(const Multiply &);
   void (*outer)(const Outer &);
+  void (*backward)(const Backward &);
   void (*multiply_elements)(const Multiply &);
   void (*outer_elements)(const Outer &);
   void (*sketch)(const Sketch &);
@@ -89,6 +96,7 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 inline int64_t blocks_of(int64_t features, int64_t side) { return (features + side - 1) / side; }
 constexpr int64_t LINE = 16;         // floats of a cache line: buffers start at one
 constexpr int64_t MOST_ROWS = 24;    // tokens of the largest tile
+constexpr int64_t ASIDE = MOST_ROWS * 2 * LINE;  // floats of a tile that is written aside first
 constexpr int64_t FEW_TOKENS = 16;   // up to so many the forward reads blocks as they are stored
 constexpr int64_t MULTIPLY_LANES = 64;  // tokens of a panel at 1x1
 constexpr int64_t OUTER_LANES = 256;    // the same for the gradient: a constant, its sums are formed lane by lane
