@@ -36,7 +36,7 @@ class Matrix(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor) -> Matrix:
         """Describe a 2-D tensor that is no negated view and that outlives the call."""
-        return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1), DTYPES[x.dtype])
+        return cls(x.data_ptr(), *x.shape, *x.stride(), DTYPES[x.dtype])
 
 
 class Order(ctypes.Structure):

@@ -86,6 +86,8 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tenso
 
 
 def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
+    if values.dtype == dtype == torch.float32 and values.is_contiguous() and not values.is_neg():
+        return values  # the usual case, in which the next line would cost more than all other checks
     return values.to(dtype).float().resolve_neg().contiguous()
 
 
