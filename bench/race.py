@@ -3,8 +3,8 @@
     python -m bench.race            all cases, some eight minutes on a machine that does nothing else
     python -m bench.race --quick    a minute of it: blocks of 32 and 1, 50, 90 and 99 %, one thread
 
-Answers are checked against a masked dense layer in float64 before anything is timed. The file has one JSON line for each
-contestant of each case; the tables show every case that was measured, those where the package is slower marked LOSES.
+Answers are checked against a masked dense layer in float64 before anything is timed. The file has one JSON line for
+each contestant of each case; the tables show every case, those where the package is slower marked LOSES.
 The machine must be otherwise idle: a busy one slows all contestants, but not all alike.
 """
 
@@ -71,7 +71,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
 
     from bench.cpu.cases import cases, quick_cases
     from bench.cpu.results import circumstances
-    from bench.cpu.run import run_cases
+    from bench.cpu.run import SECONDS, run_cases
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     chosen = quick_cases() if quick else cases(cores)
@@ -84,7 +84,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
             if not console.is_terminal:
                 print(line, file=sys.stderr, flush=True)
 
-        return run_cases(chosen, circumstances(), say)
+        return run_cases(chosen, circumstances(), say, SECONDS)
 
 
 def print_tables(console: Any, rows: list[dict[str, Any]]) -> None:

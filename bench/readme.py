@@ -68,11 +68,12 @@ def section(rows: list[Row]) -> str:
     race = Race(rows)
     one = _circumstances(rows)
     parts = [
-        f"{one['device']}, {one['path']}, PyTorch {one['torch']}, {one['date']}, commit {one['commit']}. Medians of one "
-        "run in which all\ncontestants took turns; **bold**: something else is faster.",
+        f"{one['device']}, {one['path']}, PyTorch {one['torch']}, {one['date']}, commit {one['commit']}.\n"
+        "Medians of one run in which all contestants took turns. **Bold**: something else is faster.",
         *_main_tables(race),
         *_table(
-            "Times as fast as the best dense layer, forward + backward, one thread, float32 where nothing else is said:",
+            f"Times as fast as the best dense layer; forward + backward, {_named(WIDE)}, float32 and one thread where "
+            "nothing else is said:",
             ["", *(f"{sparsity:.0%}" for sparsity in SPARSITIES)],
             ((line.what, [_ratio(race.row(line.case(s)), "vs_dense") for s in SPARSITIES]) for line in LINES),
         ),
@@ -94,8 +95,8 @@ def _circumstances(rows: list[Row]) -> Row:
     fields = ("device", "path", "torch", "commit", "date")
     found = {tuple(row[field] for field in fields) for row in rows}
     if len(found) != 1:
-        said = "no rows" if not rows else f"{len(found)} machines, commits or days"
-        raise ValueError(f"the results are of {said}; the README shows one run")
+        said = "no rows" if not rows else f"rows of {len(found)} machines, commits or days"
+        raise ValueError(f"the results have {said}; the README shows one run")
     return rows[0]
 
 

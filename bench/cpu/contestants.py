@@ -1,11 +1,11 @@
 """The package and the dense layers, on one case. Other sparse libraries are in :mod:`bench.cpu.peers`.
 
-    sparsekern       the kernels alone
-    SparseLinear     the same through autograd
-    sparsekern-avx2  the kernels alone, on the path of a processor without AVX-512
-    F.linear         PyTorch's dense products: MKL in float32, oneDNN in bfloat16
-    oneDNN           PyTorch's other way to the same products; the backward has a transposed weight made in advance
-    nn.Linear        F.linear through autograd
+sparsekern       the kernels alone
+SparseLinear     the same through autograd
+sparsekern-avx2  the kernels alone, on the path of a processor without AVX-512
+F.linear         PyTorch's dense products: MKL in float32, oneDNN in bfloat16
+oneDNN           PyTorch's other way to the same products; the backward has a transposed weight made in advance
+nn.Linear        F.linear through autograd
 """
 
 from __future__ import annotations

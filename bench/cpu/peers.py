@@ -1,10 +1,10 @@
 """Other libraries that multiply by stored elements or blocks. What they need prepared is not timed.
 
-    torch-csr, torch-bsr   PyTorch's compressed rows, of elements and of blocks. Each is given what it is fastest with: x
-                           and dy transposed in advance (their results come out transposed), a transposed copy of the
-                           weight for dx. dvalues is ``torch.sparse.sampled_addmm``, which knows elements only. Nothing
-                           joins the three for autograd; a step is the three after each other
-    scipy-csr, scipy-bsr   the forward on one thread, x transposed in advance; it has no product for dvalues
+torch-csr, torch-bsr   PyTorch's compressed rows, of elements and of blocks. Each is given what it is fastest with: x
+                       and dy transposed in advance (their results come out transposed), a transposed copy of the
+                       weight for dx. dvalues is ``torch.sparse.sampled_addmm``, which knows elements only. Nothing
+                       joins the three for autograd; a step is the three after each other
+scipy-csr, scipy-bsr   the forward on one thread, x transposed in advance; it has no product for dvalues
 """
 
 from __future__ import annotations

@@ -9,18 +9,18 @@ import torch
 
 from bench.cpu import contestants, peers
 from bench.cpu.cases import Case
+from bench.cpu.clock import Stopwatch
 from bench.cpu.results import Row, rounded, rows_of
 from bench.cpu.scene import Scene, make_scene
-from bench.gpu.clock import Clock
 from bench.gpu.contestants import OURS, Contestant
 from bench.gpu.part import say_what_failed
 from bench.gpu.peers import NotSupported
 from bench.gpu.scene import Judge
 
-SECONDS = 1.0
-"""After which five rounds of a case are enough; a contestant that alone takes that long has two."""
+SECONDS = 1.5
+"""After which five rounds of a case are enough. A contestant that alone takes that long has fewer, but at least two."""
 
-MOST_ROUNDS = 300
+MOST_ROUNDS = 100
 
 Say = Callable[[str], None]
 
@@ -30,14 +30,14 @@ def makers(case: Case) -> dict[str, contestants.Maker]:
     return contestants.makers(case) | peers.makers(case)
 
 
-def run_cases(chosen: Iterable[Case], common: Row, say: Say, *, seconds: float = SECONDS) -> list[Row]:
+def run_cases(chosen: Iterable[Case], common: Row, say: Say, seconds: float) -> list[Row]:
     """Run cases in turn and return their rows.
 
     Args:
         chosen: those that share a scene should follow each other.
         common: added to every row.
         say: told, for each case, what was found.
-        seconds: see :data:`SECONDS`.
+        seconds: of a case; see :data:`SECONDS`.
     """
     before = torch.get_num_threads()
     rows: list[Row] = []
@@ -86,8 +86,7 @@ def run_case(
             reasons[name] = {"not_supported": str(error)}
         except Exception as error:
             reasons[name] = {"error": say_what_failed(error)}
-    clock = Clock(torch.device("cpu"))
-    timings, errors = clock.race({name: c.run for name, c in right.items()}, MOST_ROUNDS, seconds)
+    timings, errors = Stopwatch().race({name: c.run for name, c in right.items()}, MOST_ROUNDS, seconds)
     reasons |= {name: {"error": error} for name, error in errors.items()}
     rows = rows_of(case, scene.elements, right, timings)
     return rows + [{**case._asdict(), "contestant": name, **reason} for name, reason in reasons.items()]

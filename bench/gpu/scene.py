@@ -138,8 +138,8 @@ class Judge:
     Args:
         scene: the numbers.
         op: which answers.
-        tf32: whether float32 is multiplied as tf32. If not, an answer in it as a whole may be off by what rounding after
-            each of ``k`` additions gives, ``sqrt(k) * eps``.
+        tf32: whether float32 is multiplied as tf32. If not, an answer in it as a whole may be off by what rounding
+            after each of ``k`` additions gives, ``sqrt(k) * eps``.
     """
 
     def __init__(self, scene: Scene, op: str, *, tf32: bool = True) -> None:
