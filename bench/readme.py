@@ -74,7 +74,7 @@ def section(rows: list[Row]) -> str:
         *_table(
             f"Times as fast as the best dense layer; forward + backward, {_named(WIDE)}, float32 and one thread where "
             "nothing else is said:",
-            ["", *(f"{sparsity:.0%}" for sparsity in SPARSITIES)],
+            ["", *(f"{100 * sparsity:.0f} %" for sparsity in SPARSITIES)],
             ((line.what, [_ratio(race.row(line.case(s)), "vs_dense") for s in SPARSITIES]) for line in LINES),
         ),
         *_table(
@@ -110,7 +110,7 @@ def _main_tables(race: Race) -> Iterator[str]:
         yield from _table(
             f"Blocks of {block}x{block}, forward + backward, {_named(WIDE)} (tokens x in x out), float32, one thread:",
             ["sparsity", "ms", "`SparseLinear`", "best dense", "x `F.linear`", "x best dense", "x best sparse"],
-            ((f"{sparsity:.0%}", _cells(race, row)) for sparsity, row in found),
+            ((f"{100 * sparsity:.0f} %", _cells(race, row)) for sparsity, row in found),
         )
 
 

@@ -41,7 +41,8 @@ def torch_compressed(blocks: bool, scene: Scene, op: str) -> Contestant:
         weight, turned = elements, elements.to_dense().T.contiguous().to_sparse_csr()
 
     def dvalues() -> Tensor:
-        return torch.sparse.sampled_addmm(elements, dy, scene.x, beta=0.0).values()
+        gradient: Tensor = torch.sparse.sampled_addmm(elements, dy, scene.x, beta=0.0)
+        return gradient.values()
 
     contestant = joined(
         "torch-bsr" if blocks else "torch-csr", SPARSE, scene, op, lambda: weight @ x, lambda: turned @ dy, dvalues
@@ -91,7 +92,7 @@ def scipy(form: str, scene: Scene, op: str) -> Contestant:
         weight = scipy.sparse.bsr_matrix(dense, blocksize=scene.grid.block)
 
     def answer(result: object) -> Answer:
-        return {"y": torch.from_numpy(result).T}  # type: ignore[arg-type]
+        return {"y": torch.from_numpy(result).T}
 
     if op != "fwd":
         raise NotSupported("it has no product for dvalues")

@@ -16,7 +16,7 @@ from sparsekern.kernels.cpu.library import load
 import sparsekern
 from bench.cpu.cases import Case
 from bench.gpu.clock import Timing
-from bench.gpu.contestants import DENSE, SPARSE, Contestant
+from bench.gpu.contestants import DENSE, OURS, SPARSE, Contestant
 from bench.gpu.results import ROOT, Row, commit
 from sparsekern.cli.info import cpu_model
 
@@ -42,7 +42,7 @@ def circumstances() -> Row:
 
 
 def rows_of(case: Case, elements: int, taking_part: dict[str, Contestant], timings: dict[str, Timing]) -> list[Row]:
-    """Return the rows of a case, each with its ratios: ``vs_dense`` 2.0 is twice as fast as the best dense one.
+    """Return the rows of a case, the package's with ratios: ``vs_dense`` 2.0 is twice as fast as the best dense one.
 
     Args:
         case: what was measured.
@@ -70,12 +70,12 @@ def rows_of(case: Case, elements: int, taking_part: dict[str, Contestant], timin
         )
     best = {kind: min((r for r in rows if r["kind"] == kind), key=_ms, default=None) for kind in (DENSE, SPARSE)}
     linear = next((row for row in rows if row["contestant"] == LINEAR), None)
-    for row in rows:
+    for row in (row for row in rows if row["kind"] == OURS):
         for name, peer in (("dense", best[DENSE]), ("linear", linear), ("sparse", best[SPARSE])):
             row[f"vs_{name}"] = None if peer is None else rounded(peer["ms"] / row["ms"])
         row["best_dense"], row["best_sparse"] = (None if p is None else p["contestant"] for p in best.values())
-        if best[DENSE] is not None:
-            row["rate_vs_dense"] = rounded(row["gflops"] / best[DENSE]["gflops"])
+        if (dense := best[DENSE]) is not None:
+            row["rate_vs_dense"] = rounded(row["gflops"] / dense["gflops"])
     return rows
 
 

@@ -10,11 +10,12 @@ import torch
 from bench.cpu import contestants, peers
 from bench.cpu.cases import Case
 from bench.cpu.clock import Stopwatch
-from bench.cpu.results import Row, rounded, rows_of
+from bench.cpu.results import rounded, rows_of
 from bench.cpu.scene import Scene, make_scene
 from bench.gpu.contestants import OURS, Contestant
 from bench.gpu.part import say_what_failed
 from bench.gpu.peers import NotSupported
+from bench.gpu.results import Row
 from bench.gpu.scene import Judge
 
 SECONDS = 1.5
@@ -31,7 +32,7 @@ def makers(case: Case) -> dict[str, contestants.Maker]:
 
 
 def run_cases(chosen: Iterable[Case], common: Row, say: Say, seconds: float) -> list[Row]:
-    """Run cases in turn and return their rows.
+    """Run cases in turn and return their rows; why a contestant cannot run such cases is in them once.
 
     Args:
         chosen: those that share a scene should follow each other.
@@ -41,12 +42,13 @@ def run_cases(chosen: Iterable[Case], common: Row, say: Say, seconds: float) -> 
     """
     before = torch.get_num_threads()
     rows: list[Row] = []
+    known: set[tuple[str, str]] = set()
     try:
         for case in chosen:
             scene, judge = tensors(case.scene), answers(case.scene)
             torch.set_num_threads(case.threads)
             found = run_case(case, scene, judge, makers(case), seconds)
-            rows += [{**row, **common} for row in found]
+            rows += [{**row, **common} for row in found if not _said_before(row, known)]
             say(f"{case.key}: " + ", ".join(_said(row) for row in found))
             torch.set_num_threads(before)
     finally:
@@ -90,6 +92,14 @@ def run_case(
     reasons |= {name: {"error": error} for name, error in errors.items()}
     rows = rows_of(case, scene.elements, right, timings)
     return rows + [{**case._asdict(), "contestant": name, **reason} for name, reason in reasons.items()]
+
+
+def _said_before(row: Row, known: set[tuple[str, str]]) -> bool:
+    """Return whether a row only repeats that a contestant cannot run such cases, and remember that it was said."""
+    reason = (row["contestant"], row.get("not_supported", ""))
+    before = bool(reason[1]) and reason in known
+    known.add(reason)
+    return before
 
 
 def _said(row: Row) -> str:
