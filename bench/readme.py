@@ -69,11 +69,11 @@ def section(rows: list[Row]) -> str:
     one = _circumstances(rows)
     parts = [
         f"{one['device']}, {one['path']}, PyTorch {one['torch']}, {one['date']}, commit {one['commit']}.\n"
-        "Medians of one run in which all contestants took turns. **Bold**: something else is faster.",
+        "Medians of one run in which all contestants took turns. **Bold**: slower.",
         *_main_tables(race),
         *_table(
-            f"Times as fast as the best dense layer; forward + backward, {_named(WIDE)}, float32 and one thread where "
-            "nothing else is said:",
+            f"Times as fast as the best dense layer; forward + backward, {_named(WIDE)}, float32 and one thread\nwhere nothing else "
+            "is said:",
             ["", *(f"{100 * sparsity:.0f} %" for sparsity in SPARSITIES)],
             ((line.what, [_ratio(race.row(line.case(s)), "vs_dense") for s in SPARSITIES]) for line in LINES),
         ),

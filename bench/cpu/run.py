@@ -18,7 +18,7 @@ from bench.gpu.peers import NotSupported
 from bench.gpu.results import Row
 from bench.gpu.scene import Judge
 
-SECONDS = 1.5
+SECONDS = 1.0
 """After which five rounds of a case are enough. A contestant that alone takes that long has fewer, but at least two."""
 
 MOST_ROUNDS = 100
