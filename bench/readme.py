@@ -72,8 +72,8 @@ def section(rows: list[Row]) -> str:
         "Medians of one run in which all contestants took turns. **Bold**: slower.",
         *_main_tables(race),
         *_table(
-            f"Times as fast as the best dense layer; forward + backward, {_named(WIDE)}, float32 and one thread\nwhere nothing else "
-            "is said:",
+            f"Times as fast as the best dense layer; forward + backward, {_named(WIDE)}, float32 and one thread\n"
+            "where nothing else is said:",
             ["", *(f"{100 * sparsity:.0f} %" for sparsity in SPARSITIES)],
             ((line.what, [_ratio(race.row(line.case(s)), "vs_dense") for s in SPARSITIES]) for line in LINES),
         ),
