@@ -56,6 +56,15 @@ class Order(ctypes.Structure):
         return cls(ptr.data_ptr(), other.data_ptr(), slot.data_ptr(), ptr.shape[0] - 1, slots)
 
 
+class ElementPlan(ctypes.Structure):
+    """``ElementPlan`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("lanes", "tokens", "strip", "strips", "chunks", "entries")),
+        ("shift", ctypes.c_int32),
+    )
+
+
 class Multiply(ctypes.Structure):
     """``Multiply`` of ``csrc/api.h``; what the library fills in itself is last."""
 
@@ -70,8 +79,7 @@ class Multiply(ctypes.Structure):
         ("transposed", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("panel", ctypes.c_int64),
-        ("chunks", ctypes.c_int64),
-        ("shift", ctypes.c_int32),
+        ("plan", ElementPlan),
         ("scratch", ctypes.c_void_p),
     )
 
@@ -89,8 +97,7 @@ class Outer(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("panel", ctypes.c_int64),
         ("panels_at_once", ctypes.c_int64),
-        ("chunks", ctypes.c_int64),
-        ("shift", ctypes.c_int32),
+        ("plan", ElementPlan),
         ("scratch", ctypes.c_void_p),
     )
 

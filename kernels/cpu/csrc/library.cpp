@@ -152,17 +152,45 @@ int64_t plan_superpanel(Outer &m) {
   return m.panels_at_once * m.panel * (x_width + dy_width);
 }
 
-// 1x1: features of x whose panel fills most of a usual L1 cache; but at least so many entries a row and chunk.
-void plan_chunks(const Order &order, int64_t features, int64_t lanes, int64_t entries, int64_t &chunks, int32_t &shift) {
-  const int64_t most = order.ptr[order.rows] / (order.rows * entries) + 1;
-  shift = 0;
-  while ((int64_t(8) << shift) * lanes < (int64_t(32) << 10)) shift++;
-  while (blocks_of(features, int64_t(1) << shift) > most) shift++;
-  chunks = blocks_of(features, int64_t(1) << shift);
+int64_t lanes_for(int64_t tokens, int64_t most) {
+  while (most > 2 * NARROW && round_up(tokens, most) * 4 > tokens * 5) most /= 2;  // a quarter of them idle
+  return most;
 }
 
-int64_t arranged_floats(const Order &order, int64_t chunks) {
-  return round_up(chunks * order.rows + 1, LINE) + 4 * round_up(order.slots, LINE);
+// 1x1: see elements.h. Without `threads` in lanes and chunks: these may change how a sum is formed.
+ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, bool gradient, int threads) {
+  constexpr int64_t IN_L2 = 128 << 10;  // floats of a panel that may stay whole; entries of a piece
+  ElementPlan p = {};
+  const double mean = double(order.ptr[order.rows]) / order.rows, density = mean / features;
+  int64_t run;  // entries of a row in a chunk: what it costs to begin one is spread over them
+  if (tokens <= NARROW) {
+    p.lanes = gradient || tokens > 8 ? 16 : tokens > 4 ? 8 : 4;
+    p.shift = 9, run = 32;
+  } else if (gradient || density > 0.18) {  // the most lanes, and chunks that the L1 cache holds at least half of
+    p.lanes = lanes_for(tokens, 128);
+    p.shift = 7, run = 8;
+  } else {  // the L2 cache serves as many entries as there are
+    p.lanes = lanes_for(tokens, 64);
+    p.shift = features * p.lanes <= IN_L2 ? 16 : 9, run = 8;
+  }
+  while (p.shift < 16 && density * (int64_t(1) << p.shift) < run) p.shift++;
+  p.chunks = blocks_of(features, int64_t(1) << p.shift);
+  p.tokens = (int64_t(4) << 20) / features / p.lanes * p.lanes;
+  if (p.tokens > round_up(tokens, p.lanes)) p.tokens = round_up(tokens, p.lanes);
+  if (p.tokens < p.lanes) p.tokens = p.lanes;
+  p.strip = p.chunks == 1 ? 64 : 128;
+  while (p.strip > LINE && (mean * p.strip > IN_L2 || p.strip * 2 * threads > order.rows)) p.strip /= 2;
+  p.strips = int64_t(IN_L2 / (mean * p.strip + 1));
+  const int64_t share = order.rows / (p.strip * 4 * threads);  // of pieces, so that threads end together
+  if (threads > 1 && p.strips > share) p.strips = share;
+  if (p.strips < 1) p.strips = 1;
+  if (p.strips > blocks_of(order.rows, p.strip)) p.strips = blocks_of(order.rows, p.strip);
+  const int64_t piece = p.strip * p.strips;
+  for (int64_t r = 0; r < order.rows; r += piece) {
+    const int64_t entries = order.ptr[r + piece < order.rows ? r + piece : order.rows] - order.ptr[r];
+    if (p.entries < entries) p.entries = entries;
+  }
+  return p;
 }
 
 }  // namespace
@@ -213,8 +241,9 @@ int sk_multiply(Multiply *m) {
   expect_large(m->y.data, m->y.rows * m->y.row_stride * itemsize(m->y.dtype));
   int64_t floats;
   if (elements) {
-    plan_chunks(m->order, m->x.cols, MULTIPLY_LANES, 4, m->chunks, m->shift);
-    floats = arranged_floats(m->order, m->chunks) + m->threads * (m->x.cols + round_up(m->order.rows, LINE)) * MULTIPLY_LANES;
+    m->plan = plan_elements(m->order, m->x.cols, m->x.rows, false, m->threads);
+    floats = m->x.rows <= NARROW ? m->x.cols * m->plan.lanes + m->threads * m->plan.strip * (2 * m->plan.lanes + 1)
+                                 : m->plan.tokens * m->x.cols + m->threads * thread_floats(m->plan, false);
   } else if (few) {
     floats = blocks_of(m->x.cols, m->in) * m->in * m->x.rows;
   } else {
@@ -237,8 +266,9 @@ int sk_outer(Outer *m) {
   expect_large(m->out, m->order.slots * size * 4);
   int64_t floats;
   if (elements) {
-    plan_chunks(m->order, m->x.cols, OUTER_LANES, 2, m->chunks, m->shift);
-    floats = arranged_floats(m->order, m->chunks) + (m->x.cols + m->dy.cols) * OUTER_LANES;
+    m->plan = plan_elements(m->order, m->x.cols, m->x.rows, true, m->threads);
+    floats = m->x.rows <= NARROW ? (m->x.cols + m->dy.cols) * m->plan.lanes
+                                 : m->plan.tokens * m->x.cols + m->threads * thread_floats(m->plan, true);
   } else floats = plan_superpanel(*m);
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
