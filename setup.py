@@ -26,11 +26,14 @@ BUILD_ERRORS = (BaseError, CCompilerError)
 LIBRARY = "sparsekern.kernels.cpu._sparsekern_cpu"
 CSRC = Path("kernels/cpu/csrc")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "library.cpp": [],
     "generic.cpp": [],
     "avx2.cpp": AVX2,
-    "avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx512.cpp": AVX512,
+    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """By file: which of them runs is chosen on the machine that runs it, so nothing is compiled for the one that builds."""
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
-CHOICES = ("avx512", "avx2", "generic", "off")
+CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -68,6 +68,7 @@ class Multiply(ctypes.Structure):
         ("side_in", ctypes.c_int32),
         ("side_out", ctypes.c_int32),
         ("transposed", ctypes.c_int32),
+        ("values_dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("panel", ctypes.c_int64),
         ("chunks", ctypes.c_int64),
@@ -178,6 +179,12 @@ def call(name: str, arguments: ctypes.Structure) -> None:
         raise RuntimeError(reason)
     if getattr(library, name)(ctypes.byref(arguments)):
         raise MemoryError(f"{name} finds no memory for its scratch")
+
+
+def takes_bfloat16() -> bool:
+    """Return whether the live instruction set multiplies bfloat16 numbers itself, except at 1x1."""
+    library, _ = load()
+    return library is not None and bool(library.sk_bfloat16())
 
 
 def scratch_bytes() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import Index
-from sparsekern.kernels.cpu.library import Matrix, Multiply, Order, Outer, call, threads
+from sparsekern.kernels.cpu.library import DTYPES, Matrix, Multiply, Order, Outer, call, takes_bfloat16, threads
 from torch import Tensor
 
 Lists = tuple[Tensor, Tensor, Tensor]
@@ -35,7 +35,7 @@ def _multiply(
     if y.numel() == 0:
         return y
     x = x.resolve_neg()  # the library sees memory, and a negated view is a flag beside it
-    values = values.to(x.dtype).float().resolve_neg().contiguous()
+    values = _readable(values, x.dtype).resolve_neg().contiguous()
     bias = None if bias is None else bias.float().resolve_neg().contiguous()
     call(
         "sk_multiply",
@@ -48,10 +48,18 @@ def _multiply(
             bo if transposed else bi,
             bi if transposed else bo,
             transposed,
+            DTYPES[values.dtype],
             threads(),
         ),
     )
     return y
+
+
+def _readable(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as the library reads them beside inputs of a dtype, to which they are rounded here or there."""
+    if dtype == torch.bfloat16 and values.shape[1:] != (1, 1) and takes_bfloat16():
+        return values if values.dtype == torch.float32 else values.to(dtype)
+    return values.to(dtype).float()
 
 
 def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -29,11 +29,12 @@ struct Order {
 // y = x W' + bias (or dx = dy W): see product.h. `scratch` has multiply_bytes(...).
 struct Multiply {
   Matrix x, y;
-  const float *values;   // (Z, bo, bi), contiguous
+  const float *values;   // (Z, bo, bi), contiguous; bfloat16 if values_dtype says so, which only HalfKernels take
   const float *bias;     // (y.cols) or null
   Order order;
   int32_t in, out;       // sides of a block: the one that is summed over, the one along y
   int32_t transposed;    // dx: values are read as they are stored
+  int32_t values_dtype;  // of float32 values the HalfKernels take what bfloat16 can hold
   int32_t threads;
   int64_t panel;         // tokens that are packed at a time
   int64_t chunks;        // 1x1: see elements.h
@@ -66,9 +67,18 @@ struct Kernels {
   void (*outer_elements)(const Outer &);
 };
 
+// What it offers beside for inputs in bfloat16, with instructions of its own. None where the compiler lacks them. There is
+// none for float16: AVX512_FP16 forms its sums in float16.
+struct HalfKernels {
+  const char *name;
+  void (*multiply)(const Multiply &);  // any number of tokens
+  void (*outer)(const Outer &);
+};
+
 extern const Kernels generic_kernels;
 #if defined(WITH_AVX)
 extern const Kernels avx2_kernels, avx512_kernels;
+extern const HalfKernels avx512_bf16_kernels, amx_kernels;
 #endif
 
 // Shared by the planner (library.cpp) and the kernels, so that they agree on the layout of the scratch.
@@ -77,5 +87,8 @@ inline int64_t blocks_of(int64_t features, int64_t side) { return (features + si
 constexpr int64_t LINE = 16;         // floats of a cache line: buffers start at one
 constexpr int64_t MOST_ROWS = 24;    // tokens of the largest tile
 constexpr int64_t FEW_TOKENS = 8;    // up to so many the forward reads blocks as they are stored
+constexpr int64_t MOST_SIDE = 128;   // of a block
+constexpr int64_t HALF_TOKENS = 32;  // panels of bfloat16 are multiples of it, the last one filled up with zeros
+constexpr int64_t HALF_TILE = 1024;  // sums of the largest tile of HalfKernels
 constexpr int64_t MULTIPLY_LANES = 64;  // tokens of a panel at 1x1
 constexpr int64_t OUTER_LANES = 256;    // the same for the gradient: a constant, its sums are formed lane by lane

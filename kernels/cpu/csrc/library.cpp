@@ -1,6 +1,7 @@
 // The exported functions: choose an instruction set, plan the panels, lend scratch memory. Compiled for the baseline.
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -15,7 +16,7 @@
 
 namespace {
 
-const int ABI = 1;  // raised with every change of api.h or of a signature below; library.py asks for it
+const int ABI = 2;  // raised with every change of api.h or of a signature below; library.py asks for it
 
 // The scratch memory: arenas that grow, one a running call, idle ones kept for the next.
 struct Arena {
@@ -78,19 +79,50 @@ void in_child() {
   forked = true;
 }
 
-const Kernels *live = nullptr;
+struct Level {
+  const char *name = "";
+  const Kernels *kernels = nullptr;
+  const HalfKernels *half = nullptr;  // for bfloat16, if it has its own
+};
+Level live;
 
-const Kernels *by_name(const char *name) {
 #if defined(WITH_AVX)
-  unsigned a, b, c, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // older compilers do not know its name
+bool has(unsigned leaf, unsigned subleaf, int number, int bit) {
+  unsigned r[4];
+  return __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[number] >> bit & 1);
+}
+
+// Whether the processor has AMX for bfloat16, and the system lets this process use it.
+bool may_use_amx() {
+#if defined(__linux__)
+  if (!has(7, 0, 3, 22) || !has(7, 0, 3, 24) || !has(1, 0, 2, 27)) return false;
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, once a process
+  return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// The level of this name, the best one for "". Each includes those below; without kernels when the machine lacks it.
+Level by_name(const char *name) {
+  const auto wanted = [&](const char *level) { return !*name || !std::strcmp(name, level); };
+#if defined(WITH_AVX)
+  const bool f16c = has(1, 0, 2, 29);  // older compilers do not know its name
   const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && (!*name || !std::strcmp(name, "avx512"))) return &avx512_kernels;
-  if (avx2 && (!*name || !std::strcmp(name, "avx2"))) return &avx2_kernels;
+  const bool bf16 = avx512 && has(7, 1, 0, 5);
+  for (const HalfKernels *half : {&amx_kernels, &avx512_bf16_kernels}) {
+    if (bf16 && half->multiply && wanted(half->name) && (half != &amx_kernels || may_use_amx()))
+      return {half->name, &avx512_kernels, half};
+  }
+  if (avx512 && wanted("avx512")) return {"avx512", &avx512_kernels, nullptr};
+  if (avx2 && wanted("avx2")) return {"avx2", &avx2_kernels, nullptr};
 #endif
-  return !*name || !std::strcmp(name, "generic") ? &generic_kernels : nullptr;
+  return wanted("generic") ? Level{"generic", &generic_kernels, nullptr} : Level{};
 }
 
 // A fresh output of this size comes from the system page by page: ask for large ones before they are touched.
@@ -158,12 +190,15 @@ int sk_abi() { return ABI; }
 int sk_use(const char *name) {
   static std::once_flag once;
   std::call_once(once, [] { pthread_atfork(before_fork, in_parent, in_child); });
-  const Kernels *found = by_name(name);
-  if (found) live = found;
-  return found != nullptr;
+  const Level found = by_name(name);
+  if (found.kernels) live = found;
+  return found.kernels != nullptr;
 }
 
-const char *sk_name() { return live ? live->name : ""; }
+const char *sk_name() { return live.name; }
+
+// Whether bfloat16 inputs meet kernels of their own, which take bfloat16 values.
+int sk_bfloat16() { return live.half != nullptr; }
 
 int sk_openmp() {
 #if defined(_OPENMP)
@@ -189,7 +224,8 @@ void sk_release_scratch() {
 
 // Both return 0, or 1 when there is no memory for the scratch.
 int sk_multiply(Multiply *m) {
-  const bool elements = m->in == 1 && m->out == 1, few = !elements && !m->transposed && m->x.rows <= FEW_TOKENS;
+  const bool elements = m->in == 1 && m->out == 1, half = !elements && live.half && m->x.dtype == BFLOAT16;
+  const bool few = !elements && !half && !m->transposed && m->x.rows <= FEW_TOKENS;
   const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->in) * m->out;
   m->threads = threads_for(2 * used * size * m->x.rows, m->threads);
   expect_large(m->y.data, m->y.rows * m->y.row_stride * itemsize(m->y.dtype));
@@ -197,6 +233,11 @@ int sk_multiply(Multiply *m) {
   if (elements) {
     plan_chunks(m->order, m->x.cols, MULTIPLY_LANES, 4, m->chunks, m->shift);
     floats = arranged_floats(m->order, m->chunks) + m->threads * (m->x.cols + round_up(m->order.rows, LINE)) * MULTIPLY_LANES;
+  } else if (half) {
+    const int64_t width = blocks_of(m->x.cols, m->in) * m->in;
+    m->panel = round_up(panel_tokens(m->x.rows, width / 2, HALF_TOKENS, 512, m->threads), HALF_TOKENS);
+    floats = used * size / 2 + (m->bias ? round_up(m->order.rows * m->out, LINE) : 0) +
+             m->threads * (width * m->panel / 2 + HALF_TILE);
   } else if (few) {
     floats = blocks_of(m->x.cols, m->in) * m->in * m->x.rows;
   } else {
@@ -208,12 +249,13 @@ int sk_multiply(Multiply *m) {
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
-  (elements ? live->multiply_elements : few ? live->multiply_few : live->multiply)(*m);
+  (half ? live.half->multiply : elements ? live.kernels->multiply_elements : few ? live.kernels->multiply_few : live.kernels->multiply)(*m);
   return 0;
 }
 
 int sk_outer(Outer *m) {
   const bool elements = m->bo == 1 && m->bi == 1;
+  const bool half = !elements && live.half && m->x.dtype == BFLOAT16 && m->dy.dtype == BFLOAT16;
   const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->bo) * m->bi, tokens = m->x.rows;
   m->threads = threads_for(2 * used * size * tokens, m->threads);
   expect_large(m->out, m->order.slots * size * 4);
@@ -221,6 +263,14 @@ int sk_outer(Outer *m) {
   if (elements) {
     plan_chunks(m->order, m->x.cols, OUTER_LANES, 2, m->chunks, m->shift);
     floats = arranged_floats(m->order, m->chunks) + (m->x.cols + m->dy.cols) * OUTER_LANES;
+  } else if (half) {
+    const int64_t width = blocks_of(m->x.cols, m->bi) * m->bi + blocks_of(m->dy.cols, m->bo) * m->bo;
+    m->panel = round_up(tokens < 512 ? tokens : 512, HALF_TOKENS);
+    const int64_t panels = (tokens + m->panel - 1) / m->panel;
+    m->panels_at_once = (int64_t(6) << 20) / (width * m->panel);
+    if (m->panels_at_once < m->threads) m->panels_at_once = m->threads;
+    if (m->panels_at_once > panels) m->panels_at_once = panels;
+    floats = m->panels_at_once * m->panel * width / 2;
   } else {
     const int64_t x_width = blocks_of(m->x.cols, m->bi) * m->bi, dy_width = blocks_of(m->dy.cols, m->bo) * m->bo;
     // Each panel reads and writes all blocks of the thread once: when they leave the cache, long panels pay for it.
@@ -236,7 +286,7 @@ int sk_outer(Outer *m) {
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
-  (elements ? live->outer_elements : live->outer)(*m);
+  (half ? live.half->outer : elements ? live.kernels->outer_elements : live.kernels->outer)(*m);
   return 0;
 }
 
