@@ -72,6 +72,9 @@ class Multiply(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("panel", ctypes.c_int64),
         ("chunks", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("group_entries", ctypes.c_int64),
+        ("shared", ctypes.c_int32),
         ("shift", ctypes.c_int32),
         ("scratch", ctypes.c_void_p),
     )

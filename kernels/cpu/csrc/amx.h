@@ -31,8 +31,8 @@ class Unit {
 
 // M x N tiles of tokens and outputs over a block row. Registers: sums 0 to 3, x 4 and 5, w 6 and 7.
 template <int M, int N> INLINE void amx_product(const HalfRow &row, const float *bias, float *aside) {
-  constexpr float zeros[16] = {};
-  const int64_t depth = row.in < 32 ? row.in : 32, x_step = row.in * 2, w_step = row.out * 4;
+  static const float zeros[16] = {};  // static: a tile is not loaded from a line whose store still waits for those before it
+  const int64_t depth = row.in < 32 ? row.in : 32, x_step = depth * 2;
   const float *start = bias ? bias : zeros;
   const int64_t second = bias && N == 2 ? 16 : 0;
   memory_is_written();
@@ -45,29 +45,29 @@ template <int M, int N> INLINE void amx_product(const HalfRow &row, const float 
   if constexpr (N == 1 && M > 3) _tile_loadd(3, start, 0);
   for (int64_t e = 0; e < row.count; e++) {
     const Half *x = row.x + row.other[e] * row.x_block, *w = row.w + e * row.size;
-    for (int64_t k = 0; k < row.in; k += depth, x += depth, w += depth * row.out) {
-      _tile_loadd(6, w, w_step);
+    for (int64_t k = 0; k < row.in; k += depth, x += row.x_piece, w += depth * 16) {
+      _tile_loadd(6, w, 64);
       _tile_loadd(4, x, x_step);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (N == 2) {
-        _tile_loadd(7, w + 32, w_step);
+        _tile_loadd(7, w + 16 * row.in, 64);
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (M == 2) {
-          _tile_loadd(5, x + 16 * row.in, x_step);
+          _tile_loadd(5, x + 16 * depth, x_step);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
       } else {
         if constexpr (M > 1) {
-          _tile_loadd(5, x + 16 * row.in, x_step);
+          _tile_loadd(5, x + 16 * depth, x_step);
           _tile_dpbf16ps(1, 5, 6);
         }
         if constexpr (M > 2) {
-          _tile_loadd(4, x + 32 * row.in, x_step);
+          _tile_loadd(4, x + 32 * depth, x_step);
           _tile_dpbf16ps(2, 4, 6);
         }
         if constexpr (M > 3) {
-          _tile_loadd(5, x + 48 * row.in, x_step);
+          _tile_loadd(5, x + 48 * depth, x_step);
           _tile_dpbf16ps(3, 5, 6);
         }
       }
@@ -90,17 +90,14 @@ template <int M, int N> INLINE void amx_product(const HalfRow &row, const float 
   memory_is_written();
 }
 
-inline int64_t product_tile(const HalfRow &row, int64_t tokens, const float *bias, float *aside) {
-  if (row.out > 16) {
-    if (tokens > 16) amx_product<2, 2>(row, bias, aside);
-    else amx_product<1, 2>(row, bias, aside);
-    return tokens < 32 ? tokens : 32;
-  }
-  if (tokens > 48) amx_product<4, 1>(row, bias, aside);
-  else if (tokens > 32) amx_product<3, 1>(row, bias, aside);
-  else if (tokens > 16) amx_product<2, 1>(row, bias, aside);
-  else amx_product<1, 1>(row, bias, aside);
-  return tokens < 64 ? tokens : 64;
+inline void product_tile(const HalfRow &row, int64_t tokens, const float *bias, float *aside) {
+  if (row.out == 16) {
+    if (tokens > 48) amx_product<4, 1>(row, bias, aside);
+    else if (tokens > 32) amx_product<3, 1>(row, bias, aside);
+    else if (tokens > 16) amx_product<2, 1>(row, bias, aside);
+    else amx_product<1, 1>(row, bias, aside);
+  } else if (tokens > 16) amx_product<2, 2>(row, bias, aside);
+  else amx_product<1, 2>(row, bias, aside);
 }
 
 // M x N tiles of one block over a panel. Registers: sums 0 to 3, dy 4 and 5, x 6 and 7.
@@ -119,12 +116,12 @@ INLINE void amx_outer(const Half *dy, const Half *x, int64_t tokens, int64_t bo,
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t t = 0; t < tokens; t += 32, dy += 32 * bo, x += 32 * bi) {
+  for (int64_t t = 0; t < tokens; t += 32, dy += 32 * bo, x += 512) {
     _tile_loadd(4, dy, 64);
-    _tile_loadd(6, x, step);
+    _tile_loadd(6, x, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (N == 2) {
-      _tile_loadd(7, x + 32, step);
+      _tile_loadd(7, x + 16 * tokens, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (M == 2) {
@@ -193,7 +190,7 @@ inline int64_t outer_group(const HalfGroup &group) {
   float *out = group.out + group.slot[0] * bo * bi;
   for (int64_t o = 0; o < bo; o += 32) {
     for (int64_t i = 0; i < bi; i += 32) {
-      const Half *left = group.dy + o * 32, *right = x + 2 * i;
+      const Half *left = group.dy + o * 32, *right = x + i * group.tokens;
       float *to = out + o * bi + i;
       if (bo == 16) amx_outer<1, 2>(left, right, group.tokens, bo, bi, to, group.add);
       else if (bi == 16) amx_outer<2, 1>(left, right, group.tokens, bo, bi, to, group.add);

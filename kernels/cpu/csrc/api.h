@@ -38,6 +38,9 @@ struct Multiply {
   int32_t threads;
   int64_t panel;         // tokens that are packed at a time
   int64_t chunks;        // 1x1: see elements.h
+  int64_t groups;        // bfloat16: of block rows, each at most so many entries; see product_bf16.h
+  int64_t group_entries;
+  int32_t shared;        // bfloat16: the whole weight is packed first
   int32_t shift;
   char *scratch;
 };

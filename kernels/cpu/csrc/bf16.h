@@ -5,9 +5,10 @@
 namespace {
 
 struct HalfRow {            // the entries of one block row
-  const Half *x;            // [token][in] at the tile's first token; block b at x + b * x_block
+  const Half *x;            // [in / 32][token][32] (in = 16: [token][16]) at the tile's first token; block b at b * x_block
   int64_t x_block;
-  const Half *w;            // [in / 2][out][2] at the tile's first output, in the order of the entries
+  int64_t x_piece;          // from 32 numbers of a block to the next 32
+  const Half *w;            // [out / 16][in / 2][16][2] at the tile's first output, in the order of the entries
   const int32_t *other;
   int64_t count, size;      // entries; numbers of a block
   int64_t in, out;
@@ -15,7 +16,7 @@ struct HalfRow {            // the entries of one block row
 
 struct HalfGroup {          // the entries that are left of one block row
   const Half *dy;           // [token / 32][bo][32], of this block row
-  const Half *x;            // [token / 2][bi][2]; block b at x + b * x_block
+  const Half *x;            // [bi / 16][token / 2][16][2]; block b at x + b * x_block
   int64_t x_block;
   const int32_t *other, *slot;
   float *out;

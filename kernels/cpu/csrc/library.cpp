@@ -179,6 +179,27 @@ int64_t arranged_floats(const Order &order, int64_t chunks) {
   return round_up(chunks * order.rows + 1, LINE) + 4 * round_up(order.slots, LINE);
 }
 
+// bfloat16: how the weight and the tokens are cut (product_bf16.h), and the floats of scratch.
+int64_t plan_half(Multiply &m) {
+  const int64_t width = blocks_of(m.x.cols, m.in) * m.in, size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
+  int64_t most = 2 * half_of_l2() / width;
+  if (getenv("PANEL")) most = atoi(getenv("PANEL"));
+  most = most < HALF_TOKENS ? HALF_TOKENS : most > 512 ? 512 : most;
+  m.shared = m.x.rows > 2 * most;
+  const int64_t panels = (m.x.rows + most - 1) / most;
+  m.panel = m.shared ? panel_tokens(m.x.rows, width / 2, HALF_TOKENS, most, m.threads) : (m.x.rows + panels - 1) / panels;
+  m.panel = round_up(m.panel, HALF_TOKENS);
+  int64_t g = 256<<10;
+  if (getenv("GROUP")) g = atoi(getenv("GROUP"))<<10;
+  m.groups = used * size / g + 1;
+  if (!m.shared && m.threads > 1) m.groups = round_up(m.groups, 2 * m.threads);
+  if (m.groups > m.order.rows) m.groups = m.order.rows;
+  m.group_entries = m.shared ? 0 : used / m.groups + 1 + blocks_of(m.x.cols, m.in);
+  if (m.group_entries > used) m.group_entries = used;
+  return (m.shared ? used * size / 2 : 0) + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0) +
+         m.threads * (HALF_TILE + (width * m.panel + m.group_entries * size) / 2);
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -234,10 +255,7 @@ int sk_multiply(Multiply *m) {
     plan_chunks(m->order, m->x.cols, MULTIPLY_LANES, 4, m->chunks, m->shift);
     floats = arranged_floats(m->order, m->chunks) + m->threads * (m->x.cols + round_up(m->order.rows, LINE)) * MULTIPLY_LANES;
   } else if (half) {
-    const int64_t width = blocks_of(m->x.cols, m->in) * m->in;
-    m->panel = round_up(panel_tokens(m->x.rows, width / 2, HALF_TOKENS, 512, m->threads), HALF_TOKENS);
-    floats = used * size / 2 + (m->bias ? round_up(m->order.rows * m->out, LINE) : 0) +
-             m->threads * (width * m->panel / 2 + HALF_TILE);
+    floats = plan_half(*m);
   } else if (few) {
     floats = blocks_of(m->x.cols, m->in) * m->in * m->x.rows;
   } else {

@@ -19,8 +19,13 @@ INLINE Vector pairs(Halves low, Halves high) {
 }
 INLINE void store_pairs(Half *to, Vector v) { store((float *)to, v); }
 
-// Block b of token t: where it lies if it is whole there, else a copy filled up with zeros.
-INLINE const Half *piece(const Matrix &x, int64_t t, int64_t b, int64_t side, Half *copy) {
+// Asks for a block before its turn: the next one lies anywhere.
+INLINE void ask_for(const void *p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 2);
+}
+
+// Features b * side and on of token t: where they lie if all are there, else a copy filled up with zeros.
+INLINE const Half *piece_of(const Matrix &x, int64_t t, int64_t b, int64_t side, Half *copy) {
   const Half *from = (const Half *)x.data + t * x.row_stride;
   if (x.col_stride == 1 && t < x.rows && (b + 1) * side <= x.cols) return from + b * side;
   for (int64_t c = 0; c < side; c++) {
@@ -30,28 +35,28 @@ INLINE const Half *piece(const Matrix &x, int64_t t, int64_t b, int64_t side, Ha
   return copy;
 }
 
-// x[first .. first + count) -> out[block][token][side].
+// x[first .. first + count) -> out[block][token][side]; a side of more than 32 is cut into pieces of 32, each a block here.
 INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t side, Half *out) {
-  const int64_t blocks = blocks_of(x.cols, side);
-  Half copy[MOST_SIDE];
+  const int64_t piece = side < 32 ? side : 32, pieces = blocks_of(x.cols, side) * side / piece;
+  Half copy[32];
   for (int64_t t = 0; t < count; t++) {
-    for (int64_t b = 0; b < blocks; b++) {
-      const Half *from = piece(x, first + t, b, side, copy);
-      Half *to = out + (b * count + t) * side;
-      for (int64_t c = 0; c < side; c += 16) *(Halves *)(to + c) = *(const Halves *)(from + c);
+    for (int64_t b = 0; b < pieces; b++) {
+      const Half *from = piece_of(x, first + t, b, piece, copy);
+      Half *to = out + (b * count + t) * piece;
+      if (piece == 32) store_pairs(to, load((const float *)from));
+      else *(Halves *)to = *(const Halves *)from;
     }
   }
 }
 
-// x[first .. first + count) -> out[block][token / 2][side][2].
+// x[first .. first + count) -> out[feature / 16][token / 2][16][2].
 INLINE void pack_pairs(const Matrix &x, int64_t first, int64_t count, int64_t side, Half *out) {
-  const int64_t blocks = blocks_of(x.cols, side);
-  Half low[MOST_SIDE], high[MOST_SIDE];
+  const int64_t pieces = blocks_of(x.cols, side) * side / 16;
+  Half low[16], high[16];
   for (int64_t t = 0; t < count; t += 2) {
-    for (int64_t b = 0; b < blocks; b++) {
-      const Half *even = piece(x, first + t, b, side, low), *odd = piece(x, first + t + 1, b, side, high);
-      Half *to = out + (b * count + t) * side;
-      for (int64_t c = 0; c < side; c += 16) store_pairs(to + 2 * c, pairs(*(const Halves *)(even + c), *(const Halves *)(odd + c)));
+    for (int64_t b = 0; b < pieces; b++) {
+      const Half *even = piece_of(x, first + t, b, 16, low), *odd = piece_of(x, first + t + 1, b, 16, high);
+      store_pairs(out + (b * count + t) * 16, pairs(*(const Halves *)even, *(const Halves *)odd));
     }
   }
 }
@@ -63,7 +68,7 @@ INLINE void pack_turned(const Matrix &x, int64_t first, int64_t count, int64_t s
   for (int64_t t = 0; t < count; t += 32) {
     for (int64_t b = 0; b < blocks; b++) {
       const Half *rows[32];
-      for (int64_t l = 0; l < 32; l++) rows[l] = piece(x, first + t + l, b, side, copies[l]);
+      for (int64_t l = 0; l < 32; l++) rows[l] = piece_of(x, first + t + l, b, side, copies[l]);
       Half *to = out + (b * count + t) * side;
       for (int64_t c = 0; c < side; c += 16) {
         Vector a[16];
@@ -75,29 +80,36 @@ INLINE void pack_turned(const Matrix &x, int64_t first, int64_t count, int64_t s
   }
 }
 
-// A block (out, in) -> (in / 2, out, 2).
+// 16 neighbouring pairs of values.
+INLINE Vector line(const void *p, int64_t i, int dtype) {
+  if (dtype == BFLOAT16) return load((const float *)((const Half *)p + i));
+  const float *from = (const float *)p + i;
+  return (Vector)_mm512_cvtne2ps_pbh((__m512)load(from + 16), (__m512)load(from));
+}
+
+// A block (out, in) -> (out / 16, in / 2, 16, 2).
 INLINE void pack_block_turned(const void *values, int64_t at, int dtype, int64_t out, int64_t in, Half *to) {
+  Vector a[16];
   for (int64_t o = 0; o < out; o += 16) {
-    for (int64_t i = 0; i < in; i += 32) {
-      Half line[32] = {};
-      Vector a[16];
-      UNROLL for (int l = 0; l < 16; l++) {
-        *(Halves *)line = halves(values, at + (o + l) * in + i, dtype);
-        if (in > 16) *(Halves *)(line + 16) = halves(values, at + (o + l) * in + i + 16, dtype);
-        std::memcpy(&a[l], line, 64);
-      }
+    if (in == 16) {
+      UNROLL for (int l = 0; l < 16; l++)
+        a[l] = (Vector)_mm512_zextsi256_si512((__m256i)halves(values, at + (o + l) * 16, dtype));
       transpose(a);
-      UNROLL for (int l = 0; l < 8; l++) store_pairs(to + ((i / 2 + l) * out + o) * 2, a[l]);
-      if (in > 16) UNROLL for (int l = 8; l < 16; l++) store_pairs(to + ((i / 2 + l) * out + o) * 2, a[l]);
+      UNROLL for (int l = 0; l < 8; l++) store_pairs(to + o * 16 + l * 32, a[l]);
+    }
+    for (int64_t i = 0; i + 32 <= in; i += 32) {
+      UNROLL for (int l = 0; l < 16; l++) a[l] = line(values, at + (o + l) * in + i, dtype);
+      transpose(a);
+      UNROLL for (int l = 0; l < 16; l++) store_pairs(to + o * in + (i / 2 + l) * 32, a[l]);
     }
   }
 }
 
-// A block (in, out) -> (in / 2, out, 2).
+// A block (in, out) -> (out / 16, in / 2, 16, 2).
 INLINE void pack_block(const void *values, int64_t at, int dtype, int64_t in, int64_t out, Half *to) {
   for (int64_t i = 0; i < in; i += 2)
     for (int64_t o = 0; o < out; o += 16)
-      store_pairs(to + i * out + 2 * o,
+      store_pairs(to + o * in + i * 16,
                   pairs(halves(values, at + i * out + o, dtype), halves(values, at + (i + 1) * out + o, dtype)));
 }
 
