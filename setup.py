@@ -37,6 +37,9 @@ ISA_FLAGS = {
 }
 """By file: which of them runs is chosen on the machine that runs it, so nothing is compiled for the one that builds."""
 
+NEWER = ("avx512_bf16.cpp", "amx.cpp")
+"""Files that a compiler without their flags (before GCC 10, GCC 11) compiles to nothing."""
+
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own intrinsics, pages of it
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"  # as WITH_AVX of api.h
@@ -77,13 +80,24 @@ class BuildLibrary(build_ext):
     def _build(self, ext: Extension, openmp: list[str]) -> None:
         def compile_one(source: str) -> list[str]:
             isa = ISA_FLAGS[Path(source).name] if X86 else []
-            objects: list[str] = self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                depends=ext.depends,
-                extra_postargs=[*ext.extra_compile_args, *isa, *openmp],
-            )
-            return objects
+
+            def with_flags(flags: list[str]) -> list[str]:
+                objects: list[str] = self.compiler.compile(
+                    [source],
+                    output_dir=self.build_temp,
+                    depends=ext.depends,
+                    extra_postargs=[*ext.extra_compile_args, *flags, *openmp],
+                )
+                return objects
+
+            try:
+                return with_flags(isa)
+            except BUILD_ERRORS:
+                if Path(source).name not in NEWER:
+                    raise
+            compiled = with_flags(AVX512)
+            self.warn(f"{Path(source).name} is built without kernels: the compiler does not know {' '.join(isa)}")
+            return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread waits for the compiler that it started
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]

@@ -1,4 +1,4 @@
-// bfloat16 on matrix registers; the rest is as in avx512.cpp. Empty where the compiler does not know them.
+// bfloat16 on matrix registers; the rest is as in avx512.cpp. No kernels where the compiler does not know them.
 #include "api.h"
 #if defined(WITH_AVX) && defined(__AMX_BF16__)
 #define VL 16

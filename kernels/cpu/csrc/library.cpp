@@ -183,15 +183,12 @@ int64_t arranged_floats(const Order &order, int64_t chunks) {
 int64_t plan_half(Multiply &m) {
   const int64_t width = blocks_of(m.x.cols, m.in) * m.in, size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
   int64_t most = 2 * half_of_l2() / width;
-  if (getenv("PANEL")) most = atoi(getenv("PANEL"));
   most = most < HALF_TOKENS ? HALF_TOKENS : most > 512 ? 512 : most;
   m.shared = m.x.rows > 2 * most;
   const int64_t panels = (m.x.rows + most - 1) / most;
   m.panel = m.shared ? panel_tokens(m.x.rows, width / 2, HALF_TOKENS, most, m.threads) : (m.x.rows + panels - 1) / panels;
   m.panel = round_up(m.panel, HALF_TOKENS);
-  int64_t g = 256<<10;
-  if (getenv("GROUP")) g = atoi(getenv("GROUP"))<<10;
-  m.groups = used * size / g + 1;
+  m.groups = used * size / (half_of_l2() / 2) + 1;  // a packed group fills a quarter of the L2 cache
   if (!m.shared && m.threads > 1) m.groups = round_up(m.groups, 2 * m.threads);
   if (m.groups > m.order.rows) m.groups = m.order.rows;
   m.group_entries = m.shared ? 0 : used / m.groups + 1 + blocks_of(m.x.cols, m.in);
@@ -267,7 +264,8 @@ int sk_multiply(Multiply *m) {
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
-  (half ? live.half->multiply : elements ? live.kernels->multiply_elements : few ? live.kernels->multiply_few : live.kernels->multiply)(*m);
+  const Kernels &k = *live.kernels;
+  (half ? live.half->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(*m);
   return 0;
 }
 
