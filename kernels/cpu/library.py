@@ -1,8 +1,8 @@
 """The compiled library: finding it, choosing its instruction set, calling it.
 
 ``SPARSEKERN_CPU`` asks for one: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``generic``, or ``off`` for none. The
-first two are ``avx512`` with instructions for bfloat16. What the machine lacks, or a library that was never built, is an
-error then; without the variable it is a reason to take the eager kernels.
+first two are ``avx512`` with instructions for bfloat16. What the machine lacks, or a library that was never built, is
+an error then; without the variable it is a reason to take the eager kernels.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 namespace {
 
 typedef uint16_t Half;
+typedef float Pairs __attribute__((vector_size(64), aligned(2), may_alias));
 
 // 16 numbers, of values in either dtype.
 INLINE Halves halves(const void *p, int64_t i, int dtype) {
@@ -17,7 +18,8 @@ INLINE Halves halves(const void *p, int64_t i, int dtype) {
 INLINE Vector pairs(Halves low, Halves high) {
   return (Vector)(__builtin_convertvector(low, Bits) | (__builtin_convertvector(high, Bits) << 16));
 }
-INLINE void store_pairs(Half *to, Vector v) { store((float *)to, v); }
+INLINE void store_pairs(Half *to, Vector v) { *(Pairs *)to = v; }
+INLINE Vector load_pairs(const Half *from) { return *(const Pairs *)from; }
 
 // Asks for a block before its turn: the next one lies anywhere.
 INLINE void ask_for(const void *p, int64_t bytes) {
@@ -43,7 +45,7 @@ INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t sid
     for (int64_t b = 0; b < pieces; b++) {
       const Half *from = piece_of(x, first + t, b, piece, copy);
       Half *to = out + (b * count + t) * piece;
-      if (piece == 32) store_pairs(to, load((const float *)from));
+      if (piece == 32) store_pairs(to, load_pairs(from));
       else *(Halves *)to = *(const Halves *)from;
     }
   }
@@ -82,7 +84,7 @@ INLINE void pack_turned(const Matrix &x, int64_t first, int64_t count, int64_t s
 
 // 16 neighbouring pairs of values.
 INLINE Vector line(const void *p, int64_t i, int dtype) {
-  if (dtype == BFLOAT16) return load((const float *)((const Half *)p + i));
+  if (dtype == BFLOAT16) return load_pairs((const Half *)p + i);
   const float *from = (const float *)p + i;
   return (Vector)_mm512_cvtne2ps_pbh((__m512)load(from + 16), (__m512)load(from));
 }
