@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import Index, backward_in_two_calls
-from sparsekern.kernels.cpu.library import Backward, Matrix, Multiply, Order, Outer, call, threads
+from sparsekern.kernels.cpu.library import (
+    DTYPES,
+    Backward,
+    Matrix,
+    Multiply,
+    Order,
+    Outer,
+    call,
+    takes_bfloat16,
+    threads,
+)
 from torch import Tensor
 
 Lists = tuple[Tensor, Tensor, Tensor]
@@ -98,6 +108,10 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tenso
 
 
 def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as the library reads them beside inputs of a dtype, to which they are rounded here or there."""
+    if dtype is torch.bfloat16 and values.shape[1:] != (1, 1) and takes_bfloat16():
+        values = positive(values if values.dtype in (torch.float32, dtype) else values.to(dtype))
+        return values if values.is_contiguous() else values.contiguous()
     return numbers(values if values.dtype is dtype else values.to(dtype))
 
 
@@ -112,6 +126,7 @@ def _product(x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: L
         bo if transposed else bi,
         bi if transposed else bo,
         transposed,
+        DTYPES[values.dtype],
         threads(),
     )
 
