@@ -5,7 +5,7 @@ from sparsekern.topology.absent import sample_absent, sample_distinct
 from sparsekern.topology.dense import dense_block_norms, gather_blocks, to_dense
 from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at, check_sparsity
 from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
-from sparsekern.topology.grid import Grid, block_pair
+from sparsekern.topology.grid import Grid, block_pair, conv_grid
 from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, rebuild_
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
@@ -24,6 +24,7 @@ __all__ = [
     "by_norm",
     "check_count",
     "check_sparsity",
+    "conv_grid",
     "dense_block_norms",
     "empty_index",
     "from_keys",

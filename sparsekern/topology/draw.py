@@ -96,7 +96,7 @@ def from_mask(grid: Grid, mask: Tensor) -> Topology:
 
 
 def by_norm(grid: Grid, weight: Tensor, blocks: int) -> Topology:
-    """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight (out, in)``; ties go to the first."""
+    """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight``; ties go to the first."""
     check_count(grid, blocks)
     norms = dense_block_norms(grid, weight).flatten()
     if bool(norms.isnan().any()):
