@@ -15,14 +15,12 @@ from sparsekern.kernels.contract import ConvShape, Index, accumulate_dtype
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from sparsekern.ops import conv2d as ops_conv2d
 from sparsekern.topology import Grid, Topology, build_index, conv_grid
-from tests.oracle import DTYPES, F64, GARBAGE, assert_within, moved, with_slots_reordered
+from tests.oracle import DTYPES, F64, GARBAGE, assert_within, moved
 
 BLOCKS = ((1, 1), (2, 3), (4, 4), (1, 5), (5, 2), (8, 16), (16, 8), (16, 16), (32, 32), (16, 32))
 KERNELS = ((3, 3), (3, 3), (1, 1), (1, 3), (5, 3), (2, 2), (7, 7))
-
-__all__ = ["ConvCase", "check_conv", "conv_case", "with_slots_reordered"]
-
 
 # The oracle.
 
@@ -180,6 +178,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def with_slots_reordered(case: ConvCase, order: Tensor) -> ConvCase:
+    """Return the same weight with its blocks in other slots: slot ``order[z]`` becomes slot ``z``."""
+    return replace(case, row=case.row[order], col=case.col[order], values=case.values[order])
+
+
 # The tolerance.
 
 
@@ -232,3 +235,22 @@ def check_conv(backend: ModuleType, case: ConvCase, device: str = "cpu", product
         assert result.permute(0, 2, 3, 1).is_contiguous(), f"{name} is not channels last: {result.stride()}"
     dvalues = backend.conv2d_dvalues(here.dy, here.x, index, case.grid.block, shape, dtype)
     check_conv_dvalues(case, dvalues, dtype, products)
+
+
+def check_conv_op(case: ConvCase, device: str = "cpu") -> None:
+    """Raise AssertionError unless ``sparsekern.ops.conv2d`` and its backward give what the oracle says."""
+    here = case.on(device)
+    x, values = here.x.detach().requires_grad_(), here.values.detach().requires_grad_()
+    bias = None if here.bias is None else here.bias.detach().requires_grad_()
+    y = ops_conv2d(x, values, bias, here.index, case.grid, case.shape)
+    check_conv_y(case, y.detach())
+    y.backward(here.dy)
+    assert x.grad is not None and values.grad is not None
+    check_conv_dx(case, x.grad)
+    check_conv_dvalues(case, values.grad, values.dtype)
+    if bias is not None:
+        assert bias.grad is not None
+        dy = case.dy.to(F64)
+        pixels = torch.tensor(float(dy.shape[0] * dy.shape[2] * dy.shape[3]))
+        exact, magnitude = dy.sum((0, 2, 3)), dy.abs().sum((0, 2, 3))
+        assert_within("dbias", bias.grad, exact, case.dy.sum((0, 2, 3)), magnitude, pixels, bias.dtype)
