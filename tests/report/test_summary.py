@@ -46,7 +46,7 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "norm statistics too"
     assert net.training and net[1].training and not net[2].training
     assert all(p.grad is None for p in net.parameters())
-    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert not any(m._forward_hooks for m in net.modules())
 
 
 def test_a_layer_that_the_batch_does_not_reach():
@@ -72,7 +72,7 @@ def test_the_optimizer_is_counted():
 
 def test_a_single_layer_and_a_model_without_layers():
     assert "(model)" in str(sk.summary(sk.SparseLinear(16, 16, block_size=4)))
-    with pytest.raises(ValueError, match="no sparse or linear layer; there is nothing to summarise"):
+    with pytest.raises(ValueError, match="no sparse layer, linear layer or convolution; there is nothing to summarise"):
         sk.summary(nn.ReLU())
 
 
