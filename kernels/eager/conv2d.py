@@ -92,7 +92,7 @@ def conv2d_dx(dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: 
         for tap in range(shape.taps):  # one after the other: pixels overlap
             windows.tap(buffer, tap).unflatten(4, (-1, bi)).add_(seen_by[:, tap].permute(2, 3, 4, 0, 1, 5))
         windows.store(buffer, dx, (panel.r0, panel.r1))
-        del total, dy_blocks, buffer
+        del total, seen_by, dy_blocks, buffer  # a view keeps its whole alive
     return dx
 
 

@@ -21,8 +21,8 @@ logger = logging.getLogger("sparsekern")
 
 
 def is_replaceable(module: nn.Module, name: str = "") -> bool:
-    """Return whether a layer is one that :func:`sparsify_` can replace. A selector."""
-    return isinstance(module, (nn.Linear, nn.Conv2d)) and left_dense(module) is None
+    """Return whether a layer is of a kind that :func:`sparsify_` can replace. A selector."""
+    return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
 def sparsify_(

@@ -87,3 +87,15 @@ def test_a_model_that_casts_or_names_its_input():
                 return self.fc(input=x.bfloat16())
 
     assert list(sk.summary(Casts(), torch.ones(3, 16)).milliseconds) == ["fc"]
+
+
+def test_convolutions_and_why_some_are_dense():
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+    )
+    summary = sk.summary(sk.sparsify_(net, 0.75, 16, seed=0), torch.randn(2, 3, 8, 8))
+    assert [row.tokens for row in summary.rows] == [2 * 8 * 8, 2 * 6 * 6, 2 * 3 * 3]
+    assert list(summary.milliseconds) == ["2"]
+    lines = str(summary).splitlines()
+    assert "dense (stem)" in lines[2] and "dense (depthwise)" in lines[3]
+    assert lines[4].split()[:12] == ["2", "SparseConv2d", "32", "x", "16", "x", "3", "x", "3", "16x16", "5/18", "72.2%"]

@@ -290,6 +290,6 @@ def test_the_scratch_stays_within_what_is_declared(
     settings = {"block": (16, 16), "groups": 1, "height": 32, "width": 32, "images": 2, "blocks": 9, "free": 0}
     case = small_case(**{**settings, "dtype": dtype, **given})
 
-    for kernel in (fwd, dvalues):
+    for kernel in (fwd, dx, dvalues):
         beside = allocations(lambda kernel=kernel: kernel(case)).peak - kernel(case).nbytes
         assert beside <= chunks.SCRATCH_BYTES, f"{kernel.__name__}: {beside}"
