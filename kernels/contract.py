@@ -16,6 +16,19 @@ When ``bo`` does not divide O (or ``bi`` I), the last block row (column) sticks 
 matrix is *phantom*: ``dvalues`` writes zeros there, and no result depends on what it holds as long as that is finite.
 
 A slot that is in no block row is free. Free slots are in no list of the index, and ``dvalues`` writes zeros there.
+
+A convolution is the same on the matrix ``O x (kh*kw*I)`` of each group, ``I = Cin / groups``, whose columns are in
+(tap, channel) order, tap ``(i, j)`` being number ``i * kw + j``. Its tokens are the pixels of y:
+
+    N, H, W     images, and the rows and columns of x      Ho, Wo  the rows and columns of y: ConvShape.output_size
+    CB          block columns of one tap, ceil(Cin / groups / bi); C = kh * kw * CB and c = tap * CB + cb
+    RB          block rows of one group, ceil(Cout / groups / bo); R = groups * RB and r = group * RB + rb
+
+    x   (N, Cin, H, W)     the compute dtype, channels last: ``x.permute(0, 2, 3, 1)`` is contiguous
+    dy  (N, Cout, Ho, Wo)  likewise; so are y and dx, which the kernels make
+
+A block at ``(r, c)`` reads channels ``group * Cin / groups + cb * bi`` and on: the group only offsets the channel. The
+last block of each tap and of each group may stick out; that part is phantom.
 """
 
 from __future__ import annotations
@@ -59,6 +72,55 @@ class Index(NamedTuple):
         return self.row_slot.shape[0] - PADDING
 
 
+class ConvShape(NamedTuple):
+    """The sizes of a convolution, but for those of its input."""
+
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Zeros around x: top, bottom, left, right. ``"same"`` with an even kernel needs one more on one side."""
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def taps(self) -> int:
+        """kh * kw."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def group_in(self) -> int:
+        """Input channels of one group."""
+        return self.in_channels // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of one group."""
+        return self.out_channels // self.groups
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every pixel goes through one and the same matrix: a linear layer on a view."""
+        return self.taps == self.groups == 1 and self.stride == (1, 1) and not any(self.padding)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return ``(Ho, Wo)``; below 1 where the kernel does not fit into the padded input."""
+        top, bottom, left, right = self.padding
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.dilation
+        return (height + top + bottom - dh * (kh - 1) - 1) // sh + 1, (
+            width + left + right - dw * (kw - 1) - 1
+        ) // sw + 1
+
+    def block_rows(self, bo: int) -> int:
+        """Return RB, the block rows of one group."""
+        return -(-self.group_out // bo)
+
+    def block_cols(self, bi: int) -> int:
+        """Return CB, the block columns of one tap."""
+        return -(-self.group_in // bi)
+
+
 class Backend(Protocol):
     """The functions of a backend. ``kernels/eager`` is the one to read first."""
 
@@ -85,6 +147,30 @@ class Backend(Protocol):
 
     def sketch(self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) -> Tensor:
         """Return ``(r, R, C)``: ``u[q]' G v[q]`` block by block, for ``u (r, O)``, ``v (r, I)``, ``G = dy' x``."""
+
+    def conv2d_fwd(self, x: Tensor, values: Tensor, bias: Tensor | None, index: Index, shape: ConvShape) -> Tensor:
+        """Return ``y (N, Cout, Ho, Wo)``, channels last, plus ``bias (Cout,)``. An empty block row yields the bias."""
+
+    def conv2d_dx(self, dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: tuple[int, int]) -> Tensor:
+        """Return ``dx (N, Cin, H, W)``, channels last, for the ``size (H, W)`` that x had."""
+
+    def conv2d_dvalues(
+        self, dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], shape: ConvShape, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the stored blocks of the weight's gradient as ``(Z, bo, bi)`` of ``dtype``."""
+
+    def conv2d_block_norms(
+        self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], shape: ConvShape
+    ) -> Tensor:
+        """Return the Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])`` of the weight's gradient."""
+
+    def conv2d_all_block_norms(self, dy: Tensor, x: Tensor, block: tuple[int, int], shape: ConvShape) -> Tensor:
+        """Return the Frobenius norms ``(R, C)`` of all blocks of the weight's gradient, none of them stored."""
+
+    def conv2d_sketch(
+        self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], shape: ConvShape
+    ) -> Tensor:
+        """Return ``(r, R, C)``: :meth:`sketch` for ``u (r, Cout)`` and ``v (r, kh*kw*Cin/groups)``."""
 
 
 def backward_in_two_calls(

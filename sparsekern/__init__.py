@@ -34,7 +34,7 @@ _use_kernels_beside_package()
 del _use_kernels_beside_package
 
 from sparsekern import ops, topology  # noqa: E402  the finder must be in place first
-from sparsekern.nn import SparseLinear, densify, refresh_, sparse_layers, sparsify_  # noqa: E402
+from sparsekern.nn import SparseConv2d, SparseLinear, densify, refresh_, sparse_layers, sparsify_  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.report import summary  # noqa: E402
 from sparsekern.training import SET, Method, Static  # noqa: E402
@@ -45,6 +45,7 @@ __all__ = [
     "SET",
     "Method",
     "Probe",
+    "SparseConv2d",
     "SparseLinear",
     "Static",
     "backend",

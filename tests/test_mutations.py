@@ -211,7 +211,7 @@ def garbage_in_phantom(healthy: Any, dy: Tensor, x: Tensor, places: Any, *rest: 
 
 def test_phantom_elements_not_cleared_where_a_nan_meets_the_filling(case: Case, mutate: Mutate) -> None:
     """Without NaN the filling keeps them zero by itself."""
-    mutate(products, "_clear_phantom", lambda healthy, *args, **kwargs: None)
+    mutate(products, "clear_phantom", lambda healthy, *args, **kwargs: None)
     dvalues_are_right(case)
 
     broken = replace(case, x=case.x.clone().fill_(float("nan")))
@@ -258,13 +258,13 @@ def test_dx_by_the_row_lists(case: Case, mutate: Mutate, check: Callable[[Case],
 def test_the_bias_dropped_in_the_edge_row(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
     check(case)
 
-    def start(healthy: Any, bias: Tensor, rows: int, whole: int, *rest: Any) -> Tensor:
-        total: Tensor = healthy(bias, rows, whole, *rest)
+    def start(healthy: Any, bias: Tensor, groups: int, rows: int, *rest: Any) -> Tensor:
+        total: Tensor = healthy(bias, groups, rows, *rest)
         if bias is not None:
-            total[whole] = 0
+            total[rows - 1] = 0
         return total
 
-    mutate(products, "_start", start)
+    mutate(products, "start_sums", start)
     assert_red(check, case)
 
 

@@ -5,11 +5,29 @@ from __future__ import annotations
 import torch
 from sparsekern.kernels.contract import Index, backward_in_two_calls
 from sparsekern.kernels.eager.chunks import SCRATCH_BYTES
+from sparsekern.kernels.eager.conv2d import conv2d_dvalues, conv2d_dx, conv2d_fwd
+from sparsekern.kernels.eager.conv2d_scores import conv2d_all_block_norms, conv2d_block_norms, conv2d_sketch
 from sparsekern.kernels.eager.linear import dvalues, dx, fwd
 from sparsekern.kernels.eager.scores import all_block_norms, block_norms, sketch
 from torch import Tensor
 
-__all__ = ["SCRATCH_BYTES", "all_block_norms", "backward", "block_norms", "dvalues", "dx", "fwd", "sketch", "why_not"]
+__all__ = [
+    "SCRATCH_BYTES",
+    "all_block_norms",
+    "backward",
+    "block_norms",
+    "conv2d_all_block_norms",
+    "conv2d_block_norms",
+    "conv2d_dvalues",
+    "conv2d_dx",
+    "conv2d_fwd",
+    "conv2d_sketch",
+    "dvalues",
+    "dx",
+    "fwd",
+    "sketch",
+    "why_not",
+]
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:

@@ -1,8 +1,9 @@
-"""How the eager kernels stay within a bounded scratch: tokens in panels, blocks in chunks."""
+"""How the eager kernels stay within a bounded scratch: tokens or image rows in panels, blocks in chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -26,6 +27,41 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     """Yield ``(start, stop)`` of pieces of at most ``step`` that cover ``range(total)``."""
     for start in range(0, total, step):
         yield start, min(start + step, total)
+
+
+class Panel(NamedTuple):
+    """Rows ``r0`` to ``r1`` of the images ``n0`` to ``n1``: whole images, or some rows of one."""
+
+    n0: int
+    n1: int
+    r0: int
+    r1: int
+
+
+def panels(
+    images: int, rows: int, bytes_per_row: int, bytes_per_panel: int, most: int | None = None
+) -> Iterator[Panel]:
+    """Yield panels that cover all rows of all images, such that what grows with them fills at most half the scratch.
+
+    Args:
+        images: number of images.
+        rows: rows of one.
+        bytes_per_row: what a row takes.
+        bytes_per_panel: what an image takes however few of its rows are in the panel.
+        most: rows of a panel, whatever would fit; one at least.
+    """
+    budget = SCRATCH_BYTES // 2
+    at_once = max(1, (budget - bytes_per_panel) // max(1, bytes_per_row))
+    together = max(1, budget // max(1, bytes_per_panel + rows * bytes_per_row))
+    if most is not None:
+        at_once, together = min(at_once, max(1, most)), min(together, max(1, most // max(1, rows)))
+    if at_once < rows:
+        for image in range(images):
+            for r0, r1 in spans(rows, at_once):
+                yield Panel(image, image + 1, r0, r1)
+    else:
+        for n0, n1 in spans(images, together):
+            yield Panel(n0, n1, 0, rows)
 
 
 def cut(x: Tensor, side: int) -> Tensor:

@@ -8,8 +8,8 @@ dvalues[z, a, b] = sum over t of dy[t, row[z] * bo + a] * x[t, col[z] * bi + b]
 from __future__ import annotations
 
 import torch
-from sparsekern.kernels.contract import Index, entry_columns
-from sparsekern.kernels.eager.products import entry_owners, multiply, outer_blocks
+from sparsekern.kernels.contract import Index
+from sparsekern.kernels.eager.products import entry_owners, multiply, outer_blocks, stored_places
 from torch import Tensor
 
 
@@ -26,11 +26,7 @@ def dx(dy: Tensor, values: Tensor, index: Index, in_features: int) -> Tensor:
 def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.dvalues`."""
     slots, rows = index.slots, index.row_ptr.shape[0] - 1
-
-    def places(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        row = entry_owners(index.row_ptr, start, stop).clamp_(max=rows - 1)  # free slots: any legal one
-        return row, entry_columns(index, block, start, stop)
-
+    places = stored_places(index, block)
     out = torch.empty(slots, *block, dtype=dtype, device=x.device)
     for e0, e1, part in outer_blocks(dy, x, places, slots, block):
         free = entry_owners(index.row_ptr, e0, e1) == rows

@@ -23,6 +23,20 @@ def entry_owners(ptr: Tensor, start: int, stop: int) -> Tensor:
     return torch.searchsorted(ptr, entries, right=True, out_int32=True) - 1
 
 
+def stored_places(index: Index, block: tuple[int, int]) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """Return a function that gives the block rows and columns of entries ``start`` to ``stop`` of the row lists.
+
+    Those of free slots are any legal ones.
+    """
+    rows = index.row_ptr.shape[0] - 1
+
+    def places(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        row = entry_owners(index.row_ptr, start, stop).clamp_(max=rows - 1)
+        return row, entry_columns(index, block, start, stop)
+
+    return places
+
+
 def multiply(
     x: Tensor, values: Tensor, bias: Tensor | None, index: Index, features: int, *, transposed: bool
 ) -> Tensor:
@@ -49,13 +63,13 @@ def multiply(
     panel = token_panel(tokens, (rows + 1) * bo * size + x.shape[1] * x_size)
     chunk = block_chunk(slots, panel * (bi * (x_size + size) + bo * size) + bo * bi * (8 + size) + 16)
     for t0, t1 in spans(tokens, panel):
-        total = _start(bias, rows, whole, t1 - t0, bo, features, acc, x.device)
+        total = start_sums(bias, 1, rows, t1 - t0, bo, acc, x.device)
         x_blocks = cut(x[t0:t1], bi)
         for e0, e1 in spans(slots, chunk):
             gathered = x_blocks.index_select(1, others(index, block, e0, e1)).to(acc).transpose(0, 1)  # (n, T, bi)
             weight = values.index_select(0, slot[e0:e1]).to(x.dtype).to(acc)
             weight = weight if transposed else weight.transpose(1, 2)  # (n, bi, bo)
-            _add_at(total, entry_owners(ptr, e0, e1), _batched(gathered, weight))
+            add_at(total, entry_owners(ptr, e0, e1), batched(gathered, weight))
             del gathered, weight  # before the next chunk makes its own
         out = y[t0:t1]
         out[:, : whole * bo].unflatten(1, (whole, bo)).copy_(total[:whole].transpose(0, 1))
@@ -96,26 +110,19 @@ def outer_blocks(
             x_blocks = cut(x[t0:t1], bi).index_select(1, col).to(acc).transpose(0, 1)  # (n, T, bi)
             part.baddbmm_(dy_blocks, x_blocks)
             del dy_blocks, x_blocks  # before the next panel makes its own
-        _clear_phantom(part, row, dy.shape[1], axis=1)
-        _clear_phantom(part, col, x.shape[1], axis=2)
+        clear_phantom(part, row, dy.shape[1], axis=1)
+        clear_phantom(part, col, x.shape[1], axis=2)
         yield e0, e1, part
         del part
 
 
-def _batched(a: Tensor, b: Tensor) -> Tensor:
+def batched(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for ``(n, T, k)`` and ``(n, k, m)``; a product of singletons is no work for a matrix library."""
     return a * b if a.shape[2] == 1 else torch.bmm(a, b)
 
 
-def _start(
-    bias: Tensor | None,
-    rows: int,
-    whole: int,
-    tokens: int,
-    side: int,
-    features: int,
-    dtype: torch.dtype,
-    device: torch.device,
+def start_sums(
+    bias: Tensor | None, groups: int, rows: int, tokens: int, side: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return the sums ``(rows + 1, tokens, side)`` before the first block: the bias, or zeros.
 
@@ -124,13 +131,11 @@ def _start(
     """
     total = torch.zeros(rows + 1, tokens, side, dtype=dtype, device=device)
     if bias is not None:
-        total[:whole] = bias[: whole * side].view(whole, 1, side)
-        if whole < rows:
-            total[whole, :, : features - whole * side] = bias[whole * side :]
+        total[:rows] = cut(bias.unflatten(0, (groups, -1)), side).reshape(rows, 1, side)
     return total
 
 
-def _add_at(total: Tensor, owner: Tensor, part: Tensor) -> None:
+def add_at(total: Tensor, owner: Tensor, part: Tensor) -> None:
     """``total[owner[n]] += part[n]``, in the order of n: on CUDA index_add_ would add in any order."""
     if total.is_cuda:
         total.index_put_((owner,), part, accumulate=True)
@@ -138,7 +143,7 @@ def _add_at(total: Tensor, owner: Tensor, part: Tensor) -> None:
         total.index_add_(0, owner, part)
 
 
-def _clear_phantom(part: Tensor, position: Tensor, features: int, axis: int) -> None:
+def clear_phantom(part: Tensor, position: Tensor, features: int, axis: int) -> None:
     """Zero what lies beyond ``features`` in blocks at the edge: NaN times the zero filling is NaN, not zero."""
     side = part.shape[axis]
     real = features % side

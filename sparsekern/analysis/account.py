@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.nn import BlockSparse
+from sparsekern.nn import BlockSparse, left_dense
 from sparsekern.topology import index_bytes
 
 
@@ -16,11 +17,12 @@ class Account:
     """What one layer stores and computes. Elements and FLOPs count real elements, bytes count what is allocated.
 
     ``flops`` are those of one training step on the given tokens: forward and both gradients, ``6 * tokens * elements``.
+    The tokens of a convolution are the pixels of its output. ``note`` says why a layer is left dense.
     """
 
     name: str
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     block: tuple[int, int] | None
     blocks: int
     cells: int
@@ -32,11 +34,17 @@ class Account:
     gradient_bytes: int
     state_bytes: int
     dense_bytes: int
+    note: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole weight."""
+        return math.prod(self.shape)
 
     @property
     def sparsity(self) -> float:
         """Fraction of the weight that is absent."""
-        return 1 - self.elements / (self.shape[0] * self.shape[1])
+        return 1 - self.elements / self.numel
 
     @property
     def parameters(self) -> int:
@@ -51,7 +59,7 @@ class Account:
     @property
     def dense_flops(self) -> int:
         """The same for the dense layer."""
-        return 6 * self.tokens * self.shape[0] * self.shape[1]
+        return 6 * self.tokens * self.numel
 
     @property
     def total_bytes(self) -> int:
@@ -60,12 +68,12 @@ class Account:
 
 
 def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim.Optimizer | None = None) -> Account:
-    """Return the account of a sparse layer or an :class:`torch.nn.Linear`.
+    """Return the account of a sparse layer, an :class:`torch.nn.Linear` or :class:`torch.nn.Conv2d`.
 
     Args:
         name: the layer's name in the model.
         layer: the layer.
-        tokens: rows of its input.
+        tokens: rows of its output; of a convolution its pixels.
         optimizer: counted as it is now: before the first step it has no state.
 
     Raises:
@@ -76,17 +84,17 @@ def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim
     weight: Tensor
     if isinstance(layer, BlockSparse):
         grid, weight = layer.grid, layer.values
-        shape = (grid.out_features, grid.in_features)
+        shape = grid.weight_shape
         block, cells = grid.block, grid.cells
         blocks, elements = layer.topology.blocks(), layer.topology.elements()
         index = index_bytes(grid, layer.topology.slots)
-    elif isinstance(layer, nn.Linear):
+    elif isinstance(layer, (nn.Linear, nn.Conv2d)):
         weight, block, index = layer.weight, None, 0
-        shape = (layer.out_features, layer.in_features)
+        shape = tuple(weight.shape)
         blocks = cells = 0
         elements = weight.numel()
     else:
-        raise TypeError(f"{name!r} is a {type(layer).__name__}; only sparse layers and nn.Linear have an account")
+        raise TypeError(f"{name!r} is a {type(layer).__name__}; only sparse layers, nn.Linear and nn.Conv2d have one")
     size = weight.element_size()
     state = state_bytes(optimizer, weight)
     state_per_value = state / max(1, weight.numel())
@@ -105,7 +113,8 @@ def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim
         index_bytes=index,
         gradient_bytes=weight.numel() * size if trains else 0,
         state_bytes=state,
-        dense_bytes=round(shape[0] * shape[1] * (size * (2 if trains else 1) + state_per_value)),
+        note=left_dense(layer) or "",
+        dense_bytes=round(math.prod(shape) * (size * (2 if trains else 1) + state_per_value)),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekern.nn import SparseLinear
+from sparsekern.nn import BlockSparse, SparseConv2d
 
 
 def race(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
@@ -27,24 +27,34 @@ def race(contestants: dict[str, Callable[[], object]], repeats: int, device: tor
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def time_layer(layer: SparseLinear, x: Tensor, repeats: int = 5) -> tuple[float, float]:
-    """Return ``(sparse, dense)`` median milliseconds of forward and backward on ``x (*, in_features)``.
+def time_layer(layer: BlockSparse, x: Tensor, repeats: int = 5) -> tuple[float, float]:
+    """Return ``(sparse, dense)`` median milliseconds of a layer's forward and backward on the input ``x``.
 
-    The dense contestant is :func:`torch.nn.functional.linear` with a weight of zeros, made for the measurement.
-    Gradients of the layer are left as they were.
+    The dense contestant is PyTorch's own layer with a weight of zeros, made for the measurement; a convolution's is
+    channels last, as its input is for both. Gradients of the layer are left as they were.
     """
-    x = x.detach().to(layer.values.dtype, copy=True).requires_grad_()
+    x = x.detach().to(layer.values.dtype, copy=True)
     weight = torch.zeros(layer.weight.shape, dtype=x.dtype, device=x.device)
+    if isinstance(layer, SparseConv2d):
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    x.requires_grad_()
     weight.requires_grad_(layer.values.requires_grad)
     bias = [] if layer.bias is None or not layer.bias.requires_grad else [layer.bias]
     sparse_inputs = [x, layer.values, *bias] if layer.values.requires_grad else [x, *bias]
     dense_inputs = [x, weight, *bias] if layer.values.requires_grad else [x, *bias]
-    dy = torch.ones(*x.shape[:-1], layer.out_features, dtype=x.dtype, device=x.device)
+
+    def dense() -> Tensor:
+        if isinstance(layer, SparseConv2d):
+            return layer.dense_forward(x, weight)
+        return F.linear(x, weight, layer.bias)
+
     with torch.enable_grad():
+        dy = torch.ones_like(layer(x))
         medians = race(
             {
                 "sparse": lambda: torch.autograd.grad(layer(x), sparse_inputs, dy),
-                "dense": lambda: torch.autograd.grad(F.linear(x, weight, layer.bias), dense_inputs, dy),
+                "dense": lambda: torch.autograd.grad(dense(), dense_inputs, dy),
             },
             repeats,
             x.device,

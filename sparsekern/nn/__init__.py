@@ -1,8 +1,10 @@
 """Layers, and the verbs that make a model sparse and dense again."""
 
 from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.conv2d import SparseConv2d
 from sparsekern.nn.densify import densify, refresh_, sparse_layers
 from sparsekern.nn.linear import SparseLinear
+from sparsekern.nn.refusals import left_dense
 from sparsekern.nn.select import Selector, select
 from sparsekern.nn.sparsify import sparsify_
 from sparsekern.nn.weight import WeightInfo
@@ -10,9 +12,11 @@ from sparsekern.nn.weight import WeightInfo
 __all__ = [
     "BlockSparse",
     "Selector",
+    "SparseConv2d",
     "SparseLinear",
     "WeightInfo",
     "densify",
+    "left_dense",
     "refresh_",
     "select",
     "sparse_layers",

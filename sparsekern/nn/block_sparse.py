@@ -16,10 +16,13 @@ from sparsekern.topology import (
     Index,
     Topology,
     balanced,
+    check_tied,
     empty_index,
     generator_for,
+    one_tap,
     random,
     rebuild_,
+    tie,
     to_dense,
     with_capacity,
 )
@@ -57,6 +60,7 @@ class BlockSparse(nn.Module):
         grid: Grid,
         topology: Topology | None,
         *,
+        tie_taps: bool = False,
         blocks: int,
         capacity: int | None,
         init: str,
@@ -69,6 +73,7 @@ class BlockSparse(nn.Module):
         if topology is None and init not in INITS:
             raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
         self.grid = grid
+        self.tie_taps = tie_taps
         self.init = init if topology is None else "given"
         # As in torch, construction may read the global generator; afterwards nothing does.
         self.seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
@@ -84,7 +89,7 @@ class BlockSparse(nn.Module):
             topology = self._draw()
         else:
             topology = with_capacity(topology, self._capacity)
-            topology.validate()
+            self._check(topology)
         values = torch.empty(self._capacity, *grid.block, device=device, dtype=dtype)
         self.values = nn.Parameter(values)
         self.register_buffer("row", topology.row.to(values.device))
@@ -96,8 +101,12 @@ class BlockSparse(nn.Module):
         if self.init == "given":  # nothing to draw from: all free, until a checkpoint is loaded
             free = torch.full((self._capacity,), -1, dtype=torch.int32, device="cpu")
             return Topology(self.grid, free, free.clone())
-        generator = generator_for(self.seed, self.name, "topology")
-        return with_capacity(INITS[self.init](self.grid, self._blocks, generator), self._capacity)
+        draw, generator = INITS[self.init], generator_for(self.seed, self.name, "topology")
+        if self.tie_taps:
+            drawn = tie(draw(one_tap(self.grid), self._blocks // self.grid.taps, generator), self.grid)
+        else:
+            drawn = draw(self.grid, self._blocks, generator)
+        return with_capacity(drawn, self._capacity)
 
     def _draw_again(self) -> Topology:
         """Draw the initial topology into ``row`` and ``col``, which hold nothing of use; returns it on the CPU."""
@@ -111,7 +120,7 @@ class BlockSparse(nn.Module):
         """Return the topology on the CPU, drawn anew into the buffers if they hold none."""
         topology = Topology(self.grid, self.row.cpu(), self.col.cpu())
         try:
-            topology.validate()
+            self._check(topology)
         except ValueError:
             topology = self._draw_again()
         if self._lost:
@@ -158,7 +167,7 @@ class BlockSparse(nn.Module):
     @property
     def weight(self) -> WeightInfo:
         """Return the shape, dtype and device of the weight; computing with it raises. See :meth:`to_dense`."""
-        return WeightInfo((self.grid.out_features, self.grid.in_features), self.values)
+        return WeightInfo(self.grid.weight_shape, self.values)
 
     @property
     def sparsity(self) -> float:
@@ -166,8 +175,12 @@ class BlockSparse(nn.Module):
         return self.topology.sparsity()
 
     def dense_weight(self) -> Tensor:
-        """Return the weight as a dense ``(out, in)`` tensor without gradient."""
+        """Return the weight as a dense tensor, in the shape of PyTorch's layer, without gradient."""
         return to_dense(self.topology, self.values.detach())
+
+    def to_dense(self) -> nn.Module:
+        """Return PyTorch's layer with the same weight and bias, as copies; subclasses say which."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Draw values and bias anew from the seed and the name, for the blocks there are, and rebuild the index.
@@ -199,10 +212,22 @@ class BlockSparse(nn.Module):
         """
         if self.row.is_meta:
             return
-        self.topology.validate()
+        self._check(self.topology)
         if self.row_ptr.device != self.row.device:
             self._allocate_index()
         rebuild_(self.index, self.topology)
+
+    def _check(self, topology: Topology) -> None:
+        topology.validate()
+        if self.tie_taps:
+            check_tied(topology)
+
+    def moved(self, slots: Tensor, row: Tensor, col: Tensor) -> Topology:
+        """Return the topology as it would be after :meth:`move_`, which raises what this does; nothing changes."""
+        topology = self.topology.moved(slots, row, col)
+        if self.tie_taps:
+            check_tied(topology)
+        return topology
 
     @torch.no_grad()
     def move_(self, slots: Tensor, row: Tensor, col: Tensor) -> None:
@@ -212,9 +237,9 @@ class BlockSparse(nn.Module):
         their own ``move``, which resets the optimizer's state too.
 
         Raises:
-            ValueError: a place is taken or outside the grid; nothing has changed then.
+            ValueError: a place is taken or outside the grid, or taps that are tied would part; nothing has changed.
         """
-        moved = self.topology.moved(slots, row, col)
+        moved = self.moved(slots, row, col)
         self.row.copy_(moved.row)
         self.col.copy_(moved.col)
         slots = slots.long()
@@ -241,7 +266,7 @@ class BlockSparse(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        problem = adapt(self.topology, state_dict, prefix)
+        problem = adapt(self.topology, state_dict, prefix, self.tie_taps)
         if problem is not None:
             error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {problem}")
             return

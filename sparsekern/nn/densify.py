@@ -7,7 +7,6 @@ import copy
 from torch import nn
 
 from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.swap import carry_over, swap_
 
 
@@ -36,13 +35,13 @@ def densify(model: nn.Module) -> nn.Module:
     comes out not compiled.
     """
     model = copy.deepcopy(_uncompiled(model))  # compiled, it would go on calling the layers it was compiled for
-    if isinstance(model, SparseLinear):
+    if isinstance(model, BlockSparse):
         dense = model.to_dense()
         carry_over(model, dense)
         return dense
     twins: dict[BlockSparse, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, SparseLinear):
+        if isinstance(module, BlockSparse):
             if module not in twins:
                 twins[module] = module.to_dense()
             swap_(model, name.removesuffix("._orig_mod"), twins[module])

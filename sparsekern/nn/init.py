@@ -19,8 +19,8 @@ def fan_in(topology: Topology) -> Tensor:
 def draw_values(topology: Topology, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Draw ``values (Z, bo, bi)`` on the CPU, uniform in ``+-1 / sqrt(fan_in)`` with the *actual* fan-in.
 
-    That is :class:`torch.nn.Linear`'s rule; with all blocks present it is the same distribution. Free slots and phantom
-    elements are zero.
+    That is the rule of :class:`torch.nn.Linear` and :class:`torch.nn.Conv2d`; with all blocks present it is the same
+    distribution. Free slots and phantom elements are zero.
 
     Args:
         topology: on the CPU.
@@ -39,7 +39,8 @@ def draw_values(topology: Topology, dtype: torch.dtype, generator: torch.Generat
 def draw_bias(topology: Topology, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Draw ``(out_features,)`` on the CPU, uniform in ``+-1 / sqrt(fan_in)`` of each output."""
     grid = topology.grid
-    bound = fan_in(topology).clamp(min=1).double().rsqrt().repeat_interleave(grid.block[0])
+    real_rows = grid.real_rows(torch.arange(grid.rows, device="cpu"))  # the last of each group may have fewer
+    bound = fan_in(topology).clamp(min=1).double().rsqrt().repeat_interleave(real_rows)
     drawn = torch.empty(grid.out_features, dtype=torch.float64, device="cpu")
     drawn.uniform_(-1, 1, generator=generator)
-    return (drawn * bound[: grid.out_features]).to(dtype)
+    return (drawn * bound).to(dtype)

@@ -7,20 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekern.topology import Topology, gather_blocks
+from sparsekern.topology import Topology, check_tied, gather_blocks
 
 logger = logging.getLogger("sparsekern")
 
 STORED = ("values", "row", "col")
 
 
-def adapt(topology: Topology, state_dict: dict[str, Any], prefix: str) -> str | None:
+def adapt(topology: Topology, state_dict: dict[str, Any], prefix: str, tie_taps: bool = False) -> str | None:
     """Turn a dense weight in ``state_dict`` into the blocks that ``topology`` has; check a sparse one.
 
     Args:
         topology: of the layer that loads; not changed.
         state_dict: changed in place where it holds ``<prefix>weight`` and no blocks.
         prefix: the layer's name and a dot, or nothing.
+        tie_taps: whether the layer ties its taps; then the checkpoint must, too.
 
     Returns:
         What is wrong and the way out, or None.
@@ -30,7 +31,7 @@ def adapt(topology: Topology, state_dict: dict[str, Any], prefix: str) -> str | 
         absent = ", ".join(name for name in STORED if name not in present)
         return f"the checkpoint has {', '.join(present)} but not {absent}; blocks without their places mean nothing"
     if present:
-        return _mismatch(topology, *(state_dict[prefix + name] for name in STORED))
+        return _mismatch(topology, *(state_dict[prefix + name] for name in STORED), tie_taps=tie_taps)
     if prefix + "weight" in state_dict:
         return _take_blocks(topology, state_dict, prefix)
     return None
@@ -52,7 +53,7 @@ def _take_blocks(topology: Topology, state_dict: dict[str, Any], prefix: str) ->
     return None
 
 
-def _mismatch(topology: Topology, values: Tensor, row: Tensor, col: Tensor) -> str | None:
+def _mismatch(topology: Topology, values: Tensor, row: Tensor, col: Tensor, *, tie_taps: bool) -> str | None:
     grid, block = topology.grid, tuple(values.shape[1:])
     if block != grid.block:
         return (
@@ -68,6 +69,8 @@ def _mismatch(topology: Topology, values: Tensor, row: Tensor, col: Tensor) -> s
     try:
         if not row.is_meta:
             Topology(grid, row, col).validate()
+            if tie_taps:
+                check_tied(Topology(grid, row, col))
     except ValueError as error:
         return f"the checkpoint's topology does not fit: {error}"
     return None

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
+STEM_CHANNELS = 3
+"""A convolution of so few input channels is a network's stem: little work, and no block of channels to leave out."""
 
-def refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
+
+def left_dense(module: nn.Module) -> str | None:
+    """Return why blocks would be no use in a layer, which therefore stays dense without an error; else None."""
+    if not isinstance(module, nn.Conv2d):
+        return None
+    if module.groups > 1 and module.in_channels == module.groups:
+        return "depthwise"
+    if 0 < module.in_channels <= STEM_CHANNELS:  # a lazy one does not know yet
+        return "stem"
+    return None
+
+
+def refusal(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) -> str | None:
     """Return why the layer cannot become sparse, or None when it can."""
     kind = type(module).__name__
     parent = model.get_submodule(name.rpartition(".")[0])
@@ -13,8 +27,9 @@ def refusal(model: nn.Module, name: str, module: nn.Linear) -> str | None:
         return "nn.MultiheadAttention reads its weight instead of calling it"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight in its fast path instead of calling it"
-    if type(module) is not nn.Linear:
-        return f"it is a {kind}, which may do more than nn.Linear does"
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        usual = "nn.Linear" if isinstance(module, nn.Linear) else "nn.Conv2d"
+        return f"it is a {kind}, which may do more than {usual} does"
     extra = sorted(key for key, _ in module.named_parameters() if key not in ("weight", "bias"))
     if extra or "weight" not in module._parameters:
         return f"its weight is computed from other tensors ({', '.join(extra) or 'parametrized'})"

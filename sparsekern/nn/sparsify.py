@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
+from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.conv2d import SparseConv2d, conv_arguments, layer_grid
 from sparsekern.nn.densify import sparse_layers
 from sparsekern.nn.linear import SparseLinear, linear_grid
-from sparsekern.nn.refusals import refusal
+from sparsekern.nn.refusals import left_dense, refusal
 from sparsekern.nn.select import Selector, flatten, matches, select
 from sparsekern.nn.swap import swap_
 from sparsekern.topology import Grid, allocate
@@ -17,18 +20,27 @@ from sparsekern.topology import Grid, allocate
 logger = logging.getLogger("sparsekern")
 
 
+def is_replaceable(module: nn.Module, name: str = "") -> bool:
+    """Return whether a layer is of a kind that :func:`sparsify_` can replace. A selector."""
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
 def sparsify_(
     model: nn.Module,
     sparsity: float | Mapping[str, float] = 0.9,
     block_size: int | tuple[int, int] | None = None,
     *,
-    targets: Selector = nn.Linear,
+    targets: Selector = is_replaceable,
     ignore: Selector = (),
     distribution: str = "uniform",
     init: str = "balanced",
     seed: int = 0,
+    tie_taps: bool = False,
 ) -> nn.Module:
-    """Replace the linear layers of a model by :class:`SparseLinear`, in place; build the optimizer afterwards.
+    """Replace the linear layers and convolutions of a model by sparse ones, in place; build the optimizer afterwards.
+
+    :class:`SparseLinear` and :class:`SparseConv2d` take their places. Depthwise convolutions, and stems of three input
+    channels or fewer, stay dense whatever ``targets`` says: blocks of channels are no use there.
 
     With ``init="balanced"`` or ``"random"`` places *and values* are drawn anew, as for training from scratch. To start
     from trained weights use ``init="norm"``: it keeps the blocks of largest norm, with their values.
@@ -40,43 +52,54 @@ def sparsify_(
         model: changed in place. Dtype, device, training flag, frozen parameters and hooks are kept.
         sparsity: fraction absent, in [0, 1), of all chosen layers together; or ``{selector: sparsity}`` with string
             selectors, where the first match counts and each entry is a group of its own.
-        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA.
+        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
+            than its channels.
         targets: which layers.
         ignore: which of them to leave dense.
         distribution: how the blocks are shared out: ``"uniform"``, ``"er"`` or ``"erk"``;
             :func:`sparsekern.topology.allocate`.
         init: ``"balanced"``, ``"random"`` or ``"norm"``.
         seed: with the layer's name it decides topology and values, so that all ranks agree.
+        tie_taps: in convolutions a block of channels is stored in all taps or in none; the number of blocks is
+            rounded to that.
 
     Returns:
         The model.
 
     Raises:
         ValueError: a selector matches nothing; a layer cannot be sparse (shared weight, child of an attention module,
-            a subclass of nn.Linear); a sparsity that leaves a layer without a block. Nothing has changed then.
+            a subclass of nn.Linear or nn.Conv2d); a sparsity that leaves a layer without a block. Nothing has changed
+            then.
     """
     if init not in ("balanced", "random", "norm"):
         raise ValueError(f"init is {init!r}; it must be one of balanced, random, norm")
     layers = _chosen(model, targets, ignore)
     counts = _counts(model, layers, sparsity, block_size, distribution)
     for name, (grid, blocks) in counts.items():
-        swap_(model, name, _sparse_twin(layers[name], grid, blocks, init, seed, name))
+        if tie_taps:
+            blocks = grid.taps * min(max(1, round(blocks / grid.taps)), grid.cells // grid.taps)
+        swap_(model, name, _sparse_twin(layers[name], grid, blocks, init, seed, name, tie_taps))
         logger.info("%s: %d of %d blocks", name, blocks, grid.cells)
     return model
 
 
-def _chosen(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, nn.Linear]:
-    if isinstance(model, nn.Linear):
-        raise ValueError("model is itself an nn.Linear and cannot be replaced in place; use SparseLinear.from_dense")
+def _chosen(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, nn.Linear | nn.Conv2d]:
+    if isinstance(model, (nn.Linear, nn.Conv2d)):
+        kind = "Linear" if isinstance(model, nn.Linear) else "Conv2d"
+        raise ValueError(f"model is itself an nn.{kind} and cannot be replaced in place; use Sparse{kind}.from_dense")
     ignored = select(model, ignore, "ignore")
-    layers: dict[str, nn.Linear] = {}
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
     for single in flatten(targets):
         found = select(model, single, "targets")
-        linears = {name: m for name, m in found.items() if isinstance(m, nn.Linear)}
-        if not linears:
+        dense = {name: m for name, m in found.items() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        if not dense:
             kinds = ", ".join(sorted({type(m).__name__ for m in found.values()}))
-            raise ValueError(f"targets: {single!r} matches only {kinds}; it must match an nn.Linear")
-        layers |= {name: m for name, m in linears.items() if name not in ignored}
+            raise ValueError(f"targets: {single!r} matches only {kinds}; it must match an nn.Linear or nn.Conv2d")
+        for name, module in dense.items():
+            if (why := left_dense(module)) is not None:
+                logger.info("%s: stays dense (%s)", name, why)
+            elif name not in ignored:
+                layers[name] = module
     if not layers:
         already = ", ".join(sparse_layers(model)) or "none"
         raise ValueError(f"every target is ignored: nothing is left to make sparse (sparse already: {already})")
@@ -89,16 +112,13 @@ def _chosen(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, 
 
 def _counts(
     model: nn.Module,
-    layers: dict[str, nn.Linear],
+    layers: dict[str, nn.Linear | nn.Conv2d],
     sparsity: float | Mapping[str, float],
     block_size: int | tuple[int, int] | None,
     distribution: str,
 ) -> dict[str, tuple[Grid, int]]:
     """Return the grid and the number of blocks of each layer, without having changed anything."""
-    grids = {
-        name: linear_grid(layer.out_features, layer.in_features, block_size, layer.weight.device)
-        for name, layer in layers.items()
-    }
+    grids = {name: _grid(layer, block_size) for name, layer in layers.items()}
     groups: dict[str, list[str]] = {}
     by_pattern = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
     for pattern in by_pattern:
@@ -115,24 +135,33 @@ def _counts(
     return {name: counts[name] for name in layers}
 
 
-def _sparse_twin(layer: nn.Linear, grid: Grid, blocks: int, init: str, seed: int, name: str) -> SparseLinear:
-    if init == "norm":
-        if layer.weight.is_meta:
-            raise ValueError(f"{name!r} is on the meta device and has no weight; init='norm' needs one")
-        new = SparseLinear.from_dense(layer, block_size=grid.block, blocks=blocks, seed=seed, name=name)
+def _grid(layer: nn.Linear | nn.Conv2d, block_size: int | tuple[int, int] | None) -> Grid:
+    if isinstance(layer, nn.Linear):
+        return linear_grid(layer.out_features, layer.in_features, block_size, layer.weight.device)
+    kernel = (layer.kernel_size[0], layer.kernel_size[1])
+    return layer_grid(layer.in_channels, layer.out_channels, kernel, block_size, layer.groups, layer.weight.device)
+
+
+def _sparse_twin(
+    layer: nn.Linear | nn.Conv2d, grid: Grid, blocks: int, init: str, seed: int, name: str, tie_taps: bool
+) -> BlockSparse:
+    if init == "norm" and layer.weight.is_meta:
+        raise ValueError(f"{name!r} is on the meta device and has no weight; init='norm' needs one")
+    options: dict[str, Any] = {"block_size": grid.block, "blocks": blocks, "seed": seed, "name": name}
+    placed: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype, "init": init}
+    new: BlockSparse
+    if isinstance(layer, nn.Linear):
+        if init == "norm":
+            new = SparseLinear.from_dense(layer, **options)
+        else:
+            bias = layer.bias is not None
+            new = SparseLinear(layer.in_features, layer.out_features, bias, **placed, **options)
     else:
-        new = SparseLinear(
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
-            layer.weight.device,
-            layer.weight.dtype,
-            block_size=grid.block,
-            blocks=blocks,
-            init=init,
-            seed=seed,
-            name=name,
-        )
+        options["tie_taps"] = tie_taps
+        if init == "norm":
+            new = SparseConv2d.from_dense(layer, **options)
+        else:
+            new = SparseConv2d(**conv_arguments(layer), **placed, **options)
     new.values.requires_grad_(layer.weight.requires_grad)
     if new.bias is not None and layer.bias is not None:
         new.bias.requires_grad_(layer.bias.requires_grad)

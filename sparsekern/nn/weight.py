@@ -19,20 +19,20 @@ class WeightInfo:
     the blocks: it raises and names ``to_dense()``.
     """
 
-    def __init__(self, shape: tuple[int, int], values: torch.Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], values: torch.Tensor) -> None:
         self.shape = torch.Size(shape)
         self.dtype = values.dtype
         self.device = values.device
         self.requires_grad = values.requires_grad
-        self.ndim = 2
+        self.ndim = len(shape)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """Return the logical shape, or one side of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Return 2."""
-        return 2
+        """Return the number of axes: 2, or 4 of a convolution."""
+        return self.ndim
 
     def numel(self) -> int:
         """Return the number of elements of the dense matrix."""

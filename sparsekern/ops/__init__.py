@@ -1,6 +1,7 @@
 """The operators: checks, choice of backend, autograd, probes. Registered as ``torch.ops.sparsekern``."""
 
 from sparsekern.ops.backends import BACKENDS, backend, requested_backend, supports
+from sparsekern.ops.conv2d import conv2d
 from sparsekern.ops.flops import stored_elements
 from sparsekern.ops.linear import linear
 from sparsekern.ops.probes import Probe
@@ -12,6 +13,7 @@ __all__ = [
     "all_block_norms",
     "backend",
     "block_norms",
+    "conv2d",
     "linear",
     "requested_backend",
     "sketch",

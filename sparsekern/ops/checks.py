@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsekern.kernels.contract import Index
+from sparsekern.kernels.contract import ConvShape, Index
 from sparsekern.ops.probes import KINDS, Probe
 from sparsekern.topology import Grid
 
@@ -14,6 +14,31 @@ def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
     """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.linear` fit together."""
     if x.dim() == 0 or x.shape[-1] != grid.in_features:
         raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features = {grid.in_features}")
+    _check_weight(x, values, bias, index, grid)
+
+
+def check_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid, shape: ConvShape) -> None:
+    """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.conv2d` fit together."""
+    wanted = (shape.out_channels, shape.group_in, *shape.kernel)
+    if grid.weight_shape != wanted or grid.groups != shape.groups:
+        raise ValueError(
+            f"the grid is for a weight {grid.weight_shape} in {grid.groups} groups, "
+            f"the convolution has {wanted} in {shape.groups}; make it with conv_grid"
+        )
+    if x.dim() not in (3, 4) or x.shape[-3] != shape.in_channels:
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}; it must be (N, C, H, W) or (C, H, W) with C = in_channels = "
+            f"{shape.in_channels}"
+        )
+    if min(shape.output_size(x.shape[-2], x.shape[-1])) < 1:
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}, which is smaller than the kernel {shape.kernel} of dilation "
+            f"{shape.dilation} with padding {shape.padding} (top, bottom, left, right)"
+        )
+    _check_weight(x, values, bias, index, grid)
+
+
+def _check_weight(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:
     if values.dim() != 3 or tuple(values.shape[1:]) != grid.block:
         raise ValueError(
             f"values has shape {tuple(values.shape)}; it must be (slots, {grid.block[0]}, {grid.block[1]})"

@@ -9,42 +9,45 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+import sparsekern.ops.conv2d
 import sparsekern.ops.linear  # noqa: F401  the ops must be defined before their formulas
 from sparsekern.kernels.contract import Index, entry_columns, entry_rows
+from sparsekern.ops.shapes import unpack_shape
+from sparsekern.topology import Grid, conv_grid
 
 
-def stored_elements(index: Index, block: tuple[int, int], out_features: int, in_features: int) -> int:
+def stored_elements(index: Index, grid: Grid) -> int:
     """Return the elements of the stored blocks that are inside the matrix.
 
     Without data (fake tensors) the blocks' places are unknown: every slot counts, whole.
     """
-    bo, bi = block
     if isinstance(index.row_ptr, FakeTensor) or index.row_ptr.is_meta:
-        return index.slots * bo * bi
+        return index.slots * grid.block[0] * grid.block[1]
     used = int(index.row_ptr[-1])
     # Rows from the column lists, columns from the row lists: matched up by slot.
     sizes = torch.zeros(2, index.slots, dtype=torch.int64, device=index.row_ptr.device)
-    rows, cols = entry_rows(index, block, 0, used).long(), entry_columns(index, block, 0, used).long()
-    sizes[0, index.col_slot[:used].long()] = (out_features - rows * bo).clamp(max=bo)
-    sizes[1, index.row_slot[:used].long()] = (in_features - cols * bi).clamp(max=bi)
+    sizes[0, index.col_slot[:used].long()] = grid.real_rows(entry_rows(index, grid.block, 0, used).long())
+    sizes[1, index.row_slot[:used].long()] = grid.real_cols(entry_columns(index, grid.block, 0, used).long())
     return int((sizes[0] * sizes[1]).sum())
+
+
+def _flops(tokens: int, index: Any, block: tuple[int, int], out_features: int, in_features: int) -> int:
+    return 2 * tokens * stored_elements(Index(*index), Grid(out_features, in_features, block))
 
 
 @register_flop_formula(torch.ops.sparsekern.linear, get_raw=True)
 def _linear(x: Tensor, values: Tensor, bias: Any, index: Any, out_features: int, *_: Any, **__: Any) -> int:
-    block = (values.shape[1], values.shape[2])
-    return 2 * x.shape[0] * stored_elements(Index(*index), block, out_features, x.shape[1])
+    return _flops(x.shape[0], index, (values.shape[1], values.shape[2]), out_features, x.shape[1])
 
 
 @register_flop_formula(torch.ops.sparsekern.linear_dx, get_raw=True)
 def _linear_dx(dy: Tensor, values: Tensor, index: Any, in_features: int, *_: Any, **__: Any) -> int:
-    block = (values.shape[1], values.shape[2])
-    return 2 * dy.shape[0] * stored_elements(Index(*index), block, dy.shape[1], in_features)
+    return _flops(dy.shape[0], index, (values.shape[1], values.shape[2]), dy.shape[1], in_features)
 
 
 @register_flop_formula(torch.ops.sparsekern.linear_dvalues, get_raw=True)
 def _linear_dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, *_: Any, **__: Any) -> int:
-    return 2 * x.shape[0] * stored_elements(Index(*index), (bo, bi), dy.shape[1], x.shape[1])
+    return _flops(x.shape[0], index, (bo, bi), dy.shape[1], x.shape[1])
 
 
 @register_flop_formula(torch.ops.sparsekern.linear_backward, get_raw=True)
@@ -67,3 +70,54 @@ def _linear_all_block_norms(dy: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
 def _linear_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, *_: Any, **__: Any) -> int:
     cells = -(-dy.shape[1] // bo) * -(-x.shape[1] // bi)
     return 2 * x.shape[0] * u.shape[0] * (dy.shape[1] + x.shape[1] + cells)
+
+
+# As PyTorch counts a convolution: every output pixel sees all its taps, also those in the padding.
+
+
+def _conv_flops(pixels: int, index: Any, block: tuple[int, int], shape: list[int]) -> int:
+    sizes = unpack_shape(shape)
+    grid = conv_grid(sizes.in_channels, sizes.out_channels, sizes.kernel, block, sizes.groups)
+    return 2 * pixels * stored_elements(Index(*index), grid)
+
+
+def _pixels(y: Tensor) -> int:
+    return y.shape[0] * y.shape[2] * y.shape[3]
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d, get_raw=True)
+def _conv2d(
+    x: Tensor, values: Tensor, bias: Any, index: Any, shape: list[int], *_: Any, out_val: Tensor, **__: Any
+) -> int:
+    return _conv_flops(_pixels(out_val), index, (values.shape[1], values.shape[2]), shape)
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d_dx, get_raw=True)
+def _conv2d_dx(dy: Tensor, values: Tensor, index: Any, shape: list[int], *_: Any, **__: Any) -> int:
+    return _conv_flops(_pixels(dy), index, (values.shape[1], values.shape[2]), shape)
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d_dvalues, get_raw=True)
+def _conv2d_dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, shape: list[int], *_: Any, **__: Any) -> int:
+    return _conv_flops(_pixels(dy), index, (bo, bi), shape)
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d_block_norms, get_raw=True)
+def _conv2d_block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, *_: Any, **__: Any) -> int:
+    return 2 * _pixels(dy) * row.shape[0] * bo * bi
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d_all_block_norms, get_raw=True)
+def _conv2d_all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, shape: list[int], *_: Any, **__: Any) -> int:
+    sizes = unpack_shape(shape)
+    return 2 * _pixels(dy) * sizes.out_channels * sizes.group_in * sizes.taps
+
+
+@register_flop_formula(torch.ops.sparsekern.conv2d_sketch, get_raw=True)
+def _conv2d_sketch(
+    dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, shape: list[int], *_: Any, **__: Any
+) -> int:
+    sizes = unpack_shape(shape)
+    cells = sizes.groups * sizes.block_rows(bo) * sizes.taps * sizes.block_cols(bi)
+    features = sizes.out_channels + sizes.taps * sizes.in_channels
+    return 2 * _pixels(dy) * u.shape[0] * (features + cells)

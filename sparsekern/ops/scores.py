@@ -28,7 +28,9 @@ class _NotDifferentiable(torch.autograd.Function):
         raise RuntimeError("block scores are not differentiable; detach them, or use the candidates' gradients")
 
 
-def _autograd_kernel(name: str) -> Any:
+def autograd_kernel(name: str) -> Any:
+    """Return what runs at the Autograd key of a score op ``name(dy, x, ...)``: its gradient raises."""
+
     def kernel(dy: Tensor, x: Tensor, *args: Any) -> Tensor:
         op: Callable[..., Tensor] = getattr(torch.ops.sparsekern, name).default
         if wants_grad(dy, x):
@@ -73,7 +75,7 @@ block_norms: Callable[..., Tensor] = define(
     "(Tensor dy, Tensor x, Tensor row, Tensor col, SymInt bo, SymInt bi, str backend) -> Tensor",
     fake=_fake_block_norms,
     run=_run_block_norms,
-    autograd=_autograd_kernel("linear_block_norms"),
+    autograd=autograd_kernel("linear_block_norms"),
 )
 """Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])``; float32 (float64 for float64)."""
 
@@ -82,7 +84,7 @@ all_block_norms: Callable[..., Tensor] = define(
     "(Tensor dy, Tensor x, SymInt bo, SymInt bi, str backend) -> Tensor",
     fake=_fake_all_block_norms,
     run=_run_all_block_norms,
-    autograd=_autograd_kernel("linear_all_block_norms"),
+    autograd=autograd_kernel("linear_all_block_norms"),
 )
 """Frobenius norms ``(R, C)`` of all blocks; float32 (float64 for float64)."""
 
@@ -91,6 +93,6 @@ sketch: Callable[..., Tensor] = define(
     "(Tensor dy, Tensor x, Tensor u, Tensor v, SymInt bo, SymInt bi, str backend) -> Tensor",
     fake=_fake_sketch,
     run=_run_sketch,
-    autograd=_autograd_kernel("linear_sketch"),
+    autograd=autograd_kernel("linear_sketch"),
 )
 """``u[q]' G v[q]`` of every block, ``(r, R, C)``; float32 (float64 for float64)."""

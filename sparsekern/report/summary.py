@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsekern.analysis import Account, account, time_layer
-from sparsekern.nn import BlockSparse, SparseLinear
+from sparsekern.nn import BlockSparse
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The accounts of a model's sparse and linear layers; ``print`` it for the table.
+    """The accounts of a model's sparse and dense layers; ``print`` it for the table.
 
     Attributes:
         rows: one :class:`~sparsekern.analysis.Account` a layer, in the model's order.
@@ -46,8 +46,8 @@ class Summary:
         cells = [
             row.name,
             row.kind,
-            f"{row.shape[0]} x {row.shape[1]}",
-            f"{row.block[0]}x{row.block[1]}" if row.block else "dense",
+            " x ".join(map(str, row.shape)),
+            f"{row.block[0]}x{row.block[1]}" if row.block else f"dense ({row.note})" if row.note else "dense",
             f"{row.blocks}/{row.cells}" if sparse else "",
             f"{row.sparsity:.1%}",
             f"{row.parameters:,}",
@@ -69,7 +69,7 @@ class Summary:
 
     def _total(self, timed: bool) -> list[str]:
         rows = self.rows
-        numel = sum(r.shape[0] * r.shape[1] for r in rows)
+        numel = sum(r.numel for r in rows)
         cells = ["total", "", "", "", "", f"{1 - sum(r.elements for r in rows) / numel:.1%}"]
         cells += [f"{sum(r.parameters for r in rows):,}", f"{sum(r.flops for r in rows) / 1e6:.2f}"]
         for name in ("values_bytes", "index_bytes", "gradient_bytes", "state_bytes", "total_bytes", "dense_bytes"):
@@ -86,7 +86,9 @@ def summary(
     optimizer: torch.optim.Optimizer | None = None,
     measure: bool = True,
 ) -> Summary:
-    """Return the table of a model's sparse and linear layers.
+    """Return the table of a model's sparse layers, linear layers and convolutions.
+
+    Convolutions that :func:`sparsekern.sparsify_` leaves dense say why: ``dense (stem)``, ``dense (depthwise)``.
 
     Args:
         model: not changed; its gradients stay as they are.
@@ -99,38 +101,40 @@ def summary(
         A :class:`Summary`.
 
     Raises:
-        ValueError: the model has no sparse or linear layer.
+        ValueError: the model has no such layer.
     """
     layers: dict[str, nn.Module] = {
         name or "(model)": module
         for name, module in model.named_modules()
-        if isinstance(module, (BlockSparse, nn.Linear))
+        if isinstance(module, (BlockSparse, nn.Linear, nn.Conv2d))
     }
     if not layers:
-        raise ValueError("the model has no sparse or linear layer; there is nothing to summarise")
-    inputs = {} if sample_input is None else _inputs(model, layers, sample_input)
+        raise ValueError("the model has no sparse layer, linear layer or convolution; there is nothing to summarise")
+    inputs, tokens = ({}, {}) if sample_input is None else _run(model, layers, sample_input)
     rows = []
     milliseconds = {}
     for name, layer in layers.items():
-        x = inputs.get(name)
-        tokens = 1 if sample_input is None else 0 if x is None else x.numel() // x.shape[-1]
-        rows.append(account(name, layer, tokens, optimizer))
-        if measure and x is not None and isinstance(layer, SparseLinear):
-            milliseconds[name] = time_layer(layer, x)
+        rows.append(account(name, layer, 1 if sample_input is None else tokens.get(name, 0), optimizer))
+        if measure and name in inputs and isinstance(layer, BlockSparse):
+            milliseconds[name] = time_layer(layer, inputs[name])
     return Summary(rows, milliseconds)
 
 
-def _inputs(model: nn.Module, layers: dict[str, nn.Module], sample_input: Tensor) -> dict[str, Tensor]:
-    """Run the model once and return what each layer was given, last call counted."""
+def _run(
+    model: nn.Module, layers: dict[str, nn.Module], sample_input: Tensor
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Run the model once and return what each layer was given, and its tokens; the last call counts."""
     inputs: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
 
     def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             inputs[name] = (args[0] if args else kwargs["input"]).detach()
+            tokens[name] = output.numel() // cast(Tensor, module.weight).shape[0]
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()  # so that norm statistics stay as they are
@@ -141,4 +145,4 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], sample_input: Tensor
             handle.remove()
         for module in training:
             module.training = True
-    return inputs
+    return inputs, tokens

@@ -5,9 +5,10 @@ from sparsekern.topology.absent import sample_absent, sample_distinct
 from sparsekern.topology.dense import dense_block_norms, gather_blocks, to_dense
 from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at, check_sparsity
 from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
-from sparsekern.topology.grid import Grid, block_pair
+from sparsekern.topology.grid import Grid, block_pair, conv_grid
 from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, rebuild_
 from sparsekern.topology.seeds import generator_for
+from sparsekern.topology.tied import check_multiple, check_tied, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
 
 __all__ = [
@@ -23,7 +24,10 @@ __all__ = [
     "build_index",
     "by_norm",
     "check_count",
+    "check_multiple",
     "check_sparsity",
+    "check_tied",
+    "conv_grid",
     "dense_block_norms",
     "empty_index",
     "from_keys",
@@ -32,10 +36,12 @@ __all__ = [
     "generator_for",
     "index_bytes",
     "mask_index",
+    "one_tap",
     "random",
     "rebuild_",
     "sample_absent",
     "sample_distinct",
+    "tie",
     "to_dense",
     "with_capacity",
 ]

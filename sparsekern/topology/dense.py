@@ -12,18 +12,22 @@ from sparsekern.topology.topology import Topology
 
 @torch.no_grad()
 def to_dense(topology: Topology, values: Tensor) -> Tensor:
-    """Return the dense weight ``(out, in)``: the stored blocks, zero elsewhere."""
+    """Return the dense weight in the shape that the grid says: the stored blocks, zero elsewhere."""
     grid, (bo, bi) = topology.grid, topology.grid.block
     used = topology.used()
     row, col = topology.row[used].long(), topology.col[used].long()
     dense = values.new_zeros(grid.rows, bo, grid.cols, bi)
     dense[row, :, col, :] = values[used]
-    return dense.view(grid.rows * bo, grid.cols * bi)[: grid.out_features, : grid.in_features].contiguous()
+    parts = dense.view(grid.groups, grid.group_rows * bo, grid.taps, grid.tap_cols * bi)
+    matrix = parts[:, : grid.group_out, :, : grid.tap_in].reshape(grid.out_features, grid.in_features)
+    if grid.kernel is None:
+        return matrix
+    return matrix.view(grid.out_features, *grid.kernel, grid.tap_in).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()
 def gather_blocks(topology: Topology, weight: Tensor) -> Tensor:
-    """Return ``values (Z, bo, bi)``: the blocks of a dense ``weight (out, in)`` at the topology's places.
+    """Return ``values (Z, bo, bi)``: the blocks of a dense ``weight`` at the topology's places.
 
     Free slots and phantom elements are zero.
 
@@ -43,13 +47,12 @@ def dense_block_norms(grid: Grid, weight: Tensor) -> Tensor:
 
 
 def _as_blocks(grid: Grid, weight: Tensor) -> Tensor:
-    """View ``(out, in)`` as ``(R, bo, C, bi)``, filled up with zeros at the edges."""
-    if tuple(weight.shape) != (grid.out_features, grid.in_features):
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; the layer is ({grid.out_features}, {grid.in_features})"
-        )
+    """Return the dense weight as ``(R, bo, C, bi)``, filled up with zeros at the edges of groups and taps."""
+    if tuple(weight.shape) != grid.weight_shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; the layer is {grid.weight_shape}")
     bo, bi = grid.block
-    below, right = grid.rows * bo - grid.out_features, grid.cols * bi - grid.in_features
-    padded = torch.nn.functional.pad(weight, (0, right, 0, below))
-    blocks: Tensor = padded.unflatten(1, (grid.cols, bi)).unflatten(0, (grid.rows, bo))
-    return blocks
+    matrix = weight if grid.kernel is None else weight.permute(0, 2, 3, 1)
+    parts = matrix.reshape(grid.groups, grid.group_out, grid.taps, grid.tap_in)
+    below, right = grid.group_rows * bo - grid.group_out, grid.tap_cols * bi - grid.tap_in
+    padded = torch.nn.functional.pad(parts, (0, right, 0, 0, 0, below))
+    return padded.reshape(grid.rows, bo, grid.cols, bi)

@@ -14,7 +14,9 @@ def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "unifor
     """Return the number of blocks of each layer; together ``round((1 - sparsity) * cells)``.
 
     ``uniform`` gives all layers the same density. ``er`` (Erdos-Renyi; Mocanu et al. 2018) gives a layer blocks in
-    proportion to ``R + C``; ``erk`` (Evci et al. 2020) extends it to convolutions and is the same for linear layers.
+    proportion to ``R + C``, a convolution in each tap. ``erk`` (Evci et al. 2020, section 3) is the same for linear
+    layers; a convolution gets them in proportion to ``R + CB + (kh + kw) / sqrt(bo * bi)``, its kernel counted in the
+    unit of the rest: elements at 1x1, as in the paper.
     What a layer cannot hold goes to the others in the same proportion. Every layer keeps at least one block.
 
     Raises:
@@ -30,8 +32,17 @@ def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "unifor
             f"sparsity {sparsity} leaves {total} of {sum(cells)} blocks for {len(grids)} layer(s); every layer needs "
             "at least one: lower the sparsity or use smaller blocks"
         )
-    shares = [float(grid.cells if distribution == "uniform" else grid.rows + grid.cols) for grid in grids]
+    shares = [share(grid, distribution) for grid in grids]
     return round_to_sum(fill(shares, [1.0] * len(grids), [float(c) for c in cells], float(total)), total)
+
+
+def share(grid: Grid, distribution: str) -> float:
+    """Return the number that a layer's blocks are in proportion to; see :func:`allocate`."""
+    if distribution == "uniform":
+        return float(grid.cells)
+    if distribution == "er" or grid.kernel is None:
+        return float((grid.rows + grid.tap_cols) * grid.taps)
+    return grid.rows + grid.tap_cols + sum(grid.kernel) / math.sqrt(grid.block[0] * grid.block[1])
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsekern.topology.absent import sample_absent
 from sparsekern.topology.dense import dense_block_norms
 from sparsekern.topology.grid import Grid
+from sparsekern.topology.tied import check_multiple, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys
 
 ROUNDS = 12
@@ -95,11 +96,20 @@ def from_mask(grid: Grid, mask: Tensor) -> Topology:
     return from_keys(grid, keys)
 
 
-def by_norm(grid: Grid, weight: Tensor, blocks: int) -> Topology:
-    """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight (out, in)``; ties go to the first."""
+def by_norm(grid: Grid, weight: Tensor, blocks: int, tie_taps: bool = False) -> Topology:
+    """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight``; ties go to the first.
+
+    With ``tie_taps`` the norm is that of a block of channels over all taps, and ``blocks`` a multiple of the taps.
+    """
     check_count(grid, blocks)
-    norms = dense_block_norms(grid, weight).flatten()
+    norms = dense_block_norms(grid, weight)
+    if tie_taps:
+        check_multiple(grid, blocks)
+        norms = norms.unflatten(1, (grid.taps, grid.tap_cols)).norm(dim=1)
+        blocks //= grid.taps
+    norms = norms.flatten()
     if bool(norms.isnan().any()):
         raise ValueError("the weight holds NaN; its blocks have no order of strength")
     keys = norms.sort(descending=True, stable=True).indices[:blocks]
-    return from_keys(grid, keys.sort().values)
+    keys = keys.sort().values
+    return tie(from_keys(one_tap(grid), keys), grid) if tie_taps else from_keys(grid, keys)

@@ -14,24 +14,39 @@ class Grid:
 
     The last block row and column may stick out of the matrix; that part is *phantom* and never counted.
 
+    The weight of a convolution is the matrix ``Cout x (kh*kw*Cin/groups)``, its columns in (tap, channel) order.
+    Block columns are cut inside each tap and block rows inside each group, so the last one of *each* may stick out.
+    :func:`conv_grid` makes one.
+
     Args:
-        out_features: rows of the matrix, 1 or more.
-        in_features: columns of the matrix, 1 or more.
+        out_features: rows of the matrix, 1 or more; a multiple of ``groups``.
+        in_features: columns of the matrix, 1 or more; a multiple of the taps ``kh * kw``.
         block: rows and columns of a block, 1 or more each.
+        kernel: ``(kh, kw)`` of a convolution; None for a linear layer.
+        groups: of a convolution.
 
     Raises:
-        ValueError: a size is below 1, or the grid has 2**31 cells or more (the index is int32).
+        ValueError: a size is below 1 or not such a multiple, or the grid has 2**31 cells or more (the index is int32).
     """
 
     out_features: int
     in_features: int
     block: tuple[int, int]
+    kernel: tuple[int, int] | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
             size = getattr(self, name)
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be 1 or more")
+        if min(self.kernel or (1,)) < 1:
+            raise ValueError(f"kernel_size is {self.kernel}; it must be 1 or more each way")
+        if self.groups < 1:
+            raise ValueError(f"groups is {self.groups}; it must be 1 or more")
+        for name, parts, what in (("out_features", self.groups, "groups"), ("in_features", self.taps, "taps")):
+            if getattr(self, name) % parts:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of the {parts} {what}")
         if len(self.block) != 2 or min(self.block) < 1:
             raise ValueError(f"block_size is {self.block}; it must be an int or a pair (out, in), 1 or more each")
         if self.cells >= 2**31:
@@ -41,14 +56,46 @@ class Grid:
             )
 
     @property
+    def taps(self) -> int:
+        """kh * kw; 1 for a linear layer."""
+        return 1 if self.kernel is None else self.kernel[0] * self.kernel[1]
+
+    @property
+    def group_out(self) -> int:
+        """Rows of the matrix in one group."""
+        return self.out_features // self.groups
+
+    @property
+    def tap_in(self) -> int:
+        """Columns of the matrix in one tap: the input channels of one group."""
+        return self.in_features // self.taps
+
+    @property
+    def group_rows(self) -> int:
+        """RB, the block rows of one group; block row ``r`` is row ``r % RB`` of group ``r // RB``."""
+        return -(-self.group_out // self.block[0])
+
+    @property
+    def tap_cols(self) -> int:
+        """CB, the block columns of one tap; block column ``c`` is column ``c % CB`` of tap ``c // CB``."""
+        return -(-self.tap_in // self.block[1])
+
+    @property
     def rows(self) -> int:
         """R, the number of block rows."""
-        return -(-self.out_features // self.block[0])
+        return self.groups * self.group_rows
 
     @property
     def cols(self) -> int:
         """C, the number of block columns."""
-        return -(-self.in_features // self.block[1])
+        return self.taps * self.tap_cols
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight in PyTorch: ``(out, in)``, or ``(Cout, Cin / groups, kh, kw)``."""
+        if self.kernel is None:
+            return self.out_features, self.in_features
+        return self.out_features, self.tap_in, *self.kernel
 
     @property
     def cells(self) -> int:
@@ -63,17 +110,34 @@ class Grid:
     @property
     def has_edge(self) -> bool:
         """Whether some block sticks out of the matrix."""
-        return bool(self.out_features % self.block[0] or self.in_features % self.block[1])
+        return bool(self.group_out % self.block[0] or self.tap_in % self.block[1])
 
     def real_rows(self, row: Tensor) -> Tensor:
         """Return how many of its ``bo`` rows a block in block row ``row`` has inside the matrix; 0 for a free slot."""
-        inside = (self.out_features - row * self.block[0]).clamp(max=self.block[0])
+        inside = (self.group_out - row % self.group_rows * self.block[0]).clamp(max=self.block[0])
         return torch.where(row >= 0, inside, 0)
 
     def real_cols(self, col: Tensor) -> Tensor:
         """Return how many of its ``bi`` columns a block in block column ``col`` has inside the matrix; 0 if free."""
-        inside = (self.in_features - col * self.block[1]).clamp(max=self.block[1])
+        inside = (self.tap_in - col % self.tap_cols * self.block[1]).clamp(max=self.block[1])
         return torch.where(col >= 0, inside, 0)
+
+
+def conv_grid(
+    in_channels: int, out_channels: int, kernel: tuple[int, int], block: tuple[int, int], groups: int = 1
+) -> Grid:
+    """Return the grid of a convolution.
+
+    Raises:
+        ValueError: as :class:`Grid`, or ``in_channels`` is not a multiple of ``groups``.
+    """
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels < 1:
+            raise ValueError(f"{name} is {channels}; it must be 1 or more")
+        if groups >= 1 and channels % groups:
+            raise ValueError(f"{name} is {channels}; it must be a multiple of groups = {groups}")
+    in_features = in_channels // max(1, groups) * max(1, kernel[0] * kernel[1])
+    return Grid(out_channels, in_features, block, kernel, groups)
 
 
 def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:

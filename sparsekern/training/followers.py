@@ -90,7 +90,7 @@ class Followers:
     def check_move(self, name: str, move: Move) -> None:
         """Raise ValueError if a move is not legal, or a copy of the model no longer has the model's blocks."""
         layer = self.layers[name]
-        layer.topology.moved(*move)
+        layer.moved(*move)
         for twin in self._twins[name]:
             if not _same_blocks(twin, layer):
                 raise ValueError(

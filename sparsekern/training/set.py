@@ -17,6 +17,7 @@ from sparsekern.topology import sample_absent
 from sparsekern.training.base import Method
 from sparsekern.training.followers import Move
 from sparsekern.training.scores import block_norms, lowest, protect_last
+from sparsekern.training.tied import units
 
 
 class SET(Method):
@@ -38,14 +39,15 @@ class SET(Method):
         self.keep_connected = keep_connected
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
-        """Return the weakest blocks and as many empty places."""
-        topology = layer.topology
+        """Return the weakest blocks and as many empty places; tied taps go together, by their common norm."""
+        parts = units(layer)
+        topology = parts.topology
         present = topology.sorted_keys()
         blocks = present.shape[0]
-        scores = block_norms(layer)
+        scores = parts.norms(block_norms(layer))
         if self.keep_connected:
             scores = protect_last(topology, scores)
         # floor: with ceil one block a layer would go on moving until the end of the cosine. 0.29 of 100 is 28.99...96
         slots = lowest(scores, min(math.floor(fraction * blocks + 1e-9), topology.grid.cells - blocks))
         keys = sample_absent(present, topology.grid.cells, slots.shape[0], generator)
-        return Move(slots, (keys // topology.grid.cols).int(), (keys % topology.grid.cols).int())
+        return parts.spread(Move(slots, (keys // topology.grid.cols).int(), (keys % topology.grid.cols).int()))

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.analysis import account, state_bytes, stored_parameters, training_bytes
-from sparsekern.topology import Grid, Topology
+from sparsekern.topology import Grid, Topology, conv_grid
 
 # 5 x 7 in blocks of 2 x 4: 3 x 2 blocks. Stored: (0, 0) whole, 8 elements; (2, 1): 1 x 3. One slot is free.
 ROW, COL = torch.tensor([[0, 2], [0, 1]], dtype=torch.int32)
@@ -63,7 +63,7 @@ def test_a_dense_layer():
 
 
 def test_another_layer_has_no_account():
-    with pytest.raises(TypeError, match="'norm' is a LayerNorm; only sparse layers and nn.Linear have an account"):
+    with pytest.raises(TypeError, match="'norm' is a LayerNorm; only sparse layers, nn.Linear and nn.Conv2d have one"):
         account("norm", nn.LayerNorm(4))
 
 
@@ -80,3 +80,20 @@ def test_the_bytes_and_parameters_of_a_model():
     assert state_bytes(None, model[1].weight) == 0
     model[1].requires_grad_(False)
     assert training_bytes(model) == 2 * 4 * (24 + 5) + 4 * dense + index
+
+
+def test_a_sparse_convolution():
+    """Two groups of 3 x 5 channels, kernel 1 x 2, blocks of 2 x 4: stored are (0, 2), whole, and 1 x 1 of (3, 1)."""
+    grid = conv_grid(10, 6, (1, 2), (2, 4), 2)
+    places = Topology(grid, *torch.tensor([[0, 3], [2, 1]], dtype=torch.int32))
+    found = account("conv", sk.SparseConv2d(10, 6, (1, 2), groups=2, topology=places), tokens=24)
+    assert (found.shape, found.blocks, found.cells, found.elements, found.bias) == ((6, 5, 1, 2), 2, 16, 9, 6)
+    assert found.sparsity == 1 - 9 / 60 and found.numel == 60
+    assert found.flops == 6 * 24 * 9 and found.dense_flops == 6 * 24 * 60
+    assert found.dense_bytes == 2 * 60 * 4 and found.values_bytes == 2 * 8 * 4
+
+
+def test_a_dense_convolution_says_why_it_is_dense():
+    found = account("stem", nn.Conv2d(3, 8, 5), tokens=7)
+    assert (found.elements, found.shape, found.note, found.flops) == (600, (8, 3, 5, 5), "stem", 6 * 7 * 600)
+    assert account("conv", nn.Conv2d(8, 8, 5)).note == "" == account("fc", nn.Linear(3, 3)).note

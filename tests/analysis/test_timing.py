@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import sparsekern as sk
@@ -23,3 +24,12 @@ def test_timing_leaves_the_layer_as_it_was():
             sparse, dense = time_layer(layer, x, repeats=1)
         assert sparse > 0 and dense > 0
         assert layer.values.grad is None and x.grad is None and not x.requires_grad
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": "same", "bias": False}, {"padding": 1, "padding_mode": "reflect"}])
+def test_timing_a_convolution(options):
+    layer = sk.SparseConv2d(8, 12, 3, block_size=4, sparsity=0.5, **options)
+    x = torch.ones(2, 8, 6, 5)
+    assert min(time_layer(layer, x, repeats=1)) > 0 and min(time_layer(layer, x[0], repeats=1)) > 0
+    assert layer.values.grad is None and not x.requires_grad
+    torch.testing.assert_close(layer.dense_forward(x, layer.dense_weight()), layer(x))

@@ -5,7 +5,15 @@ import inspect
 import pytest
 import torch
 from sparsekern.kernels import eager
-from sparsekern.kernels.contract import PADDING, Backend, Index, accumulate_dtype, entry_columns, entry_rows
+from sparsekern.kernels.contract import (
+    PADDING,
+    Backend,
+    ConvShape,
+    Index,
+    accumulate_dtype,
+    entry_columns,
+    entry_rows,
+)
 
 from sparsekern.topology import Grid, Topology, build_index, with_capacity
 
@@ -89,3 +97,41 @@ def test_the_eager_backend_has_every_function_of_the_contract(name: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_the_eager_backend_refuses_nothing(block: tuple[int, int], dtype: torch.dtype) -> None:
     assert eager.why_not("linear", torch.device("cpu"), dtype, block) is None
+
+
+def test_the_sizes_of_a_convolution_by_hand() -> None:
+    """Height 7 + 1 + 2 - 2 * 2 - 1 = 5 in steps of 2; width 6 + 0 + 0 - 1 - 1 = 4 in steps of 1."""
+    shape = ConvShape(6, 10, (3, 2), (2, 1), (1, 2, 0, 0), (2, 1), 2)
+
+    assert shape.output_size(7, 6) == (3, 5)
+    assert (shape.taps, shape.group_in, shape.group_out) == (6, 3, 5)
+    assert (shape.block_rows(4), shape.block_cols(2)) == (2, 2)
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_the_output_size_is_torchs(kernel: int, stride: int, dilation: int) -> None:
+    shape = ConvShape(1, 1, (kernel, 1), (stride, 1), (3, 3, 0, 0), (dilation, 1))
+    weight, x = torch.zeros(1, 1, kernel, 1), torch.zeros(1, 1, 11, 2)
+
+    expected = torch.nn.functional.conv2d(x, weight, None, (stride, 1), (3, 0), (dilation, 1)).shape[2:]
+
+    assert shape.output_size(11, 2) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "pointwise"),
+    [
+        ({}, True),
+        ({"kernel": (1, 2)}, False),
+        ({"stride": (1, 2)}, False),
+        ({"padding": (0, 0, 1, 0)}, False),
+        ({"groups": 2}, False),
+        ({"dilation": (3, 3)}, True),
+    ],
+)
+def test_pointwise(changed: dict[str, object], pointwise: bool) -> None:
+    shape = ConvShape(**{"in_channels": 4, "out_channels": 2, "kernel": (1, 1), **changed})
+
+    assert shape.is_pointwise is pointwise

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+import sparsekern as sk
 from sparsekern.nn.init import draw_bias, draw_values, fan_in
-from sparsekern.topology import Grid, Topology, balanced, from_mask, generator_for, with_capacity
+from sparsekern.topology import Grid, Topology, balanced, conv_grid, from_mask, generator_for, with_capacity
 
 # 7 x 5 in blocks of 2 x 3: 4 x 2 blocks, the last column 2 wide, the last row 1 high.
 GRID = Grid(7, 5, (2, 3))
@@ -56,3 +57,30 @@ def test_the_whole_grid_is_distributed_as_nn_linear():
 def test_half_precision_is_the_rounded_float():
     low = draw_values(TOPOLOGY, torch.bfloat16, generator_for(0))
     assert torch.equal(low, draw_values(TOPOLOGY, torch.float32, generator_for(0)).bfloat16())
+
+
+# A convolution of two groups of 3 x 4 channels and 2 taps in blocks of 2 x 3: 2 rows a group, 2 columns a tap.
+#                 inputs of an output:       3 + 1           3               0               1
+PLACES = [(0, 0), (0, 3), (1, 2), (3, 1)]
+CONV = Topology(conv_grid(8, 6, (2, 1), (2, 3), 2), *torch.tensor(PLACES, dtype=torch.int32).T)
+
+
+def test_the_fan_in_of_a_convolution_by_hand():
+    assert fan_in(CONV).tolist() == [4, 3, 0, 1]
+    values = draw_values(CONV, torch.float32, generator_for(0))
+    assert 0 < values[0].abs().max() <= 4**-0.5 and 0 < values[2].abs().max() <= 3**-0.5
+    assert (values[1, :, 1:] == 0).all() and (values[2, 1:] == 0).all()  # phantom: of a tap, of a group
+
+
+def test_the_bias_of_a_convolution_is_bounded_group_by_group():
+    many = torch.stack([draw_bias(CONV, torch.float32, generator_for(s)) for s in range(200)]).abs().amax(0)
+    bounds = torch.tensor([4, 4, 3, 1, 1, 1]).rsqrt()
+    assert (many <= bounds).all() and (many > 0.9 * bounds).all()
+
+
+def test_a_full_convolution_is_distributed_as_nn_conv2d():
+    layer = sk.SparseConv2d(16, 32, 3, sparsity=0, block_size=16, seed=0)
+    dense = torch.nn.Conv2d(16, 32, 3)
+    bound = 144**-0.5
+    for ours, theirs in ((layer.values, dense.weight), (layer.bias, dense.bias)):
+        assert 0.9 * bound < ours.abs().max() <= bound and 0.9 * bound < theirs.abs().max() <= bound

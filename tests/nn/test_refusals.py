@@ -7,10 +7,14 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.refusals import refusal
+from sparsekern.nn.refusals import left_dense, refusal
 
 
 class Subclass(nn.Linear):
+    pass
+
+
+class ConvSubclass(nn.Conv2d):
     pass
 
 
@@ -47,6 +51,8 @@ CASES = [
     (tied_bias, "head", "its bias is shared: a.bias, head.bias"),
     (shared, "head", "its weight is shared: a.weight, head.weight"),
     (lambda: nn.ModuleDict({"head": Subclass(4, 4)}), "head", "it is a Subclass, which may do more"),
+    (lambda: nn.ModuleDict({"head": ConvSubclass(4, 4, 3)}), "head", "it is a ConvSubclass, which .* than nn.Conv2d"),
+    (lambda: nn.ModuleDict({"head": nn.Conv2d(4, 4, 3)}), "head", None),
     (parametrized, "head", "it is a ParametrizedLinear"),
     (old_weight_norm, "head", r"its weight is computed from other tensors \(weight_g\)"),
     (lambda: nn.MultiheadAttention(4, 2), "out_proj", "nn.MultiheadAttention reads its weight"),
@@ -75,3 +81,20 @@ def test_the_ignore_list_of_the_error_works():
     sk.sparsify_(model, 0.5, 2, ignore=ignore)
     assert isinstance(model[1], sk.SparseLinear)
     model.eval()(torch.ones(1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Conv2d(3, 64, 7), "stem"),
+        (lambda: nn.Conv2d(1, 8, 3), "stem"),
+        (lambda: nn.Conv2d(4, 64, 7), None),
+        (lambda: nn.Conv2d(32, 32, 3, groups=32), "depthwise"),
+        (lambda: nn.Conv2d(32, 64, 3, groups=32), "depthwise"),
+        (lambda: nn.Conv2d(32, 64, 3, groups=16), None),
+        (lambda: nn.Linear(3, 3), None),
+        (lambda: nn.LazyConv2d(8, 3), None),
+    ],
+)
+def test_convolutions_that_stay_dense(make, reason):
+    assert left_dense(make()) == reason

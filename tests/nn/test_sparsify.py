@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.topology import check_tied
 
 
 def mlp() -> nn.Sequential:
@@ -95,7 +96,7 @@ def test_inits(init):
 
 ERRORS = [
     (dict(targets="encoder.*"), "targets: 'encoder.*' matches no module"),
-    (dict(targets=["0", "1"]), "targets: '1' matches only ReLU; it must match an nn.Linear"),
+    (dict(targets=["0", "1"]), "targets: '1' matches only ReLU; it must match an nn.Linear or nn.Conv2d"),
     (dict(ignore="lm_head"), "ignore: 'lm_head' matches no module; nearest names"),
     (dict(ignore=["0", "2", "4"]), r"every target is ignored: nothing is left .*\(sparse already: none\)"),
     (dict(init="dense"), "init is 'dense'; it must be one of balanced, random, norm"),
@@ -134,3 +135,79 @@ def test_norm_needs_a_weight():
 def test_a_model_that_is_one_layer():
     with pytest.raises(ValueError, match=r"itself an nn.Linear.*SparseLinear.from_dense"):
         sk.sparsify_(nn.Linear(8, 8), 0.5, 4)
+
+
+# Convolutions.
+
+
+def cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(32, 32, 3, groups=32),
+        nn.Conv2d(32, 64, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+def test_convolutions_are_sparse_but_for_stems_and_depthwise_ones(caplog):
+    model = cnn().to(memory_format=torch.channels_last)
+    with caplog.at_level("INFO", logger="sparsekern"):
+        sk.sparsify_(model, 0.75, 8)
+    assert blocks(model) == {"1": 18, "3": 8, "6": 4}
+    assert type(model[0]) is type(model[2]) is nn.Conv2d
+    assert model[1].stride == (2, 2) and model[1].padding == (1, 1) and model[1].bias is None
+    assert "0: stays dense (stem)" in caplog.text and "2: stays dense (depthwise)" in caplog.text
+    assert model(torch.ones(2, 3, 12, 12)).shape == (2, 10)
+    assert isinstance(sk.densify(model)[1], nn.Conv2d) and type(sk.densify(model[1])) is nn.Conv2d
+    torch.testing.assert_close(sk.densify(model)(torch.ones(2, 3, 12, 12)), model(torch.ones(2, 3, 12, 12)))
+
+
+def test_convolutions_that_stay_dense_need_not_be_ignored_or_may_be():
+    assert list(blocks(sk.sparsify_(cnn(), 0.5, 8, targets=nn.Conv2d, ignore="0"))) == ["1", "3"]
+    assert list(blocks(sk.sparsify_(cnn(), 0.5, 8, targets=nn.Linear))) == ["6"]
+    with pytest.raises(ValueError, match="every target is ignored"):
+        sk.sparsify_(cnn(), 0.5, 8, targets=["0", "2"])
+
+
+def test_norm_keeps_the_values_of_convolutions():
+    model = cnn()
+    dense = copy.deepcopy(model)
+    sk.sparsify_(model, 0.5, 8, init="norm", tie_taps=True)
+    for layer, twin in ((model[1], dense[1]), (model[3], dense[3])):
+        kept = layer.dense_weight() != 0
+        assert 0 < kept.float().mean() <= 0.5
+        assert torch.equal(layer.dense_weight()[kept], twin.weight[kept])
+    assert torch.equal(model[3].bias, dense[3].bias)
+
+
+@pytest.mark.parametrize("init", ["balanced", "random", "norm"])
+def test_tied_taps_are_rounded_to_whole_cells_of_channels(init):
+    model = sk.sparsify_(cnn(), 0.7, 8, tie_taps=True, init=init)
+    assert blocks(model)["1"] == 18  # 21.6 of 72 blocks: two of eight cells of channels, nine taps each
+    check_tied(model[1].topology)
+    assert model[1].tie_taps
+    assert blocks(sk.sparsify_(cnn(), 0.95, 16, targets="1", tie_taps=True)) == {"1": 9}  # not none
+
+
+def test_erk_spares_small_kernels_and_layers():
+    """16 -> 32, 3x3: 2 + 4 + 6 / 8; 32 -> 64, 1x1: 4 + 8 + 2 / 8; the linear layer, 64 -> 10: 8 + 2."""
+    model = sk.sparsify_(cnn(), 0.75, 8, distribution="erk")
+    assert blocks(model) == {"1": 7, "3": 13, "6": 10}
+
+
+def test_a_model_that_is_one_convolution():
+    with pytest.raises(ValueError, match=r"itself an nn.Conv2d.*SparseConv2d.from_dense"):
+        sk.sparsify_(nn.Conv2d(8, 8, 3), 0.5, 4)
+
+
+def test_convolutions_on_the_meta_device():
+    with torch.device("meta"):
+        model = sk.sparsify_(cnn(), 0.5, 8)
+    other = sk.sparsify_(cnn(), 0.5, 8)
+    model.to_empty(device="cpu")
+    assert torch.equal(model[1].row, other[1].row)
+    model[1].reset_parameters()
+    assert torch.equal(model[1].values, other[1].values)

@@ -72,3 +72,10 @@ def test_assigning_a_weight_raises():
         with pytest.raises((AttributeError, KeyError, TypeError)):
             layer.weight = value
     assert "weight" not in dict(layer.named_parameters())
+
+
+def test_the_weight_of_a_convolution_has_four_axes():
+    weight = sk.SparseConv2d(6, 8, (3, 2), groups=2, block_size=4, sparsity=0.5).weight
+    assert weight.shape == (8, 3, 3, 2) and weight.dim() == weight.ndim == 4 and weight.numel() == 144
+    with pytest.raises(TypeError, match=r"to_dense\(\)"):
+        torch.nn.functional.conv2d(torch.ones(1, 6, 4, 4), weight)

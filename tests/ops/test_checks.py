@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sparsekern.kernels.contract import ConvShape
 
 from sparsekern import ops
 from sparsekern.ops import Probe
-from sparsekern.topology import Grid, balanced, build_index, generator_for
+from sparsekern.topology import Grid, balanced, build_index, conv_grid, generator_for
 
 GRID = Grid(8, 12, (4, 4))
 COARSE = Grid(8, 12, (4, 6))
@@ -58,3 +59,30 @@ def test_meta_tensors_pass_through():
     meta = [t.to("meta") for t in (X, VALUES, BIAS)]
     index = type(INDEX)(*(t.to("meta") for t in INDEX))
     assert ops.linear(*meta, index, GRID).shape == (2, 8)
+
+
+SHAPE = ConvShape(6, 8, (3, 3))
+CONV_GRID = conv_grid(6, 8, (3, 3), (4, 4))
+CONV_INDEX = build_index(balanced(CONV_GRID, 3, generator_for(0)))
+
+CONV_CASES = [
+    (dict(x=torch.ones(2, 5, 9, 9)), ValueError, r"input has shape \(2, 5, 9, 9\); it must be .* in_channels = 6"),
+    (dict(x=torch.ones(6, 9)), ValueError, r"input has shape \(6, 9\); it must be \(N, C, H, W\) or \(C, H, W\)"),
+    (dict(x=torch.ones(2, 6, 2, 9)), ValueError, r"\(2, 6, 2, 9\), which is smaller than the kernel \(3, 3\)"),
+    (dict(x=torch.ones(6, 9, 2)), ValueError, r"\(6, 9, 2\), which is smaller than the kernel"),
+    (dict(shape=SHAPE._replace(groups=2)), ValueError, r"the grid is for .* in 1 groups, .*; make it with conv_grid"),
+    (dict(grid=Grid(8, 54, (4, 4))), ValueError, r"the grid is for a weight \(8, 54\)"),
+    (dict(values=torch.ones(3, 4, 5)), ValueError, r"values has shape \(3, 4, 5\); it must be \(slots, 4, 4\)"),
+    (dict(index=INDEX), ValueError, "the index is for 3 slots in 2 x 3 blocks"),
+    (dict(bias=torch.ones(7)), ValueError, r"bias has shape \(7,\); it must be \(8,\)"),
+    (dict(x=torch.ones(2, 6, 9, 9).double()), TypeError, "input is torch.float64 but values are torch.float32"),
+    (dict(probe=Probe.all_norms(GRID)), ValueError, r"the probe for 'all_norms' has shape \(2, 3\).*\(2, 18\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), CONV_CASES, ids=[c[2][:40] for c in CONV_CASES])
+def test_errors_of_a_convolution(change, error, text):
+    arguments = dict(x=torch.ones(2, 6, 9, 9), values=VALUES, bias=BIAS, index=CONV_INDEX, grid=CONV_GRID)
+    arguments |= dict(shape=SHAPE, probe=None) | change
+    with pytest.raises(error, match=text):
+        ops.conv2d(**arguments)

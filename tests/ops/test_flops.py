@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sparsekern.kernels.contract import ConvShape
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern import ops
-from sparsekern.topology import Grid, Topology, build_index, with_capacity
+from sparsekern.ops import conv2d_scores
+from sparsekern.ops.shapes import pack_shape
+from sparsekern.topology import Grid, Topology, build_index, conv_grid, with_capacity
 
 # 5 x 7 in blocks of 2 x 4: 3 x 2 blocks. Stored: the whole block (0, 0), 2 x 3 of (0, 1), 1 x 3 of (2, 1).
 GRID = Grid(5, 7, (2, 4))
@@ -19,9 +22,9 @@ ELEMENTS = 6 + 3 + 8
 
 
 def test_stored_elements():
-    assert ops.stored_elements(build_index(TOPOLOGY), GRID.block, 5, 7) == ELEMENTS
+    assert ops.stored_elements(build_index(TOPOLOGY), GRID) == ELEMENTS
     ones = Topology(Grid(5, 7, (1, 1)), TOPOLOGY.row, TOPOLOGY.col)
-    assert ops.stored_elements(build_index(ones), (1, 1), 5, 7) == 3
+    assert ops.stored_elements(build_index(ones), ones.grid) == 3
 
 
 def test_the_counter_sees_a_training_step():
@@ -50,4 +53,49 @@ def test_without_data_every_slot_counts(block):
     index = build_index(Topology(Grid(5, 7, block), TOPOLOGY.row, TOPOLOGY.col))
     with FakeTensorMode() as mode:
         fake = type(index)(*(mode.from_tensor(t) for t in index))
-    assert ops.stored_elements(fake, block, 5, 7) == 5 * block[0] * block[1]
+    assert ops.stored_elements(fake, Grid(5, 7, block)) == 5 * block[0] * block[1]
+
+
+# Two groups of 3 x 5 channels, kernel 1 x 2, blocks of 2 x 4: 4 x 4 of them. Stored: 2 x 4 of (0, 2), 1 x 1 of (3, 1).
+CONV = ConvShape(10, 6, (1, 2), stride=(2, 1), groups=2)
+CONV_GRID = conv_grid(10, 6, (1, 2), (2, 4), 2)
+CONV_TOPOLOGY = Topology(CONV_GRID, torch.tensor([0, 3], dtype=torch.int32), torch.tensor([2, 1], dtype=torch.int32))
+CONV_ELEMENTS, PIXELS = 8 + 1, 2 * 2 * 6
+
+
+def test_a_training_step_of_a_convolution():
+    x = torch.ones(2, 10, 4, 7, requires_grad=True)
+    values = torch.ones(2, 2, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        ops.conv2d(x, values, None, build_index(CONV_TOPOLOGY), CONV_GRID, CONV).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * PIXELS * CONV_ELEMENTS
+
+
+def test_a_full_convolution_counts_as_torchs():
+    x, weight = torch.ones(2, 10, 4, 7), torch.ones(6, 5, 1, 2)
+    full = Topology(CONV_GRID, torch.arange(16, dtype=torch.int32) // 4, torch.arange(16, dtype=torch.int32) % 4)
+    totals = []
+    for run in (
+        lambda: torch.nn.functional.conv2d(x, weight, None, (2, 1), groups=2),
+        lambda: ops.conv2d(x, torch.ones(16, 2, 4), None, build_index(full), CONV_GRID, CONV),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+def test_scores_of_a_convolution():
+    dy, x = torch.ones(2, 6, 2, 6), torch.ones(2, 10, 4, 7)
+    row, sizes = torch.zeros(3, dtype=torch.int32), pack_shape(CONV)
+    for score, flops in (
+        (lambda: conv2d_scores.all_block_norms(dy, x, 2, 4, sizes, "auto"), 2 * PIXELS * 6 * 10),
+        (lambda: conv2d_scores.block_norms(dy, x, row, row, 2, 4, sizes, "auto"), 2 * PIXELS * 3 * 8),
+        (
+            lambda: conv2d_scores.sketch(dy, x, torch.ones(4, 6), torch.ones(4, 10), 2, 4, sizes, "auto"),
+            2 * PIXELS * 4 * (6 + 2 * 10 + 16),
+        ),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            score()
+        assert counter.get_total_flops() == flops

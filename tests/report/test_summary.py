@@ -46,7 +46,7 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "norm statistics too"
     assert net.training and net[1].training and not net[2].training
     assert all(p.grad is None for p in net.parameters())
-    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert not any(m._forward_hooks for m in net.modules())
 
 
 def test_a_layer_that_the_batch_does_not_reach():
@@ -72,7 +72,7 @@ def test_the_optimizer_is_counted():
 
 def test_a_single_layer_and_a_model_without_layers():
     assert "(model)" in str(sk.summary(sk.SparseLinear(16, 16, block_size=4)))
-    with pytest.raises(ValueError, match="no sparse or linear layer; there is nothing to summarise"):
+    with pytest.raises(ValueError, match="no sparse layer, linear layer or convolution; there is nothing to summarise"):
         sk.summary(nn.ReLU())
 
 
@@ -87,3 +87,15 @@ def test_a_model_that_casts_or_names_its_input():
                 return self.fc(input=x.bfloat16())
 
     assert list(sk.summary(Casts(), torch.ones(3, 16)).milliseconds) == ["fc"]
+
+
+def test_convolutions_and_why_some_are_dense():
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+    )
+    summary = sk.summary(sk.sparsify_(net, 0.75, 16, seed=0), torch.randn(2, 3, 8, 8))
+    assert [row.tokens for row in summary.rows] == [2 * 8 * 8, 2 * 6 * 6, 2 * 3 * 3]
+    assert list(summary.milliseconds) == ["2"]
+    lines = str(summary).splitlines()
+    assert "dense (stem)" in lines[2] and "dense (depthwise)" in lines[3]
+    assert lines[4].split()[:12] == ["2", "SparseConv2d", "32", "x", "16", "x", "3", "x", "3", "16x16", "5/18", "72.2%"]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsekern.topology import Grid, Topology
+from sparsekern.topology import Grid, Topology, conv_grid
 
 SIDES = (1, 2, 3, 4)
 
@@ -23,9 +23,19 @@ def grids(draw: st.DrawFn, sides: tuple[int, ...] = SIDES, most: int = 9) -> Gri
 
 
 @st.composite
-def topologies(draw: st.DrawFn, sides: tuple[int, ...] = SIDES) -> Topology:
+def conv_grids(draw: st.DrawFn, sides: tuple[int, ...] = SIDES) -> Grid:
+    """Grids of convolutions of up to 3 x 3 taps and 3 groups; each tap and group ends anywhere inside a block."""
+    bo, bi = draw(st.sampled_from(sides)), draw(st.sampled_from(sides))
+    kernel = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 3))
+    group_out, group_in = draw(st.integers(1, 3 * bo)), draw(st.integers(1, 3 * bi))
+    return conv_grid(groups * group_in, groups * group_out, kernel, (bo, bi), groups)
+
+
+@st.composite
+def topologies(draw: st.DrawFn, sides: tuple[int, ...] = SIDES, of: st.SearchStrategy[Grid] | None = None) -> Topology:
     """Any blocks of a grid in slots of any order, with up to 4 free ones between; sometimes all are free."""
-    grid = draw(grids(sides))
+    grid = draw(grids(sides) if of is None else of)
     free = draw(st.integers(0, 4))
     keys = draw(st.sets(st.integers(0, grid.cells - 1), min_size=0 if free else 1))
     slots = draw(st.permutations([*keys, *[-1] * free]))

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from sparsekern.kernels.contract import ConvShape
 
 from sparsekern.topology import Grid, Topology, dense_block_norms, gather_blocks, to_dense
 from tests.oracle import dense_weight, stored_blocks
-from tests.topology.strategies import grids, ints, topologies
+from tests.oracle_conv2d import conv_blocks, conv_weight
+from tests.topology.strategies import conv_grids, grids, ints, topologies
 
 NAN = float("nan")
 
@@ -71,6 +73,25 @@ def test_the_norms_of_the_blocks_are_those_of_the_matrix(grid: Grid) -> None:
 
     assert norms.shape == (grid.rows, grid.cols)
     torch.testing.assert_close(norms.norm(), weight.norm())
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(topologies(of=conv_grids()))
+def test_both_ways_agree_with_the_oracle_of_convolutions(topology: Topology) -> None:
+    grid = topology.grid
+    assert grid.kernel is not None
+    shape = ConvShape(grid.tap_in * grid.groups, grid.out_features, grid.kernel, groups=grid.groups)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(topology.slots, *grid.block, generator=generator, dtype=torch.float64)
+    weight = torch.randn(grid.weight_shape, generator=generator, dtype=torch.float64)
+
+    dense, gathered = to_dense(topology, values), gather_blocks(topology, weight)
+
+    assert dense.is_contiguous()
+    assert torch.equal(dense, conv_weight(values, topology.row, topology.col, shape))
+    assert torch.equal(gathered, conv_blocks(weight, topology.row, topology.col, grid.block, shape))
+    assert int((to_dense(topology, gathered) != 0).sum()) == topology.elements()
+    torch.testing.assert_close(dense_block_norms(grid, weight).norm(), weight.norm())
 
 
 def test_a_nan_is_gathered_only_by_its_own_block() -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparsekern.topology import DISTRIBUTIONS, Grid, allocate, blocks_at, check_sparsity
-from sparsekern.topology.distributions import fill, round_to_sum
+from sparsekern.topology import DISTRIBUTIONS, Grid, allocate, blocks_at, check_sparsity, conv_grid
+from sparsekern.topology.distributions import fill, round_to_sum, share
 
 
 def cells(rows: int, cols: int) -> Grid:
@@ -189,3 +190,32 @@ def test_an_unknown_distribution_is_refused() -> None:
 def test_fewer_blocks_than_layers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"sparsity 0.95 leaves 2 of 32 blocks for 3 layer\(s\)"):
         allocate([cells(4, 4), cells(4, 2), cells(2, 4)], 0.95)
+
+
+# Convolutions.
+
+
+def test_the_shares_of_a_convolution_by_hand() -> None:
+    """64 -> 128 channels, kernel 3 x 5, blocks of 32 x 16: 4 rows, 4 columns in each of 15 taps."""
+    grid = conv_grid(64, 128, (3, 5), (32, 16))
+
+    assert share(grid, "uniform") == 4 * 4 * 15
+    assert share(grid, "er") == (4 + 4) * 15
+    assert share(grid, "erk") == 4 + 4 + 8 / math.sqrt(512)
+
+
+def test_erk_of_unstructured_layers_is_that_of_the_paper() -> None:
+    """Density in proportion to (in + out + kh + kw) / (in * out * kh * kw), with no layer full."""
+    grids = [conv_grid(16, 32, (3, 3), (1, 1)), conv_grid(32, 64, (3, 3), (1, 1)), conv_grid(64, 64, (1, 1), (1, 1))]
+
+    found = allocate(grids, 0.98, "erk")
+
+    shares = [16 + 32 + 6, 32 + 64 + 6, 64 + 64 + 2]
+    exact = [sum(found) * s / sum(shares) for s in shares]
+    assert all(abs(a - b) <= 1 for a, b in zip(found, exact, strict=True))
+
+
+def test_groups_count_by_their_own_channels() -> None:
+    grid = conv_grid(64, 128, (3, 3), (16, 16), groups=4)
+
+    assert (share(grid, "uniform"), share(grid, "er")) == (8 * 9, (8 + 1) * 9)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekern.topology import Grid, Topology, balanced, by_norm, check_count, from_mask, random
+from sparsekern.topology import Grid, Topology, balanced, by_norm, check_count, conv_grid, from_mask, random
 from tests.topology.strategies import places
 
 
@@ -221,3 +221,14 @@ def test_by_norm_has_no_order_for_nan() -> None:
     weight[3, 0] = torch.nan
     with pytest.raises(ValueError, match="the weight holds NaN; its blocks have no order of strength"):
         by_norm(Grid(4, 4, (2, 2)), weight, 2)
+
+
+def test_by_norm_of_tied_taps_by_hand() -> None:
+    """Two channels in, two taps: 3 and 4 together are stronger than 4.5 alone, but 4.5 is the strongest block."""
+    grid = conv_grid(2, 1, (1, 2), (1, 1))
+    weight = torch.tensor([[[[3.0, 4.0]], [[4.5, 0.0]]]])
+
+    assert by_norm(grid, weight, 2).col.tolist() == [1, 2]  # column = tap * 2 + channel
+    assert by_norm(grid, weight, 2, tie_taps=True).col.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="blocks is 3; with tie_taps=True it must be a multiple of the 2 taps"):
+        by_norm(grid, weight, 3, tie_taps=True)

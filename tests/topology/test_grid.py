@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 
-from sparsekern.topology import Grid, block_pair
-from tests.topology.strategies import grids, ints
+from sparsekern.topology import Grid, block_pair, conv_grid
+from tests.topology.strategies import conv_grids, grids, ints
 
 
 def test_a_grid_by_hand() -> None:
@@ -87,3 +87,62 @@ def test_block_pair() -> None:
 def test_a_block_size_that_is_no_pair_of_ints_is_refused(block_size: object) -> None:
     with pytest.raises(TypeError, match="block_size is .*; it must be an int or a pair of ints"):
         block_pair(block_size)  # type: ignore[arg-type]
+
+
+# Convolutions.
+
+
+def test_the_grid_of_a_convolution_by_hand() -> None:
+    """Two groups of 5 x 3 channels and 3 x 1 taps, in blocks of 4 x 2: every group and every tap ends in an edge."""
+    grid = conv_grid(6, 10, (3, 1), (4, 2), groups=2)
+
+    assert (grid.out_features, grid.in_features, grid.weight_shape) == (10, 9, (10, 3, 3, 1))
+    assert (grid.rows, grid.cols, grid.group_rows, grid.tap_cols) == (4, 6, 2, 2)
+    assert grid.real_rows(ints(0, 1, 2, 3, -1)).tolist() == [4, 1, 4, 1, 0]
+    assert grid.real_cols(ints(0, 1, 2, 3, 4, 5, -1)).tolist() == [2, 1, 2, 1, 2, 1, 0]
+    assert grid.has_edge
+
+
+def test_an_edge_is_one_of_a_tap_or_a_group_not_of_the_matrix() -> None:
+    assert conv_grid(3, 8, (2, 2), (4, 4)).has_edge  # 12 columns divide by 4, 3 do not
+    assert conv_grid(4, 8, (2, 2), (4, 4), groups=2).has_edge
+    assert conv_grid(6, 8, (2, 2), (4, 2)).has_edge is False
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(conv_grids())
+def test_the_real_parts_make_up_the_weight_of_a_convolution(grid: Grid) -> None:
+    assert int(grid.real_rows(ints(*range(grid.rows))).sum()) == grid.out_features
+    assert int(grid.real_cols(ints(*range(grid.cols))).sum()) == grid.in_features
+    assert grid.has_edge == (grid.rows * grid.block[0] * grid.cols * grid.block[1] != grid.numel)
+
+
+def test_a_linear_grid_is_no_pointwise_convolution() -> None:
+    assert Grid(4, 6, (2, 3)) != conv_grid(6, 4, (1, 1), (2, 3))
+    assert Grid(4, 6, (2, 3)).weight_shape == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"in_channels": 0}, "in_channels is 0; it must be 1 or more"),
+        ({"out_channels": -2}, "out_channels is -2; it must be 1 or more"),
+        ({"groups": 3}, "in_channels is 4; it must be a multiple of groups = 3"),
+        ({"groups": 4}, "out_channels is 6; it must be a multiple of groups = 4"),
+        ({"groups": 0}, "groups is 0; it must be 1 or more"),
+        ({"kernel": (3, 0)}, "kernel_size is .3, 0.; it must be 1 or more each way"),
+        ({"block": (0, 4)}, "block_size is"),
+    ],
+)
+def test_a_convolution_that_is_none_is_refused(sizes: dict[str, object], text: str) -> None:
+    given = {"in_channels": 4, "out_channels": 6, "kernel": (3, 3), "block": (2, 2), **sizes}
+
+    with pytest.raises(ValueError, match=text):
+        conv_grid(**given)  # type: ignore[arg-type]
+
+
+def test_a_matrix_that_is_no_convolution_is_refused() -> None:
+    with pytest.raises(ValueError, match="in_features is 10; it must be a multiple of the 9 taps"):
+        Grid(4, 10, (2, 2), kernel=(3, 3))
+    with pytest.raises(ValueError, match="out_features is 4; it must be a multiple of the 3 groups"):
+        Grid(4, 9, (2, 2), kernel=(3, 3), groups=3)

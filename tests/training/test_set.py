@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.topology import Grid, from_mask, generator_for
+from sparsekern.topology import Grid, check_tied, from_mask, generator_for
 
 #   norms of the stored blocks, by place:       slots in row-major order
 #     9  .  1  .                                0: (0,0)=9   1: (0,2)=1
@@ -95,3 +95,42 @@ def test_the_drop_fraction_ends_at_zero():
         churn[-1] = None if churn[-1] is None else round(6 * method.metrics()["churn/"])
     # floor(6 * 0.25 (1 + cos(pi t / 8))): t = 1 2 3 4 5 6 7
     assert churn == [2, 2, 2, 1, None, None, None, None, None, None]
+
+
+@pytest.mark.parametrize("keep_connected", [False, True])
+def test_tied_taps_move_together(keep_connected):
+    module = sk.SparseConv2d(32, 32, 3, block_size=8, sparsity=0.5, tie_taps=True, seed=0, capacity=90)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    method = sk.SET(module, optimizer, update_every=1, drop_fraction=0.4, keep_connected=keep_connected)
+    for _ in range(4):
+        before = {*zip(module.row.tolist(), module.col.tolist(), strict=True)}
+        module(torch.randn(2, 32, 6, 6)).square().mean().backward()
+        optimizer.step()
+        assert method.step()
+        check_tied(module.topology)
+        after = {*zip(module.row.tolist(), module.col.tolist(), strict=True)}
+        assert len(after - before) == len(before - after) == 3 * 9 or keep_connected  # floor(0.4 * 8) cells of channels
+        assert len(after) == 73 and (-1, -1) in after
+
+
+def test_the_weakest_channels_of_tied_taps_go_by_their_common_norm():
+    """One tap of the first cell is the weakest block, and one the strongest."""
+    module = sk.SparseConv2d(4, 4, (1, 2), block_size=2, blocks=4, tie_taps=True, seed=0)
+    with torch.no_grad():
+        module.values.copy_(torch.tensor([0.0, 9, 3, 4]).view(4, 1, 1))
+    method = sk.SET(module, torch.optim.SGD(module.parameters()))
+    assert method.choose("", module, 0.5, generator_for(0)).slots.tolist() == [2, 3]
+
+
+def test_a_method_that_parts_tied_taps_is_stopped_before_anything_moves():
+    class Loose(sk.SET):
+        def choose(self, name, layer, fraction, generator):
+            move = super().choose(name, layer, fraction, generator)
+            return move._replace(slots=move.slots[:1], row=move.row[:1], col=move.col[:1])
+
+    module = sk.SparseConv2d(16, 16, 3, block_size=8, sparsity=0.5, tie_taps=True, seed=0)
+    method = Loose(module, torch.optim.SGD(module.parameters()), drop_fraction=0.5)
+    before = module.row.clone()
+    with pytest.raises(ValueError, match="taps; with tie_taps=True it must be all or none"):
+        method.update()
+    assert torch.equal(module.row, before)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparsekern.kernels.eager import chunks
-from sparsekern.kernels.eager.chunks import block_chunk, cut, spans, token_panel
+from sparsekern.kernels.eager.chunks import Panel, block_chunk, cut, panels, spans, token_panel
 
 many = st.integers(0, 10**7)
 byte_counts = st.integers(0, 10**9)
@@ -73,3 +73,26 @@ def test_cut_makes_a_view_where_the_side_divides(layout: str) -> None:
 def test_cut_of_no_tokens() -> None:
     assert cut(torch.empty(0, 5), 2).shape == (0, 3, 2)
     assert cut(torch.empty(0, 4), 2).shape == (0, 2, 2)
+
+
+def test_panels_are_whole_images_or_rows_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the scratch is 1000 bytes; a row takes 100 and an image 200 beside."""
+    monkeypatch.setattr(chunks, "SCRATCH_BYTES", 2000)
+
+    assert list(panels(5, 3, 100, 200)) == [Panel(0, 2, 0, 3), Panel(2, 4, 0, 3), Panel(4, 5, 0, 3)]
+    assert list(panels(2, 12, 100, 200)) == [Panel(n, n + 1, r, min(r + 8, 12)) for n in (0, 1) for r in (0, 8)]
+    assert list(panels(1, 2, 5000, 200)) == [Panel(0, 1, 0, 1), Panel(0, 1, 1, 2)]  # one is the least
+    assert list(panels(5, 2, 100, 0, most=4)) == [Panel(0, 2, 0, 2), Panel(2, 4, 0, 2), Panel(4, 5, 0, 2)]
+    assert list(panels(1, 4, 100, 0, most=0)) == [Panel(0, 1, r, r + 1) for r in range(4)]
+    assert list(panels(0, 4, 100, 0)) == []
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.integers(0, 9), st.integers(1, 40), st.integers(0, 10**7), st.integers(0, 10**7))
+def test_panels_cover_every_row_once_in_order(images: int, rows: int, row_bytes: int, image_bytes: int) -> None:
+    covered = []
+    for n0, n1, r0, r1 in panels(images, rows, row_bytes, image_bytes):
+        assert (r0, r1) == (0, rows) or n1 == n0 + 1
+        covered += [(n, r) for n in range(n0, n1) for r in range(r0, r1)]
+
+    assert covered == [(n, r) for n in range(images) for r in range(rows)]

@@ -1,0 +1,300 @@
+"""The block-sparse convolution: three ops, closed under differentiation as those of :mod:`sparsekern.ops.linear` are.
+
+Inside them everything is channels last. An input or a gradient in other strides is converted once, here, where autograd
+sees it; a pointwise convolution is the linear op on a view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekern.kernels.contract import PADDING, ConvShape, Index
+from sparsekern.ops import checks, conv2d_scores
+from sparsekern.ops.backends import backend_for, requested_backend, resolve
+from sparsekern.ops.library import below_autograd, define, wants_grad
+from sparsekern.ops.linear import linear
+from sparsekern.ops.probes import Probe
+from sparsekern.ops.shapes import channels_last, pack_shape, unpack_shape
+from sparsekern.topology import Grid
+
+Tensors = tuple[Tensor, ...]
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: Index,
+    grid: Grid,
+    shape: ConvShape,
+    probe: Probe | None = None,
+) -> Tensor:
+    """Convolve with a block-sparse weight, as :func:`torch.nn.functional.conv2d` does with a dense one.
+
+    Args:
+        x: ``(N, Cin, H, W)`` or ``(Cin, H, W)``, on the device and of the dtype of ``values`` (autocast casts it). Any
+            strides; channels last is native, anything else is copied into that.
+        values: ``(Z, bo, bi)``, the stored blocks.
+        bias: ``(Cout,)`` or None.
+        index: where the blocks are; :func:`sparsekern.topology.build_index`.
+        grid: the sizes of the weight; :func:`sparsekern.topology.conv_grid`.
+        shape: stride, padding, dilation and the rest.
+        probe: what to ask of the gradient of the whole weight; the answer is ``probe.tensor.grad``.
+
+    Returns:
+        ``(N, Cout, Ho, Wo)`` or ``(Cout, Ho, Wo)`` of the dtype of x, channels last.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: the backend that was asked for cannot run this.
+    """
+    checks.check_conv2d(x, values, bias, index, grid, shape)
+    if probe is not None:
+        checks.check_probe(probe, x, grid)
+    images = channels_last(x if x.dim() == 4 else x.unsqueeze(0))
+    if shape.is_pointwise:
+        y = linear(images.permute(0, 2, 3, 1), values, bias, index, grid, probe).permute(0, 3, 1, 2)
+    else:
+        y = _conv2d(
+            images,
+            values,
+            bias,
+            list(index),
+            pack_shape(shape),
+            None if probe is None else probe.tensor,
+            "" if probe is None else probe.kind,
+            [] if probe is None else list(probe.args),
+            requested_backend(),
+        )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _block(values: Tensor) -> tuple[int, int]:
+    return values.shape[1], values.shape[2]
+
+
+def _run_conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: list[Tensor],
+    shape: list[int],
+    probe: Tensor | None,
+    kind: str,
+    probe_args: list[Tensor],
+    backend: str,
+) -> Tensor:
+    chosen = backend_for(backend, "conv2d", x, _block(values))
+    return chosen.conv2d_fwd(channels_last(x), values, bias, Index(*index), unpack_shape(shape))
+
+
+def _run_dx(dy: Tensor, values: Tensor, index: list[Tensor], shape: list[int], size: list[int], backend: str) -> Tensor:
+    chosen = backend_for(backend, "conv2d", dy, _block(values))
+    return chosen.conv2d_dx(channels_last(dy), values, Index(*index), unpack_shape(shape), (size[0], size[1]))
+
+
+def _run_dvalues(
+    dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, shape: list[int], dtype: torch.dtype, backend: str
+) -> Tensor:
+    chosen = backend_for(backend, "conv2d", x, (bo, bi))
+    dy, x = channels_last(dy), channels_last(x)
+    return chosen.conv2d_dvalues(dy, x, Index(*index), (bo, bi), unpack_shape(shape), dtype)
+
+
+def _new_images(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)
+
+
+def _fake_conv2d(x: Tensor, values: Tensor, bias: Any, index: Any, shape: list[int], *rest: Any) -> Tensor:
+    sizes = unpack_shape(shape)
+    return _new_images(x, sizes.out_channels, *sizes.output_size(x.shape[2], x.shape[3]))
+
+
+def _fake_dx(dy: Tensor, values: Tensor, index: Any, shape: list[int], size: list[int], backend: str) -> Tensor:
+    return _new_images(dy, unpack_shape(shape).in_channels, size[0], size[1])
+
+
+def _fake_dvalues(
+    dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, shape: Any, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return x.new_empty(index[2].shape[0] - PADDING, bo, bi, dtype=dtype)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        probe: Tensor | None,
+        index: Tensors,
+        shape: list[int],
+        kind: str,
+        probe_args: Tensors,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, values, *index, *probe_args)
+        ctx.backend, ctx.kind, ctx.shape = backend, kind, shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.probe_dtype = None if probe is None else probe.dtype
+        return below_autograd(_conv2d, x, values, bias, list(index), shape, probe, kind, list(probe_args), backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, values, *rest = ctx.saved_tensors
+        index, probe_args = rest[:6], rest[6:]
+        bo, bi = _block(values)
+        dy = channels_last(dy)  # once for all that read it
+        need_x, need_values, need_bias, need_probe = ctx.needs_input_grad[:4]
+        dx = dvalues = dbias = dprobe = None
+        if need_x:
+            dx = _conv2d_dx(dy, values, index, ctx.shape, list(x.shape[2:]), ctx.backend)
+        if need_values:
+            dvalues = _conv2d_dvalues(dy, x, index, bo, bi, ctx.shape, values.dtype, ctx.backend)
+        if need_bias:
+            dbias = dy.sum((0, 2, 3), dtype=ctx.bias_dtype)
+        if need_probe:
+            dprobe = _probe_grad(ctx.kind, dy, x, probe_args, (bo, bi), ctx.shape, ctx.probe_dtype, ctx.backend)
+        return dx, dvalues, dbias, dprobe, None, None, None, None, None
+
+
+class _Conv2dDx(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dy: Tensor, values: Tensor, index: Tensors, shape: list[int], size: list[int], backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(dy, values, *index)
+        ctx.backend, ctx.shape = backend, shape
+        return below_autograd(_conv2d_dx, dy, values, list(index), shape, size, backend)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        dy, values, *index = ctx.saved_tensors
+        bo, bi = _block(values)
+        g = channels_last(g)
+        ddy = dvalues = None
+        if ctx.needs_input_grad[0]:
+            ddy = _conv2d(g, values, None, index, ctx.shape, None, "", [], ctx.backend)
+        if ctx.needs_input_grad[1]:
+            dvalues = _conv2d_dvalues(dy, g, index, bo, bi, ctx.shape, values.dtype, ctx.backend)
+        return ddy, dvalues, None, None, None, None
+
+
+class _Conv2dDvalues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        index: Tensors,
+        bo: int,
+        bi: int,
+        shape: list[int],
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(dy, x, *index)
+        ctx.backend, ctx.shape = backend, shape
+        return below_autograd(_conv2d_dvalues, dy, x, list(index), bo, bi, shape, dtype, backend)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        dy, x, *index = ctx.saved_tensors
+        ddy = dx = None
+        if ctx.needs_input_grad[0]:
+            ddy = _conv2d(x, g, None, index, ctx.shape, None, "", [], ctx.backend)
+        if ctx.needs_input_grad[1]:
+            dx = _conv2d_dx(dy, g, index, ctx.shape, list(x.shape[2:]), ctx.backend)
+        return ddy, dx, None, None, None, None, None, None
+
+
+def _probe_grad(
+    kind: str,
+    dy: Tensor,
+    x: Tensor,
+    args: list[Tensor],
+    block: tuple[int, int],
+    shape: list[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Return the gradient of a probe; :class:`Probe` says what each kind asks for."""
+    bo, bi = block
+    if kind == "candidates":
+        return _conv2d_dvalues(dy, x, args, bo, bi, shape, dtype, backend)
+    if kind == "norms":
+        return conv2d_scores.block_norms(dy, x, args[0], args[1], bo, bi, shape, backend).to(dtype)
+    if kind == "all_norms":
+        return conv2d_scores.all_block_norms(dy, x, bo, bi, shape, backend).to(dtype)
+    return conv2d_scores.sketch(dy, x, args[0], args[1], bo, bi, shape, backend).to(dtype)
+
+
+# As for the linear op, the backend is settled at the forward.
+
+
+def _conv2d_autograd(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    index: list[Tensor],
+    shape: list[int],
+    probe: Tensor | None,
+    kind: str,
+    probe_args: list[Tensor],
+    backend: str,
+) -> Tensor:
+    backend = resolve(backend, "conv2d", x, _block(values))
+    if wants_grad(x, values, bias, probe):
+        y: Tensor = _Conv2d.apply(x, values, bias, probe, tuple(index), shape, kind, tuple(probe_args), backend)
+        return y
+    return below_autograd(_conv2d, x, values, bias, index, shape, probe, kind, probe_args, backend)
+
+
+def _dx_autograd(
+    dy: Tensor, values: Tensor, index: list[Tensor], shape: list[int], size: list[int], backend: str
+) -> Tensor:
+    backend = resolve(backend, "conv2d", dy, _block(values))
+    if wants_grad(dy, values):
+        dx: Tensor = _Conv2dDx.apply(dy, values, tuple(index), shape, size, backend)
+        return dx
+    return below_autograd(_conv2d_dx, dy, values, index, shape, size, backend)
+
+
+def _dvalues_autograd(
+    dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, shape: list[int], dtype: torch.dtype, backend: str
+) -> Tensor:
+    backend = resolve(backend, "conv2d", x, (bo, bi))
+    if wants_grad(dy, x):
+        dvalues: Tensor = _Conv2dDvalues.apply(dy, x, tuple(index), bo, bi, shape, dtype, backend)
+        return dvalues
+    return below_autograd(_conv2d_dvalues, dy, x, index, bo, bi, shape, dtype, backend)
+
+
+_conv2d = define(
+    "conv2d",
+    "(Tensor x, Tensor values, Tensor? bias, Tensor[] index, int[] shape, "
+    "Tensor? probe, str probe_kind, Tensor[] probe_args, str backend) -> Tensor",
+    fake=_fake_conv2d,
+    run=_run_conv2d,
+    autograd=_conv2d_autograd,
+    casts=(0,),
+)
+_conv2d_dx = define(
+    "conv2d_dx",
+    "(Tensor dy, Tensor values, Tensor[] index, int[] shape, SymInt[] size, str backend) -> Tensor",
+    fake=_fake_dx,
+    run=_run_dx,
+    autograd=_dx_autograd,
+)
+_conv2d_dvalues = define(
+    "conv2d_dvalues",
+    "(Tensor dy, Tensor x, Tensor[] index, SymInt bo, SymInt bi, int[] shape, ScalarType dtype, str backend) -> Tensor",
+    fake=_fake_dvalues,
+    run=_run_dvalues,
+    autograd=_dvalues_autograd,
+)

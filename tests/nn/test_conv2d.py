@@ -1,0 +1,293 @@
+"""SparseConv2d is a drop-in nn.Conv2d."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sparsekern as sk
+from sparsekern.nn.conv2d import four_sides, layer_grid, pair
+from sparsekern.topology import balanced, check_tied, conv_grid, generator_for, tie
+
+SETTINGS = [
+    dict(kernel_size=3),
+    dict(kernel_size=3, padding=1, stride=2),
+    dict(kernel_size=(1, 3), padding=(0, 2), dilation=(1, 2)),
+    dict(kernel_size=(5, 3), padding=(2, 0), stride=(3, 1), bias=False),
+    dict(kernel_size=2, padding="same"),
+    dict(kernel_size=(4, 3), padding="same", dilation=(1, 3)),
+    dict(kernel_size=3, padding="valid"),
+    dict(kernel_size=1),
+    dict(kernel_size=1, stride=2),
+    dict(kernel_size=3, padding=1, groups=2),
+    dict(kernel_size=3, padding=1, groups=6),
+    dict(kernel_size=7, padding=3),
+    *(dict(kernel_size=3, padding=(1, 2), padding_mode=mode) for mode in ("reflect", "replicate", "circular")),
+    dict(kernel_size=2, padding="same", padding_mode="reflect"),
+]
+
+
+def layer(**options) -> sk.SparseConv2d:
+    settings = {"in_channels": 6, "out_channels": 12, "block_size": (4, 2), "sparsity": 0.5, "seed": 0}
+    return sk.SparseConv2d(**{**settings, "dtype": torch.float64, **options})
+
+
+def test_the_arguments_are_those_of_nn_conv2d_in_order():
+    ours, theirs = (list(inspect.signature(c).parameters) for c in (sk.SparseConv2d, nn.Conv2d))
+    assert ours[: len(theirs)] == theirs
+
+
+def test_the_docstring_says_what_is_sparse():
+    assert inspect.getdoc(sk.SparseConv2d).startswith("*Weight*-sparse")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_it_computes_what_its_dense_twin_computes(settings, memory_format):
+    module = layer(**settings)
+    dense = module.to_dense()
+    assert type(dense) is nn.Conv2d and repr(dense) == repr(nn.Conv2d(6, 12, **settings))
+    x = torch.randn(2, 6, 8, 9, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    z = x.detach().clone().requires_grad_()
+    y, expected = module(x), dense(z)
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+    if module.bias is not None:
+        torch.testing.assert_close(module.bias.grad, dense.bias.grad)
+    kept = module.dense_weight() != 0
+    grads = copy.deepcopy(module)
+    grads.values.data.copy_(module.values.grad)
+    torch.testing.assert_close(grads.dense_weight()[kept], dense.weight.grad[kept])
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[7], SETTINGS[12]], ids=str)
+def test_without_a_batch(settings):
+    module = layer(**settings)
+    x = torch.randn(6, 8, 9, dtype=torch.float64)
+    torch.testing.assert_close(module(x), module.to_dense()(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_from_dense_keeps_the_strongest_blocks(bias, groups):
+    dense = nn.Conv2d(6, 8, 3, padding=1, bias=bias, groups=groups)
+    module = sk.SparseConv2d.from_dense(dense, sparsity=0.5, block_size=2)
+    blocks = dense.weight.detach().view(4, 2, 6 // groups, 3, 3)
+    channels = -(-(6 // groups) // 2)
+    padded = nn.functional.pad(blocks, (0, 0, 0, 0, 0, 2 * channels - 6 // groups)).view(4, 2, channels, 2, 3, 3)
+    norms = padded.norm(dim=(1, 3))
+    kept = norms >= norms.flatten().topk(norms.numel() // 2).values[-1]
+    mask = kept.view(4, 1, channels, 1, 3, 3).expand(4, 2, channels, 2, 3, 3).reshape(8, -1, 3, 3)
+    assert torch.equal(module.dense_weight(), dense.weight * mask[:, : 6 // groups])
+    assert (module.bias is None) == (not bias)
+    if bias:
+        assert torch.equal(module.bias, dense.bias) and module.bias is not dense.bias
+
+
+def test_from_dense_with_tied_taps_keeps_the_strongest_channels():
+    dense = nn.Conv2d(4, 4, 3)
+    module = sk.SparseConv2d.from_dense(dense, sparsity=0.5, block_size=2, tie_taps=True)
+    norms = dense.weight.detach().view(2, 2, 2, 2, 9).square().sum((1, 3, 4))
+    kept = norms >= norms.flatten().topk(2).values[-1]
+    mask = kept.view(2, 1, 2, 1).expand(2, 2, 2, 2).reshape(4, 4, 1, 1)
+    assert torch.equal(module.dense_weight(), dense.weight * mask)
+    with pytest.raises(ValueError, match="blocks is 10; .* a multiple of the 9 taps"):
+        sk.SparseConv2d.from_dense(dense, blocks=10, block_size=2, tie_taps=True)
+
+
+def test_a_full_layer_is_the_dense_layer_both_ways():
+    dense = nn.Conv2d(5, 6, (2, 3), padding="same", padding_mode="circular").to(torch.bfloat16).eval()
+    back = sk.SparseConv2d.from_dense(dense, sparsity=0, block_size=4).eval().to_dense()
+    assert torch.equal(back.weight, dense.weight) and torch.equal(back.bias, dense.bias)
+    assert back.weight.dtype == torch.bfloat16 and not back.training and repr(back) == repr(dense)
+
+
+def test_from_dense_at_given_places():
+    dense = nn.Conv2d(4, 4, 3)
+    topology = balanced(conv_grid(4, 4, (3, 3), (2, 2)), 5, generator_for(0))
+    module = sk.SparseConv2d.from_dense(dense, topology=topology, capacity=7)
+    assert module.topology.blocks() == 5 and module.values.shape[0] == 7
+    kept = module.dense_weight() != 0
+    assert torch.equal(module.dense_weight()[kept], dense.weight[kept])
+
+
+ERRORS = [
+    (dict(padding_mode="mirror"), ValueError, "padding_mode is 'mirror'; it must be one of zeros, reflect"),
+    (dict(kernel_size=0), ValueError, "kernel_size is 0; it must be 1 or more each way"),
+    (dict(kernel_size=(3, 3, 3)), TypeError, r"kernel_size is \(3, 3, 3\); it must be an int or a pair of ints"),
+    (dict(stride=1.5), TypeError, "stride is 1.5; it must be an int or a pair"),
+    (dict(dilation=(1, 0)), ValueError, r"dilation is \(1, 0\); it must be 1 or more"),
+    (dict(padding=-1), ValueError, "padding is -1; it must be 0 or more"),
+    (dict(padding="full"), ValueError, "padding is 'full'; it must be an int, a pair of ints, 'same' or 'valid'"),
+    (dict(padding="same", stride=2), ValueError, r"padding='same' is not defined for stride \(2, 2\)"),
+    (dict(groups=4), ValueError, "in_channels is 6; it must be a multiple of groups = 4"),
+    (dict(sparsity=1), ValueError, "sparsity is 1"),
+    (dict(blocks=82), ValueError, "82 blocks were asked for"),
+    (dict(init="dense"), ValueError, "init is 'dense'"),
+    (
+        dict(tie_taps=True, blocks=10),
+        ValueError,
+        "blocks is 10; with tie_taps=True it must be a multiple of the 9 taps",
+    ),
+    (
+        dict(topology=balanced(conv_grid(6, 12, (3, 1), (4, 2)), 5, generator_for(0))),
+        ValueError,
+        r"topology is for Grid\(.*kernel=\(3, 1\).*the layer is Grid\(.*kernel=\(3, 3\)",
+    ),
+    (
+        dict(topology=balanced(conv_grid(6, 12, (3, 3), (4, 2)), 9, generator_for(0)), tie_taps=True),
+        ValueError,
+        "is stored in . of 9 taps; with tie_taps=True it must be all or none",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), ERRORS, ids=[text[:40] for _, _, text in ERRORS])
+def test_errors(options, error, text):
+    with pytest.raises(error, match=text):
+        layer(**{"kernel_size": 3, **options})
+
+
+def test_repr():
+    assert repr(layer(kernel_size=3)) == (
+        "SparseConv2d(6, 12, kernel_size=(3, 3), stride=(1, 1), bias=True, block_size=(4, 2), blocks=41/81, "
+        "sparsity=0.4938)"
+    )
+    module = layer(
+        kernel_size=2, padding="same", dilation=2, groups=3, padding_mode="reflect", tie_taps=True, device="meta"
+    )
+    assert repr(module) == (
+        "SparseConv2d(6, 12, kernel_size=(2, 2), stride=(1, 1), padding=same, dilation=(2, 2), groups=3, "
+        "padding_mode=reflect, bias=True, block_size=(4, 2), tie_taps=True, slots=8)"
+    )
+
+
+def test_default_block_size_is_no_wider_than_the_channels():
+    def sides(in_channels, out_channels, device="cpu", groups=1):
+        return layer_grid(in_channels, out_channels, (3, 3), None, groups, device).block
+
+    assert sides(64, 128) == (32, 32) and sides(64, 128, "cuda") == (64, 64)
+    assert sides(3, 16) == (16, 16) and sides(24, 64) == (32, 32) and sides(16, 64) == (32, 16)
+    assert sides(32, 64, "cuda") == (64, 32) and sides(128, 64, groups=4) == (16, 32)
+    assert layer_grid(64, 64, (3, 3), (8, 4), 1, None).block == (8, 4)
+
+
+def test_pair():
+    assert pair("stride", 2) == (2, 2) and pair("stride", [1, 3]) == (1, 3)
+    with pytest.raises(TypeError, match="stride is True"):
+        pair("stride", True)
+
+
+def test_same_puts_the_odd_row_below_and_the_odd_column_right():
+    assert four_sides("same", (2, 4), (1, 1), (1, 1)) == (0, 1, 1, 2)
+    assert four_sides("same", (3, 2), (1, 1), (2, 3)) == (2, 2, 1, 2)
+    assert four_sides((1, 2), (3, 3), (2, 2), (1, 1)) == (1, 1, 2, 2)
+
+
+def test_tied_taps_are_drawn_and_moved_together():
+    module = layer(kernel_size=3, tie_taps=True, capacity=54)
+    check_tied(module.topology)
+    assert module.topology.blocks() == 45  # 9 cells of channels at half, halves up: 5 of them in each tap
+    before = module.row.clone(), module.col.clone()
+    slots = module.topology.used().nonzero().flatten()[:1]
+    with pytest.raises(ValueError, match="is stored in 8 of 9 taps; .*: move the blocks of all taps together"):
+        module.move_(slots, torch.tensor([-1]), torch.tensor([-1]))
+    assert torch.equal(module.row, before[0]) and torch.equal(module.col, before[1])
+
+
+def test_tied_taps_refuse_what_is_not_tied():
+    module = layer(kernel_size=3, tie_taps=True, blocks=45)
+    loose = layer(kernel_size=3, blocks=45, seed=1).state_dict()
+    with pytest.raises(RuntimeError, match="the checkpoint's topology does not fit: the block at row"):
+        module.load_state_dict(loose)
+    module.row.copy_(loose["row"])
+    module.col.copy_(loose["col"])
+    with pytest.raises(ValueError, match="taps; with tie_taps=True it must be all or none"):
+        module.refresh_()
+    topology = tie(balanced(conv_grid(6, 12, (1, 1), (4, 2)), 5, generator_for(3)), module.grid)
+    module.load_state_dict(layer(kernel_size=3, topology=topology).state_dict())
+    assert torch.equal(module.row, topology.row)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[9]], ids=str)
+def test_checkpoints_dense_and_sparse(settings):
+    module, other = layer(**settings), layer(**settings, init="random")
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module.dense_weight(), other.dense_weight())
+    dense = nn.Conv2d(6, 12, **settings).double()
+    module.load_state_dict(dense.state_dict())
+    kept = other.dense_weight() != 0
+    assert torch.equal(module.dense_weight(), dense.weight * kept)
+    with pytest.raises(RuntimeError, match=r"weight has shape \(12, 6\); the layer is \(12, "):
+        module.load_state_dict({"weight": torch.zeros(12, 6), "bias": torch.zeros(12)})
+
+
+def test_it_survives_deepcopy_to_empty_and_half():
+    module = layer(kernel_size=3, tie_taps=True, dtype=torch.float32)
+    x = torch.randn(2, 6, 5, 5)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    assert module.weight.shape == (12, 6, 3, 3) and module.weight.dim() == 4
+    empty = layer(kernel_size=3, tie_taps=True, device="meta", dtype=torch.float32).to_empty(device="cpu")
+    assert torch.equal(empty.row, module.row) and torch.equal(empty.col, module.col)
+    assert copy.deepcopy(module).half()(x.half()).dtype == torch.float16
+
+
+def test_compile_fullgraph_with_backward_moves_and_batch_sizes():
+    torch._dynamo.reset()
+    module = layer(kernel_size=3, padding=1, stride=2, dtype=torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    optimizer = torch.optim.AdamW(module.parameters())
+    method = sk.SET(module, optimizer, update_every=1)
+    for images in (2, 3, 5, 4):
+        x = torch.randn(images, 6, 8, 8)
+        y = compiled(x)
+        torch.testing.assert_close(y, module(x))
+        y.square().sum().backward()
+        grad = module.values.grad.clone()
+        module.values.grad = None
+        module(x).square().sum().backward()
+        torch.testing.assert_close(module.values.grad, grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert method.step()
+    assert counter.frame_count <= 2
+
+
+def test_compile_a_model_with_pointwise_and_padded_convolutions():
+    torch._dynamo.reset()
+    model = nn.Sequential(
+        sk.SparseConv2d(8, 16, 3, padding="same", padding_mode="circular", block_size=4, sparsity=0.5),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        sk.SparseConv2d(16, 8, 1, block_size=4, sparsity=0.5),
+    )
+    x = torch.randn(2, 8, 6, 6)
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, model(x))
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    module = layer(kernel_size=3, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        y = module(torch.randn(2, 6, 8, 8))
+    assert y.dtype == dtype
+    y.float().square().mean().backward()
+    assert module.values.grad.dtype == torch.float32
+
+
+def test_export_is_a_snapshot_that_runs():
+    module = layer(kernel_size=3, dtype=torch.float32).eval()
+    x = torch.randn(2, 6, 8, 8)
+    program = torch.export.export(module, (x,))
+    torch.testing.assert_close(program.module()(x), module(x))
