@@ -55,7 +55,7 @@ def start(config: Config, folder: Path, observer: Observer) -> dict[str, Any]:
         Interrupted: the observer asked to stop.
     """
     data = load(config.data)
-    config = config.resolved(data.train_images.shape[0])
+    config = config.resolved(*data.train_images.shape[:2])
     _check(config, data)
     create(folder, config, data.describe(), environment(config))
     return _train(config, data, folder, observer)

@@ -8,10 +8,20 @@ import torch
 
 import sparsekern as sk
 from sparsekern.recipes import Config, Interrupted, Observer, checkpoint, resume, start
-from sparsekern.recipes.models import build
+from sparsekern.recipes.build import build
 from sparsekern.recipes.run import environment
 
-CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=3, batch_size=400, seeds=2, update_every=2, device="cpu")
+CONFIG = Config(
+    width=32,
+    block_size=8,
+    sparsity=0.5,
+    augment="none",
+    epochs=3,
+    batch_size=400,
+    seeds=2,
+    update_every=2,
+    device="cpu",
+)
 BATCHES = 4
 STEPS = 2 * 2 * 3 * BATCHES  # seeds, networks, epochs
 
@@ -84,7 +94,7 @@ def test_a_finished_checkpoint_holds_the_network_and_no_optimizer(straight):
     newest = checkpoint.latest(straight[0] / "checkpoints" / "seed-0")
     state = checkpoint.load_state(newest)
     assert state["finished"] and "learners" not in state
-    model = build("sparse", CONFIG, 64, 10, seed=99)
+    model = build("sparse", CONFIG, (1, 8, 8), 10, seed=99)
     checkpoint.load_model(newest, "sparse", model)
     keys = sk.sparse_layers(model)["hidden1"].topology.sorted_keys()
     assert torch.equal(keys, state["map"]["end"]) and not torch.equal(keys, state["map"]["start"])
