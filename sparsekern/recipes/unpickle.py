@@ -87,6 +87,6 @@ def _array(state: Any) -> numpy.ndarray:
     import numpy
 
     _, shape, dtype, fortran, content = state
-    if not isinstance(dtype, _DType) or dtype.arguments[0] not in ("u1", b"u1") or fortran:
-        raise ValueError("it holds an array that is not one of unsigned bytes in C order")
-    return numpy.frombuffer(content, dtype=numpy.uint8).reshape(shape)
+    if not isinstance(dtype, _DType) or dtype.arguments[0] not in ("u1", b"u1"):
+        raise ValueError("it holds an array that is not one of unsigned bytes")
+    return numpy.frombuffer(content, dtype=numpy.uint8).reshape(shape, order="F" if fortran else "C")

@@ -90,13 +90,12 @@ def test_a_class_that_is_allowed_does_nothing_when_it_is_called():
 
 @pytest.mark.parametrize("array", [numpy.ones((2, 2)), numpy.ones(2, "i4"), numpy.array([[], {}], dtype=object)])
 def test_arrays_of_another_kind_are_refused(array):
-    with pytest.raises(ValueError, match="an array that is not one of unsigned bytes in C order"):
+    with pytest.raises(ValueError, match="an array that is not one of unsigned bytes"):
         unpickle(pickle.dumps(array, 4), "x")
 
 
-def test_an_array_in_fortran_order_is_refused():
-    with pytest.raises(ValueError, match="C order"):
-        unpickle(pickle.dumps(numpy.asfortranarray(ARRAY), 4), "x")
+def test_an_array_in_fortran_order():
+    assert numpy.array_equal(unpickle(pickle.dumps(numpy.asfortranarray(ARRAY), 4), "x"), ARRAY)
 
 
 @pytest.mark.parametrize("content", [{1, 2}, 1j, bytearray(b"x")])

@@ -27,8 +27,9 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(N, channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
         y = self.relu(self.bn1(x))
-        shortcut: Tensor = x if self.shortcut is None else self.shortcut(y)
-        return shortcut + self.conv2(self.relu(self.bn2(self.conv1(y))))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        out: Tensor = shortcut + self.conv2(self.relu(self.bn2(self.conv1(y))))
+        return out
 
 
 class WideResNet(nn.Module):
