@@ -23,6 +23,9 @@ from sparsekern.training import METHODS
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
+MLP = Config()
+"""The default recipe, whose values the help shows."""
+
 
 def _option(text: str, default: object, *names: str) -> Any:
     """Return an option that is None unless it is given: its default is that of :class:`Config`."""
@@ -32,8 +35,6 @@ def _option(text: str, default: object, *names: str) -> Any:
 def _of_recipe(name: str) -> str:
     return f"the recipe's; {MLP.recipe}: {getattr(MLP, name)}"
 
-
-MLP = Config()
 
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 """What PyTorch says when there is not enough memory, on a CPU and on CUDA."""

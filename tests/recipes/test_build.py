@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekern import SparseLinear
+from sparsekern import SparseLinear, sparse_layers
 from sparsekern.recipes.build import build
 from sparsekern.recipes.config import Config
+from sparsekern.topology import allocate
 
 CONFIG = Config(width=64, block_size=8, sparsity=0.75)
 SHAPE = (1, 4, 5)
@@ -60,6 +61,13 @@ def test_the_image_size_reaches_the_network():
         for i in range(4)
         for name in ("attention.qkv", "attention.out", "feed_forward.fc1", "feed_forward.fc2")
     }
+
+
+def test_blocks_are_shared_out_as_the_recipe_says():
+    model = build("sparse", Config(recipe="simplevit-tiny", block_size=16), (3, 32, 32), 10, seed=0)
+    layers = sparse_layers(model).values()
+    grids, blocks = [layer.grid for layer in layers], [layer.topology.blocks() for layer in layers]
+    assert blocks == allocate(grids, 0.9, "er") != allocate(grids, 0.9, "uniform")
 
 
 def test_images_that_are_too_small():
