@@ -20,7 +20,7 @@ def draw_summary(
         path: of the picture.
         results: of the run.
         rows: of ``metrics.jsonl``.
-        block_map: of the first sparse layer of seed 0: its name, ``rows``, ``cols``, and the keys ``start``, ``end``.
+        block_map: of the largest sparse layer of seed 0: its name, ``rows``, ``cols``, and the keys ``start``, ``end``.
     """
     config, networks = results["config"], results["networks"]
     names = {"sparse": f"{100 * config['sparsity']:.4g} % sparse", "dense": "dense twin"}

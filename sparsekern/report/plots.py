@@ -109,7 +109,7 @@ def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
     axes.set_xlabel(f"input block (of {block_map.side} features)")
     axes.set_ylabel("output block")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single row has a single tick
     entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({len(both)})")]
     if shown - both:
         entries.append(Patch(color=only, label=f"{name} ({len(shown - both)})"))
