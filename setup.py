@@ -132,6 +132,7 @@ setup(
         "sparsekern.nn",
         "sparsekern.ops",
         "sparsekern.recipes",
+        "sparsekern.recipes.models",
         "sparsekern.report",
         "sparsekern.topology",
         "sparsekern.training",
