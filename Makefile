@@ -3,14 +3,16 @@ VENV   ?= .venv
 EXTRAS ?= demo,dev
 ARGS   ?=
 STAMP  := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 BIN    := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help install train test lint types clean
+.PHONY: help install train test bench lint types clean
 
 help:
 	@echo "make train   train a block-sparse network beside its dense twin (ARGS='--help' for the options)"
 	@echo "make test    run the tests"
+	@echo "make bench   race the CPU kernels against other libraries (eight minutes; ARGS=--quick: one)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the environment and what was built"
 
@@ -36,6 +38,13 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m bench.race $(ARGS)
+
+$(BENCH_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	@touch $@
 
 lint: $(STAMP) types
 	$(BIN)/ruff check .

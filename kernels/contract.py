@@ -33,6 +33,7 @@ last block of each tap and of each group may stick out; that part is phantom.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -135,6 +136,9 @@ class Backend(Protocol):
     def dvalues(self, dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Return the stored blocks of ``dW = dy' x`` as ``(Z, bo, bi)`` of ``dtype``."""
 
+    def backward(self, dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tensor, Tensor]:
+        """Return ``dx`` and ``dvalues`` (of the dtype of ``values``): both gradients of a layer, at once."""
+
     def block_norms(self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
         """Return the Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])`` of ``dy' x``."""
 
@@ -167,6 +171,14 @@ class Backend(Protocol):
         self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], shape: ConvShape
     ) -> Tensor:
         """Return ``(r, R, C)``: :meth:`sketch` for ``u (r, Cout)`` and ``v (r, kh*kw*Cin/groups)``."""
+
+
+def backward_in_two_calls(
+    dx: Callable[..., Tensor], dvalues: Callable[..., Tensor], dy: Tensor, x: Tensor, values: Tensor, index: Index
+) -> tuple[Tensor, Tensor]:
+    """Return what :meth:`Backend.backward` does, where doing both at once saves nothing."""
+    block = (values.shape[1], values.shape[2])
+    return dx(dy, values, index, x.shape[1]), dvalues(dy, x, index, block, values.dtype)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

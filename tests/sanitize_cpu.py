@@ -79,7 +79,7 @@ def cases(seeds: int) -> Iterator[dict[str, Any]]:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for seed in range(seeds):
         yield {"block": blocks[seed % 8], "dtype": dtypes[seed % 3]}
-    for tokens in (1, 5, 16, 17, 130, 300):
+    for tokens in (1, 2, 5, 12, 16, 17, 130, 300):
         for block in blocks[:3]:
             yield {"block": block, "dtype": dtypes[tokens % 3], "tokens": tokens}
     for block in ((16, 16), (32, 32)):  # enough for two threads
@@ -93,7 +93,14 @@ def sweep(library_file: Path, seeds: int) -> None:
     from sparsekern.kernels import cpu
     from sparsekern.kernels.cpu import library
 
-    from tests.oracle import check_kernels, random_case
+    from tests.oracle import Case, check_kernels, random_case
+    from tests.oracle_scores import check_norms, check_sketch, signs
+
+    def check(case: Case, pairs: int) -> None:
+        check_kernels(cpu, case)
+        u, v = signs(pairs, case.grid.out_features, 1), signs(pairs, case.grid.in_features, 2)
+        check_sketch(case, cpu.sketch(case.dy, case.x, u, v, case.grid.block), u, v)
+        check_norms(case, cpu.all_block_norms(case.dy, case.x, case.grid.block))
 
     library.FILE = library_file
     torch.set_num_threads(2)
@@ -110,8 +117,9 @@ def sweep(library_file: Path, seeds: int) -> None:
             library.release_scratch()
             real(which, arguments)
 
-        with mock.patch("sparsekern.kernels.cpu.linear.call", call):
-            done = [check_kernels(cpu, random_case(seed, **given)) for seed, given in enumerate(cases(seeds))]
+        patches = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in ("linear", "scores"))
+        with next(patches), next(patches):
+            done = [check(random_case(seed, **given), seed % 11 + 1) for seed, given in enumerate(cases(seeds))]
         print(f"{name}: {len(done)} cases", flush=True)
 
 

@@ -245,10 +245,10 @@ def plant_forward(monkeypatch, kernels, layer):
 
 
 def plant_backward(monkeypatch, kernels, layer):
-    def dvalues(dy, x, index, block, dtype):
-        return gather_blocks(layer.topology, dy.T @ x)
+    def backward(dy, x, values, index):
+        return kernels.dx(dy, values, index, x.shape[1]), gather_blocks(layer.topology, dy.T @ x)
 
-    monkeypatch.setattr(kernels, "dvalues", dvalues)
+    monkeypatch.setattr(kernels, "backward", backward)
 
 
 def plant_update(monkeypatch, kernels, layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,3 +78,22 @@ def named(op: str, result: object) -> Answer:
         return dict(zip(("y", "dx", "dvalues"), result, strict=True))
     assert isinstance(result, torch.Tensor)
     return {"y" if op == "fwd" else op: result}
+
+
+def joined(
+    name: str,
+    kind: str,
+    scene: Scene,
+    op: str,
+    fwd: Callable[[], torch.Tensor],
+    dx: Callable[[], torch.Tensor],
+    dvalues: Callable[[], torch.Tensor],
+) -> Contestant:
+    """Return a contestant without autograd, whose step is the three functions after each other."""
+    runs: dict[str, Callable[[], object]] = {
+        "fwd": fwd,
+        "dx": dx,
+        "dvalues": dvalues,
+        "step": lambda: (fwd(), dx(), dvalues()),
+    }
+    return Contestant(name, kind, torch.no_grad()(runs[op]), functools.partial(named, op))

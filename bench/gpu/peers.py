@@ -10,7 +10,6 @@ A peer that has no way to run a case raises :class:`NotSupported`; the race reco
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from bench.gpu.contestants import SPARSE, Contestant, named
+from bench.gpu.contestants import SPARSE, Contestant, joined
 from bench.gpu.scene import Answer, Scene
 
 MODULES = {"stk": "stk", "blksprs": "blksprs"}
@@ -81,7 +80,7 @@ def torch_bsr(scene: Scene, op: str) -> Contestant:
             raise NotSupported("torch.sparse has no Triton functions here")
         return functions.sampled_addmm(weight, scene.dy.t(), scene.x, beta=0.0, alpha=1.0).values()
 
-    return _joined("torch-bsr", scene, op, fwd, dx, dvalues)
+    return joined("torch-bsr", SPARSE, scene, op, fwd, dx, dvalues)
 
 
 def stk(scene: Scene, op: str) -> Contestant:
@@ -95,8 +94,9 @@ def stk(scene: Scene, op: str) -> Contestant:
     offsets = pointers(scene.row, grid.rows).int()
     weight = library.Matrix(size, scene.values, scene.row.int(), scene.col.int(), offsets)
     turned = weight.t()
-    return _joined(
+    return joined(
         "stk",
+        SPARSE,
         scene,
         op,
         lambda: library.ops.dds(scene.x, turned),
@@ -147,16 +147,3 @@ def blksprs(scene: Scene, op: str) -> Contestant:
         return found
 
     return Contestant("blksprs", SPARSE, torch.no_grad()(fwd) if op == "fwd" else step, answer)
-
-
-def _joined(
-    name: str, scene: Scene, op: str, fwd: Callable[[], Tensor], dx: Callable[[], Tensor], dvalues: Callable[[], Tensor]
-) -> Contestant:
-    """Return a contestant whose step is the three functions after each other."""
-    runs: dict[str, Callable[[], object]] = {
-        "fwd": fwd,
-        "dx": dx,
-        "dvalues": dvalues,
-        "step": lambda: (fwd(), dx(), dvalues()),
-    }
-    return Contestant(name, SPARSE, torch.no_grad()(runs[op]), functools.partial(named, op))

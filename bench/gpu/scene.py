@@ -4,7 +4,7 @@ The reference is a masked dense layer in float64, built from row and col alone: 
 is in it. Two bounds:
 
     element by element, for the package:  |err| <= (k + 2) * 2 * eps_acc * magnitude + eps_out * |exact|
-    as a whole, for everyone:             ||err|| <= eps_out * ||exact||
+    as a whole, for everyone:             ||err|| <= eps_out * ||exact||      (float32: see Judge)
 
 ``k`` is how many products a sum has, ``magnitude`` the same sum over absolute values. tf32 drops 13 bits of each
 factor, so a product is off by 2 ** -9 of itself; that term comes on top. Others are free to round partial sums to the
@@ -133,26 +133,35 @@ def make_scene(case: Case, device: torch.device, seed: int = 0) -> Scene:
 
 
 class Judge:
-    """Holds the exact answers of one case and says what is wrong with another one."""
+    """Holds the exact answers of one case and says what is wrong with another one.
 
-    def __init__(self, scene: Scene, op: str) -> None:
+    Args:
+        scene: the numbers.
+        op: which answers.
+        tf32: whether float32 is multiplied as tf32. If not, an answer in it as a whole may be off by what rounding
+            after each of ``k`` additions gives, ``sqrt(k) * eps``.
+    """
+
+    def __init__(self, scene: Scene, op: str, *, tf32: bool = True) -> None:
         self.scene, self.exact = scene, {name: scene.exact(name) for name in ANSWERS[op]}
+        self.tf32 = tf32 and scene.dtype == torch.float32
 
     def wrong(self, answer: Answer, by_element: bool) -> str | None:
         """Return what is wrong with an answer as half a sentence, or None."""
-        for name, (exact, magnitude, terms) in self.exact.items():
-            given = answer[name]
+        for name, given in answer.items():
+            exact, magnitude, terms = self.exact[name]
             dtype = torch.float32 if name in NORMS else self.scene.dtype
             if given.shape != exact.shape or given.dtype != dtype:
                 return f"{name} is {given.dtype} of shape {tuple(given.shape)}, not {tuple(exact.shape)}"
             error = (given.double() - exact).abs()
-            tf32 = self.scene.dtype == torch.float32
             eps_out = torch.finfo(self.scene.dtype).eps
+            eps_sum = torch.finfo(torch.float32).eps
             share = float(error.norm() / exact.norm())
-            if not share <= (2**-9 if tf32 else eps_out):  # NaN is not
+            allowed = 2**-9 if self.tf32 else max(eps_out, eps_sum * float(terms.max()) ** 0.5)
+            if not share <= allowed:  # NaN is not
                 return f"{name} is off by {share:.2g} of its norm"
             if by_element:
-                eps_product = (terms + 2) * 2 * torch.finfo(torch.float32).eps + (2**-9 if tf32 else 0.0)
+                eps_product = (terms + 2) * 2 * eps_sum + (2**-9 if self.tf32 else 0.0)
                 good = error <= eps_product * magnitude + eps_out * exact.abs()
                 if not bool(good.all()):
                     at = tuple((~good).nonzero()[0].tolist())

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.cpu.library import DTYPES, load, release_scratch, scratch_bytes
-from sparsekern.kernels.cpu.linear import dvalues, dx, fwd
+from sparsekern.kernels.cpu.linear import backward, dvalues, dx, fwd
 from sparsekern.kernels.cpu.scores import all_block_norms, block_norms, sketch
 
 __all__ = [
     "all_block_norms",
+    "backward",
     "block_norms",
     "dvalues",
     "dx",

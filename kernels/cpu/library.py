@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -36,7 +36,7 @@ class Matrix(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor) -> Matrix:
         """Describe a 2-D tensor that is no negated view and that outlives the call."""
-        return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.stride(1), DTYPES[x.dtype])
+        return cls(x.data_ptr(), *x.shape, *x.stride(), DTYPES[x.dtype])
 
 
 class Order(ctypes.Structure):
@@ -93,6 +93,30 @@ class Outer(ctypes.Structure):
         ("shift", ctypes.c_int32),
         ("scratch", ctypes.c_void_p),
     )
+
+
+class Sketch(ctypes.Structure):
+    """``Sketch`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        ("dy", Matrix),
+        ("x", Matrix),
+        ("u", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("pairs", ctypes.c_int64),
+        ("bo", ctypes.c_int32),
+        ("bi", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("panel", ctypes.c_int64),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class Backward(ctypes.Structure):
+    """``Backward`` of ``csrc/api.h``."""
+
+    _fields_ = (("dx", Multiply), ("dvalues", Outer))
 
 
 @functools.cache

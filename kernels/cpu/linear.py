@@ -8,8 +8,8 @@ their gradient where these are of another dtype.
 from __future__ import annotations
 
 import torch
-from sparsekern.kernels.contract import Index
-from sparsekern.kernels.cpu.library import Matrix, Multiply, Order, Outer, call, threads
+from sparsekern.kernels.contract import Index, backward_in_two_calls
+from sparsekern.kernels.cpu.library import Backward, Matrix, Multiply, Order, Outer, call, threads
 from torch import Tensor
 
 Lists = tuple[Tensor, Tensor, Tensor]
@@ -30,33 +30,29 @@ def dx(dy: Tensor, values: Tensor, index: Index, in_features: int) -> Tensor:
 def _multiply(
     x: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, features: int, *, transposed: bool
 ) -> Tensor:
-    slots, bo, bi = values.shape
     y = x.new_empty(x.shape[0], features)
     if y.numel() == 0:
         return y
-    x = x.resolve_neg()  # the library sees memory, and a negated view is a flag beside it
-    values = values.to(x.dtype).float().resolve_neg().contiguous()
-    bias = None if bias is None else bias.float().resolve_neg().contiguous()
-    call(
-        "sk_multiply",
-        Multiply(
-            Matrix.of(x),
-            Matrix.of(y),
-            values.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            Order.of(*lists, slots),
-            bo if transposed else bi,
-            bi if transposed else bo,
-            transposed,
-            threads(),
-        ),
-    )
+    x, read, bias = positive(x), _as_read(values, x.dtype), None if bias is None else numbers(bias)
+    call("sk_multiply", _product(x, y, read, bias, lists, transposed=transposed))
     return y
+
+
+def positive(x: Tensor) -> Tensor:
+    """Return a tensor that is no negated view: the library sees memory, and that is a flag beside it."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def numbers(x: Tensor) -> Tensor:
+    """Return a tensor as the library reads weights: contiguous float32. Asking is cheaper than converting in vain."""
+    x = positive(x if x.dtype is torch.float32 else x.float())
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.dvalues`."""
-    return outer_blocks(dy, x, (index.row_ptr, index.row_col, index.row_slot), index.slots, block).to(dtype)
+    out = outer_blocks(dy, x, (index.row_ptr, index.row_col, index.row_slot), index.slots, block)
+    return out if dtype is torch.float32 else out.to(dtype)
 
 
 def outer_blocks(dy: Tensor, x: Tensor, lists: Lists, slots: int, block: tuple[int, int]) -> Tensor:
@@ -71,10 +67,54 @@ def outer_blocks(dy: Tensor, x: Tensor, lists: Lists, slots: int, block: tuple[i
     """
     if x.shape[0] == 0 or slots == 0:
         return torch.zeros(slots, *block, dtype=torch.float32, device=x.device)
-    dy, x = dy.resolve_neg(), x.resolve_neg()
+    dy, x = positive(dy), positive(x)
     out = torch.empty(slots, *block, dtype=torch.float32, device=x.device)
-    call(
-        "sk_outer",
-        Outer(Matrix.of(dy), Matrix.of(x), out.data_ptr(), Order.of(*lists, slots), *block, threads()),
-    )
+    call("sk_outer", _outer(dy, x, out, lists))
     return out
+
+
+def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tensor, Tensor]:
+    """Return ``dx, dvalues``, the same to the bit as one after the other: ``dy`` is packed once for both.
+
+    See :meth:`sparsekern.kernels.contract.Backend.backward`.
+    """
+    if x.shape[0] == 0 or index.slots == 0:
+        return backward_in_two_calls(dx, dvalues, dy, x, values, index)
+    grad_x = dy.new_empty(x.shape)
+    grad_values = torch.empty(values.shape, dtype=torch.float32, device=x.device)
+    dy, x, read = positive(dy), positive(x), _as_read(values, dy.dtype)
+    call(
+        "sk_backward",
+        Backward(
+            _product(dy, grad_x, read, None, (index.col_ptr, index.col_row, index.col_slot), transposed=True),
+            _outer(dy, x, grad_values, (index.row_ptr, index.row_col, index.row_slot)),
+        ),
+    )
+    return grad_x, grad_values if values.dtype is torch.float32 else grad_values.to(values.dtype)
+
+
+# Addresses are all that these structures hold: the tensors must be kept until the call is over.
+
+
+def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return numbers(values if values.dtype is dtype else values.to(dtype))
+
+
+def _product(x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, *, transposed: bool) -> Multiply:
+    slots, bo, bi = values.shape
+    return Multiply(
+        Matrix.of(x),
+        Matrix.of(y),
+        values.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        Order.of(*lists, slots),
+        bo if transposed else bi,
+        bi if transposed else bo,
+        transposed,
+        threads(),
+    )
+
+
+def _outer(dy: Tensor, x: Tensor, out: Tensor, lists: Lists) -> Outer:
+    slots, bo, bi = out.shape
+    return Outer(Matrix.of(dy), Matrix.of(x), out.data_ptr(), Order.of(*lists, slots), bo, bi, threads())

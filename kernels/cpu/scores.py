@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import torch
-from sparsekern.kernels.cpu.linear import outer_blocks
-from sparsekern.kernels.eager import sketch
+from sparsekern.kernels.cpu.library import Matrix, Sketch, call, threads
+from sparsekern.kernels.cpu.linear import numbers, outer_blocks, positive
 from sparsekern.kernels.eager.chunks import spans
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["all_block_norms", "block_norms", "sketch"]
 
 CHUNK_BYTES = 8 * 2**20
 """What the blocks of a chunk may take before they are reduced to norms, with the lists that say where they are."""
+
+GROUP, GROUP_PAIRS = 32, 8
+"""Of ``csrc/api.h``: a sketch comes in tiles of so many block rows and columns, for so many pairs at a time."""
 
 LIST_BYTES = 48
 """What these lists take a block, those in the scratch of the library with them; at 1x1 far more than the block."""
@@ -43,10 +47,37 @@ def _chunk(block: tuple[int, int]) -> int:
 
 
 def _norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the norms of blocks that are given in the order of their rows."""
-    rows = -(-dy.shape[1] // block[0])
+    """Return the norms of blocks that are given in the order of their rows; only these rows of dy are packed."""
+    if not row.shape[0]:
+        return torch.empty(0, dtype=torch.float32, device=x.device)
+    first, rows = int(row[0]), int(row[-1]) + 1 - int(row[0])
+    dy, row = dy[:, first * block[0] : (first + rows) * block[0]], row - first
     row_ptr = torch.searchsorted(row, torch.arange(rows + 1, dtype=torch.int32, device=x.device), out_int32=True)
     slot = torch.arange(row.shape[0], dtype=torch.int32, device=x.device)
     blocks = outer_blocks(dy, x, (row_ptr, col.contiguous(), slot), row.shape[0], block)
     norms: Tensor = torch.linalg.vector_norm(blocks, dim=(1, 2))
     return norms
+
+
+def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return ``(r, R, C)``; see :meth:`sparsekern.kernels.contract.Backend.sketch`.
+
+    ``u' G v`` of a block is a sum over tokens of ``(dy . u) (x . v)``, so G is not needed: dy and x are read once.
+    """
+    pairs, rows, cols = u.shape[0], -(-dy.shape[1] // block[0]), -(-x.shape[1] // block[1])
+    if not (pairs and rows and cols and x.shape[0]):
+        return torch.zeros(pairs, rows, cols, dtype=torch.float32, device=x.device)
+    dy, x, u, v = positive(dy), positive(x), _columns(u), _columns(v)
+    groups = -(-rows // GROUP), -(-cols // GROUP)
+    tiles = torch.empty(pairs, *groups, GROUP, GROUP, dtype=torch.float32, device=x.device)
+    call(
+        "sk_sketch",
+        Sketch(Matrix.of(dy), Matrix.of(x), u.data_ptr(), v.data_ptr(), tiles.data_ptr(), pairs, *block, threads()),
+    )
+    whole = tiles.transpose(2, 3).reshape(pairs, groups[0] * GROUP, groups[1] * GROUP)
+    return whole[:, :rows, :cols].contiguous()
+
+
+def _columns(u: Tensor) -> Tensor:
+    """Return ``(r, F)`` as ``(F, r)`` for the library, with zeros up to a whole number of groups of pairs."""
+    return numbers(pad(u.float(), (0, 0, 0, -u.shape[0] % GROUP_PAIRS)).t())

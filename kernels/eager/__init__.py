@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import torch
+from sparsekern.kernels.contract import Index, backward_in_two_calls
 from sparsekern.kernels.eager.chunks import SCRATCH_BYTES
 from sparsekern.kernels.eager.conv2d import conv2d_dvalues, conv2d_dx, conv2d_fwd
 from sparsekern.kernels.eager.conv2d_scores import conv2d_all_block_norms, conv2d_block_norms, conv2d_sketch
 from sparsekern.kernels.eager.linear import dvalues, dx, fwd
 from sparsekern.kernels.eager.scores import all_block_norms, block_norms, sketch
+from torch import Tensor
 
 __all__ = [
     "SCRATCH_BYTES",
     "all_block_norms",
+    "backward",
     "block_norms",
     "conv2d_all_block_norms",
     "conv2d_block_norms",
@@ -30,3 +33,8 @@ __all__ = [
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
     """Return None: there is nothing that these kernels cannot run."""
     return None
+
+
+def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tensor, Tensor]:
+    """Return ``dx, dvalues``; see :meth:`sparsekern.kernels.contract.Backend.backward`."""
+    return backward_in_two_calls(dx, dvalues, dy, x, values, index)

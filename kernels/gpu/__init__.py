@@ -10,14 +10,14 @@ import functools
 from importlib.util import find_spec
 
 import torch
-from sparsekern.kernels.contract import Index
+from sparsekern.kernels.contract import Index, backward_in_two_calls
 from sparsekern.kernels.gpu.launch import interpreted
 from torch import Tensor
 
 SIDES = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-__all__ = ["DTYPES", "SIDES", "all_block_norms", "block_norms", "dvalues", "dx", "fwd", "sketch", "why_not"]
+__all__ = ["DTYPES", "SIDES", "all_block_norms", "backward", "block_norms", "dvalues", "dx", "fwd", "sketch", "why_not"]
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
@@ -67,6 +67,11 @@ def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: 
     from sparsekern.kernels.gpu import linear
 
     return linear.dvalues(dy, x, index, block, dtype)
+
+
+def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tensor, Tensor]:
+    """Return ``dx, dvalues``; see :meth:`sparsekern.kernels.contract.Backend.backward`."""
+    return backward_in_two_calls(dx, dvalues, dy, x, values, index)
 
 
 def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:

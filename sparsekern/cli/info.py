@@ -47,7 +47,7 @@ def _versions() -> dict[str, str | None]:
 def _devices() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": {"model": _cpu_model(), "cores": _cores(), "torch_threads": torch.get_num_threads()},
+        "cpu": {"model": cpu_model(), "cores": _cores(), "torch_threads": torch.get_num_threads()},
         "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
     }
 
@@ -57,7 +57,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """Return the name of the processor, on Linux as it says itself; elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("sparsekern", "DEF")
 """Alive as long as the module: the registrations go with it."""
 
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
+"""What an op may return."""
+
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -23,17 +26,17 @@ def define(
     name: str,
     schema: str,
     *,
-    fake: Callable[..., Tensor],
-    run: Callable[..., Tensor],
-    autograd: Callable[..., Tensor],
+    fake: Callable[..., Result],
+    run: Callable[..., Result],
+    autograd: Callable[..., Result],
     casts: tuple[int, ...] = (),
-) -> Callable[..., Tensor]:
+) -> Callable[..., Result]:
     """Register ``sparsekern::name`` and return the function that calls it.
 
     Args:
         name: name of the op.
         schema: its arguments and result; sizes as ``SymInt``, or every batch size would compile anew.
-        fake: the result's shape, dtype, device and strides.
+        fake: the shape, dtype, device and strides of the result, which is a tensor or two.
         run: the implementation, for every device.
         autograd: what runs at the Autograd key; calls :func:`below_autograd` at the end.
         casts: positions of arguments that autocast casts to its dtype. Weights are not among them: they stay in
@@ -43,13 +46,13 @@ def define(
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, autograd, "Autograd")
-    op: Callable[..., Tensor] = getattr(torch.ops.sparsekern, name).default
+    op: Callable[..., Result] = getattr(torch.ops.sparsekern, name).default
     for device_type, key in AUTOCAST_KEYS.items():
         LIBRARY.impl(name, _autocast_kernel(op, device_type, key, casts), key)
     return op
 
 
-def below_autograd(op: Callable[..., Tensor], *args: Any) -> Tensor:
+def below_autograd(op: Callable[..., Result], *args: Any) -> Result:
     """Call the implementation of an op from its own autograd kernel."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -72,15 +75,15 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def _autocast_kernel(
-    op: Callable[..., Tensor], device_type: str, key: str, casts: tuple[int, ...]
-) -> Callable[..., Tensor]:
+    op: Callable[..., Result], device_type: str, key: str, casts: tuple[int, ...]
+) -> Callable[..., Result]:
     """Cast, then call with autocast off: a kernel made of PyTorch ops would be cast again inside.
 
     An own kernel rather than ``torch.library.register_autocast``, which freezes one dtype at registration.
     """
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(*args: Any) -> Tensor:
+    def kernel(*args: Any) -> Result:
         dtype = torch.get_autocast_dtype(device_type)
         cast = [_cast(a, dtype) if i in casts else a for i, a in enumerate(args)]
         with torch._C._ExcludeDispatchKeyGuard(excluded):

@@ -5,10 +5,13 @@ Three ops, closed under differentiation, so that derivatives of any order exist:
     linear          y = x W'            dx = linear_dx(dy, W)       dW = linear_dvalues(dy, x)
     linear_dx       dx = dy W           ddy = linear(g, W)          dW = linear_dvalues(dy, g)
     linear_dvalues  dW = dy' x on W     ddy = linear(x, G)          dx = linear_dx(dy, G)
+
+A fourth, ``linear_backward``, is the last two at once, for a backward that is not differentiated itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,6 +99,10 @@ def _run_dvalues(
     return chosen.dvalues(dy, x, Index(*index), (bo, bi), dtype)
 
 
+def _run_backward(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    return backend_for(backend, "linear", x, _block(values)).backward(dy, x, values, Index(*index))
+
+
 def _fake_linear(x: Tensor, values: Tensor, bias: Any, index: Any, out_features: int, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
 
@@ -108,6 +115,10 @@ def _fake_dvalues(
     dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     return x.new_empty(index[2].shape[0] - PADDING, bo, bi, dtype=dtype)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, values: Tensor, index: Any, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), values.new_empty(values.shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -138,8 +149,13 @@ class _Linear(torch.autograd.Function):
         index, probe_args = rest[:6], rest[6:]
         bo, bi = _block(values)
         need_x, need_values, need_bias, need_probe = ctx.needs_input_grad[:4]
-        dx = _linear_dx(dy, values, index, x.shape[1], ctx.backend) if need_x else None
-        dvalues = _linear_dvalues(dy, x, index, bo, bi, values.dtype, ctx.backend) if need_values else None
+        dx = dvalues = None
+        if need_x and need_values:
+            dx, dvalues = _linear_backward(dy, x, values, index, ctx.backend)
+        elif need_x:
+            dx = _linear_dx(dy, values, index, x.shape[1], ctx.backend)
+        elif need_values:
+            dvalues = _linear_dvalues(dy, x, index, bo, bi, values.dtype, ctx.backend)
         dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
         dprobe = (
             _probe_grad(ctx.kind, dy, x, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend) if need_probe else None
@@ -245,7 +261,16 @@ def _dvalues_autograd(
     return below_autograd(_linear_dvalues, dy, x, index, bo, bi, dtype, backend)
 
 
-_linear = define(
+def _backward_autograd(
+    dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
+    if wants_grad(dy, x, values):  # of a higher order: the two ops know their derivatives
+        dx = _linear_dx(dy, values, index, x.shape[1], backend)
+        return dx, _linear_dvalues(dy, x, index, *_block(values), values.dtype, backend)
+    return below_autograd(_linear_backward, dy, x, values, index, resolve(backend, "linear", x, _block(values)))
+
+
+_linear: Callable[..., Tensor] = define(
     "linear",
     "(Tensor x, Tensor values, Tensor? bias, Tensor[] index, SymInt out_features, "
     "Tensor? probe, str probe_kind, Tensor[] probe_args, str backend) -> Tensor",
@@ -254,17 +279,24 @@ _linear = define(
     autograd=_linear_autograd,
     casts=(0,),
 )
-_linear_dx = define(
+_linear_dx: Callable[..., Tensor] = define(
     "linear_dx",
     "(Tensor dy, Tensor values, Tensor[] index, SymInt in_features, str backend) -> Tensor",
     fake=_fake_dx,
     run=_run_dx,
     autograd=_dx_autograd,
 )
-_linear_dvalues = define(
+_linear_dvalues: Callable[..., Tensor] = define(
     "linear_dvalues",
     "(Tensor dy, Tensor x, Tensor[] index, SymInt bo, SymInt bi, ScalarType dtype, str backend) -> Tensor",
     fake=_fake_dvalues,
     run=_run_dvalues,
     autograd=_dvalues_autograd,
+)
+_linear_backward: Callable[..., tuple[Tensor, Tensor]] = define(
+    "linear_backward",
+    "(Tensor dy, Tensor x, Tensor values, Tensor[] index, str backend) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+    run=_run_backward,
+    autograd=_backward_autograd,
 )

@@ -5,6 +5,7 @@ Each op runs on the backend it is given by name; ``"auto"`` takes the fastest th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class _NotDifferentiable(torch.autograd.Function):
     """Scores choose blocks; a gradient through the choice has no meaning, and zero would be a silent lie."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, dy: Tensor, x: Tensor, *args: Any) -> Tensor:
+    def forward(ctx: Any, op: Callable[..., Tensor], dy: Tensor, x: Tensor, *args: Any) -> Tensor:
         return below_autograd(op, dy, x, *args)
 
     @staticmethod
@@ -31,7 +32,7 @@ def autograd_kernel(name: str) -> Any:
     """Return what runs at the Autograd key of a score op ``name(dy, x, ...)``: its gradient raises."""
 
     def kernel(dy: Tensor, x: Tensor, *args: Any) -> Tensor:
-        op = getattr(torch.ops.sparsekern, name).default
+        op: Callable[..., Tensor] = getattr(torch.ops.sparsekern, name).default
         if wants_grad(dy, x):
             result: Tensor = _NotDifferentiable.apply(op, dy, x, *args)
             return result
@@ -69,7 +70,7 @@ def _cells(x: Tensor, side: int) -> int:
     return (x.shape[1] + side - 1) // side
 
 
-block_norms = define(
+block_norms: Callable[..., Tensor] = define(
     "linear_block_norms",
     "(Tensor dy, Tensor x, Tensor row, Tensor col, SymInt bo, SymInt bi, str backend) -> Tensor",
     fake=_fake_block_norms,
@@ -78,7 +79,7 @@ block_norms = define(
 )
 """Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])``; float32 (float64 for float64)."""
 
-all_block_norms = define(
+all_block_norms: Callable[..., Tensor] = define(
     "linear_all_block_norms",
     "(Tensor dy, Tensor x, SymInt bo, SymInt bi, str backend) -> Tensor",
     fake=_fake_all_block_norms,
@@ -87,7 +88,7 @@ all_block_norms = define(
 )
 """Frobenius norms ``(R, C)`` of all blocks; float32 (float64 for float64)."""
 
-sketch = define(
+sketch: Callable[..., Tensor] = define(
     "linear_sketch",
     "(Tensor dy, Tensor x, Tensor u, Tensor v, SymInt bo, SymInt bi, str backend) -> Tensor",
     fake=_fake_sketch,

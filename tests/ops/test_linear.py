@@ -65,6 +65,23 @@ def test_only_the_gradients_asked_for_are_computed(wanted, monkeypatch):
     assert all((tensor.grad is not None) == (name in wanted.split()) for name, tensor in named.items())
 
 
+def test_a_backward_computes_both_gradients_at_once_unless_it_is_differentiated_itself(monkeypatch):
+    grid = GRIDS["edges"]
+    topology, x, values, _ = case(grid)
+    calls = []
+    monkeypatch.setattr(eager, "backward", lambda *a, real=eager.backward: (calls.append(a), real(*a))[1])
+
+    def gradients(**how):
+        return torch.autograd.grad(ops.linear(x, values, None, build_index(topology), grid).sum(), (x, values), **how)
+
+    at_once = gradients()
+    assert len(calls) == 1
+    one_by_one = gradients(create_graph=True)
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+    assert all(grad.requires_grad for grad in one_by_one)
+
+
 @pytest.mark.parametrize("shape", [(9,), (0, 9), (2, 3, 9), (2, 0, 9)], ids=str)
 def test_leading_dimensions(shape):
     grid = GRIDS["edges"]

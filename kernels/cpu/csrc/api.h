@@ -54,6 +54,24 @@ struct Outer {
   int32_t shift;
   char *scratch;
 };
+
+// The sketch of dy' x: see sketch.h.
+struct Sketch {
+  Matrix dy, x;
+  const float *u, *v;    // (dy.cols, pairs) and (x.cols, pairs), pairs filled up to a multiple of GROUP_PAIRS
+  float *out;            // (pairs, groups of block rows, groups of block columns, GROUP, GROUP)
+  int64_t pairs;
+  int32_t bo, bi;
+  int32_t threads;
+  int64_t panel;         // tokens whose projections are held at a time
+  char *scratch;
+};
+
+// Both gradients of a layer, from one dy: see backward.h. The panels and the scratch are those of `dvalues`.
+struct Backward {
+  Multiply dx;
+  Outer dvalues;
+};
 }
 
 // What an instruction set offers.
@@ -62,8 +80,10 @@ struct Kernels {
   void (*multiply)(const Multiply &);
   void (*multiply_few)(const Multiply &);
   void (*outer)(const Outer &);
+  void (*backward)(const Backward &);
   void (*multiply_elements)(const Multiply &);
   void (*outer_elements)(const Outer &);
+  void (*sketch)(const Sketch &);
 };
 
 extern const Kernels generic_kernels;
@@ -76,6 +96,13 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 inline int64_t blocks_of(int64_t features, int64_t side) { return (features + side - 1) / side; }
 constexpr int64_t LINE = 16;         // floats of a cache line: buffers start at one
 constexpr int64_t MOST_ROWS = 24;    // tokens of the largest tile
-constexpr int64_t FEW_TOKENS = 8;    // up to so many the forward reads blocks as they are stored
+constexpr int64_t ASIDE = MOST_ROWS * 2 * LINE;  // floats of a tile that is written aside first
+constexpr int64_t FEW_TOKENS = 16;   // up to so many the forward reads blocks as they are stored
 constexpr int64_t MULTIPLY_LANES = 64;  // tokens of a panel at 1x1
 constexpr int64_t OUTER_LANES = 256;    // the same for the gradient: a constant, its sums are formed lane by lane
+constexpr int64_t GROUP = 32;           // block rows (columns) of a sketch that are multiplied together
+constexpr int64_t GROUP_PAIRS = 8;
+constexpr int64_t SKETCH_TOKENS = 256;  // at most so many are projected before they are multiplied; a multiple of 32
+
+inline int64_t sketch_groups(const Matrix &x, int64_t side) { return blocks_of(blocks_of(x.cols, side), GROUP); }
+inline int64_t sketch_floats(int64_t pairs) { return 128 * 32 + round_up(pairs, GROUP_PAIRS) * 2 * 16 * 16; }  // a thread

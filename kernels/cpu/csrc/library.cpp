@@ -15,7 +15,7 @@
 
 namespace {
 
-const int ABI = 1;  // raised with every change of api.h or of a signature below; library.py asks for it
+const int ABI = 2;  // raised with every change of api.h or of a signature below; library.py asks for it
 
 // The scratch memory: arenas that grow, one a running call, idle ones kept for the next.
 struct Arena {
@@ -97,7 +97,7 @@ const Kernels *by_name(const char *name) {
 void expect_large(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t page = 1 << 21;
-  if (bytes < 16 * page) return;
+  if (bytes < 2 * page) return;
   uintptr_t first = ((uintptr_t)data + page - 1) / page * page, last = ((uintptr_t)data + bytes) / page * page;
   if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
 #endif
@@ -106,9 +106,12 @@ void expect_large(void *data, int64_t bytes) {
 int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 int threads_for(int64_t flops, int threads) {
-  if (forked || flops < (int64_t(1) << 21)) return 1;  // too little to wake anyone up for
+  if (forked || flops < (int64_t(1) << 20)) return 1;  // too little to wake anyone up for
   return threads < 1 ? 1 : threads;
 }
+
+// What a product takes, in operations: with few tokens the time is that of reading (or writing) the blocks.
+int64_t work(int64_t values, int64_t tokens) { return 2 * values * (tokens < 8 ? 8 : tokens); }
 
 // Floats that fill half of the L2 cache.
 int64_t half_of_l2() {
@@ -132,6 +135,21 @@ int64_t panel_tokens(int64_t tokens, int64_t features, int64_t least, int64_t mo
   panels = (panels + threads - 1) / threads * threads;
   panel = (tokens + panels - 1) / panels;
   return panel < 1 ? 1 : panel;
+}
+
+// The panels of an outer product, and how many are packed at a time. Returns the floats that they take.
+int64_t plan_superpanel(Outer &m) {
+  const int64_t tokens = m.x.rows, bytes = 4 * int64_t(m.order.ptr[m.order.rows]) * m.bo * m.bi;
+  const int64_t x_width = blocks_of(m.x.cols, m.bi) * m.bi, dy_width = blocks_of(m.dy.cols, m.bo) * m.bo;
+  // Each panel reads and writes all blocks of the thread once: when they leave the cache, long panels pay for it.
+  const bool large = bytes > (int64_t(4) << 20);
+  const int64_t wide = x_width > dy_width ? x_width : dy_width;
+  m.panel = large ? (tokens < 256 ? tokens : 256) : panel_tokens(tokens, wide, 48, 256, 1);
+  const int64_t panels = (tokens + m.panel - 1) / m.panel;
+  m.panels_at_once = (int64_t(3) << 20) / ((x_width + dy_width) * m.panel);
+  if (m.panels_at_once < m.threads) m.panels_at_once = m.threads;
+  if (m.panels_at_once > panels) m.panels_at_once = panels;
+  return m.panels_at_once * m.panel * (x_width + dy_width);
 }
 
 // 1x1: features of x whose panel fills most of a usual L1 cache; but at least so many entries a row and chunk.
@@ -187,11 +205,11 @@ void sk_release_scratch() {
     if (!a.busy) std::free(a.memory), a.memory = nullptr, a.size = 0;
 }
 
-// Both return 0, or 1 when there is no memory for the scratch.
+// All return 0, or 1 when there is no memory for the scratch.
 int sk_multiply(Multiply *m) {
   const bool elements = m->in == 1 && m->out == 1, few = !elements && !m->transposed && m->x.rows <= FEW_TOKENS;
   const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->in) * m->out;
-  m->threads = threads_for(2 * used * size * m->x.rows, m->threads);
+  m->threads = threads_for(work(used * size, m->x.rows), m->threads);
   expect_large(m->y.data, m->y.rows * m->y.row_stride * itemsize(m->y.dtype));
   int64_t floats;
   if (elements) {
@@ -203,7 +221,7 @@ int sk_multiply(Multiply *m) {
     const int64_t width = blocks_of(m->x.cols, m->in) * m->in;
     m->panel = panel_tokens(m->x.rows, width, MOST_ROWS, 256, m->threads);
     floats = (m->transposed ? 0 : round_up(used * size, LINE)) + (m->bias ? round_up(m->order.rows * m->out, LINE) : 0) +
-             m->threads * round_up(width * m->panel + MOST_ROWS * 2 * LINE, LINE);
+             m->threads * round_up(width * m->panel + ASIDE, LINE);
   }
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
@@ -214,29 +232,47 @@ int sk_multiply(Multiply *m) {
 
 int sk_outer(Outer *m) {
   const bool elements = m->bo == 1 && m->bi == 1;
-  const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->bo) * m->bi, tokens = m->x.rows;
-  m->threads = threads_for(2 * used * size * tokens, m->threads);
+  const int64_t size = int64_t(m->bo) * m->bi;
+  m->threads = threads_for(work(m->order.ptr[m->order.rows] * size, m->x.rows), m->threads);
   expect_large(m->out, m->order.slots * size * 4);
   int64_t floats;
   if (elements) {
     plan_chunks(m->order, m->x.cols, OUTER_LANES, 2, m->chunks, m->shift);
     floats = arranged_floats(m->order, m->chunks) + (m->x.cols + m->dy.cols) * OUTER_LANES;
-  } else {
-    const int64_t x_width = blocks_of(m->x.cols, m->bi) * m->bi, dy_width = blocks_of(m->dy.cols, m->bo) * m->bo;
-    // Each panel reads and writes all blocks of the thread once: when they leave the cache, long panels pay for it.
-    const bool large = used * size * 4 > (int64_t(4) << 20);
-    const int64_t wide = x_width > dy_width ? x_width : dy_width;
-    m->panel = large ? (tokens < 256 ? tokens : 256) : panel_tokens(tokens, wide, 48, 256, 1);
-    const int64_t panels = (tokens + m->panel - 1) / m->panel;
-    m->panels_at_once = (int64_t(3) << 20) / ((x_width + dy_width) * m->panel);
-    if (m->panels_at_once < m->threads) m->panels_at_once = m->threads;
-    if (m->panels_at_once > panels) m->panels_at_once = panels;
-    floats = m->panels_at_once * m->panel * (x_width + dy_width);
-  }
+  } else floats = plan_superpanel(*m);
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
   (elements ? live->outer_elements : live->outer)(*m);
+  return 0;
+}
+
+int sk_sketch(Sketch *m) {
+  const int64_t wide = (sketch_groups(m->dy, m->bo) + sketch_groups(m->x, m->bi)) * GROUP * m->pairs, tokens = m->x.rows;
+  m->threads = threads_for(2 * tokens * (m->dy.cols + m->x.cols) * round_up(m->pairs, GROUP_PAIRS), m->threads);
+  // A panel for which the projections take 8 MiB, or the fewest tokens that are projected at a time.
+  m->panel = (int64_t(2) << 20) / wide / 32 * 32;
+  m->panel = m->panel < 32 ? 32 : m->panel > SKETCH_TOKENS ? SKETCH_TOKENS : m->panel;
+  if (m->panel > tokens) m->panel = round_up(tokens, 32);
+  Scratch scratch((m->panel * wide + m->threads * sketch_floats(m->pairs)) * 4);
+  if (!scratch.memory) return 1;
+  m->scratch = scratch.memory;
+  live->sketch(*m);
+  return 0;
+}
+
+int sk_backward(Backward *b) {
+  Multiply &m = b->dx;
+  Outer &d = b->dvalues;
+  if (d.bo == 1 && d.bi == 1) return sk_multiply(&m) || sk_outer(&d);  // they pack differently
+  const int64_t size = int64_t(d.bo) * d.bi;
+  d.threads = threads_for(2 * work(d.order.ptr[d.order.rows] * size, d.x.rows), d.threads);
+  expect_large(m.y.data, m.y.rows * m.y.row_stride * itemsize(m.y.dtype));
+  expect_large(d.out, d.order.slots * size * 4);
+  Scratch scratch((plan_superpanel(d) + d.threads * ASIDE) * 4);
+  if (!scratch.memory) return 1;
+  d.scratch = scratch.memory;
+  live->backward(*b);
   return 0;
 }
 

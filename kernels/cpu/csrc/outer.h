@@ -36,61 +36,99 @@ void outer_block(const float *dy, int64_t bo, const float *x, int64_t bi, int64_
       outer_tile<C, R>(dy + o, bo, x + i, bi, tokens, out + o * bi + i, add, next + q * tokens * step % (tokens * bi), step);
 }
 
+// What a call holds beside its output: panels of x and dy, packed.
+struct Superpanel {
+  float *x, *dy;
+  int64_t x_panel, dy_panel;  // floats a panel
+};
+
+INLINE Superpanel superpanel_in(char *scratch, const Outer &m) {
+  Superpanel s = {(float *)scratch, nullptr, blocks_of(m.x.cols, m.bi) * m.bi * m.panel, blocks_of(m.dy.cols, m.bo) * m.bo * m.panel};
+  s.dy = s.x + m.panels_at_once * s.x_panel;
+  return s;
+}
+
+INLINE int64_t tokens_of(const Outer &m, int64_t panel) {
+  const int64_t left = m.x.rows - panel * m.panel;
+  return left < m.panel ? left : m.panel;
+}
+
+// Called by all threads: panels [p0, p1) of both. All are packed when it returns.
+INLINE void pack_both(const Outer &m, const Superpanel &s, int64_t p0, int64_t p1) {
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
+    const int64_t p = p0 + q / 2, t0 = p * m.panel, count = tokens_of(m, p);
+    if (q & 1) pack_panel(m.x, t0, count, m.bi, s.x + (p - p0) * s.x_panel);
+    else pack_panel(m.dy, t0, count, m.bo, s.dy + (p - p0) * s.dy_panel);
+  }
+}
+
+// The entries of one thread.
+struct Share {
+  int64_t first, last, row;  // the block row of the first
+};
+
+INLINE Share my_share(const Order &order) {
+  const int64_t used = order.ptr[order.rows], me = thread_number(), all_of_us = thread_count();
+  Share mine = {used * me / all_of_us, used * (me + 1) / all_of_us, 0};
+  while (mine.row < order.rows && order.ptr[mine.row + 1] <= mine.first) mine.row++;
+  return mine;
+}
+
+// Adds panels [p0, p1) to the blocks of a thread; panel 0 writes them.
+INLINE void add_panels(const Outer &m, const Superpanel &s, const Share &mine, int64_t p0, int64_t p1) {
+  const int64_t size = int64_t(m.bo) * m.bi;
+  for (int64_t p = p0; p < p1; p++) {
+    const int64_t count = tokens_of(m, p);
+    const float *x = s.x + (p - p0) * s.x_panel, *dy = s.dy + (p - p0) * s.dy_panel;
+    int64_t row = mine.row;
+    for (int64_t e = mine.first; e < mine.last; e++) {
+      while (m.order.ptr[row + 1] <= e) row++;
+      const float *block = x + m.order.other[e] * count * m.bi, *g = dy + row * count * m.bo;
+      const float *next = x + m.order.other[e + 1 < mine.last ? e + 1 : e] * count * m.bi;
+      float *out = m.out + m.order.slot[e] * size;
+#if VL == 16
+      if (m.bi == 16) {
+        outer_block<1, 16>(g, m.bo, block, m.bi, count, out, p > 0, next);
+        continue;
+      }
+#endif
+      outer_block<2, OUTER_ROWS>(g, m.bo, block, m.bi, count, out, p > 0, next);
+    }
+  }
+}
+
+// Called by all threads at the end: phantom elements, in which a NaN may have met the filling, and free slots.
+INLINE void clear_rest(const Outer &m, const Share &mine) {
+  const int64_t size = int64_t(m.bo) * m.bi, used = m.order.ptr[m.order.rows];
+  const int64_t rows_left = m.dy.cols % m.bo, cols_left = m.x.cols % m.bi, last_col = m.x.cols / m.bi;
+  int64_t row = mine.row;
+  for (int64_t e = mine.first; e < mine.last; e++) {
+    while (m.order.ptr[row + 1] <= e) row++;
+    float *out = m.out + m.order.slot[e] * size;
+    if (rows_left && row == m.order.rows - 1) std::memset(out + rows_left * m.bi, 0, (m.bo - rows_left) * m.bi * 4);
+    if (cols_left && m.order.other[e] == last_col)
+      for (int64_t o = 0; o < m.bo; o++) std::memset(out + o * m.bi + cols_left, 0, (m.bi - cols_left) * 4);
+  }
+#pragma omp for schedule(static)
+  for (int64_t e = used; e < m.order.slots; e++) std::memset(m.out + m.order.slot[e] * size, 0, size * 4);
+}
+
 void outer(const Outer &m) {
-  const int64_t size = int64_t(m.bo) * m.bi, tokens = m.x.rows, used = m.order.ptr[m.order.rows];
-  const int64_t panels = (tokens + m.panel - 1) / m.panel;
-  const int64_t x_panel = blocks_of(m.x.cols, m.bi) * m.bi * m.panel, dy_panel = blocks_of(m.dy.cols, m.bo) * m.bo * m.panel;
-  float *xs = (float *)m.scratch, *dys = xs + m.panels_at_once * x_panel;
+  const int64_t panels = (m.x.rows + m.panel - 1) / m.panel;
+  const Superpanel s = superpanel_in(m.scratch, m);
   const int threads = m.threads;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const int64_t me = thread_number(), all_of_us = thread_count();
-    const int64_t e0 = used * me / all_of_us, e1 = used * (me + 1) / all_of_us;
-    int64_t first_row = 0;
-    while (first_row < m.order.rows && m.order.ptr[first_row + 1] <= e0) first_row++;
-
+    const Share mine = my_share(m.order);
     for (int64_t p0 = 0; p0 < panels; p0 += m.panels_at_once) {
       const int64_t p1 = p0 + m.panels_at_once < panels ? p0 + m.panels_at_once : panels;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
-        int64_t p = p0 + q / 2, t0 = p * m.panel, count = tokens - t0 < m.panel ? tokens - t0 : m.panel;
-        if (q & 1) pack_panel(m.x, t0, count, m.bi, xs + (p - p0) * x_panel);
-        else pack_panel(m.dy, t0, count, m.bo, dys + (p - p0) * dy_panel);
-      }
-      for (int64_t p = p0; p < p1; p++) {
-        const int64_t count = tokens - p * m.panel < m.panel ? tokens - p * m.panel : m.panel;
-        const float *x = xs + (p - p0) * x_panel, *dy = dys + (p - p0) * dy_panel;
-        int64_t row = first_row;
-        for (int64_t e = e0; e < e1; e++) {
-          while (m.order.ptr[row + 1] <= e) row++;
-          const float *block = x + m.order.other[e] * count * m.bi, *g = dy + row * count * m.bo;
-          const float *next = x + m.order.other[e + 1 < e1 ? e + 1 : e] * count * m.bi;
-          float *out = m.out + m.order.slot[e] * size;
-#if VL == 16
-          if (m.bi == 16) {
-            outer_block<1, 16>(g, m.bo, block, m.bi, count, out, p > 0, next);
-            continue;
-          }
-#endif
-          outer_block<2, OUTER_ROWS>(g, m.bo, block, m.bi, count, out, p > 0, next);
-        }
-      }
+      pack_both(m, s, p0, p1);
+      add_panels(m, s, mine, p0, p1);
 #pragma omp barrier
     }
-
-    // Phantom elements, in which a NaN may have met the filling, and free slots.
-    int64_t row = first_row;
-    const int64_t rows_left = m.dy.cols % m.bo, cols_left = m.x.cols % m.bi, last_col = m.x.cols / m.bi;
-    for (int64_t e = e0; e < e1; e++) {
-      while (m.order.ptr[row + 1] <= e) row++;
-      float *out = m.out + m.order.slot[e] * size;
-      if (rows_left && row == m.order.rows - 1) std::memset(out + rows_left * m.bi, 0, (m.bo - rows_left) * m.bi * 4);
-      if (cols_left && m.order.other[e] == last_col)
-        for (int64_t o = 0; o < m.bo; o++) std::memset(out + o * m.bi + cols_left, 0, (m.bi - cols_left) * 4);
-    }
-#pragma omp for schedule(static)
-    for (int64_t e = used; e < m.order.slots; e++) std::memset(m.out + m.order.slot[e] * size, 0, size * 4);
+    clear_rest(m, mine);
   }
 }
 

@@ -5,18 +5,25 @@
 namespace {
 
 // x[first .. first + count) -> out[block][token][side]: the last block is filled up with zeros.
+// Some tokens at a time: rows of x are read side by side, and what is written for a block is longer than a line or two.
 INLINE void pack_panel(const Matrix &x, int64_t first, int64_t count, int64_t side, float *out) {
-  int64_t blocks = blocks_of(x.cols, side), whole = x.cols / side;
-  for (int64_t t = 0; t < count; t++) {
-    int64_t from = (first + t) * x.row_stride;
-    for (int64_t b = 0; b < blocks; b++) {
-      float *to = out + (b * count + t) * side;
-      if (b < whole && x.col_stride == 1) {
-        for (int64_t c = 0; c < side; c += VL) store(to + c, read_vector(x.data, from + b * side + c, x.dtype));
-      } else {
+  constexpr int64_t AT_ONCE = 8;
+  const int64_t blocks = blocks_of(x.cols, side), whole = x.col_stride == 1 ? x.cols / side : 0;
+  for (int64_t t0 = 0; t0 < count; t0 += AT_ONCE) {
+    const int64_t t1 = t0 + AT_ONCE < count ? t0 + AT_ONCE : count;
+    for (int64_t b = 0; b < whole; b++) {
+      for (int64_t t = t0; t < t1; t++) {
+        float *to = out + (b * count + t) * side;
+        const int64_t from = (first + t) * x.row_stride + b * side;
+        for (int64_t c = 0; c < side; c += VL) store(to + c, read_vector(x.data, from + c, x.dtype));
+      }
+    }
+    for (int64_t b = whole; b < blocks; b++) {
+      for (int64_t t = t0; t < t1; t++) {
+        float *to = out + (b * count + t) * side;
         for (int64_t c = 0; c < side; c++) {
-          int64_t col = b * side + c;
-          to[c] = col < x.cols ? read(x.data, from + col * x.col_stride, x.dtype) : 0.f;
+          const int64_t col = b * side + c;
+          to[c] = col < x.cols ? read(x.data, (first + t) * x.row_stride + col * x.col_stride, x.dtype) : 0.f;
         }
       }
     }

@@ -100,22 +100,27 @@ template <int IN> PanelProduct by_width(int64_t out) {
   return panel_product<IN, 2>;
 }
 
+PanelProduct product_of(const Multiply &m) {
+  return m.in == 16 ? by_width<16>(m.out) : m.in == 32 ? by_width<32>(m.out) : m.in == 64 ? by_width<64>(m.out) : by_width<128>(m.out);
+}
+
+// Few panels are shared: each is cut into groups of block rows.
+INLINE int64_t groups_of(int64_t panels, int64_t threads) {
+  return threads > 1 && (panels < 2 * threads || panels % threads) ? 2 * threads : 1;
+}
+
 void multiply(const Multiply &m) {
-  PanelProduct product = m.in == 16   ? by_width<16>(m.out)
-                         : m.in == 32 ? by_width<32>(m.out)
-                         : m.in == 64 ? by_width<64>(m.out)
-                                      : by_width<128>(m.out);
+  const PanelProduct product = product_of(m);
   const int64_t size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
   const int64_t panels = (m.x.rows + m.panel - 1) / m.panel, packed = blocks_of(m.x.cols, m.in) * m.in * m.panel;
   // The scratch: transposed blocks (forward), the bias filled up, and for each thread its panel and its tile.
   float *w = (float *)m.scratch, *bias = w + (m.transposed ? 0 : round_up(used * size, LINE));
   float *mine = bias + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0);
-  const int64_t stride = round_up(packed + MOST_ROWS * 2 * LINE, LINE);
+  const int64_t stride = round_up(packed + ASIDE, LINE);
   if (m.bias)
     for (int64_t i = 0; i < m.order.rows * m.out; i++) bias[i] = i < m.y.cols ? m.bias[i] : 0.f;
   const int threads = m.threads;
-  // Few panels are shared: each is cut into groups of block rows, and every thread packs it for itself.
-  const int64_t groups = threads > 1 && (panels < 2 * threads || panels % threads) ? 2 * threads : 1;
+  const int64_t groups = groups_of(panels, threads);  // every thread packs a panel for itself
   const float *source = m.transposed ? m.values : w;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)

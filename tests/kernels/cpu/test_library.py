@@ -53,7 +53,7 @@ class Fake:
     def sk_multiply(self, arguments: Any) -> int:
         return 1
 
-    sk_outer = sk_multiply
+    sk_outer = sk_backward = sk_multiply
 
 
 def why_not(*, dtype: torch.dtype = torch.float32, block: tuple[int, int] = (32, 32), device: str = "cpu") -> Any:
@@ -190,7 +190,7 @@ def test_a_library_of_another_interface_is_not_called(monkeypatch: pytest.Monkey
 def test_the_structures_agree_with_the_header() -> None:
     """Same fields in the same order; the compiler and ctypes lay them out by the same rules."""
     header = (library.FILE.parent / "csrc" / "api.h").read_text()
-    for structure in (library.Matrix, library.Order, library.Multiply, library.Outer):
+    for structure in (library.Matrix, library.Order, library.Multiply, library.Outer, library.Backward):
         body = re.search(rf"struct {structure.__name__} {{\n(.*?)}};", header, re.DOTALL)
         assert body is not None
         lines = [line for line in re.sub(r"//.*", "", body[1]).split(";") if line.strip()]
@@ -210,6 +210,8 @@ def test_no_memory_for_the_scratch_is_a_memory_error(monkeypatch: pytest.MonkeyP
         cpu.fwd(case.x, case.values, None, case.index, case.grid.out_features)
     with pytest.raises(MemoryError, match="sk_outer finds no memory for its scratch"):
         cpu.dvalues(case.dy, case.x, case.index, (16, 16), torch.float32)
+    with pytest.raises(MemoryError, match="sk_backward finds no memory for its scratch"):
+        cpu.backward(case.dy, case.x, case.values, case.index)
 
 
 TOO_LITTLE = """

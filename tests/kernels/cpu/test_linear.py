@@ -29,6 +29,7 @@ NAN = float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SQUARES = ((1, 1), (16, 16), (32, 32), (64, 64), (128, 128))
 RECTANGLES = ((16, 32), (32, 16), (64, 16), (16, 128), (128, 32), (64, 128))
+PLAIN = {"dtype": torch.float32, "x_layout": "contiguous", "dy_layout": "contiguous"}
 TOKENS = (0, 1, 2, 8, 9, 15, 16, 17, 100, 300)
 
 
@@ -46,6 +47,19 @@ def dx(case: Case) -> Tensor:
 
 def dvalues(case: Case, dtype: torch.dtype | None = None) -> Tensor:
     return cpu.dvalues(case.dy, case.x, case.index, case.grid.block, dtype or case.values.dtype)
+
+
+def backward(case: Case) -> tuple[Tensor, Tensor]:
+    return cpu.backward(case.dy, case.x, case.values, case.index)
+
+
+def check_backward_is_dx_and_dvalues(case: Case) -> None:
+    """To the bit, and the same in a call that finds the scratch of another one."""
+    expected = dx(case), dvalues(case)
+    for _ in range(2):
+        found = backward(case)
+        assert [t.dtype for t in found] == [case.dy.dtype, case.values.dtype]
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def small_case(**given: object) -> Case:
@@ -124,6 +138,7 @@ def test_a_layer_of_nothing_but_free_slots_gives_the_bias(block: tuple[int, int]
     assert torch.equal(fwd(case), case.bias.expand(tokens, -1))
     assert not dx(case).any()
     assert not dvalues(case).any()
+    assert not backward(case)[0].any() and not backward(case)[1].any()
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 16)])
@@ -135,6 +150,8 @@ def test_a_layer_of_no_slots(block: tuple[int, int]) -> None:
     assert not cpu.fwd(x, values, None, index, grid.out_features).any()
     assert not cpu.dx(dy, values, index, grid.in_features).any()
     assert cpu.dvalues(dy, x, index, block, torch.float32).shape == (0, *block)
+    assert not cpu.backward(dy, x, values, index)[0].any()
+    assert cpu.backward(dy, x, values, index)[1].shape == (0, *block)
 
 
 def test_a_bias_of_any_strides() -> None:
@@ -163,6 +180,7 @@ def test_values_of_another_dtype_are_rounded_when_read(dtype: torch.dtype, block
     assert y.dtype == grad.dtype == dtype
     check_y(case, y)
     check_dx(case, grad)
+    check_backward_is_dx_and_dvalues(case)
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES)
@@ -179,7 +197,7 @@ def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> No
     for block in ((1, 1), (16, 32)):
         case = with_block(block, tokens=40)
         index = case.index
-        expected = dvalues(case), fwd(case), dx(case)
+        expected = dvalues(case), fwd(case), dx(case), dx(case), dvalues(case)
         torch.set_default_dtype(default)
         try:
             with torch.device("meta"):
@@ -187,6 +205,7 @@ def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> No
                     cpu.dvalues(case.dy, case.x, index, block, torch.float32),
                     cpu.fwd(case.x, case.values, case.bias, index, case.grid.out_features),
                     cpu.dx(case.dy, case.values, index, case.grid.in_features),
+                    *cpu.backward(case.dy, case.x, case.values, index),
                 )
                 empty = cpu.dvalues(case.dy[:0], case.x[:0], index, block, torch.float32)
         finally:
@@ -213,6 +232,7 @@ def test_negated_views_keep_their_sign(block: tuple[int, int]) -> None:
     assert torch.equal(fwd(same), fwd(case))
     assert torch.equal(dx(same), dx(case))
     assert torch.equal(dvalues(same), dvalues(case))
+    assert torch.equal(backward(same)[0], dx(case)) and torch.equal(backward(same)[1], dvalues(case))
 
 
 # What must not leak.
@@ -230,6 +250,7 @@ def test_a_nan_in_one_token_stays_in_that_token(block: tuple[int, int], tokens: 
     assert torch.equal(dx(broken).isnan().any(1).nonzero().flatten(), torch.tensor([4]))
     assert torch.equal(fwd(broken)[3:], fwd(case)[3:])
     assert torch.equal(dx(broken)[:4], dx(case)[:4])
+    assert torch.equal(backward(broken)[0].isnan(), dx(broken).isnan())
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -283,12 +304,11 @@ def test_dvalues_of_phantom_elements_and_free_slots_are_zero_whatever_dy_and_x_h
     if poisoned in ("x", "both"):
         case = replace(case, x=torch.full_like(case.x, number))
 
-    grad = dvalues(case)
-
-    assert not grad[case.row < 0].any()
-    assert not grad[case.row == 4, 6:, :].any()
-    assert not grad[case.col == 3, :, 29:].any()
-    assert grad[(case.row == 0) & (case.col == 0)].isfinite().logical_not().all()
+    for grad in (dvalues(case), backward(case)[1]):
+        assert not grad[case.row < 0].any()
+        assert not grad[case.row == 4, 6:, :].any()
+        assert not grad[case.col == 3, :, 29:].any()
+        assert grad[(case.row == 0) & (case.col == 0)].isfinite().logical_not().all()
 
 
 # Order.
@@ -299,7 +319,7 @@ def test_dvalues_of_phantom_elements_and_free_slots_are_zero_whatever_dy_and_x_h
 def test_one_two_and_three_threads_and_repeated_calls_agree_to_the_bit(
     block: tuple[int, int], dtype: torch.dtype, threads: Callable[[int], None]
 ) -> None:
-    for tokens in (3, 17, 300):
+    for tokens in (3, 12, 17, 300):
         case = large_case(block, dtype=dtype, tokens=tokens)
         for kernel in (fwd, dx, dvalues):
             threads(1)
@@ -307,6 +327,39 @@ def test_one_two_and_three_threads_and_repeated_calls_agree_to_the_bit(
             for count in (1, 2, 3, 2):
                 threads(count)
                 assert torch.equal(kernel(case), expected), f"{kernel.__name__}, {tokens} tokens, {count} threads"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("block", [*SQUARES, (128, 16), (16, 64)])
+def test_both_gradients_at_once_are_those_of_one_after_the_other(
+    block: tuple[int, int], count: int, threads: Callable[[int], None]
+) -> None:
+    threads(count)
+    for dtype in DTYPES:
+        for tokens in (1, 17, 300):
+            check_backward_is_dx_and_dvalues(large_case(block, dtype=dtype, tokens=tokens))
+
+
+@pytest.mark.parametrize("dy_layout", DY_LAYOUTS)
+def test_both_gradients_at_once_of_any_strides(dy_layout: str) -> None:
+    for x_layout in X_LAYOUTS:
+        check_backward_is_dx_and_dvalues(small_case(tokens=40, x_layout=x_layout, dy_layout=dy_layout))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("sides", [(30, 16395), (16395, 30)])
+def test_more_tokens_than_are_packed_at_once(
+    sides: tuple[int, int], count: int, threads: Callable[[int], None]
+) -> None:
+    """Several panels are packed at a time, and that several times."""
+    threads(count)
+    out_features, in_features = sides
+    size = {"rows": -(-out_features // 16), "cols": -(-in_features // 16), "blocks": 300, "free": 1, "tokens": 500}
+    case = random_case(3, block=(16, 16), out_features=out_features, in_features=in_features, **size, **PLAIN)
+
+    check_backward_is_dx_and_dvalues(case)
+    check_dx(case, dx(case))
+    check_dvalues(case, dvalues(case), torch.float32)
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 32)])

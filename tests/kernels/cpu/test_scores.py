@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparsekern.kernels import cpu, eager
+from sparsekern.kernels import cpu
 from sparsekern.kernels.cpu import scores
 from torch import Tensor
 
 from tests.kernels.eager.test_scores import all_cells, check_norms
 from tests.memory import allocations
-from tests.oracle import DY_LAYOUTS, Case, random_case
+from tests.oracle import DY_LAYOUTS, X_LAYOUTS, Case, random_case
+from tests.oracle_scores import check_sketch, signs
 
 pytestmark = pytest.mark.usefixtures("instructions")
 
@@ -119,6 +120,18 @@ def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> No
         assert torch.equal(found[1], expected)
 
 
+def test_chosen_blocks_of_a_few_rows_need_only_these_rows_of_dy() -> None:
+    """Rows 1 and 2 of three, the last one at the edge; a NaN elsewhere in dy is not even read."""
+    case = edge_case()
+    dy = case.dy.clone()
+    dy[:, :16] = float("nan")
+    row, col = all_cells(case)
+    below = (row > 0).nonzero().flatten()
+
+    assert torch.equal(chosen(replace(case, dy=dy), below), all_norms(case).flatten()[below])
+    assert torch.equal(chosen(case, below[-1:]), all_norms(case).flatten()[row * 4 + col == 11])
+
+
 def test_chosen_blocks_may_be_given_in_int64_and_in_any_strides() -> None:
     case = edge_case()
     row, col = all_cells(case)
@@ -126,10 +139,6 @@ def test_chosen_blocks_may_be_given_in_int64_and_in_any_strides() -> None:
 
     for given in ((row.long(), col.long()), pairs.unbind(1), pairs.long().unbind(1)):
         assert torch.equal(cpu.block_norms(case.dy, case.x, *given, case.grid.block), all_norms(case).flatten())
-
-
-def test_the_sketch_is_that_of_the_eager_kernels() -> None:
-    assert cpu.sketch is eager.sketch
 
 
 def test_the_norms_of_all_blocks_never_hold_the_gradient() -> None:
@@ -150,3 +159,131 @@ def test_the_norms_of_single_elements_hold_little_beside_them() -> None:
     found = allocations(lambda: cpu.all_block_norms(dy, x, (1, 1)))
 
     assert found.peak - 4 * 2048**2 + cpu.scratch_bytes() < 32 * 2**20
+
+
+# The sketch.
+
+
+def pairs_for(case: Case, count: int) -> tuple[Tensor, Tensor]:
+    return signs(count, case.grid.out_features, seed=1), signs(count, case.grid.in_features, seed=2)
+
+
+def sketched(case: Case, count: int) -> Tensor:
+    return cpu.sketch(case.dy, case.x, *pairs_for(case, count), case.grid.block)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [*BLOCKS, (64, 16), (32, 32)])
+def test_sketches_of_all_blocks_and_dtypes(block: tuple[int, int], dtype: torch.dtype) -> None:
+    for tokens, count in ((1, 1), (17, 3), (300, 8)):
+        case = random_case(4, block=block, dtype=dtype, tokens=tokens)
+
+        check_sketch(case, sketched(case, count), *pairs_for(case, count))
+
+
+@pytest.mark.parametrize("dy_layout", DY_LAYOUTS)
+@pytest.mark.parametrize("x_layout", X_LAYOUTS)
+def test_a_sketch_of_any_strides(x_layout: str, dy_layout: str) -> None:
+    for dtype in DTYPES:
+        case = edge_case(x_layout=x_layout, dy_layout=dy_layout, dtype=dtype)
+
+        check_sketch(case, sketched(case, 2), *pairs_for(case, 2))
+
+
+@pytest.mark.parametrize("side", [1, 16])
+def test_more_blocks_than_are_multiplied_together_and_more_pairs(side: int) -> None:
+    """Tiles have 32 x 32 of them: here are 2 x 3 tiles, and 17 pairs where 8 are computed at a time."""
+    grid = {"rows": 35, "cols": 70, "out_features": 35 * side - side // 2, "in_features": 70 * side - side // 2}
+    case = random_case(5, block=(side, side), blocks=1, tokens=40, dtype=torch.float32, **grid)
+
+    check_sketch(case, sketched(case, 17), *pairs_for(case, 17))
+
+
+def test_a_sketch_whose_projections_are_held_for_the_fewest_tokens(threads: Callable[[int], None]) -> None:
+    """1000 pairs: 64 KiB of projections a token leave 32 tokens at a time."""
+    case = random_case(6, block=(16, 16), rows=1, cols=2, blocks=1, tokens=70, dtype=torch.float32)
+    expected = sketched(case, 1000)
+    threads(2)
+
+    check_sketch(case, expected, *pairs_for(case, 1000))
+    assert torch.equal(sketched(case, 1000), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
+def test_threads_and_other_pairs_change_no_sketch(
+    block: tuple[int, int], dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    case = random_case(7, block=block, tokens=600, dtype=dtype, out_features=200, in_features=250, **cells(block))
+    expected = sketched(case, 9)
+    for count in (2, 3, 2):
+        threads(count)
+        assert torch.equal(sketched(case, 9), expected)
+    u, v = pairs_for(case, 9)
+    assert torch.equal(cpu.sketch(case.dy, case.x, u[:4], v[:4], block), expected[:4])
+
+
+def cells(block: tuple[int, int]) -> dict[str, int]:
+    return {"rows": -(-200 // block[0]), "cols": -(-250 // block[1]), "blocks": 1}
+
+
+@pytest.mark.parametrize("which", ["dy", "x"])
+def test_a_nan_reaches_only_the_sketches_of_its_blocks(which: str) -> None:
+    case = edge_case()
+    for block in range(3):
+        broken = {"dy": case.dy.clone(), "x": case.x.clone()}
+        broken[which][3, block * case.grid.block[which == "x"]] = float("nan")
+        expected = torch.zeros(2, 3, 4, dtype=torch.bool)
+        expected.select(1 + int(which == "x"), block).fill_(True)
+
+        assert torch.equal(sketched(replace(case, **broken), 2).isnan(), expected)
+
+
+def test_a_sketch_of_nothing_is_zero() -> None:
+    case = edge_case()
+    u, v = pairs_for(case, 2)
+
+    assert torch.equal(cpu.sketch(case.dy[:0], case.x[:0], u, v, case.grid.block), torch.zeros(2, 3, 4))
+    assert cpu.sketch(case.dy, case.x, u[:0], v[:0], case.grid.block).shape == (0, 3, 4)
+
+
+def test_pairs_may_be_given_in_any_strides_and_dtypes() -> None:
+    case = edge_case()
+    u, v = pairs_for(case, 3)
+    expected = cpu.sketch(case.dy, case.x, u, v, case.grid.block)
+
+    for given in ((u.double(), v.bfloat16()), (u.t().contiguous().t(), v.repeat(2, 1)[:3]), (negated(u), negated(v))):
+        assert torch.equal(cpu.sketch(case.dy, case.x, *given, case.grid.block), expected)
+    assert torch.equal(cpu.sketch(negated(case.dy), negated(case.x), u, v, case.grid.block), expected)
+
+
+def negated(x: Tensor) -> Tensor:
+    """The same numbers as a view of memory that holds them with the other sign."""
+    return torch.complex(torch.zeros(()), -x).conj().imag
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_change_no_sketch(default: torch.dtype) -> None:
+    case = edge_case()
+    u, v = pairs_for(case, 2)
+    expected = sketched(case, 2)
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            found = cpu.sketch(case.dy, case.x, u, v, case.grid.block)
+            nothing = cpu.sketch(case.dy[:0], case.x[:0], u, v, case.grid.block)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert torch.equal(found, expected)
+    assert (nothing.dtype, nothing.device.type) == (torch.float32, "cpu")
+
+
+def test_a_sketch_holds_projections_of_bounded_size() -> None:
+    dy = x = torch.ones(2000, 1024)
+    u = v = torch.ones(4, 1024)
+    cpu.release_scratch()
+    found = allocations(lambda: cpu.sketch(dy, x, u, v, (16, 16)))
+
+    assert cpu.scratch_bytes() <= 10 * 2**20
+    assert found.peak < 2**20

@@ -1,0 +1,1 @@
+"""The parts of :mod:`bench.race`, the comparison on a CPU; see bench/README.md."""
