@@ -28,6 +28,7 @@ CSRC = Path("kernels/cpu/csrc")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {
     "library.cpp": [],
+    "conv_library.cpp": [],
     "generic.cpp": [],
     "avx2.cpp": AVX2,
     "avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],

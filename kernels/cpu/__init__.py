@@ -7,6 +7,7 @@ result is the same to the bit for any number of threads.
 from __future__ import annotations
 
 import torch
+from sparsekern.kernels.cpu.conv2d import conv2d_dvalues, conv2d_dx, conv2d_fwd
 from sparsekern.kernels.cpu.library import DTYPES, load, release_scratch, scratch_bytes
 from sparsekern.kernels.cpu.linear import backward, dvalues, dx, fwd
 from sparsekern.kernels.cpu.scores import all_block_norms, block_norms, sketch
@@ -15,6 +16,9 @@ __all__ = [
     "all_block_norms",
     "backward",
     "block_norms",
+    "conv2d_dvalues",
+    "conv2d_dx",
+    "conv2d_fwd",
     "dvalues",
     "dx",
     "fwd",

@@ -33,7 +33,7 @@ def _multiply(
     y = x.new_empty(x.shape[0], features)
     if y.numel() == 0:
         return y
-    x, read, bias = positive(x), _as_read(values, x.dtype), None if bias is None else numbers(bias)
+    x, read, bias = positive(x), as_read(values, x.dtype), None if bias is None else numbers(bias)
     call("sk_multiply", _product(x, y, read, bias, lists, transposed=transposed))
     return y
 
@@ -47,6 +47,11 @@ def numbers(x: Tensor) -> Tensor:
     """Return a tensor as the library reads weights: contiguous float32. Asking is cheaper than converting in vain."""
     x = positive(x if x.dtype is torch.float32 else x.float())
     return x if x.is_contiguous() else x.contiguous()
+
+
+def as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as the library reads them: rounded to the compute dtype, in float32."""
+    return numbers(values if values.dtype is dtype else values.to(dtype))
 
 
 def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -82,7 +87,7 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tenso
         return backward_in_two_calls(dx, dvalues, dy, x, values, index)
     grad_x = dy.new_empty(x.shape)
     grad_values = torch.empty(values.shape, dtype=torch.float32, device=x.device)
-    dy, x, read = positive(dy), positive(x), _as_read(values, dy.dtype)
+    dy, x, read = positive(dy), positive(x), as_read(values, dy.dtype)
     call(
         "sk_backward",
         Backward(
@@ -94,10 +99,6 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tenso
 
 
 # Addresses are all that these structures hold: the tensors must be kept until the call is over.
-
-
-def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return numbers(values if values.dtype is dtype else values.to(dtype))
 
 
 def _product(x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, *, transposed: bool) -> Multiply:

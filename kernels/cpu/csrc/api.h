@@ -74,6 +74,9 @@ struct Backward {
 };
 }
 
+struct Convolve;
+struct ConvOuter;
+
 // What an instruction set offers.
 struct Kernels {
   const char *name;
@@ -84,6 +87,8 @@ struct Kernels {
   void (*multiply_elements)(const Multiply &);
   void (*outer_elements)(const Outer &);
   void (*sketch)(const Sketch &);
+  void (*convolve)(const Convolve &);
+  void (*conv_outer)(const ConvOuter &);
 };
 
 extern const Kernels generic_kernels;
