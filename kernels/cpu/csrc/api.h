@@ -88,7 +88,9 @@ struct Kernels {
   void (*outer_elements)(const Outer &);
   void (*sketch)(const Sketch &);
   void (*convolve)(const Convolve &);
+  void (*convolve_elements)(const Convolve &);
   void (*conv_outer)(const ConvOuter &);
+  void (*conv_outer_elements)(const ConvOuter &);
 };
 
 extern const Kernels generic_kernels;

@@ -57,12 +57,13 @@ struct Convolve {
   int64_t subgrids;
   const Subgrid *subgrid;
   const int32_t *offset, *slot;  // by entry: the pixel in the panel; the slot in values
-  const float *values;           // (Z, bo, bi)
+  const float *values;           // (Z, bo, bi); at 1x1 by entry
   const float *bias;             // by block of channels, filled up, or null
   int64_t used;                  // entries
   int32_t in, out;               // sides of a block: the one that is summed over, the one along y
   int32_t transposed;            // dx: values are read as they are stored
   int32_t in_turn, dtype, threads;
+  int64_t slack;                 // 1x1: floats behind a panel, which are read and thrown away
   float *scratch;
 };
 

@@ -111,6 +111,9 @@ int64_t tap_offset(const Packing &p, const Axis &rows, const Axis &cols, int64_t
   return (rows.view[i] * p.col_views + cols.view[j]) * p.view_pitch + rows.shift[i] * p.row_pitch + cols.shift[j];
 }
 
+// The block column (or row) of an entry: at 1x1 the list is by slot (kernels/contract.py, Index).
+int64_t other_of(const Conv &c, int64_t e) { return c.order.other[c.bo == 1 && c.bi == 1 ? c.order.slot[e] : e]; }
+
 // The lists of a call: by entry where its block begins in a panel.
 struct Lists {
   std::vector<int32_t> offset, slot, ptr;
@@ -129,7 +132,7 @@ void forward_offsets(Lists &l, const Conv &c, const Packing &p, const Axis &rows
   for (size_t t = 0; t < taps.size(); t++) taps[t] = tap_offset(p, rows, cols, t);
   for (int64_t r = 0; r < c.order.rows; r++) {
     for (int64_t e = c.order.ptr[r]; e < c.order.ptr[r + 1]; e++) {
-      const int64_t col = c.order.other[e];
+      const int64_t col = other_of(c, e);
       l.offset[e] = int32_t(taps[col / col_blocks] + (r / row_blocks * col_blocks + col % col_blocks) * p.plane);
     }
   }
@@ -151,8 +154,8 @@ void backward_lists(Lists &l, const Conv &c, const Packing &p, const Axis &rows,
             if (rows.phase[i] != qy || cols.phase[j] != qx) continue;
             const int64_t tap = i * c.kernel[1] + j, column = tap * col_blocks + b, at = tap_offset(p, rows, cols, tap);
             int64_t &e = next[column];
-            for (; e < c.order.ptr[column + 1] && c.order.other[e] < (g + 1) * row_blocks; e++) {
-              l.offset.push_back(int32_t(at + c.order.other[e] * p.plane));
+            for (; e < c.order.ptr[column + 1] && other_of(c, e) < (g + 1) * row_blocks; e++) {
+              l.offset.push_back(int32_t(at + other_of(c, e) * p.plane));
               l.slot.push_back(c.order.slot[e]);
             }
           }
@@ -184,7 +187,9 @@ int multiply(const Conv &c) {
 
   const int64_t width = cols.outputs() + cols.reach, blocks = conv_blocks(v.x);
   const int64_t row_floats = blocks * v.x.side * width * rows.base.size() * cols.base.size();
-  const Panel panel = plan_panel(c.images, rows.outputs(), rows.reach, row_floats, v.threads, INT32_MAX);
+  const bool elements = c.bo == 1 && c.bi == 1;
+  const Panel panel =
+      plan_panel(c.images, rows.outputs(), rows.reach, row_floats, v.threads, elements && !in_turn ? 1 : INT32_MAX);
   v.strip = panel.strip, v.images_at_once = panel.images, v.reach = rows.reach, v.in_turn = in_turn;
   v.transposed = back, v.dtype = c.dtype, v.values = c.values, v.used = used;
   from_first(cols);
@@ -212,16 +217,24 @@ int multiply(const Conv &c) {
     v.bias = bias.data();
   }
   expect_large(v.y, v.images * v.height * v.width * v.channels * itemsize(c.dtype));
-  Scratch scratch(4 * ((back ? 0 : round_up(used * size, LINE)) + v.threads * (conv_floats(v.x) + ASIDE)));
+  std::vector<float> by_entry;
+  if (elements) {
+    v.slack = round_up(cols.reach + 8 * LINE, LINE);
+    by_entry.resize(used);
+    for (int64_t e = 0; e < used; e++) by_entry[e] = c.values[v.slot[e]];
+    v.values = by_entry.data();
+  }
+  Scratch scratch(4 * (v.threads * v.slack + (back || elements ? 0 : round_up(used * size, LINE)) + v.threads * (conv_floats(v.x) + ASIDE)));
   if (!scratch.memory) return 1;
   v.scratch = (float *)scratch.memory;
-  live->convolve(v);
+  (elements ? live->convolve_elements : live->convolve)(v);
   return 0;
 }
 
 int outer(const Conv &c) {
   const int64_t size = int64_t(c.bo) * c.bi, rows_out = c.out_size[0], width_out = c.out_size[1];
-  const Axis rows = forward_axis(c, 0, false), cols = forward_axis(c, 1, false);
+  const bool elements = c.bo == 1 && c.bi == 1;
+  const Axis rows = forward_axis(c, 0, false), cols = forward_axis(c, 1, elements);
   Axis dy_rows, dy_cols;
   dy_rows.base = dy_cols.base = {0};
   ConvOuter m = {};
@@ -235,11 +248,12 @@ int outer(const Conv &c) {
   // sums is that of the pixels, whatever the panel.
   const int64_t width = width_out + cols.reach, few = std::max<int64_t>(256 / width_out, 1);
   const int64_t row_floats = conv_blocks(m.x) * c.bi * width * rows.base.size() * cols.base.size() + conv_blocks(m.dy) * c.bo * width_out;
-  Panel panel = plan_panel(c.images, rows_out, rows.reach, row_floats, 1, std::max<int64_t>(few / rows_out, 1));
+  const int64_t most = elements ? INT32_MAX : std::max<int64_t>(few / rows_out, 1);
+  Panel panel = plan_panel(c.images, rows_out, rows.reach, row_floats, 1, most);
   m.short_strip = panel.images > 1 ? rows_out : std::min(few, panel.strip);
   m.strip = panel.strip, m.images_at_once = panel.images, m.reach = rows.reach;
-  lay_out(m.x, rows, cols, panel, width, false);
-  lay_out(m.dy, dy_rows, dy_cols, panel, width_out, false);
+  lay_out(m.x, rows, cols, panel, width, elements);
+  lay_out(m.dy, dy_rows, dy_cols, panel, width_out, elements);
   const int64_t panels = (c.images + panel.images - 1) / panel.images * ((rows_out + panel.strip - 1) / panel.strip);
   const int64_t floats = conv_floats(m.x) + conv_floats(m.dy);
   m.panels_at_once = std::min(panels, std::max<int64_t>((int64_t(3) << 20) / floats, m.threads));
@@ -248,10 +262,11 @@ int outer(const Conv &c) {
   forward_offsets(l, c, m.x, rows, cols);
   m.offset = l.offset.data();
   expect_large(m.out, c.order.slots * size * 4);
-  Scratch scratch(4 * m.panels_at_once * floats);
+  if (elements) m.panels_at_once = 1;
+  Scratch scratch(4 * (m.panels_at_once * floats + (elements ? c.order.ptr[c.order.rows] : 0)));
   if (!scratch.memory) return 1;
   m.scratch = (float *)scratch.memory;
-  live->conv_outer(m);
+  (elements ? live->conv_outer_elements : live->conv_outer)(m);
   return 0;
 }
 
