@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.cpu.conv2d import conv2d_dvalues, conv2d_dx, conv2d_fwd
+from sparsekern.kernels.cpu.conv2d_scores import conv2d_all_block_norms, conv2d_block_norms, conv2d_sketch
 from sparsekern.kernels.cpu.library import DTYPES, load, release_scratch, scratch_bytes
 from sparsekern.kernels.cpu.linear import backward, dvalues, dx, fwd
 from sparsekern.kernels.cpu.scores import all_block_norms, block_norms, sketch
@@ -16,9 +17,12 @@ __all__ = [
     "all_block_norms",
     "backward",
     "block_norms",
+    "conv2d_all_block_norms",
+    "conv2d_block_norms",
     "conv2d_dvalues",
     "conv2d_dx",
     "conv2d_fwd",
+    "conv2d_sketch",
     "dvalues",
     "dx",
     "fwd",
@@ -28,12 +32,13 @@ __all__ = [
     "why_not",
 ]
 
+OPS = ("linear", "conv2d")
 SIDES = (16, 32, 64, 128)
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
     """Return None when these kernels can run ``op`` so, else the reason."""
-    if op != "linear":
+    if op not in OPS:
         return f"it has no kernels for {op}"
     if device.type != "cpu":
         return f"the tensors are on {device.type}"

@@ -30,6 +30,7 @@ struct Packing {
   const void *data;
   int64_t height, width, channels, groups, side;
   int64_t row_step, col_step, row_views, col_views;
+  const uint8_t *wanted;               // by view and block: whether an entry reads it; what none reads is not packed
   const int64_t *row_base, *col_base;  // view v has rows row_step * m + row_base[v]; columns likewise, m from 0 on
   int64_t cols;                        // packed columns of a view
   int64_t row_pitch, image_pitch, view_pitch, plane;

@@ -105,10 +105,14 @@ Packing packing_of(const void *data, const Conv &c, const int64_t *size, int64_t
   return p;
 }
 
-// Where tap (i, j) begins in a panel, in pixels.
-int64_t tap_offset(const Packing &p, const Axis &rows, const Axis &cols, int64_t tap) {
-  const int64_t i = tap / (int64_t)cols.view.size(), j = tap % (int64_t)cols.view.size();
-  return (rows.view[i] * p.col_views + cols.view[j]) * p.view_pitch + rows.shift[i] * p.row_pitch + cols.shift[j];
+// Where a tap reads: a view, and the pixel at which it begins in a panel.
+struct Tap {
+  int64_t view, pixel;
+};
+
+Tap tap_of(const Packing &p, const Axis &rows, const Axis &cols, int64_t i, int64_t j) {
+  const int64_t view = rows.view[i] * p.col_views + cols.view[j];
+  return {view, view * p.view_pitch + rows.shift[i] * p.row_pitch + cols.shift[j]};
 }
 
 // The block column (or row) of an entry: at 1x1 the list is by slot (kernels/contract.py, Index).
@@ -118,6 +122,12 @@ int64_t other_of(const Conv &c, int64_t e) { return c.order.other[c.bo == 1 && c
 struct Lists {
   std::vector<int32_t> offset, slot, ptr;
   std::vector<Subgrid> subgrids;
+  std::vector<uint8_t> wanted;  // of Packing
+
+  void want(Packing &p) {
+    wanted.resize(p.row_views * p.col_views * conv_blocks(p));
+    p.wanted = wanted.data();
+  }
 };
 
 // The columns start at the first output: their views do too.
@@ -125,24 +135,32 @@ void from_first(Axis &a) {
   for (int64_t &base : a.base) base += a.first * a.step;
 }
 
-void forward_offsets(Lists &l, const Conv &c, const Packing &p, const Axis &rows, const Axis &cols) {
+void forward_offsets(Lists &l, const Conv &c, Packing &p, const Axis &rows, const Axis &cols) {
   const int64_t col_blocks = blocks_of(c.in_channels / c.groups, c.bi), row_blocks = blocks_of(c.out_channels / c.groups, c.bo);
   l.offset.resize(c.order.ptr[c.order.rows]);
-  Numbers taps(c.kernel[0] * c.kernel[1]);
-  for (size_t t = 0; t < taps.size(); t++) taps[t] = tap_offset(p, rows, cols, t);
+  l.want(p);
+  const int64_t blocks = conv_blocks(p);
+  std::vector<Tap> taps;
+  for (int64_t i = 0; i < c.kernel[0]; i++)
+    for (int64_t j = 0; j < c.kernel[1]; j++) taps.push_back(tap_of(p, rows, cols, i, j));
   for (int64_t r = 0; r < c.order.rows; r++) {
     for (int64_t e = c.order.ptr[r]; e < c.order.ptr[r + 1]; e++) {
       const int64_t col = other_of(c, e);
-      l.offset[e] = int32_t(taps[col / col_blocks] + (r / row_blocks * col_blocks + col % col_blocks) * p.plane);
+      const Tap tap = taps[col / col_blocks];
+      const int64_t block = r / row_blocks * col_blocks + col % col_blocks;
+      l.offset[e] = int32_t(tap.pixel + block * p.plane);
+      l.wanted[tap.view * blocks + block] = 1;
     }
   }
 }
 
 // By phase, group and block of channels: the entries of all taps of the phase, one after the other.
-void backward_lists(Lists &l, const Conv &c, const Packing &p, const Axis &rows, const Axis &cols) {
+void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const Axis &cols) {
   const int64_t col_blocks = blocks_of(c.in_channels / c.groups, c.bi), row_blocks = blocks_of(c.out_channels / c.groups, c.bo);
   const int64_t lists = c.groups * col_blocks, phases = rows.from.size() * cols.from.size();
   l.ptr.reserve(phases * (lists + 1));
+  l.want(p);
+  const int64_t blocks = conv_blocks(p);
   Numbers next(c.order.ptr, c.order.ptr + c.order.rows);  // rows ascend in a column: groups follow each other
   for (int64_t q = 0; q < phases; q++) {
     const int64_t qy = q / (int64_t)cols.from.size(), qx = q % (int64_t)cols.from.size();
@@ -152,11 +170,14 @@ void backward_lists(Lists &l, const Conv &c, const Packing &p, const Axis &rows,
         for (int64_t i = 0; i < c.kernel[0]; i++) {
           for (int64_t j = 0; j < c.kernel[1]; j++) {
             if (rows.phase[i] != qy || cols.phase[j] != qx) continue;
-            const int64_t tap = i * c.kernel[1] + j, column = tap * col_blocks + b, at = tap_offset(p, rows, cols, tap);
+            const int64_t column = (i * c.kernel[1] + j) * col_blocks + b;
+            const Tap tap = tap_of(p, rows, cols, i, j);
             int64_t &e = next[column];
             for (; e < c.order.ptr[column + 1] && other_of(c, e) < (g + 1) * row_blocks; e++) {
-              l.offset.push_back(int32_t(at + other_of(c, e) * p.plane));
+              const int64_t row = other_of(c, e);
+              l.offset.push_back(int32_t(tap.pixel + row * p.plane));
               l.slot.push_back(c.order.slot[e]);
+              l.wanted[tap.view * blocks + row] = 1;
             }
           }
         }
@@ -256,10 +277,13 @@ int outer(const Conv &c) {
   lay_out(m.dy, dy_rows, dy_cols, panel, width_out, elements);
   const int64_t panels = (c.images + panel.images - 1) / panel.images * ((rows_out + panel.strip - 1) / panel.strip);
   const int64_t floats = conv_floats(m.x) + conv_floats(m.dy);
-  m.panels_at_once = std::min(panels, std::max<int64_t>((int64_t(3) << 20) / floats, m.threads));
+  // What all threads pack before they part stays in their L2 caches.
+  m.panels_at_once = std::min(panels, std::max<int64_t>(m.threads * half_of_l2() * 3 / 2 / floats, m.threads));
 
-  Lists l;
+  Lists l, of_dy;
   forward_offsets(l, c, m.x, rows, cols);
+  of_dy.want(m.dy);
+  for (int64_t r = 0; r < c.order.rows; r++) of_dy.wanted[r] = c.order.ptr[r] < c.order.ptr[r + 1];
   m.offset = l.offset.data();
   expect_large(m.out, c.order.slots * size * 4);
   if (elements) m.panels_at_once = 1;

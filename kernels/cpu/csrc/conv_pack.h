@@ -19,9 +19,10 @@ INLINE Columns columns_of(const Packing &p, bool inside, int64_t base) {
 }
 
 // 1x1: one packed row of all channels, in one view. Pixels become lanes.
-INLINE void pack_lane_row(const Packing &p, int64_t pixel, Columns has, int64_t base, float *out) {
+INLINE void pack_lane_row(const Packing &p, int64_t pixel, Columns has, int64_t base, const uint8_t *wanted, float *out) {
   for (int64_t c0 = 0; c0 < p.channels; c0 += VL) {
     const int64_t channels = p.channels - c0 < VL ? p.channels - c0 : VL;
+    if (!std::memchr(wanted + c0, 1, channels)) continue;
     for (int64_t c = 0; c < channels; c++) {
       float *to = out + (c0 + c) * p.plane;
       for (int64_t m = 0; m < has.first; m++) to[m] = 0.f;
@@ -41,11 +42,12 @@ INLINE void pack_lane_row(const Packing &p, int64_t pixel, Columns has, int64_t 
 }
 
 // One packed row of all blocks, in one view: columns col_step * m + base of a row of the tensor, zeros where there is none.
-INLINE void pack_row(const Packing &p, int64_t pixel, Columns has, int64_t base, float *out) {
+INLINE void pack_row(const Packing &p, int64_t pixel, Columns has, int64_t base, const uint8_t *wanted, float *out) {
   const int64_t first = has.first, last = has.last;
   const int64_t group_channels = p.channels / p.groups, side = p.side;
   for (int64_t g = 0; g < p.groups; g++) {
     for (int64_t c = 0; c < group_channels; c += side, out += p.plane * side) {
+      if (!*wanted++) continue;
       const int64_t width = group_channels - c < side ? group_channels - c : side;
       const int64_t from = (pixel + base + first * p.col_step) * p.channels + g * group_channels + c;
       std::memset(out, 0, first * side * 4);
@@ -72,9 +74,10 @@ INLINE void pack_images(const Packing &p, int64_t first, int64_t last, int64_t m
         for (int64_t u = 0; u < p.col_views; u++) {
           const int64_t at = (v * p.col_views + u) * p.view_pitch + (n - first) * p.image_pitch + r * p.row_pitch;
           const int64_t pixel = (n * p.height + row) * p.width, base = p.col_base[u];
+          const uint8_t *wanted = p.wanted + (v * p.col_views + u) * conv_blocks(p);
           const Columns has = columns_of(p, row >= 0 && row < p.height, base);
-          if (p.side == 1) pack_lane_row(p, pixel, has, base, out + at);
-          else pack_row(p, pixel, has, base, out + at * p.side);
+          if (p.side == 1) pack_lane_row(p, pixel, has, base, wanted, out + at);
+          else pack_row(p, pixel, has, base, wanted, out + at * p.side);
         }
       }
     }
