@@ -26,14 +26,20 @@ BUILD_ERRORS = (BaseError, CCompilerError)
 LIBRARY = "sparsekern.kernels.cpu._sparsekern_cpu"
 CSRC = Path("kernels/cpu/csrc")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "library.cpp": [],
     "conv_library.cpp": [],
     "generic.cpp": [],
     "avx2.cpp": AVX2,
-    "avx512.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx512.cpp": AVX512,
+    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """By file: which of them runs is chosen on the machine that runs it, so nothing is compiled for the one that builds."""
+
+NEWER = ("avx512_bf16.cpp", "amx.cpp")
+"""Files that a compiler without their flags (before GCC 10, GCC 11) compiles to nothing."""
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own intrinsics, pages of it
@@ -75,13 +81,24 @@ class BuildLibrary(build_ext):
     def _build(self, ext: Extension, openmp: list[str]) -> None:
         def compile_one(source: str) -> list[str]:
             isa = ISA_FLAGS[Path(source).name] if X86 else []
-            objects: list[str] = self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                depends=ext.depends,
-                extra_postargs=[*ext.extra_compile_args, *isa, *openmp],
-            )
-            return objects
+
+            def with_flags(flags: list[str]) -> list[str]:
+                objects: list[str] = self.compiler.compile(
+                    [source],
+                    output_dir=self.build_temp,
+                    depends=ext.depends,
+                    extra_postargs=[*ext.extra_compile_args, *flags, *openmp],
+                )
+                return objects
+
+            try:
+                return with_flags(isa)
+            except BUILD_ERRORS:
+                if Path(source).name not in NEWER:
+                    raise
+            compiled = with_flags(AVX512)
+            self.warn(f"{Path(source).name} is built without kernels: the compiler does not know {' '.join(isa)}")
+            return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread waits for the compiler that it started
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
@@ -116,6 +133,7 @@ setup(
         "sparsekern.nn",
         "sparsekern.ops",
         "sparsekern.recipes",
+        "sparsekern.recipes.models",
         "sparsekern.report",
         "sparsekern.topology",
         "sparsekern.training",

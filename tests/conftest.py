@@ -95,7 +95,7 @@ def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     tables.forget()
 
 
-@pytest.fixture(params=["avx512", "avx2", "generic"])
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "generic"])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the native CPU kernels on one instruction set after the other; those that this machine lacks are skipped."""
     from sparsekern.kernels.cpu import library

@@ -83,7 +83,8 @@ def cases(seeds: int) -> Iterator[dict[str, Any]]:
         for block in blocks[:3]:
             yield {"block": block, "dtype": dtypes[tokens % 3], "tokens": tokens}
     for block in ((16, 16), (32, 32)):  # enough for two threads
-        yield {"block": block, "rows": 9, "cols": 9, "blocks": 40, "tokens": 300, "dtype": torch.float32}
+        for dtype in dtypes[:2]:
+            yield {"block": block, "rows": 9, "cols": 9, "blocks": 40, "tokens": 300, "dtype": dtype}
     yield {"block": (1, 1), "rows": 60, "cols": 65, "blocks": 3000, "tokens": 400, "dtype": torch.float32}
 
 
@@ -127,7 +128,7 @@ def sweep(library_file: Path, seeds: int) -> None:
 
     library.FILE = library_file
     torch.set_num_threads(2)
-    for name in ("generic", "avx2", "avx512"):
+    for name in ("generic", "avx2", "avx512", "avx512_bf16", "amx"):
         os.environ["SPARSEKERN_CPU"] = name
         library.load.cache_clear()
         try:

@@ -6,6 +6,7 @@ of the time; the flags of the real build are read off its command line.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -98,15 +99,32 @@ def test_a_wheel_holds_the_library_and_no_source_and_its_layers_run_on_it(source
 
     lines = (tmp_path / "calls").read_text().splitlines()
     flags = {Path(name).name: line for line in lines for name in line.split() if name.endswith(".cpp")}
-    assert set(flags) == {"library.cpp", "generic.cpp", "avx2.cpp", "avx512.cpp"}
+    assert set(flags) == {"library.cpp", "generic.cpp", "avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"}
     for name, line in flags.items():
         assert "fast-math" not in line and "-O3" in line and "-fopenmp" in line
         if os.uname().machine == "x86_64":
             asked = line.split()
             last = max(n for n, flag in enumerate(asked) if flag.startswith("-march="))
             assert asked[last] == "-march=x86-64" and not [f for f in asked[:last] if f.startswith("-mavx")], name
-            assert ("-mavx2" in line) == (name in ("avx2.cpp", "avx512.cpp")), name
-            assert ("-mavx512f" in line) == (name == "avx512.cpp"), name
+            assert ("-mavx2" in line) == (name not in ("library.cpp", "generic.cpp")), name
+            assert ("-mavx512f" in line) == (name in ("avx512.cpp", "avx512_bf16.cpp", "amx.cpp")), name
+            assert ("-mavx512bf16" in line) == (name in ("avx512_bf16.cpp", "amx.cpp")), name
+            assert ("-mamx-bf16" in line) == (name == "amx.cpp"), name
+
+
+@needs_compiler
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="there is one instruction set")
+def test_a_compiler_without_the_newer_instructions_builds_the_library_without_their_kernels(source, compiler, tmp_path):
+    script = Path(compiler["CXX"])
+    refuse = 'case "$*" in *-mamx*|*-mavx512bf16*) echo unknown option >&2; exit 1;; esac\nexec'
+    script.write_text(script.read_text().replace("exec", refuse, 1))
+    done = pip("install", "--target", tmp_path / "there", source, env=compiler | {"SPARSEKERN_REQUIRE_CPU": "1"})
+
+    assert done.returncode == 0, done.stderr
+    assert use(tmp_path / "there").split()[-1] == "cpu"
+    library = ctypes.CDLL(str(tmp_path / "there/sparsekern/kernels/cpu/_sparsekern_cpu.so"))
+    assert not library.sk_use(b"amx") and not library.sk_use(b"avx512_bf16")
+    assert library.sk_use(b"generic")
 
 
 @needs_compiler

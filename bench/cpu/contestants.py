@@ -42,6 +42,7 @@ def sparsekern(scene: Scene, op: str) -> Contestant:
         fwd=lambda: cpu.fwd(x, values, None, index, grid.out_features),
         dx=lambda: cpu.dx(dy, values, index, grid.in_features),
         dvalues=lambda: cpu.dvalues(dy, x, index, grid.block, x.dtype),
+        backward=lambda: cpu.backward(dy, x, values, index),
     )
 
 

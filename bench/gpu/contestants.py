@@ -88,12 +88,14 @@ def joined(
     fwd: Callable[[], torch.Tensor],
     dx: Callable[[], torch.Tensor],
     dvalues: Callable[[], torch.Tensor],
+    backward: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Contestant:
-    """Return a contestant without autograd, whose step is the three functions after each other."""
+    """Return a contestant without autograd, whose step is the forward and ``backward``, else the other two in turn."""
+    gradients = backward or (lambda: (dx(), dvalues()))
     runs: dict[str, Callable[[], object]] = {
         "fwd": fwd,
         "dx": dx,
         "dvalues": dvalues,
-        "step": lambda: (fwd(), dx(), dvalues()),
+        "step": lambda: (fwd(), *gradients()),
     }
     return Contestant(name, kind, torch.no_grad()(runs[op]), functools.partial(named, op))

@@ -1,7 +1,8 @@
 """The compiled library: finding it, choosing its instruction set, calling it.
 
-``SPARSEKERN_CPU`` asks for one: ``avx512``, ``avx2``, ``generic``, or ``off`` for none. What the machine lacks, or a
-library that was never built, is an error then; without the variable it is a reason to take the eager kernels.
+``SPARSEKERN_CPU`` asks for one: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``generic``, or ``off`` for none. The
+first two are ``avx512`` with instructions for bfloat16. What the machine lacks, or a library that was never built, is
+an error then; without the variable it is a reason to take the eager kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 ABI = 3
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
-CHOICES = ("avx512", "avx2", "generic", "off")
+CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -56,6 +57,15 @@ class Order(ctypes.Structure):
         return cls(ptr.data_ptr(), other.data_ptr(), slot.data_ptr(), ptr.shape[0] - 1, slots)
 
 
+class ElementPlan(ctypes.Structure):
+    """``ElementPlan`` of ``csrc/api.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("lanes", "tokens", "strip", "strips", "chunks", "entries")),
+        ("shift", ctypes.c_int32),
+    )
+
+
 class Multiply(ctypes.Structure):
     """``Multiply`` of ``csrc/api.h``; what the library fills in itself is last."""
 
@@ -68,10 +78,13 @@ class Multiply(ctypes.Structure):
         ("side_in", ctypes.c_int32),
         ("side_out", ctypes.c_int32),
         ("transposed", ctypes.c_int32),
+        ("values_dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("panel", ctypes.c_int64),
-        ("chunks", ctypes.c_int64),
-        ("shift", ctypes.c_int32),
+        ("plan", ElementPlan),
+        ("groups", ctypes.c_int64),
+        ("group_entries", ctypes.c_int64),
+        ("shared", ctypes.c_int32),
         ("scratch", ctypes.c_void_p),
     )
 
@@ -89,8 +102,7 @@ class Outer(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("panel", ctypes.c_int64),
         ("panels_at_once", ctypes.c_int64),
-        ("chunks", ctypes.c_int64),
-        ("shift", ctypes.c_int32),
+        ("plan", ElementPlan),
         ("scratch", ctypes.c_void_p),
     )
 
@@ -232,6 +244,12 @@ def call(name: str, arguments: ctypes.Structure) -> None:
         raise RuntimeError(reason)
     if getattr(library, name)(ctypes.byref(arguments)):
         raise MemoryError(f"{name} finds no memory for its scratch")
+
+
+def takes_bfloat16() -> bool:
+    """Return whether the live instruction set multiplies bfloat16 numbers itself, except at 1x1."""
+    library, _ = load()
+    return library is not None and bool(library.sk_bfloat16())
 
 
 def scratch_bytes() -> int:

@@ -2,14 +2,25 @@
 
 Beside inputs and outputs a call holds the scratch of the library (packed panels of tokens; in the forward one
 transposed float32 copy of the stored blocks), which it keeps for the next call, and a float32 copy of values or of
-their gradient where these are of another dtype.
+their gradient where these are of another dtype. At 1x1 the scratch is 16 MiB of packed tokens (or one panel, where that
+is more) and, a thread, the copy of some rows: 128 Ki entries of 6 to 10 bytes, or those of 16 rows.
 """
 
 from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import Index, backward_in_two_calls
-from sparsekern.kernels.cpu.library import Backward, Matrix, Multiply, Order, Outer, call, threads
+from sparsekern.kernels.cpu.library import (
+    DTYPES,
+    Backward,
+    Matrix,
+    Multiply,
+    Order,
+    Outer,
+    call,
+    takes_bfloat16,
+    threads,
+)
 from torch import Tensor
 
 Lists = tuple[Tensor, Tensor, Tensor]
@@ -33,7 +44,7 @@ def _multiply(
     y = x.new_empty(x.shape[0], features)
     if y.numel() == 0:
         return y
-    x, read, bias = positive(x), as_read(values, x.dtype), None if bias is None else numbers(bias)
+    x, read, bias = positive(x), _as_read(values, x.dtype), None if bias is None else numbers(bias)
     call("sk_multiply", _product(x, y, read, bias, lists, transposed=transposed))
     return y
 
@@ -47,11 +58,6 @@ def numbers(x: Tensor) -> Tensor:
     """Return a tensor as the library reads weights: contiguous float32. Asking is cheaper than converting in vain."""
     x = positive(x if x.dtype is torch.float32 else x.float())
     return x if x.is_contiguous() else x.contiguous()
-
-
-def as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values as the library reads them: rounded to the compute dtype, in float32."""
-    return numbers(values if values.dtype is dtype else values.to(dtype))
 
 
 def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -87,7 +93,7 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tenso
         return backward_in_two_calls(dx, dvalues, dy, x, values, index)
     grad_x = dy.new_empty(x.shape)
     grad_values = torch.empty(values.shape, dtype=torch.float32, device=x.device)
-    dy, x, read = positive(dy), positive(x), as_read(values, dy.dtype)
+    dy, x, read = positive(dy), positive(x), _as_read(values, dy.dtype)
     call(
         "sk_backward",
         Backward(
@@ -101,6 +107,14 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tenso
 # Addresses are all that these structures hold: the tensors must be kept until the call is over.
 
 
+def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as the library reads them beside inputs of a dtype, to which they are rounded here or there."""
+    if dtype is torch.bfloat16 and values.shape[1:] != (1, 1) and takes_bfloat16():
+        values = positive(values if values.dtype in (torch.float32, dtype) else values.to(dtype))
+        return values if values.is_contiguous() else values.contiguous()
+    return numbers(values if values.dtype is dtype else values.to(dtype))
+
+
 def _product(x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, *, transposed: bool) -> Multiply:
     slots, bo, bi = values.shape
     return Multiply(
@@ -112,6 +126,7 @@ def _product(x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: L
         bo if transposed else bi,
         bi if transposed else bo,
         transposed,
+        DTYPES[values.dtype],
         threads(),
     )
 

@@ -20,11 +20,14 @@ GROUP, GROUP_PAIRS = 32, 8
 LIST_BYTES = 48
 """What these lists take a block, those in the scratch of the library with them; at 1x1 far more than the block."""
 
+TILE = 64
+"""Side of the blocks in which all single elements are computed."""
+
 
 def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
     """Return the norms ``(K,)`` of chosen blocks; see :meth:`sparsekern.kernels.contract.Backend.block_norms`."""
     row, col = row.int(), col.int()
-    order = row.argsort(stable=True)
+    order = (row.long() * -(-x.shape[1] // block[1]) + col).argsort()  # columns ascend within a row, as in an index
     norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
     for some in order.split(chunk_of(block)):
         norms[some] = _norms(dy, x, row[some], col[some], block)
@@ -33,12 +36,31 @@ def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[in
 
 def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
     """Return the norms ``(R, C)`` of all blocks; see :meth:`sparsekern.kernels.contract.Backend.all_block_norms`."""
+    if block == (1, 1):
+        return _all_magnitudes(dy, x)
     rows, cols = -(-dy.shape[1] // block[0]), -(-x.shape[1] // block[1])
     norms = torch.empty(rows * cols, dtype=torch.float32, device=x.device)
     for start, stop in spans(rows * cols, chunk_of(block)):
         cells = torch.arange(start, stop, device=x.device)
         norms[start:stop] = _norms(dy, x, (cells // cols).int(), (cells % cols).int(), block)
     return norms.view(rows, cols)
+
+
+def _all_magnitudes(dy: Tensor, x: Tensor) -> Tensor:
+    """Return ``|dy' x|``: all elements are wanted, so they are computed in larger blocks, some at a time."""
+    norms = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    rows, cols = -(-dy.shape[1] // TILE), -(-x.shape[1] // TILE)
+    chunk = max(1, chunk_of((TILE, TILE)) // 2)  # the blocks, and their elements in the order of the rows
+    for r0, r1 in spans(rows, max(1, chunk // max(1, cols))):
+        for c0, c1 in spans(cols, chunk):
+            some = norms[r0 * TILE : r1 * TILE, c0 * TILE : c1 * TILE]
+            dy_part, x_part = dy[:, r0 * TILE : r1 * TILE], x[:, c0 * TILE : c1 * TILE]
+            cells = torch.arange((r1 - r0) * (c1 - c0), dtype=torch.int32, device=x.device)
+            row_ptr = torch.arange(0, cells.shape[0] + 1, c1 - c0, dtype=torch.int32, device=x.device)
+            blocks = outer_blocks(dy_part, x_part, (row_ptr, cells % (c1 - c0), cells), cells.shape[0], (TILE, TILE))
+            whole = blocks.view(r1 - r0, c1 - c0, TILE, TILE).transpose(1, 2)
+            torch.abs(whole.reshape((r1 - r0) * TILE, -1)[: some.shape[0], : some.shape[1]], out=some)
+    return norms
 
 
 def chunk_of(block: tuple[int, int]) -> int:

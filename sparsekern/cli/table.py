@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from sparsekern.recipes import Config
+
 MIB = 2**20
 
 BUSY = 3
@@ -17,7 +19,7 @@ def result_table(results: dict[str, Any]) -> Table:
     config, networks = results["config"], results["networks"]
     comparison = results.get("comparison")
     table = Table(
-        title=f"{results['data']['name']}, MLP of width {config['width']}: hidden layers "
+        title=f"{results['data']['name']}, {Config.from_json(config).network_title}: hidden layers "
         f"{100 * networks['sparse']['sparsity']:.1f} % sparse in blocks of {config['block_size']} "
         f"({config['method']}), first and last layer dense",
         title_justify="left",

@@ -13,13 +13,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sparsekern.cli.listing import recipe_table, recipe_values
 from sparsekern.cli.live import Live
 from sparsekern.cli.table import notes, result_table
 from sparsekern.recipes import Config, Interrupted, resume, start
+from sparsekern.recipes.augment import AUGMENTATIONS
 from sparsekern.recipes.folder import CONFIG, PICTURE, default_folder, read_config
 from sparsekern.training import METHODS
 
 USAGE_ERROR, INTERRUPTED = 2, 130
+
+MLP = Config()
+"""The default recipe, whose values the help shows."""
 
 
 def _option(text: str, default: object, *names: str) -> Any:
@@ -27,31 +32,48 @@ def _option(text: str, default: object, *names: str) -> Any:
     return typer.Option(*names, help=text, show_default=str(default))
 
 
+def _of_recipe(name: str) -> str:
+    return f"the recipe's; {MLP.recipe}: {getattr(MLP, name)}"
+
+
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 """What PyTorch says when there is not enough memory, on a CPU and on CUDA."""
 
 
 def train(
+    recipe: Annotated[
+        str | None, _option("Network and training; --list shows what there is.", MLP.recipe, "--recipe")
+    ] = None,
     data: Annotated[
         str | None,
         _option(
-            "An .npz file (train_images, train_labels, test_images, test_labels) or a folder of IDX files.",
+            "An .npz file (train_images, train_labels, test_images, test_labels), CIFAR as a folder or .tar.gz, or a "
+            "folder of IDX files.",
             "scikit-learn's digits",
         ),
     ] = None,
     sparsity: Annotated[
         float | None, _option("Fraction of the hidden weights that is absent.", Config.sparsity)
     ] = None,
-    block_size: Annotated[int | None, _option("Side of the blocks.", Config.block_size)] = None,
+    block_size: Annotated[int | None, _option("Side of the blocks.", _of_recipe("block_size"))] = None,
     method: Annotated[str | None, _option(f"How blocks move: {', '.join(METHODS)}.", Config.method)] = None,
-    width: Annotated[int | None, _option("Features of the hidden layers.", Config.width)] = None,
-    epochs: Annotated[
-        int | None, _option("Passes over the training set.", "20; 5 with more than 10 000 images")
+    width: Annotated[int | None, _option("Features of the hidden layers of the mlp.", MLP.width)] = None,
+    width_multiplier: Annotated[
+        float | None, _option("Times the published channels of any other network.", MLP.width_multiplier)
     ] = None,
-    batch_size: Annotated[int | None, _option("Images a step.", Config.batch_size)] = None,
-    rate: Annotated[float | None, _option("Learning rate of AdamW.", Config.rate)] = None,
-    update_every: Annotated[int | None, _option("Steps between moves of blocks.", "about 20 moves in all")] = None,
-    seeds: Annotated[int | None, _option("Number of seeds to train.", Config.seeds)] = None,
+    augment: Annotated[
+        str | None, _option(f"How images are varied: {', '.join(AUGMENTATIONS)}.", "the recipe's; grey images: none")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        _option("Passes over the training set.", "the recipe's; mlp: 20, or 5 with more than 10 000 images"),
+    ] = None,
+    batch_size: Annotated[int | None, _option("Images a step.", _of_recipe("batch_size"))] = None,
+    rate: Annotated[float | None, _option("Learning rate at its highest.", _of_recipe("rate"))] = None,
+    update_every: Annotated[
+        int | None, _option("Steps between moves of blocks.", "about 8 moves, at most as far apart as the recipe says")
+    ] = None,
+    seeds: Annotated[int | None, _option("Number of seeds to train.", _of_recipe("seeds"))] = None,
     device: Annotated[str | None, _option("cpu, cuda or cuda:<number>.", "cuda where there is one")] = None,
     dense: Annotated[bool | None, _option("Train the dense twin too.", "dense", "--dense/--no-dense")] = None,
     out: Annotated[
@@ -61,19 +83,26 @@ def train(
         Path | None,
         typer.Option("--resume", help="Go on with the run in this folder, exactly where it stopped.", metavar="FOLDER"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Show the recipes and where they come from.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the list, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress, only the results.")] = False,
 ) -> None:
     """Train a block-sparse network and its dense twin side by side, and compare them.
 
     Ctrl-C saves everything and says how to go on.
     """
+    if list_:
+        _show_recipes(as_json=as_json)
+        return
     options: dict[str, Any] = {
+        "recipe": recipe,
         "data": None if data is None else str(Path(data).expanduser().resolve()),
         "sparsity": sparsity,
         "block_size": block_size,
         "method": method,
         "width": width,
+        "width_multiplier": width_multiplier,
+        "augment": augment,
         "epochs": epochs,
         "batch_size": batch_size,
         "rate": rate,
@@ -112,6 +141,13 @@ def train(
         Console().print(result_table(results))
         typer.echo(notes(results))
         typer.echo(f"{folder}: config, metrics, checkpoints, and the picture {folder / PICTURE}")
+
+
+def _show_recipes(*, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(recipe_values()))
+    else:
+        Console().print(recipe_table())
 
 
 def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:

@@ -1,4 +1,4 @@
-"""The shipped training recipe: data, networks, the loop, checkpoints, results. ``sparsekern train`` is its shell."""
+"""The shipped training recipes: data, networks, the loop, checkpoints, results. ``sparsekern train`` is their shell."""
 
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.run import Interrupted, Observer, resume, start

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from sparsekern.recipes.augment import AUGMENTATIONS
+from sparsekern.recipes.catalogue import RECIPES, find
 from sparsekern.topology import check_sparsity
 from sparsekern.training import METHODS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of every JSON file in a run folder."""
 
 SMALL_DATA = 10_000
@@ -21,21 +23,30 @@ SMALL_DATA = 10_000
 STOP = 0.75
 """Fraction of the training after which no block moves, so that the last grown ones have time to learn."""
 
+OF_RECIPE: Any = None
+"""The default of an option that the recipe decides. It does so at once: no Config holds this, but for ``width``."""
+
 
 @dataclass(frozen=True)
 class Config:
     """The options of one run. Those that are None are chosen by :meth:`resolved`.
 
     Attributes:
-        data: None for scikit-learn's digits, or the path of an ``.npz`` file or of a folder of IDX files.
+        recipe: a name in :data:`sparsekern.recipes.catalogue.RECIPES`. It decides what is not given: ``block_size``,
+            ``width``, ``batch_size``, ``rate`` and ``seeds``.
+        data: None for scikit-learn's digits, or a path that :func:`sparsekern.recipes.data.load` takes.
         sparsity: fraction of the hidden weights that is absent, in [0, 1).
         block_size: side of the blocks.
         method: a name in :data:`sparsekern.training.METHODS`.
-        width: features of the three hidden layers.
-        epochs: passes over the training set. Default: 20, or 5 with more than 10 000 images.
+        width: features of the three hidden layers of the MLP; None for other networks.
+        width_multiplier: times the published channels of other networks; 1 for the MLP.
+        augment: how images are varied, a name in :data:`sparsekern.recipes.augment.AUGMENTATIONS`. Default: the
+            recipe's, but ``"none"`` for grey images.
+        epochs: passes over the training set. Default: the recipe's; of the MLP 20, or 5 with more than 10 000 images.
         batch_size: images a step.
-        rate: AdamW's learning rate.
-        update_every: steps between moves of blocks. Default: about eight moves, at most 100 steps apart.
+        rate: the learning rate at its highest.
+        update_every: steps between moves of blocks. Default: about eight moves, at most as far apart as the recipe
+            says.
         seeds: number of runs; run ``i`` has seed ``i``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``. Default: CUDA where there is one.
         dense: whether the dense twin is trained too.
@@ -44,36 +55,43 @@ class Config:
         ValueError: a value out of range; the text names it, the rule and the way out.
     """
 
+    recipe: str = next(iter(RECIPES))
     data: str | None = None
     sparsity: float = 0.9
-    block_size: int = 16
+    block_size: int = OF_RECIPE
     method: str = "set"
-    width: int = 1024
+    width: int | None = OF_RECIPE
+    width_multiplier: float = 1.0
+    augment: str | None = None
     epochs: int | None = None
-    batch_size: int = 64
-    rate: float = 1e-3
+    batch_size: int = OF_RECIPE
+    rate: float = OF_RECIPE
     update_every: int | None = None
-    seeds: int = 5
+    seeds: int = OF_RECIPE
     device: str | None = None
     dense: bool = True
 
     def __post_init__(self) -> None:
+        self._ask_recipe()
         for name in ("block_size", "width", "epochs", "batch_size", "update_every", "seeds"):
             value = getattr(self, name)
-            optional = name in ("epochs", "update_every")
+            optional = name in ("epochs", "update_every", "width")
             if not (optional and value is None) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of 1 or more")
-        for name in ("sparsity", "rate"):
+        for name in ("sparsity", "rate", "width_multiplier"):
             if type(value := getattr(self, name)) not in (int, float):
                 raise ValueError(f"{name} is {value!r}; it must be a number")
         check_sparsity(self.sparsity)
-        if self.block_size > self.width:
+        if self.width is not None and self.block_size > self.width:
             raise ValueError(
                 f"block_size is {self.block_size}, larger than the layers of width {self.width}; "
                 "choose smaller blocks or a larger width"
             )
-        if not (math.isfinite(self.rate) and self.rate > 0):
-            raise ValueError(f"rate is {self.rate}; it must be a number above 0, such as 0.001")
+        for name in ("rate", "width_multiplier"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise ValueError(f"{name} is {value}; it must be a number above 0")
+        if self.augment is not None and self.augment not in AUGMENTATIONS:
+            raise ValueError(f"augment is {self.augment!r}; it must be one of {', '.join(AUGMENTATIONS)}")
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
         if not (self.data is None or isinstance(self.data, str)):
@@ -83,19 +101,42 @@ class Config:
         if self.device is not None:
             _check_device(self.device)
 
+    def _ask_recipe(self) -> None:
+        """Fill in what was not given; raise ValueError if there is no such recipe, or its network has no such width."""
+        recipe = find(self.recipe)
+        if recipe.width is None and self.width is not None:
+            raise ValueError(f"width is {self.width}, but recipe {recipe.name} has none; give a width_multiplier")
+        if recipe.width is not None and self.width_multiplier != 1:
+            raise ValueError(
+                f"width_multiplier is {self.width_multiplier}, but recipe {recipe.name} has none; give a width"
+            )
+        for name in ("block_size", "width", "batch_size", "rate", "seeds"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
+
+    @property
+    def network_title(self) -> str:
+        """What is trained, in words, such as "MLP of width 1024"."""
+        title = find(self.recipe).title
+        if self.width is not None:
+            return f"{title} of width {self.width}"
+        return title if self.width_multiplier == 1 else f"{title}, {self.width_multiplier:g} times as wide"
+
     @property
     def networks(self) -> tuple[str, ...]:
         """Names of the networks, in the order in which they are trained."""
         return ("sparse", "dense") if self.dense else ("sparse",)
 
-    def resolved(self, images: int) -> Config:
-        """Return the configuration with nothing left open, for a training set of that many images."""
-        epochs = self.epochs or (20 if images <= SMALL_DATA else 5)
+    def resolved(self, images: int, channels: int) -> Config:
+        """Return the configuration with nothing left open, for a training set of that many images and channels."""
+        recipe = find(self.recipe)
+        epochs = self.epochs or recipe.epochs or (20 if images <= SMALL_DATA else 5)
         moving = STOP * epochs * math.ceil(images / self.batch_size)
         return replace(
             self,
             epochs=epochs,
-            update_every=self.update_every or min(100, max(1, int(moving / 8))),
+            augment=self.augment or (recipe.augmentation if channels > 1 else "none"),
+            update_every=self.update_every or min(recipe.update_every, max(1, int(moving / 8))),
             device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
 

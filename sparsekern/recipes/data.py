@@ -1,11 +1,8 @@
-"""Data sets: scikit-learn's digits, an ``.npz`` file, a folder of IDX files."""
+"""Data sets: scikit-learn's digits, CIFAR, an ``.npz`` file, a folder of IDX files."""
 
 from __future__ import annotations
 
 import hashlib
-import lzma
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,25 +10,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparsekern.recipes.cifar import is_cifar, read_cifar_folder, read_cifar_tar
 from sparsekern.recipes.idx import IMAGES, LABELS, find_idx, read_idx
+from sparsekern.recipes.npz import KEYS, read_npz
 
 if TYPE_CHECKING:
     import numpy
 
-KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 TEST_FRACTION = 0.2
 """Of each class of the digits, which come without a split of their own."""
+
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
+
+KINDS = "an .npz file, CIFAR as a folder or .tar.gz, or a folder of IDX files"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as vectors, standardised by the mean and standard deviation of the training set.
+    """Images, each channel standardised by its mean and standard deviation in the training set.
 
     Attributes:
         name: for titles.
-        train_images: ``(N, F)`` float32.
+        train_images: ``(N, C, H, W)`` float32.
         train_labels: ``(N,)`` int64, 0 to ``classes - 1``.
-        test_images: ``(M, F)`` float32.
+        test_images: ``(M, C, H, W)`` float32.
         test_labels: ``(M,)`` int64.
         classes: one more than the largest label.
         digest: of the raw arrays, so that a resumed run can tell that it has the same data.
@@ -46,9 +48,10 @@ class Dataset:
     digest: str
 
     @property
-    def features(self) -> int:
-        """F, the pixels of an image."""
-        return self.train_images.shape[1]
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``."""
+        _, channels, height, width = self.train_images.shape
+        return channels, height, width
 
     def to(self, device: torch.device) -> Dataset:
         """Return the data set on a device."""
@@ -61,7 +64,7 @@ class Dataset:
             "name": self.name,
             "train_images": self.train_images.shape[0],
             "test_images": self.test_images.shape[0],
-            "features": self.features,
+            "image_shape": list(self.image_shape),
             "classes": self.classes,
             "sha256": self.digest,
         }
@@ -71,8 +74,9 @@ def load(path: str | None = None) -> Dataset:
     """Load a data set.
 
     Args:
-        path: None for the digits of scikit-learn; an ``.npz`` file with the arrays of :data:`KEYS`; or a folder with
-            the four IDX files of MNIST or Fashion-MNIST, gzipped or not.
+        path: None for the digits of scikit-learn; an ``.npz`` file (:mod:`sparsekern.recipes.npz`); CIFAR-10 or
+            CIFAR-100 as a folder or a ``.tar.gz`` (:mod:`sparsekern.recipes.cifar`); or a folder with the four IDX
+            files of MNIST or Fashion-MNIST, gzipped or not.
 
     Raises:
         ValueError: the data are missing, damaged or do not fit together; one sentence says what and where.
@@ -81,14 +85,15 @@ def load(path: str | None = None) -> Dataset:
         return _dataset("digits (scikit-learn)", "the digits of scikit-learn", _digits())
     source = Path(path)
     if not source.exists():
-        raise ValueError(f"data is {path}, which does not exist; give an .npz file or a folder of IDX files")
+        raise ValueError(f"data is {path}, which does not exist; give {KINDS}")
     if source.is_dir():
-        return _dataset(source.resolve().name, path, _idx_folder(source))
+        read = read_cifar_folder if is_cifar(source) else _idx_folder
+        return _dataset(source.resolve().name, path, read(source))
+    if source.name.endswith(ARCHIVES):
+        return _dataset(source.name.partition(".tar")[0].removesuffix(".tgz"), path, read_cifar_tar(source))
     if source.suffix != ".npz":
-        raise ValueError(
-            f"data is {path}, a file that does not end in .npz; give an .npz file or a folder of IDX files"
-        )
-    return _dataset(source.stem, path, _npz(source))
+        raise ValueError(f"data is {path}, a file that does not end in .npz, {', '.join(ARCHIVES)}; give {KINDS}")
+    return _dataset(source.stem, path, read_npz(source))
 
 
 def _digits() -> dict[str, numpy.ndarray]:
@@ -96,6 +101,7 @@ def _digits() -> dict[str, numpy.ndarray]:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 1, 8, 8)
     test = torch.zeros(len(labels), dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     for digit in range(10):
@@ -108,42 +114,8 @@ def _digits() -> dict[str, numpy.ndarray]:
 
 def _idx_folder(folder: Path) -> dict[str, numpy.ndarray]:
     parts = (("train-images", IMAGES), ("train-labels", LABELS), ("t10k-images", IMAGES), ("t10k-labels", LABELS))
-    return {key: read_idx(find_idx(folder, *part), part[1]) for key, part in zip(KEYS, parts, strict=True)}
-
-
-def _npz(path: Path) -> dict[str, numpy.ndarray]:
-    import numpy
-
-    keys = ", ".join(KEYS)
-    try:
-        content = numpy.load(path, allow_pickle=False)
-        if isinstance(content, numpy.ndarray):
-            raise ValueError("it is a single array")
-        with content as archive:
-            absent = [key for key in KEYS if key not in archive]
-            if not absent:
-                arrays = {key: archive[key] for key in KEYS}
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError):
-        # numpy's own words are no help: of a text file it says that it could be loaded unsafely
-        raise ValueError(
-            f"data is {path}, which is damaged or no .npz file; write one with numpy.savez, of plain arrays {keys}"
-        ) from None
-    if absent:
-        raise ValueError(f"{path} has no array {', '.join(absent)}; it must have {keys}")
-    for key in ("train_images", "test_images"):
-        array = arrays[key]
-        if array.dtype != numpy.uint8 or array.ndim not in (3, 4):
-            raise ValueError(
-                f"{key} in {path} is {array.dtype} of shape {array.shape}; it must be uint8 of shape "
-                "(images, height, width) or (images, height, width, channels)"
-            )
-    for key in ("train_labels", "test_labels"):
-        if arrays[key].dtype.kind not in "iu" or arrays[key].ndim != 1:
-            raise ValueError(
-                f"{key} in {path} is {arrays[key].dtype} of shape {arrays[key].shape}; it must be integers of shape "
-                "(images,)"
-            )
-    return arrays
+    arrays = {key: read_idx(find_idx(folder, *part), part[1]) for key, part in zip(KEYS, parts, strict=True)}
+    return arrays | {key: arrays[key][:, None] for key in KEYS[::2]}
 
 
 def _dataset(name: str, source: str, arrays: dict[str, numpy.ndarray]) -> Dataset:
@@ -173,7 +145,7 @@ def _dataset(name: str, source: str, arrays: dict[str, numpy.ndarray]) -> Datase
     train_images, test_images = _standardised(train, test, source)
     digest = hashlib.sha256()
     for key in KEYS:
-        digest.update(arrays[key].tobytes())
+        digest.update(arrays[key].tobytes())  # in the order of the axes, whatever the order in memory
     classes = int(known.max()) + 1
     if classes > max(1000, len(train)):
         raise ValueError(
@@ -183,8 +155,15 @@ def _dataset(name: str, source: str, arrays: dict[str, numpy.ndarray]) -> Datase
 
 
 def _standardised(train: numpy.ndarray, test: numpy.ndarray, source: str) -> tuple[Tensor, Tensor]:
-    flat = [torch.from_numpy(images.reshape(len(images), -1).astype("float32")) for images in (train, test)]
-    mean, std = flat[0].double().mean(), flat[0].double().std()
-    if std == 0:
+    """Return the images as float32, each channel with mean 0 and deviation 1 over the training set."""
+    images = [torch.from_numpy(array.astype("float32")) for array in (train, test)]
+    deviations = []
+    for channel in range(train.shape[1]):  # one at a time: in float64 it takes twice the memory
+        pixels = images[0][:, channel].double()
+        mean, deviation = pixels.mean(), pixels.std()
+        deviations.append(float(deviation))
+        for part in images:
+            part[:, channel].sub_(mean).div_(deviation if deviation > 0 else 1.0)
+    if not any(deviations):
         raise ValueError(f"{source} has train images in which all pixels are equal; there is nothing to learn from")
-    return flat[0].sub_(mean).div_(std), flat[1].sub_(mean).div_(std)
+    return images[0], images[1]

@@ -15,8 +15,9 @@ CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.jso
 
 
 def default_folder(config: Config, now: datetime) -> Path:
-    """Return ``runs/<date-time>-<method>-<sparsity>``."""
-    return Path("runs") / f"{now:%Y%m%d-%H%M%S}-{config.method}-{config.sparsity:g}"
+    """Return ``runs/<date-time>-<method>-<sparsity>``, with the recipe before the method if it is not the default."""
+    recipe = "" if config.recipe == Config.recipe else f"{config.recipe}-"
+    return Path("runs") / f"{now:%Y%m%d-%H%M%S}-{recipe}{config.method}-{config.sparsity:g}"
 
 
 def create(folder: Path, config: Config, data: dict[str, Any], environment: dict[str, Any]) -> None:

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
 
 from sparsekern.analysis import stored_parameters, training_bytes
+from sparsekern.recipes.augment import augmented
+from sparsekern.recipes.build import build
+from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import STOP, Config
 from sparsekern.recipes.data import Dataset
-from sparsekern.recipes.models import build
 from sparsekern.topology import generator_for
 from sparsekern.training import METHODS
 
 WARM_UP = 5
 """Steps at the start that are not timed: they allocate the optimizer's state and fill caches."""
 
-EVALUATION_BATCH = 1024
+EVALUATION_BATCH = 512
 
 
 class Learner:
@@ -31,7 +34,7 @@ class Learner:
         network: ``"sparse"`` or ``"dense"``.
         config: resolved.
         data: on the device on which the network is to be.
-        seed: decides initial values, topology, order of batches and moves of blocks.
+        seed: decides initial values, topology, order of batches, what varies the images, and moves of blocks.
 
     Attributes:
         epoch: epochs completed.
@@ -41,16 +44,19 @@ class Learner:
 
     def __init__(self, network: str, config: Config, data: Dataset, seed: int) -> None:
         assert config.epochs is not None and config.update_every is not None  # resolved() filled them
+        assert config.augment is not None
+        self.recipe, self.augmentation = find(config.recipe), config.augment
         self.network, self.data, self.seed = network, data, seed
         self.batch_size = config.batch_size
         self.batches = math.ceil(data.train_images.shape[0] / config.batch_size)
+        self.rate, self.total_steps = config.rate, config.epochs * self.batches
         self.device = data.train_images.device
-        self.model = build(network, config, data.features, data.classes, seed).to(self.device)
-        # fused: on a CPU the default AdamW is slow, most of all for the dense twin, and would flatter the sparse one
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.rate, fused=True)
+        self.memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        self.model = build(network, config, data.image_shape, data.classes, seed).to(self.device)
+        self.optimizer = self.recipe.optimizer.build(self.model, config.rate)
         self.method = None
         if network == "sparse":
-            stop = STOP * config.epochs * self.batches
+            stop = STOP * self.total_steps
             self.method = METHODS[config.method](
                 self.model, self.optimizer, update_every=config.update_every, stop=stop, seed=seed
             )
@@ -70,8 +76,12 @@ class Learner:
         images, labels = self._next_batch()
         self._wait()
         began = time.perf_counter()
-        loss = cross_entropy(self.model(images), labels)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * self.recipe.schedule.factor(self.steps, self.total_steps)
+        loss = cross_entropy(self.model(images), labels, label_smoothing=self.recipe.label_smoothing)
         loss.backward()
+        if self.recipe.clip_norm is not None:
+            clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.method is not None:
@@ -131,13 +141,18 @@ class Learner:
             self.method.load_state_dict(state["method"])
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
-        """Return images ``(B, F)`` and labels ``(B,)``; the order of an epoch is the same for both networks."""
+        """Return images ``(B, C, H, W)`` and labels ``(B,)``; both networks see the same ones in the same order.
+
+        All that is random in it follows from seed, epoch and step: nothing of it needs to be saved.
+        """
         count = self.data.train_images.shape[0]
         if self._order is None or self._order[0] != self.epoch:
             order = torch.randperm(count, generator=generator_for(self.seed, "order", self.epoch))
             self._order = (self.epoch, order.to(self.device))
         chosen = self._order[1][self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
-        return self.data.train_images[chosen], self.data.train_labels[chosen]
+        generator = generator_for(self.seed, "augment", self.epoch, self.batch)
+        images = augmented(self.data.train_images[chosen], self.augmentation, generator)
+        return images.contiguous(memory_format=self.memory_format), self.data.train_labels[chosen]
 
     @torch.no_grad()
     def _accuracy(self) -> float:
@@ -146,6 +161,7 @@ class Learner:
         for images, labels in zip(
             self.data.test_images.split(EVALUATION_BATCH), self.data.test_labels.split(EVALUATION_BATCH), strict=True
         ):
+            images = images.contiguous(memory_format=self.memory_format)
             right += int((self.model(images).argmax(1) == labels).sum())
         self.model.train()
         return right / self.data.test_labels.shape[0]

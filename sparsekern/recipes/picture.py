@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekern.recipes.config import Config
 from sparsekern.report.plots import BlockMap, Curves, draw_training
 from sparsekern.training import METHODS
 
@@ -19,7 +20,7 @@ def draw_summary(
         path: of the picture.
         results: of the run.
         rows: of ``metrics.jsonl``.
-        block_map: of the first sparse layer of seed 0: its name, ``rows``, ``cols``, and the keys ``start``, ``end``.
+        block_map: of the largest sparse layer of seed 0: its name, ``rows``, ``cols``, and the keys ``start``, ``end``.
     """
     config, networks = results["config"], results["networks"]
     names = {"sparse": f"{100 * config['sparsity']:.4g} % sparse", "dense": "dense twin"}
@@ -43,7 +44,8 @@ def draw_summary(
 def _title(config: dict[str, Any], data: str, sparse: str) -> str:
     side, twin = config["block_size"], " beside its dense twin" if config["dense"] else ""
     method = METHODS[config["method"]].__name__
-    return f"{data}: MLP of width {config['width']}, hidden layers {sparse} (blocks of {side} x {side}, {method}){twin}"
+    network = Config.from_json(config).network_title
+    return f"{data}: {network}, hidden layers {sparse} (blocks of {side} x {side}, {method}){twin}"
 
 
 def _subtitle(config: dict[str, Any], networks: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ def start(config: Config, folder: Path, observer: Observer) -> dict[str, Any]:
         Interrupted: the observer asked to stop.
     """
     data = load(config.data)
-    config = config.resolved(data.train_images.shape[0])
+    config = config.resolved(*data.train_images.shape[:2])
     _check(config, data)
     create(folder, config, data.describe(), environment(config))
     return _train(config, data, folder, observer)
@@ -178,9 +178,13 @@ class _Seed:
 
 
 def _block_map(sparse: Learner) -> dict[str, Any]:
-    """Return where the blocks of the first sparse layer are, now and at the start, as sorted keys ``row * C + col``."""
+    """Return where the blocks of the layer with most places are, now and at the start.
+
+    They are sorted keys ``row * C + col``. Of several such layers it is the first. The first layers of a convolutional
+    network have too few places to show.
+    """
     assert sparse.method is not None
-    name, layer = next(iter(sparse_layers(sparse.model).items()))
+    name, layer = max(sparse_layers(sparse.model).items(), key=lambda item: item[1].grid.cells)
     return {
         "layer": name,
         "rows": layer.grid.rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0b6e99", "#c4570c", "#5b8c2a", "#7a4fa3")
 """One a curve; told apart also without colour vision, and by their labels."""
+
+TITLE_WIDTH = 36
+"""Letters that fit above a picture of blocks; a longer title takes two lines."""
 
 EMPTY, KEPT, DROPPED, GROWN = "#f4f4f1", "#1d3f5e", "#9db8cc", "#e07b39"
 
@@ -100,11 +104,12 @@ def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
     colours = ListedColormap([EMPTY, KEPT, only])
     axes.imshow(cells.reshape(block_map.rows, block_map.cols), cmap=colours, vmin=0, vmax=2, interpolation="nearest")
     share = f"{len(shown)} of {cells.size} blocks, {100 * len(shown) / cells.size:.3g} %"
-    axes.set_title(f"layer {block_map.layer} at the {'start' if at_start else 'end'}\n{share}", fontsize=11)
+    layer = textwrap.fill(f"layer {block_map.layer} at the {'start' if at_start else 'end'}", TITLE_WIDTH)
+    axes.set_title(f"{layer}\n{share}", fontsize=11)
     axes.set_xlabel(f"input block (of {block_map.side} features)")
     axes.set_ylabel("output block")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single row has a single tick
     entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({len(both)})")]
     if shown - both:
         entries.append(Patch(color=only, label=f"{name} ({len(shown - both)})"))

@@ -87,6 +87,13 @@ def test_one_seed_without_the_twin():
     assert "one seed" in notes(results) and "ratio" not in notes(results)
 
 
+def test_the_network_is_named():
+    results = copy.deepcopy(RESULTS)
+    assert "digits, MLP of width 2048: hidden layers 87.5 % sparse" in " ".join(shown(results, width=200).split())
+    results["config"] = Config(recipe="resnet20", width_multiplier=2).to_json()
+    assert "digits, ResNet-20, 2 times as wide: hidden layers" in " ".join(shown(results, width=200).split())
+
+
 def test_fits_a_narrow_terminal():
     text = shown(RESULTS, width=80)
     assert "median time a step" in text and "-0.23 ± 0.11 points" in text

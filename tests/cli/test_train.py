@@ -99,6 +99,9 @@ def test_the_default_folder(no_picture, tmp_path, monkeypatch):
         (["--data", "nothing.npz"], "which does not exist"),
         (["--resume", "nothing"], "error: resume is nothing, which has no config.json"),
         (["--width", "16"], "every layer needs at least one"),
+        (["--recipe", "resent20"], "recipe is 'resent20', which there is not; did you mean resnet20"),
+        (["--recipe", "resnet20", "--width", "16"], "recipe resnet20 has none; give a width_multiplier"),
+        (["--recipe", "vgg16"], "images of 8 x 8; recipe vgg16 needs 32 x 32 or more"),
     ],
 )
 def test_an_error_is_one_line_and_no_traceback(tmp_path, monkeypatch, arguments, message):
@@ -107,6 +110,23 @@ def test_an_error_is_one_line_and_no_traceback(tmp_path, monkeypatch, arguments,
     assert result.exit_code == 2 and message in result.stderr
     assert result.stderr.count("\n") == 1 and result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_list_of_recipes():
+    result = invoke("--list")
+    assert result.exit_code == 0 and "simplevit-tiny" in result.stdout and "Zagoruyko" in result.stdout
+    values = json.loads(invoke("--list", "--json").stdout)
+    assert [entry["name"] for entry in values][:2] == ["mlp", "resnet20"]
+
+
+def test_another_recipe(no_picture, tmp_path):
+    options = ["--recipe=simplevit-tiny", "--width-multiplier=0.0625", "--block-size=8", "--sparsity=0.5"]
+    options += ["--epochs=1", "--batch-size=400", "--device=cpu", "--augment=crop", "--quiet"]
+    result = invoke(*options, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "SimpleViT-tiny, 0.0625 times as wide" in " ".join(result.stdout.split())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["recipe"], config["augment"], config["seeds"], config["rate"]) == ("simplevit-tiny", "crop", 1, 1e-3)
 
 
 def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch):

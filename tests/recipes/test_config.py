@@ -8,7 +8,8 @@ from sparsekern.recipes.config import Config, usable_device
 
 def test_the_default_is_what_the_readme_promises():
     config = Config()
-    assert (config.width, config.block_size, config.sparsity, config.method) == (1024, 16, 0.9, "set")
+    assert (config.width, config.block_size, config.sparsity, config.method) == (2048, 16, 0.9, "set")
+    assert (config.recipe, config.batch_size, config.rate, config.seeds) == ("mlp", 64, 1e-3, 5)
     assert config.networks == ("sparse", "dense")
     assert Config(dense=False).networks == ("sparse",)
 
@@ -22,7 +23,9 @@ def test_the_default_is_what_the_readme_promises():
         ("epochs", 0, "1 or more"),
         ("batch_size", True, "whole number"),
         ("update_every", 0, "1 or more"),
-        ("seeds", None, "1 or more"),
+        ("seeds", 0, "1 or more"),
+        ("width_multiplier", True, "a number"),
+        ("augment", "flip", "one of none, crop, crop-flip"),
         ("sparsity", 1.0, r"\[0, 1\)"),
         ("sparsity", float("nan"), r"\[0, 1\)"),
         ("sparsity", "0.9", "a number"),
@@ -45,19 +48,60 @@ def test_a_wrong_value_is_named_with_its_rule(name, value, rule):
     ("images", "epochs", "update_every"), [(1438, 20, 43), (10_001, 5, 73), (60_000, 5, 100), (10, 20, 1)]
 )
 def test_open_values_follow_the_size_of_the_data(images, epochs, update_every):
-    resolved = Config().resolved(images)
+    resolved = Config().resolved(images, channels=1)
     assert (resolved.epochs, resolved.update_every) == (epochs, update_every)
-    assert resolved.device in ("cpu", "cuda")
+    assert resolved.device in ("cpu", "cuda") and resolved.augment == "none"
+
+
+@pytest.mark.parametrize(
+    ("channels", "augment", "resolved"),
+    [(3, None, "crop-flip"), (1, None, "none"), (3, "none", "none"), (1, "crop", "crop")],
+)
+def test_grey_images_are_not_varied_unless_asked(channels, augment, resolved):
+    assert Config(recipe="resnet20", augment=augment).resolved(1000, channels).augment == resolved
+
+
+def test_the_recipe_decides_what_is_not_given():
+    config = Config(recipe="vgg16-small", rate=0.05)
+    assert (config.batch_size, config.rate, config.seeds, config.width) == (128, 0.05, 1, None)
+    resolved = config.resolved(50_000, 3)
+    assert (resolved.epochs, resolved.update_every) == (200, 1000)
+    assert Config(recipe="vgg16-small", epochs=2, update_every=7).resolved(50_000, 3).update_every == 7
+    assert Config(recipe="vgg16-small", epochs=2).resolved(50_000, 3).update_every == 73  # eight moves
+
+
+def test_the_title_of_the_network():
+    assert Config(width=64).network_title == "MLP of width 64"
+    assert Config(recipe="resnet20").network_title == "ResNet-20"
+    assert Config(recipe="resnet20", width_multiplier=1.5).network_title == "ResNet-20, 1.5 times as wide"
+
+
+def test_a_recipe_that_there_is_not():
+    with pytest.raises(ValueError, match="recipe is 'resnet-20', which there is not; did you mean resnet20"):
+        Config(recipe="resnet-20")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_width_multiplier_out_of_range(value):
+    with pytest.raises(ValueError, match="width_multiplier is .*; it must be a number above 0"):
+        Config(recipe="resnet20", width_multiplier=value)
+
+
+def test_the_width_of_another_network():
+    with pytest.raises(ValueError, match="width is 64, but recipe resnet20 has none; give a width_multiplier"):
+        Config(recipe="resnet20", width=64)
+    with pytest.raises(ValueError, match="width_multiplier is 2.0, but recipe mlp has none; give a width"):
+        Config(width_multiplier=2.0)
 
 
 def test_given_values_stay():
-    config = Config(epochs=3, update_every=7, device="cpu")
-    assert config.resolved(1438) == config
+    config = Config(epochs=3, update_every=7, augment="crop", device="cpu")
+    assert config.resolved(1438, 1) == config
 
 
 def test_json_and_back():
-    config = Config(data="x.npz", sparsity=0.5, epochs=2)
-    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    for config in (Config(data="x.npz", sparsity=0.5, epochs=2), Config(recipe="resnet56", width_multiplier=2)):
+        assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 @pytest.mark.parametrize("change", [{"depth": 3}, {"width": ...}])

@@ -1,8 +1,11 @@
+import tarfile
+
 import numpy
 import pytest
 import torch
 
-from sparsekern.recipes.data import KEYS, load
+from sparsekern.recipes.data import load
+from sparsekern.recipes.npz import KEYS
 
 
 def arrays(**changes):
@@ -31,7 +34,7 @@ def write_idx(folder, content):
 
 def test_digits_are_split_class_by_class_and_always_alike():
     data = load()
-    assert (data.train_images.shape, data.test_images.shape) == ((1438, 64), (359, 64))
+    assert (data.train_images.shape, data.test_images.shape) == ((1438, 1, 8, 8), (359, 1, 8, 8))
     share = data.test_labels.bincount() / (data.test_labels.bincount() + data.train_labels.bincount())
     assert torch.allclose(share, torch.tensor(0.2), atol=0.005)
     again = load()
@@ -44,7 +47,7 @@ def test_standardised_by_the_training_set(tmp_path):
     assert data.train_images.dtype == torch.float32
     assert abs(float(data.train_images.mean())) < 1e-6 and abs(float(data.train_images.std()) - 1) < 1e-6
     assert abs(float(data.test_images.mean())) > 1e-3
-    assert (data.name, data.classes, data.features) == ("data", 3, 20)
+    assert (data.name, data.classes, data.image_shape) == ("data", 3, (1, 4, 5))
 
 
 def test_idx_folder_and_npz_are_the_same_data(tmp_path):
@@ -57,9 +60,46 @@ def test_idx_folder_and_npz_are_the_same_data(tmp_path):
 
 
 def test_colour_images(tmp_path):
-    colour = {"train_images": numpy.eye(6, 12, dtype="uint8").reshape(6, 2, 2, 3)}
-    data = load(npz(tmp_path, **colour, test_images=numpy.ones((3, 2, 2, 3), dtype="uint8")))
-    assert data.features == 12
+    rng = numpy.random.default_rng(1)
+    images = rng.integers(0, 256, (6, 4, 5, 3), dtype="uint8")
+    images[..., 1] //= 8
+    data = load(npz(tmp_path, train_images=images, test_images=images[:3]))
+    assert data.image_shape == (3, 4, 5)
+    for channel in range(3):  # each by its own mean and deviation
+        exact = images[..., channel].astype("float64")
+        exact = torch.from_numpy((exact - exact.mean()) / exact.std(ddof=1))
+        torch.testing.assert_close(data.train_images[:, channel].double(), exact, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(data.test_images[:, channel].double(), exact[:3], rtol=1e-5, atol=1e-6)
+
+
+def test_a_channel_without_contrast_is_zero(tmp_path):
+    images = numpy.random.default_rng(1).integers(0, 256, (6, 4, 5, 4), dtype="uint8")
+    images[..., 3] = 255
+    data = load(npz(tmp_path, train_images=images, test_images=images[:3]))
+    assert not data.train_images[:, 3].any() and not data.test_images[:, 3].any()
+    assert data.train_images[:, 0].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar_as_a_folder_and_as_an_archive(tmp_path, packed):
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    rng = numpy.random.default_rng(0)
+    for name, images in (("train.bin", 6), ("test.bin", 2)):
+        records = rng.integers(0, 256, (images, 3074), dtype="uint8")
+        records[:, 1] = numpy.arange(images)
+        (folder / name).write_bytes(records.tobytes())
+    path = folder
+    if packed:
+        path = tmp_path / "cifar-100-binary.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            tar.add(folder, folder.name)
+    data = load(str(path))
+    assert (data.name, data.classes, data.image_shape) == ("cifar-100-binary", 6, (3, 32, 32))
+    pixels = numpy.frombuffer((folder / "train.bin").read_bytes(), "uint8").reshape(6, 3074)[:, 2:].astype("float64")
+    green = pixels.reshape(6, 3, 32, 32)[:, 1]
+    expected = torch.from_numpy((green - green.mean()) / green.std(ddof=1))
+    torch.testing.assert_close(data.train_images[:, 1].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_describe_and_move(tmp_path):
@@ -69,7 +109,7 @@ def test_describe_and_move(tmp_path):
         "name": "data",
         "train_images": 6,
         "test_images": 3,
-        "features": 20,
+        "image_shape": [1, 4, 5],
         "classes": 3,
         "sha256": data.digest,
     }
@@ -78,13 +118,8 @@ def test_describe_and_move(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_labels": None}, "has no array test_labels; it must have train_images"),
         ({"train_labels": numpy.arange(5)}, "has 6 train images but 5 train labels"),
         ({"test_labels": numpy.arange(2)}, "has 3 test images but 2 test labels"),
-        ({"train_images": numpy.ones((6, 4, 5))}, "train_images .* is float64 of shape"),
-        ({"test_images": numpy.ones((3, 20), "uint8")}, r"test_images .* of shape \(3, 20\)"),
-        ({"train_labels": numpy.ones(6)}, "train_labels .* is float64 .*must be integers"),
-        ({"train_labels": numpy.ones((6, 1), "uint8")}, r"train_labels .* of shape \(6, 1\)"),
         ({"train_images": numpy.ones((0, 4, 5), "uint8"), "train_labels": numpy.ones(0, int)}, "empty train set"),
         ({"train_labels": numpy.array([0, 1, -1, 0, 1, 2])}, "train label -1; labels are 0 and up"),
         (
@@ -93,12 +128,8 @@ def test_describe_and_move(tmp_path):
         ),
         ({"train_labels": numpy.zeros(6, int)}, "1 class only; there must be 2"),
         ({"test_labels": numpy.array([0, 1, 7])}, "test labels that no train image has: 7"),
-        ({"test_images": numpy.ones((3, 5, 5), "uint8")}, r"train images of shape \(4, 5\), test images of \(5, 5\)"),
+        ({"test_images": numpy.ones((3, 5, 5), "uint8")}, r"images of shape \(1, 4, 5\), test images of \(1, 5, 5\)"),
         ({"train_images": numpy.ones((6, 4, 5), "uint8")}, "all pixels are equal"),
-        (
-            {"train_images": numpy.array([{}] * 6)},
-            "damaged or no .npz file; write one with numpy.savez, of plain arrays",
-        ),
     ],
 )
 def test_data_that_do_not_fit_are_described(tmp_path, changes, message):
@@ -108,28 +139,11 @@ def test_data_that_do_not_fit_are_described(tmp_path, changes, message):
     assert path in str(error.value)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:200], lambda b: b"no archive", lambda b: b""])
-def test_a_damaged_archive_is_described(tmp_path, damage):
-    path = tmp_path / "data.npz"
-    numpy.savez(path, **arrays())
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="damaged or no .npz file"):
-        load(str(path))
-
-
-def test_a_single_array_is_not_an_archive(tmp_path):
-    path = tmp_path / "data.npz"
-    with path.open("wb") as file:
-        numpy.save(file, numpy.ones(3))
-    with pytest.raises(ValueError, match="damaged or no .npz file"):
-        load(str(path))
-
-
 def test_a_path_that_is_nothing(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load(str(tmp_path / "nothing.npz"))
     (tmp_path / "data.csv").touch()
-    with pytest.raises(ValueError, match="does not end in .npz"):
+    with pytest.raises(ValueError, match="does not end in .npz, .tar.gz, .tgz, .tar; give an .npz file, CIFAR as"):
         load(str(tmp_path / "data.csv"))
     with pytest.raises(ValueError, match="has no train-images-idx3-ubyte"):
         load(str(tmp_path))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -8,10 +9,20 @@ import torch
 
 import sparsekern as sk
 from sparsekern.recipes import Config, Interrupted, Observer, checkpoint, resume, start
-from sparsekern.recipes.models import build
-from sparsekern.recipes.run import environment
+from sparsekern.recipes.build import build
+from sparsekern.recipes.run import _block_map, environment
 
-CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=3, batch_size=400, seeds=2, update_every=2, device="cpu")
+CONFIG = Config(
+    width=32,
+    block_size=8,
+    sparsity=0.5,
+    augment="none",
+    epochs=3,
+    batch_size=400,
+    seeds=2,
+    update_every=2,
+    device="cpu",
+)
 BATCHES = 4
 STEPS = 2 * 2 * 3 * BATCHES  # seeds, networks, epochs
 
@@ -84,7 +95,7 @@ def test_a_finished_checkpoint_holds_the_network_and_no_optimizer(straight):
     newest = checkpoint.latest(straight[0] / "checkpoints" / "seed-0")
     state = checkpoint.load_state(newest)
     assert state["finished"] and "learners" not in state
-    model = build("sparse", CONFIG, 64, 10, seed=99)
+    model = build("sparse", CONFIG, (1, 8, 8), 10, seed=99)
     checkpoint.load_model(newest, "sparse", model)
     keys = sk.sparse_layers(model)["hidden1"].topology.sorted_keys()
     assert torch.equal(keys, state["map"]["end"]) and not torch.equal(keys, state["map"]["start"])
@@ -133,6 +144,14 @@ def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path
     resume(tmp_path, Observer())
     assert weights(tmp_path) == weights(straight[0])
     assert rows_of(tmp_path) == rows_of(straight[0])
+
+
+def test_the_largest_layer_is_shown():
+    sizes = ((8, 16), (16, 24), (24, 16), (16, 8))  # the second and the third have 6 places
+    model = torch.nn.Sequential(*(sk.SparseLinear(*size, block_size=8, sparsity=0.5) for size in sizes))
+    found = _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
+    assert (found["layer"], found["rows"], found["cols"]) == ("1", 3, 2)
+    assert torch.equal(found["start"], found["end"]) and len(found["end"]) == 3
 
 
 def test_a_finished_run_is_only_read(straight):

@@ -9,10 +9,10 @@ from sparsekern.report.plots import BlockMap, Curves, draw_training
 ROOT = Path(__file__).parent.parent.parent
 
 
-def draw(path, *, seeds=2, epochs=3, end=(1, 5), labels=("sparse", "dense")):
+def draw(path, *, seeds=2, epochs=3, end=(1, 5), labels=("sparse", "dense"), layer="hidden1"):
     numbers = [[seed + epoch + 1.0 for epoch in range(epochs)] for seed in range(seeds)]
     curves = [Curves(label, numbers) for label in labels]
-    block_map = BlockMap("hidden1", side=16, rows=2, cols=3, start=(0, 5), end=end)
+    block_map = BlockMap(layer, side=16, rows=2, cols=3, start=(0, 5), end=end)
     draw_training(path, title="a title", subtitle="what came out", accuracy=curves, loss=curves, block_map=block_map)
 
 
@@ -45,6 +45,12 @@ def test_the_picture_explains_itself(tmp_path):
         "grown since (1)",
     ):
         assert text in content
+
+
+def test_a_long_name_takes_two_lines(tmp_path):
+    draw(tmp_path / "x.svg", layer="layers.0.attention.qkv of seed 0")
+    content = (tmp_path / "x.svg").read_text()
+    assert ">layer layers.0.attention.qkv of seed<" in content and ">0 at the start<" in content
 
 
 def test_blocks_that_stay_are_not_called_grown(tmp_path):

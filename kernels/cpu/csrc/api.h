@@ -26,18 +26,31 @@ struct Order {
   int64_t slots;      // Z
 };
 
+// 1x1: how rows, features and tokens are cut. See elements.h.
+struct ElementPlan {
+  int64_t lanes;                      // tokens of a panel; up to NARROW: all of them, elements_few.h
+  int64_t tokens;                     // tokens that are packed at a time
+  int64_t strip, strips;              // rows of a strip, strips of a piece
+  int64_t chunks;                     // of 2^shift features
+  int64_t entries;                    // the most of a piece
+  int32_t shift;
+};
+
 // y = x W' + bias (or dx = dy W): see product.h. `scratch` has multiply_bytes(...).
 struct Multiply {
   Matrix x, y;
-  const float *values;   // (Z, bo, bi), contiguous
+  const float *values;   // (Z, bo, bi), contiguous; bfloat16 if values_dtype says so, which only HalfKernels take
   const float *bias;     // (y.cols) or null
   Order order;
   int32_t in, out;       // sides of a block: the one that is summed over, the one along y
   int32_t transposed;    // dx: values are read as they are stored
+  int32_t values_dtype;  // of float32 values the HalfKernels take what bfloat16 can hold
   int32_t threads;
   int64_t panel;         // tokens that are packed at a time
-  int64_t chunks;        // 1x1: see elements.h
-  int32_t shift;
+  ElementPlan plan;      // 1x1
+  int64_t groups;        // bfloat16: of block rows, each at most so many entries; see product_bf16.h
+  int64_t group_entries;
+  int32_t shared;        // bfloat16: the whole weight is packed first
   char *scratch;
 };
 
@@ -50,8 +63,7 @@ struct Outer {
   int32_t threads;
   int64_t panel;         // tokens that are packed at a time
   int64_t panels_at_once;
-  int64_t chunks;        // 1x1: see elements.h
-  int32_t shift;
+  ElementPlan plan;      // 1x1
   char *scratch;
 };
 
@@ -93,9 +105,18 @@ struct Kernels {
   void (*conv_outer_elements)(const ConvOuter &);
 };
 
+// What it offers beside for inputs in bfloat16, with instructions of its own. None where the compiler lacks them. There is
+// none for float16: AVX512_FP16 forms its sums in float16.
+struct HalfKernels {
+  const char *name;
+  void (*multiply)(const Multiply &);  // any number of tokens
+  void (*outer)(const Outer &);
+};
+
 extern const Kernels generic_kernels;
 #if defined(WITH_AVX)
 extern const Kernels avx2_kernels, avx512_kernels;
+extern const HalfKernels avx512_bf16_kernels, amx_kernels;
 #endif
 
 // Shared by the planner (library.cpp) and the kernels, so that they agree on the layout of the scratch.
@@ -105,11 +126,20 @@ constexpr int64_t LINE = 16;         // floats of a cache line: buffers start at
 constexpr int64_t MOST_ROWS = 24;    // tokens of the largest tile
 constexpr int64_t ASIDE = MOST_ROWS * 2 * LINE;  // floats of a tile that is written aside first
 constexpr int64_t FEW_TOKENS = 16;   // up to so many the forward reads blocks as they are stored
-constexpr int64_t MULTIPLY_LANES = 64;  // tokens of a panel at 1x1
-constexpr int64_t OUTER_LANES = 256;    // the same for the gradient: a constant, its sums are formed lane by lane
+constexpr int64_t MOST_SIDE = 128;   // of a block
+constexpr int64_t HALF_TOKENS = 32;  // panels of bfloat16 are multiples of it, the last one filled up with zeros
+constexpr int64_t HALF_TILE = 1024;  // sums of the largest tile of HalfKernels
 constexpr int64_t GROUP = 32;           // block rows (columns) of a sketch that are multiplied together
 constexpr int64_t GROUP_PAIRS = 8;
 constexpr int64_t SKETCH_TOKENS = 256;  // at most so many are projected before they are multiplied; a multiple of 32
 
 inline int64_t sketch_groups(const Matrix &x, int64_t side) { return blocks_of(blocks_of(x.cols, side), GROUP); }
 inline int64_t sketch_floats(int64_t pairs) { return 128 * 32 + round_up(pairs, GROUP_PAIRS) * 2 * 16 * 16; }  // a thread
+
+constexpr int64_t NARROW = 16;       // up to so many tokens 1x1 needs no panels: elements_few.h
+
+// Floats that a thread needs beside the packed tokens: its part of y or dy, and arranged_in() of arrange.h.
+inline int64_t thread_floats(const ElementPlan &p, bool gradient) {
+  return round_up(p.strip * p.lanes + p.strips * p.chunks * (3 * p.strip + 1) + (gradient ? 2 : 1) * p.entries +
+                  round_up(p.entries, 2) / 2 + 2 * p.strip, LINE);
+}

@@ -5,6 +5,5 @@
 #define VL 8
 #define ACCUMULATORS 12
 #define OUTER_ROWS 4
-#define HELD 8
 #include "kernels.inc"
 #endif

@@ -5,6 +5,5 @@
 #define VL 16
 #define ACCUMULATORS 24
 #define OUTER_ROWS 8
-#define HELD 16
 #include "kernels.inc"
 #endif

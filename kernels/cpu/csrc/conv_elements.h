@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr int LANES_HELD = VL == 16 ? 16 : 8;  // vectors of dy in registers
+
 void convolve_elements(const Convolve &c) {
   constexpr int AT_ONCE = 8;
   constexpr int64_t T = AT_ONCE * VL;
@@ -96,7 +98,7 @@ INLINE void add_lanes(const ConvOuter &m, const float *x, const float *dy, int64
 }
 
 void conv_outer_elements(const ConvOuter &m) {
-  constexpr int64_t T = HELD * VL;
+  constexpr int64_t T = LANES_HELD * VL;
   const int64_t x_panel = conv_floats(m.x), dy_panel = conv_floats(m.dy), used = m.order.ptr[m.order.rows];
   const int64_t strips = (m.rows + m.strip - 1) / m.strip, panels = (m.images + m.images_at_once - 1) / m.images_at_once * strips;
   float *x = m.scratch, *dy = x + x_panel, *number = dy + dy_panel;
@@ -124,7 +126,7 @@ void conv_outer_elements(const ConvOuter &m) {
       for (int64_t q = 0; q < pieces; q++) {
         const int64_t r0 = rows_of_dy * q / pieces, r1 = rows_of_dy * (q + 1) / pieces;
         int64_t t = 0;
-        for (; t + T <= length; t += T) add_lanes<HELD>(m, x + t, dy + t, r0, r1, T, number);
+        for (; t + T <= length; t += T) add_lanes<LANES_HELD>(m, x + t, dy + t, r0, r1, T, number);
         for (; t < length; t += VL) add_lanes<1>(m, x + t, dy + t, r0, r1, length - t < VL ? length - t : VL, number);
       }
     }

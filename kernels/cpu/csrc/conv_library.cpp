@@ -248,7 +248,7 @@ int multiply(const Conv &c) {
   Scratch scratch(4 * (v.threads * v.slack + (back || elements ? 0 : round_up(used * size, LINE)) + v.threads * (conv_floats(v.x) + ASIDE)));
   if (!scratch.memory) return 1;
   v.scratch = (float *)scratch.memory;
-  (elements ? live->convolve_elements : live->convolve)(v);
+  (elements ? kernels().convolve_elements : kernels().convolve)(v);
   return 0;
 }
 
@@ -290,7 +290,7 @@ int outer(const Conv &c) {
   Scratch scratch(4 * (m.panels_at_once * floats + (elements ? c.order.ptr[c.order.rows] : 0)));
   if (!scratch.memory) return 1;
   m.scratch = (float *)scratch.memory;
-  (elements ? live->conv_outer_elements : live->conv_outer)(m);
+  (elements ? kernels().conv_outer_elements : kernels().conv_outer)(m);
   return 0;
 }
 

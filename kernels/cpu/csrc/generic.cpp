@@ -3,5 +3,4 @@
 #define VL 4
 #define ACCUMULATORS 12
 #define OUTER_ROWS 4
-#define HELD 8
 #include "kernels.inc"

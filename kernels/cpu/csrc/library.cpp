@@ -1,6 +1,7 @@
 // The exported functions: choose an instruction set, plan the panels, lend scratch memory. Compiled for the baseline.
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -12,8 +13,6 @@
 #if defined(WITH_AVX)
 #include <cpuid.h>
 #endif
-
-const Kernels *live = nullptr;
 
 // The scratch memory: arenas that grow, one a running call, idle ones kept for the next.
 struct Arena {
@@ -79,20 +78,55 @@ void in_child() {
   forked = true;
 }
 
-const Kernels *by_name(const char *name) {
+struct Level {
+  const char *name = "";
+  const Kernels *kernels = nullptr;
+  const HalfKernels *half = nullptr;  // for bfloat16, if it has its own
+};
+Level live;
+
 #if defined(WITH_AVX)
-  unsigned a, b, c, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // older compilers do not know its name
+bool has(unsigned leaf, unsigned subleaf, int number, int bit) {
+  unsigned r[4];
+  return __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[number] >> bit & 1);
+}
+
+// Whether the processor has AMX for bfloat16, and the system lets this process use it.
+bool may_use_amx() {
+#if defined(__linux__)
+  if (!has(7, 0, 3, 22) || !has(7, 0, 3, 24) || !has(1, 0, 2, 27)) return false;
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, once a process
+  return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// The level of this name, the best one for "". Each includes those below; without kernels when the machine lacks it.
+Level by_name(const char *name) {
+  const auto wanted = [&](const char *level) { return !*name || !std::strcmp(name, level); };
+#if defined(WITH_AVX)
+  const bool f16c = has(1, 0, 2, 29);  // older compilers do not know its name
   const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && (!*name || !std::strcmp(name, "avx512"))) return &avx512_kernels;
-  if (avx2 && (!*name || !std::strcmp(name, "avx2"))) return &avx2_kernels;
+  const bool bf16 = avx512 && has(7, 1, 0, 5);
+  if (bf16 && amx_kernels.multiply && wanted("amx") && may_use_amx()) return {"amx", &avx512_kernels, &amx_kernels};
+  // Intel's processors multiply float32 about as fast as pairs of bfloat16 (measured): there it must be asked for.
+  if (bf16 && avx512_bf16_kernels.multiply && wanted("avx512_bf16") && (*name || !__builtin_cpu_is("intel")))
+    return {"avx512_bf16", &avx512_kernels, &avx512_bf16_kernels};
+  if (avx512 && wanted("avx512")) return {"avx512", &avx512_kernels, nullptr};
+  if (avx2 && wanted("avx2")) return {"avx2", &avx2_kernels, nullptr};
 #endif
-  return !*name || !std::strcmp(name, "generic") ? &generic_kernels : nullptr;
+  return wanted("generic") ? Level{"generic", &generic_kernels, nullptr} : Level{};
 }
 
 }  // namespace
+
+const Kernels &kernels() { return *live.kernels; }
 
 void expect_large(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
@@ -151,17 +185,74 @@ int64_t plan_superpanel(Outer &m) {
   return m.panels_at_once * m.panel * (x_width + dy_width);
 }
 
-// 1x1: features of x whose panel fills most of a usual L1 cache; but at least so many entries a row and chunk.
-void plan_chunks(const Order &order, int64_t features, int64_t lanes, int64_t entries, int64_t &chunks, int32_t &shift) {
-  const int64_t most = order.ptr[order.rows] / (order.rows * entries) + 1;
-  shift = 0;
-  while ((int64_t(8) << shift) * lanes < (int64_t(32) << 10)) shift++;
-  while (blocks_of(features, int64_t(1) << shift) > most) shift++;
-  chunks = blocks_of(features, int64_t(1) << shift);
+// bfloat16: the same.
+int64_t plan_half(Outer &m) {
+  const int64_t width = blocks_of(m.x.cols, m.bi) * m.bi + blocks_of(m.dy.cols, m.bo) * m.bo, tokens = m.x.rows;
+  m.panel = round_up(tokens < 512 ? tokens : 512, HALF_TOKENS);
+  const int64_t panels = (tokens + m.panel - 1) / m.panel;
+  m.panels_at_once = (int64_t(6) << 20) / (width * m.panel);
+  if (m.panels_at_once < m.threads) m.panels_at_once = m.threads;
+  if (m.panels_at_once > panels) m.panels_at_once = panels;
+  return m.panels_at_once * m.panel * width / 2;
 }
 
-int64_t arranged_floats(const Order &order, int64_t chunks) {
-  return round_up(chunks * order.rows + 1, LINE) + 4 * round_up(order.slots, LINE);
+int64_t lanes_for(int64_t tokens, int64_t most) {
+  while (most > 2 * NARROW && round_up(tokens, most) * 4 > tokens * 5) most /= 2;  // a quarter of them idle
+  return most;
+}
+
+// 1x1: see elements.h. Without `threads` in lanes and chunks: these may change how a sum is formed.
+ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, bool gradient, int threads) {
+  constexpr int64_t IN_L2 = 128 << 10;  // floats of a panel that may stay whole; entries of a piece
+  ElementPlan p = {};
+  const double mean = double(order.ptr[order.rows]) / order.rows, density = mean / features;
+  int64_t run;  // entries of a row in a chunk: what it costs to begin one is spread over them
+  if (tokens <= NARROW) {
+    p.lanes = gradient || tokens > 8 ? 16 : tokens > 4 ? 8 : 4;
+    p.shift = 9, run = 32;
+  } else if (gradient || density > 0.18) {  // the most lanes, and chunks that the L1 cache holds at least half of
+    p.lanes = lanes_for(tokens, 128);
+    p.shift = 7, run = 8;
+  } else {  // the L2 cache serves as many entries as there are
+    p.lanes = lanes_for(tokens, 64);
+    p.shift = features * p.lanes <= IN_L2 ? 16 : 9, run = 8;
+  }
+  while (p.shift < 16 && density * (int64_t(1) << p.shift) < run) p.shift++;
+  p.chunks = blocks_of(features, int64_t(1) << p.shift);
+  p.tokens = (int64_t(4) << 20) / features / p.lanes * p.lanes;
+  if (p.tokens > round_up(tokens, p.lanes)) p.tokens = round_up(tokens, p.lanes);
+  if (p.tokens < p.lanes) p.tokens = p.lanes;
+  p.strip = p.chunks == 1 ? 64 : 128;
+  while (p.strip > LINE && (mean * p.strip > IN_L2 || p.strip * 2 * threads > order.rows)) p.strip /= 2;
+  p.strips = int64_t(IN_L2 / (mean * p.strip + 1));
+  const int64_t share = order.rows / (p.strip * 4 * threads);  // of pieces, so that threads end together
+  if (threads > 1 && p.strips > share) p.strips = share;
+  if (p.strips < 1) p.strips = 1;
+  if (p.strips > blocks_of(order.rows, p.strip)) p.strips = blocks_of(order.rows, p.strip);
+  const int64_t piece = p.strip * p.strips;
+  for (int64_t r = 0; r < order.rows; r += piece) {
+    const int64_t entries = order.ptr[r + piece < order.rows ? r + piece : order.rows] - order.ptr[r];
+    if (p.entries < entries) p.entries = entries;
+  }
+  return p;
+}
+
+// bfloat16: how the weight and the tokens are cut (product_bf16.h), and the floats of scratch.
+int64_t plan_half(Multiply &m) {
+  const int64_t width = blocks_of(m.x.cols, m.in) * m.in, size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
+  int64_t most = 2 * half_of_l2() / width;
+  most = most < HALF_TOKENS ? HALF_TOKENS : most > 512 ? 512 : most;
+  m.shared = m.x.rows > 2 * most;
+  const int64_t panels = (m.x.rows + most - 1) / most;
+  m.panel = m.shared ? panel_tokens(m.x.rows, width / 2, HALF_TOKENS, most, m.threads) : (m.x.rows + panels - 1) / panels;
+  m.panel = round_up(m.panel, HALF_TOKENS);
+  m.groups = used * size / (half_of_l2() / 2) + 1;  // a packed group fills a quarter of the L2 cache
+  if (!m.shared && m.threads > 1) m.groups = round_up(m.groups, 2 * m.threads);
+  if (m.groups > m.order.rows) m.groups = m.order.rows;
+  m.group_entries = m.shared ? 0 : used / m.groups + 1 + blocks_of(m.x.cols, m.in);
+  if (m.group_entries > used) m.group_entries = used;
+  return (m.shared ? used * size / 2 : 0) + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0) +
+         m.threads * (HALF_TILE + (width * m.panel + m.group_entries * size) / 2);
 }
 
 }  // namespace
@@ -175,12 +266,15 @@ int sk_abi() { return ABI; }
 int sk_use(const char *name) {
   static std::once_flag once;
   std::call_once(once, [] { pthread_atfork(before_fork, in_parent, in_child); });
-  const Kernels *found = by_name(name);
-  if (found) live = found;
-  return found != nullptr;
+  const Level found = by_name(name);
+  if (found.kernels) live = found;
+  return found.kernels != nullptr;
 }
 
-const char *sk_name() { return live ? live->name : ""; }
+const char *sk_name() { return live.name; }
+
+// Whether bfloat16 inputs meet kernels of their own, which take bfloat16 values.
+int sk_bfloat16() { return live.half != nullptr; }
 
 int sk_openmp() {
 #if defined(_OPENMP)
@@ -206,14 +300,18 @@ void sk_release_scratch() {
 
 // All return 0, or 1 when there is no memory for the scratch.
 int sk_multiply(Multiply *m) {
-  const bool elements = m->in == 1 && m->out == 1, few = !elements && !m->transposed && m->x.rows <= FEW_TOKENS;
+  const bool elements = m->in == 1 && m->out == 1, half = !elements && live.half && m->x.dtype == BFLOAT16;
+  const bool few = !elements && !half && !m->transposed && m->x.rows <= FEW_TOKENS;
   const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->in) * m->out;
   m->threads = threads_for(work(used * size, m->x.rows), m->threads);
   expect_large(m->y.data, m->y.rows * m->y.row_stride * itemsize(m->y.dtype));
   int64_t floats;
   if (elements) {
-    plan_chunks(m->order, m->x.cols, MULTIPLY_LANES, 4, m->chunks, m->shift);
-    floats = arranged_floats(m->order, m->chunks) + m->threads * (m->x.cols + round_up(m->order.rows, LINE)) * MULTIPLY_LANES;
+    m->plan = plan_elements(m->order, m->x.cols, m->x.rows, false, m->threads);
+    floats = m->x.rows <= NARROW ? m->x.cols * m->plan.lanes + m->threads * m->plan.strip * (2 * m->plan.lanes + 1)
+                                 : m->plan.tokens * m->x.cols + m->threads * thread_floats(m->plan, false);
+  } else if (half) {
+    floats = plan_half(*m);
   } else if (few) {
     floats = blocks_of(m->x.cols, m->in) * m->in * m->x.rows;
   } else {
@@ -225,24 +323,29 @@ int sk_multiply(Multiply *m) {
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
-  (elements ? live->multiply_elements : few ? live->multiply_few : live->multiply)(*m);
+  const Kernels &k = *live.kernels;
+  (half ? live.half->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(*m);
   return 0;
 }
 
 int sk_outer(Outer *m) {
   const bool elements = m->bo == 1 && m->bi == 1;
+  const bool half = !elements && live.half && m->x.dtype == BFLOAT16 && m->dy.dtype == BFLOAT16;
   const int64_t size = int64_t(m->bo) * m->bi;
   m->threads = threads_for(work(m->order.ptr[m->order.rows] * size, m->x.rows), m->threads);
   expect_large(m->out, m->order.slots * size * 4);
   int64_t floats;
   if (elements) {
-    plan_chunks(m->order, m->x.cols, OUTER_LANES, 2, m->chunks, m->shift);
-    floats = arranged_floats(m->order, m->chunks) + (m->x.cols + m->dy.cols) * OUTER_LANES;
-  } else floats = plan_superpanel(*m);
+    m->plan = plan_elements(m->order, m->x.cols, m->x.rows, true, m->threads);
+    floats = m->x.rows <= NARROW ? (m->x.cols + m->dy.cols) * m->plan.lanes
+                                 : m->plan.tokens * m->x.cols + m->threads * thread_floats(m->plan, true);
+  } else {
+    floats = half ? plan_half(*m) : plan_superpanel(*m);
+  }
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
-  (elements ? live->outer_elements : live->outer)(*m);
+  (half ? live.half->outer : elements ? live.kernels->outer_elements : live.kernels->outer)(*m);
   return 0;
 }
 
@@ -256,14 +359,16 @@ int sk_sketch(Sketch *m) {
   Scratch scratch((m->panel * wide + m->threads * sketch_floats(m->pairs)) * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
-  live->sketch(*m);
+  live.kernels->sketch(*m);
   return 0;
 }
 
 int sk_backward(Backward *b) {
   Multiply &m = b->dx;
   Outer &d = b->dvalues;
-  if (d.bo == 1 && d.bi == 1) return sk_multiply(&m) || sk_outer(&d);  // they pack differently
+  if ((d.bo == 1 && d.bi == 1) || (live.half && d.dy.dtype == BFLOAT16)) {
+    return sk_multiply(&m) || sk_outer(&d);  // they pack differently
+  }
   const int64_t size = int64_t(d.bo) * d.bi;
   d.threads = threads_for(2 * work(d.order.ptr[d.order.rows] * size, d.x.rows), d.threads);
   expect_large(m.y.data, m.y.rows * m.y.row_stride * itemsize(m.y.dtype));
@@ -271,7 +376,7 @@ int sk_backward(Backward *b) {
   Scratch scratch((plan_superpanel(d) + d.threads * ASIDE) * 4);
   if (!scratch.memory) return 1;
   d.scratch = scratch.memory;
-  live->backward(*b);
+  live.kernels->backward(*b);
   return 0;
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include "api.h"
 
-extern const Kernels *live;  // the chosen instruction set
+const Kernels &kernels();  // of the chosen instruction set
 
 struct Arena;
 

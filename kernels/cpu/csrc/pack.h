@@ -30,6 +30,13 @@ INLINE void pack_panel(const Matrix &x, int64_t first, int64_t count, int64_t si
   }
 }
 
+// Some columns of a matrix.
+INLINE Matrix columns(Matrix x, int64_t first, int64_t most) {
+  x.data = (char *)x.data + first * x.col_stride * (x.dtype == FLOAT32 ? 4 : 2);
+  x.cols = x.cols - first < most ? x.cols - first : most;
+  return x;
+}
+
 // x[first .. first + count) -> out[feature][T]: tokens become lanes; missing ones are zero.
 template <int64_t T> INLINE void pack_lanes(const Matrix &x, int64_t first, int64_t count, float *out) {
   for (int64_t t0 = 0; t0 < T; t0 += VL) {

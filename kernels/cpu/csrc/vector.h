@@ -10,6 +10,7 @@
 
 #define UNROLL _Pragma("GCC unroll 32")
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
 
 namespace {
 
@@ -130,14 +131,14 @@ INLINE void write_row(void *p, int64_t i, int dtype, const float *from, int64_t 
   for (; c < n; c++) to[c] = to_float16(from[c]);
 }
 
-// One step of the transposition of VL vectors: exchanges quadrants of side S.
-template <int S> INLINE void exchange(Vector *a) {
+// One step of the transposition of VL vectors: exchanges quadrants of side S. Of the first N vectors only.
+template <int S, int N = VL> INLINE void exchange(Vector *a) {
   Lanes low, high;
   UNROLL for (int l = 0; l < VL; l++) {
     low[l] = (l & S) ? VL + l - S : l;
     high[l] = (l & S) ? VL + l : l + S;
   }
-  UNROLL for (int i = 0; i < VL; i++) if (!(i & S)) {
+  UNROLL for (int i = 0; i < N; i++) if (!(i & S)) {
     Vector x = a[i], y = a[i + S];
 #if defined(__clang__)
     Vector u, v;
@@ -165,10 +166,22 @@ INLINE void transpose(Vector *a) {
   exchange<1>(a);
 }
 
-// Lane l of the result is the sum of a[l].
+// One step of sums(): of 2 S vectors S, whose lanes are sums of two.
+template <int S> INLINE void fold(Vector *a) {
+  exchange<S, 2 * S>(a);
+  UNROLL for (int i = 0; i < S; i++) a[i] += a[i + S];
+}
+
+// Lane l of the result is the sum of a[l]: half the exchanges of a transposition.
 INLINE Vector sums(Vector *a) {
-  transpose(a);
-  UNROLL for (int n = VL / 2; n > 0; n /= 2) UNROLL for (int i = 0; i < n; i++) a[i] += a[i + n];
+#if VL == 16
+  fold<8>(a);
+#endif
+#if VL >= 8
+  fold<4>(a);
+#endif
+  fold<2>(a);
+  fold<1>(a);
   return a[0];
 }
 

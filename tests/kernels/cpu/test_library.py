@@ -97,7 +97,15 @@ def test_the_best_instruction_set_of_the_machine_is_taken() -> None:
     avx2 = {"avx2", "fma", "f16c"}
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
-    assert library.load()[1] == ("avx512" if avx512 <= flags else "avx2" if avx2 <= flags else "generic")
+    bf16 = avx512 | {"avx512_bf16"}
+    levels = {
+        "amx": bf16 | {"amx_tile", "amx_bf16"},
+        "avx512_bf16": bf16,
+        "avx512": avx512,
+        "avx2": avx2,
+        "generic": set(),
+    }
+    assert library.load()[1] == next(name for name, needs in levels.items() if needs <= flags)
 
 
 @needs_library
@@ -106,11 +114,18 @@ def test_an_instruction_set_can_be_asked_for(instructions: str) -> None:
     assert why_not() is None
 
 
+@needs_library
+def test_only_the_levels_with_instructions_for_it_take_bfloat16(instructions: str) -> None:
+    assert library.takes_bfloat16() == (instructions in ("amx", "avx512_bf16"))
+
+
 @pytest.mark.parametrize("wrong", ["AVX2", "sse", "1", " "])
 def test_an_unknown_request_names_the_choices(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSEKERN_CPU", wrong)
 
-    with pytest.raises(ValueError, match=f"SPARSEKERN_CPU is '{wrong}'; it must be one of avx512, avx2, generic, off"):
+    with pytest.raises(
+        ValueError, match=f"SPARSEKERN_CPU is '{wrong}'; it must be one of amx, avx512_bf16, avx512, avx2, generic, off"
+    ):
         why_not()
 
 

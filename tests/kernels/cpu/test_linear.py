@@ -113,6 +113,26 @@ def test_a_row_wider_than_a_panel_of_the_cache(dtype: torch.dtype, threads: Call
     check_kernels(cpu, random_case(3, rows=375, cols=2, out_features=5995, in_features=30, **wide))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("blocks", [60, 3000, 40000])
+def test_elements_of_any_density(blocks: int, count: int, threads: Callable[[int], None]) -> None:
+    """Chunks of all features and of a few, strips of 128 rows and of less; whole panels and a part of one."""
+    threads(count)
+    for tokens in (16, 33, 130):
+        layer = {"rows": 300, "cols": 310, "out_features": 300, "in_features": 310, "blocks": blocks, "tokens": tokens}
+        check_kernels(cpu, random_case(4, block=(1, 1), dtype=torch.float32, **layer))
+
+
+def test_elements_of_more_features_than_16_bits_count(threads: Callable[[int], None]) -> None:
+    """And of more tokens than are packed at a time."""
+    threads(2)
+    sizes = {"block": (1, 1), "blocks": 3000, "free": 1, "tokens": 150, "dtype": torch.float32}
+    many, few = 2**16 + 1000, 5
+
+    check_kernels(cpu, random_case(5, rows=few, cols=many, out_features=few, in_features=many, **sizes))
+    check_kernels(cpu, random_case(5, rows=many, cols=few, out_features=many, in_features=few, **sizes))
+
+
 @pytest.mark.parametrize("dy_layout", DY_LAYOUTS)
 @pytest.mark.parametrize("x_layout", X_LAYOUTS)
 def test_any_strides(x_layout: str, dy_layout: str) -> None:

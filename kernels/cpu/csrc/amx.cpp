@@ -1,0 +1,11 @@
+// bfloat16 on matrix registers; the rest is as in avx512.cpp. No kernels where the compiler does not know them.
+#include "api.h"
+#if defined(WITH_AVX) && defined(__AMX_BF16__)
+#define VL 16
+#include "amx.h"
+#include "outer_bf16.h"
+#include "product_bf16.h"
+const HalfKernels amx_kernels = {"amx", multiply_bf16, outer_bf16};
+#elif defined(WITH_AVX)
+const HalfKernels amx_kernels = {"amx", nullptr, nullptr};
+#endif

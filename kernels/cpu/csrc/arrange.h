@@ -1,0 +1,90 @@
+// 1x1: the entries of a few rows in the order in which the kernels of elements.h read them.
+// `other` is by slot here, as the topology stores it (kernels/contract.py, Index).
+#pragma once
+#include "pack.h"
+
+namespace {
+
+constexpr int SHORT = 64;  // entries from which on the length of a run matters little
+
+struct Run {        // the entries of one row in one chunk
+  int32_t first, count;
+  int32_t row;      // within its strip
+};
+
+// The entries of a piece in the order (strip, chunk, row); the buffers are scratch.
+struct Arranged {
+  Run *runs;            // a (strip, chunk) has its short ones first: the kernel's loop then ends where it did before
+  int32_t *ends;        // of each (strip, chunk) in `runs`
+  float *number;        // by entry: the weight, or its gradient
+  int32_t *slot;        // by entry, for the gradient
+  uint16_t *feature;    // by entry: the feature within its chunk
+  int32_t *next;        // by row of a strip that is being arranged: the first entry that is not
+  int32_t *counts;      // the same: the entries in the chunk
+};
+
+INLINE Arranged arranged_in(float *scratch, const ElementPlan &plan, bool gradient) {
+  Arranged a;
+  a.runs = (Run *)scratch;
+  a.ends = (int32_t *)(a.runs + plan.strips * plan.strip * plan.chunks);
+  a.number = (float *)a.ends + plan.strips * plan.chunks;
+  a.slot = (int32_t *)(a.number + plan.entries);
+  a.feature = (uint16_t *)(a.slot + (gradient ? plan.entries : 0));
+  a.next = (int32_t *)(a.feature + round_up(plan.entries, 2));
+  a.counts = a.next + plan.strip;
+  return a;
+}
+
+// Columns ascend within a row, so a chunk's entries are a run of it. For the gradient slots are noted, not values.
+// Chunk after chunk: by column, the slots of a row lie far apart, and those of its neighbours beside them.
+template <bool GRADIENT>
+NOINLINE void arrange(const Order &order, int64_t start, int64_t stop, const ElementPlan &plan, const Arranged &a, const float *values) {
+  const int32_t *__restrict slots = order.slot, *__restrict other = order.other;
+  uint16_t *__restrict feature = a.feature;
+  float *__restrict number = a.number;
+  int32_t *__restrict noted = a.slot;
+  Run *run = a.runs;
+  int32_t *end = a.ends, n = 0;
+  for (int64_t r0 = start; r0 < stop; r0 += plan.strip) {
+    const int64_t rows = r0 + plan.strip < stop ? plan.strip : stop - r0;
+    for (int64_t r = 0; r < rows; r++) a.next[r] = order.ptr[r0 + r];
+    for (int64_t c = 0; c < plan.chunks; c++) {
+      const int32_t begin = int32_t(c << plan.shift);
+      const int32_t limit = c + 1 < plan.chunks ? begin + (1 << plan.shift) : INT32_MAX;
+      const int32_t before = n;
+      int32_t starts[SHORT + 2] = {};  // of the runs of each length; all the long ones are together
+      for (int64_t r = 0; r < rows; r++) {
+        int32_t e = a.next[r];
+        const int32_t last = order.ptr[r0 + r + 1], first = n;
+        for (; e < last; e++, n++) {
+          const int32_t slot = slots[e], column = other[slot];
+          if (column >= limit) {
+            __builtin_prefetch(slots + e + LINE, 0, 3);
+            __builtin_prefetch(other + slot + LINE, 0, 3);
+            if (!GRADIENT) __builtin_prefetch(values + slot, 0, 3), __builtin_prefetch(values + slot + LINE, 0, 3);
+            break;
+          }
+          feature[n] = uint16_t(column - begin);
+          if (GRADIENT) noted[n] = slot;
+          else number[n] = values[slot];
+        }
+        a.next[r] = e;
+        const int32_t count = a.counts[r] = n - first;
+        starts[(count < SHORT ? count : SHORT) + 1]++;
+      }
+      const int32_t empty = starts[1];
+      starts[1] = 0;
+      for (int i = 1; i <= SHORT; i++) starts[i + 1] += starts[i];
+      int32_t first = before;
+      for (int64_t r = 0; r < rows; r++) {
+        const int32_t count = a.counts[r];
+        if (count) run[starts[count < SHORT ? count : SHORT]++] = {first, count, int32_t(r)};
+        first += count;
+      }
+      run += rows - empty;
+      *end++ = int32_t(run - a.runs);
+    }
+  }
+}
+
+}  // namespace

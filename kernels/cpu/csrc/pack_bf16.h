@@ -1,0 +1,118 @@
+// Activations and blocks in bfloat16 into the orders in which the processor's bf16 instructions read them: 32 bits are two
+// neighbouring products of a sum. These instructions take subnormal numbers for zero, and so does the rounding here.
+#pragma once
+#include "vector.h"
+
+namespace {
+
+typedef uint16_t Half;
+typedef float Pairs __attribute__((vector_size(64), aligned(2), may_alias));
+
+// 16 numbers, of values in either dtype.
+INLINE Halves halves(const void *p, int64_t i, int dtype) {
+  if (dtype == BFLOAT16) return *(const Halves *)((const Half *)p + i);
+  return (Halves)_mm512_cvtneps_pbh((__m512)load((const float *)p + i));
+}
+
+// Lane l is the pair low[l], high[l].
+INLINE Vector pairs(Halves low, Halves high) {
+  return (Vector)(__builtin_convertvector(low, Bits) | (__builtin_convertvector(high, Bits) << 16));
+}
+INLINE void store_pairs(Half *to, Vector v) { *(Pairs *)to = v; }
+INLINE Vector load_pairs(const Half *from) { return *(const Pairs *)from; }
+
+// Asks for a block before its turn: the next one lies anywhere.
+INLINE void ask_for(const void *p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 2);
+}
+
+// Features b * side and on of token t: where they lie if all are there, else a copy filled up with zeros.
+INLINE const Half *piece_of(const Matrix &x, int64_t t, int64_t b, int64_t side, Half *copy) {
+  const Half *from = (const Half *)x.data + t * x.row_stride;
+  if (x.col_stride == 1 && t < x.rows && (b + 1) * side <= x.cols) return from + b * side;
+  for (int64_t c = 0; c < side; c++) {
+    int64_t col = b * side + c;
+    copy[c] = t < x.rows && col < x.cols ? from[col * x.col_stride] : Half(0);
+  }
+  return copy;
+}
+
+// x[first .. first + count) -> out[block][token][side]; a side of more than 32 is cut into pieces of 32, each a block here.
+INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t side, Half *out) {
+  const int64_t piece = side < 32 ? side : 32, pieces = blocks_of(x.cols, side) * side / piece;
+  Half copy[32];
+  for (int64_t t = 0; t < count; t++) {
+    for (int64_t b = 0; b < pieces; b++) {
+      const Half *from = piece_of(x, first + t, b, piece, copy);
+      Half *to = out + (b * count + t) * piece;
+      if (piece == 32) store_pairs(to, load_pairs(from));
+      else *(Halves *)to = *(const Halves *)from;
+    }
+  }
+}
+
+// x[first .. first + count) -> out[feature / 16][token / 2][16][2].
+INLINE void pack_pairs(const Matrix &x, int64_t first, int64_t count, int64_t side, Half *out) {
+  const int64_t pieces = blocks_of(x.cols, side) * side / 16;
+  Half low[16], high[16];
+  for (int64_t t = 0; t < count; t += 2) {
+    for (int64_t b = 0; b < pieces; b++) {
+      const Half *even = piece_of(x, first + t, b, 16, low), *odd = piece_of(x, first + t + 1, b, 16, high);
+      store_pairs(out + (b * count + t) * 16, pairs(*(const Halves *)even, *(const Halves *)odd));
+    }
+  }
+}
+
+// x[first .. first + count) -> out[block][token / 32][side][32].
+INLINE void pack_turned(const Matrix &x, int64_t first, int64_t count, int64_t side, Half *out) {
+  const int64_t blocks = blocks_of(x.cols, side);
+  Half copies[32][MOST_SIDE];
+  for (int64_t t = 0; t < count; t += 32) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const Half *rows[32];
+      for (int64_t l = 0; l < 32; l++) rows[l] = piece_of(x, first + t + l, b, side, copies[l]);
+      Half *to = out + (b * count + t) * side;
+      for (int64_t c = 0; c < side; c += 16) {
+        Vector a[16];
+        UNROLL for (int l = 0; l < 16; l++) a[l] = pairs(*(const Halves *)(rows[2 * l] + c), *(const Halves *)(rows[2 * l + 1] + c));
+        transpose(a);
+        UNROLL for (int l = 0; l < 16; l++) store_pairs(to + (c + l) * 32, a[l]);
+      }
+    }
+  }
+}
+
+// 16 neighbouring pairs of values.
+INLINE Vector line(const void *p, int64_t i, int dtype) {
+  if (dtype == BFLOAT16) return load_pairs((const Half *)p + i);
+  const float *from = (const float *)p + i;
+  return (Vector)_mm512_cvtne2ps_pbh((__m512)load(from + 16), (__m512)load(from));
+}
+
+// A block (out, in) -> (out / 16, in / 2, 16, 2).
+INLINE void pack_block_turned(const void *values, int64_t at, int dtype, int64_t out, int64_t in, Half *to) {
+  Vector a[16];
+  for (int64_t o = 0; o < out; o += 16) {
+    if (in == 16) {
+      UNROLL for (int l = 0; l < 16; l++)
+        a[l] = (Vector)_mm512_zextsi256_si512((__m256i)halves(values, at + (o + l) * 16, dtype));
+      transpose(a);
+      UNROLL for (int l = 0; l < 8; l++) store_pairs(to + o * 16 + l * 32, a[l]);
+    }
+    for (int64_t i = 0; i + 32 <= in; i += 32) {
+      UNROLL for (int l = 0; l < 16; l++) a[l] = line(values, at + (o + l) * in + i, dtype);
+      transpose(a);
+      UNROLL for (int l = 0; l < 16; l++) store_pairs(to + o * in + (i / 2 + l) * 32, a[l]);
+    }
+  }
+}
+
+// A block (in, out) -> (out / 16, in / 2, 16, 2).
+INLINE void pack_block(const void *values, int64_t at, int dtype, int64_t in, int64_t out, Half *to) {
+  for (int64_t i = 0; i < in; i += 2)
+    for (int64_t o = 0; o < out; o += 16)
+      store_pairs(to + o * in + i * 16,
+                  pairs(halves(values, at + i * out + o, dtype), halves(values, at + (i + 1) * out + o, dtype)));
+}
+
+}  // namespace

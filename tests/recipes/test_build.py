@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from sparsekern import SparseLinear, sparse_layers
+from sparsekern.recipes.build import build
+from sparsekern.recipes.config import Config
+from sparsekern.topology import allocate
+
+CONFIG = Config(width=64, block_size=8, sparsity=0.75)
+SHAPE = (1, 4, 5)
+
+
+def test_hidden_layers_are_sparse_and_the_ends_are_the_twins():
+    sparse, dense = (build(name, CONFIG, SHAPE, 3, seed=1) for name in ("sparse", "dense"))
+    kinds = {name: type(module) for name, module in sparse.named_children()}
+    assert [name for name, kind in kinds.items() if kind is SparseLinear] == ["hidden1", "hidden2"]
+    assert not any(isinstance(module, SparseLinear) for module in dense.modules())
+    for name in ("input", "output"):
+        assert isinstance(sparse.get_submodule(name), nn.Linear)
+        assert torch.equal(sparse.get_submodule(name).weight, dense.get_submodule(name).weight)
+    assert sparse.get_submodule("hidden1").sparsity == 0.75
+    assert sparse(torch.ones(2, *SHAPE)).shape == dense(torch.ones(2, *SHAPE)).shape == (2, 3)
+
+
+def test_only_the_seed_decides():
+    torch.manual_seed(5)
+    first = build("sparse", CONFIG, SHAPE, 3, seed=1).state_dict()
+    after = torch.rand(())
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(())), "the global generator was used"
+    again, other = (build("sparse", CONFIG, SHAPE, 3, seed=seed).state_dict() for seed in (1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(
+        first["hidden1.row"] * 8 + first["hidden1.col"], other["hidden1.row"] * 8 + other["hidden1.col"]
+    )
+    assert not torch.equal(first["input.weight"], other["input.weight"])
+
+
+def test_dense_layers_have_the_initial_distribution_of_torch():
+    weight = build("dense", CONFIG, (1, 10, 10), 3, seed=0).get_submodule("input").weight
+    assert 0.95 / 10 < weight.abs().max().item() <= 1 / 10
+
+
+def test_a_sparsity_that_leaves_nothing():
+    with pytest.raises(ValueError, match="every layer needs at least one"):
+        build("sparse", Config(width=16, block_size=16), SHAPE, 3, seed=0)
+
+
+def test_convolutions_have_their_channels_last():
+    model = build("dense", Config(recipe="resnet20", width_multiplier=0.5), (3, 8, 8), 10, seed=0)
+    assert model.get_parameter("layer2.0.conv1.weight").is_contiguous(memory_format=torch.channels_last)
+    assert model.get_parameter("layer2.0.conv1.weight").shape == (16, 8, 3, 3)
+
+
+def test_the_image_size_reaches_the_network():
+    model = build("sparse", Config(recipe="simplevit-tiny", width_multiplier=0.25), (1, 8, 12), 3, seed=0)
+    assert model.get_buffer("place").shape == (2 * 3, 128)
+    assert {name for name, m in model.named_modules() if isinstance(m, SparseLinear)} == {
+        f"layers.{i}.{name}"
+        for i in range(4)
+        for name in ("attention.qkv", "attention.out", "feed_forward.fc1", "feed_forward.fc2")
+    }
+
+
+def test_blocks_are_shared_out_as_the_recipe_says():
+    model = build("sparse", Config(recipe="simplevit-tiny", block_size=16), (3, 32, 32), 10, seed=0)
+    layers = sparse_layers(model).values()
+    grids, blocks = [layer.grid for layer in layers], [layer.topology.blocks() for layer in layers]
+    assert blocks == allocate(grids, 0.9, "er") != allocate(grids, 0.9, "uniform")
+
+
+def test_images_that_are_too_small():
+    with pytest.raises(ValueError, match="data has images of 8 x 40; recipe vgg16 needs 32 x 32 or more: choose"):
+        build("dense", Config(recipe="vgg16"), (3, 8, 40), 10, seed=0)
