@@ -13,7 +13,12 @@ ARCHS = ("sm_80", "sm_90", "sm_100")
 SQUARES = ((16, 16), (32, 32), (64, 64), (128, 128))
 RECTANGLES = ((16, 64), (64, 16), (32, 128), (128, 32))
 DTYPES = ("bf16", "fp16", "fp32", "ieee")
-MATRIX = ("fwd", "dx", "dvalues", "few_fwd", "few_dx", "block_norms", "all_block_norms")
+LINEAR = ("fwd", "dx", "dvalues", "few_fwd", "few_dx", "block_norms", "all_block_norms")
+CONV2D = ("conv2d_fwd", "conv2d_dx", "conv2d_dvalues", "conv2d_block_norms", "conv2d_all_block_norms")
+IEEE = ("fwd", "dx", "dvalues", "conv2d_fwd", "conv2d_dx", "conv2d_dvalues")
+"""Kernels that are compiled for float32 without tensor cores, too."""
+STREAMS = ("sum_splits", "projection", "conv2d_projection", "conv2d_lists")
+"""Kernels without a product."""
 
 
 class Case(NamedTuple):
@@ -21,7 +26,7 @@ class Case(NamedTuple):
 
     arch: str
     kernel: str
-    """A kernel of :data:`MATRIX`, ``fwd_tma``, ``dx_tma``, ``sum_splits`` or ``projection``."""
+    """A kernel of :data:`LINEAR`, :data:`CONV2D` or :data:`STREAMS`, ``fwd_tma`` or ``dx_tma``."""
     dtype: str
     """``bf16`` | ``fp16`` | ``fp32`` (tf32) | ``ieee`` (float32 without tensor cores)"""
     bo: int
@@ -54,12 +59,13 @@ def sample(patterns: list[str]) -> list[Case]:
 
 def _all() -> Iterator[Case]:
     for arch in ARCHS:
-        for kernel in MATRIX:
+        for kernel in (*LINEAR, *CONV2D):
+            blocks = SQUARES if kernel in CONV2D else (*SQUARES, *RECTANGLES)
             for dtype in DTYPES:
-                if dtype != "ieee" or kernel in ("fwd", "dx", "dvalues"):
-                    yield from (Case(arch, kernel, dtype, *block) for block in (*SQUARES, *RECTANGLES))
+                if dtype != "ieee" or kernel in IEEE:
+                    yield from (Case(arch, kernel, dtype, *block) for block in blocks)
         for dtype in ("bf16", "fp16", "fp32"):
             for kernel in ("fwd_tma", "dx_tma") if roofline.device(arch)["tma"] else ():
                 yield from (Case(arch, kernel, dtype, side, side) for side in (64, 128))
-            for kernel in ("sum_splits", "projection"):
+            for kernel in STREAMS:
                 yield from (Case(arch, kernel, dtype, *block) for block in SQUARES)
