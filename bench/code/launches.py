@@ -102,8 +102,6 @@ def _call_conv2d(case: Case) -> None:
         conv2d.conv2d_dx(x, values, index, shape, (SIDE, SIDE))
     elif operation == "dvalues":
         conv2d.conv2d_dvalues(x, x, index, block, shape, dtype)
-    elif operation == "block_norms":
-        conv2d_scores.conv2d_block_norms(x, x, index.row_col[:slots], index.row_col[:slots], block, shape)
     elif operation == "all_block_norms":
         conv2d_scores.conv2d_all_block_norms(x, x, block, shape)
     else:

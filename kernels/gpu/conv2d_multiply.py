@@ -25,18 +25,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from sparsekern.kernels.gpu.multiply import place_of_entry, place_of_tile
-from sparsekern.kernels.gpu.pixels import is_inside, place_of_token
+from sparsekern.kernels.gpu.pixels import is_inside, place_of_token, quotient
 
 
 @triton.jit
 def place_of_block(
-    number, per_tap, kernel_width, origin_y, origin_x, step_y, step_x, DIV_Y: tl.constexpr, DIV_X: tl.constexpr
-):
-    """Return how far from the pixel a block reads, ``(y, x)``, and which block of channels."""
-    tap = number // per_tap
-    y = (origin_y + tap // kernel_width * step_y) // DIV_Y
-    x = (origin_x + tap % kernel_width * step_x) // DIV_X
-    return y, x, number % per_tap
+    number, per_tap, kernel_width, origin_y, origin_x, step_y, step_x,
+    DIV_Y: tl.constexpr, DIV_X: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """Return how far from the pixel a block reads, ``(y, x)``, and which block of channels.
+
+    In a tile of several blocks each number is there SIDE times.
+    """
+    tap = quotient(number, per_tap, SIDE)
+    i = quotient(tap, kernel_width, SIDE)
+    y = (origin_y + i * step_y) // DIV_Y
+    x = (origin_x + (tap - i * kernel_width) * step_x) // DIV_X
+    return y, x, number - tap * per_tap
 
 
 @triton.jit(
@@ -75,12 +80,11 @@ def conv2d_multiply_kernel(
     t = tile * TILE_T + tl.arange(0, TILE_T)
     # Behind the last pixel the last one is read again, and not written. A phase may have no pixel at all.
     last, some_y, some_x = tl.maximum(T - 1, 0), tl.maximum(phase_height, 1), tl.maximum(phase_width, 1)
-    image, at_y, at_x = place_of_token(tl.minimum(t, last), some_y, some_x, 1, 1)
+    pixel, y, x = place_of_token(tl.minimum(t, last), height, width, some_y, some_x, MUL_Y, MUL_X)
     k, n = tl.arange(0, TILE_K), tl.arange(0, OUT)
     in_group = in_units * ALIGN
     pitch = (groups * in_group).to(tl.int64)
-    y, x = at_y * MUL_Y, at_x * MUL_X
-    x_rows = x_ptr + (((image.to(tl.int64) * height + y) * width + x) * pitch + group * in_group)[:, None]
+    x_rows = x_ptr + (pixel * pitch + group * in_group)[:, None]
     origin_y += phase_y
     origin_x += phase_x
     acc = tl.zeros((TILE_T, OUT), tl.float32)
@@ -90,9 +94,8 @@ def conv2d_multiply_kernel(
         number, offset = place_of_entry(other_ptr, slot_ptr, start + k // IN, 1, IN * OUT)
         for i in range(start, stop, BLOCKS):
             off_y, off_x, block = place_of_block(
-                number, per_tap, kernel_width, origin_y, origin_x, step_y, step_x, DIV_Y, DIV_X
+                number, per_tap, kernel_width, origin_y, origin_x, step_y, step_x, DIV_Y, DIV_X, IN
             )
-            off_y, off_x = tl.max_constancy(off_y, IN), tl.max_constancy(off_x, IN)
             channel = tl.max_contiguous(tl.multiple_of(block * IN + k % IN, IN), IN)
             reach = (off_y * width + off_x).to(tl.int64) * pitch + channel
             reach = tl.max_contiguous(tl.multiple_of(reach, ALIGN), IN)
@@ -110,7 +113,7 @@ def conv2d_multiply_kernel(
         number, offset = place_of_entry(other_ptr, slot_ptr, start, 1, IN * OUT)
         for i in range(0, (stop - start) * PARTS):
             off_y, off_x, block = place_of_block(
-                number, per_tap, kernel_width, origin_y, origin_x, step_y, step_x, DIV_Y, DIV_X
+                number, per_tap, kernel_width, origin_y, origin_x, step_y, step_x, DIV_Y, DIV_X, 1
             )
             channel = block * IN + i % PARTS * TILE_K + k
             reach = (off_y * width + off_x).to(tl.int64) * pitch + channel
@@ -129,6 +132,7 @@ def conv2d_multiply_kernel(
     n_mask = feature < group_out if EDGE_OUT else n < OUT
     if HAS_BIAS:
         acc += tl.load(bias_ptr + group * group_out + feature, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    pixel = (image.to(tl.int64) * height_out + at_y * DIV_Y + phase_y) * width_out + at_x * DIV_X + phase_x
-    out = y_ptr + pixel[:, None] * (groups * group_out) + (group * group_out + feature)[None, :]
+    pixel, _, _ = place_of_token(tl.minimum(t, last), height_out, width_out, some_y, some_x, DIV_Y, DIV_X)
+    pixel = (pixel + (phase_y * width_out + phase_x)).to(tl.int64) * (groups * group_out)
+    out = y_ptr + pixel[:, None] + (group * group_out + feature)[None, :]
     tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=(t[:, None] < T) & n_mask[None, :])

@@ -54,21 +54,22 @@ def conv2d_outer_kernel(
     begin = split * tokens_per_split
     count = tl.minimum(tokens_per_split, T - begin)
     count = tl.where((first < stop) & (row < all_rows), count, 0)  # else there is nothing to add up
-    image, y, x = place_of_token(begin + t, height_out, width_out, STRIDE_Y, STRIDE_X)
+    pixel, y, x = place_of_token(begin + t, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
     token = begin.to(tl.int64) + t
     dy_ptrs = dy_ptr + token[:, None] * dy_pitch + (group * out_group + feature)[None, :]
     acc = tl.zeros((TILE_IN, BO), tl.float32)
     for i in range(0, count, TILE_T):
         # A mask that is not needed costs two instructions per copy.
         here = t < (count - i if EDGE_T else TILE_T)
-        pixel = ((image.to(tl.int64) * height + y) * width + x) * x_pitch
         seen = is_inside(y[None, :] + tap_y[:, None], height) & is_inside(x[None, :] + tap_x[:, None], width)
         seen = seen & here[None, :] if EDGE_T else seen
         seen = seen & (channel < in_group)[:, None] if EDGE_IN else seen
         dy_mask = here[:, None] & (feature < out_group)[None, :] if EDGE_OUT else here[:, None]
-        columns = tl.load(x_columns[:, None] + pixel[None, :], mask=seen, other=0.0)
+        columns = tl.load(x_columns[:, None] + (pixel * x_pitch)[None, :], mask=seen, other=0.0)
         dy = tl.load(dy_ptrs + tl.cast(i, tl.int64) * dy_pitch, mask=dy_mask, other=0.0)
-        image, y, x = place_of_next_token(image, y, x, TILE_T, height_out, width_out, STRIDE_Y, STRIDE_X)
+        pixel, y, x = place_of_next_token(
+            pixel, y, x, TILE_T, height, width, height_out, width_out, STRIDE_Y, STRIDE_X
+        )
         acc = tl.dot(columns, dy, acc, input_precision=PRECISION)
 
     if EDGE_IN or EDGE_OUT:  # a NaN that met the filling

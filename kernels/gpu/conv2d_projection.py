@@ -28,13 +28,12 @@ def conv2d_projection_kernel(
     group, column = block // (taps * per_tap), block % (taps * per_tap)
     tap = column // per_tap
     t = tl.program_id(0) // blocks * TILE_T + tl.arange(0, TILE_T)
-    image, y, x = place_of_token(first + t, height_out, width_out, STRIDE_Y, STRIDE_X)
-    y += tap // kernel_width * dilation_y - top
-    x += tap % kernel_width * dilation_x - left
+    pixel, y, x = place_of_token(first + t, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
+    tap_y, tap_x = tap // kernel_width * dilation_y - top, tap % kernel_width * dilation_x - left
     i = column % per_tap * SIDE + tl.arange(0, SIDE)
-    seen = (t < T) & is_inside(y, height) & is_inside(x, width)
-    pixel = ((image.to(tl.int64) * height + y) * width + x) * (groups * group_in) + group * group_in
-    x = tl.load(x_ptr + pixel[:, None] + i[None, :], mask=seen[:, None] & (i < group_in)[None, :], other=0.0)
+    seen = (t < T) & is_inside(y + tap_y, height) & is_inside(x + tap_x, width)
+    start = (pixel + (tap_y * width + tap_x)).to(tl.int64) * (groups * group_in) + group * group_in
+    x = tl.load(x_ptr + start[:, None] + i[None, :], mask=seen[:, None] & (i < group_in)[None, :], other=0.0)
     x = x.to(tl.float32)
     for q in range(pairs):
         line = tl.cast(q, tl.int64)

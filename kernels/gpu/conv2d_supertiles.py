@@ -38,15 +38,16 @@ def conv2d_supertile_kernel(
     dy_ptrs = dy_ptr + (group * out_group + o)[:, None] + (t.to(tl.int64) * dy_pitch)[None, :]
     x_columns = x_ptr + (tap_y * width + tap_x).to(tl.int64) * x_pitch + (group * in_group + i)
 
-    image, y, x = place_of_token(t, height_out, width_out, STRIDE_Y, STRIDE_X)
+    pixel, y, x = place_of_token(t, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
     acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
     for begin in range(0, T, TILE_T):
         here = t < T - begin
-        pixel = ((image.to(tl.int64) * height + y) * width + x) * x_pitch
         seen = here & is_inside(y + tap_y, height) & is_inside(x + tap_x, width)
         dy = tl.load(dy_ptrs + tl.cast(begin, tl.int64) * dy_pitch, mask=here[None, :] & o_mask, other=0.0)
-        columns = tl.load(x_columns[None, :] + pixel[:, None], mask=seen[:, None] & i_mask, other=0.0)
-        image, y, x = place_of_next_token(image, y, x, TILE_T, height_out, width_out, STRIDE_Y, STRIDE_X)
+        columns = tl.load(x_columns[None, :] + (pixel * x_pitch)[:, None], mask=seen[:, None] & i_mask, other=0.0)
+        pixel, y, x = place_of_next_token(
+            pixel, y, x, TILE_T, height, width, height_out, width_out, STRIDE_Y, STRIDE_X
+        )
         acc = tl.dot(dy, columns, acc, input_precision=PRECISION)
 
     # An infinity that met the filling is no NaN.
