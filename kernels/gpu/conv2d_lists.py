@@ -17,9 +17,7 @@ import triton.language as tl
 
 
 @triton.jit
-def phase_of_tap(
-    tap, kernel_width, top, left, dilation_y, dilation_x, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr
-):
+def phase_of_tap(tap, kernel_width, top, left, dilation_y, dilation_x, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr):
     """Return the phase of the pixels of x that a tap sees; division of integers rounds towards zero on a GPU."""
     y = ((tap // kernel_width * dilation_y - top) % STRIDE_Y + STRIDE_Y) % STRIDE_Y
     x = ((tap % kernel_width * dilation_x - left) % STRIDE_X + STRIDE_X) % STRIDE_X
@@ -58,9 +56,7 @@ def lists_kernel(
         stop = tl.load(col_ptr_ptr + first + c + 1, mask=here, other=0)
         low = first_at_least(col_row_ptr, start, stop, group * rows, search_steps)
         high = first_at_least(col_row_ptr, low, stop, (group + 1) * rows, search_steps)
-        its = phase_of_tap(
-            (first + c) // per_tap, kernel_width, top, left, dilation_y, dilation_x, STRIDE_Y, STRIDE_X
-        )
+        its = phase_of_tap((first + c) // per_tap, kernel_width, top, left, dilation_y, dilation_x, STRIDE_Y, STRIDE_X)
         before += tl.where(its < phase, stop - start, 0) + tl.where(its == phase, low - start, 0)
         before += tl.where((its == phase) & ((first + c) % per_tap < block), high - low, 0)
     begin = tl.sum(before)

@@ -61,8 +61,8 @@ def conv2d_multiply_kernel(
 ):  # fmt: skip
     """Write the pixels of a tile, in one block row of one group.
 
-    ``height`` and ``width`` are those of the source; ``rows`` are the block rows of a group of the result, ``group_out``
-    its channels, and ``in_units * ALIGN`` the channels of a group of the source, filled up.
+    ``height`` and ``width`` are those of the source, ``in_units * ALIGN`` the channels of one group of it, filled up;
+    ``rows`` are the block rows of a group of the result, ``group_out`` its channels.
     """
     phase = tl.program_id(1)
     phase_y, phase_x = phase // DIV_X, phase % DIV_X

@@ -67,9 +67,7 @@ def conv2d_outer_kernel(
         dy_mask = here[:, None] & (feature < out_group)[None, :] if EDGE_OUT else here[:, None]
         columns = tl.load(x_columns[:, None] + (pixel * x_pitch)[None, :], mask=seen, other=0.0)
         dy = tl.load(dy_ptrs + tl.cast(i, tl.int64) * dy_pitch, mask=dy_mask, other=0.0)
-        pixel, y, x = place_of_next_token(
-            pixel, y, x, TILE_T, height, width, height_out, width_out, STRIDE_Y, STRIDE_X
-        )
+        pixel, y, x = place_of_next_token(pixel, y, x, TILE_T, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
         acc = tl.dot(columns, dy, acc, input_precision=PRECISION)
 
     if EDGE_IN or EDGE_OUT:  # a NaN that met the filling

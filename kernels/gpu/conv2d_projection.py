@@ -22,7 +22,7 @@ def conv2d_projection_kernel(
     taps, per_tap, kernel_width, top, left, dilation_y, dilation_x, pairs,
     SIDE: tl.constexpr, TILE_T: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
 ):  # fmt: skip
-    """Write ``out[all q, one group, one block column, TILE_T pixels]`` for the T pixels from ``first`` on, in float32."""
+    """Write ``out[all q, one group, one block column, TILE_T pixels]``; t counts the T pixels from ``first`` on."""
     blocks = groups * taps * per_tap
     block = tl.program_id(0) % blocks
     group, column = block // (taps * per_tap), block % (taps * per_tap)

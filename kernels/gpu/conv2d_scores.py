@@ -87,6 +87,7 @@ def _project(
             x, directions.float().contiguous(), out,
             first, tokens, shape.groups, shape.group_in, height, width, *size_out,
             shape.taps, per_tap, shape.kernel[1], top, left, *shape.dilation, pairs,
-            SIDE=side, TILE_T=TILE_T, STRIDE_Y=shape.stride[0], STRIDE_X=shape.stride[1], num_warps=8 if side == 128 else 4,
+            SIDE=side, TILE_T=TILE_T, STRIDE_Y=shape.stride[0], STRIDE_X=shape.stride[1],
+            num_warps=8 if side == 128 else 4,
         )  # fmt: skip
     return out

@@ -45,9 +45,7 @@ def conv2d_supertile_kernel(
         seen = here & is_inside(y + tap_y, height) & is_inside(x + tap_x, width)
         dy = tl.load(dy_ptrs + tl.cast(begin, tl.int64) * dy_pitch, mask=here[None, :] & o_mask, other=0.0)
         columns = tl.load(x_columns[None, :] + (pixel * x_pitch)[:, None], mask=seen[:, None] & i_mask, other=0.0)
-        pixel, y, x = place_of_next_token(
-            pixel, y, x, TILE_T, height, width, height_out, width_out, STRIDE_Y, STRIDE_X
-        )
+        pixel, y, x = place_of_next_token(pixel, y, x, TILE_T, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
         acc = tl.dot(dy, columns, acc, input_precision=PRECISION)
 
     # An infinity that met the filling is no NaN.

@@ -12,10 +12,8 @@ import triton.language as tl
 
 
 @triton.jit
-def place_of_token(
-    token, height, width, height_out, width_out, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr
-):
-    """Return ``(pixel, y, x)`` of ``height`` x ``width`` pixels: where the window of a token begins, without padding."""
+def place_of_token(token, height, width, height_out, width_out, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr):
+    """Return ``(pixel, y, x)`` of x, ``height`` by ``width``: where the window of a token begins, without padding."""
     in_image = token % (height_out * width_out)
     y = in_image // width_out * STRIDE_Y
     x = in_image % width_out * STRIDE_X
