@@ -108,7 +108,7 @@ def check_that_phantom_elements_are_zero(case: ConvCase, *configs: Config) -> No
         grad = gpu.conv2d_dvalues(broken.dy, broken.x, broken.index, case.grid.block, case.shape, case.values.dtype)
     real_rows, real_cols = case.grid.real_rows(case.row), case.grid.real_cols(case.col)
     for block, rows, cols in zip(grad.cpu(), real_rows.tolist(), real_cols.tolist(), strict=True):
-        assert not block[rows:].any() and not block[:, cols:].any()
+        assert not block[rows:].any() and not block[:, cols:].any(), "phantom elements are wrong"
         assert block[:rows, :cols].isnan().all()
 
 

@@ -52,9 +52,22 @@ def cases(patterns: list[str]) -> list[Case]:
 
 
 def sample(patterns: list[str]) -> list[Case]:
-    """Return one of :func:`cases` for each kernel, dtype and architecture; the blocks take turns."""
-    groups = [list(group) for _, group in groupby(cases(patterns), key=lambda case: case[:3])]
-    return [group[number % min(4, len(group))] for number, group in enumerate(groups)]
+    """Return one of :func:`cases` for each kernel, dtype and architecture; the blocks take turns.
+
+    For a convolution the dtypes take turns, too: it shares its loops with the linear layer.
+    """
+    groups = [list(group) for _, group in groupby(cases(patterns), key=sampled_by)]
+    return [group[_turn(number, len(group))] for number, group in enumerate(groups)]
+
+
+def sampled_by(case: Case) -> tuple[str, ...]:
+    """Return what :func:`sample` has one row for."""
+    return case[:2] if case.kernel.startswith("conv2d_") else case[:3]
+
+
+def _turn(number: int, rows: int) -> int:
+    squares = len(SQUARES)  # a rectangle is compiled like a square
+    return number % min(squares, rows) if rows <= 2 * squares else number * (squares + 1) % rows
 
 
 def _all() -> Iterator[Case]:
@@ -67,6 +80,8 @@ def _all() -> Iterator[Case]:
         for dtype in ("bf16", "fp16", "fp32"):
             for kernel in ("fwd_tma", "dx_tma") if roofline.device(arch)["tma"] else ():
                 yield from (Case(arch, kernel, dtype, side, side) for side in (64, 128))
-            for kernel in ("sum_splits", "projection", "conv2d_projection"):
+            for kernel in ("sum_splits", "projection"):
                 yield from (Case(arch, kernel, dtype, *block) for block in SQUARES)
+        for dtype in ("bf16", "fp16", "fp32"):
+            yield from (Case(arch, "conv2d_projection", dtype, *block) for block in SQUARES)
         yield Case(arch, "conv2d_lists", "bf16", *SQUARES[0])  # of integers only

@@ -82,7 +82,7 @@ def aligned_images(x: Tensor, groups: int) -> Tensor:
     align, pixels = alignment(x.dtype), x.shape[0] * x.shape[2] * x.shape[3]
     if pixels >= MOST_PIXELS:
         raise NotImplementedError(f"{pixels} pixels in a call; the GPU kernels count fewer than {MOST_PIXELS}")
-    images = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))
+    images: Tensor = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))
     features = images.shape[4]
     missing = -features % align
     if images.is_contiguous() and missing == 0 and x.data_ptr() % 16 == 0:

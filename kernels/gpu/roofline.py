@@ -92,9 +92,10 @@ def fits(problem: Problem, config: Config) -> bool:
     m, n, _ = tile(problem, config)
     if isinstance(config, (Multiply, FewTokens)) and 2 * (config.tile_k // problem.summed) > PADDING:
         return False  # it reads ahead in the lists of the index
-    by_tma = isinstance(config, Multiply) and config.tma
-    if by_tma and (problem.is_conv2d or config.tile_k > problem.summed or problem.kept < 64):
+    if isinstance(config, Multiply) and config.tma and (config.tile_k > problem.summed or problem.kept < 64):
         return False
+    if isinstance(config, Multiply) and config.tma and problem.is_conv2d:
+        return False  # the pixels of a tile do not lie in a box
     if isinstance(config, FewTokens) and problem.kept % config.tile_n:
         return False
     if isinstance(config, Outer) and problem.takes_norms and config.tile_in < problem.bi:
