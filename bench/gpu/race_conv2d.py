@@ -84,8 +84,8 @@ def cudnn(scene: Scene, op: str) -> Contestant:
 
     def backward(wanted: list[bool]) -> tuple[torch.Tensor, ...]:
         gradients = torch.ops.aten.convolution_backward(
-            scene.dy, scene.x, weight.detach(), None, shape.stride, shape.padding[::2], shape.dilation, False, [0, 0], 1,
-            wanted,
+            scene.dy, scene.x, weight.detach(), None, shape.stride, shape.padding[::2], shape.dilation, False, [0, 0],
+            shape.groups, wanted,
         )  # fmt: skip
         return tuple(gradients)
 
