@@ -1,4 +1,4 @@
-"""What a call of the Triton kernels holds beside its inputs and its output: the lists at the heads of linear.py and conv2d.py."""
+"""What a call of the Triton kernels holds beside its inputs and output: the lists in linear.py and conv2d.py."""
 
 from __future__ import annotations
 
