@@ -10,9 +10,9 @@ from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu.config import Config, Multiply, Outer, Supertile
 from torch import Tensor
 
-from tests.device import DEVICE
+from tests.device import DEVICE, huge
 from tests.gpu_checks import forced
-from tests.oracle_conv2d import ConvCase, check_conv, check_conv_dvalues, conv_case
+from tests.oracle_conv2d import ConvCase, check_conv, check_conv_dvalues, check_conv_y, conv_case
 from tests.oracle_conv2d_scores import all_conv_cells, check_conv_norms, check_conv_sketch
 from tests.oracle_scores import signs
 
@@ -53,6 +53,25 @@ def whole_case(seed: int = 0, **given: Any) -> ConvCase:
 
 
 # One call.
+
+
+def check_far_pixels() -> None:
+    """Raise AssertionError unless a pixel behind the element 2**31 of x is read, for y and for the stored gradient.
+
+    A convolution whose stride leaves out all pixels of an image but its corners.
+    """
+    side = 2**14
+    case = edge_case(
+        kernel=(1, 1), padding=(0, 0, 0, 0), stride=(2, 2), group_in=16, group_out=16, height=3, width=3, images=1,
+        dtype=torch.float16, free=0, bias=False,
+    )  # fmt: skip
+    here, shape = case.on(DEVICE), case.shape._replace(stride=(side - 1, side - 1))
+    x = huge(side * side * 16).view(1, side, side, 16).permute(0, 3, 1, 2)
+    x[:, :, :: side - 1, :: side - 1] = here.x[:, :, ::2, ::2]
+    with forced(*GATHER):
+        check_conv_y(case, gpu.conv2d_fwd(x, here.values, None, here.index, shape).cpu())
+        grad = gpu.conv2d_dvalues(here.dy, x, here.index, case.grid.block, shape, case.values.dtype)
+    check_conv_dvalues(case, grad.cpu(), case.values.dtype)
 
 
 def norms_of(case: ConvCase, order: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from tests.gpu_conv2d_checks import (
     SUPERTILE,
     check_all_block_norms,
     check_block_norms,
+    check_far_pixels,
     check_kernels,
     check_outer,
     check_sketches,
@@ -85,6 +86,7 @@ STRIDED, GROUPED, DILATED = SHAPES["strided"], SHAPES["grouped"], SHAPES["dilate
 
 TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
     "conv2d_multiply": [
+        ("missing int64 cast of the pitch", check_far_pixels, "(groups * in_group).to(tl.int64)", "groups * in_group"),
         ("all taps the first", kernels(), "tap = quotient(number, per_tap, SIDE)", "tap = number * 0"),
         ("rows of the kernel for columns", kernels(kernel=(1, 3)),
          "(tap - i * kernel_width) * step_x", "i * step_x"),
@@ -145,6 +147,8 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
          "tap // kernel_width * dilation_y", "tap // kernel_width"),
     ],
     "conv2d_outer": [
+        ("outer: missing int64 cast of the pitch", check_far_pixels,
+         "(groups * in_group).to(tl.int64)", "groups * in_group"),
         ("outer: no bound of rows", outer(), "is_inside(y[None, :] + tap_y[:, None], height) &", ""),
         ("outer: no bound of columns", outer(), " & is_inside(x[None, :] + tap_x[:, None], width)", ""),
         ("outer: all taps the first", outer(), "tap = number // per_tap", "tap = number * 0"),

@@ -11,7 +11,7 @@ from sparsekern.kernels.gpu.config import Config, Problem
 import sparsekern
 from tests.device import DEVICE
 from tests.gpu_checks import forced
-from tests.gpu_conv2d_checks import GATHER, check_kernels, edge_case, whole_case
+from tests.gpu_conv2d_checks import GATHER, check_far_pixels, check_kernels, edge_case, whole_case
 from tests.oracle_conv2d import check_conv_op, conv_case
 
 
@@ -33,6 +33,10 @@ def test_the_op_runs_on_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     with sparsekern.backend("gpu"):
         check_conv_op(edge_case(stride=(2, 2), images=1), DEVICE)
     assert sorted(asked) == ["conv2d_dvalues", "conv2d_dx", "conv2d_fwd"]
+
+
+def test_pixels_behind_the_element_2_to_the_31() -> None:
+    check_far_pixels()
 
 
 def test_no_blocks_are_the_bias_and_zeros() -> None:
