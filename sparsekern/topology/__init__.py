@@ -7,6 +7,7 @@ from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at
 from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
 from sparsekern.topology.grid import Grid, block_pair
 from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, rebuild_
+from sparsekern.topology.pairs import sample_absent_pairs, sample_pairs, without
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
 
@@ -35,7 +36,10 @@ __all__ = [
     "random",
     "rebuild_",
     "sample_absent",
+    "sample_absent_pairs",
     "sample_distinct",
+    "sample_pairs",
     "to_dense",
     "with_capacity",
+    "without",
 ]

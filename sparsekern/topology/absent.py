@@ -45,11 +45,11 @@ def sample_distinct(population: int, count: int, generator: torch.Generator) -> 
     while drawn.shape[0] < count:
         more = 16 + (count - drawn.shape[0]) * 5 // 4
         fresh = torch.randint(population, (more,), generator=generator, device="cpu")
-        drawn = _first_occurrences(torch.cat([drawn, fresh]))
+        drawn = first_occurrences(torch.cat([drawn, fresh]))
     return drawn[:count]
 
 
-def _first_occurrences(drawn: Tensor) -> Tensor:
+def first_occurrences(drawn: Tensor) -> Tensor:
     """Drop repetitions, keeping the order: a later draw must not push out an earlier one."""
     ordered, position = drawn.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.nn import BlockSparse, sparse_layers
+from sparsekern.topology import Grid
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
 
 OnMove = str | Callable[[Tensor, Tensor], None]
@@ -24,6 +25,12 @@ class Move(NamedTuple):
     slots: Tensor
     row: Tensor
     col: Tensor
+
+
+def to_places(slots: Tensor, keys: Tensor, grid: Grid) -> Move:
+    """Return the move of ``slots (k,)`` to the cells ``keys (k,)``; key -1 frees the slot."""
+    row, col = torch.div(keys, grid.cols, rounding_mode="floor"), torch.where(keys < 0, -1, keys % grid.cols)
+    return Move(slots, row.int(), col.int())
 
 
 class Followers:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import Topology
+
+
+def part_of(blocks: int, fraction: float) -> int:
+    """Return how many of the blocks a fraction is, rounded down: with ceil one would move to the cosine's end."""
+    return math.floor(fraction * blocks + 1e-9)  # 0.29 of 100 is 28.999999999999996
 
 
 def block_norms(layer: BlockSparse) -> Tensor:
@@ -43,3 +50,18 @@ def protect_last(topology: Topology, scores: Tensor) -> Tensor:
         best.scatter_reduce_(0, place.clamp(min=0).long(), torch.where(free, -1, rank), "amax")
         protected[by_score[best[best >= 0]]] = True
     return scores.masked_fill_(protected, torch.inf)
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Return the positions ``(k,)`` of the ``count`` highest scores, ascending; ties go to the lower position.
+
+    Scores of minus infinity are never chosen, so fewer may be returned (waits for the device). Linear in the number of
+    scores: they may be one for each place of the grid.
+    """
+    count = min(count, int((scores > -torch.inf).sum()))
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    bound = scores.topk(count).values[-1]
+    above = (scores > bound).nonzero().squeeze(1)
+    equal = (scores == bound).nonzero().squeeze(1)[: count - above.shape[0]]
+    return torch.cat([above, equal]).sort().values

@@ -1,0 +1,61 @@
+"""What each input and output unit sees of a batch: the two vectors whose product guides GSE's draws.
+
+Both are sums over tokens, so they add up over micro-batches and ranks. Neither needs the gradient ``G = dy' x``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsekern.kernels.contract import accumulate_dtype
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer whose bits a float of so many bytes is read as."""
+
+
+def magnitudes(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return ``(R + C,)``: how much block rows see of dy and block columns of x, summed over tokens.
+
+    At 1x1 the sums of absolute values, as in GraBo (Heddes et al. 2024, appendix A): ``|G| <= (|dy|' 1)(1' |x|)``.
+    For blocks the sums of squares: ``|dy_J' x_I|_F <= |dy_J|_F |x_I|_F``.
+    """
+    return torch.cat([_magnitude(side, length) for side, length in ((dy, block[0]), (x, block[1]))])
+
+
+def _magnitude(side: Tensor, length: int) -> Tensor:
+    acc = accumulate_dtype(side.dtype)
+    if length == 1:
+        absolute: Tensor = torch.linalg.vector_norm(side, 1, dim=0, dtype=acc)
+        return absolute
+    squares = torch.linalg.vector_norm(side, 2, dim=0, dtype=acc).square()
+    return pad(squares, (0, -squares.shape[0] % length)).view(-1, length).sum(1)
+
+
+def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
+    """Return ``(O + I,)``: the sums over tokens of ``s dy`` and ``s x``, with one random sign a token for both.
+
+    The product of an entry of each is an unbiased estimate of an element of G (the sketch of Alon, Matias and Szegedy,
+    with which GraEst draws). The sign of a token is a hash of its input and of the signs of its dy: so it does not
+    depend on how a batch is split, and needs no random numbers in the backward. Tokens that differ have independent
+    signs (a multilinear hash, top bit).
+
+    Args:
+        dy: ``(T, O)``.
+        x: ``(T, I)``.
+        hash_out: ``(O,)`` int64, uniformly random over all integers.
+        hash_in: ``(I,)`` int64, likewise.
+    """
+    signs = token_signs(dy, x, hash_out, hash_in)
+    acc = accumulate_dtype(x.dtype)
+    return torch.cat([(signs.to(side.dtype) @ side).to(acc) for side in (dy, x)])
+
+
+def token_signs(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
+    """Return the signs ``(T,)`` int64, -1 or 1; the arguments are those of :func:`signed_sums`."""
+    width = torch.int64 if x.element_size() == 8 else torch.int32
+    bits = x.view(INTEGERS[x.element_size()]).to(width)
+    hashed = (bits * hash_in.to(width)).sum(1, dtype=width)  # modulo 2**32 or 2**64: overflow is meant
+    hashed = hashed + torch.where(dy < 0, hash_out.to(width), 0).sum(1, dtype=width)
+    return torch.where(hashed < 0, -1, 1)
