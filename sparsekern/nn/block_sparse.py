@@ -222,6 +222,10 @@ class BlockSparse(nn.Module):
             self.values.grad.index_fill_(0, slots, 0)
         rebuild_(self.index, self.topology)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are not armed: a probe belongs to the method that reads it."""
+        return self.__dict__ | {"probe": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_meta = self.row.is_meta
         super()._apply(fn, recurse)

@@ -11,10 +11,6 @@ from torch.nn.functional import pad
 
 from sparsekern.kernels.contract import accumulate_dtype
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integer whose bits a float of so many bytes is read as."""
-
-
 def magnitudes(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
     """Return ``(R + C,)``: how much block rows see of dy and block columns of x, summed over tokens.
 
@@ -37,15 +33,15 @@ def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Ten
     """Return ``(O + I,)``: the sums over tokens of ``s dy`` and ``s x``, with one random sign a token for both.
 
     The product of an entry of each is an unbiased estimate of an element of G (the sketch of Alon, Matias and Szegedy,
-    with which GraEst draws). The sign of a token is a hash of its input and of the signs of its dy: so it does not
-    depend on how a batch is split, and needs no random numbers in the backward. Tokens that differ have independent
-    signs (a multilinear hash, top bit).
+    with which GraEst draws). The sign of a token is a hash of where its x is positive and its dy negative: so it needs
+    no random numbers in the backward, and depends neither on how a batch is split nor, but for entries around zero, on
+    rounding. Tokens that differ there have independent signs.
 
     Args:
         dy: ``(T, O)``.
         x: ``(T, I)``.
-        hash_out: ``(O,)`` int64, uniformly random over all integers.
-        hash_in: ``(I,)`` int64, likewise.
+        hash_out: ``(O,)`` int32, uniformly random over all integers.
+        hash_in: ``(I,)`` int32, likewise.
     """
     signs = token_signs(dy, x, hash_out, hash_in)
     acc = accumulate_dtype(x.dtype)
@@ -54,8 +50,6 @@ def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Ten
 
 def token_signs(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
     """Return the signs ``(T,)`` int64, -1 or 1; the arguments are those of :func:`signed_sums`."""
-    width = torch.int64 if x.element_size() == 8 else torch.int32
-    bits = x.view(INTEGERS[x.element_size()]).to(width)
-    hashed = (bits * hash_in.to(width)).sum(1, dtype=width)  # modulo 2**32 or 2**64: overflow is meant
-    hashed = hashed + torch.where(dy < 0, hash_out.to(width), 0).sum(1, dtype=width)
+    parts = (torch.where(dy < 0, hash_out, 0), torch.where(x > 0, hash_in, 0))
+    hashed = sum(part.sum(1, dtype=torch.int32) for part in parts)  # modulo 2**32: overflow is meant
     return torch.where(hashed < 0, -1, 1)

@@ -80,7 +80,7 @@ class Probe(NamedTuple):
     ) -> Probe:
         """Ask for the sums of dy and x over tokens with random signs: ``(out + in,)``.
 
-        The hashes ``(out,)`` and ``(in,)`` are random int64; :mod:`sparsekern.ops.marginals`.
+        The hashes ``(out,)`` and ``(in,)`` are random int32; :mod:`sparsekern.ops.marginals`.
         """
         shape = (grid.out_features + grid.in_features,)
         return cls("signed_sums", _zeros(shape, dtype, hash_out.device), (hash_out, hash_in))

@@ -125,7 +125,7 @@ class GradientMethod(Method):
 
     def begin(self) -> None:
         """Arm for an update that is due at the first steps; the last line of a subclass's constructor."""
-        if self.schedule.due(self.steps + self.stages()):
+        if self._due_soon():
             self._arm(0)
 
     def step(self) -> bool:
@@ -144,11 +144,15 @@ class GradientMethod(Method):
                 moved = self.update()
             if self._stage is None:
                 self._finish()
-        if self._stage is None and (self._due or self.schedule.due(self.steps + self.stages())):
+        if self._stage is None and (self._due or self._due_soon()):
             self._arm(0)
         if self._stage is not None or moved:
             self.seconds = spent + time.perf_counter() - began
         return moved
+
+    def _due_soon(self) -> bool:
+        """Return whether an update becomes due before, or just when, all stages have been heard."""
+        return any(self.schedule.due(self.steps + ahead + 1) for ahead in range(self.stages()))
 
     def update(self) -> bool:
         """Update the topology now; only :meth:`step` knows when the scores are there.
@@ -190,7 +194,8 @@ class GradientMethod(Method):
         """Let a probe have heard something in so many backwards."""
         probe = self._probes[name]
         probe.tensor.grad = heard
-        self._counters[name] = (heard, heard._version - backwards)
+        if probe.kind in STREAMED:
+            self._counters[name] = (heard, heard._version - backwards)
 
     def _disarm(self) -> None:
         for name in self._probes:

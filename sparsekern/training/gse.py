@@ -88,9 +88,8 @@ class GSE(GradientMethod):
         if self.distribution == "grabo":
             return Probe.magnitudes(grid, dtype=self.dtype(layer), device=device)
         generator = self.generator(name, "signs")
-        lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
         hashes = (
-            torch.randint(lowest, highest, (n,), generator=generator, device="cpu").to(device)
+            torch.randint(-(2**31), 2**31, (n,), generator=generator, dtype=torch.int32, device="cpu").to(device)
             for n in (grid.out_features, grid.in_features)
         )
         return Probe.signed_sums(grid, *hashes, dtype=self.dtype(layer))
