@@ -16,6 +16,7 @@ import torch
 from sparsekern.kernels import cpu
 from sparsekern.kernels.cpu import scores as cpu_scores
 from sparsekern.kernels.eager import chunks
+from sparsekern.kernels.eager import scores as eager_scores
 
 import sparsekern as sk
 from sparsekern.topology import dense_block_norms, gather_blocks, to_dense
@@ -40,7 +41,7 @@ METHODS = {
 class Training:
     """One layer with its optimizer and a method, and the parts of a step as functions.
 
-    Probes are armed in every step; a method with two stages moves blocks in every other one.
+    Probes are armed in every step; a method with two stages has heard the first of them, and moves blocks in the next.
     """
 
     def __init__(self, block: tuple[int, int], sparsity: float, method: str = "SET") -> None:
@@ -49,21 +50,18 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)  # the others make temporaries
         self.method = kind(self.layer, self.optimizer, update_every=1, **options)
         self.x = torch.randn(TOKENS, SIDE, requires_grad=True)
+        self.dy = torch.randn(TOKENS, SIDE)
         self.y = self.forward()
         self.backward()
         self.step()
-        if getattr(self.method, "stages", lambda: 1)() == 2:  # the first stage is heard, the second armed
-            self.method.step()
-            self.forward()
-            self.backward()
-            self.step()
+        self.method.step()
 
     def forward(self):
         self.y = self.layer(self.x)
         return self.y
 
     def backward(self):
-        self.y.backward(torch.ones_like(self.y))
+        self.y.backward(self.dy)
 
     def step(self):
         self.optimizer.step()
@@ -113,6 +111,7 @@ def check(
 def small_scratch(monkeypatch):
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", SCRATCH)
     monkeypatch.setattr(cpu_scores, "CHUNK_BYTES", SCRATCH)
+    monkeypatch.setattr(eager_scores, "TILE", 128)
 
 
 @pytest.fixture(params=["cpu", "eager"])

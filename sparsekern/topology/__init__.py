@@ -7,7 +7,7 @@ from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at
 from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
 from sparsekern.topology.grid import Grid, block_pair
 from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, rebuild_
-from sparsekern.topology.pairs import sample_absent_pairs, sample_pairs, without
+from sparsekern.topology.pairs import are_absent, sample_absent_pairs, sample_pairs, without
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
 
@@ -18,6 +18,7 @@ __all__ = [
     "Index",
     "Topology",
     "allocate",
+    "are_absent",
     "balanced",
     "block_pair",
     "blocks_at",

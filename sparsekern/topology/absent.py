@@ -44,8 +44,8 @@ def sample_distinct(population: int, count: int, generator: torch.Generator) -> 
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.shape[0] < count:
         more = 16 + (count - drawn.shape[0]) * 5 // 4
-        fresh = torch.randint(population, (more,), generator=generator, device="cpu")
-        drawn = first_occurrences(torch.cat([drawn, fresh]))
+        drawn = torch.cat([drawn, torch.randint(population, (more,), generator=generator, device="cpu")])
+        drawn = first_occurrences(drawn)
     return drawn[:count]
 
 
@@ -54,4 +54,5 @@ def first_occurrences(drawn: Tensor) -> Tensor:
     ordered, position = drawn.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
-    return drawn[position[first].sort().values]
+    del ordered
+    return drawn[torch.empty_like(first).index_copy_(0, position, first)]

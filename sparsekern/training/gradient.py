@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import generator_for, without
+from sparsekern.topology import are_absent, generator_for
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import as_on_first_rank, sum_over_ranks
 from sparsekern.training.followers import Move, to_places
@@ -71,7 +71,7 @@ class GradientMethod(Method):
         self._heard = False
         self._probes: dict[str, Probe] = {}
         self._counters: dict[str, tuple[Tensor, int]] = {}  # of streamed probes: the zeros, and their version
-        self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending
+        self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending, int32 on the CPU
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; it only grows
         self._offers: dict[str, Offer] = {}  # scored candidates
 
@@ -107,7 +107,7 @@ class GradientMethod(Method):
         """Score a layer's candidates by the norms of their gradients."""
         keys = self._keys[name]
         norms = torch.linalg.vector_norm(answer.value[: keys.shape[0]], dim=(1, 2))
-        self._offers[name] = Offer(keys.to(norms.device), as_on_first_rank(norms, self.process_group))
+        self._offers[name] = Offer(keys.to(norms.device).long(), as_on_first_rank(norms, self.process_group))
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
         """Return empty places and their scores: at least the best ``count`` if there are so many.
@@ -118,8 +118,10 @@ class GradientMethod(Method):
         if offer is None or not bool(offer.scores.any()):
             nothing = torch.empty(0, dtype=torch.int64, device=layer.row.device)
             return Offer(nothing, nothing.to(self.dtype(layer)))
-        keys = without(offer.keys, layer.topology.sorted_keys().long())  # all, unless somebody else moved blocks
-        return Offer(keys, offer.scores[torch.isin(offer.keys, keys)])
+        empty = are_absent(offer.keys, layer.topology.sorted_keys().long())
+        if bool(empty.all()):
+            return offer
+        return Offer(offer.keys[empty], offer.scores[empty])  # somebody else moved blocks
 
     # When probes are armed and read.
 
@@ -142,8 +144,9 @@ class GradientMethod(Method):
             self._listen()
             if self._heard and self._due:
                 moved = self.update()
-            if self._stage is None:
-                self._finish()
+            if self._heard:  # ready, but the last update is past
+                self._heard = False
+                self._forget_scores()
         if self._stage is None and (self._due or self._due_soon()):
             self._arm(0)
         if self._stage is not None or moved:
@@ -165,10 +168,8 @@ class GradientMethod(Method):
                 f"{type(self).__name__} has no scores to update by: probes are armed for the step before an update; "
                 "call step() after every optimizer.step()"
             )
-        self._due = False
-        moved = super().update()
-        self._finish()
-        return moved
+        self._due = self._heard = False
+        return super().update()
 
     def _arm(self, stage: int) -> None:
         self._disarm()
@@ -202,9 +203,7 @@ class GradientMethod(Method):
             self.layers[name].probe = None
         self._probes, self._counters, self._stage = {}, {}, None
 
-    def _finish(self) -> None:
-        """Forget the scores of an update."""
-        self._heard = False
+    def _forget_scores(self) -> None:
         self._offers = {}
 
     def _listen(self) -> None:
@@ -263,8 +262,11 @@ class GradientMethod(Method):
 
     def choose_all(self, fraction: float) -> dict[str, Move]:
         """Return the moves of all layers: each for itself, or with ``scope="global"`` in competition."""
-        if self.scope == "layer":
-            return super().choose_all(fraction)
+        moves = super().choose_all(fraction) if self.scope == "layer" else self._choose_globally(fraction)
+        self._forget_scores()  # before the move makes temporaries of its own
+        return moves
+
+    def _choose_globally(self, fraction: float) -> dict[str, Move]:
         layers = dict(self._trained())
         total = part_of(sum(layer.topology.blocks() for layer in layers.values()), fraction)
         strengths = {name: self.strength(name, layer) for name, layer in layers.items()}

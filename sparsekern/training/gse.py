@@ -78,7 +78,7 @@ class GSE(GradientMethod):
     def prepare(self, stage: int) -> None:
         """Draw the candidates, if they do not depend on what is heard."""
         if self.distribution == "uniform":
-            self._keys = {name: self._draw(name, layer, None) for name, layer in self._trained()}
+            self._keys = {name: self._draw(name, layer, None).int() for name, layer in self._trained()}
 
     def ask(self, stage: int, name: str, layer: BlockSparse) -> Probe:
         """Ask for the gradients of the candidates; in the first of two stages, what to draw them by."""
@@ -103,7 +103,7 @@ class GSE(GradientMethod):
         for name, answer in answers.items():
             layer = self.layers[name]
             sums = as_on_first_rank(answer.value, self.process_group).cpu()
-            self._keys[name] = self._draw(name, layer, weights(layer.grid, self.distribution, sums))
+            self._keys[name] = self._draw(name, layer, weights(layer.grid, self.distribution, sums)).int()
         return 1
 
     def _draw(self, name: str, layer: BlockSparse, guide: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -139,13 +139,13 @@ class RigL(GradientMethod):
         return None if last else 1
 
     def _shortlist(self, layer: BlockSparse, answer: Answer) -> Tensor:
-        """Return the empty places of highest estimated norm, ascending, on the CPU."""
+        """Return the empty places of highest estimated norm, ascending, int32 on the CPU."""
         squares = answer.value.square().mean(0).flatten()
         as_on_first_rank(squares, self.process_group)
         present = layer.topology.sorted_keys().long()
         squares.index_fill_(0, present, -torch.inf)
         grown = max(1, part_of(present.shape[0], self.schedule.fraction(self.steps)))
-        return highest(squares, math.ceil(self.shortlist * grown)).cpu()
+        return highest(squares, math.ceil(self.shortlist * grown)).int().cpu()
 
     def _no_more_streaming(self, backwards: int) -> None:
         why = f"a step has {backwards} backwards, over which the norms of gradients do not add up"
@@ -180,8 +180,8 @@ class RigL(GradientMethod):
         grown = best[best >= slots.shape[0]] - slots.shape[0]
         return to_places(slots[~stay][: grown.shape[0]], offer.keys[grown], layer.grid)
 
-    def _finish(self) -> None:
-        super()._finish()
+    def _forget_scores(self) -> None:
+        super()._forget_scores()
         self._grid_scores = {}
 
     def _skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -21,7 +21,7 @@ def grow(candidates: list[int], fraction: float, scores: torch.Tensor = SCORES):
     module = layer()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
     method = sk.GSE(module, optimizer, update_every=2, drop_fraction=lambda step: fraction)
-    method.prepare = lambda stage: method._keys.update({"": torch.tensor(candidates)})
+    method.prepare = lambda stage: method._keys.update({"": torch.tensor(candidates, dtype=torch.int32)})
     before = module.topology.keys().clone()
     for _ in range(2):
         ask_for(module, scores)
@@ -121,7 +121,7 @@ def test_with_no_choice_it_is_set(distribution):
 def test_scores_are_the_norms_of_the_dense_gradients_blocks(distribution, block, monkeypatch):
     module, method = build(block=block, distribution=distribution)
     kept = {}
-    monkeypatch.setattr(method, "_finish", lambda: kept.update(method._offers))
+    monkeypatch.setattr(method, "_forget_scores", lambda: kept.update(method._offers))
     gradient = run(module, method, 2)[-1]
     offer = kept[""]
     expected = dense_block_norms(module.grid, gradient).flatten()[offer.keys]
