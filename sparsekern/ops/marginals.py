@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from sparsekern.kernels.contract import accumulate_dtype
 
+
 def magnitudes(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
     """Return ``(R + C,)``: how much block rows see of dy and block columns of x, summed over tokens.
 
@@ -35,13 +36,13 @@ def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Ten
     The product of an entry of each is an unbiased estimate of an element of G (the sketch of Alon, Matias and Szegedy,
     with which GraEst draws). The sign of a token is a hash of where its x is positive and its dy negative: so it needs
     no random numbers in the backward, and depends neither on how a batch is split nor, but for entries around zero, on
-    rounding. Tokens that differ there have independent signs.
+    rounding. Tokens that differ there have signs that are independent in pairs.
 
     Args:
         dy: ``(T, O)``.
         x: ``(T, I)``.
-        hash_out: ``(O,)`` int32, uniformly random over all integers.
-        hash_in: ``(I,)`` int32, likewise.
+        hash_out: ``(O,)`` of 0 and 1, independent and equally likely, float32 or float64.
+        hash_in: ``(I,)``, likewise.
     """
     signs = token_signs(dy, x, hash_out, hash_in)
     acc = accumulate_dtype(x.dtype)
@@ -49,7 +50,9 @@ def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Ten
 
 
 def token_signs(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
-    """Return the signs ``(T,)`` int64, -1 or 1; the arguments are those of :func:`signed_sums`."""
-    parts = (torch.where(dy < 0, hash_out, 0), torch.where(x > 0, hash_in, 0))
-    hashed = sum(part.sum(1, dtype=torch.int32) for part in parts)  # modulo 2**32: overflow is meant
-    return torch.where(hashed < 0, -1, 1)
+    """Return the signs ``(T,)``, -1 or 1; the arguments are those of :func:`signed_sums`.
+
+    The parity of how many of the entries in question the hash holds; counted in floats, which are exact to 2**24.
+    """
+    count = (dy < 0).to(hash_out.dtype) @ hash_out + (x > 0).to(hash_in.dtype) @ hash_in
+    return 1 - 2 * count.remainder(2)

@@ -32,13 +32,17 @@ class Probe(NamedTuple):
     tokens: int = 0
 
     @classmethod
-    def candidates(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
+    def candidates(
+        cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32, checked: bool = False
+    ) -> Probe:
         """Ask for the blocks ``(row[k], col[k])`` of G: ``(K, bo, bi)``. The places are distinct, int32 ``(K,)``.
 
         Where ``row = col = -1`` nothing is asked and the answer is zero: so K can stay the same, which it must not to
-        be compiled anew, while the number of places changes.
+        be compiled anew, while the number of places changes. With ``checked`` the caller knows that the places are
+        distinct ones of the grid.
         """
-        _check_places(grid, row, col)
+        if not checked:
+            _check_places(grid, row, col)
         index = build_index(Topology(grid, row, col))
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
@@ -75,12 +79,10 @@ class Probe(NamedTuple):
         return cls("magnitudes", _zeros((grid.rows + grid.cols,), dtype, device), ())
 
     @classmethod
-    def signed_sums(
-        cls, grid: Grid, hash_out: Tensor, hash_in: Tensor, *, dtype: torch.dtype = torch.float32
-    ) -> Probe:
+    def signed_sums(cls, grid: Grid, hash_out: Tensor, hash_in: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
         """Ask for the sums of dy and x over tokens with random signs: ``(out + in,)``.
 
-        The hashes ``(out,)`` and ``(in,)`` are random int32; :mod:`sparsekern.ops.marginals`.
+        The hashes ``(out,)`` and ``(in,)`` are random zeros and ones; :mod:`sparsekern.ops.marginals`.
         """
         shape = (grid.out_features + grid.in_features,)
         return cls("signed_sums", _zeros(shape, dtype, hash_out.device), (hash_out, hash_in))

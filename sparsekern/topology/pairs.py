@@ -34,9 +34,7 @@ def _sample(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(edges, uniform * edges[-1], right=True)
 
 
-def sample_absent_pairs(
-    present: Tensor, rows: Tensor, cols: Tensor, count: int, generator: torch.Generator
-) -> Tensor:
+def sample_absent_pairs(present: Tensor, rows: Tensor, cols: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw up to ``count`` distinct cells outside ``present``, one after the other from :func:`sample_pairs`.
 
     What is drawn again or present is dropped. Fewer come back when the weights leave too few cells within reach.

@@ -4,6 +4,7 @@ from sparsekern.training.base import Method
 from sparsekern.training.followers import Followers, Move
 from sparsekern.training.gradient import GradientMethod
 from sparsekern.training.gse import GSE
+from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.rigl import RigL
 from sparsekern.training.schedules import Schedule
 from sparsekern.training.set import SET
@@ -15,12 +16,15 @@ METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL, 
 __all__ = [
     "GSE",
     "METHODS",
+    "PRESETS",
     "SET",
     "Followers",
     "GradientMethod",
     "Method",
     "Move",
+    "Preset",
     "RigL",
     "Schedule",
     "Static",
+    "preset",
 ]

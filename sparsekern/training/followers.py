@@ -109,7 +109,7 @@ class Followers:
         """Move blocks of one layer, with all that follows them. :meth:`check` and :meth:`check_move` come before."""
         layer = self.layers[name]
         states = slot_state(self.optimizer, layer.values, name)
-        layer.move_(move.slots, move.row, move.col)
+        layer.move_(*move, checked=True)
         slots = move.slots.long()
         kept = layer.topology.used().index_fill(0, slots, False)
         for key, tensor, fresh in states:
@@ -123,7 +123,7 @@ class Followers:
             elif on_move == "zero":
                 tensor.index_fill_(0, slots.to(tensor.device), 0)
         for twin in self._twins[name]:
-            twin.move_(*(t.to(twin.row.device) for t in move))
+            twin.move_(*(t.to(twin.row.device) for t in move), checked=True)
 
 
 def _same_blocks(a: BlockSparse, b: BlockSparse) -> bool:

@@ -101,7 +101,7 @@ class GradientMethod(Method):
         padded = pad(keys, (0, width - keys.shape[0]), value=-1)  # one shape, hence one graph under torch.compile
         _, row, col = to_places(padded, padded, layer.grid)
         device = layer.row.device
-        return Probe.candidates(layer.grid, row.to(device), col.to(device), dtype=self.dtype(layer))
+        return Probe.candidates(layer.grid, row.to(device), col.to(device), dtype=self.dtype(layer), checked=True)
 
     def score_candidates(self, name: str, answer: Answer) -> None:
         """Score a layer's candidates by the norms of their gradients."""
@@ -211,7 +211,7 @@ class GradientMethod(Method):
         assert self._stage is not None
         stage = self._stage
         answers = {name: self._answer(name) for name in self._probes}
-        if not all(bool(torch.isfinite(answer.value).all()) for answer in answers.values()):
+        if not all(is_finite(answer.value) for answer in answers.values()):
             self._arm(stage)
             return
         self._disarm()
@@ -246,7 +246,7 @@ class GradientMethod(Method):
 
     def _gradients_are_finite(self) -> bool:
         gradients = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
-        return all(bool(torch.isfinite(g).all()) for g in gradients)
+        return all(is_finite(gradient) for gradient in gradients)
 
     def _trained(self) -> list[tuple[str, BlockSparse]]:
         return [(name, layer) for name, layer in self.layers.items() if layer.values.requires_grad]
@@ -311,3 +311,11 @@ class GradientMethod(Method):
         for name, (heard, backwards) in state["heard"].items():
             if name in self._probes:
                 self._resume(name, heard.to(self._probes[name].tensor.device, copy=True), backwards)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity; without a temporary of its size."""
+    if tensor.numel() == 0:
+        return True
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -89,7 +89,7 @@ class GSE(GradientMethod):
             return Probe.magnitudes(grid, dtype=self.dtype(layer), device=device)
         generator = self.generator(name, "signs")
         hashes = (
-            torch.randint(-(2**31), 2**31, (n,), generator=generator, dtype=torch.int32, device="cpu").to(device)
+            torch.randint(2, (n,), generator=generator, dtype=self.dtype(layer), device="cpu").to(device)
             for n in (grid.out_features, grid.in_features)
         )
         return Probe.signed_sums(grid, *hashes, dtype=self.dtype(layer))

@@ -17,7 +17,7 @@ def data(tokens: int = 6, dtype: torch.dtype = F64) -> tuple[torch.Tensor, torch
 
 def hashes(seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(-(2**31), 2**31, (n,), generator=generator, dtype=torch.int32) for n in (7, 5)]
+    return [torch.randint(2, (n,), generator=generator).float() for n in (7, 5)]
 
 
 def test_magnitudes_by_hand():

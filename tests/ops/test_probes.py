@@ -54,7 +54,7 @@ PROBES = {
     "all_norms": (lambda: Probe.all_norms(GRID, **F64), lambda g: dense_block_norms(GRID, g)),
     "sketch": (lambda: Probe.sketch(GRID, U, V), sketched),
 }
-HASHES = [torch.randint(-(2**31), 2**31, (n,), generator=torch.Generator().manual_seed(n), dtype=torch.int32) for n in (11, 9)]
+HASHES = [torch.randint(2, (n,), generator=torch.Generator().manual_seed(n)).double() for n in (11, 9)]
 MARGINALS = {
     "magnitudes": lambda: Probe.magnitudes(GRID, **F64),
     "signed_sums": lambda: Probe.signed_sums(GRID, *HASHES, **F64),

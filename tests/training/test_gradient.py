@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsekern as sk
 from sparsekern.training import GradientMethod
+from sparsekern.training.gradient import is_finite
 
 METHODS = {
     "RigL": (sk.RigL, {"scoring": "exact"}),
@@ -270,6 +271,12 @@ def test_score_tokens_scores_on_some_tokens_of_each_backward():
     model = make()
     _, method = build("GSE", model, update_every=1, score_tokens=3)
     assert all(layer.probe.tokens == 3 for layer in method.layers.values())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_is_finite(wrong):
+    assert is_finite(torch.empty(0)) and is_finite(torch.tensor([3e38, -3e38]))
+    assert not is_finite(torch.tensor([[1.0, wrong], [2.0, 3.0]]))
 
 
 class TestErrors:
