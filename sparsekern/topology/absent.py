@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def sample_absent(present: Tensor, cells: int, count: int, generator: torch.Generator) -> Tensor:
+def sample_absent(
+    present: Tensor, cells: int, count: int, generator: torch.Generator, *, ordered: bool = False
+) -> Tensor:
     """Draw ``count`` distinct cells outside ``present``, every such set equally likely.
 
     Args:
@@ -14,9 +16,10 @@ def sample_absent(present: Tensor, cells: int, count: int, generator: torch.Gene
         cells: number of cells; keys are 0 to ``cells - 1``.
         count: how many to draw.
         generator: a CPU generator.
+        ordered: return them ascending, which is faster than to sort them afterwards.
 
     Returns:
-        ``(count,)`` int64 keys on the device of ``present``, in the order drawn.
+        ``(count,)`` int64 keys on the device of ``present``, in the order drawn unless ``ordered``.
 
     Raises:
         ValueError: fewer than ``count`` cells are absent.
@@ -25,6 +28,8 @@ def sample_absent(present: Tensor, cells: int, count: int, generator: torch.Gene
     if count > absent:
         raise ValueError(f"{count} blocks were to be added, but only {absent} of {cells} cells are empty")
     ranks = sample_distinct(absent, count, generator).to(present.device)
+    if ordered:
+        ranks = ranks.sort().values
     # A present key p has p - position(p) absent cells before it. The absent cell of rank j is therefore j plus the
     # number of present keys with at most j absent cells before them.
     position = torch.arange(present.shape[0], device=present.device)

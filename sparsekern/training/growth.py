@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from sparsekern.nn import BlockSparse
 from sparsekern.training.followers import Move, to_places
+from sparsekern.training.scores import ascending, descending
 
 
 class Offer(NamedTuple):
@@ -43,8 +44,8 @@ def share_out(
 
     weak_owner, weak_all = _owners(weak), torch.cat(weak)
     good_owner, good_all = _owners(good), torch.cat(good)
-    drop_order = weak_all.sort(stable=True).indices[: int(torch.isfinite(weak_all).sum())]
-    grow_order = good_all.sort(stable=True, descending=True).indices[: int((good_all > -torch.inf).sum())]
+    drop_order = ascending(weak_all)[: int(torch.isfinite(weak_all).sum())]
+    grow_order = descending(good_all)[: int((good_all > -torch.inf).sum())]
     rank = _rank_within(good_owner[grow_order], len(names))
 
     count = min(count, drop_order.shape[0], grow_order.shape[0])

@@ -121,7 +121,7 @@ class GSE(GradientMethod):
             return without(drawn.unique(), present)
         count = min(count, grid.cells - present.shape[0])
         if guide is None:
-            return sample_absent(present, grid.cells, count, generator).sort().values
+            return sample_absent(present, grid.cells, count, generator, ordered=True)
         return sample_absent_pairs(present, *guide, count, generator).sort().values
 
 
