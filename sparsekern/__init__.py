@@ -37,20 +37,23 @@ from sparsekern import ops, topology  # noqa: E402  the finder must be in place 
 from sparsekern.nn import SparseConv2d, SparseLinear, densify, refresh_, sparse_layers, sparsify_  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.report import summary  # noqa: E402
-from sparsekern.training import SET, Method, Static  # noqa: E402
+from sparsekern.training import GSE, SET, Method, RigL, Static, preset  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GSE",
     "SET",
     "Method",
     "Probe",
+    "RigL",
     "SparseConv2d",
     "SparseLinear",
     "Static",
     "backend",
     "densify",
     "ops",
+    "preset",
     "refresh_",
     "sparse_layers",
     "sparsify_",

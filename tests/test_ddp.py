@@ -23,10 +23,21 @@ def build() -> nn.Module:
     return sk.sparsify_(model, 0.5, (4, 8))
 
 
-def train(model: nn.Module, rank: int, world: int) -> None:
-    """Train with SET; ranks take their share of each batch, or all of it when ``world`` is 1."""
+METHODS = {
+    "SET": (sk.SET, {}),
+    "RigL": (sk.RigL, {"scoring": "screen"}),  # what it does on several ranks anyway
+    "GSE": (sk.GSE, {}),
+    "GSE, global": (sk.GSE, {"scope": "global"}),
+    "GraBo": (sk.GSE, {"distribution": "grabo"}),
+    "GraEst": (sk.GSE, {"distribution": "graest"}),
+}
+
+
+def train(model: nn.Module, rank: int, world: int, name: str) -> None:
+    """Train; ranks take their share of each batch, or all of it when ``world`` is 1."""
+    kind, options = METHODS[name]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    method = sk.SET(model, optimizer, update_every=3, seed=1)
+    method = kind(model, optimizer, update_every=3, seed=1, **options)
     for step in range(STEPS):
         x = torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(step))
         x = x.chunk(world)[rank]
@@ -36,26 +47,28 @@ def train(model: nn.Module, rank: int, world: int) -> None:
         assert method.step() == (step % 3 == 2)
 
 
-def run_rank(rank: int, folder: str, split: bool, sync_buffers: bool) -> None:
+def run_rank(rank: int, folder: str, split: bool, sync_buffers: bool, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     options = {} if sync_buffers else {"forward_sync_buffers": False}
-    model = build()
-    train(DistributedDataParallel(model, **options), rank if split else 0, 2 if split else 1)
-    torch.save(model.state_dict(), f"{folder}/rank-{rank}.pt")
+    for name in names:
+        model = build()
+        train(DistributedDataParallel(model, **options), rank if split else 0, 2 if split else 1, name)
+        torch.save(model.state_dict(), f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def ranks(folder: Path, split: bool, sync_buffers: bool) -> list[dict[str, torch.Tensor]]:
-    mp.spawn(run_rank, (str(folder), split, sync_buffers), nprocs=2)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks(folder: Path, split: bool, sync_buffers: bool, names: list[str]) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Return what each rank has learnt, by method."""
+    mp.spawn(run_rank, (str(folder), split, sync_buffers, names), nprocs=2)
+    return {n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(2)] for n in names}
 
 
-def alone() -> dict[str, torch.Tensor]:
+def alone(name: str) -> dict[str, torch.Tensor]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = build()
-    train(model, 0, 1)
+    train(model, 0, 1, name)
     torch.set_num_threads(threads)
     return model.state_dict()
 
@@ -74,15 +87,21 @@ HAS_FORWARD_SYNC = "forward_sync_buffers" in inspect.signature(DistributedDataPa
     ],
 )
 def test_the_same_data_on_both_ranks_is_one_process_bit_for_bit(tmp_path, sync_buffers):
-    first, second = ranks(tmp_path, split=False, sync_buffers=sync_buffers)
-    single = alone()
+    first, second = ranks(tmp_path, split=False, sync_buffers=sync_buffers, names=["SET"])["SET"]
+    single = alone("SET")
     for key, value in single.items():
         assert torch.equal(first[key], second[key]) and torch.equal(first[key], value), key
 
 
-def test_a_batch_split_over_ranks_gives_one_topology(tmp_path):
-    first, second = ranks(tmp_path, split=True, sync_buffers=True)
-    single = alone()
+@pytest.fixture(scope="module")
+def split_runs(tmp_path_factory):
+    return ranks(tmp_path_factory.mktemp("split"), split=True, sync_buffers=True, names=list(METHODS))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_split_over_ranks_gives_one_topology(split_runs, name):
+    first, second = split_runs[name]
+    single = alone(name)
     for key, value in single.items():
         assert torch.equal(first[key], second[key]), key
         if value.dtype == torch.int32:

@@ -2,11 +2,29 @@
 
 from sparsekern.training.base import Method
 from sparsekern.training.followers import Followers, Move
+from sparsekern.training.gradient import GradientMethod
+from sparsekern.training.gse import GSE
+from sparsekern.training.presets import PRESETS, Preset, preset
+from sparsekern.training.rigl import RigL
 from sparsekern.training.schedules import Schedule
 from sparsekern.training.set import SET
 from sparsekern.training.static import Static
 
-METHODS: dict[str, type[Method]] = {"static": Static, "set": SET}
+METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL, "gse": GSE}
 """By the name that the command line uses."""
 
-__all__ = ["METHODS", "SET", "Followers", "Method", "Move", "Schedule", "Static"]
+__all__ = [
+    "GSE",
+    "METHODS",
+    "PRESETS",
+    "SET",
+    "Followers",
+    "GradientMethod",
+    "Method",
+    "Move",
+    "Preset",
+    "RigL",
+    "Schedule",
+    "Static",
+    "preset",
+]
