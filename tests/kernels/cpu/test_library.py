@@ -53,7 +53,7 @@ class Fake:
     def sk_multiply(self, arguments: Any) -> int:
         return 1
 
-    sk_outer = sk_backward = sk_multiply
+    sk_outer = sk_backward = sk_conv_multiply = sk_conv_outer = sk_multiply
 
 
 def why_not(*, dtype: torch.dtype = torch.float32, block: tuple[int, int] = (32, 32), device: str = "cpu") -> Any:
