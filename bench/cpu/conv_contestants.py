@@ -4,7 +4,7 @@ sparsekern      the kernels alone; of a pointwise convolution the linear ones, o
 SparseConv2d    the same through autograd
 channels_last   PyTorch's dense convolution and its backward (oneDNN), everything channels last
 contiguous      the same on x, dy and a weight that are not
-unfold          the pixels of every window as a row of a matrix (a copy), times our linear layer; dx is summed tap by tap
+unfold          the pixels of every window copied into a row of a matrix, times our linear layer; dx summed tap by tap
 """
 
 from __future__ import annotations
