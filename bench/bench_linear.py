@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bench.cpu.cases import Case, quick_cases
+from bench.cpu.results import AnyCase
 from bench.cpu.run import answers, makers, tensors
 from bench.gpu.contestants import OURS
 from bench.gpu.peers import NotSupported
@@ -26,6 +27,11 @@ CONTESTANTS = [(case, name) for case in quick_cases() for name in makers(case)]
 @pytest.mark.parametrize(("case", "name"), CONTESTANTS, ids=[f"{case.key} {name}" for case, name in CONTESTANTS])
 def test_linear(benchmark: Any, case: Case, name: str) -> None:
     """Check the answer of one contestant, then time it."""
+    time_one(benchmark, case, name)
+
+
+def time_one(benchmark: Any, case: AnyCase, name: str) -> None:
+    """Give one contestant of a case to the fixture of pytest-benchmark."""
     run = checked(case, name)
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
@@ -36,7 +42,7 @@ def test_linear(benchmark: Any, case: Case, name: str) -> None:
         torch.set_num_threads(threads)
 
 
-def checked(case: Case, name: str) -> Callable[[], object]:
+def checked(case: AnyCase, name: str) -> Callable[[], object]:
     """Return what is to be timed, if its answer is right."""
     try:
         contestant = makers(case)[name](tensors(case.scene), case.op)

@@ -2,6 +2,7 @@
 
     python -m bench.race            all cases, some eight minutes on a machine that does nothing else
     python -m bench.race --quick    a minute of it: blocks of 32 and 1, 50, 90 and 99 %, one thread
+    python -m bench.race --kernel conv2d [--quick]      the convolutions in place of the linear layers
 
 Answers are checked against a masked dense layer in float64 before anything is timed. The file has one JSON line for
 each contestant of each case; the tables show every case, those where the package is slower marked LOSES.
@@ -28,8 +29,9 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").replace("``", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--kernel", choices=("linear", "conv2d"), default="linear", help="what is raced")
     parser.add_argument("--quick", action="store_true", help="the cases of a minute")
-    parser.add_argument("--out", type=Path, help="results file (default: bench/out/cpu_linear.jsonl, or cpu_quick)")
+    parser.add_argument("--out", type=Path, help="results file (default: bench/out/cpu_<kernel>.jsonl, or _quick)")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the tables of a file")
     given = parser.parse_args(argv)
     if given.show is not None and (given.quick or given.out is not None):
@@ -49,14 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NEEDED
     from bench.gpu.results import ROOT, read_rows
 
-    out = given.out or ROOT / "bench" / "out" / ("cpu_quick.jsonl" if given.quick else "cpu_linear.jsonl")
+    name = f"cpu_{given.kernel}{'_quick' if given.quick else ''}.jsonl"
+    out = given.out or ROOT / "bench" / "out" / name
     console = Console() if sys.stdout.isatty() else Console(width=200)
     if given.show is not None:
         rows = read_rows(given.show)
     else:
         from bench.cpu.results import write_rows
 
-        rows = measure(given.quick)
+        rows = measure(given.kernel, given.quick)
         write_rows(out, rows)
     print_tables(console, rows)
     if given.show is None:
@@ -64,17 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any("refused" in row or "error" in row for row in rows) else 0
 
 
-def measure(quick: bool) -> list[dict[str, Any]]:
+def measure(kernel: str, quick: bool) -> list[dict[str, Any]]:
     """Run the cases, a bar on a terminal and a line a case elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
 
     from bench.cpu.cases import cases, quick_cases
-    from bench.cpu.results import circumstances
+    from bench.cpu.conv_cases import conv_cases, quick_conv_cases
+    from bench.cpu.results import AnyCase, circumstances
     from bench.cpu.run import SECONDS, run_cases
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chosen = quick_cases() if quick else cases(cores)
+    chosen: list[AnyCase]
+    if kernel == "linear":
+        chosen = list(quick_cases() if quick else cases(cores))
+    else:
+        chosen = list(quick_conv_cases() if quick else conv_cases(cores))
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(chosen))

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.cpu.cases import FEW_TOKENS, LARGE, SMALL, SPARSITIES, WIDE, Case
-from bench.cpu.results import COMMITTED, Race
+from bench.cpu.conv_cases import SHAPES, conv_case, shape_title
+from bench.cpu.conv_cases import SPARSITIES as CONV_SPARSITIES
+from bench.cpu.results import COMMITTED, COMMITTED_CONV, Race
 from bench.cpu.table import losing, milliseconds, times
 from bench.gpu.results import ROOT, Row, read_rows
 from bench.gpu.table import NONE
@@ -91,6 +93,34 @@ def section(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def conv_section(rows: list[Row]) -> str:
+    """Return the text about the convolutions. Raises as :func:`section`."""
+    race = Race(rows)
+    one = _circumstances(rows)
+    parts = [
+        f"Convolutions: {one['device']}, {one['path']}, PyTorch {one['torch']}, {one['date']}, commit {one['commit']}.",
+        *_table(
+            "Times as fast as PyTorch's dense convolution, channels last; forward + backward, float32, kernels alone\n"
+            "(images x channels x rows x columns -> channels):",
+            ["", *(f"{100 * sparsity:.0f} %" for sparsity in CONV_SPARSITIES)],
+            (
+                (
+                    f"{shape_title(shape)}, {block}x{block}{', 2 threads' if threads == 2 else ''}",
+                    [
+                        _ratio(race.row(conv_case("step", shape, block, s, threads)), "vs_channels_last")
+                        for s in CONV_SPARSITIES
+                    ],
+                )
+                for threads in (1, 2)
+                for block in (32, 16, 64, 1)
+                for shape in SHAPES
+            ),
+        ),
+        f"In {len(losing(race))} of {len(race.cases())} measured cases another contestant is faster.",
+    ]
+    return "\n\n".join(parts)
+
+
 def _circumstances(rows: list[Row]) -> Row:
     fields = ("device", "path", "torch", "commit", "date")
     found = {tuple(row[field] for field in fields) for row in rows}
@@ -159,11 +189,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description="Write the README's tables of speed.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README differs")
     parser.add_argument("--results", type=Path, default=COMMITTED, help="file of python -m bench.race")
+    parser.add_argument(
+        "--conv-results", type=Path, default=COMMITTED_CONV, help="the same with --kernel conv2d; left out if missing"
+    )
     parser.add_argument("--readme", type=Path, default=README, help="file to write into")
     given = parser.parse_args(argv)
     try:
         text = given.readme.read_text()
-        wanted = replaced(text, section(read_rows(given.results)))
+        new = section(read_rows(given.results))
+        if given.conv_results.is_file():
+            new += "\n\n" + conv_section(read_rows(given.conv_results))
+        wanted = replaced(text, new)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

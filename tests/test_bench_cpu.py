@@ -419,7 +419,10 @@ def files(tmp_path: Path) -> list[str]:
     ]
     write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "README.md").write_text(f"above\n{readme.BEGIN}\n(the last run)\n{readme.END}\nbelow\n")
-    return ["--results", str(tmp_path / "rows.jsonl"), "--readme", str(tmp_path / "README.md")]
+    return [
+        *("--results", str(tmp_path / "rows.jsonl"), "--conv-results", str(tmp_path / "conv.jsonl")),
+        *("--readme", str(tmp_path / "README.md")),
+    ]
 
 
 def test_the_readme_is_written_and_checked(files, tmp_path, capsys):

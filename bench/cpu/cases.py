@@ -31,13 +31,27 @@ class Case(NamedTuple):
     @property
     def key(self) -> str:
         """The name in the results."""
-        shape = f"{self.tokens}x{self.in_features}x{self.out_features}"
-        return f"{self.op} {self.dtype} {shape} b{self.block} s{self.sparsity:g} t{self.threads}"
+        return f"{self.op} {self.dtype} {self.shape_title} b{self.block} s{self.sparsity:g} t{self.threads}"
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Tokens, in features, out features."""
         return self.tokens, self.in_features, self.out_features
+
+    @property
+    def shape_title(self) -> str:
+        """The shape in words."""
+        return "x".join(map(str, self.shape))
+
+    @property
+    def layer(self) -> str:
+        """The contestant that is the package through autograd."""
+        return "SparseLinear"
+
+    @property
+    def usual(self) -> tuple[str, str]:
+        """The ratio's name in the results, and the dense contestant that it is against."""
+        return "linear", "F.linear"
 
     @property
     def scene(self) -> Case:

@@ -15,6 +15,7 @@ from sparsekern.kernels.cpu.library import load
 
 import sparsekern
 from bench.cpu.cases import Case
+from bench.cpu.conv_cases import ConvCase
 from bench.gpu.clock import Timing
 from bench.gpu.contestants import DENSE, OURS, SPARSE, Contestant
 from bench.gpu.results import ROOT, Row, commit
@@ -23,7 +24,11 @@ from sparsekern.cli.info import cpu_model
 COMMITTED = ROOT / "bench" / "results" / "cpu_linear.jsonl"
 """What the README shows."""
 
-LINEAR = "F.linear"
+COMMITTED_CONV = ROOT / "bench" / "results" / "cpu_conv2d.jsonl"
+"""The same of the convolutions."""
+
+AnyCase = Case | ConvCase
+"""What is raced."""
 
 
 def circumstances() -> Row:
@@ -41,7 +46,7 @@ def circumstances() -> Row:
     }
 
 
-def rows_of(case: Case, elements: int, taking_part: dict[str, Contestant], timings: dict[str, Timing]) -> list[Row]:
+def rows_of(case: AnyCase, elements: int, taking_part: dict[str, Contestant], timings: dict[str, Timing]) -> list[Row]:
     """Return the rows of a case, the package's with ratios: ``vs_dense`` 2.0 is twice as fast as the best dense one.
 
     Args:
@@ -69,9 +74,10 @@ def rows_of(case: Case, elements: int, taking_part: dict[str, Contestant], timin
             }
         )
     best = {kind: min((r for r in rows if r["kind"] == kind), key=_ms, default=None) for kind in (DENSE, SPARSE)}
-    linear = next((row for row in rows if row["contestant"] == LINEAR), None)
+    field, name = case.usual
+    usual = next((row for row in rows if row["contestant"] == name), None)
     for row in (row for row in rows if row["kind"] == OURS):
-        for name, peer in (("dense", best[DENSE]), ("linear", linear), ("sparse", best[SPARSE])):
+        for name, peer in (("dense", best[DENSE]), (field, usual), ("sparse", best[SPARSE])):
             row[f"vs_{name}"] = None if peer is None else rounded(peer["ms"] / row["ms"])
         row["best_dense"], row["best_sparse"] = (None if p is None else p["contestant"] for p in best.values())
         if (dense := best[DENSE]) is not None:
@@ -92,8 +98,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     aside.replace(path)
 
 
-def case_of(row: Row) -> Case:
+def case_of(row: Row) -> AnyCase:
     """Return what a row is about."""
+    if "images" in row:
+        return ConvCase(**{field: row[field] for field in ConvCase._fields})
     return Case(**{field: row[field] for field in Case._fields})
 
 
@@ -104,15 +112,15 @@ class Race:
         self.rows = list(rows)
         self._found = {(case_of(row), row["contestant"]): row for row in self.rows if "ms" in row}
 
-    def row(self, case: Case, contestant: str = "sparsekern") -> Row | None:
+    def row(self, case: AnyCase, contestant: str = "sparsekern") -> Row | None:
         """Return what was measured, or None."""
         return self._found.get((case, contestant))
 
-    def cases(self) -> list[Case]:
+    def cases(self) -> list[AnyCase]:
         """Return the cases that were measured, in the order of the file."""
         return list(dict.fromkeys(case for case, _ in self._found))
 
-    def ratio(self, case: Case, contestant: str, against: Iterable[str]) -> float | None:
+    def ratio(self, case: AnyCase, contestant: str, against: Iterable[str]) -> float | None:
         """Return how many times faster a contestant is than the fastest of others, or None if not measured."""
         row = self.row(case, contestant)
         peers = [peer["ms"] for name in against if (peer := self.row(case, name)) is not None]

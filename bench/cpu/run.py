@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
-from bench.cpu import contestants, peers
-from bench.cpu.cases import Case
+from bench.cpu import contestants, conv_contestants, peers
 from bench.cpu.clock import Stopwatch
-from bench.cpu.results import rounded, rows_of
-from bench.cpu.scene import Scene, make_scene
+from bench.cpu.conv_cases import ConvCase
+from bench.cpu.conv_scene import make_conv_scene
+from bench.cpu.results import AnyCase, rounded, rows_of
+from bench.cpu.scene import make_scene
 from bench.gpu.contestants import OURS, Contestant
 from bench.gpu.part import say_what_failed
 from bench.gpu.peers import NotSupported
 from bench.gpu.results import Row
-from bench.gpu.scene import Judge
+from bench.gpu.scene import Judge, Scene
 
 SECONDS = 1.0
 """After which five rounds of a case are enough. A contestant that alone takes that long has fewer, but at least two."""
@@ -26,12 +28,14 @@ MOST_ROUNDS = 100
 Say = Callable[[str], None]
 
 
-def makers(case: Case) -> dict[str, contestants.Maker]:
+def makers(case: AnyCase) -> dict[str, Callable[[Any, str], Contestant]]:
     """Return all who take part in a case."""
+    if isinstance(case, ConvCase):
+        return dict(conv_contestants.makers(case))
     return contestants.makers(case) | peers.makers(case)
 
 
-def run_cases(chosen: Iterable[Case], common: Row, say: Say, seconds: float) -> list[Row]:
+def run_cases(chosen: Iterable[AnyCase], common: Row, say: Say, seconds: float) -> list[Row]:
     """Run cases in turn and return their rows; why a contestant cannot run such cases is in them once.
 
     Args:
@@ -59,19 +63,23 @@ def run_cases(chosen: Iterable[Case], common: Row, say: Say, seconds: float) -> 
 
 
 @functools.lru_cache(maxsize=1)
-def tensors(case: Case) -> Scene:
+def tensors(case: AnyCase) -> Scene:
     """Return the scene of a case; of the next one if that shares it."""
-    return make_scene(case)
+    return make_conv_scene(case) if isinstance(case, ConvCase) else make_scene(case)
 
 
 @functools.lru_cache(maxsize=1)
-def answers(case: Case) -> Judge:
+def answers(case: AnyCase) -> Judge:
     """Return the exact answers of a case."""
     return Judge(tensors(case), "step", tf32=False)
 
 
 def run_case(
-    case: Case, scene: Scene, judge: Judge, taking_part: dict[str, contestants.Maker], seconds: float
+    case: AnyCase,
+    scene: Scene,
+    judge: Judge,
+    taking_part: Mapping[str, Callable[[Any, str], Contestant]],
+    seconds: float,
 ) -> list[Row]:
     """Return the rows of a case: those that were timed, then those that were not, with the reason."""
     right: dict[str, Contestant] = {}

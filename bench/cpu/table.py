@@ -6,9 +6,9 @@ from itertools import groupby
 
 from rich.table import Table
 
-from bench.cpu.cases import Case
+from bench.cpu.conv_goals import ConvFinding, conv_findings
 from bench.cpu.goals import SET_ON, Finding, findings
-from bench.cpu.results import Race
+from bench.cpu.results import AnyCase, Race
 from bench.gpu.results import Row
 from bench.gpu.table import NONE
 
@@ -17,21 +17,23 @@ LOSES = "LOSES"
 
 def case_table(race: Race) -> Table:
     """Return a line for each case: milliseconds and how many times faster the kernels are than the others."""
+    cases = race.cases()
+    layer, usual = (cases[0].layer, cases[0].usual[1]) if cases else ("layer", "usual")
     table = Table(title="ms of a call, median (quartiles); x: times as fast as", title_justify="left")
     for head, justify in (
         ("case", "left"),
         ("sparse", "right"),
         ("sparsekern", "right"),
-        ("SparseLinear", "right"),
+        (layer, "right"),
         ("best dense", "right"),
-        ("x F.linear", "right"),
+        (f"x {usual}", "right"),
         ("x dense", "right"),
         ("x sparse", "right"),
         ("rate", "right"),
         ("", "left"),
     ):
         table.add_column(head, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for head, group in groupby(race.cases(), key=_head):
+    for head, group in groupby(cases, key=_head):
         for case in group:
             row = race.row(case)
             if row is not None:
@@ -39,15 +41,15 @@ def case_table(race: Race) -> Table:
     return table
 
 
-def _cells(race: Race, case: Case, row: Row) -> list[str]:
-    layer = race.row(case, "SparseLinear")
+def _cells(race: Race, case: AnyCase, row: Row) -> list[str]:
+    layer = race.row(case, case.layer)
     dense = race.row(case, row["best_dense"]) if row["best_dense"] else None
     sparse = f"{times(row['vs_sparse'])} {row['best_sparse'] or ''}".rstrip()
     return [
         f"{milliseconds(row['ms'])} ({milliseconds(row['p25'])}-{milliseconds(row['p75'])})",
         NONE if layer is None else milliseconds(layer["ms"]),
         NONE if dense is None else f"{milliseconds(dense['ms'])} {dense['contestant']}",
-        times(row["vs_linear"]),
+        times(row[f"vs_{case.usual[0]}"]),
         times(row["vs_dense"]),
         sparse,
         NONE if dense is None else f"{row['rate_vs_dense']:.0%}",
@@ -63,7 +65,8 @@ def goal_table(race: Race, device: str) -> Table:
         table.add_column(head)
     table.add_column("measured / must, by sparsity (* reached the aim)")
     table.add_column("must")
-    for _, group in groupby(findings(race), key=lambda f: (f.goal, f.case.shape)):
+    found_all: list[Finding | ConvFinding] = [*findings(race), *conv_findings(race)]
+    for _, group in groupby(found_all, key=lambda f: (f.goal, f.case.shape, f.case.threads)):
         found = [finding for finding in group if finding.measured is not None]
         if found:
             missed = sum(finding.verdict == "MISSED" for finding in found)
@@ -73,13 +76,13 @@ def goal_table(race: Race, device: str) -> Table:
     return table
 
 
-def _figure(finding: Finding) -> str:
+def _figure(finding: Finding | ConvFinding) -> str:
     assert finding.measured is not None
     mark = {"reached aim": "*", "reached must": "", "MISSED": "!"}[finding.verdict]
     return f"{finding.case.sparsity:.0%} {times(finding.measured)}/{finding.must:.3g}{mark}"
 
 
-def losing(race: Race) -> list[Case]:
+def losing(race: Race) -> list[AnyCase]:
     """Return the cases in which some dense or sparse contestant is faster than the kernels."""
     return [case for case in race.cases() if (row := race.row(case)) is not None and loses(row)]
 
@@ -107,7 +110,6 @@ def _style(row: Row) -> str:
     return "red" if loses(row) else ""
 
 
-def _head(case: Case) -> str:
+def _head(case: AnyCase) -> str:
     op = {"step": "fwd+bwd"}.get(case.op, case.op)
-    shape = "x".join(map(str, case.shape))
-    return f"{op} {case.dtype} {shape} b{case.block} {case.threads}T"
+    return f"{op} {case.dtype} {case.shape_title} b{case.block} {case.threads}T"

@@ -20,7 +20,8 @@ def draw_summary(
         path: of the picture.
         results: of the run.
         rows: of ``metrics.jsonl``.
-        block_map: of the largest sparse layer of seed 0: its name, ``rows``, ``cols``, and the keys ``start``, ``end``.
+        block_map: of the largest sparse layer of seed 0: its name, ``rows``, ``cols``, ``kernel``, and the keys
+            ``start``, ``end``.
     """
     config, networks = results["config"], results["networks"]
     names = {"sparse": f"{100 * config['sparsity']:.4g} % sparse", "dense": "dense twin"}
@@ -35,6 +36,7 @@ def draw_summary(
             side=config["block_size"],
             rows=block_map["rows"],
             cols=block_map["cols"],
+            kernel=block_map["kernel"],
             start=block_map["start"].tolist(),
             end=block_map["end"].tolist(),
         ),

@@ -14,6 +14,7 @@ import sparsekern as sk
 from sparsekern.nn import sparse_layers
 from sparsekern.ops import BACKENDS, supports
 from sparsekern.recipes import checkpoint
+from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.data import Dataset, load
 from sparsekern.recipes.folder import METRICS, PICTURE, RESULTS, Metrics, create, read_config, read_json, write_json
@@ -181,7 +182,7 @@ def _block_map(sparse: Learner) -> dict[str, Any]:
     """Return where the blocks of the layer with most places are, now and at the start.
 
     They are sorted keys ``row * C + col``. Of several such layers it is the first. The first layers of a convolutional
-    network have too few places to show.
+    network have too few places to show. ``kernel`` is None for a linear layer.
     """
     assert sparse.method is not None
     name, layer = max(sparse_layers(sparse.model).items(), key=lambda item: item[1].grid.cells)
@@ -189,6 +190,7 @@ def _block_map(sparse: Learner) -> dict[str, Any]:
         "layer": name,
         "rows": layer.grid.rows,
         "cols": layer.grid.cols,
+        "kernel": layer.grid.kernel,
         "start": sparse.method.state_dict()["start"][name],
         "end": layer.topology.sorted_keys().cpu(),
     }
@@ -198,11 +200,12 @@ def environment(config: Config) -> dict[str, Any]:
     """Return what times, and the last bits of results, depend on."""
     device = usable_device(str(config.device))
     block = (config.block_size, config.block_size)
+    op = "conv2d" if find(config.recipe).channels_last else "linear"
     return {
         "sparsekern": sk.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        "kernels": next(name for name in BACKENDS if supports(name, "linear", device, torch.float32, block)),
+        "kernels": next(name for name in BACKENDS if supports(name, op, device, torch.float32, block)),
     }

@@ -30,7 +30,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Where the blocks of a layer are, ``side`` features wide: keys ``row * cols + col`` on a ``rows x cols`` grid."""
+    """Where the blocks of a layer are, ``side`` features wide: keys ``row * cols + col`` on a ``rows x cols`` grid.
+
+    Of a convolution ``kernel`` is ``(kh, kw)``, and the columns are in (tap, channel) order.
+    """
 
     layer: str
     side: int
@@ -38,6 +41,12 @@ class BlockMap:
     cols: int
     start: Sequence[int]
     end: Sequence[int]
+    kernel: tuple[int, int] | None = None
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """Rows and columns of the kernel; those of a linear layer are 1 and 1."""
+        return self.kernel or (1, 1)
 
 
 def draw_training(
@@ -54,7 +63,8 @@ def draw_training(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 4.9), dpi=110, layout="constrained")
+    height = 4.9 if block_map.taps == (1, 1) else 5.7  # the labels of a kernel take two lines
+    figure = Figure(figsize=(16, height), dpi=110, layout="constrained")
     figure.suptitle(f"{title}\n{subtitle}", fontsize=13)
     left, middle, before, after = figure.subplots(1, 4, width_ratios=(1.15, 1.15, 1, 1))
     _draw_curves(left, accuracy, "test accuracy (%)", legend="lower right")
@@ -93,7 +103,6 @@ def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
     import numpy
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
 
     start, end = set(block_map.start), set(block_map.end)
     shown, both = (start if at_start else end), start & end
@@ -101,18 +110,49 @@ def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
     cells = numpy.zeros(block_map.rows * block_map.cols)
     cells[sorted(shown)] = 2
     cells[sorted(both)] = 1
-    colours = ListedColormap([EMPTY, KEPT, only])
-    axes.imshow(cells.reshape(block_map.rows, block_map.cols), cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+    colours = ListedColormap([EMPTY, KEPT, only, "white"])
+    shape = (block_map.rows, *block_map.taps, block_map.cols // (block_map.taps[0] * block_map.taps[1]))
+    by_tap = cells.reshape(shape).transpose(1, 0, 2, 3)  # (kh, rows, kw, columns of a tap)
+    gap = 0 if block_map.taps == (1, 1) else max(1, max(shape[0], shape[3]) // 12)
+    spaced = numpy.pad(by_tap, ((0, 0), (0, gap), (0, 0), (0, gap)), constant_values=3)
+    tall, wide = spaced.shape[0] * spaced.shape[1], spaced.shape[2] * spaced.shape[3]
+    image = spaced.reshape(tall, wide)[: tall - gap, : wide - gap]
+    axes.imshow(image, cmap=colours, vmin=0, vmax=3, interpolation="nearest")
     share = f"{len(shown)} of {cells.size} blocks, {100 * len(shown) / cells.size:.3g} %"
     layer = textwrap.fill(f"layer {block_map.layer} at the {'start' if at_start else 'end'}", TITLE_WIDTH)
     axes.set_title(f"{layer}\n{share}", fontsize=11)
-    axes.set_xlabel(f"input block (of {block_map.side} features)")
-    axes.set_ylabel("output block")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single row has a single tick
+    _label_blocks(axes, block_map, spaced.shape[1], spaced.shape[3], gap)
     entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({len(both)})")]
     if shown - both:
         entries.append(Patch(color=only, label=f"{name} ({len(shown - both)})"))
     axes.legend(
-        handles=entries, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, handlelength=1
+        handles=entries,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.14 if block_map.taps == (1, 1) else -0.2),
+        ncols=2,
+        frameon=False,
+        handlelength=1,
     )
+
+
+def _label_blocks(axes: Axes, block_map: BlockMap, tall: int, wide: int, gap: int) -> None:
+    """Say what rows and columns are: of blocks, or of the taps of a kernel, ``tall x wide`` cells each with the gap."""
+    from matplotlib.ticker import MaxNLocator
+
+    unit = "features" if block_map.kernel is None else "channels"
+    if block_map.taps == (1, 1):
+        axes.set_xlabel(f"input block (of {block_map.side} {unit})")
+        axes.set_ylabel("output block")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single row has a single tick
+        return
+    kh, kw = block_map.taps
+    axes.set_xticks([i * wide + (wide - gap - 1) / 2 for i in range(kw)], [str(i) for i in range(kw)])
+    axes.set_yticks([i * tall + (tall - gap - 1) / 2 for i in range(kh)], [str(i) for i in range(kh)])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(
+        f"column of the {kh} x {kw} kernel; in each of its {kh * kw} panels,\n"
+        f"left to right: input block (of {block_map.side} {unit})"
+    )
+    axes.set_ylabel("row of the kernel; in each panel,\ntop to bottom: output block")

@@ -28,7 +28,8 @@ def test_what_the_picture_says(monkeypatch, dense):
         "data": {"name": "digits"},
         "networks": {name: networks[name] for name in names},
     }
-    block_map = {"layer": "hidden1", "rows": 2, "cols": 3, "start": torch.tensor([0, 5]), "end": torch.tensor([1, 5])}
+    block_map = {"layer": "hidden1", "rows": 2, "cols": 3, "kernel": (1, 3)}
+    block_map |= {"start": torch.tensor([0, 5]), "end": torch.tensor([1, 5])}
     picture.draw_summary(Path("x.png"), results, rows, block_map)
     assert picture._title(Config(recipe="wrn-28-4").to_json(), "x", "90 % sparse").startswith("x: WRN-28-4, hidden")
     for part in ("digits", "90 % sparse", "blocks of 16 x 16", "SET", "width 2048"):
@@ -40,3 +41,4 @@ def test_what_the_picture_says(monkeypatch, dense):
     assert drawn["accuracy"][0].by_seed == [pytest.approx([10, 20]), pytest.approx([11, 21])]
     assert drawn["loss"][0].by_seed == [[1, 0.5], [1, 0.5]]
     assert (drawn["block_map"].start, drawn["block_map"].end) == ([0, 5], [1, 5])
+    assert drawn["block_map"].kernel == (1, 3)

@@ -151,7 +151,13 @@ def test_the_largest_layer_is_shown():
     model = torch.nn.Sequential(*(sk.SparseLinear(*size, block_size=8, sparsity=0.5) for size in sizes))
     found = _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
     assert (found["layer"], found["rows"], found["cols"]) == ("1", 3, 2)
-    assert torch.equal(found["start"], found["end"]) and len(found["end"]) == 3
+    assert torch.equal(found["start"], found["end"]) and len(found["end"]) == 3 and found["kernel"] is None
+
+
+def test_the_kernel_of_a_convolution_is_known():
+    model = torch.nn.Sequential(sk.SparseConv2d(8, 16, (3, 1), block_size=8, sparsity=0.5))
+    found = _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
+    assert (found["rows"], found["cols"], found["kernel"]) == (2, 3, (3, 1))
 
 
 def test_a_finished_run_is_only_read(straight):
@@ -204,3 +210,11 @@ def test_data_that_changed_are_noticed(tmp_path):
 def test_the_environment_names_the_kernels():
     found = environment(CONFIG)
     assert found["kernels"] in sk.ops.BACKENDS and found["torch"] == torch.__version__
+
+
+def test_the_environment_names_the_kernels_of_convolutions(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sparsekern.recipes.run.supports", lambda name, op, *rest: not asked.append(op))
+    for recipe in ("mlp", "resnet20", "simplevit-tiny"):
+        environment(Config(recipe=recipe).resolved(100, 3))
+    assert asked == ["linear", "conv2d", "linear"]

@@ -58,6 +58,45 @@ def test_blocks_that_stay_are_not_called_grown(tmp_path):
     assert "grown" not in (tmp_path / "x.svg").read_text() and "stays (2)" in (tmp_path / "x.svg").read_text()
 
 
+def _drawn(monkeypatch, tmp_path, block_map):
+    """Return the two arrays of colours that a block map is drawn as, and the text of the picture."""
+    from matplotlib.axes import Axes
+
+    images, show = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axes, image, **how: images.append(image) or show(axes, image, **how))
+    curves = [Curves("sparse", [[1.0]])]
+    draw_training(tmp_path / "x.svg", title="", subtitle="", accuracy=curves, loss=curves, block_map=block_map)
+    return images, (tmp_path / "x.svg").read_text()
+
+
+def test_the_taps_of_a_convolution_are_panels_in_the_shape_of_the_kernel(monkeypatch, tmp_path):
+    # 2 block rows, 2 x 2 taps of 2 block columns each: key = row * 8 + tap * 2 + column
+    start, end = (0, 3, 12), (0, 3, 15)  # (row 0, tap 0, 0), (row 0, tap 1, 1), then (row 1, tap 2, 0) or (.., 3, 1)
+    block_map = BlockMap("conv", side=16, rows=2, cols=8, start=start, end=end, kernel=(2, 2))
+    (before, after), text = _drawn(monkeypatch, tmp_path, block_map)
+    assert before.tolist() == [
+        [1, 0, 3, 0, 1],
+        [0, 0, 3, 0, 0],
+        [3, 3, 3, 3, 3],
+        [0, 0, 3, 0, 0],
+        [2, 0, 3, 0, 0],
+    ]
+    assert after.tolist()[3:] == [[0, 0, 3, 0, 0], [0, 0, 3, 0, 2]] and (after[:2] == before[:2]).all()
+    for said in (
+        ">column of the 2 x 2 kernel; in each of its 4 panels,<",
+        "input block (of 16 channels)",
+        "output block",
+    ):
+        assert said in text
+
+
+def test_a_pointwise_convolution_is_drawn_as_one_panel(monkeypatch, tmp_path):
+    block_map = BlockMap("conv", side=16, rows=2, cols=3, start=(0,), end=(5,), kernel=(1, 1))
+    (before, after), text = _drawn(monkeypatch, tmp_path, block_map)
+    assert before.tolist() == [[2, 0, 0], [0, 0, 0]] and after.tolist() == [[0, 0, 0], [0, 0, 2]]
+    assert ">input block (of 16 channels)<" in text and "kernel" not in text
+
+
 @pytest.mark.parametrize(("seeds", "epochs", "labels"), [(1, 1, ("sparse",)), (1, 4, ("sparse", "dense"))])
 def test_few_numbers(tmp_path, seeds, epochs, labels):
     draw(tmp_path / "x.svg", seeds=seeds, epochs=epochs, labels=labels)
