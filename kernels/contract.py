@@ -46,7 +46,8 @@ PADDING = 16
 class Index(NamedTuple):
     """Where the stored blocks are, by block row (for the forward) and by block column (for the input gradient).
 
-    All int32. ``Z`` entries each, then :data:`PADDING` zeros; entries from ``row_ptr[R]`` on belong to free slots.
+    All int32 and contiguous. ``Z`` entries each, then :data:`PADDING` zeros; entries from ``row_ptr[R]`` on belong to
+    free slots.
 
     Blocks of 1x1 are many, and their index is kept to 16 bytes a value: there ``row_col`` and ``col_row`` are the
     topology's own ``col`` and ``row``, *by slot* and without padding, so that entry ``e`` of block row ``r`` is in

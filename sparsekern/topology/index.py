@@ -13,7 +13,7 @@ from sparsekern.topology.topology import Topology
 def empty_index(topology: Topology) -> Index:
     """Return an index of zeros with the right shapes; :func:`rebuild_` fills it.
 
-    At 1x1 ``row_col`` and ``col_row`` are the topology's own tensors (see :class:`Index`).
+    At 1x1 ``row_col`` and ``col_row`` are the topology's own tensors (see :class:`Index`), which must be contiguous.
     """
     grid, device = topology.grid, topology.row.device
 
@@ -33,7 +33,9 @@ def empty_index(topology: Topology) -> Index:
 
 
 def build_index(topology: Topology) -> Index:
-    """Return the index of a topology."""
+    """Return the index of a topology, whose places may be of any strides and integer dtype."""
+    row, col = (places.to(torch.int32).contiguous() for places in (topology.row, topology.col))
+    topology = Topology(topology.grid, row, col)
     index = empty_index(topology)
     rebuild_(index, topology)
     return index

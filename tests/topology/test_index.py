@@ -88,6 +88,18 @@ def test_at_1x1_two_lists_are_the_topology_itself() -> None:
     assert index.col_row is topology.row
 
 
+@pytest.mark.parametrize("block", [1, 16])
+def test_places_may_be_given_in_any_strides_and_in_int64(block: int) -> None:
+    """Native kernels read an index as it lies in memory."""
+    topology = five_blocks(block)
+    pairs = torch.stack([topology.row, topology.col], 1)
+    for row, col in (pairs.unbind(1), pairs.long().unbind(1), (topology.row.long(), topology.col.long())):
+        index = build_index(Topology(topology.grid, row, col))
+
+        assert all(torch.equal(found, wanted) for found, wanted in zip(index, build_index(topology), strict=True))
+        assert all(tensor.dtype is torch.int32 and tensor.is_contiguous() for tensor in index)
+
+
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(topologies())
 def test_any_index_is_the_one_of_plain_python(topology: Topology) -> None:
