@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse, lend_index
@@ -18,11 +17,10 @@ from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates, Group
 from sparsekern.training.followers import Move
 from sparsekern.training.passes import Randomness, keep_norm_statistics, without_sync
+from sparsekern.training.probabilities import Probabilities
 from sparsekern.training.projection import PROJECTIONS
-from sparsekern.training.sampling import draw_masks, score_gradient
+from sparsekern.training.sampling import draw_masks
 from sparsekern.training.stand_ins import StandIns
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 class VRPGE(Method):
@@ -114,32 +112,28 @@ class VRPGE(Method):
                 raise ValueError(f"{name} is {value}; it must be {least} or more")
         for name, choice, known in (
             ("scope", scope, self.scopes),
-            ("probability_optimizer", probability_optimizer, tuple(OPTIMIZERS)),
             ("projection", projection, PROJECTIONS),
             ("weight_step", weight_step, ("one", "all")),
             ("unsampled", unsampled, ("lazy", "decay")),
         ):
             if choice not in known:
                 raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
-        if score_clip is not None and not score_clip > 0:
-            raise ValueError(f"score_clip is {score_clip}; it must be above 0, or None for no limit")
         self.model = model
         self.scope, self.masks, self.structure_every = scope, masks, structure_every
-        self.weight_step, self.lazy, self.score_clip = weight_step, unsampled == "lazy", score_clip
-        self.probability_rate = probability_rate
+        self.weight_step, self.lazy = weight_step, unsampled == "lazy"
         trained = {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
         if not trained:
             raise ValueError("the values of all sparse layers are frozen; VR-PGE needs one that trains")
         self.candidates = {name: Candidates(layer, group) for name, layer in trained.items()}
         self.budget = Budget(self.candidates, sparsity, scope, costs, floor, projection)
         device = next(iter(trained.values())).values.device
-        first = torch.full((self.budget.units,), self.budget.ratio, device=device)
-        self.probabilities = nn.Parameter(self.budget.project(first))
+        self.probabilities = Probabilities(
+            self.budget, device, rate=probability_rate, optimizer=probability_optimizer, clip=score_clip
+        )
         self.refill = self.budget.ratio / 2 if refill is None else refill
         if not 0 <= self.refill <= 1:
             raise ValueError(f"refill is {refill}; it must be a probability, in [0, 1]")
         self.finished = False
-        self._chooser = OPTIMIZERS[probability_optimizer]([self.probabilities], lr=probability_rate)
         self._lent: dict[str, Index] = {}
         self._masks: Tensor | None = None
         self._drawn_at = -1
@@ -168,7 +162,7 @@ class VRPGE(Method):
             return super().backward(closure, scaler=scaler)
         if self._masks is None or self._drawn_at != self.steps:
             generator = generator_for(self.seed, type(self).__name__, "masks", self.steps)
-            self._masks = draw_masks(self.probabilities.detach(), self.masks, generator)
+            self._masks = draw_masks(self.probabilities.value, self.masks, generator)
             self._drawn_at, self._losses = self.steps, None
         structure = self.steps >= self.schedule.start and self.steps % self.structure_every == 0
         every = self.weight_step == "all"
@@ -209,15 +203,9 @@ class VRPGE(Method):
         """Move candidates whose probability is at the floor to new empty places; returns whether any moved."""
         self._refilled = {}
         moved = super().update()
-        for name, units in self._refilled.items():
-            part = self.budget.part(name)
-            self.probabilities.data[part].index_fill_(0, units, self.refill)
-            for state in self._chooser.state[self.probabilities].values():
-                if isinstance(state, Tensor) and state.dim() == 1:
-                    state[part].index_fill_(0, units, 0)
         if self._refilled:
             self.budget.refresh()
-            self.probabilities.data.copy_(self.budget.project(self.probabilities.data))
+            self.probabilities.restart(self._refilled, self.refill)
         return moved
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
@@ -233,11 +221,11 @@ class VRPGE(Method):
             return Move(slots, nowhere, nowhere)
         if not candidates.may_move or self.refill == 0:
             return None
-        dead = self.probabilities.detach()[part] <= self.budget.floor
+        dead = self.probabilities.value[part] <= self.budget.floor
         limit = math.floor(fraction * candidates.count + 1e-9)
         units, move = candidates.refill(dead, limit, generator)
         if units.numel():
-            self._refilled[name] = units.to(self.probabilities.device)
+            self._refilled[name] = units.to(self.probabilities.value.device)
         return move
 
     def finish(self) -> bool:
@@ -248,11 +236,14 @@ class VRPGE(Method):
         """
         if self.finished:
             return False
-        self._ending = self.budget.top(self.probabilities.detach())
+        self._ending = self.budget.top(self.probabilities.value)
+        before = {name: layer.topology.blocks() for name, layer in self.layers.items()}
         try:
             moved = super().update()
         finally:
             self._ending = None
+        for name, layer in self.layers.items():
+            self._churn[name] = 1 - layer.topology.blocks() / max(1, before[name])
         self.finished = True
         self._lent.clear()
         self._masks = self._losses = None
@@ -261,7 +252,7 @@ class VRPGE(Method):
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Let the model compute with the units that :meth:`finish` would keep now. Not around :meth:`backward`."""
-        with nullcontext() if self.finished else self._lending(self.budget.top(self.probabilities.detach())):
+        with nullcontext() if self.finished else self._lending(self.budget.top(self.probabilities.value)):
             yield
 
     def metrics(self) -> dict[str, float]:
@@ -272,7 +263,7 @@ class VRPGE(Method):
         """
         numbers = super().metrics()
         left = total = 0.0
-        s = self.probabilities.detach().double()
+        s = self.probabilities.value.double()
         for name, layer in self.layers.items():
             if self.finished or name not in self.candidates:
                 expected = float(layer.topology.elements())
@@ -289,8 +280,7 @@ class VRPGE(Method):
         """Return what a resumed run needs, beside the model's and the optimizer's state. Masks follow from the seed."""
         return super().state_dict() | {
             "finished": self.finished,
-            "probabilities": self.probabilities.detach().clone(),
-            "chooser": self._chooser.state_dict(),
+            "probabilities": self.probabilities.state_dict(),
             "units": {name: candidates.unit.clone() for name, candidates in self.candidates.items()},
         }
 
@@ -303,12 +293,11 @@ class VRPGE(Method):
         units = state.get("units", {})
         mine = {name: candidates.unit.shape for name, candidates in self.candidates.items()}
         same = {name: unit.shape for name, unit in units.items()} == mine
-        if units and (not same or state["probabilities"].shape != self.probabilities.shape):
+        if units and (not same or state["probabilities"]["value"].shape != self.probabilities.value.shape):
             raise ValueError("the state has other candidates; build model and method as those that were saved")
         super().load_state_dict(state)
         self.finished = state["finished"]
-        self.probabilities.data.copy_(state["probabilities"])
-        self._chooser.load_state_dict(state["chooser"])
+        self.probabilities.load_state_dict(state["probabilities"])
         for name, candidates in self.candidates.items():
             candidates.unit.copy_(units[name])
         self._masks = self._losses = None
@@ -333,22 +322,9 @@ class VRPGE(Method):
         self._losses = losses if self._losses is None else self._losses + losses
 
     def _step_probabilities(self) -> None:
-        if self._losses is None or self._masks is None:
-            return
-        losses, self._losses = self._losses, None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(losses)
-            losses /= dist.get_world_size()
-        s = self.probabilities
-        s.grad = score_gradient(losses.to(s.device), self._masks, s.detach())
-        if self.score_clip is not None:
-            torch.nn.utils.clip_grad_norm_([s], self.score_clip)
-        (group,) = self._chooser.param_groups
-        group["lr"] = self.probability_rate * self._cosine()
-        self._chooser.step()
-        s.grad = None
-        with torch.no_grad():
-            s.copy_(self.budget.project(s))
+        if self._losses is not None and self._masks is not None:
+            self.probabilities.step(self._losses, self._masks, self._cosine())
+            self._losses = None
 
     def _cosine(self) -> float:
         stop = self.schedule.stop
