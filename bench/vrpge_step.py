@@ -24,11 +24,13 @@ class OneDnn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return ``x W' + b``."""
         ctx.save_for_backward(x, weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         product = torch.ops.mkldnn._linear_pointwise
         dx = product(dy, weight.T.contiguous(), None, "none", [], "")
