@@ -158,7 +158,11 @@ class VrpgeStep:
     def __init__(self, block: tuple[int, int], sparsity: float) -> None:
         self.layer = sk.SparseLinear(SIDE, SIDE, sparsity=1 - 2 * (1 - sparsity), block_size=block, seed=0)
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)
-        self.method = sk.VRPGE(self.layer, self.optimizer, sparsity=sparsity, update_every=1, floor=0.05)
+        # At 1x1 a unit is a single value, beside which the sums of a sort are large.
+        how = "bisection" if block == (1, 1) else "sort"
+        self.method = sk.VRPGE(
+            self.layer, self.optimizer, sparsity=sparsity, update_every=1, floor=0.05, projection=how
+        )
         self.x = torch.randn(TOKENS, SIDE, requires_grad=True)
         for part in ("backward", "step", "update"):
             getattr(self, part)()

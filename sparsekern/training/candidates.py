@@ -28,7 +28,7 @@ class Candidates:
 
     Attributes:
         count: units.
-        unit: ``(Z,)`` int64, the unit of each slot; ``count`` for a free slot.
+        unit: ``(Z,)`` int32, the unit of each slot; ``count`` for a free slot.
 
     Raises:
         ValueError: an unknown group, a function with another result, or a layer without a block.
@@ -57,7 +57,7 @@ class Candidates:
             raise ValueError("the layer has no block to choose from; store some, at a lower sparsity")
         self.layer = layer
         self.count = names.shape[0]
-        self.unit = torch.full_like(row, self.count).masked_scatter_(used, units)
+        self.unit = torch.full_like(topology.row, self.count).masked_scatter_(used, units.int())
         self.may_move = group == "block"
 
     def costs(self) -> Tensor:
@@ -89,7 +89,7 @@ class Candidates:
         cols = plane.cols if layer.tie_taps else grid.cols
         cells = plane.cells if layer.tie_taps else grid.cells
         row, col = layer.row.long(), layer.col.long()
-        order = (self.unit * grid.taps + col // grid.tap_cols).masked_fill(row < 0, torch.iinfo(torch.int64).max)
+        order = (self.unit.long() * grid.taps + col // grid.tap_cols).masked_fill(row < 0, torch.iinfo(torch.int64).max)
         slots = order.argsort(stable=True)[: self.count * taps].view(-1, taps)  # of each unit, its taps in order
         present = (row * cols + col % cols)[slots[:, 0]].sort().values
         units = dead.to(row.device).nonzero().squeeze(1)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.nn import BlockSparse, lend_index
-from sparsekern.topology import Index, empty_index, generator_for, mask_index_
+from sparsekern.nn import BlockSparse
+from sparsekern.topology import generator_for
 from sparsekern.training.base import Method, loss_of
 from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates, Group
 from sparsekern.training.followers import Move
+from sparsekern.training.masked import MaskedLayers
 from sparsekern.training.passes import Randomness, keep_norm_statistics, without_sync
 from sparsekern.training.probabilities import Probabilities
 from sparsekern.training.projection import PROJECTIONS
@@ -68,7 +69,8 @@ class VRPGE(Method):
             floor; 0 for no such moves. Default: half the first one. Only for ``group="block"``.
         costs: by the name of a layer, what one of its elements costs, such as the output positions of a convolution:
             the budget then counts operations. 1 where nothing is said.
-        projection: ``"sort"`` or ``"bisection"``.
+        projection: ``"sort"``, the faster; or ``"bisection"``, which holds less beside the units, and at 1x1 a unit is
+            a single value.
         weight_step: ``"one"``: the weights see the first mask; ``"all"``: the mean over all masks, a backward each.
         unsampled: what the optimizer does to values that no mask of the step held: ``"lazy"``, nothing, neither decay
             nor momentum (waits for the device once a step; :class:`~sparsekern.training.stand_ins.StandIns`);
@@ -127,6 +129,7 @@ class VRPGE(Method):
         self.candidates = {name: Candidates(layer, group) for name, layer in trained.items()}
         self.budget = Budget(self.candidates, sparsity, scope, costs, floor, projection)
         device = next(iter(trained.values())).values.device
+        self._masked = MaskedLayers(self.candidates, self.budget)
         self.probabilities = Probabilities(
             self.budget, device, rate=probability_rate, optimizer=probability_optimizer, clip=score_clip
         )
@@ -134,7 +137,6 @@ class VRPGE(Method):
         if not 0 <= self.refill <= 1:
             raise ValueError(f"refill is {refill}; it must be a probability, in [0, 1]")
         self.finished = False
-        self._lent: dict[str, Index] = {}
         self._masks: Tensor | None = None
         self._drawn_at = -1
         self._losses: Tensor | None = None  # (K,), of the batches since the last optimizer step
@@ -173,7 +175,10 @@ class VRPGE(Method):
         for number in reversed(range(passes)):
             randomness.restore()
             extra = number > 0
-            with self._lending(self._masks[number]), keep_norm_statistics(self.model) if extra else nullcontext():
+            with (
+                self._masked.lending(self._masks[number]),
+                keep_norm_statistics(self.model) if extra else nullcontext(),
+            ):
                 if extra and not every:
                     with torch.no_grad():
                         losses.append(loss_of(closure).detach())
@@ -215,7 +220,7 @@ class VRPGE(Method):
             return None
         part = self.budget.part(name)
         if self._ending is not None:
-            out = ~candidates.slots(self._ending[part]) & layer.topology.used()
+            out = ~self._masked.slots(name, self._ending) & layer.topology.used()
             slots = out.nonzero().squeeze(1)
             nowhere = torch.full_like(slots, -1, dtype=torch.int32)
             return Move(slots, nowhere, nowhere)
@@ -245,14 +250,14 @@ class VRPGE(Method):
         for name, layer in self.layers.items():
             self._churn[name] = 1 - layer.topology.blocks() / max(1, before[name])
         self.finished = True
-        self._lent.clear()
+        self._masked.clear()
         self._masks = self._losses = None
         return moved
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Let the model compute with the units that :meth:`finish` would keep now. Not around :meth:`backward`."""
-        with nullcontext() if self.finished else self._lending(self.budget.top(self.probabilities.value)):
+        with nullcontext() if self.finished else self._masked.lending(self.budget.top(self.probabilities.value)):
             yield
 
     def metrics(self) -> dict[str, float]:
@@ -303,19 +308,6 @@ class VRPGE(Method):
         self._masks = self._losses = None
         self._drawn_at = -1
 
-    def _lending(self, units: Tensor) -> ExitStack:
-        """Return a context in which the layers compute with the units of a mask; one at a time: they share tensors."""
-        stack = ExitStack()
-        for name, candidates in self.candidates.items():
-            layer = candidates.layer
-            lent = self._lent.get(name)
-            if lent is None or lent.row_ptr.device != layer.row.device:
-                lent = self._lent[name] = empty_index(layer.topology)
-            keep = candidates.slots(units[self.budget.part(name)])
-            mask_index_(lent, layer.index, keep, layer.block_size)
-            stack.enter_context(lend_index(layer, lent))
-        return stack
-
     def _note_losses(self, losses: Tensor) -> None:
         """Add the losses of a batch; one that overflowed under some mask says nothing about any."""
         losses = torch.where(losses.isfinite().all(), losses.float(), 0)
@@ -343,5 +335,5 @@ class VRPGE(Method):
             return
         held = self._masks.any(0) if self.weight_step == "all" else self._masks[0]
         for name, candidates in self.candidates.items():
-            slots = candidates.slots(held[self.budget.part(name)]).nonzero().squeeze(1)
+            slots = self._masked.slots(name, held).nonzero().squeeze(1)
             self._stand_ins.enter(name, candidates.layer.values, slots)

@@ -60,7 +60,7 @@ def test_a_refill_is_at_new_empty_places_and_within_the_limit():
     for seed in range(20):
         units, move = candidates.refill(dead, 3, generator_for(seed))
         assert len(set(units.tolist())) == 3 and dead[units].all()
-        assert torch.equal(candidates.unit[move.slots], units)
+        assert torch.equal(candidates.unit[move.slots].long(), units)
         places = set(zip(move.row.tolist(), move.col.tolist(), strict=True))
         assert len(places) == 3 and not any(MASK[r, c] for r, c in places)
         module.moved(*move)

@@ -44,8 +44,8 @@ def exact(wanted: list[float], costs: list[float], budget: float, floor: float) 
     ],
 )
 def test_by_hand(how, wanted, costs, budget, floor, expected):
-    found = project(torch.tensor(wanted).double(), torch.tensor(costs), budget, floor, how)
-    torch.testing.assert_close(found, torch.tensor(expected).double(), atol=1e-12, rtol=0)
+    found = project(torch.tensor(wanted, dtype=torch.float64), torch.tensor(costs), budget, floor, how)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 number = st.floats(-2, 3, allow_nan=False, width=32)

@@ -87,4 +87,6 @@ def test_the_likeliest_within_the_budget_and_ties_go_to_the_first():
     s = torch.tensor([0.3, 0.9, 0.3, 0.3, 0.1])
     assert top_units(s, torch.ones(5), 3.0).tolist() == [True, True, True, False, False]
     assert top_units(s, torch.tensor([1.0, 3, 1, 1, 1]), 4.5).tolist() == [True, True, False, False, False]
-    assert top_units(s, torch.full((5,), 0.1), 0.3).sum() == 3, "0.1 + 0.1 + 0.1 is above 0.3 in floats"
+    assert top_units(s, torch.full((5,), 0.1, dtype=torch.float64), 0.3).sum() == 3, (
+        "0.1 + 0.1 + 0.1 is above 0.3 in floats"
+    )

@@ -270,9 +270,9 @@ def test_it_finds_the_blocks_that_matter():
     true[torch.randperm(16)[:4]] = True
     target = to_dense(layer.topology, torch.randn(16, 4, 4) * true.view(-1, 1, 1))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
-    method = sk.VRPGE(layer, optimizer, sparsity=0.75, masks=4, stop=1500, refill=0)
+    method = sk.VRPGE(layer, optimizer, sparsity=0.75, masks=4, stop=800, refill=0, floor=0.05)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(1500):
+    for _ in range(800):
         x = torch.randn(32, 16, generator=generator)
         method.backward(lambda x=x: (layer(x) - x @ target.T).square().mean())
         optimizer.step()
