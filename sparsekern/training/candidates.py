@@ -84,20 +84,23 @@ class Candidates:
             The units ``(k,)`` that move, and the move.
         """
         layer, grid = self.layer, self.layer.grid
-        plane = one_tap(grid)
-        taps = grid.taps if layer.tie_taps else 1
-        cols = plane.cols if layer.tie_taps else grid.cols
-        cells = plane.cells if layer.tie_taps else grid.cells
-        row, col = layer.row.long(), layer.col.long()
-        order = (self.unit.long() * grid.taps + col // grid.tap_cols).masked_fill(row < 0, torch.iinfo(torch.int64).max)
-        slots = order.argsort(stable=True)[: self.count * taps].view(-1, taps)  # of each unit, its taps in order
-        present = (row * cols + col % cols)[slots[:, 0]].sort().values
-        units = dead.to(row.device).nonzero().squeeze(1)
+        if layer.tie_taps:
+            plane, taps = one_tap(grid), grid.taps
+            row, col = layer.row.long(), layer.col.long()
+            order = self.unit.long() * taps + col.clamp(min=0) // grid.tap_cols  # free slots have the last unit
+            slots = order.argsort(stable=True)[: self.count * taps].view(-1, taps)  # of each unit, its taps in order
+            present = (row * plane.cols + col % plane.cols)[slots[:, 0]].sort().values
+        else:
+            plane, taps = grid, 1
+            slots = (self.unit < self.count).nonzero()  # units are numbered by their slots
+            present = layer.topology.sorted_keys()
+        cells, cols = plane.cells, plane.cols
+        units = dead.to(present.device).nonzero().squeeze(1)
         count = min(limit, units.shape[0], cells - present.shape[0])
         drawn = torch.randperm(units.shape[0], generator=generator, device="cpu")[:count]
         units = units[drawn.to(units.device)]
         keys = sample_absent(present, cells, count, generator)
-        tap = torch.arange(taps, device=row.device) * grid.tap_cols
+        tap = torch.arange(taps, device=present.device) * grid.tap_cols
         new_row = (keys // cols).int().repeat_interleave(taps)
         new_col = ((keys % cols)[:, None] + tap).flatten().int()
         return units, Move(slots[units].flatten(), new_row, new_col)
