@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +71,12 @@ def step_of(model: nn.Module, x: Tensor, y: Tensor, method: Callable[..., sk.Met
     return step
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Race and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("width", 1024), ("tokens", 512), ("rounds", 15), ("block", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     width, tokens, block = options.width, options.tokens, options.block
     x, y = torch.randn(tokens, width), torch.randint(10, (tokens,))
 
