@@ -29,6 +29,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "library.cpp": [],
+    "conv_library.cpp": [],
     "generic.cpp": [],
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,

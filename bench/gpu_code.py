@@ -69,7 +69,7 @@ def block_share(case: Any, config: dict[str, Any]) -> float:
 
 def kept_side(case: Any) -> int:
     """Return the side of a block along the output of a product."""
-    return int(case.bi if case.kernel.startswith("dx") else case.bo)
+    return int(case.bi if case.kernel.removeprefix("conv2d_").startswith("dx") else case.bo)
 
 
 def measure_all(cases: Sequence[Any], processes: int, quiet: bool) -> dict[str, Row]:

@@ -7,7 +7,7 @@
 #
 # OUT              folder of the results
 # FROM             folder of earlier results to go on from (they are copied to OUT)
-# PARTS            which parts, of: tests sanitizer micro tune race (the environment is recorded every time)
+# PARTS            which parts, of: tests sanitizer micro tune conv2d race (the environment is recorded every time)
 # BUDGET_PERCENT   of the seconds below, for a slower or a shared machine
 # TOTAL_SECONDS    of all parts together; what others leave over is the comparison's
 # PYTHON           the interpreter
@@ -41,6 +41,7 @@ seconds_of() {
     sanitizer) echo 60 ;;
     micro) echo 45 ;;
     tune) echo 130 ;;
+    conv2d) echo 45 ;;
     race) echo 400 ;; # what is left of the total
     *) return 1 ;;
   esac
@@ -51,9 +52,9 @@ BUDGET_PERCENT=${BUDGET_PERCENT:-100}
 [[ $BUDGET_PERCENT =~ ^[1-9][0-9]*$ ]] || refuse "BUDGET_PERCENT is '$BUDGET_PERCENT'; it must be a whole number above 0"
 TOTAL_SECONDS=${TOTAL_SECONDS:-$((560 * BUDGET_PERCENT / 100))}
 [[ $TOTAL_SECONDS =~ ^[1-9][0-9]*$ ]] || refuse "TOTAL_SECONDS is '$TOTAL_SECONDS'; it must be a whole number above 0"
-PARTS=${PARTS:-tests sanitizer micro tune race}
+PARTS=${PARTS:-tests sanitizer micro tune conv2d race}
 for part in $PARTS; do
-  seconds_of "$part" >/dev/null || refuse "there is no part '$part'; there are: tests sanitizer micro tune race"
+  seconds_of "$part" >/dev/null || refuse "there is no part '$part'; there are: tests sanitizer micro tune conv2d race"
 done
 if [ -n "${FROM:-}" ]; then
   [ -d "$FROM" ] || refuse "FROM is '$FROM', which is no folder"
@@ -100,7 +101,7 @@ limited() { # seconds, command...
   return $code
 }
 
-module_of() { case "$1" in tests) echo run_tests ;; sanitizer) echo sanitize ;; *) echo "$1" ;; esac; }
+module_of() { case "$1" in tests) echo run_tests ;; sanitizer) echo sanitize ;; conv2d) echo race_conv2d ;; *) echo "$1" ;; esac; }
 
 complete() {
   case "$1" in

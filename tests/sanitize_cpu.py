@@ -72,7 +72,7 @@ def build(folder: Path) -> Path:
 
 
 def cases(seeds: int) -> Iterator[dict[str, Any]]:
-    """Yield what is given of each random case; the rest is drawn."""
+    """Yield what is given of each random case of the linear layer; the rest is drawn."""
     import torch
 
     blocks = ((1, 1), (16, 16), (32, 32), (64, 64), (128, 128), (16, 64), (128, 16), (32, 16))
@@ -88,6 +88,28 @@ def cases(seeds: int) -> Iterator[dict[str, Any]]:
     yield {"block": (1, 1), "rows": 60, "cols": 65, "blocks": 3000, "tokens": 400, "dtype": torch.float32}
 
 
+def conv_cases(seeds: int) -> Iterator[dict[str, Any]]:
+    """The same for convolutions."""
+    import torch
+
+    blocks = ((1, 1), (16, 16), (32, 32), (1, 1), (16, 64), (64, 16), (128, 128))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for seed in range(seeds):
+        yield {"block": blocks[seed % 7], "dtype": dtypes[seed % 3]}
+    for block in ((1, 1), (16, 32)):
+        for width in (1, 4, 12, 17, 40):  # rows in turn and by themselves; enough for two threads
+            yield {
+                "block": block,
+                "height": 9,
+                "width": width,
+                "images": 5,
+                "groups": 1,
+                "group_out": 33,
+                "group_in": 35,
+            }
+        yield {"block": block, "height": 150, "width": 130, "images": 1, "groups": 1, "group_in": 64, "blocks": 4}
+
+
 def sweep(library_file: Path, seeds: int) -> None:
     """Check every case on every instruction set of this machine."""
     import torch
@@ -95,6 +117,7 @@ def sweep(library_file: Path, seeds: int) -> None:
     from sparsekern.kernels.cpu import library
 
     from tests.oracle import Case, check_kernels, random_case
+    from tests.oracle_conv2d import check_conv, conv_case
     from tests.oracle_scores import check_norms, check_sketch, signs
 
     def check(case: Case, pairs: int) -> None:
@@ -118,9 +141,12 @@ def sweep(library_file: Path, seeds: int) -> None:
             library.release_scratch()
             real(which, arguments)
 
-        patches = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in ("linear", "scores"))
-        with next(patches), next(patches):
+        parts = ("linear", "scores", "conv2d")
+        patches = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in parts)
+        with next(patches), next(patches), next(patches):
             done = [check(random_case(seed, **given), seed % 11 + 1) for seed, given in enumerate(cases(seeds))]
+            for seed, given in enumerate(conv_cases(seeds)):
+                done.append(check_conv(cpu, conv_case(seed, **given)))
         print(f"{name}: {len(done)} cases", flush=True)
 
 

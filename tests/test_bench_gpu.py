@@ -12,7 +12,7 @@ import pytest
 import torch
 from sparsekern.kernels.gpu.launch import interpreted
 
-from bench.gpu import calls, contestants, micro, peers, race, table, tune
+from bench.gpu import calls, contestants, micro, peers, race, race_conv2d, scene_conv2d, table, tune
 from bench.gpu.clock import Clock
 from bench.gpu.goals import GOALS, break_even, verdict
 from bench.gpu.part import DeviceLost, Part
@@ -210,3 +210,53 @@ def test_a_rehearsal_has_no_verdicts(tmp_path):
     text = "\n".join(table.lines(tmp_path))
     assert "b32 at 50%: 4.50x on the device, 4.00x with Python" in text
     assert "MISSED" not in text and "reached" not in text and "goal" not in text
+
+
+# The convolution.
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_dense_convolution_is_right_and_any_wrong_element_is_not(op, stride):
+    case = race_conv2d.rehearsal_cases()[0]._replace(op=op, stride=stride, dtype="fp16", size=5)
+    scene = scene_conv2d.make_scene(case, CPU)
+    dense, judge = race_conv2d.cudnn(scene, op), Judge(scene, op)
+    answer = dense.answer(dense.run())
+    assert judge.wrong(answer, by_element=False) is None
+    assert case.tokens == scene.dy.numel() // scene.dy.shape[1]
+    for name, tensor in answer.items():
+        bad = tensor.detach().clone(memory_format=torch.contiguous_format)
+        bad.view(-1)[-1] = float("nan")
+        assert name in (judge.wrong(answer | {name: bad}, by_element=True) or "")
+
+
+@needs_interpreter
+def test_the_race_of_the_convolution_has_a_row_for_each_contestant(part):
+    case = race_conv2d.rehearsal_cases()[0]
+    race.run_case(
+        part, Clock(CPU), case, {"sparsekern": race_conv2d.sparsekern_gpu, "cudnn": race_conv2d.cudnn},
+        scene_conv2d.make_scene,
+    )  # fmt: skip
+    rows = {row["contestant"]: row for row in part.results.rows if "ms" in row}
+    assert set(rows) == {"sparsekern", "cudnn"} and rows["sparsekern"]["vs_dense"] > 0
+
+
+def test_the_convolutions_are_those_that_were_asked_for_the_goals_first():
+    cases = race_conv2d.cases()
+    assert len(cases) == len({case.key for case in cases})
+    assert [(c.in_channels, c.block, c.sparsity, c.op) for c in cases[:2]] == [
+        (256, 64, 0.9, "step"),
+        (512, 64, 0.9, "step"),
+    ]
+    with pytest.raises(ValueError, match="blocks of 24 do not divide 256 and 256 channels"):
+        scene_conv2d.make_scene(cases[0]._replace(block=24), CPU)
+
+
+@pytest.mark.parametrize(("speedup", "said"), [(3.5, "3.50x (must 3: reached)"), (2.5, "2.50x (must 3: MISSED)")])
+def test_the_table_judges_the_convolution(tmp_path, speedup, said):
+    case = race_conv2d.cases()[0]
+    row = case._asdict() | {"contestant": "sparsekern", "key": f"{case.key} | sparsekern", "ms": 1.0}
+    (tmp_path / "conv2d.jsonl").write_text(json.dumps(row | {"vs_dense": speedup}))
+    text = "\n".join(table.lines(tmp_path))
+    assert said in text and "step bf16 128x16x16 256-256 stride 1 b64 s0.9" in text
+    assert "convolution: nothing measured" in "\n".join(table.lines(tmp_path / "none"))

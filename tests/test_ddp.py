@@ -24,43 +24,54 @@ def build() -> nn.Module:
 
 
 METHODS = {
-    "set": lambda model, optimizer: sk.SET(model, optimizer, update_every=3, seed=1),
-    "vrpge": lambda model, optimizer: sk.VRPGE(model, optimizer, stop=8, seed=1),
-    "vrpge, weights on all": lambda model, optimizer: sk.VRPGE(model, optimizer, weight_step="all", stop=8, seed=1),
+    "SET": (sk.SET, {}),
+    "RigL": (sk.RigL, {"scoring": "screen"}),  # what it does on several ranks anyway
+    "GSE": (sk.GSE, {}),
+    "GSE, global": (sk.GSE, {"scope": "global"}),
+    "GraBo": (sk.GSE, {"distribution": "grabo"}),
+    "GraEst": (sk.GSE, {"distribution": "graest"}),
 }
-MOVES = {"set": [2, 5, 8], "vrpge": [7], "vrpge, weights on all": [7]}
-"""The steps at which blocks move: updates of SET, the end of VR-PGE's choice."""
 
 
-def train(model: nn.Module, rank: int, world: int, name: str = "set") -> None:
+VRPGE = {
+    "VRPGE": (sk.VRPGE, {"stop": 8}),
+    "VRPGE, weights on all": (sk.VRPGE, {"stop": 8, "weight_step": "all"}),
+}
+"""Blocks move once, at the end of the choice, and what is chosen hangs on rounding in a sum of two halves."""
+
+
+def train(model: nn.Module, rank: int, world: int, name: str) -> None:
     """Train; ranks take their share of each batch, or all of it when ``world`` is 1."""
+    kind, options = (METHODS | VRPGE)[name]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    method = METHODS[name](model, optimizer)
+    method = kind(model, optimizer, update_every=3, seed=1, **options)
     for step in range(STEPS):
         x = torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(step))
         x = x.chunk(world)[rank]
         method.backward(lambda x=x: model(x).square().mean())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        assert method.step() == (step in MOVES[name])
+        assert method.step() == (step == 7 if name in VRPGE else step % 3 == 2)
 
 
-def run_rank(rank: int, folder: str, split: bool, sync_buffers: bool, name: str) -> None:
+def run_rank(rank: int, folder: str, split: bool, sync_buffers: bool, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     options = {} if sync_buffers else {"forward_sync_buffers": False}
-    model = build()
-    train(DistributedDataParallel(model, **options), rank if split else 0, 2 if split else 1, name)
-    torch.save(model.state_dict(), f"{folder}/rank-{rank}.pt")
+    for name in names:
+        model = build()
+        train(DistributedDataParallel(model, **options), rank if split else 0, 2 if split else 1, name)
+        torch.save(model.state_dict(), f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def ranks(folder: Path, split: bool, sync_buffers: bool, name: str = "set") -> list[dict[str, torch.Tensor]]:
-    mp.spawn(run_rank, (str(folder), split, sync_buffers, name), nprocs=2)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+def ranks(folder: Path, split: bool, sync_buffers: bool, names: list[str]) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Return what each rank has learnt, by method."""
+    mp.spawn(run_rank, (str(folder), split, sync_buffers, names), nprocs=2)
+    return {n: [torch.load(folder / f"{n}-{rank}.pt", weights_only=True) for rank in range(2)] for n in names}
 
 
-def alone(name: str = "set") -> dict[str, torch.Tensor]:
+def alone(name: str) -> dict[str, torch.Tensor]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = build()
@@ -83,15 +94,21 @@ HAS_FORWARD_SYNC = "forward_sync_buffers" in inspect.signature(DistributedDataPa
     ],
 )
 def test_the_same_data_on_both_ranks_is_one_process_bit_for_bit(tmp_path, sync_buffers):
-    first, second = ranks(tmp_path, split=False, sync_buffers=sync_buffers)
-    single = alone()
-    for key, value in single.items():
-        assert torch.equal(first[key], second[key]) and torch.equal(first[key], value), key
+    names = ["SET", *VRPGE]
+    for name, (first, second) in ranks(tmp_path, split=False, sync_buffers=sync_buffers, names=names).items():
+        for key, value in alone(name).items():
+            assert torch.equal(first[key], second[key]) and torch.equal(first[key], value), (name, key)
 
 
-def test_a_batch_split_over_ranks_gives_one_topology(tmp_path):
-    first, second = ranks(tmp_path, split=True, sync_buffers=True)
-    single = alone()
+@pytest.fixture(scope="module")
+def split_runs(tmp_path_factory):
+    return ranks(tmp_path_factory.mktemp("split"), split=True, sync_buffers=True, names=[*METHODS, *VRPGE])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_split_over_ranks_gives_one_topology(split_runs, name):
+    first, second = split_runs[name]
+    single = alone(name)
     for key, value in single.items():
         assert torch.equal(first[key], second[key]), key
         if value.dtype == torch.int32:
@@ -101,15 +118,8 @@ def test_a_batch_split_over_ranks_gives_one_topology(tmp_path):
             torch.testing.assert_close(first[key], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vrpge", "vrpge, weights on all"])
-def test_ranks_of_vrpge_agree_to_the_bit_and_with_one_process(tmp_path, name):
-    """Masks follow from the seed, losses are averaged: the same data on both ranks is one process."""
-    first, second = ranks(tmp_path, split=False, sync_buffers=True, name=name)
-    for key, value in alone(name).items():
-        assert torch.equal(first[key], second[key]) and torch.equal(first[key], value), key
-
-
-def test_ranks_of_vrpge_choose_the_same_blocks_from_a_split_batch(tmp_path):
-    first, second = ranks(tmp_path, split=True, sync_buffers=True, name="vrpge")
+@pytest.mark.parametrize("name", VRPGE)
+def test_ranks_of_vrpge_choose_the_same_blocks(split_runs, name):
+    first, second = split_runs[name]
     for key, value in first.items():
         assert torch.equal(value, second[key]), key

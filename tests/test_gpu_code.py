@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.code.cases import cases, sample
+from bench.code.cases import cases, sample, sampled_by
 from bench.code.rules import judge, narrowest, requirements, worse
 from bench.gpu_code import COLUMNS, main, read_table, updated, write_table
 
@@ -80,7 +80,11 @@ def test_every_committed_row_is_known_and_as_required() -> None:
 
 
 def test_sample_has_every_kernel_dtype_and_architecture_once() -> None:
-    assert sorted({case[:3] for case in cases([])}) == sorted(case[:3] for case in sample([]))
+    """Of a convolution every kernel and architecture, in several dtypes and blocks."""
+    assert sorted({sampled_by(case) for case in cases([])}) == sorted(sampled_by(case) for case in sample([]))
+    convolutions = [case for case in sample([]) if case.kernel.startswith("conv2d_")]
+    assert {case.dtype for case in convolutions} == {"bf16", "fp16", "fp32"}
+    assert {case.bo for case in convolutions} == {16, 32, 64, 128}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,9 @@ def test_new_row_is_added_in_order(row: Row) -> None:
         (CASE, {"buffers": 2}, "it has 2 buffers, not 4, in 4 stages"),
         ("sm_80 fwd bf16 32x32", {"instruction": "mma.sync"}, "it has 4 buffers, not 3, in 4 stages"),
         ("sm_90 sum_splits bf16 32x32", {"spills": 4}, "it spills 4 bytes"),
+        ("sm_90 conv2d_projection bf16 32x32", {"spills": 4}, "it spills 4 bytes"),
+        ("sm_90 conv2d_fwd bf16 32x32", {"instruction": "mma.sync"}, "its products are mma.sync, not wgmma"),
+        ("sm_90 conv2d_dvalues fp32 32x32", {"buffers": 3}, "its products are wgmma, not mma.sync"),
     ],
 )
 def test_requirements(row: Row, case: str, change: Row, said: str) -> None:

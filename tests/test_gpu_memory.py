@@ -1,4 +1,4 @@
-"""What a call of the Triton kernels holds beside its inputs and its output: the list at the head of linear.py."""
+"""What a call of the Triton kernels holds beside its inputs and output: the lists in linear.py and conv2d.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.device import interpreted_only
 from tests.gpu_checks import drawn
+from tests.gpu_conv2d_checks import whole_case
 from tests.memory import allocations
 
 pytestmark = [interpreted_only, pytest.mark.usefixtures("no_tables")]
@@ -79,6 +80,22 @@ def test_a_gradient_holds_a_workspace_only_where_blocks_are_few(
     assert set(launched) == {splits}
     workspace = splits * case.values.numel() * 4 if splits > 1 else 0
     assert workspace <= extra <= workspace + SMALL
+
+
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float16, 0), (torch.float32, 4)])
+def test_a_convolution_holds_no_windows_and_no_dense_gradient(dtype: torch.dtype, transposed: int) -> None:
+    """A matrix of all windows is 9 times x, and a dense gradient 8 times the stored one."""
+    case = whole_case(dtype=dtype, bias=False, group_out=64, blocks=18, free=0, images=1, height=6, width=6)
+    index, shape, block = case.index, case.shape, case.grid.block
+
+    def copies(run: Callable[[], Tensor], allowed: int) -> None:
+        assert held(run) <= allowed + SMALL < 9 * case.x.numel() * dtype.itemsize
+
+    copies(lambda: gpu.conv2d_fwd(case.x, case.values, None, index, shape), 0)
+    in_dx = 8 * index.slots + transposed * case.values.numel()  # the lists by phase, and values transposed
+    copies(lambda: gpu.conv2d_dx(case.dy, case.values, index, shape, case.size), in_dx)
+    copies(lambda: gpu.conv2d_dvalues(case.dy, case.x, index, block, shape, dtype), 0)
+    copies(lambda: gpu.conv2d_all_block_norms(case.dy, case.x, block, shape), 0)
 
 
 class Grids:

@@ -1,23 +1,21 @@
 """Broken Triton kernels, one at a time: the text of a source is edited, and a check of the suite must turn red.
 
-A row of the table names the check, and what is replaced by what; it must be there once. The edited module takes the
-place of the healthy one in every module that imports from it.
+A row of the table names the check, and what is replaced by what. The convolution's own kernels are in
+:mod:`tests.test_gpu_conv2d_mutations`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu.config import Outer
 
+from tests.broken_kernels import SEEN, mutate
 from tests.device import interpreted_only
 from tests.gpu_checks import (
     HOLES,
@@ -41,13 +39,6 @@ from tests.gpu_checks import (
 )
 
 pytestmark = [interpreted_only, pytest.mark.usefixtures("poisoned_memory", "guarded_memory", "no_tables")]
-
-FOLDER = Path(__file__).parent.parent / "kernels/gpu"
-MODULES = ("few_tokens", "launch", "linear", "multiply", "multiply_tma", "outer", "projection", "scores", "supertiles")
-
-
-SEEN = r" elements are wrong$| addresses are wrong$|the NaN of (token|slot)|^assert \(?not"
-"""What the oracle, the guard and the checks for NaN and for phantom elements say."""
 
 # The checks.
 
@@ -264,27 +255,6 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
 """By file: a name, the check that must turn red, what is replaced, by what."""
 
 MUTATIONS = [(name, file, *rest) for file, rows in TABLE.items() for name, *rest in rows]
-
-
-def mutate(file: str, old: str, new: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Load the edited file, and give its functions to all that took them from the healthy module."""
-    source = (FOLDER / f"{file}.py").read_text()
-    assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
-    path = folder / f"broken_{file}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-
-    healthy = importlib.import_module(f"sparsekern.kernels.gpu.{file}")
-    users: list[ModuleType] = [importlib.import_module(f"sparsekern.kernels.gpu.{name}") for name in MODULES]
-    for user in [*users, broken]:
-        for name, value in list(vars(user).items()):
-            of = getattr(getattr(value, "fn", value), "__module__", None)
-            if user is not healthy and of == healthy.__name__:
-                patch.setattr(user, name, vars(broken)[name])
-    patch.setattr(gpu, file, broken)
 
 
 @pytest.mark.parametrize(("name", "file", "check", "old", "new"), MUTATIONS, ids=[name for name, *_ in MUTATIONS])

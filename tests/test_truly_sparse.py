@@ -16,6 +16,7 @@ import torch
 from sparsekern.kernels import cpu
 from sparsekern.kernels.cpu import scores as cpu_scores
 from sparsekern.kernels.eager import chunks
+from sparsekern.kernels.eager import scores as eager_scores
 
 import sparsekern as sk
 from sparsekern.ops import conv2d_scores
@@ -29,24 +30,40 @@ SCRATCH = 2**18
 """The kernels are told to work in a quarter of a MiB: in the usual 16 a dense weight of this size could hide."""
 
 
-class Training:
-    """One layer with its optimizer and SET, and the parts of a step as functions."""
+METHODS = {
+    "SET": (sk.SET, {"keep_connected": True}),
+    "RigL": (sk.RigL, {}),
+    "RigL, screened": (sk.RigL, {"scoring": "screen", "sketches": 8}),
+    "GSE": (sk.GSE, {}),
+    "GraBo": (sk.GSE, {"distribution": "grabo"}),
+    "GraEst": (sk.GSE, {"distribution": "graest"}),
+}
 
-    def __init__(self, block: tuple[int, int], sparsity: float) -> None:
+
+class Training:
+    """One layer with its optimizer and a method, and the parts of a step as functions.
+
+    Probes are armed in every step; a method with two stages has heard the first of them, and moves blocks in the next.
+    """
+
+    def __init__(self, block: tuple[int, int], sparsity: float, method: str = "SET") -> None:
+        kind, options = METHODS[method]
         self.layer = sk.SparseLinear(SIDE, SIDE, sparsity=sparsity, block_size=block, seed=0)
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)  # the others make temporaries
-        self.method = sk.SET(self.layer, self.optimizer, update_every=1, keep_connected=True)
+        self.method = kind(self.layer, self.optimizer, update_every=1, **options)
         self.x = torch.randn(TOKENS, SIDE, requires_grad=True)
+        self.dy = torch.randn(TOKENS, SIDE)
         self.y = self.forward()
         self.backward()
         self.step()
+        self.method.step()
 
     def forward(self):
         self.y = self.layer(self.x)
         return self.y
 
     def backward(self):
-        self.y.backward(torch.ones_like(self.y))
+        self.y.backward(self.dy)
 
     def step(self):
         self.optimizer.step()
@@ -85,8 +102,9 @@ def check(
     block: tuple[int, int] = (32, 32),
     sparsity: float = 0.9,
     plant: Callable[[sk.SparseLinear], None] | None = None,
+    method: str = "SET",
 ) -> None:
-    found, allowed = Training(block, sparsity).run(part, plant)
+    found, allowed = Training(block, sparsity, method).run(part, plant)
     assert found.largest < DENSE, f"{part} makes a tensor of {found.largest} bytes, the dense weight has {DENSE}"
     assert found.peak <= allowed, f"{part} holds {found.peak} bytes, allowed are {allowed:.0f}"
 
@@ -95,6 +113,7 @@ def check(
 def small_scratch(monkeypatch):
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", SCRATCH)
     monkeypatch.setattr(cpu_scores, "CHUNK_BYTES", SCRATCH)
+    monkeypatch.setattr(eager_scores, "TILE", 128)
 
 
 @pytest.fixture(params=["cpu", "eager"])
@@ -120,6 +139,16 @@ def test_by_the_allocator(part, block, sparsity, kernels):
 @pytest.mark.parametrize("part", ["forward", "backward", "step", "update"])
 def test_unstructured_blocks_by_the_allocator(part, kernels):
     check(part, (1, 1), 0.99)
+
+
+@pytest.mark.parametrize("part", ["backward", "update"])
+@pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "SET"])
+def test_methods_that_score_by_the_allocator(method, block, part, kernels):
+    """The step that leads to an update, probe and all, and the update itself. RigL at 1x1 is the exception."""
+    if block == (1, 1) and "RigL" in method:
+        pytest.skip("scores every element, and says so: allow_dense_scores")
+    check(part, block, 0.99 if block == (1, 1) else 0.9, method=method)
 
 
 @pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
@@ -318,7 +347,7 @@ def plant_update(monkeypatch, kernels, layer):
     def block_norms(layer):
         return dense_block_norms(layer.grid, layer.dense_weight())[layer.row.long(), layer.col.long()]
 
-    monkeypatch.setattr(sys.modules["sparsekern.training.set"], "block_norms", block_norms)
+    monkeypatch.setattr(sys.modules["sparsekern.training.base"], "block_norms", block_norms)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,12 @@ ARCHS = ("sm_80", "sm_90", "sm_100")
 SQUARES = ((16, 16), (32, 32), (64, 64), (128, 128))
 RECTANGLES = ((16, 64), (64, 16), (32, 128), (128, 32))
 DTYPES = ("bf16", "fp16", "fp32", "ieee")
-MATRIX = ("fwd", "dx", "dvalues", "few_fwd", "few_dx", "block_norms", "all_block_norms")
+LINEAR = ("fwd", "dx", "dvalues", "few_fwd", "few_dx", "block_norms", "all_block_norms")
+CONV2D = ("conv2d_fwd", "conv2d_dx", "conv2d_dvalues", "conv2d_all_block_norms")
+IEEE = ("fwd", "dx", "dvalues")
+"""Kernels that are compiled for float32 without tensor cores, too."""
+STREAMS = ("sum_splits", "projection", "conv2d_projection", "conv2d_lists")
+"""Kernels without a product."""
 
 
 class Case(NamedTuple):
@@ -21,7 +26,7 @@ class Case(NamedTuple):
 
     arch: str
     kernel: str
-    """A kernel of :data:`MATRIX`, ``fwd_tma``, ``dx_tma``, ``sum_splits`` or ``projection``."""
+    """A kernel of :data:`LINEAR`, :data:`CONV2D` or :data:`STREAMS`, ``fwd_tma`` or ``dx_tma``."""
     dtype: str
     """``bf16`` | ``fp16`` | ``fp32`` (tf32) | ``ieee`` (float32 without tensor cores)"""
     bo: int
@@ -47,19 +52,36 @@ def cases(patterns: list[str]) -> list[Case]:
 
 
 def sample(patterns: list[str]) -> list[Case]:
-    """Return one of :func:`cases` for each kernel, dtype and architecture; the blocks take turns."""
-    groups = [list(group) for _, group in groupby(cases(patterns), key=lambda case: case[:3])]
-    return [group[number % min(4, len(group))] for number, group in enumerate(groups)]
+    """Return one of :func:`cases` for each kernel, dtype and architecture; the blocks take turns.
+
+    For a convolution the dtypes take turns, too: it shares its loops with the linear layer.
+    """
+    groups = [list(group) for _, group in groupby(cases(patterns), key=sampled_by)]
+    return [group[_turn(number, len(group))] for number, group in enumerate(groups)]
+
+
+def sampled_by(case: Case) -> tuple[str, ...]:
+    """Return what :func:`sample` has one row for."""
+    return case[:2] if case.kernel.startswith("conv2d_") else case[:3]
+
+
+def _turn(number: int, rows: int) -> int:
+    squares = len(SQUARES)  # a rectangle is compiled like a square
+    return number % min(squares, rows) if rows <= 2 * squares else number * (squares + 1) % rows
 
 
 def _all() -> Iterator[Case]:
     for arch in ARCHS:
-        for kernel in MATRIX:
+        for kernel in (*LINEAR, *CONV2D):
+            blocks = SQUARES if kernel in CONV2D else (*SQUARES, *RECTANGLES)
             for dtype in DTYPES:
-                if dtype != "ieee" or kernel in ("fwd", "dx", "dvalues"):
-                    yield from (Case(arch, kernel, dtype, *block) for block in (*SQUARES, *RECTANGLES))
+                if dtype != "ieee" or kernel in IEEE:
+                    yield from (Case(arch, kernel, dtype, *block) for block in blocks)
         for dtype in ("bf16", "fp16", "fp32"):
             for kernel in ("fwd_tma", "dx_tma") if roofline.device(arch)["tma"] else ():
                 yield from (Case(arch, kernel, dtype, side, side) for side in (64, 128))
             for kernel in ("sum_splits", "projection"):
                 yield from (Case(arch, kernel, dtype, *block) for block in SQUARES)
+        for dtype in ("bf16", "fp16", "fp32"):
+            yield from (Case(arch, "conv2d_projection", dtype, *block) for block in SQUARES)
+        yield Case(arch, "conv2d_lists", "bf16", *SQUARES[0])  # of integers only

@@ -8,25 +8,38 @@ architecture: it specialises, compiles and stops there. So what is compiled is w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from sparsekern.kernels.contract import PADDING, Index
-from sparsekern.kernels.gpu import linear, roofline, scores, tables
+from sparsekern.kernels.contract import PADDING, ConvShape, Index
+from sparsekern.kernels.gpu import conv2d, conv2d_scores, linear, roofline, scores, tables
 from sparsekern.kernels.gpu.config import Config, Multiply, Problem
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bench.code.cases import Case
+from bench.code.cases import STREAMS, Case
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "ieee": torch.float32}
 
 TOKENS, FEW, FEATURES, DENSITY = 8192, 8, 4096, 0.1
 """The call: a layer of 4096 x 4096 with a tenth of its blocks stored, in training and in decoding."""
+
+IMAGES, SIDE, CHANNELS = 32, 16, 512
+"""The convolution: 3x3, padded, 512 to 512 channels on 16x16 pixels; stride 1."""
+
+
+KERNELS = {
+    "sum_splits": "sum_splits_kernel",
+    "projection": "projection_kernel",
+    "conv2d_projection": "conv2d_projection_kernel",
+    "conv2d_lists": "lists_kernel",
+    "conv2d_dx": "conv2d_multiply_kernel",
+}
+"""The function that a row is about, where a call launches several."""
 
 
 def compiled(case: Case) -> tuple[Any, dict[str, Any], bool]:
@@ -40,11 +53,13 @@ def compiled(case: Case) -> tuple[Any, dict[str, Any], bool]:
         chosen.append((wanted, wanted == best))
         return wanted
 
-    name = {"sum_splits": "sum_splits_kernel", "projection": "projection_kernel"}.get(case.kernel)
+    name = KERNELS.get(case.kernel)
     with _warm_ups_for(case.arch) as launched, patch.object(tables, "choose", choose):
-        _call(case)
+        (_call_conv2d if case.kernel.startswith("conv2d_") else _call)(case)
     kernel = next(k for function, k in launched if name in (None, function))
-    return kernel, asdict(chosen[0][0]) if name is None else {}, chosen[0][1] if name is None else True
+    if case.kernel in STREAMS:
+        return kernel, {}, True
+    return kernel, asdict(chosen[0][0]), chosen[0][1]
 
 
 def _call(case: Case) -> None:
@@ -70,6 +85,28 @@ def _call(case: Case) -> None:
     else:
         directions = torch.empty(2, features)
         scores.sketch(x[:64], x[:64], directions, directions, block)
+
+
+def _call_conv2d(case: Case) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if case.dtype == "ieee" else "tf32"
+    dtype, block, operation = TORCH[case.dtype], (case.bo, case.bi), case.kernel.removeprefix("conv2d_")
+    shape = ConvShape(CHANNELS, CHANNELS, (3, 3), padding=(1, 1, 1, 1))
+    cells = shape.taps * CHANNELS * CHANNELS // (case.bo * case.bi)
+    slots = int(cells * DENSITY) + 1
+    x = torch.empty(IMAGES, SIDE, SIDE, CHANNELS, dtype=dtype).permute(0, 3, 1, 2)
+    values = torch.empty(slots, *block, dtype=dtype)
+    index = _index(CHANNELS // case.bo, shape.taps * CHANNELS // case.bi, slots)
+    if operation == "fwd":
+        conv2d.conv2d_fwd(x, values, torch.empty(CHANNELS, dtype=dtype), index, shape)
+    elif operation in ("dx", "lists"):
+        conv2d.conv2d_dx(x, values, index, shape, (SIDE, SIDE))
+    elif operation == "dvalues":
+        conv2d.conv2d_dvalues(x, x, index, block, shape, dtype)
+    elif operation == "all_block_norms":
+        conv2d_scores.conv2d_all_block_norms(x, x, block, shape)
+    else:
+        u, v = torch.empty(2, CHANNELS), torch.empty(2, shape.taps * CHANNELS)
+        conv2d_scores.conv2d_sketch(x[:1], x[:1], u, v, block, shape)
 
 
 def _index(rows: int, cols: int, slots: int) -> Index:
@@ -106,7 +143,8 @@ def _warm_ups_for(arch: str) -> Iterator[list[tuple[str, Any]]]:
     driver.set_active(_Architecture(arch))
     with (
         patch.object(JITFunction, "run", warm_up),
-        patch.object(linear, "arch", lambda device: arch),
-        patch.object(scores, "arch", lambda device: arch),
+        ExitStack() as patches,
     ):
+        for module in (conv2d, conv2d_scores, linear, scores):
+            patches.enter_context(patch.object(module, "arch", lambda device: arch))
         yield launched

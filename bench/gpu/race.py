@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from sparsekern.kernels.gpu.launch import dot_precision
@@ -100,18 +101,24 @@ def run(part: Part) -> bool:
     return True
 
 
-def run_case(part: Part, clock: Clock, case: Case, taking_part: dict[str, Maker]) -> None:
-    """Check all contestants on a case, time those that are right, and add the rows."""
-    scene = make_scene(case, part.device)
+def run_case(
+    part: Part,
+    clock: Clock,
+    case: Any,
+    taking_part: dict[str, Any],
+    make: Callable[[Any, torch.device], Any] = make_scene,
+) -> None:
+    """Check all contestants on a case, time those that are right, and add the rows; ``make`` draws its numbers."""
+    scene = make(case, part.device)
     judge = Judge(scene, case.op)
     fields = case._asdict() | {"stored_elements": scene.elements, "precision": dot_precision(scene.dtype)}
     right: dict[str, Contestant] = {}
-    for name, make in taking_part.items():
+    for name, maker in taking_part.items():
         key = f"{case.key} | {name}"
         if part.results.has(key):
             continue  # it took the GPU down with it, the last time
         try:
-            contestant = make(scene, case.op)
+            contestant = maker(scene, case.op)
             answer = contestant.answer(contestant.run())
             wrong = judge.wrong(answer, by_element=contestant.kind == OURS)
             reason = None if wrong is None else {"refused": wrong}
@@ -138,7 +145,7 @@ def run_case(part: Part, clock: Clock, case: Case, taking_part: dict[str, Maker]
     print("race: " + case.key + ": " + ", ".join(f"{r['contestant']} {r['ms']:.3f} ms" for r in rows if "ms" in r))
 
 
-def compare(rows: list[Row], case: Case) -> None:
+def compare(rows: list[Row], case: Any) -> None:
     """Add rates and ratios to the rows of one case: ``vs_dense`` 2.0 is twice as fast as the best dense one."""
     best = {
         kind: min((row for row in rows if row["kind"] == kind), key=lambda row: row["ms"], default=None)

@@ -25,6 +25,7 @@ WRITES = {
     "sanitizer": ("sanitizer.json",),
     "micro": ("micro.jsonl",),
     "tune": ("tune.jsonl", "sm_*.json"),
+    "conv2d": ("conv2d.jsonl",),
     "race": ("race.jsonl",),
 }
 """The files of each part."""

@@ -18,7 +18,7 @@ from bench.gpu.results import ROOT, Row, read_rows
 REHEARSED = ("tests/kernels/gpu/test_config.py", "tests/kernels/gpu/test_tables.py", "tests/kernels/test_contract.py")
 """The first that exists: the rehearsal is about the bookkeeping, not about the kernels."""
 
-NO_GPU = ("test_gpu_code.py", "test_gpu_mutations.py")
+NO_GPU = ("test_gpu_code.py", "test_gpu_mutations.py", "test_gpu_conv2d_mutations.py")
 """Tests that a GPU adds nothing to: they compile for any device, or need Triton's interpreter."""
 
 WORKERS = 8

@@ -6,6 +6,7 @@ PyTorch's memory pool is off, because otherwise a read beyond a tensor is a read
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -17,13 +18,14 @@ from typing import NamedTuple
 
 import torch
 from sparsekern.kernels import gpu
+from sparsekern.kernels.contract import ConvShape
 from sparsekern.kernels.gpu import roofline
 from sparsekern.kernels.gpu.config import Config, Multiply, Problem
 
 from bench.gpu.calls import Launch, choosing
 from bench.gpu.part import FAILED, FINISHED, MIXED, NO_DEVICE, PARTLY, parser, prepare
 from bench.gpu.results import ROOT, Row, circumstances, delete, other_results, write_json
-from sparsekern.topology import Grid, Topology, build_index, random, with_capacity
+from sparsekern.topology import Grid, Topology, build_index, conv_grid, random, with_capacity
 
 FOUND = 9
 """Exit code of the sanitizer when it found something."""
@@ -101,6 +103,32 @@ def call_each(size: Size, device: torch.device, kind: torch.dtype) -> int:
     gpu.all_block_norms(dy, x, grid.block)
     u, v = (numbers(2, features, dtype=torch.float32) for features in (size.out_features, size.in_features))
     gpu.sketch(dy, x, u, v, grid.block)
+    return 6 + call_convolution(size, device, kind)
+
+
+def call_convolution(size: Size, device: torch.device, kind: torch.dtype) -> int:
+    """Call each function of the convolution once, of as many pixels as tokens, and return how many there are."""
+    edge = max(2, math.isqrt(size.tokens // 2))
+    shape = ConvShape(2 * size.in_features, 2 * size.out_features, (3, 2), (2, 1), (1, 1, 0, 1), (1, 1), groups=2)
+    grid = conv_grid(shape.in_channels, shape.out_channels, shape.kernel, (size.side, size.side), shape.groups)
+    generator = torch.Generator().manual_seed(size.side)
+    drawn = random(grid, max(1, int(size.share * grid.cells)), generator)
+    roomy = with_capacity(drawn, drawn.slots + 2)
+    index = build_index(Topology(grid, roomy.row.to(device), roomy.col.to(device)))
+
+    def images(channels: int, height: int, width: int) -> torch.Tensor:
+        return torch.randn(2, height, width, channels, generator=generator).to(device, kind).permute(0, 3, 1, 2)
+
+    x, dy = images(shape.in_channels, edge, edge), images(shape.out_channels, *shape.output_size(edge, edge))
+    values = torch.randn(roomy.slots, *grid.block, generator=generator).to(device, kind)
+    bias, (row, col) = torch.zeros(shape.out_channels, device=device, dtype=kind), (drawn.row, drawn.col)
+    gpu.conv2d_fwd(x, values, bias, index, shape)
+    gpu.conv2d_dx(dy, values, index, shape, (edge, edge))
+    gpu.conv2d_dvalues(dy, x, index, grid.block, shape, kind)
+    gpu.conv2d_block_norms(dy, x, row.to(device), col.to(device), grid.block, shape)
+    gpu.conv2d_all_block_norms(dy, x, grid.block, shape)
+    u, v = (torch.ones(2, features, device=device) for features in (grid.out_features, grid.in_features))
+    gpu.conv2d_sketch(dy, x, u, v, grid.block, shape)
     return 6
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.gpu.contestants import OURS
-from bench.gpu.goals import DEVICE, DTYPE, FEATURES, GOALS, ORDER, TOKENS, break_even, verdict
+from bench.gpu.goals import CONV2D_MUST, DEVICE, DTYPE, FEATURES, GOALS, ORDER, TOKENS, break_even, verdict
 from bench.gpu.part import parser
 from bench.gpu.results import Row, read_json, read_rows
 from bench.gpu.run_tests import outcomes
@@ -62,7 +62,7 @@ def times(ratio: float | None) -> str:
 
 def lines(folder: Path) -> Iterator[str]:
     """Yield the table."""
-    files = {name: read_rows(folder / f"{name}.jsonl") for name in ("tests", "micro", "tune", "race")}
+    files = {name: read_rows(folder / f"{name}.jsonl") for name in ("tests", "micro", "tune", "conv2d", "race")}
     environment, sanitizer = (read_json(folder / f"{name}.json") for name in ("environment", "sanitizer"))
     everything = [row for rows in files.values() for row in rows] + [environment or {}]
     rehearsal = any(row.get("rehearsal") for row in everything)
@@ -73,6 +73,7 @@ def lines(folder: Path) -> Iterator[str]:
     yield from _micro(files["micro"])
     yield _tune(files["tune"])
     yield from _race(Race(files["race"]), rehearsal, (environment or {}).get("device", ""))
+    yield from _conv2d(files["conv2d"], rehearsal)
     yield from _failures(files)
 
 
@@ -150,6 +151,20 @@ def _race(race: Race, rehearsal: bool, device: str) -> Iterator[str]:
         if any(found):
             cells = [NONE if row is None else f"{times(row['vs_dense'])} ({row['tflops']:.3g})" for row in found]
             yield f"  {_title(setting)}, {setting.op}, {sparsity:.0%}: " + ", ".join(cells)
+
+
+def _conv2d(rows: list[Row], rehearsal: bool) -> Iterator[str]:
+    found = [row for row in rows if row.get("contestant") == OURS and "ms" in row and row.get("vs_dense")]
+    if not found:
+        yield "convolution: nothing measured"
+        return
+    yield "convolution, 3x3, speed-up over cuDNN, channels last, on the device:"
+    for row in found:
+        judged = row["op"] == "step" and (row["block"], row["sparsity"], row["stride"]) == (64, 0.9, 1)
+        reached = ""
+        if judged and row["dtype"] == DTYPE and row["in_channels"] >= 256 and not rehearsal:
+            reached = f" (must {CONV2D_MUST:g}: {'reached' if row['vs_dense'] >= CONV2D_MUST else 'MISSED'})"
+        yield f"  {row['key'].split(' | ')[0].removeprefix('conv2d ')}: {times(row['vs_dense'])}{reached}"
 
 
 def _headline(race: Race, head: Setting, block: int, sparsity: float, rehearsal: bool) -> str:

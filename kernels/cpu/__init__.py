@@ -7,6 +7,8 @@ result is the same to the bit for any number of threads.
 from __future__ import annotations
 
 import torch
+from sparsekern.kernels.cpu.conv2d import conv2d_dvalues, conv2d_dx, conv2d_fwd
+from sparsekern.kernels.cpu.conv2d_scores import conv2d_all_block_norms, conv2d_block_norms, conv2d_sketch
 from sparsekern.kernels.cpu.library import DTYPES, load, release_scratch, scratch_bytes
 from sparsekern.kernels.cpu.linear import backward, dvalues, dx, fwd
 from sparsekern.kernels.cpu.scores import all_block_norms, block_norms, sketch
@@ -15,6 +17,12 @@ __all__ = [
     "all_block_norms",
     "backward",
     "block_norms",
+    "conv2d_all_block_norms",
+    "conv2d_block_norms",
+    "conv2d_dvalues",
+    "conv2d_dx",
+    "conv2d_fwd",
+    "conv2d_sketch",
     "dvalues",
     "dx",
     "fwd",
@@ -24,12 +32,13 @@ __all__ = [
     "why_not",
 ]
 
+OPS = ("linear", "conv2d")
 SIDES = (16, 32, 64, 128)
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
     """Return None when these kernels can run ``op`` so, else the reason."""
-    if op != "linear":
+    if op not in OPS:
         return f"it has no kernels for {op}"
     if device.type != "cpu":
         return f"the tensors are on {device.type}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -129,6 +129,36 @@ class Backward(ctypes.Structure):
     """``Backward`` of ``csrc/api.h``."""
 
     _fields_ = (("dx", Multiply), ("dvalues", Outer))
+
+
+Pair = ctypes.c_int64 * 2
+
+
+class Conv(ctypes.Structure):
+    """``Conv`` of ``csrc/conv.h``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("order", Order),
+        ("images", ctypes.c_int64),
+        ("in_channels", ctypes.c_int64),
+        ("out_channels", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("in_size", Pair),
+        ("out_size", Pair),
+        ("kernel", Pair),
+        ("stride", Pair),
+        ("padding", Pair),
+        ("dilation", Pair),
+        ("bo", ctypes.c_int32),
+        ("bi", ctypes.c_int32),
+        ("transposed", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[in
     row, col = row.int(), col.int()
     order = (row.long() * -(-x.shape[1] // block[1]) + col).argsort()  # columns ascend within a row, as in an index
     norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
-    for some in order.split(_chunk(block)):
+    for some in order.split(chunk_of(block)):
         norms[some] = _norms(dy, x, row[some], col[some], block)
     return norms
 
@@ -40,7 +40,7 @@ def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
         return _all_magnitudes(dy, x)
     rows, cols = -(-dy.shape[1] // block[0]), -(-x.shape[1] // block[1])
     norms = torch.empty(rows * cols, dtype=torch.float32, device=x.device)
-    for start, stop in spans(rows * cols, _chunk(block)):
+    for start, stop in spans(rows * cols, chunk_of(block)):
         cells = torch.arange(start, stop, device=x.device)
         norms[start:stop] = _norms(dy, x, (cells // cols).int(), (cells % cols).int(), block)
     return norms.view(rows, cols)
@@ -50,7 +50,7 @@ def _all_magnitudes(dy: Tensor, x: Tensor) -> Tensor:
     """Return ``|dy' x|``: all elements are wanted, so they are computed in larger blocks, some at a time."""
     norms = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     rows, cols = -(-dy.shape[1] // TILE), -(-x.shape[1] // TILE)
-    chunk = max(1, _chunk((TILE, TILE)) // 2)  # the blocks, and their elements in the order of the rows
+    chunk = max(1, chunk_of((TILE, TILE)) // 2)  # the blocks, and their elements in the order of the rows
     for r0, r1 in spans(rows, max(1, chunk // max(1, cols))):
         for c0, c1 in spans(cols, chunk):
             some = norms[r0 * TILE : r1 * TILE, c0 * TILE : c1 * TILE]
@@ -63,9 +63,14 @@ def _all_magnitudes(dy: Tensor, x: Tensor) -> Tensor:
     return norms
 
 
-def _chunk(block: tuple[int, int]) -> int:
+def chunk_of(block: tuple[int, int]) -> int:
     """Return how many blocks are computed at a time."""
     return max(1, CHUNK_BYTES // (4 * block[0] * block[1] + LIST_BYTES))
+
+
+def row_ptr_of(row: Tensor, rows: int) -> Tensor:
+    """Return ``(rows + 1,)``: where each of the rows begins in an ascending list."""
+    return torch.searchsorted(row, torch.arange(rows + 1, dtype=torch.int32, device=row.device), out_int32=True)
 
 
 def _norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
@@ -74,7 +79,7 @@ def _norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, in
         return torch.empty(0, dtype=torch.float32, device=x.device)
     first, rows = int(row[0]), int(row[-1]) + 1 - int(row[0])
     dy, row = dy[:, first * block[0] : (first + rows) * block[0]], row - first
-    row_ptr = torch.searchsorted(row, torch.arange(rows + 1, dtype=torch.int32, device=x.device), out_int32=True)
+    row_ptr = row_ptr_of(row, rows)
     slot = torch.arange(row.shape[0], dtype=torch.int32, device=x.device)
     blocks = outer_blocks(dy, x, (row_ptr, col.contiguous(), slot), row.shape[0], block)
     norms: Tensor = torch.linalg.vector_norm(blocks, dim=(1, 2))

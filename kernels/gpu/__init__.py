@@ -10,19 +10,36 @@ import functools
 from importlib.util import find_spec
 
 import torch
-from sparsekern.kernels.contract import Index, backward_in_two_calls
+from sparsekern.kernels.contract import ConvShape, Index, backward_in_two_calls
 from sparsekern.kernels.gpu.launch import interpreted
 from torch import Tensor
 
 SIDES = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-__all__ = ["DTYPES", "SIDES", "all_block_norms", "backward", "block_norms", "dvalues", "dx", "fwd", "sketch", "why_not"]
+__all__ = [
+    "DTYPES",
+    "SIDES",
+    "all_block_norms",
+    "backward",
+    "block_norms",
+    "conv2d_all_block_norms",
+    "conv2d_block_norms",
+    "conv2d_dvalues",
+    "conv2d_dx",
+    "conv2d_fwd",
+    "conv2d_sketch",
+    "dvalues",
+    "dx",
+    "fwd",
+    "sketch",
+    "why_not",
+]
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
     """Return None when these kernels can run ``op`` so, else the reason."""
-    if op != "linear":
+    if op not in ("linear", "conv2d"):
         return f"it has no kernels for {op}"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"the tensors are on {device.type}; it needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests)"
@@ -93,3 +110,49 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) 
     from sparsekern.kernels.gpu import scores
 
     return scores.sketch(dy, x, u, v, block)
+
+
+def conv2d_fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, shape: ConvShape) -> Tensor:
+    """Return ``y (N, Cout, Ho, Wo)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_fwd`."""
+    from sparsekern.kernels.gpu import conv2d
+
+    return conv2d.conv2d_fwd(x, values, bias, index, shape)
+
+
+def conv2d_dx(dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: tuple[int, int]) -> Tensor:
+    """Return ``dx (N, Cin, H, W)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_dx`."""
+    from sparsekern.kernels.gpu import conv2d
+
+    return conv2d.conv2d_dx(dy, values, index, shape, size)
+
+
+def conv2d_dvalues(
+    dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], shape: ConvShape, dtype: torch.dtype
+) -> Tensor:
+    """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_dvalues`."""
+    from sparsekern.kernels.gpu import conv2d
+
+    return conv2d.conv2d_dvalues(dy, x, index, block, shape, dtype)
+
+
+def conv2d_block_norms(
+    dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], shape: ConvShape
+) -> Tensor:
+    """Return the norms ``(K,)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_block_norms`."""
+    from sparsekern.kernels.gpu import conv2d_scores
+
+    return conv2d_scores.conv2d_block_norms(dy, x, row, col, block, shape)
+
+
+def conv2d_all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], shape: ConvShape) -> Tensor:
+    """Return the norms ``(R, C)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_all_block_norms`."""
+    from sparsekern.kernels.gpu import conv2d_scores
+
+    return conv2d_scores.conv2d_all_block_norms(dy, x, block, shape)
+
+
+def conv2d_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], shape: ConvShape) -> Tensor:
+    """Return ``(r, R, C)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_sketch`."""
+    from sparsekern.kernels.gpu import conv2d_scores
+
+    return conv2d_scores.conv2d_sketch(dy, x, u, v, block, shape)

@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     """What a configuration is chosen by, and the key of the tables."""
 
     kernel: str
-    """``fwd`` | ``dx`` | ``few_fwd`` | ``few_dx`` | ``dvalues`` | ``block_norms`` | ``all_block_norms``"""
+    """A name in :data:`KINDS`."""
     arch: str
     """``sm_90`` and so on."""
     dtype: str
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
     bo: int
     bi: int
     log2_tokens: int
-    """T is at most ``2 ** log2_tokens``."""
+    """T is at most ``2 ** log2_tokens``; pixels of a convolution are tokens."""
     log2_blocks: int
     """The mean number of blocks a block row (column for dx) is at most ``2 ** log2_blocks``."""
 
@@ -37,6 +37,16 @@ class Problem(NamedTuple):
     def key(self) -> str:
         """The name in a table."""
         return f"{self.kernel} {self.dtype} {self.bo}x{self.bi} t{self.log2_tokens} n{self.log2_blocks}"
+
+    @property
+    def is_conv2d(self) -> bool:
+        """Whether it is a kernel of the convolution."""
+        return self.kernel.startswith("conv2d_")
+
+    @property
+    def takes_norms(self) -> bool:
+        """Whether it reduces chosen blocks to norms, for which a program must hold whole ones."""
+        return self.kernel.endswith("block_norms") and not self.kernel.endswith("all_block_norms")
 
     @property
     def itemsize(self) -> int:
@@ -56,7 +66,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Multiply:
-    """Of ``multiply_kernel`` and ``multiply_tma_kernel``."""
+    """Of ``multiply_kernel``, ``multiply_tma_kernel`` and ``conv2d_multiply_kernel``."""
 
     tile_t: int
     tile_k: int
@@ -79,7 +89,7 @@ class FewTokens:
 
 @dataclass(frozen=True)
 class Outer:
-    """Of ``outer_kernel``."""
+    """Of ``outer_kernel`` and ``conv2d_outer_kernel``."""
 
     tile_in: int
     tile_t: int
@@ -89,7 +99,7 @@ class Outer:
 
 @dataclass(frozen=True)
 class Supertile:
-    """Of ``supertile_kernel``."""
+    """Of ``supertile_kernel`` and ``conv2d_supertile_kernel``."""
 
     tile_out: int
     tile_in: int
@@ -120,6 +130,11 @@ KINDS: dict[str, type[Config]] = {
     "dvalues": Outer,
     "block_norms": Outer,
     "all_block_norms": Supertile,
+    "conv2d_fwd": Multiply,
+    "conv2d_dx": Multiply,
+    "conv2d_dvalues": Outer,
+    "conv2d_block_norms": Outer,
+    "conv2d_all_block_norms": Supertile,
 }
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 INTERPRETER = "sm_90"
 """The architecture whose configurations Triton's interpreter runs."""
 
+MOST_PIXELS = 2**31 - 2**16
+"""Pixels of a call of a convolution: their numbers are int32, also those of a tile that sticks out."""
+
 
 def interpreted() -> bool:
     """Return whether Triton runs as an interpreter on CPU tensors (``TRITON_INTERPRET=1``)."""
@@ -66,6 +69,28 @@ def aligned_rows(x: Tensor) -> Tensor:
     rows[:, :features] = x
     rows[:, features:] = 0
     return rows
+
+
+def aligned_images(x: Tensor, groups: int) -> Tensor:
+    """Return ``x (N, C, H, W)``, channels last, as ``(N, H, W, groups, F)``: contiguous, each group 16-byte aligned.
+
+    That is x itself for most; else a copy, the channels of each group filled up with zeros to a multiple of 16 bytes.
+
+    Raises:
+        NotImplementedError: x has so many pixels that their numbers are no int32.
+    """
+    align, pixels = alignment(x.dtype), x.shape[0] * x.shape[2] * x.shape[3]
+    if pixels >= MOST_PIXELS:
+        raise NotImplementedError(f"{pixels} pixels in a call; the GPU kernels count fewer than {MOST_PIXELS}")
+    images: Tensor = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))
+    features = images.shape[4]
+    missing = -features % align
+    if images.is_contiguous() and missing == 0 and x.data_ptr() % 16 == 0:
+        return images
+    filled = x.new_empty(*images.shape[:4], features + missing)
+    filled[..., :features] = images
+    filled[..., features:] = 0
+    return filled
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -22,6 +22,20 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def place_of_group(row_ptr_ptr, rows, slots, search_steps, BLOCKS: tl.constexpr):
+    """Return ``(row, first, stop)`` of this program: its block row, its first entry, and where the row ends."""
+    task = tl.program_id(0)
+    row, above = 0, rows + 1  # the last row whose first program is not after this one
+    for _ in range(search_steps):
+        middle = (row + above) // 2
+        before = tl.load(row_ptr_ptr + middle) // BLOCKS + middle <= task
+        row, above = tl.where(before, middle, row), tl.where(before, above, middle)
+    start = tl.load(row_ptr_ptr + row)
+    stop = tl.load(row_ptr_ptr + row + 1, mask=row < rows, other=slots)
+    return row, start + (task - start // BLOCKS - row) * BLOCKS, stop
+
+
 @triton.jit(do_not_specialize=["T", "tokens_per_split", "rows", "slots", "search_steps"])
 def outer_kernel(
     dy_ptr, x_ptr, row_ptr_ptr, column_ptr, slot_ptr, out_ptr,
@@ -33,16 +47,8 @@ def outer_kernel(
 ):  # fmt: skip
     """Write a group of blocks (their norms if NORMS) of one split of the tokens."""
     BLOCKS: tl.constexpr = TILE_IN // BI if TILE_IN > BI else 1
-    task, split, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-
-    row, above = 0, rows + 1  # the last row whose first program is not after this one
-    for _ in range(search_steps):
-        middle = (row + above) // 2
-        before = tl.load(row_ptr_ptr + middle) // BLOCKS + middle <= task
-        row, above = tl.where(before, middle, row), tl.where(before, above, middle)
-    start = tl.load(row_ptr_ptr + row)
-    stop = tl.load(row_ptr_ptr + row + 1, mask=row < rows, other=slots)
-    first = start + (task - start // BLOCKS - row) * BLOCKS
+    split, piece = tl.program_id(1), tl.program_id(2)
+    row, first, stop = place_of_group(row_ptr_ptr, rows, slots, search_steps, BLOCKS)
 
     g = piece * TILE_IN + tl.arange(0, TILE_IN)
     n, t = tl.arange(0, BO), tl.arange(0, TILE_T)

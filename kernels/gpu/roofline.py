@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparsekern.kernels.contract import PADDING
-from sparsekern.kernels.gpu.config import Config, FewTokens, Multiply, Outer, Problem, Supertile, package_data
+from sparsekern.kernels.gpu.config import KINDS, Config, FewTokens, Multiply, Outer, Problem, Supertile, package_data
 
 LATENCY = 0.8e-6
 """Seconds from asking the L2 cache to having the answer in shared memory, under load: an estimate."""
@@ -94,9 +94,11 @@ def fits(problem: Problem, config: Config) -> bool:
         return False  # it reads ahead in the lists of the index
     if isinstance(config, Multiply) and config.tma and (config.tile_k > problem.summed or problem.kept < 64):
         return False
+    if isinstance(config, Multiply) and config.tma and problem.is_conv2d:
+        return False  # the pixels of a tile do not lie in a box
     if isinstance(config, FewTokens) and problem.kept % config.tile_n:
         return False
-    if isinstance(config, Outer) and problem.kernel == "block_norms" and config.tile_in < problem.bi:
+    if isinstance(config, Outer) and problem.takes_norms and config.tile_in < problem.bi:
         return False
     if isinstance(config, Supertile) and (config.tile_out % problem.bo or config.tile_in % problem.bi):
         return False
@@ -147,21 +149,22 @@ def _turns(problem: Problem, config: Config) -> tuple[float, float]:
 
 def _all(problem: Problem) -> Iterator[Config]:
     wide = 64 if problem.itemsize == 2 else 32  # one cache line of K
-    if problem.kernel in ("fwd", "dx"):
+    kind = KINDS[problem.kernel]
+    if kind is Multiply:
         yield from _multiply(problem, wide)
-    elif problem.kernel in ("few_fwd", "few_dx"):
+    elif kind is FewTokens:
         for tile_n in (16, 32):
             for tile_k in (wide, 2 * wide):
                 if problem.kept >= tile_n and problem.summed % min(tile_k, problem.summed) == 0:
                     yield from (FewTokens(tile_n, tile_k, warps, stages) for warps in (2, 4) for stages in (4, 6))
-    elif problem.kernel == "all_block_norms":
+    elif kind is Supertile:
         yield from _supertile(problem, wide)
     else:
         yield from _outer(problem, wide)
 
 
 def _multiply(problem: Problem, wide: int) -> Iterator[Config]:
-    tma = device(problem.arch)["tma"] and min(problem.bo, problem.bi) >= 64
+    tma = device(problem.arch)["tma"] and not problem.is_conv2d and min(problem.bo, problem.bi) >= 64
     for tile_t in (32, 64, 128, 256):
         for tile_k in (wide, 2 * wide):
             for warps in (4, 8):
@@ -176,7 +179,7 @@ def _multiply(problem: Problem, wide: int) -> Iterator[Config]:
 def _outer(problem: Problem, wide: int) -> Iterator[Config]:
     # Tokens are K here, and wgmma reads tf32 along K only: a transposition, in 4-byte copies (in Triton 3.7.1 tcgen05
     # too). Programs of 2 warps and tiles of 32 rows take mma.sync instead. A norm needs the whole block in one program.
-    norm = problem.kernel == "block_norms"
+    norm = problem.takes_norms
     along_k = problem.dtype == "fp32" and device(problem.arch)["from_shared"]
     shapes: tuple[tuple[int, int], ...]
     if along_k and not (norm and problem.bo * problem.bi > 64 * 64):

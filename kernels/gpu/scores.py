@@ -17,17 +17,22 @@ SKETCH_BYTES = 64 * 2**20
 
 
 def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the norms ``(K,)`` of chosen blocks; see :meth:`sparsekern.kernels.contract.Backend.block_norms`.
-
-    They are brought in the order of block rows, so that blocks side by side share the tiles of dy.
-    """
+    """Return the norms ``(K,)`` of chosen blocks; see :meth:`sparsekern.kernels.contract.Backend.block_norms`."""
     norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
-    rows = -(-dy.shape[1] // block[0])
+    lists = lists_of(row, col, -(-dy.shape[1] // block[0]))
+    outer_blocks("block_norms", dy, x, lists, row.shape[0], block, norms)
+    return norms
+
+
+def lists_of(row: Tensor, col: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the lists of chosen blocks: where each block row begins, and the column and number of each block.
+
+    In the order of block rows, blocks side by side share the tiles of dy.
+    """
     sorted_row, order = row.sort(stable=True)
     starts = torch.arange(rows + 1, dtype=row.dtype, device=row.device)
     row_ptr = torch.searchsorted(sorted_row, starts, out_int32=True)
-    outer_blocks("block_norms", dy, x, (row_ptr, col[order], order.int()), row.shape[0], block, norms)
-    return norms
+    return row_ptr, col[order], order.int()
 
 
 def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
@@ -72,13 +77,13 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) 
         return total
     panel = max(TILE_T, SKETCH_BYTES // (4 * pairs * (rows + cols)) // TILE_T * TILE_T)
     for start in range(0, tokens, panel):
-        left = _project(dy[start : start + panel], u, bo)
-        right = _project(x[start : start + panel], v, bi)
+        left = project(dy[start : start + panel], u, bo)
+        right = project(x[start : start + panel], v, bi)
         total.baddbmm_(left, right.transpose(1, 2))
     return total
 
 
-def _project(x: Tensor, directions: Tensor, side: int) -> Tensor:
+def project(x: Tensor, directions: Tensor, side: int) -> Tensor:
     """Return ``(r, blocks, T)``: each block of columns of ``x (T, F)`` times that part of each direction ``(r, F)``."""
     (tokens, features), pairs = x.shape, directions.shape[0]
     blocks = -(-features // side)

@@ -233,23 +233,29 @@ class BlockSparse(nn.Module):
         return topology
 
     @torch.no_grad()
-    def move_(self, slots: Tensor, row: Tensor, col: Tensor) -> None:
+    def move_(self, slots: Tensor, row: Tensor, col: Tensor, *, checked: bool = False) -> None:
         """Move the blocks in ``slots (k,)`` to ``(row, col)``, zero them and their gradient, and rebuild the index.
 
         In place: no shape or address changes. ``row = col = -1`` frees a slot. Training methods call this through
-        their own ``move``, which resets the optimizer's state too.
+        their own ``move``, which resets the optimizer's state too. With ``checked`` the caller has called
+        ``topology.moved`` with these arguments.
 
         Raises:
             ValueError: a place is taken or outside the grid, or taps that are tied would part; nothing has changed.
         """
-        moved = self.moved(slots, row, col)
-        self.row.copy_(moved.row)
-        self.col.copy_(moved.col)
+        if not checked:
+            self.moved(slots, row, col)
         slots = slots.long()
+        self.row.index_copy_(0, slots, row.to(self.row))
+        self.col.index_copy_(0, slots, col.to(self.col))
         self.values.index_fill_(0, slots, 0)
         if self.values.grad is not None:
             self.values.grad.index_fill_(0, slots, 0)
         rebuild_(self.index, self.topology)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are not armed: a probe belongs to the method that reads it."""
+        return self.__dict__ | {"probe": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_meta = self.row.is_meta

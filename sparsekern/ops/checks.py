@@ -87,6 +87,10 @@ def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
         wanted = rows_cols
     elif probe.kind == "sketch":
         wanted = (probe.args[0].shape[0], *rows_cols)
+    elif probe.kind == "magnitudes":
+        wanted = (grid.rows + grid.cols,)
+    elif probe.kind == "signed_sums":
+        wanted = (grid.out_features + grid.in_features,)
     else:
         raise ValueError(f"probe kind is {probe.kind!r}; it must be one of {', '.join(KINDS)}")
     if tuple(probe.tensor.shape) != wanted:

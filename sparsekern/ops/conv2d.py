@@ -222,8 +222,8 @@ def _probe_grad(
     shape: list[int],
     dtype: torch.dtype,
     backend: str,
-) -> Tensor:
-    """Return the gradient of a probe; :class:`Probe` says what each kind asks for."""
+) -> Any:
+    """Return the gradient of a probe, a tensor; :class:`Probe` says what each kind asks for."""
     bo, bi = block
     if kind == "candidates":
         return _conv2d_dvalues(dy, x, args, bo, bi, shape, dtype, backend)

@@ -53,7 +53,7 @@ def _linear_dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, *_: Any
 @register_flop_formula(torch.ops.sparsekern.linear_backward, get_raw=True)
 def _linear_backward(dy: Tensor, x: Tensor, values: Tensor, index: Any, *_: Any, **__: Any) -> int:
     block = (values.shape[1], values.shape[2])
-    return 4 * x.shape[0] * stored_elements(Index(*index), block, dy.shape[1], x.shape[1])
+    return 2 * _flops(x.shape[0], index, block, dy.shape[1], x.shape[1])
 
 
 @register_flop_formula(torch.ops.sparsekern.linear_block_norms, get_raw=True)

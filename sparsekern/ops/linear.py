@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.kernels.contract import PADDING, Index
-from sparsekern.ops import checks, scores
+from sparsekern.ops import checks, marginals, scores
 from sparsekern.ops.backends import backend_for, requested_backend, resolve
 from sparsekern.ops.library import below_autograd, define, wants_grad
 from sparsekern.ops.probes import Probe
@@ -62,6 +62,7 @@ def linear(
         "" if probe is None else probe.kind,
         [] if probe is None else list(probe.args),
         requested_backend(),
+        0 if probe is None else probe.tokens,
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], grid.out_features)
 
@@ -83,6 +84,7 @@ def _run_linear(
     kind: str,
     probe_args: list[Tensor],
     backend: str,
+    probe_tokens: int = 0,
 ) -> Tensor:
     chosen = backend_for(backend, "linear", x, _block(values))
     return chosen.fwd(x, values, bias, Index(*index), out_features)
@@ -134,13 +136,14 @@ class _Linear(torch.autograd.Function):
         kind: str,
         probe_args: Tensors,
         backend: str,
+        probe_tokens: int,
     ) -> Tensor:
         ctx.save_for_backward(x, values, *index, *probe_args)
-        ctx.backend, ctx.kind = backend, kind
+        ctx.backend, ctx.kind, ctx.probe_tokens = backend, kind, probe_tokens
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.probe_dtype = None if probe is None else probe.dtype
         return below_autograd(
-            _linear, x, values, bias, list(index), out_features, probe, kind, list(probe_args), backend
+            _linear, x, values, bias, list(index), out_features, probe, kind, list(probe_args), backend, probe_tokens
         )
 
     @staticmethod
@@ -157,10 +160,11 @@ class _Linear(torch.autograd.Function):
         elif need_values:
             dvalues = _linear_dvalues(dy, x, index, bo, bi, values.dtype, ctx.backend)
         dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
-        dprobe = (
-            _probe_grad(ctx.kind, dy, x, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend) if need_probe else None
-        )
-        return dx, dvalues, dbias, dprobe, None, None, None, None, None
+        dprobe = None
+        if need_probe:
+            some = spread(dy, x, ctx.probe_tokens)
+            dprobe = _probe_grad(ctx.kind, *some, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend)
+        return dx, dvalues, dbias, dprobe, None, None, None, None, None, None
 
 
 class _LinearDx(torch.autograd.Function):
@@ -202,6 +206,14 @@ class _LinearDvalues(torch.autograd.Function):
         return ddy, dx, None, None, None, None, None
 
 
+def spread(dy: Tensor, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return at most so many tokens, evenly spread over the batch, as views; all of them for 0."""
+    if tokens == 0 or x.shape[0] <= tokens:
+        return dy, x
+    step = x.shape[0] // tokens
+    return dy[::step][:tokens], x[::step][:tokens]
+
+
 def _probe_grad(
     kind: str,
     dy: Tensor,
@@ -219,6 +231,10 @@ def _probe_grad(
         return scores.block_norms(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
     if kind == "all_norms":
         return scores.all_block_norms(dy, x, bo, bi, backend).to(dtype)
+    if kind == "magnitudes":
+        return marginals.magnitudes(dy, x, block).to(dtype)
+    if kind == "signed_sums":
+        return marginals.signed_sums(dy, x, args[0], args[1]).to(dtype)
     return scores.sketch(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
 
 
@@ -235,12 +251,15 @@ def _linear_autograd(
     kind: str,
     probe_args: list[Tensor],
     backend: str,
+    probe_tokens: int = 0,
 ) -> Tensor:
     backend = resolve(backend, "linear", x, _block(values))
     if wants_grad(x, values, bias, probe):
-        y: Tensor = _Linear.apply(x, values, bias, probe, tuple(index), out_features, kind, tuple(probe_args), backend)
+        y: Tensor = _Linear.apply(
+            x, values, bias, probe, tuple(index), out_features, kind, tuple(probe_args), backend, probe_tokens
+        )
         return y
-    return below_autograd(_linear, x, values, bias, index, out_features, probe, kind, probe_args, backend)
+    return below_autograd(_linear, x, values, bias, index, out_features, probe, kind, probe_args, backend, probe_tokens)
 
 
 def _dx_autograd(dy: Tensor, values: Tensor, index: list[Tensor], in_features: int, backend: str) -> Tensor:
@@ -273,7 +292,7 @@ def _backward_autograd(
 _linear: Callable[..., Tensor] = define(
     "linear",
     "(Tensor x, Tensor values, Tensor? bias, Tensor[] index, SymInt out_features, "
-    "Tensor? probe, str probe_kind, Tensor[] probe_args, str backend) -> Tensor",
+    "Tensor? probe, str probe_kind, Tensor[] probe_args, str backend, SymInt probe_tokens=0) -> Tensor",
     fake=_fake_linear,
     run=_run_linear,
     autograd=_linear_autograd,

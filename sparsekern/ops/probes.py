@@ -13,25 +13,36 @@ from torch import Tensor
 
 from sparsekern.topology import Grid, Topology, build_index
 
-KINDS = ("candidates", "norms", "all_norms", "sketch")
+KINDS = ("candidates", "norms", "all_norms", "sketch", "magnitudes", "signed_sums")
 
 
 class Probe(NamedTuple):
     """What to ask of the gradient ``G = dy' x`` of the whole weight; after the backward the answer is ``tensor.grad``.
 
     Make one with a class method; places that are not distinct ones of the grid raise ValueError. Norms of several
-    backwards do not add up to the norm of the sum: use ``candidates`` or ``sketch``, which are linear in G, where
+    backwards do not add up to the norm of the sum: use one of the other kinds, which are linear in the tokens, where
     gradients are accumulated or reduced over ranks.
+
+    With ``tokens`` above 0 the answer is that of so many tokens of each backward, evenly spread; :meth:`of_tokens`.
     """
 
     kind: str
     tensor: Tensor
     args: tuple[Tensor, ...]
+    tokens: int = 0
 
     @classmethod
-    def candidates(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
-        """Ask for the blocks ``(row[k], col[k])`` of G: ``(K, bo, bi)``. The places are distinct, int32 ``(K,)``."""
-        _check_places(grid, row, col)
+    def candidates(
+        cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32, checked: bool = False
+    ) -> Probe:
+        """Ask for the blocks ``(row[k], col[k])`` of G: ``(K, bo, bi)``. The places are distinct, int32 ``(K,)``.
+
+        Where ``row = col = -1`` nothing is asked and the answer is zero: so K can stay the same, which it must not to
+        be compiled anew, while the number of places changes. With ``checked`` the caller knows that the places are
+        distinct ones of the grid.
+        """
+        if not checked:
+            _check_places(grid, row, col)
         index = build_index(Topology(grid, row, col))
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
@@ -40,6 +51,8 @@ class Probe(NamedTuple):
     def norms(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
         """Ask for the Frobenius norms of the blocks ``(row[k], col[k])`` of G: ``(K,)``."""
         _check_places(grid, row, col)
+        if bool((row < 0).any()):
+            raise ValueError("a probe asks for norms of blocks (-1, -1); that is a free slot, not a place")
         return cls("norms", _zeros(row.shape, dtype, row.device), (row, col))
 
     @classmethod
@@ -58,14 +71,33 @@ class Probe(NamedTuple):
         """
         return cls("sketch", _zeros((u.shape[0], grid.rows, grid.cols), u.dtype, u.device), (u, v))
 
+    @classmethod
+    def magnitudes(
+        cls, grid: Grid, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> Probe:
+        """Ask what block rows see of dy and block columns of x: ``(R + C,)``; :mod:`sparsekern.ops.marginals`."""
+        return cls("magnitudes", _zeros((grid.rows + grid.cols,), dtype, device), ())
+
+    @classmethod
+    def signed_sums(cls, grid: Grid, hash_out: Tensor, hash_in: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
+        """Ask for the sums of dy and x over tokens with random signs: ``(out + in,)``.
+
+        The hashes ``(out,)`` and ``(in,)`` are random zeros and ones; :mod:`sparsekern.ops.marginals`.
+        """
+        shape = (grid.out_features + grid.in_features,)
+        return cls("signed_sums", _zeros(shape, dtype, hash_out.device), (hash_out, hash_in))
+
+    def of_tokens(self, tokens: int) -> Probe:
+        """Return a probe that asks the same of only so many tokens of each backward; 0 for all."""
+        return self._replace(tokens=tokens)
+
 
 def _check_places(grid: Grid, row: Tensor, col: Tensor) -> None:
     if row.numel() == 0 and row.shape == col.shape:
         return  # nothing to ask, as in a layer that is full
     Topology(grid, row, col).validate()
-    if bool((row < 0).any()):
-        raise ValueError("a probe asks for blocks (-1, -1); that is a free slot, not a place")
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+    """Return zeros that take no memory: one number, seen everywhere. Nobody reads a probe."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()

@@ -107,7 +107,7 @@ _ALL = (
         distribution="uniform",
         augmentation="none",
         seeds=5,
-        width=1024,
+        width=2048,
         needs_image_size=True,
         channels_last=False,
     ),

@@ -7,6 +7,7 @@ from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at
 from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
 from sparsekern.topology.grid import Grid, block_pair, conv_grid
 from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, mask_index_, rebuild_
+from sparsekern.topology.pairs import are_absent, sample_absent_pairs, sample_pairs, without
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.tied import check_multiple, check_tied, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
@@ -18,6 +19,7 @@ __all__ = [
     "Index",
     "Topology",
     "allocate",
+    "are_absent",
     "balanced",
     "block_pair",
     "blocks_at",
@@ -41,8 +43,11 @@ __all__ = [
     "random",
     "rebuild_",
     "sample_absent",
+    "sample_absent_pairs",
     "sample_distinct",
+    "sample_pairs",
     "tie",
     "to_dense",
     "with_capacity",
+    "without",
 ]

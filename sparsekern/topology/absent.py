@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def sample_absent(present: Tensor, cells: int, count: int, generator: torch.Generator) -> Tensor:
+def sample_absent(
+    present: Tensor, cells: int, count: int, generator: torch.Generator, *, ordered: bool = False
+) -> Tensor:
     """Draw ``count`` distinct cells outside ``present``, every such set equally likely.
 
     Args:
@@ -14,9 +16,10 @@ def sample_absent(present: Tensor, cells: int, count: int, generator: torch.Gene
         cells: number of cells; keys are 0 to ``cells - 1``.
         count: how many to draw.
         generator: a CPU generator.
+        ordered: return them ascending, which is faster than to sort them afterwards.
 
     Returns:
-        ``(count,)`` int64 keys on the device of ``present``, in the order drawn.
+        ``(count,)`` int64 keys on the device of ``present``, in the order drawn unless ``ordered``.
 
     Raises:
         ValueError: fewer than ``count`` cells are absent.
@@ -25,6 +28,8 @@ def sample_absent(present: Tensor, cells: int, count: int, generator: torch.Gene
     if count > absent:
         raise ValueError(f"{count} blocks were to be added, but only {absent} of {cells} cells are empty")
     ranks = sample_distinct(absent, count, generator).to(present.device)
+    if ordered:
+        ranks = ranks.sort().values
     # A present key p has p - position(p) absent cells before it. The absent cell of rank j is therefore j plus the
     # number of present keys with at most j absent cells before them.
     position = torch.arange(present.shape[0], device=present.device)
@@ -44,14 +49,15 @@ def sample_distinct(population: int, count: int, generator: torch.Generator) -> 
     drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.shape[0] < count:
         more = 16 + (count - drawn.shape[0]) * 5 // 4
-        fresh = torch.randint(population, (more,), generator=generator, device="cpu")
-        drawn = _first_occurrences(torch.cat([drawn, fresh]))
+        drawn = torch.cat([drawn, torch.randint(population, (more,), generator=generator, device="cpu")])
+        drawn = first_occurrences(drawn)
     return drawn[:count]
 
 
-def _first_occurrences(drawn: Tensor) -> Tensor:
+def first_occurrences(drawn: Tensor) -> Tensor:
     """Drop repetitions, keeping the order: a later draw must not push out an earlier one."""
     ordered, position = drawn.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
-    return drawn[position[first].sort().values]
+    del ordered
+    return drawn[torch.empty_like(first).index_copy_(0, position, first)]

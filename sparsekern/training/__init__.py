@@ -2,13 +2,33 @@
 
 from sparsekern.training.base import Method
 from sparsekern.training.followers import Followers, Move
+from sparsekern.training.gradient import GradientMethod
+from sparsekern.training.gse import GSE
+from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.recalibrate import recalibrate_norms
+from sparsekern.training.rigl import RigL
 from sparsekern.training.schedules import Schedule
 from sparsekern.training.set import SET
 from sparsekern.training.static import Static
 from sparsekern.training.vrpge import VRPGE
 
-METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "vrpge": VRPGE}
+METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL, "gse": GSE, "vrpge": VRPGE}
 """By the name that the command line uses."""
 
-__all__ = ["METHODS", "SET", "VRPGE", "Followers", "Method", "Move", "Schedule", "Static", "recalibrate_norms"]
+__all__ = [
+    "GSE",
+    "METHODS",
+    "PRESETS",
+    "SET",
+    "VRPGE",
+    "Followers",
+    "GradientMethod",
+    "Method",
+    "Move",
+    "Preset",
+    "RigL",
+    "Schedule",
+    "Static",
+    "preset",
+    "recalibrate_norms",
+]

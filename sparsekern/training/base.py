@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology import generator_for
+from sparsekern.training.coverage import Coverage
 from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.schedules import Schedule
+from sparsekern.training.scores import block_norms, protect_last
+from sparsekern.training.tied import Units
 
 STATE_VERSION = 1
+
+NEVER = -(2**30)
+"""The update at which a block of the first topology was grown."""
 
 
 class Method:
@@ -40,6 +46,11 @@ class Method:
         drop_fraction: fraction of a layer's blocks that moves, in [0, 1]; falls to 0 along a cosine by ``stop``. Or a
             function of the step.
         grown_state: optimizer state of a moved block: ``"zero"`` or ``"mean_v"``; :class:`Followers`.
+        scope: ``"layer"``: every layer keeps its number of blocks. ``"global"``, in methods that score by gradients:
+            all layers compete for blocks, and one with free slots (``capacity=``) may gain some.
+        keep_connected: never drop the strongest block of a block row or column, so that none becomes empty.
+        min_age: updates during which a grown block is not dropped. It starts at zero and would be the weakest: when
+            updates follow each other closely, few others move. 0, as in the papers, spares none.
         seed: decides every random choice, together with the layer's name and the step.
 
     Raises:
@@ -47,6 +58,9 @@ class Method:
         TypeError: the optimizer is not a :class:`torch.optim.Optimizer`.
         NotImplementedError: the values are sharded.
     """
+
+    scopes: tuple[str, ...] = ("layer",)
+    """What ``scope`` may be."""
 
     pool: float = 1.0
     """Blocks to store for each one that is to remain: more than 1 in a method that chooses among candidates."""
@@ -61,6 +75,9 @@ class Method:
         stop: float | None = None,
         drop_fraction: float | Callable[[int], float] = 0.3,
         grown_state: str = "zero",
+        scope: str = "layer",
+        keep_connected: bool = False,
+        min_age: int = 0,
         seed: int = 0,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -73,10 +90,16 @@ class Method:
                 raise NotImplementedError(
                     f"values of {name!r} are a DTensor; moving sharded blocks is not supported, use DDP"
                 )
+        if scope not in self.scopes:
+            known = ", ".join(repr(s) for s in self.scopes)
+            raise ValueError(f"scope is {scope!r}; for {type(self).__name__} it must be {known}")
+        if min_age < 0:
+            raise ValueError(f"min_age is {min_age}; it must be 0 or more updates")
         self.schedule = Schedule(update_every, start, None if stop is None else int(stop), drop_fraction)
         self.followers = Followers(self.layers, optimizer, grown_state)
         self.followers.check()
         self.optimizer = optimizer
+        self.scope, self.keep_connected, self.min_age = scope, keep_connected, min_age
         self.seed = seed
         self.steps = 0
         self.updates = 0
@@ -84,6 +107,8 @@ class Method:
         self._seen = 0
         self._churn = dict.fromkeys(self.layers, 0.0)
         self._start = {name: layer.topology.sorted_keys().cpu() for name, layer in self.layers.items()}
+        self._coverage = {name: Coverage(layer.topology, seed, name) for name, layer in self.layers.items()}
+        self._born = {name: torch.full_like(layer.row, NEVER) for name, layer in self.layers.items() if min_age}
         optimizer.register_step_post_hook(self._count)
 
     def __repr__(self) -> str:
@@ -104,6 +129,29 @@ class Method:
         """
         raise NotImplementedError
 
+    def choose_all(self, fraction: float) -> dict[str, Move]:
+        """Return the moves of all layers by name: those of :meth:`choose`. Layers whose values are frozen stay."""
+        moves = {}
+        for name, layer in self.layers.items():
+            if layer.values.requires_grad:
+                generator = generator_for(self.seed, type(self).__name__, name, self.steps)
+                move = self.choose(name, layer, fraction, generator)
+                if move is not None:
+                    moves[name] = move
+        return moves
+
+    def strength(self, name: str, layer: BlockSparse, parts: Units | None = None) -> Tensor:
+        """Return the Frobenius norm ``(Z,)`` of every block, or ``(U,)`` of every unit; infinity where none may go.
+
+        That is free slots, blocks younger than ``min_age``, and what ``keep_connected`` protects.
+        """
+        parts = Units(layer.topology, None, 0) if parts is None else parts
+        scores = block_norms(layer)
+        if self.min_age:
+            scores = scores.masked_fill(self.updates - self._born[name] <= self.min_age, torch.inf)
+        scores = parts.norms(scores)
+        return protect_last(parts.topology, scores) if self.keep_connected else scores
+
     def step(self) -> bool:
         """Update the topology if it is time to. Call it after ``optimizer.step()``; returns whether blocks moved."""
         due = self.schedule.due_since(self._seen, self.steps)
@@ -114,23 +162,26 @@ class Method:
         """Update the topology now, whatever the schedule says; returns whether blocks moved."""
         began = time.perf_counter()
         fraction = self.schedule.fraction(self.steps)
-        moves: dict[str, Move] = {}
-        for name, layer in self.layers.items():
-            self._churn[name] = 0.0
-            if layer.values.requires_grad:
-                generator = generator_for(self.seed, type(self).__name__, name, self.steps)
-                move = self.choose(name, layer, fraction, generator)
-                if move is not None and move.slots.numel():
-                    moves[name] = move
+        self._churn = dict.fromkeys(self.layers, 0.0)
+        moves = {name: move for name, move in self.choose_all(fraction).items() if move.slots.numel()}
         self.followers.check()  # everything, before the first layer moves
         for name, move in moves.items():
             self.followers.check_move(name, move)
         for name, move in moves.items():
             self.followers.move(name, move)
-            self._churn[name] = move.slots.numel() / max(1, self.layers[name].topology.blocks())
+            self._note(name, move)
         self.updates += 1
         self.seconds += time.perf_counter() - began
         return bool(moves)
+
+    def _note(self, name: str, move: Move) -> None:
+        """Keep the books about a move that was made."""
+        topology = self.layers[name].topology
+        grown = move.row >= 0
+        self._churn[name] = move.slots.numel() / max(1, topology.blocks())
+        self._coverage[name].add((move.row.long() * topology.grid.cols + move.col)[grown])
+        if self.min_age:
+            self._born[name].index_fill_(0, move.slots.long(), self.updates)
 
     def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
@@ -180,19 +231,24 @@ class Method:
         """Return plain numbers about the topology; waits for the device.
 
         ``sparsity/*`` fraction absent; ``churn/*`` fraction of blocks that the last update moved; ``kept/*`` fraction
-        of the first topology's places that are still in use; ``steps``, ``updates``, ``update_seconds`` in total.
+        of the first topology's places that are still in use; ``itop/*`` fraction of all places that were ever in use
+        (in a large grid estimated: :class:`~sparsekern.training.coverage.Coverage`); ``steps``, ``updates``,
+        ``update_seconds`` in total.
         """
         numbers: dict[str, float] = {}
-        stored = total = 0
+        stored, total, explored = 0, 0, 0.0
         for name, layer in self.layers.items():
             elements = layer.topology.elements()
             stored, total = stored + elements, total + layer.grid.numel
             numbers[f"sparsity/{name}"] = 1 - elements / layer.grid.numel
             numbers[f"churn/{name}"] = self._churn[name]
+            rate = numbers[f"itop/{name}"] = self._coverage[name].rate()
+            explored += rate * layer.grid.numel
             now = layer.topology.sorted_keys().cpu()
             start = self._start[name]
             numbers[f"kept/{name}"] = float(torch.isin(start, now).sum()) / max(1, start.shape[0])
         numbers["sparsity/global"] = 1 - stored / total
+        numbers["itop/global"] = explored / total
         numbers |= {"steps": self.steps, "updates": self.updates, "update_seconds": self.seconds}
         return numbers
 
@@ -207,6 +263,8 @@ class Method:
             "seconds": self.seconds,
             "churn": dict(self._churn),
             "start": dict(self._start),
+            "explored": {name: coverage.seen.clone() for name, coverage in self._coverage.items()},
+            "born": {name: born.cpu() for name, born in self._born.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -229,6 +287,10 @@ class Method:
         self.steps, self._seen = state["steps"], state["seen"]
         self.updates, self.seconds = state["updates"], state["seconds"]
         self._churn, self._start = dict(state["churn"]), dict(state["start"])
+        for name, seen in state["explored"].items():
+            self._coverage[name].seen.copy_(seen)
+        for name, born in self._born.items():
+            born.copy_(state["born"].get(name, torch.tensor(NEVER)))
 
     def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.nn import BlockSparse, sparse_layers
+from sparsekern.topology import Grid
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
 
 OnMove = str | Callable[[Tensor, Tensor], None]
@@ -24,6 +25,12 @@ class Move(NamedTuple):
     slots: Tensor
     row: Tensor
     col: Tensor
+
+
+def to_places(slots: Tensor, keys: Tensor, grid: Grid) -> Move:
+    """Return the move of ``slots (k,)`` to the cells ``keys (k,)``; key -1 frees the slot."""
+    row, col = torch.div(keys, grid.cols, rounding_mode="floor"), torch.where(keys < 0, -1, keys % grid.cols)
+    return Move(slots, row.int(), col.int())
 
 
 class Followers:
@@ -102,7 +109,7 @@ class Followers:
         """Move blocks of one layer, with all that follows them. :meth:`check` and :meth:`check_move` come before."""
         layer = self.layers[name]
         states = slot_state(self.optimizer, layer.values, name)
-        layer.move_(move.slots, move.row, move.col)
+        layer.move_(*move, checked=True)
         slots = move.slots.long()
         kept = layer.topology.used().index_fill(0, slots, False)
         for key, tensor, fresh in states:
@@ -116,7 +123,7 @@ class Followers:
             elif on_move == "zero":
                 tensor.index_fill_(0, slots.to(tensor.device), 0)
         for twin in self._twins[name]:
-            twin.move_(*(t.to(twin.row.device) for t in move))
+            twin.move_(*(t.to(twin.row.device) for t in move), checked=True)
 
 
 def _same_blocks(a: BlockSparse, b: BlockSparse) -> bool:

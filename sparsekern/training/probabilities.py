@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.training.budget import Budget
+from sparsekern.training.distributed import ranks, sum_over_ranks
 from sparsekern.training.sampling import score_gradient
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -58,9 +58,7 @@ class Probabilities:
             masks: bool.
             factor: of the rate.
         """
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(losses)
-            losses = losses / dist.get_world_size()
+        losses = sum_over_ranks(losses) / ranks()
         s = self._value
         s.grad = score_gradient(losses.to(s.device), masks, s)
         if self.clip is not None:

@@ -39,13 +39,14 @@ class Schedule:
 
     def due(self, step: int) -> bool:
         """Return whether an update happens after optimizer step ``step`` (the first step is 1)."""
-        return step >= max(1, self.start) and self._before_stop(step) and step % self.update_every == 0
+        return step >= max(1, self.start) and self.before_stop(step) and step % self.update_every == 0
 
     def due_since(self, seen: int, step: int) -> bool:
         """Return whether an update became due after step ``seen`` and may still happen at step ``step``."""
-        return self._before_stop(step) and any(self.due(s) for s in range(seen + 1, step + 1))
+        return self.before_stop(step) and any(self.due(s) for s in range(seen + 1, step + 1))
 
-    def _before_stop(self, step: int) -> bool:
+    def before_stop(self, step: int) -> bool:
+        """Return whether updates may still happen after optimizer step ``step``."""
         return self.stop is None or step < self.stop
 
     def fraction(self, step: int) -> float:

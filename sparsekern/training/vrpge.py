@@ -77,7 +77,7 @@ class VRPGE(Method):
             ``"decay"``, what it does at a gradient of zero.
         update_every: optimizer steps between refills; ``drop_fraction`` limits them to that part of a layer's units.
         options: of :class:`Method`: ``start``, before which probabilities stay equal, ``stop``, ``drop_fraction``,
-            ``grown_state``, ``seed``.
+            ``grown_state``, ``seed``; ``keep_connected`` and ``min_age`` have no effect.
 
     Raises:
         ValueError: a number out of range, or fewer candidates than are to remain.

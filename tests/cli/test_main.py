@@ -31,7 +31,7 @@ def test_help_names_every_option():
     options = [name.replace("_", "-") for name in Config().to_json()]
     for option in (*options, "out", "resume", "json", "quiet"):
         assert f"--{option}" in text
-    assert "1024" in text and ", ".join(METHODS) in text
+    assert "2048" in text and ", ".join(METHODS) in text
 
 
 @pytest.mark.parametrize("command", [["-m", "sparsekern"], ["-m", "sparsekern.cli.main"]])

@@ -89,7 +89,7 @@ def test_one_seed_without_the_twin():
 
 def test_the_network_is_named():
     results = copy.deepcopy(RESULTS)
-    assert "digits, MLP of width 1024: hidden layers 87.5 % sparse" in " ".join(shown(results, width=200).split())
+    assert "digits, MLP of width 2048: hidden layers 87.5 % sparse" in " ".join(shown(results, width=200).split())
     results["config"] = Config(recipe="resnet20", width_multiplier=2).to_json()
     assert "digits, ResNet-20, 2 times as wide: hidden layers" in " ".join(shown(results, width=200).split())
 

@@ -54,6 +54,22 @@ PROBES = {
     "all_norms": (lambda: Probe.all_norms(GRID, **F64), lambda g: dense_block_norms(GRID, g)),
     "sketch": (lambda: Probe.sketch(GRID, U, V), sketched),
 }
+HASHES = [torch.randint(2, (n,), generator=torch.Generator().manual_seed(n)).double() for n in (11, 9)]
+MARGINALS = {
+    "magnitudes": lambda: Probe.magnitudes(GRID, **F64),
+    "signed_sums": lambda: Probe.signed_sums(GRID, *HASHES, **F64),
+}
+
+
+@pytest.mark.parametrize("kind", MARGINALS)
+def test_marginals_add_up_over_micro_batches(kind):
+    together, apart = MARGINALS[kind](), [MARGINALS[kind]() for _ in range(3)]
+    for seed, probe in enumerate(apart):
+        run(together, seed)
+        y, _ = run(probe, seed)
+        assert torch.equal(y, run(None, seed)[0])
+    assert together.tensor.grad.any()
+    torch.testing.assert_close(together.tensor.grad, sum(probe.tensor.grad for probe in apart))
 
 
 @pytest.mark.parametrize("kind", PROBES)
@@ -85,8 +101,35 @@ def test_no_places_and_free_places(make):
     probe = make(GRID, ROW[:0], COL[:0], **F64)
     run(probe)
     assert probe.tensor.grad.shape[0] == 0
-    with pytest.raises(ValueError, match=r"asks for blocks \(-1, -1\)"):
-        make(GRID, ROW[:1] * 0 - 1, COL[:1] * 0 - 1)
+    free = torch.full((1,), -1, dtype=torch.int32)
+    if make == Probe.norms:
+        with pytest.raises(ValueError, match=r"asks for norms of blocks \(-1, -1\)"):
+            make(GRID, free, free)
+        return
+    padded = make(GRID, torch.cat([ROW[:1], free, ROW[1:]]), torch.cat([COL[:1], free, COL[1:]]), **F64)
+    run(padded)
+    plain = make(GRID, ROW, COL, **F64)
+    run(plain)
+    assert torch.equal(padded.tensor.grad[[0, 2, 3]], plain.tensor.grad) and not padded.tensor.grad[1].any()
+
+
+def test_a_probe_takes_no_memory():
+    probe = Probe.candidates(GRID, ROW, COL)
+    assert probe.tensor.shape == (3, 4, 2) and probe.tensor.untyped_storage().nbytes() == 4
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(0, range(7)), (7, range(7)), (9, range(7)), (3, (0, 2, 4)), (1, (0,))])
+@pytest.mark.parametrize("kind", PROBES)
+def test_a_probe_of_some_tokens_takes_them_evenly_spread(kind, tokens, taken):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(7, n, dtype=torch.float64, generator=generator) for n in (9, 11))
+    make, oracle = PROBES[kind]
+    probe = make().of_tokens(tokens)
+    values = torch.ones(6, 4, 2, dtype=torch.float64, requires_grad=True)
+    ops.linear(x, values, None, build_index(TOPOLOGY), GRID, probe).backward(dy)
+    taken = list(taken)
+    torch.testing.assert_close(probe.tensor.grad, oracle(dy[taken].T @ x[taken]))
+    torch.testing.assert_close(values.grad, gather_blocks(TOPOLOGY, dy.T @ x), msg="the weight hears all tokens")
 
 
 def test_a_layer_under_compile_has_two_graphs_armed_and_not():

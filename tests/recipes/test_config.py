@@ -8,7 +8,7 @@ from sparsekern.recipes.config import Config, usable_device
 
 def test_the_default_is_what_the_readme_promises():
     config = Config()
-    assert (config.width, config.block_size, config.sparsity, config.method) == (1024, 16, 0.9, "set")
+    assert (config.width, config.block_size, config.sparsity, config.method) == (2048, 16, 0.9, "set")
     assert (config.recipe, config.batch_size, config.rate, config.seeds) == ("mlp", 64, 1e-3, 5)
     assert config.networks == ("sparse", "dense")
     assert Config(dense=False).networks == ("sparse",)

@@ -151,3 +151,10 @@ def test_more_than_there_are_is_refused(present: list[int]) -> None:
 def test_a_count_out_of_range_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"{count} distinct integers were asked for out of 4; it must be 0 to 4"):
         sample_distinct(4, count, generator_for(0))
+
+
+def test_ordered_is_the_same_draw_sorted():
+    present = torch.tensor([0, 3, 4, 17])
+    drawn = sample_absent(present, 500, 60, torch.Generator().manual_seed(1))
+    ordered = sample_absent(present, 500, 60, torch.Generator().manual_seed(1), ordered=True)
+    assert torch.equal(ordered, drawn.sort().values) and not torch.equal(ordered, drawn)

@@ -286,7 +286,9 @@ class TestErrors:
         state = method.state_dict()
         with pytest.raises(ValueError, match="the state has version 99; this code reads 1"):
             method.load_state_dict(state | {"version": 99})
-        with pytest.raises(ValueError, match="the state lacks churn, method, seconds, seen, start, steps, updates"):
+        with pytest.raises(
+            ValueError, match="the state lacks born, churn, explored, method, seconds, seen, start, steps, updates"
+        ):
             method.load_state_dict({"version": 1})
         with pytest.raises(ValueError, match="the state is of Static; this is SET"):
             method.load_state_dict(state | {"method": "Static"})

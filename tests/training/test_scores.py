@@ -7,7 +7,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern.topology import Grid, Topology, balanced, generator_for, with_capacity
-from sparsekern.training.scores import block_norms, lowest, protect_last
+from sparsekern.training.scores import ascending, block_norms, descending, highest, lowest, part_of, protect_last
 
 
 def ints(*numbers: int) -> torch.Tensor:
@@ -35,6 +35,47 @@ def test_lowest():
     assert lowest(scores, 3).tolist() == [1, 3, 4]
     assert lowest(scores, 9).tolist() == [1, 3, 4, 0]
     assert lowest(scores, 0).tolist() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_order_of_scores(dtype):
+    scores = torch.tensor([3.0, 0, torch.inf, 1e-40, 3, -torch.inf, 2, 0], dtype=dtype)
+    assert ascending(scores).tolist() == [5, 1, 7, 3, 6, 0, 4, 2]
+    assert descending(scores).tolist() == [2, 0, 4, 6, 3, 1, 7, 5]
+    assert scores[0] == 3, "not changed"
+    several = torch.rand(50, 2, dtype=dtype, generator=generator_for(0))[:, 0]
+    assert torch.equal(ascending(several), several.argsort(stable=True))
+    assert torch.equal(descending(several), several.argsort(stable=True, descending=True))
+
+
+def test_highest():
+    scores = torch.tensor([3.0, 5, -torch.inf, 5, 2, 3])
+    assert highest(scores, 1).tolist() == [1]
+    assert highest(scores, 3).tolist() == [0, 1, 3]
+    assert highest(scores, 9).tolist() == [0, 1, 3, 4, 5]
+    assert highest(scores, 0).tolist() == highest(scores[2:3], 1).tolist() == highest(scores[:0], 1).tolist() == []
+
+
+@pytest.mark.parametrize("count", [1, 50, 200, 5000])
+@pytest.mark.parametrize("kind", ["random", "ties", "all in a column that is not looked at", "mostly absent"])
+def test_highest_of_many(kind, count):
+    scores = torch.rand(40_000, generator=generator_for(0))
+    if kind == "ties":
+        scores = (scores * 10).floor()
+    elif kind == "all in a column that is not looked at":
+        scores[1::17] += 1
+    elif kind == "mostly absent":
+        scores[scores < 0.999] = -torch.inf
+    expected = scores.argsort(descending=True, stable=True)
+    expected = expected[scores[expected] > -torch.inf][:count].sort().values
+    assert torch.equal(highest(scores, count), expected)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "fraction", "part"), [(100, 0.29, 29), (100, 0.299, 29), (7, 1.0, 7), (7, 0.0, 0), (0, 0.5, 0)]
+)
+def test_part_of(blocks, fraction, part):
+    assert part_of(blocks, fraction) == part
 
 
 def test_protect_last_by_hand():

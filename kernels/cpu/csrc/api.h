@@ -86,6 +86,9 @@ struct Backward {
 };
 }
 
+struct Convolve;
+struct ConvOuter;
+
 // What an instruction set offers.
 struct Kernels {
   const char *name;
@@ -96,6 +99,10 @@ struct Kernels {
   void (*multiply_elements)(const Multiply &);
   void (*outer_elements)(const Outer &);
   void (*sketch)(const Sketch &);
+  void (*convolve)(const Convolve &);
+  void (*convolve_elements)(const Convolve &);
+  void (*conv_outer)(const ConvOuter &);
+  void (*conv_outer_elements)(const ConvOuter &);
 };
 
 // What it offers beside for inputs in bfloat16, with instructions of its own. None where the compiler lacks them. There is

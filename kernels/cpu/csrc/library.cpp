@@ -9,14 +9,10 @@
 #include <mutex>
 #include <new>
 
-#include "api.h"
+#include "library.h"
 #if defined(WITH_AVX)
 #include <cpuid.h>
 #endif
-
-namespace {
-
-const int ABI = 2;  // raised with every change of api.h or of a signature below; library.py asks for it
 
 // The scratch memory: arenas that grow, one a running call, idle ones kept for the next.
 struct Arena {
@@ -24,6 +20,11 @@ struct Arena {
   size_t size = 0;
   bool busy = false;
 };
+
+namespace {
+
+const int ABI = 3;  // raised with every change of api.h or of a signature below; library.py asks for it
+
 constexpr int ARENAS = 64;  // calls at the same time that keep their scratch; more allocate and free
 Arena arenas[ARENAS];
 std::mutex lock;
@@ -39,36 +40,34 @@ void *allocate(size_t bytes) {
   return memory;
 }
 
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) {
-    std::lock_guard<std::mutex> guard(lock);
-    for (Arena &a : arenas) {
-      if (!a.busy && (!arena || a.size > arena->size)) arena = &a;  // the largest idle one
-    }
-    if (!arena) {
-      memory = (char *)allocate(bytes);
-      return;
-    }
-    if (arena->size < bytes) {
-      std::free(arena->memory);
-      arena->size = 0;
-      arena->memory = (char *)allocate(bytes);
-      if (arena->memory) arena->size = bytes;
-    }
-    memory = arena->memory;
-    arena->busy = memory != nullptr;
-  }
-  ~Scratch() {
-    std::lock_guard<std::mutex> guard(lock);
-    if (arena) arena->busy = false;
-    else std::free(memory);
-  }
-  char *memory = nullptr;
+}  // namespace
 
- private:
-  Arena *arena = nullptr;
-};
+Scratch::Scratch(size_t bytes) {
+  std::lock_guard<std::mutex> guard(lock);
+  for (Arena &a : arenas) {
+    if (!a.busy && (!arena || a.size > arena->size)) arena = &a;  // the largest idle one
+  }
+  if (!arena) {
+    memory = (char *)allocate(bytes);
+    return;
+  }
+  if (arena->size < bytes) {
+    std::free(arena->memory);
+    arena->size = 0;
+    arena->memory = (char *)allocate(bytes);
+    if (arena->memory) arena->size = bytes;
+  }
+  memory = arena->memory;
+  arena->busy = memory != nullptr;
+}
+
+Scratch::~Scratch() {
+  std::lock_guard<std::mutex> guard(lock);
+  if (arena) arena->busy = false;
+  else std::free(memory);
+}
+
+namespace {
 
 // A fork waits until no thread is in the middle of growing or releasing an arena: the child gets whole ones.
 void before_fork() { lock.lock(); }
@@ -125,7 +124,10 @@ Level by_name(const char *name) {
   return wanted("generic") ? Level{"generic", &generic_kernels, nullptr} : Level{};
 }
 
-// A fresh output of this size comes from the system page by page: ask for large ones before they are touched.
+}  // namespace
+
+const Kernels &kernels() { return *live.kernels; }
+
 void expect_large(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t page = 1 << 21;
@@ -135,17 +137,11 @@ void expect_large(void *data, int64_t bytes) {
 #endif
 }
 
-int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
 int threads_for(int64_t flops, int threads) {
   if (forked || flops < (int64_t(1) << 20)) return 1;  // too little to wake anyone up for
   return threads < 1 ? 1 : threads;
 }
 
-// What a product takes, in operations: with few tokens the time is that of reading (or writing) the blocks.
-int64_t work(int64_t values, int64_t tokens) { return 2 * values * (tokens < 8 ? 8 : tokens); }
-
-// Floats that fill half of the L2 cache.
 int64_t half_of_l2() {
   static const int64_t floats = [] {
     long bytes = 0;
@@ -156,6 +152,11 @@ int64_t half_of_l2() {
   }();
   return floats;
 }
+
+namespace {
+
+// What a product takes, in operations: with few tokens the time is that of reading (or writing) the blocks.
+int64_t work(int64_t values, int64_t tokens) { return 2 * values * (tokens < 8 ? 8 : tokens); }
 
 // Tokens a panel: a packed panel fills half of the L2 cache, and every thread gets one.
 int64_t panel_tokens(int64_t tokens, int64_t features, int64_t least, int64_t most, int threads) {

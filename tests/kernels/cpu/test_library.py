@@ -53,7 +53,7 @@ class Fake:
     def sk_multiply(self, arguments: Any) -> int:
         return 1
 
-    sk_outer = sk_backward = sk_multiply
+    sk_outer = sk_backward = sk_conv_multiply = sk_conv_outer = sk_multiply
 
 
 def why_not(*, dtype: torch.dtype = torch.float32, block: tuple[int, int] = (32, 32), device: str = "cpu") -> Any:
@@ -72,6 +72,7 @@ def test_they_have_every_function_of_the_contract() -> None:
 @pytest.mark.parametrize("block", [(1, 1), (16, 16), (32, 128), (128, 16)])
 def test_they_take_the_blocks_and_dtypes_that_they_have(block: tuple[int, int], dtype: torch.dtype) -> None:
     assert why_not(dtype=dtype, block=block) is None
+    assert cpu.why_not("conv2d", CPU, dtype, block) is None
 
 
 @pytest.mark.parametrize("block", [(8, 8), (16, 1), (1, 16), (48, 48), (256, 256)])

@@ -12,6 +12,7 @@ from sparsekern.kernels.gpu.config import KINDS, Config, Problem, log2_ceil, pac
 
 from tests.device import DEVICE
 from tests.gpu_checks import HOLES, drawn, dvalues, dx, fwd
+from tests.gpu_conv2d_checks import edge_case
 from tests.oracle import Case
 
 
@@ -58,7 +59,10 @@ def test_keys_name_all_but_the_architecture() -> None:
     assert of(arch="sm_80").key == base.key
 
 
-@pytest.mark.parametrize(("kernel", "summed", "kept"), [("fwd", 64, 32), ("dx", 32, 64), ("few_dx", 32, 64)])
+@pytest.mark.parametrize(
+    ("kernel", "summed", "kept"),
+    [("fwd", 64, 32), ("dx", 32, 64), ("few_dx", 32, 64), ("conv2d_fwd", 64, 32), ("conv2d_dx", 32, 64)],
+)
 def test_the_sides_of_a_block_in_a_product(kernel: str, summed: int, kept: int) -> None:
     assert (of(kernel).summed, of(kernel).kept) == (summed, kept)
 
@@ -94,11 +98,23 @@ def run_all(case: Case) -> None:
     gpu.all_block_norms(here.dy, here.x, case.grid.block)
 
 
+def run_all_of_a_convolution() -> None:
+    case = edge_case(images=1, height=2, width=2, kernel=(1, 2))
+    here, shape, block = case.on(DEVICE), case.shape, case.grid.block
+    gpu.conv2d_fwd(here.x, here.values, None, here.index, shape)
+    gpu.conv2d_dx(here.dy, here.values, here.index, shape, case.size)
+    gpu.conv2d_dvalues(here.dy, here.x, here.index, block, shape, torch.float32)
+    places = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+    gpu.conv2d_block_norms(here.dy, here.x, places, places, block, shape)
+    gpu.conv2d_all_block_norms(here.dy, here.x, block, shape)
+
+
 def test_every_kernel_asks_under_its_name(asked: list[Problem]) -> None:
     run_all(drawn(HOLES, block=(16, 16), tokens=33))
     run_all(drawn(HOLES, block=(16, 16), tokens=32))
 
     assert [p.kernel for p in asked[:5]] == ["fwd", "dx", "dvalues", "block_norms", "all_block_norms"]
+    run_all_of_a_convolution()
     assert {p.kernel for p in asked} == set(KINDS)
 
 
@@ -113,3 +129,9 @@ def test_a_topology_that_moves_or_grows_within_a_magnitude_is_the_same_problem(a
 
     assert len(asked) == 20
     assert len(set(asked)) == 5
+
+
+@pytest.mark.parametrize("kernel", KINDS)
+def test_what_kind_of_kernel_it_is(kernel: str) -> None:
+    assert of(kernel).is_conv2d is kernel.startswith("conv2d")
+    assert of(kernel).takes_norms is (kernel in ("block_norms", "conv2d_block_norms"))

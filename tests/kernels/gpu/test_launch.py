@@ -8,6 +8,8 @@ import pytest
 import torch
 from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu.launch import (
+    MOST_PIXELS,
+    aligned_images,
     aligned_rows,
     alignment,
     arch,
@@ -145,6 +147,7 @@ def test_what_it_runs() -> None:
             continue
         for block in ((16, 16), (16, 128), (64, 32)):
             assert gpu.why_not("linear", HERE, dtype, block) is None
+            assert gpu.why_not("conv2d", HERE, dtype, block) is None
 
 
 @pytest.mark.parametrize(
@@ -204,3 +207,41 @@ class TestHere:
 @interpreted_only
 def test_the_tests_run_where_they_say() -> None:
     assert INTERPRETED and interpreted() and not torch.cuda.is_available()
+
+
+# Images.
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (16, 2), (24, 3)])
+def test_aligned_images_are_not_copied(channels: int, groups: int) -> None:
+    x = torch.randn(2, 3, 4, channels, dtype=torch.float32).half().permute(0, 3, 1, 2)
+
+    images = aligned_images(x, groups)
+
+    assert images.data_ptr() == x.data_ptr() and images.shape == (2, 3, 4, groups, channels // groups)
+
+
+@pytest.mark.parametrize(("channels", "groups", "filled"), [(12, 1, 16), (16, 4, 8), (3, 3, 8)])
+def test_the_channels_of_each_group_are_filled_up_with_zeros(channels: int, groups: int, filled: int) -> None:
+    x = torch.randn(2, 3, 4, channels).half().permute(0, 3, 1, 2)
+
+    images = aligned_images(x, groups)
+
+    assert images.is_contiguous() and images.shape == (2, 3, 4, groups, filled)
+    assert torch.equal(images[..., : channels // groups].flatten(3), x.permute(0, 2, 3, 1))
+    assert not images[..., channels // groups :].any()
+
+
+def test_images_that_start_inside_16_bytes_are_copied() -> None:
+    x = torch.randn(2 * 3 * 4 * 16 + 1)[1:].view(2, 3, 4, 16).permute(0, 3, 1, 2)
+
+    images = aligned_images(x, 1)
+
+    assert images.data_ptr() % 16 == 0 and torch.equal(images.flatten(3), x.permute(0, 2, 3, 1))
+
+
+def test_more_pixels_than_an_int32_counts_are_refused() -> None:
+    x = torch.zeros(1, 1, 1, 16).expand(2**15, 2**15, 2, 16).permute(0, 3, 1, 2)
+
+    with pytest.raises(NotImplementedError, match=f"2147483648 pixels in a call; .* fewer than {MOST_PIXELS}"):
+        aligned_images(x, 1)

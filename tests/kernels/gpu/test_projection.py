@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sparsekern.kernels.gpu.projection import TILE_T
-from sparsekern.kernels.gpu.scores import _project
+from sparsekern.kernels.gpu.scores import project
 from torch import Tensor
 
 from tests.device import DEVICE, DTYPES, huge
@@ -28,7 +28,7 @@ def check_projection(x: Tensor, on_device: Tensor, side: int, pairs: int = 3) ->
 
     assert_within(
         "projection",
-        _project(on_device, directions.to(DEVICE), side),
+        project(on_device, directions.to(DEVICE), side),
         projected(whole, padded),
         projected(whole.float(), padded.float()),
         projected(whole.abs(), padded.abs()),
@@ -75,7 +75,7 @@ def test_a_nan_stays_in_its_block_and_token(generator: torch.Generator) -> None:
     x = torch.randn(5, 40, generator=generator)
     x[2, 20] = float("nan")
 
-    out = _project(x.to(DEVICE), signs(2, 40, 0).to(DEVICE), 16).cpu()
+    out = project(x.to(DEVICE), signs(2, 40, 0).to(DEVICE), 16).cpu()
 
     hit = torch.zeros(2, 3, 5, dtype=torch.bool)
     hit[:, 1, 2] = True

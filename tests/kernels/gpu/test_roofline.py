@@ -28,7 +28,7 @@ def fits_the_kernel(problem: Problem, config: Config) -> bool:
         return whole and not (config.tma and problem.summed % config.tile_k)
     if isinstance(config, Outer):
         whole = problem.bi % config.tile_in == 0 or config.tile_in % problem.bi == 0
-        return whole and (problem.kernel != "block_norms" or config.tile_in >= problem.bi)
+        return whole and (not problem.takes_norms or config.tile_in >= problem.bi)
     return config.tile_out % problem.bo == 0 and config.tile_in % problem.bi == 0
 
 
@@ -48,7 +48,7 @@ def test_every_problem_has_candidates_and_they_fit(kernel: str, arch: str, dtype
             assert config.warps in (1, 2, 4, 8) and config.stages >= 2
             assert min(tile(problem, config)) >= 16, "tl.dot takes no less"
             if isinstance(config, Multiply):
-                assert not config.tma or (device(arch)["tma"] and min(bo, bi) >= 64)
+                assert not config.tma or (device(arch)["tma"] and min(bo, bi) >= 64 and not problem.is_conv2d)
 
 
 @pytest.mark.parametrize("kernel", KINDS)
@@ -91,6 +91,8 @@ def test_an_unknown_device_is_taken_for_the_nearest_older_one(arch: str, nearest
         ("few_fwd", FewTokens(16, 32, 4, 4), (16, 32, 32)),
         ("dvalues", Outer(128, 16, 4, 3), (128, 64, 16)),
         ("all_block_norms", Supertile(128, 64, 16, 4, 3), (128, 64, 16)),
+        ("conv2d_fwd", Multiply(128, 16, 8, 4, 3), (128, 64, 16)),
+        ("conv2d_dx", Multiply(128, 16, 8, 4, 3), (128, 32, 16)),
     ],
 )
 def test_the_tile_of_a_product(kernel: str, config: Config, expected: tuple[int, int, int]) -> None:
@@ -152,6 +154,8 @@ def test_a_tile_that_cuts_a_block_into_fractions_does_not_fit() -> None:
 
     assert fits(whole, Outer(128, 32, 8, 3)) and not fits(whole, Outer(64, 32, 4, 3))
     assert not fits(PROBLEM, Multiply(128, 64, 8, 4, 3, tma=True)), "a turn takes a whole tile of one block"
+    assert fits(PROBLEM, Multiply(128, 32, 8, 4, 3, tma=True))
+    assert not fits(PROBLEM._replace(kernel="conv2d_fwd"), Multiply(128, 32, 8, 4, 3, tma=True)), "pixels lie apart"
     assert fits(few, FewTokens(16, 32, 4, 4)) and not fits(few, FewTokens(32, 32, 4, 4))
     assert fits(norms, Supertile(128, 64, 32, 8, 3)) and not fits(norms, Supertile(64, 64, 32, 8, 3))
 

@@ -103,8 +103,8 @@ def test_what_a_sketch_holds_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 directions, 3 + 4 blocks, 4 bytes: 84 bytes a token; 200 tokens and no whole number of tiles."""
     monkeypatch.setattr(scores, "SKETCH_BYTES", 84 * 200)
     panels = []
-    healthy = scores._project
-    monkeypatch.setattr(scores, "_project", lambda x, *rest: panels.append(x.shape[0]) or healthy(x, *rest))
+    healthy = scores.project
+    monkeypatch.setattr(scores, "project", lambda x, *rest: panels.append(x.shape[0]) or healthy(x, *rest))
 
     check_sketches(corners(BLOCK, tokens=400))
 

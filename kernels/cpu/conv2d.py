@@ -1,0 +1,99 @@
+"""The block-sparse convolution on the native library. Axes and edge cases: :mod:`sparsekern.kernels.contract`.
+
+Beside inputs and outputs a call holds the scratch of the library (some images at a time, packed with zeros around them;
+in the forward one transposed float32 copy of the stored blocks), which it keeps for the next call, a list of where each
+stored block begins to read, and a float32 copy of values or of their gradient where these are of another dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from sparsekern.kernels.contract import ConvShape, Index
+from sparsekern.kernels.cpu.library import DTYPES, Conv, Order, Pair, call, threads
+from sparsekern.kernels.cpu.linear import Lists, numbers, positive
+from torch import Tensor
+
+
+def conv2d_fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, shape: ConvShape) -> Tensor:
+    """Return ``y (N, Cout, Ho, Wo)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_fwd`."""
+    size = shape.output_size(x.shape[2], x.shape[3])
+    y = x.new_empty(x.shape[0], *size, shape.out_channels).permute(0, 3, 1, 2)
+    if y.numel() == 0:
+        return y
+    x, read, bias = positive(x), _as_read(values, x.dtype), None if bias is None else numbers(bias)
+    lists = (index.row_ptr, index.row_col, index.row_slot)
+    call("sk_conv_multiply", _conv(x, y, read, bias, lists, shape, transposed=False))
+    return y
+
+
+def conv2d_dx(dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: tuple[int, int]) -> Tensor:
+    """Return ``dx (N, Cin, H, W)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_dx`."""
+    dx = dy.new_empty(dy.shape[0], *size, shape.in_channels).permute(0, 3, 1, 2)
+    if dx.numel() == 0:
+        return dx
+    dy, read = positive(dy), _as_read(values, dy.dtype)
+    lists = (index.col_ptr, index.col_row, index.col_slot)
+    call("sk_conv_multiply", _conv(dx, dy, read, None, lists, shape, transposed=True))
+    return dx
+
+
+def conv2d_dvalues(
+    dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], shape: ConvShape, dtype: torch.dtype
+) -> Tensor:
+    """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_dvalues`."""
+    out = conv2d_outer_blocks(dy, x, (index.row_ptr, index.row_col, index.row_slot), index.slots, block, shape)
+    return out if dtype is torch.float32 else out.to(dtype)
+
+
+def conv2d_outer_blocks(
+    dy: Tensor, x: Tensor, lists: Lists, slots: int, block: tuple[int, int], shape: ConvShape
+) -> Tensor:
+    """Return blocks of the weight's gradient as ``(Z, bo, bi)`` in float32.
+
+    Args:
+        dy: ``(N, Cout, Ho, Wo)``.
+        x: ``(N, Cin, H, W)``.
+        lists: ``row_ptr``, ``row_col`` and ``row_slot`` of an index of these blocks.
+        slots: Z.
+        block: ``(bo, bi)``.
+        shape: of the convolution.
+    """
+    if dy.numel() == 0 or slots == 0:
+        return torch.zeros(slots, *block, dtype=torch.float32, device=x.device)
+    dy, x = positive(dy), positive(x)
+    out = torch.empty(slots, *block, dtype=torch.float32, device=x.device)
+    call("sk_conv_outer", _conv(x, dy, out, None, lists, shape, transposed=False))
+    return out
+
+
+def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return numbers(values if values.dtype is dtype else values.to(dtype))
+
+
+def _conv(
+    x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, shape: ConvShape, *, transposed: bool
+) -> Conv:
+    """Describe a call; addresses are all that it holds, so the tensors must be kept until the call is over."""
+    slots, bo, bi = values.shape
+    return Conv(
+        x.data_ptr(),
+        y.data_ptr(),
+        values.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        Order.of(*lists, slots),
+        x.shape[0],
+        shape.in_channels,
+        shape.out_channels,
+        shape.groups,
+        Pair(x.shape[2], x.shape[3]),
+        Pair(y.shape[2], y.shape[3]),
+        Pair(*shape.kernel),
+        Pair(*shape.stride),
+        Pair(shape.padding[0], shape.padding[2]),
+        Pair(*shape.dilation),
+        bo,
+        bi,
+        transposed,
+        DTYPES[x.dtype],
+        threads(),
+    )

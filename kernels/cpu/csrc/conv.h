@@ -1,0 +1,83 @@
+// What Python passes for a convolution, and the plan that conv_library.cpp makes of it for the kernels.
+//
+// A panel holds some images, or a strip of rows of one, packed as [block of channels][view][pixel][channel]: float32 with
+// zeros around it. A view is the tensor with every step-th row and column. The pixels that a tap reads for a run of
+// outputs then follow each other, so that an entry of the index is one offset into the panel, whatever the stride, the
+// dilation and the padding, and the micro-kernels are those of the linear layer. There are two layouts:
+//
+//   by rows   a run is a row of outputs. One copy: a view for each phase of the stride, shifted by the tap.
+//   in turn   for short rows. A view for each column of the kernel holds the very columns that it reads, and the
+//             images of a panel lie row by row in turn: all outputs of a panel are one run.
+#pragma once
+#include "api.h"
+
+extern "C" {
+
+// x (N, Cin, H, W) and y (N, Cout, Ho, Wo) of a convolution, both channels last, the sizes by axis: rows, columns.
+struct Conv {
+  void *x, *y;           // the gradients of dy and x are here too
+  float *values;         // (Z, bo, bi), contiguous
+  const float *bias;     // (Cout) or null
+  Order order;           // by block column for dx, else by block row
+  int64_t images, in_channels, out_channels, groups;
+  int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];  // padding: before the first
+  int32_t bo, bi, transposed, dtype, threads;
+};
+}
+
+// How a tensor (N, H, W, C), channels last, is packed. Pitches are in pixels.
+struct Packing {
+  const void *data;
+  int64_t height, width, channels, groups, side;
+  int64_t row_step, col_step, row_views, col_views;
+  const uint8_t *wanted;               // by view and block: whether an entry reads it; what none reads is not packed
+  const int64_t *row_base, *col_base;  // view v has rows row_step * m + row_base[v]; columns likewise, m from 0 on
+  int64_t cols;                        // packed columns of a view
+  int64_t row_pitch, image_pitch, view_pitch, plane;
+  int32_t dtype;
+};
+
+inline int64_t conv_blocks(const Packing &p) { return p.groups * blocks_of(p.channels / p.groups, p.side); }
+inline int64_t conv_floats(const Packing &p) { return round_up(conv_blocks(p) * p.plane * p.side, LINE); }
+
+// Outputs (y, x) of y0 <= y < y1, x0 <= x < x1, which are the pixels (y * row_step + row_base, ...) of the result.
+struct Subgrid {
+  int64_t y0, y1, x0, x1, row_base, col_base;
+  const int32_t *ptr;  // of its lists, by block of channels of the result
+};
+
+// y = x * W + bias, or dx = dy * W': one subgrid, or one for each phase of the stride.
+struct Convolve {
+  Packing x;
+  void *y;
+  int64_t images, height, width, channels;  // of y
+  int64_t group_blocks;                     // its blocks of channels in a group
+  int64_t row_step, col_step;               // between the pixels of a subgrid
+  int64_t first_row, last_row, first_col;   // of all subgrids
+  int64_t strip, images_at_once, reach;     // of a panel: outputs' rows, images, rows of x beyond those
+  int64_t subgrids;
+  const Subgrid *subgrid;
+  const int32_t *offset, *slot;  // by entry: the pixel in the panel; the slot in values
+  const float *values;           // (Z, bo, bi); at 1x1 by entry
+  const float *bias;             // by block of channels, filled up, or null
+  int64_t used;                  // entries
+  int32_t in, out;               // sides of a block: the one that is summed over, the one along y
+  int32_t transposed;            // dx: values are read as they are stored
+  int32_t in_turn, dtype, threads;
+  int64_t slack;                 // 1x1: floats behind a panel, which are read and thrown away
+  float *scratch;
+};
+
+// The stored blocks of the weight's gradient.
+struct ConvOuter {
+  Packing x, dy;
+  float *out;     // (Z, bo, bi)
+  Order order;    // `other` is the block column c
+  const int32_t *offset;
+  int64_t images, rows, cols;  // of dy
+  int64_t strip, images_at_once, reach, panels_at_once;
+  int64_t short_strip;         // rows of outputs that are added at a time
+  int64_t col_blocks, row_blocks;  // of a tap; of a group
+  int32_t threads;
+  float *scratch;
+};

@@ -1,0 +1,87 @@
+// Images into panels of float32: see conv.h.
+#pragma once
+#include "conv.h"
+#include "vector.h"
+
+namespace {
+
+// The packed columns that the tensor has, of a view that begins at column `base` of it.
+struct Columns {
+  int64_t first, last;
+};
+
+INLINE Columns columns_of(const Packing &p, bool inside, int64_t base) {
+  if (!inside) return {0, 0};
+  int64_t first = base < 0 ? (-base + p.col_step - 1) / p.col_step : 0;
+  int64_t last = p.width > base ? (p.width - base + p.col_step - 1) / p.col_step : 0;
+  if (first > p.cols) first = p.cols;
+  return {first, last < first ? first : last > p.cols ? p.cols : last};
+}
+
+// 1x1: one packed row of all channels, in one view. Pixels become lanes.
+INLINE void pack_lane_row(const Packing &p, int64_t pixel, Columns has, int64_t base, const uint8_t *wanted, float *out) {
+  for (int64_t c0 = 0; c0 < p.channels; c0 += VL) {
+    const int64_t channels = p.channels - c0 < VL ? p.channels - c0 : VL;
+    if (!std::memchr(wanted + c0, 1, channels)) continue;
+    for (int64_t c = 0; c < channels; c++) {
+      float *to = out + (c0 + c) * p.plane;
+      for (int64_t m = 0; m < has.first; m++) to[m] = 0.f;
+      for (int64_t m = has.last; m < p.cols; m++) to[m] = 0.f;
+    }
+    int64_t m = has.first;
+    for (; channels == VL && m + VL <= has.last; m += VL) {
+      Vector a[VL];
+      UNROLL for (int l = 0; l < VL; l++) a[l] = read_vector(p.data, (pixel + base + (m + l) * p.col_step) * p.channels + c0, p.dtype);
+      transpose(a);
+      UNROLL for (int l = 0; l < VL; l++) store(out + (c0 + l) * p.plane + m, a[l]);
+    }
+    for (; m < has.last; m++)
+      for (int64_t c = 0; c < channels; c++)
+        out[(c0 + c) * p.plane + m] = read(p.data, (pixel + base + m * p.col_step) * p.channels + c0 + c, p.dtype);
+  }
+}
+
+// One packed row of all blocks, in one view: columns col_step * m + base of a row of the tensor, zeros where there is none.
+INLINE void pack_row(const Packing &p, int64_t pixel, Columns has, int64_t base, const uint8_t *wanted, float *out) {
+  const int64_t first = has.first, last = has.last;
+  const int64_t group_channels = p.channels / p.groups, side = p.side;
+  for (int64_t g = 0; g < p.groups; g++) {
+    for (int64_t c = 0; c < group_channels; c += side, out += p.plane * side) {
+      if (!*wanted++) continue;
+      const int64_t width = group_channels - c < side ? group_channels - c : side;
+      const int64_t from = (pixel + base + first * p.col_step) * p.channels + g * group_channels + c;
+      std::memset(out, 0, first * side * 4);
+      float *to = out + first * side;
+      for (int64_t m = first; m < last; m++, to += side) {
+        const int64_t at = from + (m - first) * p.col_step * p.channels;
+        if (width == side) {
+          for (int64_t i = 0; i < side; i += VL) store(to + i, read_vector(p.data, at + i, p.dtype));
+        } else {
+          for (int64_t i = 0; i < side; i++) to[i] = i < width ? read(p.data, at + i, p.dtype) : 0.f;
+        }
+      }
+      std::memset(to, 0, (p.cols - last) * side * 4);
+    }
+  }
+}
+
+// Packs `rows` rows of every view from row_step * m0 + row_base on, of images [first, last).
+INLINE void pack_images(const Packing &p, int64_t first, int64_t last, int64_t m0, int64_t rows, float *out) {
+  for (int64_t n = first; n < last; n++) {
+    for (int64_t v = 0; v < p.row_views; v++) {
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t row = (m0 + r) * p.row_step + p.row_base[v];
+        for (int64_t u = 0; u < p.col_views; u++) {
+          const int64_t at = (v * p.col_views + u) * p.view_pitch + (n - first) * p.image_pitch + r * p.row_pitch;
+          const int64_t pixel = (n * p.height + row) * p.width, base = p.col_base[u];
+          const uint8_t *wanted = p.wanted + (v * p.col_views + u) * conv_blocks(p);
+          const Columns has = columns_of(p, row >= 0 && row < p.height, base);
+          if (p.side == 1) pack_lane_row(p, pixel, has, base, wanted, out + at);
+          else pack_row(p, pixel, has, base, wanted, out + at * p.side);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace

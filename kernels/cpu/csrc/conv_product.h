@@ -1,0 +1,124 @@
+// The convolution and its input gradient by blocks: the tile of product.h over the packed images of conv.h.
+//
+// Every element of the result has one order of summation: the entries of its list (for the gradient: tap by tap), k within
+// a block. Panels and threads have no part in it.
+#pragma once
+#include "conv_pack.h"
+#include "product.h"
+
+namespace {
+
+struct Place {  // of a tile's outputs in y
+  const Convolve &c;
+  const Subgrid &s;
+  int64_t n0, n1, y0, turn;  // images of the panel; its first row; columns in turn
+
+  int64_t at(int64_t n, int64_t y, int64_t x) const {
+    return ((n * c.height + y * c.row_step + s.row_base) * c.width + x * c.col_step + s.col_base) * c.channels;
+  }
+};
+
+// A tile that was written aside, to the rows of y of outputs t and on of a panel in turn; those beside the subgrid are not.
+INLINE void scatter(const Place &p, int64_t t, int64_t count, int64_t channel, int64_t width, const float *from, int64_t step) {
+  const int64_t wide = p.c.images_at_once * p.turn;
+  int64_t y = p.y0 + t / wide, n = p.n0 + t % wide / p.turn, x = p.c.first_col + t % p.turn;
+  for (int64_t j = 0; j < count; j++) {
+    if (n < p.n1 && x >= p.s.x0 && x < p.s.x1) write_row(p.c.y, p.at(n, y, x) + channel, p.c.dtype, from + j * step, width);
+    if (++x == p.c.first_col + p.turn) {
+      x = p.c.first_col;
+      if (++n == p.n0 + p.c.images_at_once) n = p.n0, y++;
+    }
+  }
+}
+
+// A panel's rows [y0, y1) of a subgrid, block by block of the channels [first, last).
+template <int IN, int C>
+void conv_panel(const Convolve &c, const Subgrid &s, const float *packed, int64_t n0, int64_t n1, int64_t panel_row, int64_t y0,
+                int64_t y1, int64_t first, int64_t last, const float *w, float *aside) {
+  static const Tiles<IN, C> tiles;
+  const int64_t step = C * VL, most = Tiles<IN, C>::MOST, size = int64_t(c.in) * c.out;
+  const int64_t group_channels = c.channels / (c.x.groups), turn = c.x.cols;
+  const Place place = {c, s, n0, n1, y0, turn};
+  // In turn all rows of all images are one run, else each is its own.
+  const int64_t per_image = c.in_turn ? 1 : y1 - y0, runs = c.in_turn ? 1 : (n1 - n0) * per_image;
+  const int64_t length = c.in_turn ? (y1 - y0) * c.images_at_once * turn : s.x1 - s.x0;
+  const int64_t pieces = (length + most - 1) / most;
+  const bool in_place = c.in_turn && c.images_at_once == 1 && s.x1 - s.x0 == turn && c.col_step == 1 && c.row_step == 1 && turn == c.width;
+  for (int64_t r = first; r < last; r++) {
+    const int64_t start = s.ptr[r], block = r % c.group_blocks, left = group_channels - block * c.out;
+    const int64_t channel = r / c.group_blocks * group_channels + block * c.out, channels = left < c.out ? left : c.out;
+    const bool whole = channels == c.out && c.dtype == FLOAT32;
+    Row row = {nullptr, IN, nullptr, c.offset + start, c.transposed ? c.slot + start : nullptr, s.ptr[r + 1] - start, size, c.out};
+    for (int64_t o = 0; o < channels; o += step) {
+      const int64_t width = channels - o < step ? channels - o : step;
+      const float *b = c.bias ? c.bias + r * c.out + o : nullptr;
+      row.w = (c.transposed ? w : w + start * size) + o;
+      for (int64_t run = 0; run < runs; run++) {
+        const int64_t n = run / per_image, y = run % per_image + y0;
+        const float *x = packed + (n * c.x.image_pitch + (y - panel_row) * c.x.row_pitch + (c.in_turn ? 0 : s.x0 - c.first_col)) * IN;
+        for (int64_t i = 0, t = 0; i < pieces; i++) {
+          const int64_t rows = length / pieces + (i < length % pieces);
+          row.x = x + t * IN;
+          if (whole && (!c.in_turn || in_place)) {
+            tiles.by_rows[rows](row, (float *)c.y + place.at(n0 + n, y, s.x0 + t) + channel + o, c.col_step * c.channels, b);
+          } else {
+            tiles.by_rows[rows](row, aside, step, b);
+            if (c.in_turn) scatter(place, t, rows, channel + o, width, aside, step);
+            else for (int64_t j = 0; j < rows; j++)
+              write_row(c.y, place.at(n0 + n, y, s.x0 + t + j) + channel + o, c.dtype, aside + j * step, width);
+          }
+          t += rows;
+        }
+      }
+    }
+  }
+}
+
+typedef void (*ConvPanel)(const Convolve &, const Subgrid &, const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                          int64_t, const float *, float *);
+
+template <int IN> ConvPanel conv_by_width(int64_t out) {
+#if VL == 16
+  if (out == 16) return conv_panel<IN, 1>;
+#endif
+  (void)out;
+  return conv_panel<IN, 2>;
+}
+
+void convolve(const Convolve &c) {
+  const ConvPanel product = c.in == 16   ? conv_by_width<16>(c.out)
+                            : c.in == 32 ? conv_by_width<32>(c.out)
+                            : c.in == 64 ? conv_by_width<64>(c.out)
+                                         : conv_by_width<128>(c.out);
+  const int64_t size = int64_t(c.in) * c.out, packed = conv_floats(c.x), blocks = c.x.groups * c.group_blocks;
+  float *w = c.scratch, *mine = w + (c.transposed ? 0 : round_up(c.used * size, LINE));
+  const int64_t strips = (c.last_row - c.first_row + c.strip - 1) / c.strip;
+  const int64_t panels = (c.images + c.images_at_once - 1) / c.images_at_once * strips;
+  const int threads = c.threads;
+  const int64_t groups = groups_of(panels, threads);
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (!c.transposed) {
+#pragma omp for schedule(static)
+      for (int64_t e = 0; e < c.used; e++) transpose_block(c.values + c.slot[e] * size, c.out, c.in, w + e * size);
+    }
+    float *panel = mine + thread_number() * (packed + ASIDE), *aside = panel + packed;
+    int64_t held = -1;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t q = 0; q < panels * groups; q++) {
+      const int64_t p = q / groups, g = q % groups;
+      const int64_t n0 = p / strips * c.images_at_once, n1 = n0 + c.images_at_once < c.images ? n0 + c.images_at_once : c.images;
+      const int64_t m0 = c.first_row + p % strips * c.strip, m1 = m0 + c.strip < c.last_row ? m0 + c.strip : c.last_row;
+      if (p != held) pack_images(c.x, n0, n1, m0, m1 - m0 + c.reach, panel), held = p;
+      for (int64_t i = 0; i < c.subgrids; i++) {
+        const Subgrid &s = c.subgrid[i];
+        const int64_t y0 = s.y0 > m0 ? s.y0 : m0, y1 = s.y1 < m1 ? s.y1 : m1;
+        if (y0 < y1 && s.x0 < s.x1)
+          product(c, s, panel, n0, n1, m0, y0, y1, blocks * g / groups, blocks * (g + 1) / groups, c.transposed ? c.values : w, aside);
+      }
+    }
+  }
+}
+
+}  // namespace

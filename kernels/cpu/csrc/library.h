@@ -1,0 +1,28 @@
+// What the planners share: library.cpp of the linear layer, conv_library.cpp of the convolution.
+#pragma once
+#include "api.h"
+
+const Kernels &kernels();  // of the chosen instruction set
+
+struct Arena;
+
+// Memory for one call, kept for the next. `memory` is null where there is none.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  char *memory = nullptr;
+
+ private:
+  Arena *arena = nullptr;
+};
+
+// A fresh output of this size comes from the system page by page: asks for large ones before they are touched.
+void expect_large(void *data, int64_t bytes);
+
+int threads_for(int64_t flops, int threads);
+
+// Floats that fill half of the L2 cache.
+int64_t half_of_l2();
+
+inline int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }

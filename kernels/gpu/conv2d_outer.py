@@ -1,0 +1,83 @@
+"""Chosen blocks of the weight's gradient of a convolution, or their norms: groups, pieces and splits of the pixels as
+in :mod:`sparsekern.kernels.gpu.outer`, with tokens that are pixels of y.
+
+out[slot, n, i] = sum over t of dy[t, row * bo + n] * x[where the block's tap sees it from t, its channel i]
+
+A column of a tile is a tap and a channel. Both stay as they are in the loop; the pixels of the tile move on.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from sparsekern.kernels.gpu.outer import place_of_group
+from sparsekern.kernels.gpu.pixels import is_inside, place_of_next_token, place_of_token
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "tokens_per_split", "groups", "rows", "slots", "search_steps", "height", "width", "height_out",
+        "width_out", "per_tap", "kernel_width", "top", "left", "dilation_y", "dilation_x",
+    ]
+)  # fmt: skip
+def conv2d_outer_kernel(
+    dy_ptr, x_ptr, row_ptr_ptr, column_ptr, slot_ptr, out_ptr,
+    T, tokens_per_split, groups, rows, slots, search_steps, height, width, height_out, width_out,
+    per_tap, kernel_width, top, left, dilation_y, dilation_x, group_in, group_out, in_units, out_units,
+    ALIGN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, TILE_IN: tl.constexpr, TILE_T: tl.constexpr,
+    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, EDGE_T: tl.constexpr, EDGE_IN: tl.constexpr,
+    EDGE_OUT: tl.constexpr, NORMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write a group of blocks (their norms if NORMS) of one split of the pixels.
+
+    ``rows`` are the block rows of a group; ``in_units * ALIGN`` are the channels of a group of x, filled up with zeros.
+    """
+    BLOCKS: tl.constexpr = TILE_IN // BI if TILE_IN > BI else 1
+    SIDE: tl.constexpr = BI if BI < TILE_IN else TILE_IN
+    split, piece, all_rows = tl.program_id(1), tl.program_id(2), groups * rows
+    row, first, stop = place_of_group(row_ptr_ptr, all_rows, slots, search_steps, BLOCKS)
+
+    g = piece * TILE_IN + tl.arange(0, TILE_IN)
+    n, t = tl.arange(0, BO), tl.arange(0, TILE_T)
+    entry = tl.maximum(tl.minimum(first + g // BI, stop - 1), 0)
+    number = tl.load(column_ptr + entry)
+    tap = number // per_tap
+    tap_y = tl.max_constancy(tap // kernel_width * dilation_y - top, SIDE)
+    tap_x = tl.max_constancy(tap % kernel_width * dilation_x - left, SIDE)
+    channel = tl.max_contiguous(tl.multiple_of(number % per_tap * BI + g % BI, SIDE), SIDE)
+    group, feature = row // rows, row % rows * BO + n
+    in_group, out_group = in_units * ALIGN, out_units * ALIGN
+    x_pitch, dy_pitch = (groups * in_group).to(tl.int64), groups * out_group
+    reach = (tap_y * width + tap_x).to(tl.int64) * x_pitch + (group * in_group + channel)
+    x_columns = x_ptr + tl.max_contiguous(tl.multiple_of(reach, ALIGN), SIDE)
+
+    begin = split * tokens_per_split
+    count = tl.minimum(tokens_per_split, T - begin)
+    count = tl.where((first < stop) & (row < all_rows), count, 0)  # else there is nothing to add up
+    pixel, y, x = place_of_token(begin + t, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
+    token = begin.to(tl.int64) + t
+    dy_ptrs = dy_ptr + token[:, None] * dy_pitch + (group * out_group + feature)[None, :]
+    acc = tl.zeros((TILE_IN, BO), tl.float32)
+    for i in range(0, count, TILE_T):
+        # A mask that is not needed costs two instructions per copy.
+        here = t < (count - i if EDGE_T else TILE_T)
+        seen = is_inside(y[None, :] + tap_y[:, None], height) & is_inside(x[None, :] + tap_x[:, None], width)
+        seen = seen & here[None, :] if EDGE_T else seen
+        seen = seen & (channel < in_group)[:, None] if EDGE_IN else seen
+        dy_mask = here[:, None] & (feature < out_group)[None, :] if EDGE_OUT else here[:, None]
+        columns = tl.load(x_columns[:, None] + (pixel * x_pitch)[None, :], mask=seen, other=0.0)
+        dy = tl.load(dy_ptrs + tl.cast(i, tl.int64) * dy_pitch, mask=dy_mask, other=0.0)
+        pixel, y, x = place_of_next_token(pixel, y, x, TILE_T, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
+        acc = tl.dot(columns, dy, acc, input_precision=PRECISION)
+
+    if EDGE_IN or EDGE_OUT:  # a NaN that met the filling
+        acc = tl.where((channel < group_in)[:, None] & (feature < group_out)[None, :], acc, 0.0)
+    if NORMS:
+        b = tl.arange(0, BLOCKS)
+        norms = tl.sqrt(tl.sum(tl.reshape(acc * acc, (BLOCKS, BI * BO)), 1))
+        slot = tl.load(slot_ptr + tl.maximum(tl.minimum(first + b, stop - 1), 0))
+        tl.store(out_ptr + slot, norms, mask=first + b < stop)
+    else:
+        slot = tl.load(slot_ptr + entry).to(tl.int64) + split.to(tl.int64) * slots
+        out = out_ptr + (slot * (BO * BI) + g % BI)[:, None] + (n * BI)[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(first + g // BI < stop)[:, None])

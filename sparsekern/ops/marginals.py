@@ -1,0 +1,58 @@
+"""What each input and output unit sees of a batch: the two vectors whose product guides GSE's draws.
+
+Both are sums over tokens, so they add up over micro-batches and ranks. Neither needs the gradient ``G = dy' x``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsekern.kernels.contract import accumulate_dtype
+
+
+def magnitudes(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return ``(R + C,)``: how much block rows see of dy and block columns of x, summed over tokens.
+
+    At 1x1 the sums of absolute values, as in GraBo (Heddes et al. 2024, appendix A): ``|G| <= (|dy|' 1)(1' |x|)``.
+    For blocks the sums of squares: ``|dy_J' x_I|_F <= |dy_J|_F |x_I|_F``.
+    """
+    return torch.cat([_magnitude(side, length) for side, length in ((dy, block[0]), (x, block[1]))])
+
+
+def _magnitude(side: Tensor, length: int) -> Tensor:
+    acc = accumulate_dtype(side.dtype)
+    if length == 1:
+        absolute: Tensor = torch.linalg.vector_norm(side, 1, dim=0, dtype=acc)
+        return absolute
+    squares = torch.linalg.vector_norm(side, 2, dim=0, dtype=acc).square()
+    return pad(squares, (0, -squares.shape[0] % length)).view(-1, length).sum(1)
+
+
+def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
+    """Return ``(O + I,)``: the sums over tokens of ``s dy`` and ``s x``, with one random sign a token for both.
+
+    The product of an entry of each is an unbiased estimate of an element of G (the sketch of Alon, Matias and Szegedy,
+    with which GraEst draws). The sign of a token is a hash of where its x is positive and its dy negative: so it needs
+    no random numbers in the backward, and depends neither on how a batch is split nor, but for entries around zero, on
+    rounding. Tokens that differ there have signs that are independent in pairs.
+
+    Args:
+        dy: ``(T, O)``.
+        x: ``(T, I)``.
+        hash_out: ``(O,)`` of 0 and 1, independent and equally likely, float32 or float64.
+        hash_in: ``(I,)``, likewise.
+    """
+    signs = token_signs(dy, x, hash_out, hash_in)
+    acc = accumulate_dtype(x.dtype)
+    return torch.cat([(signs.to(side.dtype) @ side).to(acc) for side in (dy, x)])
+
+
+def token_signs(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
+    """Return the signs ``(T,)``, -1 or 1; the arguments are those of :func:`signed_sums`.
+
+    The parity of how many of the entries in question the hash holds; counted in floats, which are exact to 2**24.
+    """
+    count = (dy < 0).to(hash_out.dtype) @ hash_out + (x > 0).to(hash_in.dtype) @ hash_in
+    return 1 - 2 * count.remainder(2)

@@ -1,0 +1,71 @@
+"""Draws of cells as pairs (row, column) from two distributions, so that the joint one is never formed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsekern.topology.absent import first_occurrences
+
+ROUNDS = 8
+"""How often :func:`sample_absent_pairs` draws again; each round draws twice as many as the one before."""
+
+
+def sample_pairs(rows: Tensor, cols: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` cells independently, cell ``(r, c)`` with probability ``rows[r] cols[c]`` over the sum of all.
+
+    Args:
+        rows: ``(R,)`` weights, not negative, not all zero; they need not add up to 1.
+        cols: ``(C,)`` weights, likewise.
+        count: how many to draw, with replacement.
+        generator: a CPU generator.
+
+    Returns:
+        ``(count,)`` int64 keys ``row * C + col`` on the CPU, in the order drawn; repetitions are kept.
+    """
+    row, col = (_sample(weights, count, generator) for weights in (rows, cols))
+    return row * cols.shape[0] + col
+
+
+def _sample(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Invert the cumulative weights: a category of weight zero has no width and is never hit."""
+    edges = weights.to("cpu", torch.float64).cumsum(0)
+    uniform = torch.rand(count, dtype=torch.float64, device="cpu", generator=generator)
+    return torch.searchsorted(edges, uniform * edges[-1], right=True)
+
+
+def sample_absent_pairs(present: Tensor, rows: Tensor, cols: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw up to ``count`` distinct cells outside ``present``, one after the other from :func:`sample_pairs`.
+
+    What is drawn again or present is dropped. Fewer come back when the weights leave too few cells within reach.
+
+    Args:
+        present: ``(n,)`` distinct keys to avoid, ascending.
+        rows, cols, count, generator: as in :func:`sample_pairs`.
+
+    Returns:
+        ``(count,)`` or fewer int64 keys on the CPU, in the order drawn.
+    """
+    present = present.to("cpu", torch.int64)
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
+    more = 16 + count * 5 // 4
+    for _ in range(ROUNDS if count else 0):
+        fresh = without(sample_pairs(rows, cols, more, generator), present)
+        drawn = first_occurrences(torch.cat([drawn, fresh]))
+        if drawn.shape[0] >= count:
+            break
+        more *= 2
+    return drawn[:count]
+
+
+def without(keys: Tensor, present: Tensor) -> Tensor:
+    """Return the keys that are not among ``present``, which is ascending; the order stays."""
+    return keys[are_absent(keys, present)]
+
+
+def are_absent(keys: Tensor, present: Tensor) -> Tensor:
+    """Return ``(n,)`` bool: the key is not among ``present``, which is ascending and of the same dtype."""
+    if present.shape[0] == 0:
+        return torch.ones_like(keys, dtype=torch.bool)
+    near = torch.searchsorted(present, keys, out_int32=True).clamp_(max=present.shape[0] - 1)
+    return present[near] != keys

@@ -1,0 +1,321 @@
+"""Methods that grow where the gradient is large: arming probes, reading them, and choosing by their scores."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.nn import BlockSparse
+from sparsekern.ops import Probe
+from sparsekern.topology import are_absent, generator_for
+from sparsekern.training.base import Method
+from sparsekern.training.distributed import as_on_first_rank, sum_over_ranks
+from sparsekern.training.followers import Move, to_places
+from sparsekern.training.growth import Offer, share_out
+from sparsekern.training.scores import highest, lowest, part_of
+
+STREAMED = ("norms", "all_norms")
+"""Kinds of probe whose answers do not add up."""
+
+
+class Answer(NamedTuple):
+    """What a layer's probe heard: the sum over backwards and ranks, and how many backwards of this rank it was."""
+
+    value: Tensor
+    backwards: int
+
+
+class GradientMethod(Method):
+    """Drops weak blocks and grows where the gradient of the whole weight says so, without ever forming it.
+
+    A probe (:class:`sparsekern.ops.Probe`) is armed in every layer for the steps that lead to an update, one after the
+    other where a method needs two stages; it hears the gradient in the backwards of that very step. So an update needs
+    no pass of its own, and call :meth:`step` after *every* ``optimizer.step()``.
+
+    Answers add up over the backwards of a step and over ranks, as gradients do. Gradient scaling multiplies all of them
+    alike, and only their order counts. Those of a step that scaling skipped are thrown away: at the next
+    :meth:`step`, by the gradients that are gone or not finite. Answers that are not finite are asked for again.
+
+    Args:
+        score_tokens: score on so many tokens of each backward, evenly spread, instead of all: the cost of an update
+            falls in proportion. None for all.
+        process_group: the ranks that share one model. Default: all, where torch.distributed is in use.
+        options: the arguments of :class:`Method`.
+    """
+
+    scopes = ("layer", "global")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        score_tokens: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, optimizer, **options)
+        if score_tokens is not None and score_tokens < 1:
+            raise ValueError(f"score_tokens is {score_tokens}; it must be 1 or more, or None for all tokens")
+        self.score_tokens = score_tokens
+        self.process_group = process_group
+        self._stage: int | None = None
+        self._armed_at = 0
+        self._due = False
+        self._heard = False
+        self._probes: dict[str, Probe] = {}
+        self._counters: dict[str, tuple[Tensor, int]] = {}  # of streamed probes: the zeros, and their version
+        self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending, int32 on the CPU
+        self._width: dict[str, int] = {}  # of a layer's probe for candidates; it only grows
+        self._offers: dict[str, Offer] = {}  # scored candidates
+
+    # What a subclass says.
+
+    def stages(self) -> int:
+        """Return how many steps in a row are armed before an update."""
+        raise NotImplementedError
+
+    def prepare(self, stage: int) -> None:
+        """Draw what one stage asks for; nothing by default. What it leaves in ``_keys`` is saved."""
+
+    def ask(self, stage: int, name: str, layer: BlockSparse) -> Probe | None:
+        """Return the probe of a layer for one stage, the same whenever it is asked for; None for none."""
+        raise NotImplementedError
+
+    def hear(self, stage: int, answers: dict[str, Answer]) -> int | None:
+        """Take the answers of one stage; return the stage to ask next, or None when the scores are complete."""
+        raise NotImplementedError
+
+    # Candidates: places chosen beforehand, whose gradients add up exactly.
+
+    def ask_candidates(self, name: str, layer: BlockSparse) -> Probe:
+        """Return a probe for the gradients of the layer's candidates."""
+        keys = self._keys[name]
+        width = self._width[name] = max(self._width.get(name, 0), keys.shape[0])
+        padded = pad(keys, (0, width - keys.shape[0]), value=-1)  # one shape, hence one graph under torch.compile
+        _, row, col = to_places(padded, padded, layer.grid)
+        device = layer.row.device
+        return Probe.candidates(layer.grid, row.to(device), col.to(device), dtype=self.dtype(layer), checked=True)
+
+    def score_candidates(self, name: str, answer: Answer) -> None:
+        """Score a layer's candidates by the norms of their gradients."""
+        keys = self._keys[name]
+        norms = torch.linalg.vector_norm(answer.value[: keys.shape[0]], dim=(1, 2))
+        self._offers[name] = Offer(keys.to(norms.device).long(), as_on_first_rank(norms, self.process_group))
+
+    def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
+        """Return empty places and their scores: at least the best ``count`` if there are so many.
+
+        None where all scores are zero: the layer took no part in this step.
+        """
+        offer = self._offers.get(name)
+        if offer is None or not bool(offer.scores.any()):
+            nothing = torch.empty(0, dtype=torch.int64, device=layer.row.device)
+            return Offer(nothing, nothing.to(self.dtype(layer)))
+        empty = are_absent(offer.keys, layer.topology.sorted_keys().long())
+        if bool(empty.all()):
+            return offer
+        return Offer(offer.keys[empty], offer.scores[empty])  # somebody else moved blocks
+
+    # When probes are armed and read.
+
+    def begin(self) -> None:
+        """Arm for an update that is due at the first steps; the last line of a subclass's constructor."""
+        if self._due_soon():
+            self._arm(0)
+
+    def step(self) -> bool:
+        """Update the topology if it is time to, and arm for the next one. Call it after *every* optimizer step."""
+        began, spent = time.perf_counter(), self.seconds
+        due = self.schedule.due_since(self._seen, self.steps)
+        self._due = (due or self._due) and self.schedule.before_stop(self.steps)
+        self._seen = self.steps
+        if self._stage is not None and self.steps == self._armed_at:
+            self._forget_what_was_discarded()
+            return False
+        moved = False
+        if self._stage is not None:
+            self._listen()
+            if self._heard and self._due:
+                moved = self.update()
+            if self._heard:  # ready, but the last update is past
+                self._heard = False
+                self._forget_scores()
+        if self._stage is None and (self._due or self._due_soon()):
+            self._arm(0)
+        if self._stage is not None or moved:
+            self.seconds = spent + time.perf_counter() - began
+        return moved
+
+    def _due_soon(self) -> bool:
+        """Return whether an update becomes due before, or just when, all stages have been heard."""
+        return any(self.schedule.due(self.steps + ahead + 1) for ahead in range(self.stages()))
+
+    def update(self) -> bool:
+        """Update the topology now; only :meth:`step` knows when the scores are there.
+
+        Raises:
+            RuntimeError: there are no scores.
+        """
+        if not self._heard:
+            raise RuntimeError(
+                f"{type(self).__name__} has no scores to update by: probes are armed for the step before an update; "
+                "call step() after every optimizer.step()"
+            )
+        self._due = self._heard = False
+        return super().update()
+
+    def _arm(self, stage: int) -> None:
+        self._disarm()
+        self.prepare(stage)
+        self._put(stage)
+
+    def _put(self, stage: int) -> None:
+        self._stage, self._armed_at = stage, self.steps
+        for name, layer in self._trained():
+            probe = self.ask(stage, name, layer)
+            if probe is not None:
+                self._probes[name] = layer.probe = probe.of_tokens(self.score_tokens or 0)
+                self._clear(name)
+
+    def _clear(self, name: str) -> None:
+        """Let a probe have heard nothing."""
+        probe = self._probes[name]
+        probe.tensor.grad = None
+        if probe.kind in STREAMED:  # autograd adds in place to what is there: its version counts the backwards
+            self._resume(name, torch.zeros(probe.tensor.shape, dtype=probe.tensor.dtype, device=probe.tensor.device), 0)
+
+    def _resume(self, name: str, heard: Tensor, backwards: int) -> None:
+        """Let a probe have heard something in so many backwards."""
+        probe = self._probes[name]
+        probe.tensor.grad = heard
+        if probe.kind in STREAMED:
+            self._counters[name] = (heard, heard._version - backwards)
+
+    def _disarm(self) -> None:
+        for name in self._probes:
+            self.layers[name].probe = None
+        self._probes, self._counters, self._stage = {}, {}, None
+
+    def _forget_scores(self) -> None:
+        self._offers = {}
+
+    def _listen(self) -> None:
+        """Read the probes; then ask on, ask again, or be done."""
+        assert self._stage is not None
+        stage = self._stage
+        answers = {name: self._answer(name) for name in self._probes}
+        if not all(is_finite(answer.value) for answer in answers.values()):
+            self._arm(stage)
+            return
+        self._disarm()
+        following = self.hear(stage, answers)
+        if following is None:
+            self._heard = True
+        else:
+            self._arm(following)
+
+    def _answer(self, name: str) -> Answer:
+        probe, backwards = self._probes[name].tensor, self._backwards(name)
+        heard = probe.grad
+        if heard is None:  # no backward came by; the other ranks may have heard one
+            heard = torch.zeros(probe.shape, dtype=probe.dtype, device=probe.device)
+        return Answer(sum_over_ranks(heard, self.process_group), backwards)
+
+    def _backwards(self, name: str) -> int:
+        """Return how many backwards a streamed probe has heard; 1 for the others, where it does not matter."""
+        if name not in self._counters:
+            return 1
+        counter, version = self._counters[name]
+        heard = self._probes[name].tensor.grad
+        return counter._version - version if heard is counter else 2  # create_graph adds into a new tensor
+
+    def _forget_what_was_discarded(self) -> None:
+        """Clear the probes if the gradients of this step were thrown away, or will be because they are not finite."""
+        gradients = [layer.values.grad for _, layer in self._trained()]
+        gone = all(g is None for g in gradients) or not any(bool(g.any()) for g in gradients if g is not None)
+        if gone or not self._gradients_are_finite():
+            for name in self._probes:
+                self._clear(name)
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
+        return all(is_finite(gradient) for gradient in gradients)
+
+    def _trained(self) -> list[tuple[str, BlockSparse]]:
+        return [(name, layer) for name, layer in self.layers.items() if layer.values.requires_grad]
+
+    # Choosing.
+
+    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
+        """Return the weakest blocks and as many of the places with the highest scores."""
+        slots = lowest(self.strength(name, layer), part_of(layer.topology.blocks(), fraction))
+        offer = self.offer(name, layer, slots.shape[0])
+        best = highest(offer.scores, slots.shape[0])
+        return to_places(slots[: best.shape[0]], offer.keys[best], layer.grid)
+
+    def choose_all(self, fraction: float) -> dict[str, Move]:
+        """Return the moves of all layers: each for itself, or with ``scope="global"`` in competition."""
+        moves = super().choose_all(fraction) if self.scope == "layer" else self._choose_globally(fraction)
+        self._forget_scores()  # before the move makes temporaries of its own
+        return moves
+
+    def _choose_globally(self, fraction: float) -> dict[str, Move]:
+        layers = dict(self._trained())
+        total = part_of(sum(layer.topology.blocks() for layer in layers.values()), fraction)
+        strengths = {name: self.strength(name, layer) for name, layer in layers.items()}
+        offers = {name: self.offer(name, layer, min(total, layer.topology.slots)) for name, layer in layers.items()}
+        return share_out(layers, strengths, offers, total)
+
+    def generator(self, name: str, purpose: str) -> torch.Generator:
+        """Return a CPU generator for what this step asks of a layer."""
+        return generator_for(self.seed, type(self).__name__, name, self.steps, purpose)
+
+    def dtype(self, layer: BlockSparse) -> torch.dtype:
+        """Return the dtype in which a layer's answers add up."""
+        return accumulate_dtype(layer.values.dtype)
+
+    # Saving.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, what the probes have heard so far included."""
+        heard = {
+            name: (probe.tensor.grad.cpu(), self._backwards(name))
+            for name, probe in self._probes.items()
+            if probe.tensor.grad is not None
+        }
+        return super().state_dict() | {
+            "stage": self._stage,
+            "armed_at": self._armed_at,
+            "due": self._due,
+            "keys": dict(self._keys),
+            "heard": heard,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken, with the same probes armed."""
+        super().load_state_dict(state)
+        self._disarm()
+        self._due, self._keys = state["due"], dict(state["keys"])
+        if state["stage"] is None:
+            return
+        now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
+        self._put(state["stage"])
+        self.steps = now
+        for name, (heard, backwards) in state["heard"].items():
+            if name in self._probes:
+                self._resume(name, heard.to(self._probes[name].tensor.device, copy=True), backwards)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity; without a temporary of its size."""
+    if tensor.numel() == 0:
+        return True
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,139 @@
+"""GSE: grow the best of a random subset of the empty places, guided or not.
+
+Heddes, Srinivasa, Givargis and Nicolau, "Always-Sparse Training by Growing Connections with Guided Stochastic
+Exploration", arXiv 2401.06898, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from sparsekern.nn import BlockSparse
+from sparsekern.ops import Probe
+from sparsekern.topology import Grid, sample_absent, sample_absent_pairs, sample_pairs, without
+from sparsekern.training.distributed import as_on_first_rank
+from sparsekern.training.gradient import Answer, GradientMethod
+
+DISTRIBUTIONS = ("uniform", "grabo", "graest")
+
+
+class GSE(GradientMethod):
+    """Guided Stochastic Exploration on blocks.
+
+    At an update a subset S of the empty places, as large as ``subset_factor`` times the blocks of the layer, has been
+    scored: by the Frobenius norms of its blocks of the gradient, exact sums over micro-batches and ranks. The
+    ``k = min(floor(drop_fraction * blocks), |S|)`` best of them are grown, and the k weakest blocks dropped. So what is
+    dropped does not return, and what is grown is not dropped, in the same update. With all empty places in S it is
+    :class:`RigL`; with k of them it is :class:`SET`. Time and memory of an update are linear in the blocks.
+
+    ``"uniform"`` draws S before the step whose gradient scores it. The paper's authors recommend it. The guided ones
+    draw places (J, I) with probability proportional to ``g_J f_I``, from sums over the batch of the step before:
+
+    * ``"grabo"``: ``f_I = |x_I|``, ``g_J = |dy_J|``, the bound ``|G_JI| <= |dy_J| |x_I|``. At 1x1 sums of absolute
+      values (the paper's), for blocks Frobenius norms.
+    * ``"graest"``: ``f_I = |sum s x_I|``, ``g_J = |sum s dy_J|`` with a random sign s for each token, the same for x
+      and dy: an unbiased estimate of G_JI before the norm is taken.
+
+    Unlike in the paper, whose code sees the batch twice, S is drawn from the batch before the one that scores it. What
+    else the authors' code does otherwise, and this does not: GraEst of a convolution takes one position's gradient for
+    all; signs repeat in every batch, so products between batches do not cancel; the hash behind them overflows, and
+    is not what it is said to be; the scoring pass moves the statistics of batch norm, forms the dense gradient and
+    masks it; only momentum SGD is handled.
+
+    Args:
+        distribution: ``"uniform"``, ``"grabo"`` or ``"graest"``.
+        subset_factor: gamma, |S| over the blocks of the layer.
+        with_replacement: draw pairs independently, as the paper does, so that repeated and present ones are wasted and
+            S is smaller. Otherwise S has the size it is meant to have.
+        options: the arguments of :class:`GradientMethod` and :class:`Method`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        distribution: str = "uniform",
+        subset_factor: float = 1.0,
+        with_replacement: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, optimizer, **options)
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}")
+        if not (math.isfinite(subset_factor) and subset_factor > 0):
+            raise ValueError(f"subset_factor is {subset_factor}; it must be a number above 0")
+        self.distribution, self.subset_factor, self.with_replacement = distribution, subset_factor, with_replacement
+        self.begin()
+
+    def stages(self) -> int:
+        """Return 1, or 2 where the step before has to tell what to draw by."""
+        return 1 if self.distribution == "uniform" else 2
+
+    def prepare(self, stage: int) -> None:
+        """Draw the candidates, if they do not depend on what is heard."""
+        if self.distribution == "uniform":
+            self._keys = {name: self._draw(name, layer, None).int() for name, layer in self._trained()}
+
+    def ask(self, stage: int, name: str, layer: BlockSparse) -> Probe:
+        """Ask for the gradients of the candidates; in the first of two stages, what to draw them by."""
+        if stage == self.stages() - 1:
+            return self.ask_candidates(name, layer)
+        device, grid = layer.row.device, layer.grid
+        if self.distribution == "grabo":
+            return Probe.magnitudes(grid, dtype=self.dtype(layer), device=device)
+        generator = self.generator(name, "signs")
+        hashes = (
+            torch.randint(2, (n,), generator=generator, dtype=self.dtype(layer), device="cpu").to(device)
+            for n in (grid.out_features, grid.in_features)
+        )
+        return Probe.signed_sums(grid, *hashes, dtype=self.dtype(layer))
+
+    def hear(self, stage: int, answers: dict[str, Answer]) -> int | None:
+        """Score the candidates, or draw them."""
+        if stage == self.stages() - 1:
+            for name, answer in answers.items():
+                self.score_candidates(name, answer)
+            return None
+        for name, answer in answers.items():
+            layer = self.layers[name]
+            sums = as_on_first_rank(answer.value, self.process_group).cpu()
+            self._keys[name] = self._draw(name, layer, weights(layer.grid, self.distribution, sums)).int()
+        return 1
+
+    def _draw(self, name: str, layer: BlockSparse, guide: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return candidates, ascending, on the CPU."""
+        grid, present = layer.grid, layer.topology.sorted_keys().cpu().long()
+        count = math.ceil(self.subset_factor * present.shape[0] - 1e-9)
+        generator = self.generator(name, "candidates")
+        if guide is not None and not all(bool(side.any()) for side in guide):
+            return present[:0]  # the layer took no part
+        if self.with_replacement:
+            if guide is None:
+                drawn = torch.randint(grid.cells, (count,), generator=generator, device="cpu")
+            else:
+                drawn = sample_pairs(*guide, count, generator)
+            return without(drawn.unique(), present)
+        count = min(count, grid.cells - present.shape[0])
+        if guide is None:
+            return sample_absent(present, grid.cells, count, generator, ordered=True)
+        return sample_absent_pairs(present, *guide, count, generator).sort().values
+
+
+def weights(grid: Grid, distribution: str, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what block rows ``(R,)`` and block columns ``(C,)`` are drawn by, from a probe's answer."""
+    if distribution == "grabo":
+        rows, cols = sums[: grid.rows], sums[grid.rows :]
+        return (rows, cols) if grid.block == (1, 1) else (rows.sqrt(), cols.sqrt())
+    out, into = sums[: grid.out_features], sums[grid.out_features :]
+    return _norms(out, grid.block[0]), _norms(into, grid.block[1])
+
+
+def _norms(sums: Tensor, side: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(pad(sums, (0, -sums.shape[0] % side)).view(-1, side), dim=1)
+    return norms

@@ -1,0 +1,79 @@
+"""The papers' values, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsekern.training.base import Method
+from sparsekern.training.gse import GSE
+from sparsekern.training.rigl import RigL
+from sparsekern.training.set import SET
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method with the values of one publication.
+
+    Attributes:
+        method: the class.
+        until: fraction of the training after which no block moves; None: to the end, without the cosine.
+        options: its arguments.
+        source: where they are from.
+    """
+
+    method: type[Method]
+    until: float | None
+    options: dict[str, Any]
+    source: str
+
+
+_GSE = {"update_every": 1000, "drop_fraction": 0.2, "scope": "global", "with_replacement": True}
+
+PRESETS = {
+    "set": Preset(SET, None, {"drop_fraction": 0.3}, "Mocanu et al. 2018: 30 %, after every epoch (give update_every)"),
+    "rigl": Preset(
+        RigL,
+        0.75,
+        {"update_every": 100, "drop_fraction": 0.3, "regrow": True, "skip_step": True},
+        "Evci et al. 2020: ResNet-50 and Wide ResNet",
+    ),
+    "rigl-sparse-ift": Preset(
+        RigL,
+        0.75,
+        {"update_every": 100, "drop_fraction": 0.3, "regrow": True},
+        "Thangarasa et al. 2023, Sparse-IFT: CIFAR and ImageNet; unlike RigL's own code no step is skipped",
+    ),
+    "rigl-sparse-ift-gpt": Preset(
+        RigL,
+        0.8,
+        {"update_every": 500, "drop_fraction": 0.3, "regrow": True},
+        "Thangarasa et al. 2023, Sparse-IFT: GPT",
+    ),
+    "gse": Preset(GSE, 0.6, _GSE, "Heddes et al. 2024, the authors' code for CIFAR: uniform, the recommended one"),
+    "gse-grabo": Preset(GSE, 0.6, _GSE | {"distribution": "grabo"}, "Heddes et al. 2024: guided by bounds"),
+    "gse-graest": Preset(GSE, 0.6, _GSE | {"distribution": "graest"}, "Heddes et al. 2024: guided by estimates"),
+    "gse-imagenet": Preset(GSE, 0.6, _GSE | {"subset_factor": 2.0}, "Heddes et al. 2024: ImageNet's subset factor"),
+}
+
+
+def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, **options: Any) -> Method:
+    """Return a method with the values of a publication.
+
+    Args:
+        name: a key of :data:`PRESETS`, which says what the values are and where they are from.
+        model, optimizer: as for :class:`Method`.
+        steps: optimizer steps of the whole training.
+        options: arguments that differ, such as ``update_every`` or ``allow_dense_scores``.
+
+    Raises:
+        ValueError: an unknown name, or what the method raises.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
+    chosen = PRESETS[name]
+    stop = None if chosen.until is None else chosen.until * steps
+    return chosen.method(model, optimizer, **({"stop": stop} | chosen.options | options))

@@ -1,0 +1,83 @@
+"""Draws from a rank-one distribution of cells, by chi-square."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsekern.topology import generator_for, sample_absent_pairs, sample_pairs, without
+
+ROWS, COLS = torch.tensor([1.0, 0.0, 3.0, 2.0]), torch.tensor([5.0, 1.0, 0.0, 2.0, 2.0])
+JOINT = ROWS[:, None] * COLS / (ROWS.sum() * COLS.sum())
+PRESENT = torch.tensor([0, 13, 18])  # (0, 0), (2, 3), (3, 3)
+
+
+def chi_square_quantile(freedom: int) -> float:
+    """Return about the 1 - 1e-6 quantile (Wilson and Hilferty)."""
+    return freedom * (1 - 2 / (9 * freedom) + 4.753 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def test_the_joint_distribution_has_rank_one():
+    draws = 60_000
+    counts = torch.bincount(sample_pairs(ROWS, COLS, draws, generator_for(0)), minlength=20).view(4, 5)
+    assert not counts[JOINT == 0].any()
+    expected = draws * JOINT[JOINT > 0]
+    statistic = float(((counts[JOINT > 0] - expected) ** 2 / expected).sum())
+    assert statistic < chi_square_quantile(expected.numel() - 1)
+
+
+def test_the_test_notices_another_distribution():
+    draws = 60_000
+    counts = torch.bincount(sample_pairs(ROWS, COLS + 0.1, draws, generator_for(0)), minlength=20).view(4, 5)
+    expected = draws * JOINT[JOINT > 0]
+    statistic = float(((counts[JOINT > 0] - expected) ** 2 / expected).sum())
+    assert statistic > chi_square_quantile(expected.numel() - 1)
+
+
+def test_one_absent_cell_has_the_joint_distribution_outside_the_present_ones():
+    weights = JOINT.flatten().clone()
+    weights[PRESENT] = 0
+    draws = 20_000
+    generator = generator_for(1)
+    keys = torch.cat([sample_absent_pairs(PRESENT, ROWS, COLS, 1, generator) for _ in range(draws)])
+    counts = torch.bincount(keys, minlength=20)
+    assert not counts[weights == 0].any()
+    expected = draws * weights[weights > 0] / weights.sum()
+    statistic = float(((counts[weights > 0] - expected) ** 2 / expected).sum())
+    assert statistic < chi_square_quantile(expected.numel() - 1)
+
+
+def test_several_are_drawn_one_after_the_other_without_replacement():
+    """Inclusion in two draws: p + sum over the first of q(first) p / (1 - q(first))."""
+    weights = JOINT.flatten().clone()
+    weights[PRESENT] = 0
+    p = weights / weights.sum()
+    second = torch.stack([sum(p[f] * p[c] / (1 - p[f]) for f in range(20) if f != c) for c in range(20)])
+    draws = 20_000
+    generator = generator_for(2)
+    keys = torch.stack([sample_absent_pairs(PRESENT, ROWS, COLS, 2, generator) for _ in range(draws)])
+    assert (keys[:, 0] != keys[:, 1]).all()
+    rate, inclusion = torch.bincount(keys.flatten(), minlength=20) / draws, p + second
+    assert ((rate - inclusion).abs() <= 5 * (inclusion * (1 - inclusion) / draws).sqrt()).all()
+
+
+def test_as_many_as_the_weights_leave_within_reach():
+    keys = sample_absent_pairs(PRESENT, ROWS, COLS, 17, generator_for(3))
+    weights = JOINT.flatten().clone()
+    weights[PRESENT] = 0
+    assert sorted(keys.tolist()) == weights.nonzero().squeeze(1).tolist()  # 9 of 17
+    assert sample_absent_pairs(PRESENT, ROWS, COLS, 0, generator_for(3)).shape == (0,)
+
+
+def test_memory_does_not_grow_with_the_grid():
+    """2**30 cells."""
+    side = 2**15
+    keys = sample_absent_pairs(torch.tensor([5]), torch.ones(side), torch.ones(side), 1000, generator_for(4))
+    assert keys.unique().shape == (1000,) and int(keys.max()) < side**2
+
+
+@pytest.mark.parametrize("present", [[], [3], [0, 2, 9]])
+def test_without(present):
+    keys = torch.tensor([9, 3, 4, 0, 3])
+    expected = [k for k in keys.tolist() if k not in present]
+    assert without(keys, torch.tensor(present, dtype=torch.int64)).tolist() == expected
