@@ -37,13 +37,14 @@ from sparsekern import ops, topology  # noqa: E402  the finder must be in place 
 from sparsekern.nn import SparseConv2d, SparseLinear, densify, refresh_, sparse_layers, sparsify_  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.report import summary  # noqa: E402
-from sparsekern.training import GSE, SET, Method, RigL, Static, preset  # noqa: E402
+from sparsekern.training import GSE, SET, VRPGE, Method, RigL, Static, preset, recalibrate_norms  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GSE",
     "SET",
+    "VRPGE",
     "Method",
     "Probe",
     "RigL",
@@ -54,6 +55,7 @@ __all__ = [
     "densify",
     "ops",
     "preset",
+    "recalibrate_norms",
     "refresh_",
     "sparse_layers",
     "sparsify_",

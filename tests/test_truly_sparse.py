@@ -181,6 +181,69 @@ def test_scores_hold_no_gradient(kernels):
         assert found.largest <= DENSE / 4 and found.peak < DENSE / 2
 
 
+class VrpgeStep:
+    """A layer that stores twice as many candidates as remain, and the parts of a step of VR-PGE."""
+
+    def __init__(self, block: tuple[int, int], sparsity: float) -> None:
+        self.layer = sk.SparseLinear(SIDE, SIDE, sparsity=1 - 2 * (1 - sparsity), block_size=block, seed=0)
+        self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)
+        # At 1x1 a unit is a single value, beside which the sums of a sort are large.
+        how = "bisection" if block == (1, 1) else "sort"
+        self.method = sk.VRPGE(
+            self.layer, self.optimizer, sparsity=sparsity, update_every=1, floor=0.05, projection=how
+        )
+        self.x = torch.randn(TOKENS, SIDE, requires_grad=True)
+        for part in ("backward", "step", "update"):
+            getattr(self, part)()
+
+    def backward(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        self.x.grad = None
+        self.method.backward(lambda: self.layer(self.x).square().mean())
+
+    def step(self):
+        self.optimizer.step()
+
+    def update(self):
+        self.method.step()
+
+    def finish(self):
+        assert self.method.finish()
+
+    def allowed(self, part: str) -> float:
+        """Return a quarter of what is stored; the gradient; during the optimizer's step a copy of the sampled blocks.
+
+        The index of a mask, which is made anew for each, takes at most as much again for as long.
+        """
+        layer = self.layer
+        state = sum(s.numel() * 4 for s in self.optimizer.state[layer.values].values())
+        gradient = layer.values.numel() * 4
+        index = sum(t.numel() * 4 for t in (layer.row, layer.col, *layer.index))
+        stored = 2 * gradient + state + index
+        more = {"backward": gradient + 2 * index, "step": float(self.method._masks[0].float().mean()) * stored}
+        return 0.25 * stored + more.get(part, 0) + SCRATCH + 6 * TOKENS * SIDE * 4
+
+
+@pytest.mark.parametrize("part", ["backward", "step", "update", "finish"])
+@pytest.mark.parametrize(("block", "sparsity"), [((32, 32), 0.9), ((16, 32), 0.9), ((1, 1), 0.99)], ids=str)
+def test_a_step_of_vrpge_by_the_allocator(part, block, sparsity, kernels):
+    training = VrpgeStep(block, sparsity)
+    if part in ("step", "update"):
+        training.backward()
+    if part == "update":
+        training.step()
+    allowed = training.allowed(part)
+    found = allocations(getattr(training, part))
+    assert found.largest < DENSE / 4, f"{part} makes a tensor of {found.largest} bytes, the dense weight has {DENSE}"
+    assert found.peak <= allowed, f"{part} holds {found.peak} bytes, allowed are {allowed:.0f}"
+
+
+def test_a_step_of_vrpge_that_multiplies_a_dense_weight_by_a_mask_is_found(kernels, monkeypatch):
+    training = VrpgeStep((32, 32), 0.9)
+    plant_forward(monkeypatch, kernels, training.layer)
+    assert allocations(training.backward).largest >= DENSE
+
+
 # Convolutions: 256 -> 256 channels, 3 x 3; a dense weight has 2.25 MiB, and 36 pixels of activations 36 KiB a tensor.
 
 CHANNELS, IMAGE = 256, 6

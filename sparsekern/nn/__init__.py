@@ -3,6 +3,7 @@
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.conv2d import SparseConv2d
 from sparsekern.nn.densify import densify, refresh_, sparse_layers
+from sparsekern.nn.lending import lend_index
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.refusals import left_dense
 from sparsekern.nn.select import Selector, select
@@ -17,6 +18,7 @@ __all__ = [
     "WeightInfo",
     "densify",
     "left_dense",
+    "lend_index",
     "refresh_",
     "select",
     "sparse_layers",

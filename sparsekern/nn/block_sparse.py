@@ -79,6 +79,7 @@ class BlockSparse(nn.Module):
         self.seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
         self.name = name
         self.probe: Probe | None = None
+        self._lent: Index | None = None  # see lend_index
         self._lost = False  # a given topology that went through the meta device
         self._blocks = blocks
         self._capacity = blocks if capacity is None else capacity
@@ -152,7 +153,9 @@ class BlockSparse(nn.Module):
 
     @property
     def index(self) -> Index:
-        """Return what kernels read."""
+        """Return what kernels read: the layer's own index, or the one that :func:`lend_index` lends it."""
+        if self._lent is not None:
+            return self._lent
         buffers: dict[str, Any] = self._buffers  # each forward asks: an attribute of a module takes five times as long
         by_slot = self.grid.block == (1, 1)
         return Index(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,13 +54,20 @@ class Learner:
         self.rate, self.total_steps = config.rate, config.epochs * self.batches
         self.device = data.train_images.device
         self.memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        self.model = build(network, config, data.image_shape, data.classes, seed).to(self.device)
+        chosen = METHODS[config.method]
+        stored = config.sparsity
+        if network == "sparse" and chosen.pool > 1:  # the method chooses among more than remain
+            stored = max(0.0, 1 - chosen.pool * (1 - config.sparsity))
+        self.model = build(network, replace(config, sparsity=stored), data.image_shape, data.classes, seed).to(
+            self.device
+        )
         self.optimizer = self.recipe.optimizer.build(self.model, config.rate)
         self.method = None
         if network == "sparse":
             stop = STOP * self.total_steps
-            self.method = METHODS[config.method](
-                self.model, self.optimizer, update_every=config.update_every, stop=stop, seed=seed
+            options: dict[str, Any] = {"sparsity": config.sparsity} if chosen.pool > 1 else {}
+            self.method = chosen(
+                self.model, self.optimizer, update_every=config.update_every, stop=stop, seed=seed, **options
             )
         self.epoch = self.batch = self.steps = 0
         self._loss_sum = 0.0
@@ -78,8 +87,16 @@ class Learner:
         began = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self.recipe.schedule.factor(self.steps, self.total_steps)
-        loss = cross_entropy(self.model(images), labels, label_smoothing=self.recipe.label_smoothing)
-        loss.backward()
+        smoothing = self.recipe.label_smoothing
+
+        def forward() -> Tensor:
+            return cross_entropy(self.model(images), labels, label_smoothing=smoothing)
+
+        if self.method is None:
+            loss = forward()
+            loss.backward()
+        else:
+            loss = self.method.backward(forward)
         if self.recipe.clip_norm is not None:
             clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
@@ -158,11 +175,12 @@ class Learner:
     def _accuracy(self) -> float:
         self.model.eval()
         right = 0
-        for images, labels in zip(
-            self.data.test_images.split(EVALUATION_BATCH), self.data.test_labels.split(EVALUATION_BATCH), strict=True
-        ):
-            images = images.contiguous(memory_format=self.memory_format)
-            right += int((self.model(images).argmax(1) == labels).sum())
+        with nullcontext() if self.method is None else self.method.evaluation():
+            for start in range(0, self.data.test_labels.shape[0], EVALUATION_BATCH):
+                images = self.data.test_images[start : start + EVALUATION_BATCH]
+                images = images.contiguous(memory_format=self.memory_format)
+                labels = self.data.test_labels[start : start + EVALUATION_BATCH]
+                right += int((self.model(images).argmax(1) == labels).sum())
         self.model.train()
         return right / self.data.test_labels.shape[0]
 

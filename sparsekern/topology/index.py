@@ -74,6 +74,14 @@ def mask_index(index: Index, keep: Tensor, block: tuple[int, int]) -> Index:
     return Index(row_ptr, row_col, row_slot, col_ptr, col_row, col_slot)
 
 
+@torch.no_grad()
+def mask_index_(into: Index, index: Index, keep: Tensor, block: tuple[int, int]) -> None:
+    """Write what :func:`mask_index` returns into ``into``: same tensors, same addresses."""
+    for tensor, new in zip(into, mask_index(index, keep, block), strict=True):
+        if tensor is not new:
+            tensor.copy_(new)
+
+
 def _compact(
     ptr: Tensor, other: Tensor, slot: Tensor, keep: Tensor, block: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:

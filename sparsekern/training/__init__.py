@@ -5,12 +5,14 @@ from sparsekern.training.followers import Followers, Move
 from sparsekern.training.gradient import GradientMethod
 from sparsekern.training.gse import GSE
 from sparsekern.training.presets import PRESETS, Preset, preset
+from sparsekern.training.recalibrate import recalibrate_norms
 from sparsekern.training.rigl import RigL
 from sparsekern.training.schedules import Schedule
 from sparsekern.training.set import SET
 from sparsekern.training.static import Static
+from sparsekern.training.vrpge import VRPGE
 
-METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL, "gse": GSE}
+METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL, "gse": GSE, "vrpge": VRPGE}
 """By the name that the command line uses."""
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "SET",
+    "VRPGE",
     "Followers",
     "GradientMethod",
     "Method",
@@ -27,4 +30,5 @@ __all__ = [
     "Schedule",
     "Static",
     "preset",
+    "recalibrate_norms",
 ]

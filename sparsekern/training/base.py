@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ class Method:
 
     scopes: tuple[str, ...] = ("layer",)
     """What ``scope`` may be."""
+
+    pool: float = 1.0
+    """Blocks to store for each one that is to remain: more than 1 in a method that chooses among candidates."""
 
     def __init__(
         self,
@@ -191,12 +195,17 @@ class Method:
         Returns:
             The loss, detached and not scaled.
         """
-        loss = closure()
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
-            raise ValueError(f"the closure returned a loss of {what}; it must return a tensor of one number")
+        loss = loss_of(closure)
         (loss if scaler is None else scaler.scale(loss)).backward()
         return loss.detach()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Let the model compute as the network that is being trained, where a training pass sees more or less of it.
+
+        For most methods that is the model as it is; VR-PGE has candidates beside it.
+        """
+        yield
 
     def follow(self, target: Tensor | nn.Module, *, layer: str | None = None, on_move: OnMove = "zero") -> None:
         """Let something else follow the blocks.
@@ -288,3 +297,12 @@ class Method:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not bool(found_inf):
             self.steps += 1
+
+
+def loss_of(closure: Callable[[], Tensor]) -> Tensor:
+    """Return what a closure computes; raise ValueError if that is not a tensor of one number."""
+    loss = closure()
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
+        raise ValueError(f"the closure returned a loss of {what}; it must return a tensor of one number")
+    return loss

@@ -70,7 +70,7 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
         if isinstance(state, Tensor) and state.dim() == 0:
             continue
         if isinstance(state, Tensor) and _is_by_slot(state, parameter):
-            found.append(SlotState(key, state, _fresh(optimizer, key, group)))
+            found.append(SlotState(key, state, fresh_value(optimizer, key, group)))
             continue
         what = f"of shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"a {type(state).__name__}"
         raise ValueError(
@@ -95,7 +95,7 @@ def _is_by_slot(state: Tensor, parameter: Tensor) -> bool:
     return state.dim() == 1 or (state.dim() == parameter.dim() and all(s in (1, p) for s, p in later))
 
 
-def _fresh(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
+def fresh_value(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
     """Return what an untouched entry holds; zero in all but two optimizers."""
     if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
         return float(group.get("initial_accumulator_value", 0.0))

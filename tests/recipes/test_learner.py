@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -234,3 +235,21 @@ def test_a_varied_training_goes_on_bit_for_bit(colour, name):
         torch.equal(a, b)
         for a, b in zip(learner.model.state_dict().values(), other.model.state_dict().values(), strict=True)
     )
+
+
+def test_a_method_with_candidates_stores_more_and_ends_at_the_sparsity(data):
+    config = replace(CONFIG, sparsity=0.75, method="vrpge")
+    learner = Learner("sparse", config, data, seed=0)
+    assert learner.model.hidden1.sparsity == 0.5, "two candidates for each block that is to remain"
+    run(learner, 5)
+    state, weights = copy.deepcopy(learner.state_dict()), copy.deepcopy(learner.model.state_dict())
+    with learner.method.evaluation():
+        right = learner.model.eval()(data.test_images).argmax(1) == data.test_labels
+    learner.model.train()
+    assert learner._accuracy() == pytest.approx(right.float().mean().item())
+    losses = run(learner, 4)
+    assert learner.method.metrics()["sparsity/global"] == 0.75  # chosen at step 6 of 9
+    other = Learner("sparse", config, data, seed=0)
+    other.model.load_state_dict(weights)
+    other.load_state_dict(state)
+    assert run(other, 4) == losses

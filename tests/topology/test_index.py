@@ -15,6 +15,7 @@ from sparsekern.topology import (
     empty_index,
     index_bytes,
     mask_index,
+    mask_index_,
     rebuild_,
     with_capacity,
 )
@@ -262,3 +263,16 @@ def test_at_1x1_an_index_cannot_be_rebuilt_for_another_topology() -> None:
     index = build_index(first)
     with pytest.raises(ValueError, match="at 1x1 an index shares row and col with its topology"):
         rebuild_(index, second)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_masked_index_is_written_into_the_same_tensors(block: int) -> None:
+    topology = five_blocks(block)
+    own, into = build_index(topology), empty_index(topology)
+    addresses = [t.data_ptr() for t in into]
+    for keep in (torch.tensor([True, False, True, False, True, True]), torch.tensor([False] * 6)):
+        keep = keep[: topology.slots]
+        mask_index_(into, own, keep, topology.grid.block)
+        for written, expected in zip(into, mask_index(own, keep, topology.grid.block), strict=True):
+            assert torch.equal(written, expected)
+    assert [t.data_ptr() for t in into] == addresses

@@ -294,3 +294,13 @@ class TestErrors:
             method.load_state_dict(state | {"method": "Static"})
         with pytest.raises(ValueError, match=r"the state is of layers fc; the model has 0, 2, 4"):
             method.load_state_dict(state | {"start": {"fc": torch.ones(1)}})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_evaluation_leaves_the_model_as_it_was(name):
+    model = make()
+    method = METHODS[name](model, torch.optim.SGD(model.parameters()))
+    before = model(batch(0))
+    with method.evaluation():
+        assert model(batch(0)).shape == before.shape
+    assert torch.equal(model(batch(0)), before)

@@ -1,0 +1,91 @@
+"""The probabilities of all units, and their own optimizer (VR-PGE)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.training.budget import Budget
+from sparsekern.training.distributed import ranks, sum_over_ranks
+from sparsekern.training.sampling import score_gradient
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+class Probabilities:
+    """One number ``s`` in [0, 1] a unit, that keeps its budget; all start equal.
+
+    Args:
+        budget: of how many units, and what they may cost together.
+        device: where they are.
+        rate: of their optimizer, at its highest.
+        optimizer: ``"adam"`` or ``"sgd"``.
+        clip: the largest norm of a gradient; None for any.
+
+    Raises:
+        ValueError: an unknown optimizer, or a number out of range.
+    """
+
+    def __init__(
+        self, budget: Budget, device: torch.device, *, rate: float, optimizer: str, clip: float | None
+    ) -> None:
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"probability_optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
+        if not rate > 0:
+            raise ValueError(f"probability_rate is {rate}; it must be above 0")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"score_clip is {clip}; it must be above 0, or None for no limit")
+        self.budget, self.rate, self.clip = budget, rate, clip
+        self._value = nn.Parameter(budget.project(torch.full((budget.units,), budget.ratio, device=device)))
+        self._optimizer = OPTIMIZERS[optimizer]([self._value], lr=rate)
+
+    @property
+    def value(self) -> Tensor:
+        """Return ``s (units,)``, float32, without a gradient."""
+        return self._value.detach()
+
+    @torch.no_grad()
+    def step(self, losses: Tensor, masks: Tensor, factor: float) -> None:
+        """Step against the scores that losses ``(K,)`` give under masks ``(K, units)``, then keep the budget.
+
+        Ranks that train together average their losses first, and so stay equal to the bit.
+
+        Args:
+            losses: each summed over the batches since the last optimizer step.
+            masks: bool.
+            factor: of the rate.
+        """
+        losses = sum_over_ranks(losses) / ranks()
+        s = self._value
+        s.grad = score_gradient(losses.to(s.device), masks, s)
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_([s], self.clip)
+        (group,) = self._optimizer.param_groups
+        group["lr"] = self.rate * factor
+        self._optimizer.step()
+        s.grad = None
+        s.copy_(self.budget.project(s))
+
+    @torch.no_grad()
+    def restart(self, units: dict[str, Tensor], probability: float) -> None:
+        """Give units ``(k,)`` of layers, by name, a probability and a fresh optimizer state, then keep the budget."""
+        states = [t for t in self._optimizer.state[self._value].values() if isinstance(t, Tensor) and t.dim() == 1]
+        for name, chosen in units.items():
+            part = self.budget.part(name)
+            self._value[part].index_fill_(0, chosen, probability)
+            for state in states:
+                state[part].index_fill_(0, chosen, 0)
+        self._value.copy_(self.budget.project(self._value))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the probabilities and the state of their optimizer."""
+        return {"value": self.value.clone(), "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        with torch.no_grad():
+            self._value.copy_(state["value"])
+        self._optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,339 @@
+"""VR-PGE: which blocks to keep is learnt from the losses of forward passes, while the weights train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.nn import BlockSparse
+from sparsekern.topology import generator_for
+from sparsekern.training.base import Method, loss_of
+from sparsekern.training.budget import Budget
+from sparsekern.training.candidates import Candidates, Group
+from sparsekern.training.followers import Move
+from sparsekern.training.masked import MaskedLayers
+from sparsekern.training.passes import Randomness, keep_norm_statistics, without_sync
+from sparsekern.training.probabilities import Probabilities
+from sparsekern.training.projection import PROJECTIONS
+from sparsekern.training.sampling import draw_masks
+from sparsekern.training.stand_ins import StandIns
+
+
+class VRPGE(Method):
+    """Every stored block is a candidate with a probability; a training step computes with those that a coin chose.
+
+    Build the layers with more blocks than are to remain, and give what is to remain as ``sparsity``. Needs the form of
+    a closure, and :meth:`evaluation` around an evaluation::
+
+        model = sk.sparsify_(model, sparsity=0.8)
+        sparse = sk.VRPGE(model, optimizer, sparsity=0.9, stop=0.75 * steps)
+        for x, y in loader:
+            sparse.backward(lambda: loss_fn(model(x), y))
+            optimizer.step(); optimizer.zero_grad(set_to_none=True)
+            sparse.step()
+        with sparse.evaluation():
+            ...
+
+    Each step draws ``masks`` Bernoulli masks over the units. All see the same batch, the same dropout and the same
+    norms; all but the first are forward passes without a graph. Blocks that a mask leaves out are not computed,
+    neither forward nor backward. From the losses follows a step on the probabilities
+    (:func:`~sparsekern.training.sampling.score_gradient`), then their projection onto the budget
+    (:func:`~sparsekern.training.projection.project`). At ``stop``, or by :meth:`finish`, the likeliest units stay, the
+    other slots become free, and training goes on with a fixed topology.
+
+    Where this differs from the released code (arXiv 2111.05685), which multiplies dense weights by masks: one backward
+    a step, as the paper says (``weight_step="all"`` has the code's); the scores are clipped apart from the weights;
+    the final network is that of the highest probabilities, not the best of ten samples; there are no masks outside
+    training; running statistics are those of the first mask only.
+
+    Args:
+        model: whose sparse layers store the candidates; wrapped in DistributedDataParallel if it is to be.
+        optimizer: holds their values.
+        sparsity: fraction of the sparse layers' elements that is to be absent, on average over the masks and exactly
+            at the end. Default: half of what is stored remains.
+        masks: K, 2 or more. At an equal number of passes more masks say more than more steps.
+        structure_every: optimizer steps between steps of the probabilities; the others take one pass only.
+        group: what has a probability: ``"block"``, ``"row"``, ``"column"`` or a function; :class:`Candidates`. The
+            noise grows with their number.
+        scope: ``"global"``: one budget, so that layers compete; ``"layer"``: one each.
+        probability_rate: of the optimizer of the probabilities; falls to 0 along a cosine by ``stop``.
+        probability_optimizer: ``"adam"`` or ``"sgd"``.
+        score_clip: the largest norm of the scores; None for any.
+        floor: the lowest probability. At 0, what fell to 0 is out until a refill moves it.
+        refill: probability of a candidate that an update moves to a new empty place, because it had fallen to the
+            floor; 0 for no such moves. Default: half the first one. Only for ``group="block"``.
+        costs: by the name of a layer, what one of its elements costs, such as the output positions of a convolution:
+            the budget then counts operations. 1 where nothing is said.
+        projection: ``"sort"``, the faster; or ``"bisection"``, which holds less beside the units, and at 1x1 a unit is
+            a single value.
+        weight_step: ``"one"``: the weights see the first mask; ``"all"``: the mean over all masks, a backward each.
+        unsampled: what the optimizer does to values that no mask of the step held: ``"lazy"``, nothing, neither decay
+            nor momentum (waits for the device once a step; :class:`~sparsekern.training.stand_ins.StandIns`);
+            ``"decay"``, what it does at a gradient of zero.
+        update_every: optimizer steps between refills; ``drop_fraction`` limits them to that part of a layer's units.
+        options: of :class:`Method`: ``start``, before which probabilities stay equal, ``stop``, ``drop_fraction``,
+            ``grown_state``, ``seed``; ``keep_connected`` and ``min_age`` have no effect.
+
+    Raises:
+        ValueError: a number out of range, or fewer candidates than are to remain.
+    """
+
+    pool = 2.0
+    scopes = ("layer", "global")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sparsity: float | None = None,
+        masks: int = 2,
+        structure_every: int = 1,
+        group: Group = "block",
+        scope: str = "global",
+        probability_rate: float = 12e-3,
+        probability_optimizer: str = "adam",
+        score_clip: float | None = 3.0,
+        floor: float = 0.0,
+        refill: float | None = None,
+        costs: dict[str, float] | None = None,
+        projection: str = "sort",
+        weight_step: str = "one",
+        unsampled: str = "lazy",
+        update_every: int = 100,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, optimizer, update_every=update_every, **options)
+        for name, value, least in (("masks", masks, 2), ("structure_every", structure_every, 1)):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more")
+        for name, choice, known in (
+            ("scope", scope, self.scopes),
+            ("projection", projection, PROJECTIONS),
+            ("weight_step", weight_step, ("one", "all")),
+            ("unsampled", unsampled, ("lazy", "decay")),
+        ):
+            if choice not in known:
+                raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
+        self.model = model
+        self.scope, self.masks, self.structure_every = scope, masks, structure_every
+        self.weight_step, self.lazy = weight_step, unsampled == "lazy"
+        trained = {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
+        if not trained:
+            raise ValueError("the values of all sparse layers are frozen; VR-PGE needs one that trains")
+        self.candidates = {name: Candidates(layer, group) for name, layer in trained.items()}
+        self.budget = Budget(self.candidates, sparsity, scope, costs, floor, projection)
+        device = next(iter(trained.values())).values.device
+        self._masked = MaskedLayers(self.candidates, self.budget)
+        self.probabilities = Probabilities(
+            self.budget, device, rate=probability_rate, optimizer=probability_optimizer, clip=score_clip
+        )
+        self.refill = self.budget.ratio / 2 if refill is None else refill
+        if not 0 <= self.refill <= 1:
+            raise ValueError(f"refill is {refill}; it must be a probability, in [0, 1]")
+        self.finished = False
+        self._masks: Tensor | None = None
+        self._drawn_at = -1
+        self._losses: Tensor | None = None  # (K,), of the batches since the last optimizer step
+        self._ending: Tensor | None = None
+        self._refilled: dict[str, Tensor] = {}
+        self._stand_ins = StandIns(optimizer)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(lambda *_: self._stand_ins.leave())
+
+    def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """Compute the loss and its gradients under the step's masks: ``sparse.backward(lambda: loss_fn(model(x), y))``.
+
+        Runs the closure once a mask. It must do the same each time: what it draws from torch's global generators is
+        drawn again alike, and running statistics of batch and instance norms see one pass only; other state that a
+        forward changes, it changes K times. Several calls before an optimizer step have the same masks, and add up.
+
+        Args:
+            closure: computes the loss ``()`` of one batch, the forward of the model included.
+            scaler: scales the loss before the backward.
+
+        Returns:
+            The loss under the first mask (the mean over all with ``weight_step="all"``), detached and not scaled.
+        """
+        if self.finished:
+            return super().backward(closure, scaler=scaler)
+        if self._masks is None or self._drawn_at != self.steps:
+            generator = generator_for(self.seed, type(self).__name__, "masks", self.steps)
+            self._masks = draw_masks(self.probabilities.value, self.masks, generator)
+            self._drawn_at, self._losses = self.steps, None
+        structure = self.steps >= self.schedule.start and self.steps % self.structure_every == 0
+        every = self.weight_step == "all"
+        passes = self.masks if structure or every else 1
+        randomness = Randomness(self.model)
+        losses = []
+        # The pass with a graph comes last: the index that autograd saves is not written to before its backward.
+        for number in reversed(range(passes)):
+            randomness.restore()
+            extra = number > 0
+            with (
+                self._masked.lending(self._masks[number]),
+                keep_norm_statistics(self.model) if extra else nullcontext(),
+            ):
+                if extra and not every:
+                    with torch.no_grad():
+                        losses.append(loss_of(closure).detach())
+                    continue
+                loss = loss_of(closure)
+                part = loss / passes if every else loss
+                with without_sync(self.model) if extra else nullcontext():
+                    (part if scaler is None else scaler.scale(part)).backward()
+                losses.append(loss.detach())
+        if structure:
+            self._note_losses(torch.stack(losses[::-1]))
+        return torch.stack(losses).mean() if every else losses[-1]
+
+    def step(self) -> bool:
+        """Step the probabilities, and refill or finish if it is time to; returns whether blocks moved."""
+        if self.finished:
+            self._seen = self.steps
+            return False
+        if self.steps > self._seen:
+            self._step_probabilities()
+        if self.schedule.stop is not None and self.steps >= self.schedule.stop:
+            self._seen = self.steps
+            return self.finish()
+        return super().step()
+
+    def update(self) -> bool:
+        """Move candidates whose probability is at the floor to new empty places; returns whether any moved."""
+        self._refilled = {}
+        moved = super().update()
+        if self._refilled:
+            self.budget.refresh()
+            self.probabilities.restart(self._refilled, self.refill)
+        return moved
+
+    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
+        """Return which candidates go to which new places, or, at the end, which slots become free."""
+        candidates = self.candidates.get(name)
+        if candidates is None:
+            return None
+        part = self.budget.part(name)
+        if self._ending is not None:
+            out = ~self._masked.slots(name, self._ending) & layer.topology.used()
+            slots = out.nonzero().squeeze(1)
+            nowhere = torch.full_like(slots, -1, dtype=torch.int32)
+            return Move(slots, nowhere, nowhere)
+        if not candidates.may_move or self.refill == 0:
+            return None
+        dead = self.probabilities.value[part] <= self.budget.floor
+        limit = math.floor(fraction * candidates.count + 1e-9)
+        units, move = candidates.refill(dead, limit, generator)
+        if units.numel():
+            self._refilled[name] = units.to(self.probabilities.value.device)
+        return move
+
+    def finish(self) -> bool:
+        """Keep the likeliest units that the budget allows and free the other slots, for good; returns whether any.
+
+        From here on :meth:`backward` is one ordinary pass. Running statistics of norms were taken from many networks:
+        call :func:`sparsekern.recalibrate_norms` before an evaluation that does not follow more training.
+        """
+        if self.finished:
+            return False
+        self._ending = self.budget.top(self.probabilities.value)
+        before = {name: layer.topology.blocks() for name, layer in self.layers.items()}
+        try:
+            moved = super().update()
+        finally:
+            self._ending = None
+        for name, layer in self.layers.items():
+            self._churn[name] = 1 - layer.topology.blocks() / max(1, before[name])
+        self.finished = True
+        self._masked.clear()
+        self._masks = self._losses = None
+        return moved
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Let the model compute with the units that :meth:`finish` would keep now. Not around :meth:`backward`."""
+        with nullcontext() if self.finished else self._masked.lending(self.budget.top(self.probabilities.value)):
+            yield
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of :meth:`Method.metrics`, where ``sparsity/*`` is that of all candidates, and more.
+
+        ``expected_sparsity/*`` fraction absent on average over the masks; ``undecided`` fraction of the units whose
+        probability lies between 0.05 and 0.95.
+        """
+        numbers = super().metrics()
+        left = total = 0.0
+        s = self.probabilities.value.double()
+        for name, layer in self.layers.items():
+            if self.finished or name not in self.candidates:
+                expected = float(layer.topology.elements())
+            else:
+                costs = self.candidates[name].costs()
+                expected = float((costs * s[self.budget.part(name)].to(costs.device)).sum())
+            numbers[f"expected_sparsity/{name}"] = 1 - expected / layer.grid.numel
+            left, total = left + expected, total + layer.grid.numel
+        numbers["expected_sparsity/global"] = 1 - left / total
+        numbers["undecided"] = 0.0 if self.finished else float(((s > 0.05) & (s < 0.95)).double().mean())
+        return numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, beside the model's and the optimizer's state. Masks follow from the seed."""
+        return super().state_dict() | {
+            "finished": self.finished,
+            "probabilities": self.probabilities.state_dict(),
+            "units": {name: candidates.unit.clone() for name, candidates in self.candidates.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: as :meth:`Method.load_state_dict`, or other candidates.
+        """
+        units = state.get("units", {})
+        mine = {name: candidates.unit.shape for name, candidates in self.candidates.items()}
+        same = {name: unit.shape for name, unit in units.items()} == mine
+        if units and (not same or state["probabilities"]["value"].shape != self.probabilities.value.shape):
+            raise ValueError("the state has other candidates; build model and method as those that were saved")
+        super().load_state_dict(state)
+        self.finished = state["finished"]
+        self.probabilities.load_state_dict(state["probabilities"])
+        for name, candidates in self.candidates.items():
+            candidates.unit.copy_(units[name])
+        self._masks = self._losses = None
+        self._drawn_at = -1
+
+    def _note_losses(self, losses: Tensor) -> None:
+        """Add the losses of a batch; one that overflowed under some mask says nothing about any."""
+        losses = torch.where(losses.isfinite().all(), losses.float(), 0)
+        self._losses = losses if self._losses is None else self._losses + losses
+
+    def _step_probabilities(self) -> None:
+        if self._losses is not None and self._masks is not None:
+            self.probabilities.step(self._losses, self._masks, self._cosine())
+            self._losses = None
+
+    def _cosine(self) -> float:
+        stop = self.schedule.stop
+        return 1.0 if stop is None else (1 + math.cos(math.pi * min(1.0, self.steps / max(1, stop)))) / 2
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._stand_ins.leave()  # of a step that failed
+        if self.finished:
+            return
+        if self._masks is None or self._drawn_at != self.steps:
+            raise RuntimeError(
+                "the optimizer steps without a backward of VR-PGE: in place of loss.backward() write "
+                "sparse.backward(lambda: loss_fn(model(x), y)), which draws masks and replays the batch"
+            )
+        if not self.lazy:
+            return
+        held = self._masks.any(0) if self.weight_step == "all" else self._masks[0]
+        for name, candidates in self.candidates.items():
+            slots = self._masked.slots(name, held).nonzero().squeeze(1)
+            self._stand_ins.enter(name, candidates.layer.values, slots)

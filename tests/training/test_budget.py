@@ -1,0 +1,62 @@
+"""What may remain of a model with layers of several sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.training.budget import Budget
+from sparsekern.training.candidates import Candidates
+
+
+def budget(sparsity=None, scope="global", costs=None, floor=0.0, group="block"):
+    a = sk.SparseLinear(16, 16, block_size=4, sparsity=0.5, seed=0)  # 8 candidates of 16 places
+    b = sk.SparseLinear(16, 32, block_size=4, sparsity=0, seed=0)  # 32 of 32
+    candidates = {"a": Candidates(a, group), "b": Candidates(b, group)}
+    return Budget(candidates, sparsity, scope, costs, floor, "sort")
+
+
+def test_the_ratio_of_the_candidates_and_their_places():
+    found = budget(0.75)  # 12 of 48 places, of 40 candidates
+    assert found.ratio == pytest.approx(0.3) and found.units == 40
+    assert found.part("a") == slice(0, 8) and found.part("b") == slice(8, 40)
+    assert budget().ratio == 0.5
+
+
+def test_a_global_budget_lets_layers_compete_and_one_of_each_layer_does_not():
+    wanted = torch.cat([torch.ones(8), torch.zeros(32) + 0.2])
+    both = budget(0.75).project(wanted)
+    assert float(both.sum()) == pytest.approx(12, rel=1e-6) and float(both[:8].sum()) > 7
+    each = budget(0.75, scope="layer").project(wanted)
+    assert float(each[:8].sum()) == pytest.approx(2.4, rel=1e-6) and float(each[8:].sum()) == pytest.approx(6.4)
+
+
+def test_the_top_is_the_exact_number():
+    s = torch.linspace(0, 1, 40)
+    assert budget(0.75).top(s).nonzero().squeeze(1).tolist() == list(range(28, 40))
+    assert budget(0.75, scope="layer").top(s).sum() == 2 + 9
+
+
+def test_costs_make_operations_of_elements():
+    # elements of a cost 9: 9 * 8 + 32 = 104 candidates' worth, of 9 * 16 + 32 = 176 in all, of which a quarter stays
+    found = budget(0.75, costs={"a": 9.0})
+    assert found.ratio == pytest.approx(44 / 104)
+    s = found.project(torch.ones(40))
+    assert 9 * float(s[:8].sum()) + float(s[8:].sum()) == pytest.approx(44, rel=1e-5)
+    assert s[:8].max() < s[8:].min(), "the dear ones lose more"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"sparsity": 0.1}, r"sparsity is 0.1, but the layers store too few .* sparsity 0.1667. Build them at .* 0"),
+        ({"sparsity": 1.5}, "sparsity is 1.5"),
+        ({"costs": {"c": 1.0}}, "costs names c; the layers are a, b"),
+        ({"costs": {"a": 0.0}}, "costs of 'a' is 0.0; it must be above 0"),
+        ({"floor": 0.6}, "floor is 0.6; it must be 0 to 0.5, the fraction of the candidates that may remain"),
+    ],
+)
+def test_errors(options, text):
+    with pytest.raises(ValueError, match=text):
+        budget(**options)
