@@ -100,6 +100,7 @@ def conv_cases(seeds: int) -> Iterator[dict[str, Any]]:
         for width in (1, 4, 12, 17, 40):  # rows in turn and by themselves; enough for two threads
             yield {
                 "block": block,
+                "dtype": dtypes[width % 3],
                 "height": 9,
                 "width": width,
                 "kernel": (3, 3),
@@ -110,7 +111,18 @@ def conv_cases(seeds: int) -> Iterator[dict[str, Any]]:
                 "group_out": 33,
                 "group_in": 35,
             }
-        yield {"block": block, "height": 150, "width": 130, "images": 1, "groups": 1, "group_in": 64, "blocks": 4}
+        yield {
+            "block": block,
+            "dtype": torch.float32,
+            "height": 150,
+            "width": 130,
+            "kernel": (3, 3),
+            "images": 1,
+            "groups": 1,
+            "group_in": 64,
+            "group_out": 16,
+            "blocks": 4,
+        }
 
 
 def sweep(library_file: Path, seeds: int) -> None:

@@ -18,7 +18,9 @@ GROUP, GROUP_PAIRS = 32, 8
 """Of ``csrc/api.h``: a sketch comes in tiles of so many block rows and columns, for so many pairs at a time."""
 
 LIST_BYTES = 48
-"""What these lists take a block, those in the scratch of the library with them; at 1x1 far more than the block."""
+"""What these lists take a block, those in the scratch of the library with them; at 1x1 far more than the block.
+
+Chosen blocks are sorted all at once before that: int64 keys, their sorted copy and the order, 24 bytes a block."""
 
 TILE = 64
 """Side of the blocks in which all single elements are computed."""

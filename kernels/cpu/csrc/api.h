@@ -36,7 +36,8 @@ struct ElementPlan {
   int32_t shift;
 };
 
-// y = x W' + bias (or dx = dy W): see product.h. `scratch` has multiply_bytes(...).
+// y = x W' + bias (or dx = dy W): see product.h, few.h, elements.h and product_bf16.h. The library fills in what follows
+// `threads`: plan.h.
 struct Multiply {
   Matrix x, y;
   const float *values;   // (Z, bo, bi), contiguous; bfloat16 if values_dtype says so, which only HalfKernels take
@@ -54,7 +55,7 @@ struct Multiply {
   char *scratch;
 };
 
-// The stored blocks of dy' x: see outer.h. `scratch` has outer_bytes(...).
+// The stored blocks of dy' x: see outer.h, elements.h and outer_bf16.h.
 struct Outer {
   Matrix dy, x;
   float *out;            // (Z, bo, bi), contiguous
@@ -119,7 +120,7 @@ extern const Kernels avx2_kernels, avx512_kernels;
 extern const HalfKernels avx512_bf16_kernels, amx_kernels;
 #endif
 
-// Shared by the planner (library.cpp) and the kernels, so that they agree on the layout of the scratch.
+// Shared by the planner (plan.h) and the kernels, so that they agree on the layout of the scratch.
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t blocks_of(int64_t features, int64_t side) { return (features + side - 1) / side; }
 constexpr int64_t LINE = 16;         // floats of a cache line: buffers start at one

@@ -1,0 +1,107 @@
+// How products are cut into panels, pieces and groups, and the scratch that they take: pure functions of sizes and caches.
+#pragma once
+#include "library.h"
+
+namespace {
+
+// What a product takes, in operations: with few tokens the time is that of reading (or writing) the blocks.
+int64_t work(int64_t values, int64_t tokens) { return 2 * values * (tokens < 8 ? 8 : tokens); }
+
+// Tokens a panel: a packed panel fills half of the L2 cache, and every thread gets one.
+int64_t panel_tokens(int64_t tokens, int64_t features, int64_t least, int64_t most, int threads) {
+  int64_t panel = half_of_l2() / features;
+  panel = panel < least ? least : panel > most ? most : panel;
+  int64_t share = (tokens + threads - 1) / threads;
+  if (panel > share) panel = share;
+  int64_t panels = (tokens + panel - 1) / panel;
+  panels = (panels + threads - 1) / threads * threads;
+  panel = (tokens + panels - 1) / panels;
+  return panel < 1 ? 1 : panel;
+}
+
+// The panels of an outer product, and how many are packed at a time. Returns the floats that they take.
+int64_t plan_superpanel(Outer &m) {
+  const int64_t tokens = m.x.rows, bytes = 4 * int64_t(m.order.ptr[m.order.rows]) * m.bo * m.bi;
+  const int64_t x_width = blocks_of(m.x.cols, m.bi) * m.bi, dy_width = blocks_of(m.dy.cols, m.bo) * m.bo;
+  // Each panel reads and writes all blocks of the thread once: when they leave the cache, long panels pay for it.
+  const bool large = bytes > (int64_t(4) << 20);
+  const int64_t wide = x_width > dy_width ? x_width : dy_width;
+  m.panel = large ? (tokens < 256 ? tokens : 256) : panel_tokens(tokens, wide, 48, 256, 1);
+  const int64_t panels = (tokens + m.panel - 1) / m.panel;
+  m.panels_at_once = (int64_t(3) << 20) / ((x_width + dy_width) * m.panel);
+  if (m.panels_at_once < m.threads) m.panels_at_once = m.threads;
+  if (m.panels_at_once > panels) m.panels_at_once = panels;
+  return m.panels_at_once * m.panel * (x_width + dy_width);
+}
+
+// bfloat16: the same.
+int64_t plan_half(Outer &m) {
+  const int64_t width = blocks_of(m.x.cols, m.bi) * m.bi + blocks_of(m.dy.cols, m.bo) * m.bo, tokens = m.x.rows;
+  m.panel = round_up(tokens < 512 ? tokens : 512, HALF_TOKENS);
+  const int64_t panels = (tokens + m.panel - 1) / m.panel;
+  m.panels_at_once = (int64_t(6) << 20) / (width * m.panel);
+  if (m.panels_at_once < m.threads) m.panels_at_once = m.threads;
+  if (m.panels_at_once > panels) m.panels_at_once = panels;
+  return m.panels_at_once * m.panel * width / 2;
+}
+
+int64_t lanes_for(int64_t tokens, int64_t most) {
+  while (most > 2 * NARROW && round_up(tokens, most) * 4 > tokens * 5) most /= 2;  // a quarter of them idle
+  return most;
+}
+
+// 1x1: see elements.h. Without `threads` in lanes and chunks: these may change how a sum is formed.
+ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, bool gradient, int threads) {
+  constexpr int64_t IN_L2 = 128 << 10;  // floats of a panel that may stay whole; entries of a piece
+  ElementPlan p = {};
+  const double mean = double(order.ptr[order.rows]) / order.rows, density = mean / features;
+  int64_t run;  // entries of a row in a chunk: what it costs to begin one is spread over them
+  if (tokens <= NARROW) {
+    p.lanes = gradient || tokens > 8 ? 16 : tokens > 4 ? 8 : 4;
+    p.shift = 9, run = 32;
+  } else if (gradient || density > 0.18) {  // the most lanes, and chunks that the L1 cache holds at least half of
+    p.lanes = lanes_for(tokens, 128);
+    p.shift = 7, run = 8;
+  } else {  // the L2 cache serves as many entries as there are
+    p.lanes = lanes_for(tokens, 64);
+    p.shift = features * p.lanes <= IN_L2 ? 16 : 9, run = 8;
+  }
+  while (p.shift < 16 && density * (int64_t(1) << p.shift) < run) p.shift++;
+  p.chunks = blocks_of(features, int64_t(1) << p.shift);
+  p.tokens = (int64_t(4) << 20) / features / p.lanes * p.lanes;
+  if (p.tokens > round_up(tokens, p.lanes)) p.tokens = round_up(tokens, p.lanes);
+  if (p.tokens < p.lanes) p.tokens = p.lanes;
+  p.strip = p.chunks == 1 ? 64 : 128;
+  while (p.strip > LINE && (mean * p.strip > IN_L2 || p.strip * 2 * threads > order.rows)) p.strip /= 2;
+  p.strips = int64_t(IN_L2 / (mean * p.strip + 1));
+  const int64_t share = order.rows / (p.strip * 4 * threads);  // of pieces, so that threads end together
+  if (threads > 1 && p.strips > share) p.strips = share;
+  if (p.strips < 1) p.strips = 1;
+  if (p.strips > blocks_of(order.rows, p.strip)) p.strips = blocks_of(order.rows, p.strip);
+  const int64_t piece = p.strip * p.strips;
+  for (int64_t r = 0; r < order.rows; r += piece) {
+    const int64_t entries = order.ptr[r + piece < order.rows ? r + piece : order.rows] - order.ptr[r];
+    if (p.entries < entries) p.entries = entries;
+  }
+  return p;
+}
+
+// bfloat16: how the weight and the tokens are cut (product_bf16.h), and the floats of scratch.
+int64_t plan_half(Multiply &m) {
+  const int64_t width = blocks_of(m.x.cols, m.in) * m.in, size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
+  int64_t most = 2 * half_of_l2() / width;
+  most = most < HALF_TOKENS ? HALF_TOKENS : most > 512 ? 512 : most;
+  m.shared = m.x.rows > 2 * most;
+  const int64_t panels = (m.x.rows + most - 1) / most;
+  m.panel = m.shared ? panel_tokens(m.x.rows, width / 2, HALF_TOKENS, most, m.threads) : (m.x.rows + panels - 1) / panels;
+  m.panel = round_up(m.panel, HALF_TOKENS);
+  m.groups = used * size / (half_of_l2() / 2) + 1;  // a packed group fills a quarter of the L2 cache
+  if (!m.shared && m.threads > 1) m.groups = round_up(m.groups, 2 * m.threads);
+  if (m.groups > m.order.rows) m.groups = m.order.rows;
+  m.group_entries = m.shared ? 0 : used / m.groups + 1 + blocks_of(m.x.cols, m.in);
+  if (m.group_entries > used) m.group_entries = used;
+  return (m.shared ? used * size / 2 : 0) + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0) +
+         m.threads * (HALF_TILE + (width * m.panel + m.group_entries * size) / 2);
+}
+
+}  // namespace
