@@ -99,3 +99,15 @@ def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
         )
     if probe.tensor.device != x.device:
         raise ValueError(f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there")
+
+
+def check_conv_probe(probe: Probe) -> None:
+    """Raise NotImplementedError if a probe asks what only a linear layer answers."""
+    if probe.kind in ("magnitudes", "signed_sums"):
+        raise NotImplementedError(
+            f"a convolution has no probe {probe.kind!r}, which guided GSE needs; use distribution='uniform' or RigL"
+        )
+    if probe.tokens:
+        raise NotImplementedError(
+            f"the probe is of {probe.tokens} tokens, and that of a convolution is of all; leave score_tokens out"
+        )

@@ -50,11 +50,13 @@ def conv2d(
     Raises:
         ValueError: shapes or devices that do not fit.
         TypeError: dtypes that do not fit.
-        NotImplementedError: the backend that was asked for cannot run this.
+        NotImplementedError: the backend that was asked for cannot run this, or the probe is for linear layers only.
     """
     checks.check_conv2d(x, values, bias, index, grid, shape)
     if probe is not None:
         checks.check_probe(probe, x, grid)
+        if not shape.is_pointwise:
+            checks.check_conv_probe(probe)
     images = channels_last(x if x.dim() == 4 else x.unsqueeze(0))
     if shape.is_pointwise:
         y = linear(images.permute(0, 2, 3, 1), values, bias, index, grid, probe).permute(0, 3, 1, 2)
