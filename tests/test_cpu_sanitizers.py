@@ -19,4 +19,4 @@ def test_a_sweep_of_shapes_under_the_sanitizers() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
     assert done.returncode == 0, done.stderr[-6000:]
-    assert "generic: 89 cases" in done.stdout
+    assert "generic: 71 cases" in done.stdout
