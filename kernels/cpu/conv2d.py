@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from sparsekern.kernels.contract import ConvShape, Index
 from sparsekern.kernels.cpu.library import DTYPES, Conv, Order, Pair, call, threads
-from sparsekern.kernels.cpu.linear import Lists, numbers, positive
+from sparsekern.kernels.cpu.linear import Lists, numbers, positive, rounded
 from torch import Tensor
 
 
@@ -20,7 +20,7 @@ def conv2d_fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, sha
     y = x.new_empty(x.shape[0], *size, shape.out_channels).permute(0, 3, 1, 2)
     if y.numel() == 0:
         return y
-    x, read, bias = positive(x), _as_read(values, x.dtype), None if bias is None else numbers(bias)
+    x, read, bias = positive(x), rounded(values, x.dtype), None if bias is None else numbers(bias)
     lists = (index.row_ptr, index.row_col, index.row_slot)
     call("sk_conv_multiply", _conv(x, y, read, bias, lists, shape, transposed=False))
     return y
@@ -31,7 +31,7 @@ def conv2d_dx(dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: 
     dx = dy.new_empty(dy.shape[0], *size, shape.in_channels).permute(0, 3, 1, 2)
     if dx.numel() == 0:
         return dx
-    dy, read = positive(dy), _as_read(values, dy.dtype)
+    dy, read = positive(dy), rounded(values, dy.dtype)
     lists = (index.col_ptr, index.col_row, index.col_slot)
     call("sk_conv_multiply", _conv(dx, dy, read, None, lists, shape, transposed=True))
     return dx
@@ -64,10 +64,6 @@ def conv2d_outer_blocks(
     out = torch.empty(slots, *block, dtype=torch.float32, device=x.device)
     call("sk_conv_outer", _conv(x, dy, out, None, lists, shape, transposed=False))
     return out
-
-
-def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return numbers(values if values.dtype is dtype else values.to(dtype))
 
 
 def _conv(

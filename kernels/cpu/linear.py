@@ -61,6 +61,11 @@ def numbers(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values rounded to the dtype of the inputs, as :func:`numbers`."""
+    return numbers(values if values.dtype is dtype else values.to(dtype))
+
+
 def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.dvalues`."""
     out = outer_blocks(dy, x, (index.row_ptr, index.row_col, index.row_slot), index.slots, block)
@@ -113,7 +118,7 @@ def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is torch.bfloat16 and values.shape[1:] != (1, 1) and takes_bfloat16():
         values = positive(values if values.dtype in (torch.float32, dtype) else values.to(dtype))
         return values if values.is_contiguous() else values.contiguous()
-    return numbers(values if values.dtype is dtype else values.to(dtype))
+    return rounded(values, dtype)
 
 
 def _product(x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, *, transposed: bool) -> Multiply:

@@ -18,6 +18,7 @@ from sparsekern.topology import (
     balanced,
     check_tied,
     empty_index,
+    gather_blocks,
     generator_for,
     one_tap,
     random,
@@ -180,6 +181,13 @@ class BlockSparse(nn.Module):
     def dense_weight(self) -> Tensor:
         """Return the weight as a dense tensor, in the shape of PyTorch's layer, without gradient."""
         return to_dense(self.topology, self.values.detach())
+
+    @torch.no_grad()
+    def _copy_dense(self, dense: nn.Linear | nn.Conv2d) -> None:
+        """Take the values of the stored blocks, and the bias where both have one."""
+        self.values.copy_(gather_blocks(self.topology, dense.weight))
+        if self.bias is not None and dense.bias is not None:
+            self.bias.copy_(dense.bias)
 
     def to_dense(self) -> nn.Module:
         """Return PyTorch's layer with the same weight and bias, as copies; subclasses say which."""

@@ -21,7 +21,6 @@ from sparsekern.topology import (
     check_count,
     check_multiple,
     conv_grid,
-    gather_blocks,
     one_tap,
 )
 
@@ -167,10 +166,7 @@ class SparseConv2d(BlockSparse):
             name=name,
             tie_taps=tie_taps,
         )
-        with torch.no_grad():
-            layer.values.copy_(gather_blocks(layer.topology, weight))
-            if layer.bias is not None and conv.bias is not None:
-                layer.bias.copy_(conv.bias)
+        layer._copy_dense(conv)
         return layer
 
     def to_dense(self) -> nn.Conv2d:

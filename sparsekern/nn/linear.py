@@ -14,7 +14,6 @@ from sparsekern.topology import (
     block_pair,
     by_norm,
     check_count,
-    gather_blocks,
 )
 
 
@@ -130,10 +129,7 @@ class SparseLinear(BlockSparse):
             seed=seed,
             name=name,
         )
-        with torch.no_grad():
-            layer.values.copy_(gather_blocks(layer.topology, weight))
-            if layer.bias is not None and linear.bias is not None:
-                layer.bias.copy_(linear.bias)
+        layer._copy_dense(linear)
         return layer
 
     def to_dense(self) -> nn.Linear:

@@ -73,7 +73,7 @@ class VRPGE(Method):
             a single value.
         weight_step: ``"one"``: the weights see the first mask; ``"all"``: the mean over all masks, a backward each.
         unsampled: what the optimizer does to values that no mask of the step held: ``"lazy"``, nothing, neither decay
-            nor momentum (waits for the device once a step; :class:`~sparsekern.training.stand_ins.StandIns`);
+            nor momentum (waits for the device once a layer and step; :class:`~sparsekern.training.stand_ins.StandIns`);
             ``"decay"``, what it does at a gradient of zero.
         update_every: optimizer steps between refills; ``drop_fraction`` limits them to that part of a layer's units.
         options: of :class:`Method`: ``start``, before which probabilities stay equal, ``stop``, ``drop_fraction``,
