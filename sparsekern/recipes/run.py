@@ -18,6 +18,7 @@ from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.data import Dataset, load
 from sparsekern.recipes.folder import METRICS, PICTURE, RESULTS, Metrics, create, read_config, read_json, write_json
+from sparsekern.recipes.history import History
 from sparsekern.recipes.learner import Learner
 from sparsekern.recipes.picture import draw_summary
 from sparsekern.recipes.results import summarise
@@ -142,6 +143,9 @@ class _Seed:
             for name, learner in self.learners.items():
                 checkpoint.load_model(newest, name, learner.model)
                 learner.load_state_dict(state["learners"][name])
+        sparse = self.learners["sparse"]
+        assert sparse.method is not None
+        self.history = History(sparse.model, sparse.method, state.get("history"))
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the state of the last checkpoint, which keeps no optimizer."""
@@ -162,7 +166,9 @@ class _Seed:
             if self.observer.should_stop():
                 self._save()
                 raise Interrupted(self.folder)
-            self.observer.step(learner, learner.step())
+            loss = learner.step()
+            self.history.step()
+            self.observer.step(learner, loss)
         row = learner.finish_epoch()
         self.rows.append(row)
         self.metrics.append(row)
@@ -174,6 +180,7 @@ class _Seed:
 
     def _write(self, state: dict[str, Any]) -> dict[str, Any]:
         models = {name: learner.model for name, learner in self.learners.items()}
+        state["history"] = self.history.state_dict()
         checkpoint.save(self.checkpoints, sum(learner.steps for learner in self.learners.values()), models, state)
         return state
 
