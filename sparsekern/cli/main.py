@@ -43,6 +43,7 @@ def application() -> typer.Typer:
 
     import sparsekern
     from sparsekern.cli.info import info
+    from sparsekern.cli.report import report
     from sparsekern.cli.train import train
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -61,6 +62,7 @@ def application() -> typer.Typer:
         """Block-sparse layers for PyTorch that train truly sparse."""
 
     app.command()(train)
+    app.command()(report)
     app.command()(info)
     return app
 

@@ -55,7 +55,7 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file with a format version, whole or not at all."""
     text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, allow_nan=False)
-    _replace(path, text + "\n")
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Metrics:
 
     def __init__(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
         self.path = path
-        _replace(path, "".join(_line(row) for row in rows))
+        write_text(path, "".join(_line(row) for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row at the end."""
@@ -104,9 +104,10 @@ def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".unfinished")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: aside, synced, and renamed."""
     aside = _aside(path)
-    with aside.open("w") as file:
+    with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -112,23 +112,26 @@ class History:
         return {"every": self._every, "layers": layers, "start": start, "frames": list(self._frames)}
 
     def _frame(self) -> dict[str, Any]:
-        images = {}
+        images, blocks = {}, {}
         for name, view in self._views.items():
             now = self._layers[name].topology.sorted_keys().cpu()
             kept = now[torch.isin(now, self._start[name])]
             images[name] = _packed(torch.stack([view.share(now), view.share(kept)]))
-        return {"step": self._method.steps, "update": self._updates, "images": images}
+            blocks[name] = (now.shape[0], kept.shape[0])
+        return {"step": self._method.steps, "update": self._updates, "images": images, "blocks": blocks}
 
 
 @dataclass(frozen=True)
 class Frame:
     """One image of a layer, after so many steps and updates: ``now`` and ``kept`` are ``(H, W)`` uint8.
 
-    They say how much of each pixel is filled, by all blocks and by those that have been there from the start.
+    They say how much of each pixel is filled, by all blocks and by those at places of the first topology. ``blocks``
+    is the number of both.
     """
 
     step: int
     update: int
+    blocks: tuple[int, int]
     now: Tensor
     kept: Tensor
 
@@ -137,7 +140,7 @@ def film(state: dict[str, Any], layer: str) -> tuple[Tensor, list[Frame]]:
     """Return the film of a layer from :meth:`History.state_dict`: the image ``(H, W)`` of the start, and the frames."""
     shape = tuple(state["layers"][layer]["shape"])
     frames = [
-        Frame(frame["step"], frame["update"], *_unpacked(frame["images"][layer], (2, *shape)))
+        Frame(frame["step"], frame["update"], frame["blocks"][layer], *_unpacked(frame["images"][layer], (2, *shape)))
         for frame in state["frames"]
     ]
     return _unpacked(state["start"][layer], shape), frames

@@ -71,7 +71,7 @@ def test_the_film_shows_what_the_topology_was():
     assert torch.equal(frames[0].now, start) and torch.equal(frames[0].kept, start)
     for update, keys in seen.items():
         now, kept = (image.flatten().nonzero().squeeze(1) for image in (frames[update].now, frames[update].kept))
-        assert now.tolist() == keys.tolist()
+        assert now.tolist() == keys.tolist() and frames[update].blocks == (len(now), len(kept))
         assert kept.tolist() == sorted(set(keys.tolist()) & set(first.tolist()))
     assert not torch.equal(frames[4].now, start)
 
