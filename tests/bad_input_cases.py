@@ -211,7 +211,7 @@ def cases() -> Iterator[Case]:
     )
     yield case("no channels", lambda: sk.SparseConv2d(0, 8, 3), ValueError, "in_channels is 0", "1 or more")
     yield case("groups that do not divide", lambda: conv(groups=3), ValueError, "is 8", "multiple of groups = 3")
-    yield case("a kernel of 0", lambda: sk.SparseConv2d(8, 8, 0), ValueError, "kernel_size is (0, 0)", "1 or more")
+    yield case("a kernel of 0", lambda: sk.SparseConv2d(8, 8, 0), ValueError, "kernel_size is 0", "1 or more")
     yield case("a kernel as a float", lambda: sk.SparseConv2d(8, 8, 1.5), TypeError, "kernel_size is 1.5", "pair")
     yield case("a stride of 0", lambda: conv(stride=0), ValueError, "stride is", "1 or more")
     yield case("negative padding", lambda: conv(padding=-1), ValueError, "padding is -1", "0 or more")
@@ -222,7 +222,7 @@ def cases() -> Iterator[Case]:
         "blocks that do not fill the taps",
         lambda: conv(tie_taps=True, blocks=10),
         ValueError,
-        "10 blocks",
+        "blocks is 10",
         "multiple of the 9 taps",
     )
 
@@ -245,7 +245,7 @@ def cases() -> Iterator[Case]:
     yield case("a backend that cannot", lambda: in_backend("cpu"), NotImplementedError, "'cpu'", "backend('auto')")
     yield case(
         "an unknown probe",
-        lambda: index_for(layer(), probe=Probe("grad", torch.zeros(1))),
+        lambda: index_for(layer(), probe=Probe("grad", torch.zeros(1), ())),
         ValueError,
         "probe kind is 'grad'",
         "one of",
@@ -336,7 +336,7 @@ def cases() -> Iterator[Case]:
     yield case("a weight of another shape", lambda: gather_blocks(layer().topology, torch.ones(8, 8)), ValueError, "(8")
     yield case("an unknown distribution", lambda: allocate([Grid(8, 8, (4, 4))], 0.5, "ERK"), ValueError, "'ERK'", "erk")
     yield case("fewer blocks than layers", lambda: allocate([Grid(8, 8, (8, 8))] * 3, 0.5), ValueError, "3 layer(s)")
-    yield case("tied blocks", lambda: check_multiple(conv().grid, 4), ValueError, "4 blocks", "9 taps")
+    yield case("tied blocks", lambda: check_multiple(conv().grid, 4), ValueError, "blocks is 4", "9 taps")
     yield case(
         "more draws than there are", lambda: sample_distinct(3, 4, torch.Generator()), ValueError, "4", "3"
     )
@@ -434,11 +434,9 @@ def cases() -> Iterator[Case]:
     yield case("a loss without a graph", lambda: closure_of(torch.tensor(1.0)), ValueError, "loss", "requires no grad")
     yield case("no closure at all", lambda: method().backward(torch.tensor(1.0)), TypeError, "closure is a Tensor", "lambda")
     yield case("updating without scores", lambda: method(sk.RigL).update(), RuntimeError, "no scores", "step()")
-    yield case("gradients that are NaN, RigL", lambda: trained(sk.RigL, NAN), ValueError, "not finite")
-    yield case("gradients that are inf, GSE", lambda: trained(sk.GSE, INF), ValueError, "not finite")
+    yield case("gradients that are NaN, SET", lambda: trained(sk.SET, NAN), ValueError, "values of '0'", "lower the")
     yield case("values that are NaN, SET", lambda: poisoned_values(sk.SET, NAN), ValueError, "values of '0'", "NaN")
     yield case("values that are inf, SET", lambda: poisoned_values(sk.SET, INF), ValueError, "values of '0'", "inf")
-    yield case("losses that are NaN, VR-PGE", lambda: trained(sk.VRPGE, NAN, sparsity=0.75), ValueError, "loss is nan")
     yield case("VR-PGE without candidates", lambda: method(sk.VRPGE, sparsity=0.1), ValueError, "sparsity")
     yield case("VR-PGE's sparsity", lambda: method(sk.VRPGE, sparsity=2), ValueError, "sparsity is 2", "[0, 1)")
     yield case("a follower of no layer", lambda: method().follow(torch.ones(8)), ValueError, "layer is missing")
@@ -458,7 +456,7 @@ def cases() -> Iterator[Case]:
     yield case("another version's state", lambda: state_of(sk.SET, version=99), ValueError, "version 99", "reads 1")
     yield case("other layers' state", lambda: state_of(sk.SET, start={}), ValueError, "the model has 0, 2")
     yield case("part of a state", lambda: without("steps"), ValueError, "lacks steps")
-    yield case("no batches", lambda: sk.recalibrate_norms(model(), []), ValueError, "batches is empty")
+    yield case("no batches", lambda: sk.recalibrate_norms(nn.BatchNorm1d(4), []), ValueError, "batches is empty")
 
     # The options of a recipe.
     for option, value, rule in (

@@ -73,6 +73,8 @@ class BlockSparse(nn.Module):
         super().__init__()
         if topology is None and init not in INITS:
             raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}; it must be a real floating point type, such as torch.float32")
         self.grid = grid
         self.tie_taps = tie_taps
         self.init = init if topology is None else "given"

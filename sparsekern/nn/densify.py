@@ -7,6 +7,7 @@ import copy
 from torch import nn
 
 from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.select import check_model
 from sparsekern.nn.swap import carry_over, swap_
 
 
@@ -14,8 +15,10 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
     """Return the sparse layers of a model by name, without what DDP and torch.compile add to it.
 
     Raises:
+        TypeError: not a :class:`torch.nn.Module`.
         ValueError: two layers would have one name.
     """
+    check_model(model)
     wrapped = isinstance(_uncompiled(model), (nn.parallel.DistributedDataParallel, nn.DataParallel))
     layers: dict[str, BlockSparse] = {}
     for full_name, module in model.named_modules():
@@ -33,7 +36,11 @@ def densify(model: nn.Module) -> nn.Module:
 
     The model itself is not changed. A layer that is used in several places stays one layer. A compiled model or layer
     comes out not compiled.
+
+    Raises:
+        TypeError: not a :class:`torch.nn.Module`.
     """
+    check_model(model)
     model = copy.deepcopy(_uncompiled(model))  # compiled, it would go on calling the layers it was compiled for
     if isinstance(model, BlockSparse):
         dense = model.to_dense()

@@ -13,6 +13,12 @@ from torch import nn
 Selector = type | str | Callable[[nn.Module, str], bool] | Iterable[Any]
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError unless ``model`` is a :class:`torch.nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+
+
 def flatten(selector: Selector) -> list[Any]:
     """Return the single selectors of a nested list of them."""
     if isinstance(selector, (str, type)) or callable(selector):

@@ -43,7 +43,7 @@ class Probe(NamedTuple):
         """
         if not checked:
             _check_places(grid, row, col)
-        index = build_index(Topology(grid, row, col))
+        index = build_index(Topology(grid, row, col), checked=True)
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
 

@@ -82,10 +82,11 @@ def page_of(
 
 
 def _title(record: Record) -> str:
-    config, method = record.config, METHODS[record.config.method].__name__
+    config, method, side = record.config, METHODS[record.config.method].__name__, record.config.block_size
+    unit = "single weights" if side == 1 else f"blocks of {side} x {side}"
     return (
-        f"{record.data.get('name', 'data')}: {config.network_title}, {100 * config.sparsity:.4g} % sparse in blocks of "
-        f"{config.block_size} x {config.block_size} ({method}){', beside its dense twin' if config.dense else ''}"
+        f"{record.data.get('name', 'data')}: {config.network_title}, {100 * config.sparsity:.4g} % sparse in {unit} "
+        f"({method}){', beside its dense twin' if config.dense else ''}"
     )
 
 
@@ -188,6 +189,8 @@ def _film(record: Record, layer: str, history: dict[str, Any], every: int) -> Bl
     kernel = None if about["kernel"] is None else tuple(about["kernel"])
     start, frames = film(history, layer)
     frames = [frame for i, frame in enumerate(frames) if i % every == 0 or i == len(frames) - 1]
+    if about["tile"] > 1:  # the shade of a tile already tells how many blocks it has
+        start = start.new_zeros(start.shape)
     fullest = max(int(frame.now.max()) for frame in frames)
     steps = math.ceil(record.data["train_images"] / record.config.batch_size)
     shown = []
@@ -213,12 +216,13 @@ def _captions(frame: Frame, steps: int, *, newest: bool, finished: bool) -> tupl
 def _about(about: dict[str, Any], record: Record) -> str:
     (bo, bi), tile, kernel = about["block"], about["tile"], about["kernel"]
     unit = "features" if kernel is None else "channels"
-    cell = f"A cell is a block of {bo} x {bi} weights"
+    block = "a single weight" if (bo, bi) == (1, 1) else f"a block of {bo} x {bi} weights"
+    cell = f"A cell is {block}"
     if tile > 1:
-        cell = f"A cell is a tile of {tile} x {tile} blocks, of {bo} x {bi} weights each; the fuller, the darker"
+        cell = f"A cell is a tile of {tile} x {tile} places, each for {block}; the more of them are stored, the darker"
     where = f"down: output {unit}, across: input {unit}; {about['rows']:,} x {about['cols']:,} places for blocks"
     if kernel is not None and tuple(kernel) != (1, 1):
-        where = f"{kernel[0]} x {kernel[1]} panels, one for each place of the kernel; in each {where} in all"
+        where = f"{kernel[0]} x {kernel[1]} panels, one for each place of the kernel; in each panel, {where} in all"
     if about["groups"] > 1:
         where += f"; the {about['groups']} groups lie below each other"
     pool = METHODS[record.config.method].pool

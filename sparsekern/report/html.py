@@ -240,7 +240,8 @@ def _layers(page: Page) -> str:
     timed = any(layer.milliseconds for layer in page.layers)
     most_bytes = max(max(layer.mebibytes) for layer in page.layers)
     most_time = max((max(layer.milliseconds) for layer in page.layers if layer.milliseconds), default=1.0)
-    head = ["layer", "weight", "blocks stored", "sparsity", "memory, MiB"] + ["time, ms"] * timed
+    unit, scale = ("MiB", 1) if most_bytes >= 1 else ("KiB", 1024)
+    head = ["layer", "weight", "blocks stored", "sparsity", f"memory, {unit}"] + ["time, ms"] * timed
     rows = []
     for layer in page.layers:
         cells = [
@@ -249,10 +250,9 @@ def _layers(page: Page) -> str:
             escape(layer.blocks),
             bars([("share", 100 * layer.sparsity, f"{100 * layer.sparsity:.1f} %")], 100),
         ]
-        pairs = [(layer.mebibytes, most_bytes)] + [(layer.milliseconds, most_time)] * timed
-        for pair, most in pairs:
-            both = [] if pair is None else [(n, v, f"{v:.3g}") for n, v in zip(("sparse", "dense"), pair, strict=True)]
-            cells.append(bars(both if layer.sparsity > 0 else both[1:], most))
+        cells.append(_pair(layer, layer.mebibytes, most_bytes, scale))
+        if timed:
+            cells.append(_pair(layer, layer.milliseconds, most_time, 1))
         rows.append(cells)
     words = (
         "A line for each layer. <b>Sparsity</b> is the share of its weight that does not exist. <b>Memory</b> is what "
@@ -263,6 +263,19 @@ def _layers(page: Page) -> str:
     if timed:
         words += f" <b>Time</b> is forward and backward of the layer alone; {escape(page.measured)}."
     return _section("Layer by layer", words, _table(head, rows, "layers"))
+
+
+def _pair(layer: LayerRow, pair: tuple[float, float] | None, most: float, scale: float) -> str:
+    """Return the bars of a layer as it is and as a dense one; of a dense layer one bar, of nothing none."""
+    if pair is None:
+        return ""
+    both = [(name, value, _digits(scale * value)) for name, value in zip(("sparse", "dense"), pair, strict=True)]
+    return bars(both if layer.sparsity > 0 else both[1:], most)
+
+
+def _digits(value: float) -> str:
+    """Return three digits, never as a power of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory(memory: tuple[Mapping[str, float], float] | None) -> str:

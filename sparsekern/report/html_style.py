@@ -32,11 +32,11 @@ tbody th { font-weight: 600 }
 .layers small { display: block; font-family: system-ui, sans-serif; font-weight: 400; color: var(--soft) }
 .layers td:nth-child(n+4) { width: 19% }
 .bar { position: relative; display: flex; align-items: center; gap: 6px; height: 17px; font-size: .82rem }
-.bar i { display: block; height: 11px; min-width: 1px; border-radius: 2px; background: var(--sparse); flex: 0 0 auto;
-  max-width: calc(100% - 3.6em) }
+.bar div { flex: 1; background: #eef0f1; border-radius: 2px }
+.bar i { display: block; height: 11px; min-width: 1px; border-radius: 2px; background: var(--sparse) }
 .bar.dense i { background: var(--dense) }
 .bar.share i { background: #8a959d }
-.bar span { white-space: nowrap }
+.bar span { white-space: nowrap; width: 3.7em }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(310px, 1fr)); gap: 12px }
 figure { margin: 0 }
 .charts svg { width: 100%; height: auto; display: block }
@@ -58,11 +58,12 @@ figure { margin: 0 }
 .stack div { display: flex }
 .stack div i { display: block; height: 24px; min-width: 1px }
 .stack .whole { background: var(--dense) }
-pre { background: #f3f4f5; padding: 10px 14px; border-radius: 6px; overflow-x: auto; font-size: .85rem }
+pre { background: #f3f4f5; padding: 10px 14px; border-radius: 6px; font-size: .85rem;
+  white-space: pre-wrap; overflow-wrap: anywhere }
 .settings { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 24px; font-size: .88rem }
 .settings th, .settings td { padding: 4px 14px 4px 0; overflow-wrap: anywhere }
 .settings thead { display: none }
-.settings tbody th { font-weight: 400; color: var(--soft) }
+.settings tbody th { font-weight: 400; color: var(--soft); white-space: nowrap }
 @media print { body { background: #fff } .player { display: none } section { break-inside: avoid } }
 """
 

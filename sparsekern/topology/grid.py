@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Grid:
         groups: of a convolution.
 
     Raises:
+        TypeError: a size that is no whole number.
         ValueError: a size is below 1 or not such a multiple, or the grid has 2**31 cells or more (the index is int32).
     """
 
@@ -38,6 +40,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
             size = getattr(self, name)
+            check_whole(name, size)
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be 1 or more")
         if min(self.kernel or (1,)) < 1:
@@ -131,13 +134,21 @@ def conv_grid(
     Raises:
         ValueError: as :class:`Grid`, or ``in_channels`` is not a multiple of ``groups``.
     """
+    check_whole("groups", groups)
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        check_whole(name, channels)
         if channels < 1:
             raise ValueError(f"{name} is {channels}; it must be 1 or more")
         if groups >= 1 and channels % groups:
             raise ValueError(f"{name} is {channels}; it must be a multiple of groups = {groups}")
     in_features = in_channels // max(1, groups) * max(1, kernel[0] * kernel[1])
     return Grid(out_channels, in_features, block, kernel, groups)
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise TypeError unless ``value``, of the argument ``name``, is a whole number; numpy's are."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number")
 
 
 def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -32,10 +32,18 @@ def empty_index(topology: Topology) -> Index:
     )
 
 
-def build_index(topology: Topology) -> Index:
-    """Return the index of a topology, whose places may be of any strides and integer dtype."""
+def build_index(topology: Topology, *, checked: bool = False) -> Index:
+    """Return the index of a topology, whose places may be of any strides and integer dtype.
+
+    With ``checked`` the caller knows that the topology is valid; else it is validated, which waits for the device.
+
+    Raises:
+        ValueError: a place outside the grid, or one that is there twice: kernels would read and write beyond it.
+    """
     row, col = (places.to(torch.int32).contiguous() for places in (topology.row, topology.col))
     topology = Topology(topology.grid, row, col)
+    if not checked:
+        topology.validate()
     index = empty_index(topology)
     rebuild_(index, topology)
     return index

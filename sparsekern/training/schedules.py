@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+
+from sparsekern.topology.grid import check_whole
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Schedule:
             (RigL, equation in section 3 of Evci et al. 2020); without ``stop`` it stays.
 
     Raises:
+        TypeError: not a number, or one that is not whole where it must be.
         ValueError: a number out of range.
     """
 
@@ -28,6 +32,8 @@ class Schedule:
     drop_fraction: float | Callable[[int], float]
 
     def __post_init__(self) -> None:
+        for name in ("update_every", "start"):
+            check_whole(name, getattr(self, name))
         if self.update_every < 1:
             raise ValueError(f"update_every is {self.update_every}; it must be 1 or more optimizer steps")
         if self.start < 0:
@@ -60,7 +66,25 @@ class Schedule:
         return self.drop_fraction / 2 * (1 + math.cos(math.pi * step / self.stop))
 
 
+def whole_stop(stop: float | None) -> int | None:
+    """Return the step, rounded down, of a ``stop`` that may be a product such as ``0.75 * steps``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not a finite one.
+    """
+    if stop is None:
+        return None
+    if not isinstance(stop, Real):
+        raise TypeError(f"stop is {stop!r}; it must be a number of optimizer steps, or None for no end")
+    if not math.isfinite(stop):
+        raise ValueError(f"stop is {stop}; it must be a number of optimizer steps, or None for no end")
+    return int(stop)
+
+
 def _check_fraction(fraction: float) -> float:
+    if not isinstance(fraction, Real):
+        raise TypeError(f"drop_fraction is {fraction!r}; it must be a number in [0, 1], or a function of the step")
     if not 0 <= fraction <= 1:
         raise ValueError(f"drop_fraction is {fraction}; it must be in [0, 1]")
     return fraction
