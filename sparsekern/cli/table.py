@@ -17,11 +17,11 @@ BUSY = 3
 def result_table(results: dict[str, Any]) -> Table:
     """Return the table of ``results.json``: a row a quantity, a column a network, and what the comparison says."""
     config, networks = results["config"], results["networks"]
-    comparison = results.get("comparison")
+    titles, comparison = Config.from_json(config), results.get("comparison")
     table = Table(
-        title=f"{results['data']['name']}, {Config.from_json(config).network_title}: hidden layers "
+        title=f"{results['data']['name']}, {titles.network_title}: hidden layers "
         f"{100 * networks['sparse']['sparsity']:.1f} % sparse in blocks of {config['block_size']} "
-        f"({config['method']}), first and last layer dense",
+        f"({titles.method_title}), first and last layer dense",
         title_justify="left",
     )
     table.add_column("")

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from sparsekern.cli.listing import recipe_table, recipe_values
 from sparsekern.cli.live import Live
+from sparsekern.cli.method_options import takes_method_options
 from sparsekern.cli.table import notes, result_table
 from sparsekern.recipes import Config, Interrupted, resume, start
 from sparsekern.recipes.augment import AUGMENTATIONS
 from sparsekern.recipes.folder import CONFIG, PICTURE, default_folder, read_config
-from sparsekern.training import METHODS
+from sparsekern.training import METHODS, PRESETS
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -40,6 +41,7 @@ NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILE
 """What PyTorch says when there is not enough memory, on a CPU and on CUDA."""
 
 
+@takes_method_options
 def train(
     recipe: Annotated[
         str | None, _option("Network and training; --list shows what there is.", MLP.recipe, "--recipe")
@@ -56,7 +58,8 @@ def train(
         float | None, _option("Fraction of the hidden weights that is absent.", Config.sparsity)
     ] = None,
     block_size: Annotated[int | None, _option("Side of the blocks.", _of_recipe("block_size"))] = None,
-    method: Annotated[str | None, _option(f"How blocks move: {', '.join(METHODS)}.", Config.method)] = None,
+    method: Annotated[str | None, _option(f"How blocks move: {', '.join(METHODS)}.", MLP.method)] = None,
+    preset: Annotated[str | None, _option(f"A publication's method and options: {', '.join(PRESETS)}.", "none")] = None,
     width: Annotated[int | None, _option("Features of the hidden layers of the mlp.", MLP.width)] = None,
     width_multiplier: Annotated[
         float | None, _option("Times the published channels of any other network.", MLP.width_multiplier)
@@ -86,6 +89,8 @@ def train(
     list_: Annotated[bool, typer.Option("--list", help="Show the recipes and where they come from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the list, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress, only the results.")] = False,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Train a block-sparse network and its dense twin side by side, and compare them.
 
@@ -94,12 +99,14 @@ def train(
     if list_:
         _show_recipes(as_json=as_json)
         return
-    options: dict[str, Any] = {
+    values: dict[str, Any] = {
         "recipe": recipe,
         "data": None if data is None else str(Path(data).expanduser().resolve()),
         "sparsity": sparsity,
         "block_size": block_size,
         "method": method,
+        "preset": preset,
+        "options": options or None,
         "width": width,
         "width_multiplier": width_multiplier,
         "augment": augment,
@@ -111,7 +118,7 @@ def train(
         "device": device,
         "dense": dense,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     folder = None
     try:
@@ -162,10 +169,12 @@ def _check_agreement(folder: Path, given: dict[str, Any], out: Path | None) -> N
     if out is not None and out.resolve() != folder.resolve():
         raise ValueError(f"--out is {out}, but a resumed run stays in its folder {folder}; drop --out")
     config = read_config(folder)[0].to_json()
-    for name, value in given.items():
-        if value != config[name]:
+    config |= config.pop("options")
+    for name, value in (given | given.get("options", {})).items():
+        if name != "options" and value != config.get(name):
+            has = config.get(name, "it not given")
             raise ValueError(
-                f"{name} is {value}, but the run in {folder} has {config[name]}; drop the option, "
+                f"{name} is {value}, but the run in {folder} has {has}; drop the option, "
                 "or start a new run without --resume"
             )
 

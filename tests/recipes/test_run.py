@@ -43,7 +43,7 @@ class StopAt(Observer):
 
 def rows_of(folder, *, timed=False):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    drop = () if timed else ("ms_per_step", "update_seconds")
+    drop = () if timed else ("ms_per_step", "seconds", "update_seconds")
     return [{key: value for key, value in row.items() if key not in drop} for row in rows]
 
 
