@@ -57,6 +57,7 @@ class Config:
         seeds: number of runs; run ``i`` has seed ``i``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``. Default: CUDA where there is one.
         dense: whether the dense twin is trained too.
+        sparse: whether the sparse network is trained. Without it only the twin is.
 
     Raises:
         ValueError: a value out of range; the text names it, the rule and the way out.
@@ -79,6 +80,7 @@ class Config:
     seeds: int = OF_RECIPE
     device: str | None = None
     dense: bool = True
+    sparse: bool = True
 
     def __post_init__(self) -> None:
         self._ask_recipe()
@@ -104,8 +106,11 @@ class Config:
         self._ask_method()
         if not (self.data is None or isinstance(self.data, str)):
             raise ValueError(f"data is {self.data!r}; it must be a path, or nothing for the digits of scikit-learn")
-        if type(self.dense) is not bool:
-            raise ValueError(f"dense is {self.dense!r}; it must be true or false")
+        for name in ("dense", "sparse"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {value!r}; it must be true or false")
+        if not self.networks:
+            raise ValueError("dense and sparse are false, which leaves nothing to train; drop one of them")
         if self.device is not None:
             _check_device(self.device)
 
@@ -158,7 +163,7 @@ class Config:
     @property
     def networks(self) -> tuple[str, ...]:
         """Names of the networks, in the order in which they are trained."""
-        return ("sparse", "dense") if self.dense else ("sparse",)
+        return ("sparse",) * self.sparse + ("dense",) * self.dense
 
     def resolved(self, images: int, channels: int) -> Config:
         """Return the configuration with nothing left open, for a training set of that many images and channels."""

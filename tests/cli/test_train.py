@@ -84,6 +84,12 @@ def test_quiet_shows_only_the_table(no_picture, tmp_path):
     assert "test accuracy" in result.stdout and "against dense" not in result.stdout
 
 
+def test_the_twin_alone(tmp_path):
+    result = invoke(*TINY, "--out", tmp_path / "run", "--no-sparse")
+    assert result.exit_code == 0, result.output
+    assert "width 32: dense" in " ".join(result.stdout.split()) and "picture" not in result.stdout
+
+
 def test_the_default_folder(no_picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert invoke(*TINY, "--method", "static", "--json", "--quiet").exit_code == 0

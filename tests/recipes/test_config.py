@@ -12,6 +12,7 @@ def test_the_default_is_what_the_readme_promises():
     assert (config.recipe, config.batch_size, config.rate, config.seeds) == ("mlp", 64, 1e-3, 5)
     assert config.networks == ("sparse", "dense")
     assert Config(dense=False).networks == ("sparse",)
+    assert Config(sparse=False).networks == ("dense",)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,7 @@ def test_the_default_is_what_the_readme_promises():
         ("options", [], "a dictionary"),
         ("data", 3, "a path"),
         ("dense", 1, "true or false"),
+        ("sparse", "yes", "true or false"),
         ("device", "tpu", "cpu, cuda"),
         ("device", "meta", "cpu, cuda"),
         ("device", 3.5, "cpu, cuda"),
@@ -133,6 +135,11 @@ def test_blocks_larger_than_the_layers():
 def test_a_percentage_is_recognised():
     with pytest.raises(ValueError, match=r"sparsity is 90; it is the fraction absent .* \(did you mean 0.9\?\)"):
         Config(sparsity=90)
+
+
+def test_nothing_to_train():
+    with pytest.raises(ValueError, match="dense and sparse are false, which leaves nothing to train"):
+        Config(dense=False, sparse=False)
 
 
 def test_the_preset_names_the_method():

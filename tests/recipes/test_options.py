@@ -13,7 +13,7 @@ NOT_OPTIONS = {
     *("self", "model", "optimizer", "options", "process_group", "seed", "update_every"),
     *("sparsity", "costs"),  # the first is the run's own, the second names layers
 }
-WITHOUT_EFFECT = {("vrpge", "keep_connected"), ("vrpge", "min_age")} | {
+WITHOUT_EFFECT = {("vrpge", "keep_connected"), ("vrpge", "min_age"), ("set", "scope"), ("static", "scope")} | {
     ("static", name) for name, option in OPTIONS.items() if "set" in option.methods
 }
 
@@ -37,7 +37,8 @@ def test_the_table_has_the_arguments_of_the_constructor(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_kinds_are_those_of_the_constructor(method):
     for name, parameter in arguments(method).items():
-        assert OPTIONS[name].kind.__name__ in parameter.annotation or parameter.annotation == "Group"
+        option = OPTIONS[name]
+        assert option.fraction or option.kind.__name__ in parameter.annotation or parameter.annotation == "Group"
 
 
 def test_every_option_says_what_it_does():
