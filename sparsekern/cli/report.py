@@ -8,9 +8,9 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from sparsekern.cli.info import cpu_model
+from sparsekern.cli.shell import error_console, explained
 from sparsekern.cli.table import notes, result_cells
 from sparsekern.recipes.folder import write_text
 from sparsekern.recipes.page import page_of, results_so_far, values_of
@@ -18,8 +18,6 @@ from sparsekern.recipes.per_layer import measure
 from sparsekern.recipes.record import Record, read_record
 from sparsekern.report import Summary
 from sparsekern.report.html import MARK, render
-
-USAGE_ERROR = 2
 
 PAGE = "report.html"
 
@@ -39,21 +37,20 @@ def report(
     It shows the table, the curves, where the blocks were over time, and what each layer stores and how long it takes.
     """
     page = run / PAGE if out is None else out
-    try:
+    with explained(error_console(), lambda saved: "stopped; the page is not written"):
         check_target(page)
         record = read_record(run)
         account, sizes, where = _measured(record, timed=timed)
         results = results_so_far(record, sizes)
         table = None if results is None else result_cells(results)
         words = [] if results is None else notes(results).split("\n")
-        write_text(page, render(page_of(record, results, table, words, account, where)))
-    except ValueError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
-        raise typer.Exit(USAGE_ERROR) from None
-    except OSError as error:
-        message = f"error: out is {page}, which cannot be written ({error.strerror}); choose another --out"
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(message)
-        raise typer.Exit(USAGE_ERROR) from None
+        text = render(page_of(record, results, table, words, account, where))
+        try:
+            write_text(page, text)
+        except OSError as error:
+            raise ValueError(
+                f"out is {page}, which cannot be written ({error.strerror}); choose another --out"
+            ) from None
     if as_json:
         typer.echo(json.dumps(values_of(record, results, account) | {"page": str(page)}))
     else:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsekern.nn import sparse_layers
 from sparsekern.topology import Grid
 from sparsekern.training import Method
 
@@ -67,16 +66,15 @@ def view_of(grid: Grid) -> View:
 
 
 class History:
-    """Films the sparse layers of a model: a frame before the first update and one after each, thinned out.
+    """Films the sparse layers that a method moves: a frame before the first update and one after each, thinned out.
 
     Args:
-        model: the model.
-        method: moves its blocks.
+        method: moves the blocks of the model that is filmed.
         state: of an earlier :meth:`state_dict`, to go on from; None to begin here.
     """
 
-    def __init__(self, model: nn.Module, method: Method, state: dict[str, Any] | None = None) -> None:
-        layers = sparse_layers(model)
+    def __init__(self, method: Method, state: dict[str, Any] | None = None) -> None:
+        layers = method.layers
         largest = sorted(layers, key=lambda name: -layers[name].grid.cells)[:LAYERS]
         self._layers = {name: layer for name, layer in layers.items() if name in largest}
         self._views = {name: view_of(layer.grid) for name, layer in self._layers.items()}

@@ -39,7 +39,7 @@ def results_so_far(record: Record, sizes: dict[str, Any] | None) -> dict[str, An
     if sizes is None or not record.compared:
         return None
     numbers = summarise(record.compared, sizes)
-    seeds = len(numbers["networks"]["sparse"]["test_accuracy"]["by_seed"])
+    seeds = len(next(iter(numbers["networks"].values()))["test_accuracy"]["by_seed"])
     config = record.config.to_json() | {"seeds": seeds}  # those that the accuracy is the mean of
     return {"config": config, "data": record.data, "environment": record.environment} | numbers
 
@@ -73,21 +73,25 @@ def page_of(
         films=films,
         moves=_moves(record),
         layers=[] if account is None else _layers(account),
-        memory=None if account is None else _memory(account),
+        memory=None if account is None or not config.sparse else _memory(account),
         measured=measured,
         command=command_of(config),
-        settings={"Configuration": config.to_json(), "Data": record.data, "Environment of the run": record.environment},
+        settings={"Configuration": _flat(config.to_json()), "Data": record.data, "Environment of the run": record.environment},
         missing=record.missing,
     )
 
 
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run with those of its method among them."""
+    return {name: value for name, value in values.items() if name != "options"} | values["options"]
+
+
 def _title(record: Record) -> str:
-    config, method, side = record.config, METHODS[record.config.method].__name__, record.config.block_size
+    config, side = record.config, record.config.block_size
     unit = "single weights" if side == 1 else f"blocks of {side} x {side}"
-    return (
-        f"{record.data.get('name', 'data')}: {config.network_title}, {100 * config.sparsity:.4g} % sparse in {unit} "
-        f"({method}){', beside its dense twin' if config.dense else ''}"
-    )
+    sparse = f"{100 * config.sparsity:.4g} % sparse in {unit} ({config.method_title})" if config.sparse else "dense"
+    twin = ", beside its dense twin" if config.sparse and config.dense else ""
+    return f"{record.data.get('name', 'data')}: {config.network_title}, {sparse}{twin}"
 
 
 def _status(record: Record) -> str:
@@ -104,10 +108,10 @@ def _status(record: Record) -> str:
 
 def _sentence(results: dict[str, Any]) -> str:
     networks, comparison = results["networks"], results.get("comparison")
-    sparse = networks["sparse"]
-    accuracy = f"The sparse network classifies {100 * sparse['test_accuracy']['mean']:.2f} % of the test images rightly"
+    name, first = next(iter(networks.items()))
+    accuracy = f"The {name} network classifies {100 * first['test_accuracy']['mean']:.2f} % of the test images rightly"
     if comparison is None:
-        return f"{accuracy} and stores {sparse['stored_parameters']:,} numbers."
+        return f"{accuracy} and stores {first['stored_parameters']:,} numbers."
     text = (
         f"{accuracy}, its dense twin {100 * networks['dense']['test_accuracy']['mean']:.2f} %. "
         f"It stores {_times(comparison['parameters_dense_over_sparse'], 'fewer', 'more')} numbers, needs "
@@ -123,13 +127,16 @@ def _times(ratio: float, better: str, worse: str) -> str:
 
 def command_of(config: Config) -> str:
     """Return the command that trains the same again."""
+    usual = Config(recipe=config.recipe, preset=config.preset).to_json()
+    values = config.to_json()
+    given = {name: value for name, value in values.items() if name == "recipe" or value != usual[name]}
     words = ["sparsekern", "train"]
-    for name, value in config.to_json().items():
-        option = "--" + name.replace("_", "-")
+    for name, value in _flat(given | {"options": values["options"]}).items():
+        option = name.replace("_", "-")
         if type(value) is bool:
-            words.append(option if value else f"--no-{name.replace('_', '-')}")
-        elif value is not None and value != getattr(Config(recipe=config.recipe), name) or name == "recipe":
-            words += [option, str(value)]
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", str(value)]
     return shlex.join(words)
 
 

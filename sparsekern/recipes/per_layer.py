@@ -15,7 +15,7 @@ from sparsekern.report import Summary, summary
 
 
 def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: bool) -> tuple[Summary, dict[str, Any]]:
-    """Return the account of the sparse network, and the sizes of each network as ``results.json`` has them.
+    """Return the account of the sparse network (of the dense one if there is no other), and the sizes of each network as ``results.json`` has them.
 
     The networks are built as for training and take a step on a batch of noise, so that the optimizer's state exists;
     then the sparse one gets the blocks of the checkpoint.
@@ -40,6 +40,6 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
         learner.step()
         sizes[network] = learner.sizes()
     assert learner is not None
-    checkpoint.load_model(newest, "sparse", learner.model)
+    checkpoint.load_model(newest, learner.network, learner.model)
     account = summary(learner.model, noise.train_images, optimizer=learner.optimizer, measure=timed)
     return account, {name: sizes[name] for name in config.networks}

@@ -69,7 +69,7 @@ def read_record(folder: Path) -> Record:
     else:
         try:
             history = checkpoint.load_state(newest).get("history")
-            if history is None:
+            if history is None and config.sparse:
                 missing.append("The run was trained by a version that kept no block maps.")
         except ValueError as error:
             missing.append(f"Block maps: {error}.")

@@ -58,7 +58,7 @@ def start(config: Config, folder: Path, observer: Observer) -> dict[str, Any]:
     """
     data = load(config.data)
     config = config.resolved(*data.train_images.shape[:2])
-    _check(config, data)
+    check(config, data)
     create(folder, config, data.describe(), environment(config))
     return _train(config, data, folder, observer)
 
@@ -79,14 +79,14 @@ def resume(folder: Path, observer: Observer) -> dict[str, Any]:
     data = load(config.data)
     if data.describe() != described:
         raise ValueError(f"the data of {folder} have changed since it began; restore them, or start a new run")
-    _check(config, data)
+    check(config, data)
     return _train(config, data, folder, observer)
 
 
-def _check(config: Config, data: Dataset) -> None:
+def check(config: Config, data: Dataset) -> None:
     """Raise every error about the options before the run folder is made: building a network finds the last ones."""
     usable_device(str(config.device))
-    Learner("sparse", config, data, seed=0)
+    Learner(config.networks[0], config, data, seed=0)
 
 
 def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> dict[str, Any]:
@@ -107,7 +107,8 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> d
         "environment": environment(config),
         **summarise(rows, finished[0]["sizes"]),
     }
-    draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
+    if config.sparse:
+        draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
     write_json(folder / RESULTS, results)  # last: it says that the run is finished
     return read_json(folder / RESULTS)
 
@@ -143,9 +144,8 @@ class _Seed:
             for name, learner in self.learners.items():
                 checkpoint.load_model(newest, name, learner.model)
                 learner.load_state_dict(state["learners"][name])
-        sparse = self.learners["sparse"]
-        assert sparse.method is not None
-        self.history = History(sparse.model, sparse.method, state.get("history"))
+        method = self.learners["sparse"].method if config.sparse else None
+        self.history = None if method is None else History(method, state.get("history"))
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the state of the last checkpoint, which keeps no optimizer."""
@@ -157,9 +157,8 @@ class _Seed:
             if epoch + 1 != self.config.epochs:
                 self._save()
         sizes = {name: learner.sizes() for name, learner in self.learners.items()}
-        return self._write(
-            {"rows": self.rows, "finished": True, "sizes": sizes, "map": _block_map(self.learners["sparse"])}
-        )
+        block_map = _block_map(self.learners["sparse"]) if self.config.sparse else None
+        return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map})
 
     def _finish_epoch(self, learner: Learner) -> None:
         while learner.batch < learner.batches:
@@ -167,7 +166,8 @@ class _Seed:
                 self._save()
                 raise Interrupted(self.folder)
             loss = learner.step()
-            self.history.step()
+            if self.history is not None:
+                self.history.step()
             self.observer.step(learner, loss)
         row = learner.finish_epoch()
         self.rows.append(row)
@@ -180,7 +180,7 @@ class _Seed:
 
     def _write(self, state: dict[str, Any]) -> dict[str, Any]:
         models = {name: learner.model for name, learner in self.learners.items()}
-        state["history"] = self.history.state_dict()
+        state["history"] = None if self.history is None else self.history.state_dict()
         checkpoint.save(self.checkpoints, sum(learner.steps for learner in self.learners.values()), models, state)
         return state
 

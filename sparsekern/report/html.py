@@ -156,7 +156,7 @@ def _results(page: Page) -> str:
         "optimizer's state and the index of the blocks."
     )
     if len(head) == 2:
-        words = "What the <b>sparse</b> network reached and takes. This run has no dense twin to compare with."
+        words = "What the network reached and takes. This run trained it alone, with no twin to compare it with."
     return _section("Result", words, f'{table}<ul class="notes">{notes}</ul>')
 
 

@@ -47,7 +47,7 @@ def trained(updates, *, state=None, layers=2, after=None):
     sk.sparsify_(model, 0.5, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = sk.SET(model, optimizer, update_every=1, drop_fraction=0.5)
-    taken = History(model, method, state)
+    taken = History(method, state)
     for update in range(updates):
         optimizer.step()
         method.step()
@@ -118,7 +118,7 @@ def test_a_film_goes_on_from_its_state(tmp_path):
     model, method, _ = trained(0)
     method.load_state_dict(states[26][1])
     model.load_state_dict(states[26][2])
-    again = History(model, method, saved)
+    again = History(method, saved)
     for _ in range(4):
         method.optimizer.step()
         method.step()
@@ -137,6 +137,6 @@ def test_a_film_is_small(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2048, 2048, bias=False))
     sk.sparsify_(model, 0.9, 16)
-    state = History(model, sk.Static(model, torch.optim.SGD(model.parameters()))).state_dict()
+    state = History(sk.Static(model, torch.optim.SGD(model.parameters()))).state_dict()
     assert state["frames"][0]["images"]["0"].numel() < 6000
     assert history.LAYERS * history.FRAMES * 6000 < 2**20

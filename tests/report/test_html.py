@@ -131,7 +131,7 @@ def test_what_is_not_there_is_left_out(part, words):
 
 def test_a_run_without_a_twin_does_not_speak_of_one():
     alone = replace(PAGE, table=(["", "sparse"], [["test accuracy", "97 %"]]))
-    assert "no dense twin" in read(alone)[1] and "no dense twin" not in read(PAGE)[1]
+    assert "no twin" in read(alone)[1] and "no twin" not in read(PAGE)[1]
 
 
 def test_layers_that_were_not_timed_have_no_column_for_it():
