@@ -334,23 +334,27 @@ def cases() -> Iterator[Case]:
     yield case("part of a tap", lambda: Grid(8, 8, (4, 4), kernel=(3, 3)), ValueError, "in_features is 8", "9 taps")
     yield case("part of a group", lambda: conv_grid(8, 9, (1, 1), (4, 4), groups=2), ValueError, "out_channels is 9")
     yield case("a weight of another shape", lambda: gather_blocks(layer().topology, torch.ones(8, 8)), ValueError, "(8")
-    yield case("an unknown distribution", lambda: allocate([Grid(8, 8, (4, 4))], 0.5, "ERK"), ValueError, "'ERK'", "erk")
+    yield case(
+        "an unknown distribution", lambda: allocate([Grid(8, 8, (4, 4))], 0.5, "ERK"), ValueError, "'ERK'", "erk"
+    )
     yield case("fewer blocks than layers", lambda: allocate([Grid(8, 8, (8, 8))] * 3, 0.5), ValueError, "3 layer(s)")
     yield case("tied blocks", lambda: check_multiple(conv().grid, 4), ValueError, "blocks is 4", "9 taps")
-    yield case(
-        "more draws than there are", lambda: sample_distinct(3, 4, torch.Generator()), ValueError, "4", "3"
-    )
+    yield case("more draws than there are", lambda: sample_distinct(3, 4, torch.Generator()), ValueError, "4", "3")
 
     # sparsify_, densify, summary.
     yield case("a selector without a match", lambda: model(ignore=["hed"]), ValueError, "ignore", "'hed'", "no module")
     yield case("a target without a match", lambda: model(targets="fc"), ValueError, "targets", "'fc'", "nearest names")
     yield case("a wrong pattern", lambda: model(ignore="re:("), ValueError, "'re:('", "regular expression")
     yield case("a selector that is a number", lambda: model(ignore=[3]), TypeError, "selector is 3", "it must be")
-    yield case("everything ignored", lambda: model(ignore="*"), ValueError, "every target is ignored", "nothing is left")
+    yield case(
+        "everything ignored", lambda: model(ignore="*"), ValueError, "every target is ignored", "nothing is left"
+    )
     yield case("a target that is no layer", lambda: model(targets="1"), ValueError, "'1'", "ReLU", "nn.Linear")
     yield case("a layer of its own", lambda: sk.sparsify_(nn.Linear(8, 8)), ValueError, "SparseLinear.from_dense")
     yield case("not a model", lambda: sk.sparsify_([nn.Linear(8, 8)]), TypeError, "model is a list", "nn.Module")
-    yield case("a layer used twice", lambda: sk.sparsify_(shared_module(), 0.5, 8), ValueError, "0", "shared", "ignore=")
+    yield case(
+        "a layer used twice", lambda: sk.sparsify_(shared_module(), 0.5, 8), ValueError, "0", "shared", "ignore="
+    )
     yield case("a weight used twice", lambda: sk.sparsify_(shared_weight(), 0.5, 8), ValueError, "shared", "ignore=")
     yield case(
         "an attention module",
@@ -360,11 +364,15 @@ def cases() -> Iterator[Case]:
         "ignore=",
     )
     yield case("sparse twice", lambda: sk.sparsify_(model(), 0.5), ValueError, "targets", "matches")
-    yield case("an init of sparsify_", lambda: model(init="zeros"), ValueError, "init is 'zeros'", "balanced, random, norm")
+    yield case(
+        "an init of sparsify_", lambda: model(init="zeros"), ValueError, "init is 'zeros'", "balanced, random, norm"
+    )
     yield case("a sparsity map with a gap", lambda: model(sparsity={"0": 0.5}), ValueError, "no value for '2'", "'*'")
     yield case("a sparsity map without a match", lambda: model(sparsity={"9": 0.5}), ValueError, "sparsity", "'9'")
     yield case("blocks larger than the layer", lambda: model(block_size=64, sparsity=0.9), ValueError, "smaller blocks")
-    yield case("a distribution of sparsify_", lambda: model(distribution="even"), ValueError, "'even'", "one of uniform")
+    yield case(
+        "a distribution of sparsify_", lambda: model(distribution="even"), ValueError, "'even'", "one of uniform"
+    )
     yield case(
         "pruning on the meta device",
         lambda: sk.sparsify_(nn.Sequential(nn.Linear(8, 8, device="meta")), 0.5, 4, init="norm"),
@@ -373,7 +381,9 @@ def cases() -> Iterator[Case]:
         "init='norm'",
     )
     yield case("a summary of nothing", lambda: sk.summary(nn.ReLU()), ValueError, "no sparse layer", "nothing to")
-    yield case("a summary of a wrong input", lambda: sk.summary(model(), torch.ones(2, 3)), ValueError, "in_features = 32")
+    yield case(
+        "a summary of a wrong input", lambda: sk.summary(model(), torch.ones(2, 3)), ValueError, "in_features = 32"
+    )
     yield case("refreshing what is no model", lambda: sk.refresh_(3), TypeError, "model is a int", "nn.Module")
 
     # Checkpoints.
@@ -394,7 +404,9 @@ def cases() -> Iterator[Case]:
     yield case("a lost topology", lambda: layer(topology=None).load_state_dict({}), RuntimeError, "values")
 
     # Training methods.
-    yield case("no optimizer", lambda: sk.SET(model(), None), TypeError, "optimizer is a NoneType", "torch.optim.Optimizer")
+    yield case(
+        "no optimizer", lambda: sk.SET(model(), None), TypeError, "optimizer is a NoneType", "torch.optim.Optimizer"
+    )
     yield case("no sparse layer", lambda: method(made=plain()), ValueError, "no sparse layer", "sparsify_ first")
     yield case("an optimizer built before sparsify_", optimizer_before, ValueError, "'0'", "Build it after sparsify_")
     yield case(
@@ -411,7 +423,9 @@ def cases() -> Iterator[Case]:
     yield case("a start before the first step", lambda: method(start=-1), ValueError, "start is -1", "0 or more")
     yield case("a stop before the start", lambda: method(start=9, stop=3), ValueError, "stop is 3", "start = 9")
     yield case("a stop that is NaN", lambda: method(stop=NAN), ValueError, "stop is nan", "number of")
-    yield case("dropping more than all", lambda: method(drop_fraction=1.5), ValueError, "drop_fraction is 1.5", "[0, 1]")
+    yield case(
+        "dropping more than all", lambda: method(drop_fraction=1.5), ValueError, "drop_fraction is 1.5", "[0, 1]"
+    )
     yield case("dropping NaN", lambda: method(drop_fraction=NAN), ValueError, "drop_fraction is nan", "[0, 1]")
     yield case("dropping a string", lambda: method(drop_fraction="0.3"), TypeError, "drop_fraction is '0.3'", "number")
     yield case(
@@ -432,7 +446,9 @@ def cases() -> Iterator[Case]:
     yield case("a closure that returns a vector", lambda: closure_of(torch.ones(3)), ValueError, "shape (3,)")
     yield case("a closure that returns a number", lambda: closure_of(1.0), ValueError, "type float", "one number")
     yield case("a loss without a graph", lambda: closure_of(torch.tensor(1.0)), ValueError, "loss", "requires no grad")
-    yield case("no closure at all", lambda: method().backward(torch.tensor(1.0)), TypeError, "closure is a Tensor", "lambda")
+    yield case(
+        "no closure at all", lambda: method().backward(torch.tensor(1.0)), TypeError, "closure is a Tensor", "lambda"
+    )
     yield case("updating without scores", lambda: method(sk.RigL).update(), RuntimeError, "no scores", "step()")
     yield case("gradients that are NaN, SET", lambda: trained(sk.SET, NAN), ValueError, "values of '0'", "lower the")
     yield case("values that are NaN, SET", lambda: poisoned_values(sk.SET, NAN), ValueError, "values of '0'", "NaN")
@@ -441,7 +457,9 @@ def cases() -> Iterator[Case]:
     yield case("VR-PGE's sparsity", lambda: method(sk.VRPGE, sparsity=2), ValueError, "sparsity is 2", "[0, 1)")
     yield case("a follower of no layer", lambda: method().follow(torch.ones(8)), ValueError, "layer is missing")
     yield case("a follower of an unknown layer", lambda: method().follow(torch.ones(8), layer="9"), ValueError, "'9'")
-    yield case("a follower of other slots", lambda: method().follow(torch.ones(3), layer="0"), ValueError, "(3,)", "8 slots")
+    yield case(
+        "a follower of other slots", lambda: method().follow(torch.ones(3), layer="0"), ValueError, "(3,)", "8 slots"
+    )
     yield case(
         "an unknown on_move",
         lambda: method().follow(torch.ones(8), layer="0", on_move="reset"),
@@ -449,8 +467,10 @@ def cases() -> Iterator[Case]:
         "'reset'",
         "'zero'",
     )
-    yield case("the model as its own copy", lambda: (m := method(made=(x := model()))).follow(x), ValueError, "deep copy")
-    yield case("a copy that is another model", lambda: method().follow(plain()), ValueError, "none", "those of the model")
+    yield case("the model as its own copy", lambda: method(made=(x := model())).follow(x), ValueError, "deep copy")
+    yield case(
+        "a copy that is another model", lambda: method().follow(plain()), ValueError, "none", "those of the model"
+    )
     yield case("a copy left behind", moved_away, ValueError, "other blocks in a copy", "same checkpoint")
     yield case("another method's state", lambda: state_of(sk.SET, method="RigL"), ValueError, "of RigL", "this is SET")
     yield case("another version's state", lambda: state_of(sk.SET, version=99), ValueError, "version 99", "reads 1")

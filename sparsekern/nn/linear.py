@@ -67,7 +67,9 @@ class SparseLinear(BlockSparse):
         if topology is not None:
             grid, blocks = topology.grid, topology.slots
             if grid.kernel is not None or grid.groups != 1:
-                raise ValueError(f"topology is that of a convolution with kernel {grid.kernel}; use SparseConv2d for it")
+                raise ValueError(
+                    f"topology is that of a convolution with kernel {grid.kernel}; use SparseConv2d for it"
+                )
             if (grid.out_features, grid.in_features) != (out_features, in_features):
                 raise ValueError(
                     f"topology is for {grid.out_features} x {grid.in_features}, "

@@ -76,14 +76,19 @@ def page_of(
         memory=None if account is None or not config.sparse else _memory(account),
         measured=measured,
         command=command_of(config),
-        settings={"Configuration": _flat(config.to_json()), "Data": record.data, "Environment of the run": record.environment},
+        settings={
+            "Configuration": _flat(config.to_json()),
+            "Data": record.data,
+            "Environment of the run": record.environment,
+        },
         missing=record.missing,
     )
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a run with those of its method among them."""
-    return {name: value for name, value in values.items() if name != "options"} | values["options"]
+    own: dict[str, Any] = values["options"]
+    return {name: value for name, value in values.items() if name != "options"} | own
 
 
 def _title(record: Record) -> str:
@@ -266,8 +271,8 @@ def values_of(record: Record, results: dict[str, Any] | None, account: Summary |
     """Return the numbers of the page as plain values, for ``--json``."""
     layers = [] if account is None else account.rows
     times = {} if account is None else account.milliseconds
-    names = ("name", "kind", "shape", "block", "blocks", "cells", "sparsity", "parameters", "flops", "dense_flops")
-    names += ("values_bytes", "gradient_bytes", "state_bytes", "index_bytes", "total_bytes", "dense_bytes")
+    names = ["name", "kind", "shape", "block", "blocks", "cells", "sparsity", "parameters", "flops", "dense_flops"]
+    names += ["values_bytes", "gradient_bytes", "state_bytes", "index_bytes", "total_bytes", "dense_bytes"]
     frames = [] if record.history is None else record.history["frames"]
     return {
         "finished": record.results is not None,

@@ -15,7 +15,7 @@ from sparsekern.report import Summary, summary
 
 
 def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: bool) -> tuple[Summary, dict[str, Any]]:
-    """Return the account of the sparse network (of the dense one if there is no other), and the sizes of each network as ``results.json`` has them.
+    """Return the account of the sparse network, or the only one, and the sizes of each as ``results.json`` has them.
 
     The networks are built as for training and take a step on a batch of noise, so that the optimizer's state exists;
     then the sparse one gets the blocks of the checkpoint.

@@ -11,6 +11,9 @@ from sparsekern.recipes import checkpoint
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, read_config, read_json
 
+NEEDED = {"network", "seed", "epoch", "test_accuracy", "loss", "ms_per_step"}
+"""What a row must have to be shown."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -41,10 +44,12 @@ class Record:
     @property
     def compared(self) -> list[dict[str, Any]]:
         """The rows of those epochs that every network has finished."""
-        networks = {row["network"]: set() for row in self.rows} | {name: set() for name in self.config.networks}
-        for row in self.rows:
-            networks[row["network"]].add((row["seed"], row["epoch"]))
-        done = set.intersection(*networks.values())
+        done = set.intersection(
+            *(
+                {(row["seed"], row["epoch"]) for row in self.rows if row["network"] == name}
+                for name in self.config.networks
+            )
+        )
         return [row for row in self.rows if (row["seed"], row["epoch"]) in done]
 
 
@@ -84,8 +89,9 @@ def _read_rows(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            {row["network"], row["seed"], row["epoch"], row["test_accuracy"], row["loss"]}  # noqa: B018 they must be there
-        except (ValueError, KeyError, TypeError):
+            if not row.keys() >= NEEDED:
+                raise KeyError
+        except (ValueError, KeyError, AttributeError):
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is damaged; remove the line, or resume the run") from None
             missing.append(f"The last line of {path.name} was not written to its end.")

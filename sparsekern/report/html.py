@@ -292,7 +292,9 @@ def _memory(memory: tuple[Mapping[str, float], float] | None) -> str:
 def _settings(page: Page) -> str:
     tables = "".join(
         f"<div><h3>{escape(heading)}</h3>"
-        + _table(["", ""], [[escape(str(k)), escape("—" if v is None else str(v))] for k, v in entries.items()], "pairs")
+        + _table(
+            ["", ""], [[escape(str(k)), escape("—" if v is None else str(v))] for k, v in entries.items()], "pairs"
+        )
         + "</div>"
         for heading, entries in page.settings.items()
     )

@@ -17,7 +17,8 @@ def bars(entries: Sequence[tuple[str, float, str]], most: float) -> str:
         most: the value of a bar of full length.
     """
     return "".join(
-        f'<div class="bar {kind}"><div><i style="width:{_percent(value, most)}%"></i></div><span>{escape(text)}</span></div>'
+        f'<div class="bar {kind}"><div><i style="width:{_percent(value, most)}%"></i></div>'
+        f"<span>{escape(text)}</span></div>"
         for kind, value, text in entries
     )
 

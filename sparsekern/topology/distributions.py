@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
+from sparsekern.topology.arguments import check_number
 from sparsekern.topology.grid import Grid
 
 DISTRIBUTIONS = ("uniform", "er", "erk")
@@ -48,8 +48,7 @@ def share(grid: Grid, distribution: str) -> float:
 
 def check_sparsity(sparsity: float) -> None:
     """Raise ValueError unless ``sparsity`` is in [0, 1); TypeError if it is no number."""
-    if not isinstance(sparsity, Real):
-        raise TypeError(f"sparsity is {sparsity!r}; it must be a number in [0, 1)")
+    check_number("sparsity", sparsity, "a number in [0, 1)")
     if not 0 <= sparsity < 1:
         hint = f" (did you mean {sparsity / 100:g}?)" if 1 < sparsity < 100 else ""
         raise ValueError(f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1){hint}")

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparsekern.topology.absent import sample_absent
+from sparsekern.topology.arguments import check_whole
 from sparsekern.topology.dense import dense_block_norms
-from sparsekern.topology.grid import Grid, check_whole
+from sparsekern.topology.grid import Grid
 from sparsekern.topology.tied import check_multiple, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys
 

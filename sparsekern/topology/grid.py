@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from sparsekern.topology.arguments import check_whole
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,6 @@ def conv_grid(
             raise ValueError(f"{name} is {channels}; it must be a multiple of groups = {groups}")
     in_features = in_channels // max(1, groups) * max(1, kernel[0] * kernel[1])
     return Grid(out_channels, in_features, block, kernel, groups)
-
-
-def check_whole(name: str, value: object) -> None:
-    """Raise TypeError unless ``value``, of the argument ``name``, is a whole number; numpy's are."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; it must be a whole number")
 
 
 def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:

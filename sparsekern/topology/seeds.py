@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from sparsekern.topology.grid import check_whole
+from sparsekern.topology.arguments import check_whole
 
 
 def generator_for(seed: int, *names: str | int) -> torch.Generator:

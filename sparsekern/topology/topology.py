@@ -148,7 +148,9 @@ def from_keys(grid: Grid, keys: Tensor, *, checked: bool = False) -> Topology:
     keys = keys.long()
     if not checked and keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < grid.cells:
         wrong = int(keys.min()) if int(keys.min()) < 0 else int(keys.max())
-        raise ValueError(f"keys hold key {wrong}; the keys of {grid.rows} x {grid.cols} places are 0 to {grid.cells - 1}")
+        raise ValueError(
+            f"keys hold key {wrong}; the keys of {grid.rows} x {grid.cols} places are 0 to {grid.cells - 1}"
+        )
     topology = Topology(grid, (keys // grid.cols).int(), (keys % grid.cols).int())
     if not checked:
         topology.validate()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
-from sparsekern.topology.grid import check_whole
+from sparsekern.topology.arguments import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,15 @@ def whole_stop(stop: float | None) -> int | None:
     """
     if stop is None:
         return None
-    if not isinstance(stop, Real):
-        raise TypeError(f"stop is {stop!r}; it must be a number of optimizer steps, or None for no end")
+    rule = "a number of optimizer steps, or None for no end"
+    check_number("stop", stop, rule)
     if not math.isfinite(stop):
-        raise ValueError(f"stop is {stop}; it must be a number of optimizer steps, or None for no end")
+        raise ValueError(f"stop is {stop}; it must be {rule}")
     return int(stop)
 
 
 def _check_fraction(fraction: float) -> float:
-    if not isinstance(fraction, Real):
-        raise TypeError(f"drop_fraction is {fraction!r}; it must be a number in [0, 1], or a function of the step")
+    check_number("drop_fraction", fraction, "a number in [0, 1], or a function of the step")
     if not 0 <= fraction <= 1:
         raise ValueError(f"drop_fraction is {fraction}; it must be in [0, 1]")
     return fraction

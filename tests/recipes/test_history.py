@@ -30,7 +30,9 @@ def test_tiles_are_cut_inside_groups_and_taps():
     assert view.share(torch.arange(36)).eq(255).all() and view.share(torch.tensor([])).eq(0).all()
 
 
-@pytest.mark.parametrize("grid", [Grid(2048, 2048, (1, 1)), conv_grid(512, 512, (3, 3), (1, 1)), Grid(3, 10**6, (1, 1))])
+@pytest.mark.parametrize(
+    "grid", [Grid(2048, 2048, (1, 1)), conv_grid(512, 512, (3, 3), (1, 1)), Grid(3, 10**6, (1, 1))]
+)
 def test_an_image_is_bounded(grid):
     height, width = view_of(grid).shape
     assert PIXELS / 4 <= height * width <= PIXELS
@@ -63,7 +65,7 @@ def test_the_film_shows_what_the_topology_was():
     def after(update, model, method, taken):
         seen[update] = model[0].topology.sorted_keys()
 
-    model, method, taken = trained(4, after=after)
+    _, method, taken = trained(4, after=after)
     start, frames = film(taken.state_dict(), "0")
     assert [(frame.step, frame.update) for frame in frames] == [(n, n) for n in range(5)]
     first = method.state_dict()["start"]["0"]

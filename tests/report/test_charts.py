@@ -13,7 +13,9 @@ def words(svg):
 
 
 def test_the_curves_of_networks():
-    svg = curve_chart([Curves("sparse", [[1, 2, 3], [2, 3]]), Curves("dense", [[3, 4, 5]])], "loss", legend="upper right")
+    svg = curve_chart(
+        [Curves("sparse", [[1, 2, 3], [2, 3]]), Curves("dense", [[3, 4, 5]])], "loss", legend="upper right"
+    )
     assert {"sparse", "dense", "epoch", "loss: mean and range of 2 seeds"} <= set(words(svg))
     assert "data-width" in svg and not re.search(r'<svg[^>]* width="', svg), "the page gives the size"
     assert "metadata" not in svg

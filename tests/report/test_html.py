@@ -15,7 +15,9 @@ PAGE = Page(
     table=(["", "sparse", "dense", "against"], [["test accuracy", "97 %", "98 %", "-1 points"]]),
     notes=["time  on a <machine>"],
     charts=["<svg>curve</svg>"],
-    films=[BlockFilm("a/<layer>", "what a cell is", 4, 2, [(f"caption {i}", f"short {i}", DOT + str(i)) for i in range(9)])],
+    films=[
+        BlockFilm("a/<layer>", "what a cell is", 4, 2, [(f"caption {i}", f"short {i}", DOT + str(i)) for i in range(9)])
+    ],
     moves=["<svg>churn</svg>"],
     layers=[
         LayerRow("0", "SparseLinear", "8 x 8", "2 of 4 (4 x 4)", 0.5, (0.5, 1.0), (1.25, 200.0)),
