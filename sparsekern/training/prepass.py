@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -117,7 +117,12 @@ def _over_ranks(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _rows(batch: Any) -> int:
     """Return the rows of a batch's first tensor; 1 if there is none."""
+    tensor = _first_tensor(batch)
+    return 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
-    return next((_rows(part) for part in parts if isinstance(part, (Tensor, Mapping, Sequence))), 1)
+        return batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
