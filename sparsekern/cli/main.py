@@ -45,8 +45,9 @@ def application() -> typer.Typer:
     from sparsekern.cli.info import info
     from sparsekern.cli.report import report
     from sparsekern.cli.train import train
+    from sparsekern.cli.usage import PlainErrors
 
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=PlainErrors, add_completion=False, pretty_exceptions_enable=False)
 
     def show_version(wanted: bool) -> None:
         if wanted:

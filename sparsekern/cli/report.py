@@ -38,8 +38,8 @@ def report(
     """
     page = run / PAGE if out is None else out
     with explained(error_console(), lambda saved: "stopped; the page is not written"):
-        check_target(page)
         record = read_record(run)
+        check_target(page)
         account, sizes, where = _measured(record, timed=timed)
         results = results_so_far(record, sizes)
         table = None if results is None else result_cells(results)

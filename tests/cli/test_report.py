@@ -39,8 +39,8 @@ def test_the_page_of_a_finished_run(finished):
     assert result.stdout == f"{page}: open it in a browser\n"
     text = page.read_text()
     assert text.startswith(MARK) and len(text) < 2_000_000
-    for words in ("Finished: 1 seed, 2 epochs each.", "5.00", "hidden2", "time, ms", "test accuracy", "update 3"):
-        assert words in text or words == "5.00"
+    for words in ("Finished: 1 seed, 2 epochs each.", "hidden2", "time, ms", "test accuracy", "update 3"):
+        assert words in text
     assert "cannot show" not in text
 
 
@@ -93,5 +93,5 @@ def test_a_disk_that_is_full(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr("sparsekern.cli.report.write_text", full)
     result = invoke(finished, "--out", tmp_path / "page.html", "--no-measure")
-    assert result.exit_code == 2 and "cannot be written (No space left on device)" in result.stderr
+    assert result.exit_code == 2 and "no room left on the disk; free some" in result.stderr
     assert list(tmp_path.iterdir()) == []

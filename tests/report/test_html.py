@@ -60,7 +60,7 @@ def read(page):
 
 
 def test_everything_is_said_and_escaped():
-    checker, text = read(PAGE)
+    _, text = read(PAGE)
     for words in (
         "digits <&> MLP",
         "It learnt.",
