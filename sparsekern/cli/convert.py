@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from sparsekern.cli.inspect import describe_state
-from sparsekern.cli.source import fail, weights_file
+from sparsekern.cli.shell import error_console, explained, stopped
+from sparsekern.cli.source import weights_file
 from sparsekern.nn.convert import State, bsr_state, dense_state, sparse_state
 from sparsekern.nn.files import read_state, write_state
 from sparsekern.nn.select import matches_name
@@ -56,7 +57,7 @@ def convert(
     its file is one of torch.save; convolutions become dense there. A dense file does not say how many groups a
     convolution has: its blocks are cut as for one.
     """
-    try:
+    with explained(error_console(), stopped):
         _check(target, to, sparsity, keep_zeros, block_size, force)
         state = read_state(weights_file(source, network, seed))
         if to is Form.dense:
@@ -67,8 +68,6 @@ def convert(
             new = _sparse(state, sparsity, block_size, layers or ["*"], ignore or [])
         write_state(target, new)
         found = {"file": str(target), "file_bytes": target.stat().st_size, **describe_state(new)}
-    except ValueError as error:
-        fail(error)
     if as_json:
         typer.echo(json.dumps(found))
     else:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sparsekern.cli.source import fail, saved_seeds, weights_file
+from sparsekern.cli.shell import error_console, explained, stopped
+from sparsekern.cli.source import saved_seeds, weights_file
 from sparsekern.nn.files import FORMAT_VERSION, read_state
 from sparsekern.nn.loading import STORED
 from sparsekern.nn.stored import StoredLayer, stored_layers
@@ -31,15 +32,13 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the layers of a checkpoint: shapes, blocks, sparsity, dtypes, bytes. Nothing in the file is executed."""
-    try:
+    with explained(error_console(), stopped):
         run = _run(source) if (source / CONFIG).is_file() else None
         file = weights_file(source, network, seed)
         state = read_state(file)
         found = {"file": str(file), "file_bytes": file.stat().st_size, **describe_state(state)}
         if run is not None:
             found["run"] = run
-    except ValueError as error:
-        fail(error)
     if as_json:
         typer.echo(json.dumps(found))
     else:

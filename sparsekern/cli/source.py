@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
-
-import typer
-from rich.console import Console
 
 from sparsekern.recipes import checkpoint
 from sparsekern.recipes.folder import CONFIG
-
-USAGE_ERROR = 2
 
 
 def weights_file(path: Path, network: str, seed: int) -> Path:
@@ -43,10 +37,3 @@ def saved_seeds(run: Path) -> list[int]:
     names = (found.name.removeprefix("seed-") for found in (run / "checkpoints").glob("seed-*"))
     seeds = sorted(int(name) for name in names if name.isdecimal())
     return [seed for seed in seeds if checkpoint.latest(checkpoint.seed_folder(run, seed)) is not None]
-
-
-def fail(error: Any) -> NoReturn:
-    """Print one sentence on the standard error, and exit with 2."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"error: {error}")
-    raise typer.Exit(USAGE_ERROR)

@@ -76,11 +76,24 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
             # cloned: the library refuses tensors that share memory, as a tied weight does
             whole = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
             save_file(whole, aside, metadata={"format": "pt", **entry})
+            _sort_metadata(aside)
 
     try:
         replace(path, write)
     except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as who writes likes it
         raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or first_line(error)}") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give the metadata of a safetensors file an order: the library writes them in any, and equal states differ."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_state(path: Path) -> OrderedDict[str, Tensor]:

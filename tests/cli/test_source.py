@@ -1,7 +1,6 @@
 import pytest
-import typer
 
-from sparsekern.cli.source import fail, saved_seeds, weights_file
+from sparsekern.cli.source import saved_seeds, weights_file
 
 
 def run(folder):
@@ -32,11 +31,3 @@ def test_what_there_is_not(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             weights_file(path, network, seed)
-
-
-def test_a_failure_is_one_line_and_2(capsys):
-    with pytest.raises(typer.Exit) as stopped:
-        fail("[red] it is " + "long " * 50)
-    assert stopped.value.exit_code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: [red] it is") and err.count("\n") == 1

@@ -29,6 +29,13 @@ def test_back_as_it_went_in(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_equal_states_are_equal_files(tmp_path):
+    for name in range(8):
+        write_state(tmp_path / f"{name}.safetensors", nn.ModuleDict({"ü": layer(0)}).state_dict())
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert metadata_of(read_state(tmp_path / "0.safetensors")).keys() == {"ü"}
+
+
 def test_a_layer_that_is_the_whole_model_and_tied_weights(tmp_path):
     state = layer(0).state_dict()
     state["again"] = state["bias"]
