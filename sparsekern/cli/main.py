@@ -42,7 +42,9 @@ def application() -> typer.Typer:
     import typer  # here, so that main() can say what is missing
 
     import sparsekern
+    from sparsekern.cli.convert import convert
     from sparsekern.cli.info import info
+    from sparsekern.cli.inspect import inspect
     from sparsekern.cli.report import report
     from sparsekern.cli.train import train
     from sparsekern.cli.usage import PlainErrors
@@ -65,6 +67,8 @@ def application() -> typer.Typer:
     app.command()(train)
     app.command()(report)
     app.command()(info)
+    app.command()(inspect)
+    app.command()(convert)
     return app
 
 

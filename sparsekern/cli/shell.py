@@ -60,6 +60,11 @@ def _way_out(error: Exception, how_to_go_on: Callable[[bool], str]) -> str | Non
     return str(error) if isinstance(error, ValueError) else None
 
 
+def stopped(saved: bool) -> str:
+    """Return what a command says after Ctrl-C that has nothing to go on with."""
+    return "stopped; nothing was written"
+
+
 class CtrlC:
     """Turns the first Ctrl-C into a request, which the loop reads between two steps; a second one ends at once.
 
