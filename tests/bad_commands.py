@@ -43,10 +43,10 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     # Where it writes.
     ("train --out {place}/full", ("out is {place}/full", "not empty", "choose another --out")),
     ("train --out {place}/run", ("not empty", "--resume")),
-    ("train --out {place}/notes.txt", ("out is {place}/notes.txt", "cannot be made", "choose another --out")),
-    ("train --out {place}/notes.txt/run", ("cannot be made", "choose another --out")),
-    ("train --out /proc/nowhere", ("out is /proc/nowhere", "cannot be made")),
-    ("train --out {place}/" + 300 * "x", ("cannot be made", "name too long")),
+    ("train --out {place}/notes.txt", ("the folder {place}/notes.txt cannot be written", "choose another")),
+    ("train --out {place}/notes.txt/run", ("cannot be written", "choose another")),
+    ("train --out /proc/nowhere", ("/proc/nowhere cannot be written", "choose another")),
+    ("train --out {place}/" + 300 * "x", ("cannot be written", "name too long")),
     # The data.
     ("train --data {place}/none.npz", ("data is {place}/none.npz", "does not exist", "give")),
     ("train --data {place}/notes.txt", ("notes.txt", "does not end in .npz", "give")),

@@ -43,6 +43,15 @@ class BlockSparse(nn.Module):
         probe: what a training method asks of the next backward, or None.
 
     Shapes and addresses never change: a move of blocks writes into these tensors.
+
+    Args:
+        grid: cuts the weight into blocks.
+        topology: places of the blocks, or None to draw them.
+        tie_taps, blocks, capacity, init, seed, name, device, dtype: as in :class:`SparseConv2d`.
+
+    Raises:
+        TypeError: values of a dtype that cannot train.
+        ValueError: an unknown ``init``, or a topology that is not one.
     """
 
     _version = LAYER_VERSION

@@ -30,7 +30,7 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
 
 
 def plain_name(model: nn.Module, full_name: str) -> str:
-    """Return the name of a module or parameter of a model without what DDP and torch.compile add to it."""
+    """Return ``full_name``, of a module or parameter of a model, without what DDP and torch.compile add to it."""
     wrapped = isinstance(_uncompiled(model), (nn.parallel.DistributedDataParallel, nn.DataParallel))
     parts = [part for part in full_name.split(".") if part and part != "_orig_mod"]
     return ".".join(parts[1:] if wrapped else parts)
@@ -44,6 +44,11 @@ def densify(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: not a :class:`torch.nn.Module`.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> sk.densify(model)[0]
+        Linear(in_features=64, out_features=64, bias=True)
     """
     check_model(model)
     model = copy.deepcopy(_uncompiled(model))  # compiled, it would go on calling the layers it was compiled for

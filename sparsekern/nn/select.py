@@ -51,6 +51,11 @@ def matches_name(single: str, name: str) -> bool:
 def select(model: nn.Module, selector: Selector, argument: str) -> dict[str, nn.Module]:
     """Return the modules below ``model`` that a selector matches, by name, in the model's order.
 
+    Args:
+        model: searched without itself.
+        selector: a type, a name, a glob, ``"re:<pattern>"``, a function ``(module, name) -> bool``, or a list of these.
+        argument: what the user calls the selector, for the error.
+
     Raises:
         ValueError: a selector matches nothing; the text names the nearest names.
     """

@@ -71,6 +71,11 @@ def sparsify_(
         ValueError: a selector matches nothing; a layer cannot be sparse (shared weight, child of an attention module,
             a subclass of nn.Linear or nn.Conv2d); a sparsity that leaves a layer without a block. Nothing has changed
             then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> sk.sparsify_(model, sparsity=0.75, block_size=16, ignore=["2"])[0]
+        SparseLinear(in_features=64, out_features=64, bias=True, block_size=(16, 16), blocks=4/16, sparsity=0.75)
     """
     check_model(model)
     if init not in ("balanced", "random", "norm"):

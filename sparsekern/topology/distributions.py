@@ -12,7 +12,7 @@ DISTRIBUTIONS = ("uniform", "er", "erk")
 
 
 def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "uniform") -> list[int]:
-    """Return the number of blocks of each layer; together ``round((1 - sparsity) * cells)``.
+    """Return the number of blocks of each layer, of whose ``grids`` together ``round((1 - sparsity) * cells)``.
 
     ``uniform`` gives all layers the same density. ``er`` (Erdos-Renyi; Mocanu et al. 2018) gives a layer blocks in
     proportion to ``R + C``, a convolution in each tap. ``erk`` (Evci et al. 2020, section 3) is the same for linear

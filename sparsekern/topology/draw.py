@@ -102,6 +102,10 @@ def by_norm(grid: Grid, weight: Tensor, blocks: int, tie_taps: bool = False) -> 
     """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight``; ties go to the first.
 
     With ``tie_taps`` the norm is that of a block of channels over all taps, and ``blocks`` a multiple of the taps.
+    The weight is ``(out, in)``, or ``(Cout, Cin / groups, kh, kw)`` of a convolution.
+
+    Raises:
+        ValueError: too few or too many blocks, a weight of another shape, or NaN in it.
     """
     check_count(grid, blocks)
     norms = dense_block_norms(grid, weight)

@@ -132,6 +132,12 @@ def conv_grid(
 ) -> Grid:
     """Return the grid of a convolution.
 
+    Args:
+        in_channels, out_channels: multiples of ``groups``.
+        kernel: ``(kh, kw)``.
+        block: ``(bo, bi)``, in channels.
+        groups: as in :class:`torch.nn.Conv2d`.
+
     Raises:
         ValueError: as :class:`Grid`, or ``in_channels`` is not a multiple of ``groups``.
     """
@@ -147,7 +153,7 @@ def conv_grid(
 
 
 def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``(out, in)`` from an int or a pair; :class:`Grid` checks that they are 1 or more.
+    """Return ``(out, in)`` from ``block_size``, an int or a pair; :class:`Grid` checks that they are 1 or more.
 
     Raises:
         TypeError: neither an int nor a pair of ints.

@@ -51,7 +51,11 @@ def build_index(topology: Topology, *, checked: bool = False) -> Index:
 
 @torch.no_grad()
 def rebuild_(index: Index, topology: Topology) -> None:
-    """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host."""
+    """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host.
+
+    Raises:
+        ValueError: at 1x1, an index that shares its tensors with another topology.
+    """
     grid, used = topology.grid, topology.used()
     if grid.block == (1, 1) and (index.row_col is not topology.col or index.col_row is not topology.row):
         raise ValueError("at 1x1 an index shares row and col with its topology; build a new one for another topology")
@@ -84,7 +88,10 @@ def mask_index(index: Index, keep: Tensor, block: tuple[int, int]) -> Index:
 
 @torch.no_grad()
 def mask_index_(into: Index, index: Index, keep: Tensor, block: tuple[int, int]) -> None:
-    """Write what :func:`mask_index` returns into ``into``: same tensors, same addresses."""
+    """Write what :func:`mask_index` returns for ``index``, ``keep (Z,)`` and ``block`` into ``into``, in place.
+
+    Its tensors and their addresses stay the same.
+    """
     for tensor, new in zip(into, mask_index(index, keep, block), strict=True):
         if tensor is not new:
             tensor.copy_(new)
