@@ -18,16 +18,20 @@ def magnitudes(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
     At 1x1 the sums of absolute values, as in GraBo (Heddes et al. 2024, appendix A): ``|G| <= (|dy|' 1)(1' |x|)``.
     For blocks the sums of squares: ``|dy_J' x_I|_F <= |dy_J|_F |x_I|_F``.
     """
-    return torch.cat([_magnitude(side, length) for side, length in ((dy, block[0]), (x, block[1]))])
+    power = 1 if block == (1, 1) else 2
+    return torch.cat([sums_of_blocks(sum_powers(side, power), n) for side, n in zip((dy, x), block, strict=True)])
 
 
-def _magnitude(side: Tensor, length: int) -> Tensor:
-    acc = accumulate_dtype(side.dtype)
-    if length == 1:
-        absolute: Tensor = torch.linalg.vector_norm(side, 1, dim=0, dtype=acc)
-        return absolute
-    squares = torch.linalg.vector_norm(side, 2, dim=0, dtype=acc).square()
-    return pad(squares, (0, -squares.shape[0] % length)).view(-1, length).sum(1)
+def sum_powers(side: Tensor, power: int) -> Tensor:
+    """Return the sums over the first axis of absolute values, for ``power`` 1, or of squares, for 2."""
+    norms: Tensor = torch.linalg.vector_norm(side, power, dim=0, dtype=accumulate_dtype(side.dtype))
+    return norms if power == 1 else norms.square()
+
+
+def sums_of_blocks(sums: Tensor, length: int) -> Tensor:
+    """Add up the last axis ``(..., F)`` in blocks: ``(..., ceil(F / length))``."""
+    blocks: Tensor = pad(sums, (0, -sums.shape[-1] % length)).unflatten(-1, (-1, length))
+    return blocks.sum(-1)
 
 
 def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at
 from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
 from sparsekern.topology.grid import Grid, block_pair, conv_grid
 from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, mask_index_, rebuild_
-from sparsekern.topology.pairs import are_absent, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology.pairs import are_absent, row_weights, sample_absent_pairs, sample_pairs, without
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.tied import check_multiple, check_tied, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
@@ -42,6 +42,7 @@ __all__ = [
     "one_tap",
     "random",
     "rebuild_",
+    "row_weights",
     "sample_absent",
     "sample_absent_pairs",
     "sample_distinct",
