@@ -44,7 +44,7 @@ class GradientMethod(Method):
 
     Args:
         score_tokens: score on so many tokens of each backward, evenly spread, instead of all: the cost of an update
-            falls in proportion. None for all.
+            falls in proportion. None for all. Of a convolution a token is an output position.
         process_group: the ranks that share one model. Default: all, where torch.distributed is in use.
         options: the arguments of :class:`Method`.
     """
@@ -61,6 +61,12 @@ class GradientMethod(Method):
         **options: Any,
     ) -> None:
         super().__init__(model, optimizer, **options)
+        for name, layer in self.layers.items():
+            if layer.tie_taps:
+                raise NotImplementedError(
+                    f"{name!r} has tie_taps=True, but {type(self).__name__} moves every block by itself; "
+                    "leave the taps untied, or use SET or VRPGE"
+                )
         if score_tokens is not None and score_tokens < 1:
             raise ValueError(f"score_tokens is {score_tokens}; it must be 1 or more, or None for all tokens")
         self.score_tokens = score_tokens
