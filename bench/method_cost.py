@@ -1,9 +1,9 @@
 """What updates of the topology cost, in parts of the training time: ``python -m bench.method_cost``.
 
 One sparse layer, trained with momentum SGD (forward, both gradients, optimizer). A contestant makes the steps that an
-update needs, probe armed, and the update; beside it the same step without a method. ``percent`` is what the update adds,
-over ``update_every`` plain steps. The drop fraction stays at its highest, from which the cosine takes half on average.
-One JSON line a row. ``bound`` of RigL is ``(1 - d) / (3 d T)``: it scores every absent block, density d, interval T.
+update needs, probe armed, and the update; beside it the same step without a method. ``percent`` is what the update
+adds, over ``update_every`` plain steps. The drop fraction stays at its highest; the cosine halves it on average. One
+JSON line a row. ``bound`` of RigL is ``(1 - d) / (3 d T)``: it scores every absent block, density d, interval T.
 """
 
 from __future__ import annotations
@@ -74,7 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise RuntimeError(f"{name or 'the plain step'} failed: {error}")
         step = timings[""].quantile(0.5)
         about = {name: getattr(options, name) for name in ("tokens", "inputs", "outputs", "sparsity", "update_every")}
-        about = {"device": "cpu", "threads": torch.get_num_threads(), **about, "block": block, "step_ms": round(step, 3)}
+        about = {
+            "device": "cpu",
+            "threads": torch.get_num_threads(),
+            **about,
+            "block": block,
+            "step_ms": round(step, 3),
+        }
         for name, (_, steps) in cycles.items():
             extra = timings[name].quantile(0.5) - steps * step
             row = {**about, "method": name, "update_ms": round(extra, 3)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsekern.kernels.eager import chunks
 from torch import Tensor
 
 import sparsekern as sk
@@ -125,14 +124,18 @@ def check_method(part: str, block: tuple[int, int], method: str, plant=None) -> 
     assert found.peak <= allowed, f"{part} holds {found.peak} bytes, allowed are {allowed:.0f}"
 
 
-@pytest.mark.parametrize("part", ["backward", "step", "update", "summary"])
+PARTS = [
+    ("SET", "step"),
+    ("SET", "summary"),
+    *((method, part) for method in METHODS for part in ("backward", "update")),
+]
+
+
 @pytest.mark.parametrize("block", [(16, 16), (1, 1)], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_by_the_allocator(method, block, part, conv_kernels):
+@pytest.mark.parametrize(("method", "part"), PARTS)
+def test_every_method_by_the_allocator(method, part, block, conv_kernels):
     if block == (1, 1) and "RigL" in method:
         pytest.skip("scores every element, and says so: allow_dense_scores")
-    if part in ("step", "summary") and method != "SET":
-        pytest.skip("the same for every method")
     check_method(part, block, method)
 
 

@@ -42,11 +42,11 @@ class Probe(NamedTuple):
 
         Where ``row = col = -1`` nothing is asked and the answer is zero: so K can stay the same, which it must not to
         be compiled anew, while the number of places changes. With ``checked`` the caller knows that the places are
-        distinct ones of the grid.
+        distinct ones of the grid, in the order of their keys ``row * C + col``, -1 last.
         """
         if not checked:
             _check_places(grid, row, col)
-        index = build_index(Topology(grid, row, col))
+        index = build_index(Topology(grid, row, col), ascending=checked)
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
 

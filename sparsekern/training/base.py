@@ -179,7 +179,7 @@ class Method:
         topology = self.layers[name].topology
         grown = move.row >= 0
         self._churn[name] = move.slots.numel() / max(1, topology.blocks())
-        self._coverage[name].add((move.row.long() * topology.grid.cols + move.col)[grown])
+        self._coverage[name].add((move.row * topology.grid.cols + move.col)[grown])
         if self.min_age:
             self._born[name].index_fill_(0, move.slots.long(), self.updates)
 

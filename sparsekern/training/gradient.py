@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import are_absent, generator_for
+from sparsekern.topology import are_absent, generator_for, ordered_keys
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import as_on_first_rank, sum_over_ranks
 from sparsekern.training.followers import Move, to_places
@@ -79,6 +79,7 @@ class GradientMethod(Method):
         self._counters: dict[str, tuple[Tensor, int]] = {}  # of streamed probes: the zeros, and their version
         self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending, int32 on the CPU
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; it only grows
+        self._versions: dict[str, tuple[int, int]] = {}  # of the places when candidates were drawn
         self._offers: dict[str, Offer] = {}  # scored candidates
 
     # What a subclass says.
@@ -124,10 +125,10 @@ class GradientMethod(Method):
         if offer is None or not bool(offer.scores.any()):
             nothing = torch.empty(0, dtype=torch.int64, device=layer.row.device)
             return Offer(nothing, nothing.to(self.dtype(layer)))
-        empty = are_absent(offer.keys, layer.topology.sorted_keys().long())
-        if bool(empty.all()):
+        if self._versions.get(name) == _version(layer):
             return offer
-        return Offer(offer.keys[empty], offer.scores[empty])  # somebody else moved blocks
+        empty = are_absent(offer.keys, ordered_keys(layer.index, layer.topology).long())
+        return Offer(offer.keys[empty], offer.scores[empty])  # somebody else may have moved blocks
 
     # When probes are armed and read.
 
@@ -186,6 +187,7 @@ class GradientMethod(Method):
         self._stage, self._armed_at = stage, self.steps
         for name, layer in self._trained():
             probe = self.ask(stage, name, layer)
+            self._versions[name] = _version(layer)
             if probe is not None:
                 self._probes[name] = layer.probe = probe.of_tokens(self.score_tokens or 0)
                 self._clear(name)
@@ -261,10 +263,11 @@ class GradientMethod(Method):
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and as many of the places with the highest scores."""
-        slots = lowest(self.strength(name, layer), part_of(layer.topology.blocks(), fraction))
-        offer = self.offer(name, layer, slots.shape[0])
-        best = highest(offer.scores, slots.shape[0])
-        return to_places(slots[: best.shape[0]], offer.keys[best], layer.grid)
+        strength = self.strength(name, layer)
+        count = min(part_of(layer.topology.blocks(), fraction), int(torch.isfinite(strength).sum()))
+        offer = self.offer(name, layer, count)
+        best = highest(offer.scores, count)
+        return to_places(lowest(strength, best.shape[0]), offer.keys[best], layer.grid)
 
     def choose_all(self, fraction: float) -> dict[str, Move]:
         """Return the moves of all layers: each for itself, or with ``scope="global"`` in competition."""
@@ -313,10 +316,15 @@ class GradientMethod(Method):
             return
         now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
         self._put(state["stage"])
-        self.steps = now
+        self.steps, self._versions = now, {}
         for name, (heard, backwards) in state["heard"].items():
             if name in self._probes:
                 self._resume(name, heard.to(self._probes[name].tensor.device, copy=True), backwards)
+
+
+def _version(layer: BlockSparse) -> tuple[int, int]:
+    """Return numbers that change whenever somebody writes into the places of the blocks."""
+    return layer.row._version, layer.col._version
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -15,7 +15,15 @@ from torch.nn.functional import pad
 
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import Grid, row_weights, sample_absent, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology import (
+    Grid,
+    ordered_keys,
+    row_weights,
+    sample_absent,
+    sample_absent_pairs,
+    sample_pairs,
+    without,
+)
 from sparsekern.training.distributed import as_on_first_rank
 from sparsekern.training.gradient import Answer, GradientMethod
 
@@ -111,17 +119,17 @@ class GSE(GradientMethod):
 
     def _draw(self, name: str, layer: BlockSparse, guide: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return candidates, ascending, on the CPU."""
-        grid, present = layer.grid, layer.topology.sorted_keys().cpu().long()
+        grid, present = layer.grid, ordered_keys(layer.index, layer.topology).cpu()
         count = math.ceil(self.subset_factor * present.shape[0] - 1e-9)
         generator = self.generator(name, "candidates")
         if guide is not None and not bool(row_weights(*guide).any()):
-            return present[:0]  # the layer took no part
+            return present[:0].long()  # the layer took no part
         if self.with_replacement:
             if guide is None:
                 drawn = torch.randint(grid.cells, (count,), generator=generator, device="cpu")
             else:
                 drawn = sample_pairs(*guide, count, generator)
-            return without(drawn.unique(), present)
+            return without(drawn.unique(), present.long())
         count = min(count, grid.cells - present.shape[0])
         if guide is None:
             return sample_absent(present, grid.cells, count, generator, ordered=True)
