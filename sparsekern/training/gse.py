@@ -24,8 +24,9 @@ from sparsekern.topology import (
     sample_pairs,
     without,
 )
+from sparsekern.training.armed import Answer
 from sparsekern.training.distributed import as_on_first_rank
-from sparsekern.training.gradient import Answer, GradientMethod
+from sparsekern.training.gradient import GradientMethod
 
 DISTRIBUTIONS = ("uniform", "grabo", "graest")
 

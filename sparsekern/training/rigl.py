@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import ordered_keys
+from sparsekern.training.armed import Answer
 from sparsekern.training.distributed import as_on_first_rank, ranks
 from sparsekern.training.followers import Move, to_places
-from sparsekern.training.gradient import Answer, GradientMethod
+from sparsekern.training.gradient import GradientMethod
 from sparsekern.training.growth import Offer
 from sparsekern.training.scores import highest, lowest, part_of
 
