@@ -34,7 +34,8 @@ def sum_powers(side: Tensor, power: int) -> Tensor:
 def parts(side: Tensor) -> tuple[Tensor, ...]:
     """Cut the first axis so that a temporary of each part is small: no copy of all, and on a CPU in its cache."""
     numbers = 2**18 if side.device.type == "cpu" else 2**24
-    return side.split(max(1, numbers // max(1, side.shape[1:].numel())))
+    pieces: tuple[Tensor, ...] = side.split(max(1, numbers // max(1, side.shape[1:].numel())))
+    return pieces
 
 
 def sums_of_blocks(sums: Tensor, length: int) -> Tensor:

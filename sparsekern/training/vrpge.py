@@ -58,7 +58,7 @@ class VRPGE(Method):
         group: what has a probability: ``"block"``, ``"row"``, ``"column"`` or a function; :class:`Candidates`. The
             noise grows with their number.
         scope: ``"global"``: one budget, so that layers compete; ``"layer"``: one each.
-        probability_optimizer: ``"adam"`` or ``"sgd"``, at the ``probability_rate``, which falls along a cosine to ``stop``.
+        probability_optimizer: ``"adam"`` or ``"sgd"``; its ``probability_rate`` falls to 0 along a cosine by ``stop``.
         score_clip: the largest norm of the scores; None for any.
         floor: the lowest probability. At 0, what fell to 0 is out until a refill moves it.
         refill: probability of a candidate that an update moves to a new empty place, because it had fallen to the

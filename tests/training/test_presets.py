@@ -66,7 +66,7 @@ def test_its_values(name, kind, stop, every, fraction):
     ],
 )
 def test_its_other_values(name, values):
-    layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
+    layer = sk.SparseLinear(16, 16, sparsity=0.5, block_size=4, seed=0)
     method = preset(name, layer, torch.optim.SGD(layer.parameters()), steps=1000)
     assert {value: getattr(method, value) for value in values} == values
     if name.startswith("vrpge"):
