@@ -32,10 +32,13 @@ def empty_index(topology: Topology) -> Index:
     )
 
 
-def build_index(topology: Topology, *, checked: bool = False) -> Index:
+def build_index(topology: Topology, *, checked: bool = False, ascending: bool = False) -> Index:
     """Return the index of a topology, whose places may be of any strides and integer dtype.
 
-    With ``checked`` the caller knows that the topology is valid; else it is validated, which waits for the device.
+    Args:
+        topology: validated here, which waits for the device, unless it is ``checked``.
+        checked: the caller knows that it is valid.
+        ascending: as in :func:`rebuild_`.
 
     Raises:
         ValueError: a place outside the grid, or one that is there twice: kernels would read and write beyond it.
@@ -45,13 +48,15 @@ def build_index(topology: Topology, *, checked: bool = False) -> Index:
     if not checked:
         topology.validate()
     index = empty_index(topology)
-    rebuild_(index, topology)
+    rebuild_(index, topology, ascending=ascending)
     return index
 
 
 @torch.no_grad()
-def rebuild_(index: Index, topology: Topology) -> None:
+def rebuild_(index: Index, topology: Topology, *, ascending: bool = False) -> None:
     """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host.
+
+    With ``ascending`` the slots are in the order of their keys, free ones last: there is less to sort.
 
     Raises:
         ValueError: at 1x1, an index that shares its tensors with another topology.
@@ -64,12 +69,21 @@ def rebuild_(index: Index, topology: Topology) -> None:
         (topology.col, topology.row, grid.cols, grid.rows, index.col_ptr, index.col_row, index.col_slot),
     ):
         key = torch.where(used, major * minors + minor, grid.cells)  # free slots last
-        key, order = key.sort(stable=True)
+        if ascending and major is topology.row:
+            order = torch.arange(topology.slots, dtype=torch.int32, device=key.device)
+        else:
+            key, order = key.sort(stable=True)
         starts = torch.arange(majors + 1, dtype=torch.int32, device=key.device) * minors
         ptr.copy_(torch.searchsorted(key, starts, out_int32=True))
         slot[: topology.slots].copy_(order)
         if grid.block != (1, 1):
             other[: topology.slots].copy_(key.remainder_(minors))
+
+
+def ordered_keys(index: Index, topology: Topology) -> Tensor:
+    """Return what ``topology.sorted_keys()`` does, from the order that its index has already: without a sort."""
+    blocks = int(index.row_ptr[-1])
+    return topology.keys().index_select(0, index.row_slot[:blocks])
 
 
 @torch.no_grad()
