@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import typer
 from typer.core import TyperGroup
 
-USAGE = typer.BadParameter.__mro__[1]
+USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])
 """The parent of all errors of usage, which typer does not export."""
 
 
 class PlainErrors(TyperGroup):
     """A group of commands that says in one line what is wrong with an option, and where the help is."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run the command; without a command show the help."""
         arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
         try:
-            code = super().main(arguments, *rest, standalone_mode=False, **extra)
+            code = super().main(arguments, prog_name, complete_var, False, windows_expand_args, **extra)
         except USAGE as error:
             if not standalone_mode:
                 raise
