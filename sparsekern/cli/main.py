@@ -14,6 +14,7 @@ NEEDED = {
     "rich": "rich",
     "numpy": "numpy",
     "matplotlib": "matplotlib",
+    "PIL": "pillow",
     "safetensors": "safetensors",
     "sklearn": "scikit-learn",
 }

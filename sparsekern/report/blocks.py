@@ -80,7 +80,7 @@ def png(shade: numpy.ndarray) -> str:
     """Return an image of :func:`shades` as a ``data:`` address."""
     from PIL import Image
 
-    image = Image.fromarray(shade, mode=None).convert("P")
+    image = Image.frombytes("P", shade.shape[::-1], shade.tobytes())
     image.putpalette([part for colour in palette() for part in colour])
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
