@@ -2,15 +2,18 @@
 
 from sparsekern.analysis.account import Account, account, state_bytes, stored_parameters, training_bytes
 from sparsekern.analysis.profile import LayerProfile, Profile, profile
+from sparsekern.analysis.spectral import Spectral, spectral
 from sparsekern.analysis.timing import race, time_layer
 
 __all__ = [
     "Account",
     "LayerProfile",
     "Profile",
+    "Spectral",
     "account",
     "profile",
     "race",
+    "spectral",
     "state_bytes",
     "stored_parameters",
     "time_layer",

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekern.nn import BlockSparse
+from sparsekern.nn import BlockSparse, WeightInfo
 
 COUNTED = (BlockSparse, nn.Linear, nn.Conv2d)
 """Layers that are listed one by one."""
@@ -70,7 +71,13 @@ def profile(model: nn.Module, sample_input: Tensor) -> Profile:
     tokens: dict[str, int] = {}
     extra = [0]
     state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    with _hooked(model, tokens, extra), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Attention in plain products, which the counter knows: not every fused kernel is.
+    with (
+        _hooked(model, tokens, extra),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         torch.func.functional_call(model, state, (sample_input.to("meta"),), tie_weights=True)
     layers, stored_slots = {}, 0
     modules = dict(model.named_modules())
@@ -89,10 +96,12 @@ def profile(model: nn.Module, sample_input: Tensor) -> Profile:
 
 
 def _paper(module: nn.Module, layer: LayerProfile) -> int:
-    linear = isinstance(module, nn.Linear) or (isinstance(module, BlockSparse) and module.grid.kernel is None)
-    out_features = int(module.out_features) if linear else 1  # type: ignore[call-overload]
-    outputs = layer.tokens * (int(module.out_features if linear else module.out_channels))  # type: ignore[call-overload]
-    return layer.tokens * (2 * layer.elements - out_features) + (0 if module.bias is None else outputs)
+    """Return the operations of a layer: those that save their first addition are outputs, or all pixels at once."""
+    weight = module.weight
+    assert isinstance(weight, (Tensor, WeightInfo))
+    outputs = weight.shape[0]
+    spared = outputs if len(weight.shape) == 2 else 1
+    return layer.tokens * (2 * layer.elements - spared + (0 if module.bias is None else outputs))
 
 
 def _paper_extra(module: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -104,7 +113,7 @@ def _paper_extra(module: nn.Module, x: Tensor, y: Tensor) -> int:
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return x.numel()
     kernel = module.kernel_size
-    taps = kernel**2 if isinstance(kernel, int) else kernel[0] * kernel[1]  # type: ignore[operator, index]
+    taps = kernel**2 if isinstance(kernel, int) else kernel[0] * kernel[1]  # type: ignore[index]
     return int(y.numel() * (taps - isinstance(module, nn.MaxPool2d)))
 
 

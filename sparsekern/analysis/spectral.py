@@ -35,8 +35,8 @@ class Spectral:
         ramanujan_gap: ``sqrt(dl - 1) + sqrt(dr - 1) - s2``: mean degrees left and right, and the second singular value
             of the graph. 0 or more: as well connected as a Ramanujan graph.
         weighted_gap: ``s1 - s2`` of the matrix of the blocks' Frobenius norms.
-        mean_ramanujan_gap: the mean of the gap over subgraphs, one for each degree of 3 or more that three block columns
-            or more share: these columns with all block rows.
+        mean_ramanujan_gap: the mean of the gap over subgraphs, one for each degree of 3 or more that three block
+            columns or more share: these columns with all block rows.
         mean_weighted_gap: the same of the weighted gap.
     """
 
@@ -59,7 +59,7 @@ def spectral(layer: BlockSparse) -> Spectral:
 
 
 def measure(left: Tensor, right: Tensor, weights: Tensor) -> Spectral:
-    """Return the measures of a bipartite graph from its edges: vertices ``left (E,)``, ``right (E,)``, weights ``(E,)``."""
+    """Return the measures of a bipartite graph from its edges ``(E,)``: vertices on both sides, and weights."""
     whole = _gaps(left, right, weights)
     parts = [_gaps(left[of], right[of], weights[of]) for of in _regular(left)]
     known = [gaps for gaps in parts if gaps is not None]

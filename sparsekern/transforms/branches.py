@@ -32,6 +32,6 @@ class ReluSum(torch.autograd.Function):
 def sum_of_branches(activation: nn.Module, h: Tensor, branches: int, dim: int) -> Tensor:
     """Return the sum over branches of the activation of ``h``, whose features along ``dim`` are branch by branch."""
     if type(activation) is nn.ReLU:
-        y: Tensor = ReluSum.apply(h, branches, dim)  # type: ignore[no-untyped-call]
+        y: Tensor = ReluSum.apply(h, branches, dim)
         return y
     return torch.stack(activation(h).chunk(branches, dim)).sum(0)

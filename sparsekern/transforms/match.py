@@ -13,8 +13,8 @@ def match_blocks(
 ) -> list[int]:
     """Return the blocks of each layer that together come nearest to a number of multiply-adds.
 
-    Each layer has its part of the distribution to within a block; the sum is right to half a block of one layer. A block
-    that sticks out of its matrix costs what blocks of that layer cost on average.
+    Each layer has its part of the distribution to within a block; the sum is right to half a block of one layer. A
+    block that sticks out of its matrix costs what blocks of that layer cost on average.
 
     Args:
         grids: of the layers.

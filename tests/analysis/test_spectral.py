@@ -55,7 +55,7 @@ def test_against_networkx_and_scipy(rows, cols, density, seed):
     left, right, _ = edges(mask)
     found = measure(left, right, weights[mask])
     oracle = []
-    for matrix in (mask.double(), weights):
+    for matrix in (mask.double().numpy(), weights.numpy()):
         graph = networkx.from_numpy_array(
             np.block([[np.zeros((cols, cols)), matrix], [matrix.T, np.zeros((rows, rows))]])
         )

@@ -34,8 +34,8 @@ def test_moments_of_a_relu():
     """E relu(z)^2 = v / 2 and var = v (1 - 1 / pi) / 2."""
     for variance in (0.3, 1.0, 4.0):
         square, spread = moments(nn.ReLU(), variance)
-        assert square == pytest.approx(variance / 2, rel=1e-6)
-        assert spread == pytest.approx(variance * (1 - 1 / math.pi) / 2, rel=1e-6)
+        assert square == pytest.approx(variance / 2, rel=1e-5)
+        assert spread == pytest.approx(variance * (1 - 1 / math.pi) / 2, rel=1e-5)
     assert moments(nn.Identity(), 2.0) == pytest.approx((2.0, 2.0), rel=1e-6)
 
 
@@ -72,10 +72,10 @@ def test_phantoms_stay_zero():
 def test_the_paper_draws_for_the_full_shape():
     conv = sk.SparseConv2d(128, 256, 3, sparsity=0.75, block_size=16)
     draw_as_paper_(conv)
-    assert conv.values.var() == pytest.approx(2 / (256 * 9), rel=0.02)
+    assert float(conv.values.detach().var()) == pytest.approx(2 / (256 * 9), rel=0.02)
     inner = nn.Conv2d(64, 48, 3)
     draw_dense_(inner, None, 0, "inner")
-    assert inner.weight.var() == pytest.approx(2 / (48 * 9), rel=0.03)
+    assert float(inner.weight.detach().var()) == pytest.approx(2 / (48 * 9), rel=0.03)
     draw_dense_(inner, 5.0, 0, "inner")
     assert output_variance(inner) == pytest.approx(5.0, rel=0.03)
 
@@ -86,7 +86,8 @@ def test_biases():
     draw_bias_(same, dense)
     assert torch.equal(same.bias, dense.bias)
     draw_bias_(more, dense)
-    assert more.bias.square().mean() == pytest.approx(float(dense.bias.square().mean()), rel=0.05)
+    drawn, wanted = (float(bias.detach().square().mean()) for bias in (more.bias, dense.bias))
+    assert drawn == pytest.approx(wanted, rel=0.05)
     without = sk.SparseLinear(64, 32, bias=False, block_size=8)
     draw_bias_(without, dense)
     assert without.bias is None

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from torch import nn
 
-
 Multiplier = float | Callable[[int], int]
 """How wide a network is: times the published channels, or a function from those to the channels wanted."""
 
