@@ -184,7 +184,8 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     )
     for axes in (final, curve, gap):
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     figure.savefig(path)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from bench import sparse_ift_claim, sparse_ift_table
 from bench.sparse_ift_table import Network, described, kept_bytes, rows
+from sparsekern.recipes.data import Dataset
 
 
 def test_the_rows_of_a_small_network():
@@ -65,7 +66,7 @@ def test_the_table_of_the_claim_by_hand():
 def test_the_claim_runs_and_is_drawn(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     images, labels = torch.rand(256, 1, 4, 8), torch.randint(3, (256,))
-    data = Dataset("noise", images, labels, images[:9], labels[:9], 3)
+    data = Dataset("noise", images, labels, images[:9], labels[:9], 3, "")
     monkeypatch.setattr(sparse_ift_claim, "load", lambda path: data)
     monkeypatch.setattr(sparse_ift_claim, "EVERY", 1)
     sparse_ift_claim.main(["run", "--seeds", "1", "--epochs", "1"])

@@ -12,6 +12,7 @@ from typing import Any
 from sparsekern.recipes.config import FORMAT_VERSION, Config
 
 CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.json", "summary.png"
+SPECTRAL = "spectral.png"
 
 
 def default_folder(config: Config, now: datetime) -> Path:

@@ -17,9 +17,19 @@ from sparsekern.recipes import checkpoint
 from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.data import Dataset, load
-from sparsekern.recipes.folder import METRICS, PICTURE, RESULTS, Metrics, create, read_config, read_json, write_json
+from sparsekern.recipes.folder import (
+    METRICS,
+    PICTURE,
+    RESULTS,
+    SPECTRAL,
+    Metrics,
+    create,
+    read_config,
+    read_json,
+    write_json,
+)
 from sparsekern.recipes.learner import Learner
-from sparsekern.recipes.picture import draw_summary
+from sparsekern.recipes.picture import draw_graphs, draw_summary
 from sparsekern.recipes.results import summarise
 
 
@@ -108,6 +118,7 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> d
     }
     if config.sparse:
         draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
+        draw_graphs(folder / SPECTRAL, results, rows)
     write_json(folder / RESULTS, results)  # last: it says that the run is finished
     return read_json(folder / RESULTS)
 

@@ -37,6 +37,7 @@ def sparse_doped(
     sparsity: float,
     *,
     block_size: int | tuple[int, int] | None = None,
+    pool: float = 1.0,
     init: str = "variance",
     seed: int = 0,
     name: str = "",
@@ -52,6 +53,7 @@ def sparse_doped(
             such that the sum takes the dense layer's FLOPs.
         block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
             than its channels.
+        pool: blocks to store for each one that the FLOPs allow, 1 or more: candidates of a method that chooses.
         init: ``"variance"``: the output varies as the dense layer's, each path according to its FLOPs. ``"paper"``:
             Kaiming normal.
         seed: with ``name`` it decides topology and values.
@@ -61,7 +63,7 @@ def sparse_doped(
         TypeError: another kind of layer.
         ValueError: a sparsity or init out of range, a grouped convolution, or no work left for a block.
     """
-    check(layer, sparsity)
+    check(layer, sparsity, pool)
     check_init(init)
     if sparsity == 0:
         return copy.deepcopy(layer)
@@ -71,7 +73,7 @@ def sparse_doped(
     outer = dense_twin(layer, rank, outs, pointwise=True, bias=False)
     total, beside = layer.weight.numel(), inner.weight.numel() + outer.weight.numel()
     grid = twin_grid(layer, block_size, layer)
-    (blocks,) = match_blocks([grid], [1], total - beside)
+    (blocks,) = match_blocks([grid], [1], pool * (total - beside))
     sparse = sparse_twin(layer, blocks, grid.block, layer=layer, seed=seed, name=f"{name}.sparse".lstrip("."))
     share = beside / total
     variance = output_variance(layer) if init == "variance" else None

@@ -40,6 +40,7 @@ def sparse_factorized(
     *,
     block_size: int | tuple[int, int] | None = None,
     activation: Callable[[], nn.Module] = nn.ReLU,
+    pool: float = 1.0,
     init: str = "variance",
     seed: int = 0,
     name: str = "",
@@ -56,6 +57,7 @@ def sparse_factorized(
         block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
             than its channels.
         activation: makes the nonlinearity between the factors.
+        pool: blocks to store for each one that the FLOPs allow, 1 or more: candidates of a method that chooses.
         init: ``"variance"``: the output varies as the dense layer's. ``"paper"``: Kaiming normal.
         seed: with ``name`` it decides topology and values.
         name: the layer's name in the model.
@@ -64,7 +66,7 @@ def sparse_factorized(
         TypeError: another kind of layer.
         ValueError: a sparsity or init out of range, a grouped convolution, or no room for the blocks.
     """
-    check(layer, sparsity)
+    check(layer, sparsity, pool)
     check_init(init)
     if sparsity == 0:
         return copy.deepcopy(layer)
@@ -77,7 +79,7 @@ def sparse_factorized(
         "outer": dense_twin(layer, between, outs, pointwise=True, bias=layer.bias is not None, device="meta"),
     }
     grids = {part: twin_grid(twin, block_size, layer) for part, twin in twins.items()}
-    counts = dict(zip(grids, match_blocks(list(grids.values()), [1, 1], layer.weight.numel()), strict=True))
+    counts = dict(zip(grids, match_blocks(list(grids.values()), [1, 1], pool * layer.weight.numel()), strict=True))
     inner, outer = (
         sparse_twin(twin, counts[part], grids[part].block, layer=layer, seed=seed, name=f"{name}.{part}".lstrip("."))
         for part, twin in twins.items()

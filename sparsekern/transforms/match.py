@@ -9,7 +9,7 @@ from sparsekern.topology.distributions import fill, share
 
 
 def match_blocks(
-    grids: Sequence[Grid], tokens: Sequence[int], multiply_adds: int, distribution: str = "uniform"
+    grids: Sequence[Grid], tokens: Sequence[int], multiply_adds: float, distribution: str = "uniform"
 ) -> list[int]:
     """Return the blocks of each layer that together come nearest to a number of multiply-adds.
 
@@ -31,13 +31,13 @@ def match_blocks(
     full = [grid.cells * cost for grid, cost in zip(grids, costs, strict=True)]
     if multiply_adds < sum(costs):
         raise ValueError(
-            f"{multiply_adds} multiply-adds are left for {len(grids)} sparse layer(s), and one block in each takes "
+            f"{multiply_adds:.0f} multiply-adds are left for {len(grids)} sparse layer(s), and one block in each takes "
             f"{sum(costs):.0f}: use smaller blocks or another sparsity"
         )
     if multiply_adds > sum(full) + max(costs) / 2:
         raise ValueError(
-            f"{multiply_adds} multiply-adds are to be spent in {len(grids)} sparse layer(s) that take {sum(full):.0f} "
-            "when full: their widths were rounded down to whole blocks; use smaller blocks or a higher sparsity"
+            f"{multiply_adds:.0f} multiply-adds are to be spent in {len(grids)} sparse layer(s) that take "
+            f"{sum(full):.0f} when full: choose a higher sparsity, or fewer candidates (pool)"
         )
     shares = [cost * share(grid, distribution) for grid, cost in zip(grids, costs, strict=True)]
     total = min(float(multiply_adds), sum(full))

@@ -22,7 +22,7 @@ from sparsekern.transforms.init import check_init, draw_, draw_bias_, output_var
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.parallel import sparse_parallel
 from sparsekern.transforms.sizes import Width, wide_width
-from sparsekern.transforms.twins import Dense
+from sparsekern.transforms.twins import Dense, check
 
 logger = logging.getLogger("sparsekern")
 
@@ -52,6 +52,7 @@ def transform(
     distribution: str = "uniform",
     match: str = "network",
     activation: Callable[[], nn.Module] = nn.ReLU,
+    pool: float = 1.0,
     init: str = "variance",
     seed: int = 0,
 ) -> nn.Module:
@@ -78,6 +79,8 @@ def transform(
             dense (stem, head, attention) is charged to the sparse layers. ``"layers"``: only the sparse layers take
             those of their dense twins. They differ for ``"wide"`` alone.
         activation: makes the nonlinearity inside ``"parallel"`` and ``"factorized"``.
+        pool: blocks to store for each one that the FLOPs allow, 1 or more: the candidates of a method that chooses
+            among them (VR-PGE), whose FLOPs are then those of the dense network.
         init: ``"variance"``: each layer's output varies as that of its dense twin. ``"paper"``: as the paper's code
             draws; of ``"wide"``: the wide network's own initial values, masked.
         seed: decides initial values and topology.
@@ -107,14 +110,15 @@ def transform(
     chosen = _chosen(dense, twins, targets, ignore)
     if name == "wide":
         assert not isinstance(model, nn.Module)
+        check(next(iter(chosen.values())), sparsity, pool)
         width = wide_width(sparsity, _block(block_size, next(iter(chosen.values()))))
         wide = _built(model, width, seed)
         work = _wide_work(dense, wide, twins, sample_input, chosen, match)
-        counts = _counts(wide, chosen, work, block_size, distribution)
+        counts = _counts(wide, chosen, work, block_size, distribution, pool)
         return _sparse(wide, dense, chosen, counts, block_size, init, seed)
     if distribution != "uniform":
         raise ValueError(f"distribution is {distribution!r}; {name} keeps the FLOPs of every layer: it must be uniform")
-    options: dict[str, Any] = {"block_size": block_size, "init": init, "seed": seed}
+    options: dict[str, Any] = {"block_size": block_size, "pool": pool, "init": init, "seed": seed}
     options |= {} if name == "doped" else {"activation": activation}
     for layer_name, layer in chosen.items():
         swap_(dense, layer_name, IN_PLACE[name](layer, sparsity, name=layer_name, **options))
@@ -167,11 +171,12 @@ def _counts(
     work: tuple[int, dict[str, int]],
     block_size: int | tuple[int, int] | None,
     distribution: str,
+    pool: float,
 ) -> dict[str, tuple[int, int]]:
     """Return of each layer its blocks and the cells of its grid."""
     grids = [grid_of(wide.get_submodule(name), block_size) for name in chosen]  # type: ignore[arg-type]
     total, tokens = work
-    blocks = match_blocks(grids, [tokens[name] for name in chosen], total, distribution)
+    blocks = match_blocks(grids, [tokens[name] for name in chosen], pool * total, distribution)
     return {name: (n, grid.cells) for name, n, grid in zip(chosen, blocks, grids, strict=True)}
 
 

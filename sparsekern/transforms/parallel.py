@@ -47,6 +47,7 @@ def sparse_parallel(
     *,
     block_size: int | tuple[int, int] | None = None,
     activation: Callable[[], nn.Module] = nn.ReLU,
+    pool: float = 1.0,
     init: str = "variance",
     seed: int = 0,
     name: str = "",
@@ -61,6 +62,7 @@ def sparse_parallel(
         block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
             than its channels.
         activation: makes the nonlinearity of the branches.
+        pool: blocks to store for each one that the FLOPs allow, 1 or more: candidates of a method that chooses.
         init: ``"variance"``: the sum varies as the dense layer's output. ``"paper"``: Kaiming normal.
         seed: with ``name`` it decides topology and values.
         name: the layer's name in the model.
@@ -70,7 +72,7 @@ def sparse_parallel(
         ValueError: a sparsity or init out of range, a grouped convolution, or so low a sparsity that there is one
             branch.
     """
-    check(layer, sparsity)
+    check(layer, sparsity, pool)
     check_init(init)
     if sparsity == 0:
         return copy.deepcopy(layer)
@@ -80,7 +82,7 @@ def sparse_parallel(
     ins, outs = features(layer)
     twin = dense_twin(layer, ins, count * outs, bias=layer.bias is not None, device="meta")
     grid = twin_grid(twin, block_size, layer)
-    (blocks,) = match_blocks([grid], [1], layer.weight.numel())
+    (blocks,) = match_blocks([grid], [1], pool * layer.weight.numel())
     branches = sparse_twin(twin, blocks, grid.block, layer=layer, seed=seed, name=f"{name}.branches".lstrip("."))
     made = activation()
     wanted = variance_before(made, output_variance(layer) / count) if init == "variance" else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -16,9 +17,11 @@ Dense = nn.Linear | nn.Conv2d
 POINTWISE: dict[str, Any] = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
 
 
-def check(layer: nn.Module, sparsity: float) -> None:
-    """Raise ValueError or TypeError where no transform fits a layer, or the sparsity is out of range."""
+def check(layer: nn.Module, sparsity: float, pool: float) -> None:
+    """Raise ValueError or TypeError where no transform fits a layer, or a number is out of range."""
     check_sparsity(sparsity)
+    if not 1 <= pool < math.inf:
+        raise ValueError(f"pool is {pool}; it must be 1 or more")
     if type(layer) not in (nn.Linear, nn.Conv2d):
         raise TypeError(f"layer is a {type(layer).__name__}; it must be an nn.Linear or nn.Conv2d")
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:

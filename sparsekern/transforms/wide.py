@@ -19,6 +19,7 @@ def sparse_wide(
     block_size: int | tuple[int, int] | None = None,
     widen_in: bool = True,
     widen_out: bool = True,
+    pool: float = 1.0,
     init: str = "variance",
     seed: int = 0,
     name: str = "",
@@ -34,6 +35,7 @@ def sparse_wide(
         block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
             than its channels.
         widen_in, widen_out: whether its inputs, its outputs are widened.
+        pool: blocks to store for each one that the FLOPs allow, 1 or more: candidates of a method that chooses.
         init: ``"variance"``: outputs vary as the dense layer's. ``"paper"``: Kaiming normal for the full shape.
         seed: with ``name`` it decides topology and values.
         name: the layer's name in the model.
@@ -42,7 +44,7 @@ def sparse_wide(
         TypeError: another kind of layer.
         ValueError: a sparsity or init out of range, a grouped convolution, or no room for the blocks.
     """
-    check(layer, sparsity)
+    check(layer, sparsity, pool)
     check_init(init)
     if sparsity == 0:
         return copy.deepcopy(layer)
@@ -51,7 +53,7 @@ def sparse_wide(
     sizes = (width(ins) if widen_in else ins, width(outs) if widen_out else outs)
     twin = dense_twin(layer, *sizes, bias=layer.bias is not None, device="meta")
     grid = twin_grid(twin, block_size, layer)
-    (blocks,) = match_blocks([grid], [1], layer.weight.numel())
+    (blocks,) = match_blocks([grid], [1], pool * layer.weight.numel())
     wide = sparse_twin(twin, blocks, grid.block, layer=layer, seed=seed, name=name)
     if init == "paper":
         draw_as_paper_(wide)

@@ -56,7 +56,10 @@ def test_too_little_and_too_much():
     grids = [Grid(32, 32, (16, 16)), Grid(32, 32, (16, 16))]
     with pytest.raises(ValueError, match=r"511 multiply-adds are left for 2 sparse layer\(s\), and one block in each"):
         match_blocks(grids, [1, 1], 511)
-    with pytest.raises(ValueError, match=r"2177 multiply-adds are to be spent in 2 .* that take 2048 when full"):
+    with pytest.raises(
+        ValueError,
+        match=r"2177 multiply-adds are to be spent in 2 .* that take 2048 when full: choose a higher sparsity, or",
+    ):
         match_blocks(grids, [1, 1], 2177)
     with pytest.raises(ValueError, match="distribution is 'ERK'; it must be one of uniform, er, erk"):
         match_blocks(grids, [1, 1], 1024, "ERK")

@@ -11,11 +11,14 @@ from sparsekern.transforms.twins import check, dense_twin, features, sparse_twin
 
 def test_what_no_transform_fits():
     with pytest.raises(ValueError, match=r"sparsity is 75; .* \(did you mean 0.75\?\)"):
-        check(nn.Linear(4, 4), 75)
+        check(nn.Linear(4, 4), 75, 1)
     with pytest.raises(TypeError, match="layer is a Conv1d; it must be an nn.Linear or nn.Conv2d"):
-        check(nn.Conv1d(4, 4, 1), 0.5)
+        check(nn.Conv1d(4, 4, 1), 0.5, 1)
     with pytest.raises(ValueError, match="layer has groups = 2; Sparse-IFT is defined for convolutions of one group"):
-        check(nn.Conv2d(4, 4, 1, groups=2), 0.5)
+        check(nn.Conv2d(4, 4, 1, groups=2), 0.5, 1)
+
+    with pytest.raises(ValueError, match="pool is 0.5; it must be 1 or more"):
+        check(nn.Linear(4, 4), 0.5, 0.5)
 
 
 def test_twins_keep_the_kind_and_the_way():
