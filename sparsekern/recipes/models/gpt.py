@@ -24,8 +24,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor like ``x (N, tokens, features)``."""
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(scaled_dot_product_attention(*qkv, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         y: Tensor = x + self.fc2(gelu(self.fc1(self.norm2(x)), approximate="tanh"))
         return y
 
