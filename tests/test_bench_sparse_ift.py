@@ -50,7 +50,7 @@ def line(sparsity, method, seed, last, graphs=()):
         "accuracy": [50.0, last],
         "parameters": 1000,
         "multiply_adds": 900,
-        "ms_per_step": 1.5,
+        "cpu_ms_per_step": 1.5,
         "graphs": list(graphs),
     }
 
