@@ -2,7 +2,8 @@
 
 A dense MLP against Sparse Wide at 50, 75 and 90 % with blocks that stay (Static), SET and RigL: the same FLOPs a step,
 batches, rates and epochs. One line a run: test accuracy after each epoch, milliseconds of CPU time a step (all threads
-together: give it one), and the block graphs at each move of blocks. ``show FILE`` prints the table, ``draw FILE PICTURE`` draws it.
+together: give it one), and the block graphs at each move of blocks. ``show FILE`` prints the table, ``draw FILE
+PICTURE`` draws it.
 """
 
 from __future__ import annotations
