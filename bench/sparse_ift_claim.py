@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from sparsekern.training import METHODS
 from sparsekern.transforms import Width, transform
 
 SPARSITIES, MOVES = (0.5, 0.75, 0.9), ("static", "set", "rigl")
-WIDTH, BLOCK, BATCH, RATE, EVERY = 256, 16, 256, 1e-3, 50
+WIDTH, BLOCK, BATCH, RATE, EVERY = 128, 16, 256, 1e-3, 25
 
 
 def build(data: Dataset, sparsity: float, seed: int) -> nn.Module:
@@ -199,14 +200,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = commands.add_parser("run")
     run.add_argument("--data", default=None, help="what `sparsekern train --data` takes; default: the digits")
     run.add_argument("--seeds", type=int, default=3)
-    run.add_argument("--epochs", type=int, default=6)
+    run.add_argument("--epochs", type=int, default=10)
+    run.add_argument("--images", type=int, default=20_000, help="of the training set, the first ones")
     for name in ("show", "draw"):
         command = commands.add_parser(name)
         command.add_argument("file", type=Path)
     command.add_argument("picture", type=Path)
     options = parser.parse_args(argv)
     if options.command == "run":
-        for row in runs(load(options.data), options.seeds, options.epochs):
+        data = load(options.data)
+        first = replace(
+            data, train_images=data.train_images[: options.images], train_labels=data.train_labels[: options.images]
+        )
+        for row in runs(first, options.seeds, options.epochs):
             print(json.dumps(row), flush=True)
         return
     lines = [json.loads(line) for line in options.file.read_text().splitlines()]
