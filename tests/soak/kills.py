@@ -13,6 +13,7 @@ before it is let through. Compared are all weights of all checkpoints, metrics a
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +40,7 @@ from sparsekern.training import METHODS
 TIMES = {"ms_per_step", "update_seconds", "seconds", "environment", "time_sparse_over_dense", "total_seconds"}
 """What of rows and results is time, and differs from run to run."""
 
-RUN = ["--width=32", "--block-size=8", "--sparsity=0.5", "--epochs=2", "--batch-size=20", "--seeds=2", "--device=cpu"]
+RUN = ["--width=64", "--block-size=16", "--sparsity=0.5", "--epochs=2", "--batch-size=20", "--seeds=2", "--device=cpu"]
 RUN += ["--update-every=2", "--save-every=2", "--augment=crop", "--quiet", "--json"]
 
 VARIANTS = {name: [f"--method={name}"] for name in METHODS}
@@ -106,6 +108,7 @@ def run(folder: Path, options: list[str], log: Path, at: int = -1, seed: int = 0
         where = ["--resume", str(folder)] if (folder / CONFIG).is_file() else ["--out", str(folder)]
         application()(["train", *RUN, *options, *where], standalone_mode=False)
         (log.parent / "count").write_bytes(str(death.count).encode())
+        (log.parent / "modules").write_bytes("\n".join(sys.modules).encode())
         code = 0
     except BaseException as error:  # whatever it is, the parent shows it
         print(f"{type(error).__name__}: {error}", flush=True)
@@ -134,6 +137,15 @@ def ended(child: int) -> bool:
     if status != 0:
         raise RuntimeError(f"a run ended with status {status}, neither killed nor done")
     return False
+
+
+def import_all(base: Path, options: list[str], log: Path) -> None:
+    """Import what a run imports while it goes on, by looking at one: the others then spend their time on training."""
+    if ended(spawn(base / "imports", options, log)):
+        raise RuntimeError("the run that is to be left alone was killed")
+    for name in (base / "modules").read_text().split("\n"):
+        with suppress(Exception):  # some are made while others are imported, and cannot be by themselves
+            importlib.import_module(name)
 
 
 def without_times(content: Any) -> Any:
@@ -171,6 +183,7 @@ def soak(kills: int, seed: int, base: Path) -> Counter[str]:
     drawn, counted = random.Random(seed), Counter()
     write_data(base / "data.npz")
     log = base / "log"
+    import_all(base, [f"--data={base / 'data.npz'}"], log)
     for number, (name, options) in enumerate(VARIANTS.items()):
         options = [*options, f"--data={base / 'data.npz'}"]
         reference = base / f"{name}-straight"
