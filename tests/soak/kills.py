@@ -210,7 +210,8 @@ def soak(kills: int, seed: int, base: Path) -> Counter[str]:
                 counted["kills"] += 1
                 counted[f"kills of {name}"] += 1
                 counted["kills " + ("at a write" if kind == "at a write" else "at a time")] += 1
-                if kind == "then damaged" and flip(folder, drawn):
+                unfinished = not (folder / RESULTS).is_file()  # a finished run is only read
+                if kind == "then damaged" and unfinished and flip(folder, drawn):
                     counted["damaged checkpoints"] += 1
             if not (folder / RESULTS).is_file() and ended(spawn(folder, options, log)):
                 raise RuntimeError("a run was killed by somebody else")
