@@ -16,6 +16,7 @@ from sparsekern.topology.index import (
     rebuild_,
 )
 from sparsekern.topology.pairs import are_absent, row_weights, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology.reblocking import reblock
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.tied import check_multiple, check_tied, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
@@ -50,6 +51,7 @@ __all__ = [
     "one_tap",
     "ordered_keys",
     "random",
+    "reblock",
     "rebuild_",
     "row_weights",
     "sample_absent",
