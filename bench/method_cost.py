@@ -30,8 +30,11 @@ METHODS: dict[str, tuple[type[sk.Method], dict[str, Any]]] = {
 }
 
 
-def cycle(method: str | None, block: int, options: argparse.Namespace) -> tuple[Callable[[], None], int]:
-    """Return the steps of one update, and how many these are; of no method one plain step."""
+Cycle = tuple[Callable[[], None], int, sk.Method | None]
+
+
+def cycle(method: str | None, block: int, options: argparse.Namespace) -> Cycle:
+    """Return the steps of one update, how many these are, and the method; of no method one plain step."""
     layer = sk.SparseLinear(options.inputs, options.outputs, sparsity=options.sparsity, block_size=block, seed=0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-6, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +43,7 @@ def cycle(method: str | None, block: int, options: argparse.Namespace) -> tuple[
     sparse, steps = None, 1
     if method is not None:
         kind, more = METHODS[method]
-        sparse = kind(layer, optimizer, update_every=1, drop_fraction=0.3, **more)
+        sparse = kind(layer, optimizer, update_every=1, drop_fraction=options.drop, **more)
         steps = sparse.stages() if isinstance(sparse, sk.training.GradientMethod) else 1
 
     def run() -> None:
@@ -52,28 +55,35 @@ def cycle(method: str | None, block: int, options: argparse.Namespace) -> tuple[
             if sparse is not None:
                 sparse.step()
 
-    return run, steps
+    return run, steps, sparse
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Race and print."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = (("tokens", 512), ("inputs", 1024), ("outputs", 4096), ("update-every", 100), ("rounds", 15))
     for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--drop", type=float, default=0.3)
     parser.add_argument("--blocks", type=int, nargs="+", default=[32, 1])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Race and print."""
+    options = parse(argv)
     for block in options.blocks:
         cycles = {name: cycle(name, block, options) for name in options.methods}
         plain = cycle(None, block, options)
-        calls = {"": plain[0], **{name: run for name, (run, _) in cycles.items()}}
+        calls = {"": plain[0], **{name: run for name, (run, _, _) in cycles.items()}}
         timings, errors = Stopwatch().race(calls, options.rounds, seconds=60)
         for name, error in errors.items():
             raise RuntimeError(f"{name or 'the plain step'} failed: {error}")
         step = timings[""].quantile(0.5)
-        about = {name: getattr(options, name) for name in ("tokens", "inputs", "outputs", "sparsity", "update_every")}
+        names = ("tokens", "inputs", "outputs", "sparsity", "drop", "update_every")
+        about = {name: getattr(options, name) for name in names}
         about = {
             "device": "cpu",
             "threads": torch.get_num_threads(),
@@ -81,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "block": block,
             "step_ms": round(step, 3),
         }
-        for name, (_, steps) in cycles.items():
+        for name, (_, steps, _) in cycles.items():
             extra = timings[name].quantile(0.5) - steps * step
             row = {**about, "method": name, "update_ms": round(extra, 3)}
             row["percent"] = round(100 * extra / (options.update_every * step), 3)

@@ -100,11 +100,12 @@ def test_rigl_grows_where_the_dense_gradient_is_largest(name, method_name):
 @pytest.mark.parametrize("distribution", ["grabo", "graest"])
 def test_guided_candidates_of_groups_follow_the_joint_distribution(distribution):
     """A pair is drawn by what *its* group sees of the window."""
-    layer = conv("groups", (4, 6), sparsity=0.9)
+    layer = conv("groups", (4, 3), sparsity=0.9)
     method = build(layer, sk.GSE, distribution=distribution, with_replacement=True)
     method.subset_factor = 1 / layer.topology.blocks()
     x = torch.randn(3, 12, 8, 7, dtype=F64, generator=generator_for(1))
-    x[:, :6] *= 3  # what group 0 sees is larger
+    x[:, :3] *= 4  # group 0 sees the first half of its channels better, group 1 the second
+    x[:, 9:] *= 3
     y = layer(x)
     y.backward(torch.randn(y.shape, dtype=F64, generator=generator_for(2)))
     rows, cols = weights(layer.grid, distribution, layer.probe.tensor.grad)

@@ -73,10 +73,13 @@ def test_no_feasible_point_is_nearer(how):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(50, generator=generator, dtype=torch.float64)
     c = torch.rand(50, generator=generator, dtype=torch.float64) + 0.1
-    found = project(z, c, 8.0, 0.0, how)
-    for _ in range(200):
+    assert (c * z.clamp(0, 1)).sum() > 4, "the budget binds"
+    found = project(z, c, 4.0, 0.0, how)
+    assert float((c * found).sum()) <= 4 + 1e-9 and 0 <= found.min() <= found.max() <= 1
+    for number in range(200):
         other = torch.rand(50, generator=generator, dtype=torch.float64)
-        other *= (8.0 / (c * other).sum()).clamp(max=1)
+        other = other if number % 2 else (found + (other - 0.5) / 10).clamp(0, 1)  # far away, and near
+        other *= (4.0 / (c * other).sum()).clamp(max=1)
         # for a convex set: nearest exactly where no feasible direction goes towards what is wanted
         assert float((z - found) @ (other - found)) <= 1e-9
 

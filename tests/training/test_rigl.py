@@ -171,6 +171,23 @@ def test_screening_finds_most_of_the_best():
     assert len(grown) == 17 and len(grown & expected) >= 12  # by chance it would be one
 
 
+def test_screening_estimates_norms_and_not_sums():
+    """Blocks of changing signs have norm 8, those of one sign 4: their sums would be 0 and 32."""
+    module = sk.SparseLinear(64, 64, sparsity=0.9, block_size=8, seed=0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 1.0, scoring="screen", shortlist=1)
+    rows, cols = torch.arange(64)[:, None], torch.arange(64)
+    one_sign = (rows // 8 + cols // 8) % 2 == 0
+    gradient = torch.where(one_sign, 0.5, (-1.0) ** (rows + cols))
+    before = module.topology.keys().clone()
+    for _ in range(2):
+        module(torch.eye(64)).backward(gradient.T.contiguous())
+        optimizer.step()
+        method.step()
+    grown = module.topology.keys()[~torch.isin(module.topology.keys(), before)]
+    assert grown.numel() == 6 and not one_sign[grown // 8 * 8, grown % 8 * 8].any()
+
+
 def test_the_sketch_is_unbiased_and_deviates_as_it_should():
     """The mean of the squares of r sketches: for signs, variance (2 |G|^4 - ...) / r, at most 8 |G|^4 / r."""
     grid = Grid(16, 16, (8, 8))
