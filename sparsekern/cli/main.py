@@ -42,6 +42,7 @@ def application() -> typer.Typer:
     import typer  # here, so that main() can say what is missing
 
     import sparsekern
+    from sparsekern.cli.compare import compare_methods
     from sparsekern.cli.info import info
     from sparsekern.cli.train import train
 
@@ -61,6 +62,7 @@ def application() -> typer.Typer:
         """Block-sparse layers for PyTorch that train truly sparse."""
 
     app.command()(train)
+    app.command("compare")(compare_methods)
     app.command()(info)
     return app
 

@@ -27,14 +27,18 @@ def create(folder: Path, config: Config, data: dict[str, Any], environment: dict
         ValueError: there is something in the folder, or it cannot be made.
     """
     try:
-        # a run that was killed while it wrote its first file has left nothing but that file's unfinished copy
-        if folder.is_dir() and {path.name for path in folder.iterdir()} - {_aside(folder / CONFIG).name}:
+        if folder.is_dir() and not is_new(folder, CONFIG):
             way_out = "resume it with --resume, or " if (folder / CONFIG).is_file() else ""
             raise ValueError(f"out is {folder}, which is not empty; {way_out}choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}); choose another --out") from None
     write_json(folder / CONFIG, {"config": config.to_json(), "data": data, "environment": environment})
+
+
+def is_new(folder: Path, first: str) -> bool:
+    """Return whether a folder is empty, but for what a process leaves that is killed while it writes ``first``."""
+    return folder.is_dir() and not {path.name for path in folder.iterdir()} - {_aside(folder / first).name}
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
