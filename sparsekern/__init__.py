@@ -37,11 +37,12 @@ from sparsekern import ops, topology  # noqa: E402  the finder must be in place 
 from sparsekern.nn import SparseConv2d, SparseLinear, densify, refresh_, sparse_layers, sparsify_  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.report import summary  # noqa: E402
-from sparsekern.training import GSE, SET, VRPGE, Method, RigL, Static, preset, recalibrate_norms  # noqa: E402
+from sparsekern.training import AGENT, GSE, SET, VRPGE, Method, RigL, Static, preset, recalibrate_norms  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGENT",
     "GSE",
     "SET",
     "VRPGE",

@@ -2,7 +2,7 @@
 
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.conv2d import SparseConv2d
-from sparsekern.nn.densify import densify, refresh_, sparse_layers
+from sparsekern.nn.densify import densify, plain_name, refresh_, sparse_layers
 from sparsekern.nn.lending import lend_index
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.refusals import left_dense
@@ -19,6 +19,7 @@ __all__ = [
     "densify",
     "left_dense",
     "lend_index",
+    "plain_name",
     "refresh_",
     "select",
     "sparse_layers",

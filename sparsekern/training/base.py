@@ -292,11 +292,21 @@ class Method:
         for name, born in self._born.items():
             born.copy_(state["born"].get(name, torch.tensor(NEVER)))
 
+    @property
+    def settled(self) -> bool:
+        """Whether all training passes of a step compute with one network, and not with one drawn for the step."""
+        return True
+
     def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
+        if stepped(optimizer):
             self.steps += 1
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer whose step has just ended made it; for hooks."""
+    # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is None or not bool(found_inf)
 
 
 def loss_of(closure: Callable[[], Tensor]) -> Tensor:

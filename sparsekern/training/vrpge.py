@@ -260,6 +260,11 @@ class VRPGE(Method):
         with nullcontext() if self.finished else self._masked.lending(self.budget.top(self.probabilities.value)):
             yield
 
+    @property
+    def settled(self) -> bool:
+        """Whether the choice is made: before, each step draws networks of its own."""
+        return self.finished
+
     def metrics(self) -> dict[str, float]:
         """Return the numbers of :meth:`Method.metrics`, where ``sparsity/*`` is that of all candidates, and more.
 
