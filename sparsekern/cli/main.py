@@ -43,7 +43,9 @@ def application() -> typer.Typer:
 
     import sparsekern
     from sparsekern.cli.compare import compare_methods
+    from sparsekern.cli.convert import convert
     from sparsekern.cli.info import info
+    from sparsekern.cli.inspect import inspect
     from sparsekern.cli.train import train
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -64,6 +66,8 @@ def application() -> typer.Typer:
     app.command()(train)
     app.command("compare")(compare_methods)
     app.command()(info)
+    app.command()(inspect)
+    app.command()(convert)
     return app
 
 

@@ -14,6 +14,7 @@ from sparsekern.recipes.contestants import Contestant
 from sparsekern.recipes.cost import training_cost
 from sparsekern.recipes.data import Dataset, load
 from sparsekern.recipes.folder import CONFIG, RESULTS, is_new, read_config, read_json, write_json
+from sparsekern.recipes.lock import locked
 from sparsekern.recipes.run import Interrupted, Observer, check, resume, start
 from sparsekern.recipes.scores import score_rows
 from sparsekern.report.comparison import draw_comparison, markdown
@@ -188,11 +189,14 @@ def compare(plan: Plan, folder: Path, observer: CompareObserver) -> dict[str, An
     cells = {name: config.resolved(*data.train_images.shape[:2]) for name, config in plan.cells().items()}
     for name, config in cells.items():
         _check(folder / name, name, config, data)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}); choose another --out") from None
-    write_json(folder / PLAN, {"plan": plan.to_json()})
+    with locked(folder):
+        write_json(folder / PLAN, {"plan": plan.to_json()})
+        return _train(plan, cells, data, folder, observer)
+
+
+def _train(
+    plan: Plan, cells: Mapping[str, Config], data: Dataset, folder: Path, observer: CompareObserver
+) -> dict[str, Any]:
     finished, failed = [], []
     for number, (name, config) in enumerate(cells.items()):
         observer.cell(name, config, number, len(cells))

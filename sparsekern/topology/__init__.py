@@ -8,6 +8,7 @@ from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, 
 from sparsekern.topology.grid import Grid, block_pair, conv_grid
 from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, mask_index_, rebuild_
 from sparsekern.topology.pairs import are_absent, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology.reblocking import reblock
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.tied import check_multiple, check_tied, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
@@ -41,6 +42,7 @@ __all__ = [
     "mask_index_",
     "one_tap",
     "random",
+    "reblock",
     "rebuild_",
     "sample_absent",
     "sample_absent_pairs",

@@ -12,6 +12,7 @@ from sparsekern.recipes.compare import CompareObserver, Plan, compare, plan_for,
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.contestants import Contestant
 from sparsekern.recipes.learner import Learner
+from sparsekern.recipes.lock import locked
 
 VALUES = {"width": 32, "epochs": 2, "batch_size": 400, "seeds": 2, "update_every": 2, "device": "cpu"}
 CELLS = ["dense", "static-s0.5-b8", "gse-scope-global-s0.5-b8"]
@@ -183,8 +184,13 @@ def test_a_folder_with_something_else(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="which cannot be made"):
+    with pytest.raises(ValueError, match="cannot be written"):
         compare(plan(tmp_path / "file" / "x"), tmp_path / "file" / "x", Told())
+
+
+def test_a_folder_in_use(tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="in use by another process"):
+        compare(plan(tmp_path), tmp_path, Told())
 
 
 def test_a_damaged_plan(tmp_path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy
@@ -10,7 +12,9 @@ import torch
 import sparsekern as sk
 from sparsekern.recipes import Config, Interrupted, Observer, checkpoint, resume, start
 from sparsekern.recipes.build import build
+from sparsekern.recipes.keeping import Keeping
 from sparsekern.recipes.run import _block_map, environment
+from sparsekern.training import METHODS
 
 CONFIG = Config(
     width=32,
@@ -144,6 +148,130 @@ def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path
     resume(tmp_path, Observer())
     assert weights(tmp_path) == weights(straight[0])
     assert rows_of(tmp_path) == rows_of(straight[0])
+
+
+@pytest.mark.parametrize("every", ["1", "3", "1s"])
+def test_a_long_epoch_is_not_lost(straight, no_picture, tmp_path, every, monkeypatch):
+    """Killed right after a save that was due, and again; the steps between two saves are all that is done twice."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("sparsekern.recipes.keeping.time.monotonic", lambda: next(seconds))
+
+    class Killed(StopAt):
+        def should_stop(self):
+            if super().should_stop():
+                raise RuntimeError("killed")
+            return False
+
+    done = 0
+    with pytest.raises(RuntimeError, match="killed"):
+        start(CONFIG, tmp_path, killed := Killed(7), Keeping(save_every=every))
+    while True:
+        done += killed.asked - 1
+        try:
+            resume(tmp_path, killed := Killed(7))
+            break
+        except RuntimeError:
+            pass
+    assert STEPS <= done + killed.asked <= STEPS * (2 if every == "3" else 1.2)
+    assert weights(tmp_path) == weights(straight[0]) and rows_of(tmp_path) == rows_of(straight[0])
+
+
+def test_the_best_checkpoint_and_the_last_stay(straight):
+    folder, _ = straight
+    for seed in (0, 1):
+        rows = [row for row in rows_of(folder) if row["seed"] == seed]
+        best = max((row for row in rows if row["network"] == "sparse"), key=lambda row: row["test_accuracy"])
+        there = {path.name for path in (folder / "checkpoints" / f"seed-{seed}").iterdir()}
+        assert there == {f"step-{2 * best['step']:08d}", f"step-{2 * 3 * BATCHES:08d}"}
+
+
+def test_what_is_kept_may_change_when_a_run_is_resumed(no_picture, tmp_path):
+    with pytest.raises(Interrupted):
+        start(CONFIG, tmp_path, StopAt(3), Keeping(save_every="1", keep=3))
+    seed = tmp_path / "checkpoints" / "seed-0"
+    assert sorted(path.name for path in seed.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
+    with pytest.raises(Interrupted):
+        resume(tmp_path, StopAt(3), keep=1)
+    assert [path.name for path in seed.iterdir()] == ["step-00000006"]
+    with pytest.raises(ValueError, match="keep is 0"):
+        resume(tmp_path, StopAt(3), keep=0)
+
+
+def test_a_second_process_is_told_that_the_folder_is_in_use(tmp_path):
+    class Second(Observer):
+        def should_stop(self):
+            with pytest.raises(ValueError, match="is in use by another process"):
+                resume(tmp_path, Observer())
+            with pytest.raises(ValueError, match="is in use by another process"):
+                start(CONFIG, tmp_path, Observer())
+            return True
+
+    with pytest.raises(Interrupted):
+        start(CONFIG, tmp_path, Second())
+    assert ".lock" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_run_that_another_process_finished_in_the_meantime_is_only_read(straight, monkeypatch, tmp_path):
+    folder, results = straight
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "results.json").rename(tmp_path / "results.json")
+
+    @contextmanager
+    def locked(path):
+        (tmp_path / "results.json").rename(path / "results.json")
+        yield
+
+    monkeypatch.setattr("sparsekern.recipes.run.locked", locked)
+    assert resume(tmp_path / "run", StopAt(0)) == results
+
+
+EVERY_METHOD = {
+    "static": {},
+    "set": {"min_age": 1},
+    "rigl": {"scoring": "screen"},
+    "gse": {"distribution": "graest", "scope": "global"},
+    "vrpge": {"structure_every": 2},
+}
+
+
+def test_every_method_is_stopped_and_resumed():
+    assert EVERY_METHOD.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_every_method_ends_bit_for_bit_alike_when_it_is_stopped_or_killed(no_picture, tmp_path, method):
+    # updates at steps 3 and 6 of 12, stop at 9: probes are armed for two stages from step 1 or 4 on
+    change = {"method": method, "options": EVERY_METHOD[method], "seeds": 1, "dense": False, "update_every": 3}
+    config = Config(**{**CONFIG.to_json(), **change})
+    start(config, tmp_path / "straight", Observer())
+
+    def same(name):
+        rows = rows_of(tmp_path / name)
+        assert rows == rows_of(tmp_path / "straight") and rows[-1]["updates"] >= 2
+        parts = [checkpoint.latest(tmp_path / part / "checkpoints" / "seed-0") for part in (name, "straight")]
+        first, second = ((part / "sparse.safetensors").read_bytes() for part in parts)
+        assert first == second
+
+    with pytest.raises(Interrupted):
+        start(config, tmp_path / "stopped", StopAt(2))
+    for stop in (3, 4):  # at step 5, between the two stages of an update, and at step 9
+        with pytest.raises(Interrupted):
+            resume(tmp_path / "stopped", StopAt(stop))
+    resume(tmp_path / "stopped", Observer())
+    same("stopped")
+
+    class Killed(Observer):
+        steps = 0
+
+        def step(self, learner, loss):
+            Killed.steps += 1
+            if Killed.steps == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(config, tmp_path / "killed", Killed())
+    resume(tmp_path / "killed", Observer())
+    same("killed")
 
 
 def test_the_largest_layer_is_shown():
