@@ -31,7 +31,7 @@ PER_FEATURE = 32
 """Stored elements over ``in + out``."""
 
 TOKENS = 64
-LONG = 2500.0
+LONG = 1500.0
 """Milliseconds that a contestant may take; it is left out from where four times its last time is more."""
 
 GROWTH = 1.1
@@ -90,7 +90,7 @@ def measure(widths: Sequence[int], blocks: Sequence[int], tokens: int, rounds: i
                 for name, make in contestants(width, block, tokens).items()
                 if 4 * last.get(name, 0.0) < LONG or name in ("step", "gse cycle")
             }
-            timings, errors = Stopwatch().race(taking_part, rounds, seconds=5)
+            timings, errors = Stopwatch().race(taking_part, rounds, seconds=2)
             if errors:
                 raise RuntimeError(f"width {width}, block {block}: {errors}")
             last |= {name: timing.quantile(0.5) for name, timing in timings.items()}
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS)
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(argv)
     rows = measure(options.widths, options.blocks, options.tokens, options.rounds)
     slopes = exponents(rows)
