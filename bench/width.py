@@ -5,6 +5,9 @@ where it grows by two. ``step`` is forward, backward and SGD with momentum on a 
 all that an update adds to the two steps of its cycle: drawing candidates, the probe in the backward, choosing, moving.
 RigL's update and the dense step are beside it, up to the width at which they would take too long.
 
+Operations and bytes are linear at any number of tokens. Time is as long as activations stay in one cache: with 64
+tokens those of 16384 features are 4 MiB each and leave an L2 cache, with 16 they do not. So both are measured.
+
 One JSON line a time; lines with ``exponent`` are slopes of log time against log width, by least squares. A picture is
 written beside the file.
 """
@@ -30,9 +33,13 @@ BLOCKS = (1, 16)
 PER_FEATURE = 32
 """Stored elements over ``in + out``."""
 
-TOKENS = 64
+TOKENS = (64, 16)
+"""RigL and the dense layer take part at the first number only."""
+
 LONG = 1500.0
 """Milliseconds that a contestant may take; it is left out from where four times its last time is more."""
+
+CASE = ("block", "tokens", "what")
 
 GROWTH = 1.1
 """The highest exponent that counts as linear."""
@@ -78,8 +85,8 @@ def contestants(width: int, block: int, tokens: int) -> dict[str, Callable[[], C
     }
 
 
-def measure(widths: Sequence[int], blocks: Sequence[int], tokens: int, rounds: int) -> list[Row]:
-    """Return a row for every time that was measured."""
+def measure(widths: Sequence[int], blocks: Sequence[int], tokens: int, rounds: int, *, peers: bool) -> list[Row]:
+    """Return a row for every time that was measured, those of RigL and of the dense layer if ``peers``."""
     about = {**circumstances(), "threads": torch.get_num_threads(), "tokens": tokens, "per_feature": PER_FEATURE}
     rows: list[Row] = []
     for block in blocks:
@@ -88,7 +95,7 @@ def measure(widths: Sequence[int], blocks: Sequence[int], tokens: int, rounds: i
             taking_part = {
                 name: make()
                 for name, make in contestants(width, block, tokens).items()
-                if 4 * last.get(name, 0.0) < LONG or name in ("step", "gse cycle")
+                if name in ("step", "gse cycle") or (peers and 4 * last.get(name, 0.0) < LONG)
             }
             timings, errors = Stopwatch().race(taking_part, rounds, seconds=2)
             if errors:
@@ -108,36 +115,45 @@ def measure(widths: Sequence[int], blocks: Sequence[int], tokens: int, rounds: i
 def exponents(rows: Sequence[Row]) -> list[Row]:
     """Return the slope of each quantity of each block size; None where fewer than two times are above zero."""
     found = []
-    for block, what in dict.fromkeys((row["block"], row["what"]) for row in rows):
-        mine = [row for row in rows if (row["block"], row["what"]) == (block, what) and row["ms"] > 0]
+    for case in dict.fromkeys(map(case_of, rows)):
+        mine = [row for row in rows if case_of(row) == case and row["ms"] > 0]
         slope = None
         if len(mine) > 1:
             logs = [[math.log(row[key]) for row in mine] for key in ("width", "ms")]
             slope = rounded(statistics.linear_regression(*logs).slope)
         widths = [row["width"] for row in mine]
-        found.append({"block": block, "what": what, "exponent": slope, "widths": widths})
+        found.append({**dict(zip(CASE, case, strict=True)), "exponent": slope, "widths": widths})
     return found
+
+
+def case_of(row: Row) -> tuple[Any, ...]:
+    """Return what all times of one line of the picture have in common."""
+    return tuple(row[key] for key in CASE)
+
+
+MARKERS = {"step": "o", "gse update": "s", "rigl update": "^", "dense step": "D"}
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Write the picture: a panel a block size, both axes logarithmic."""
     from matplotlib.figure import Figure
 
-    slopes = {(row["block"], row["what"]): row["exponent"] for row in rows if "exponent" in row}
+    slopes = {case_of(row): row["exponent"] for row in rows if "exponent" in row}
     times = [row for row in rows if "ms" in row]
     blocks = sorted({row["block"] for row in times})
     figure = Figure(figsize=(5.5 * len(blocks), 4.5), dpi=90, layout="constrained")
     for axes, block in zip(figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0], blocks, strict=True):
-        for what, marker in (("step", "o"), ("gse update", "s"), ("rigl update", "^"), ("dense step", "D")):
-            mine = [row for row in times if (row["block"], row["what"]) == (block, what) and row["ms"] > 0]
-            if mine:
-                slope = slopes.get((block, what))
-                label = what if slope is None else f"{what}: width^{slope:.2f}"
-                axes.plot([r["width"] for r in mine], [r["ms"] for r in mine], marker=marker, label=label)
+        for case in dict.fromkeys(case_of(row) for row in times if row["block"] == block):
+            mine = [row for row in times if case_of(row) == case and row["ms"] > 0]
+            _, tokens, what = case
+            slope = "" if slopes.get(case) is None else f": width^{slopes[case]:.2f}"
+            style = {"marker": MARKERS[what], "linestyle": "-" if tokens == times[0]["tokens"] else ":"}
+            label = f"{what}, {tokens} tokens{slope}"
+            axes.plot([row["width"] for row in mine], [row["ms"] for row in mine], label=label, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(f"blocks of {block} x {block}")
-        axes.set_xlabel(f"width; {times[0]['per_feature']} (in + out) elements, {times[0]['tokens']} tokens")
+        axes.set_xlabel(f"width; {times[0]['per_feature']} (in + out) elements")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.supylabel("milliseconds")
@@ -150,10 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/out/width.jsonl"))
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(argv)
-    rows = measure(options.widths, options.blocks, options.tokens, options.rounds)
+    rows: list[Row] = []
+    for tokens in options.tokens:
+        peers = tokens == options.tokens[0]
+        rows += measure(options.widths, options.blocks, tokens, options.rounds, peers=peers)
     slopes = exponents(rows)
     write_rows(options.out, [*rows, *slopes])
     draw(options.out.with_suffix(".png"), [*rows, *slopes])
@@ -162,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verdict = (
             "" if not linear or row["exponent"] is None else "  linear" if row["exponent"] <= GROWTH else "  NOT LINEAR"
         )
-        print(f"block {row['block']:>3}  {row['what']:<12} width^{row['exponent']}{verdict}")
+        print(f"block {row['block']:>3}  {row['tokens']:>3} tokens  {row['what']:<12} width^{row['exponent']}{verdict}")
 
 
 if __name__ == "__main__":

@@ -20,17 +20,17 @@ def lines(path):
 
 def test_a_rehearsal_of_the_widths(tmp_path, capsys):
     out = tmp_path / "width.jsonl"
-    width.main(["--widths", "128", "256", "--blocks", "16", "--tokens", "4", "--rounds", "1", "--out", str(out)])
+    width.main(["--widths", "128", "256", "--blocks", "16", "--tokens", "4", "2", "--rounds", "1", "--out", str(out)])
     rows = lines(out)
     assert {row["what"] for row in rows} == {"step", "gse update", "rigl update", "dense step"}
     assert all(row["ms"] > 0 for row in rows if row.get("what") in ("step", "dense step") and "ms" in row)
-    assert len([row for row in rows if "exponent" in row]) == 4
+    assert len([row for row in rows if "exponent" in row]) == 4 + 2
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and "width^" in capsys.readouterr().out
 
 
 def test_the_exponent_of_a_power():
-    rows = [{"block": 1, "what": "step", "width": w, "ms": 3e-3 * w**1.5} for w in (512, 1024, 4096)]
-    rows.append({"block": 1, "what": "gse update", "width": 512, "ms": 1.0})
+    rows = [{"block": 1, "tokens": 4, "what": "step", "width": w, "ms": 3e-3 * w**1.5} for w in (512, 1024, 4096)]
+    rows.append({"block": 1, "tokens": 4, "what": "gse update", "width": 512, "ms": 1.0})
     slopes = {row["what"]: row["exponent"] for row in width.exponents(rows)}
     assert slopes == {"step": pytest.approx(1.5, abs=1e-3), "gse update": None}
 
@@ -46,7 +46,7 @@ def test_elements_are_a_constant_multiple_of_the_features(monkeypatch):
 
 def test_what_would_take_long_is_left_out(monkeypatch):
     monkeypatch.setattr(width, "LONG", 0.0)
-    rows = width.measure((128, 256), (16,), 4, 1)
+    rows = width.measure((128, 256), (16,), 4, 1, peers=True)
     assert [(row["width"], row["what"]) for row in rows] == [
         *((128, what) for what in ("step", "gse update", "rigl update", "dense step")),
         *((256, what) for what in ("step", "gse update")),
@@ -79,4 +79,4 @@ def test_the_committed_runs(name):
     assert rows and all(row["device"] for row in rows if "exponent" not in row)
     if name == "width":
         slopes = [row["exponent"] for row in rows if "exponent" in row and row["what"] in ("step", "gse update")]
-        assert len(slopes) == 4
+        assert len(slopes) == 8
