@@ -15,6 +15,7 @@ written beside the file.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -141,7 +142,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     slopes = {case_of(row): row["exponent"] for row in rows if "exponent" in row}
     times = [row for row in rows if "ms" in row]
     blocks = sorted({row["block"] for row in times})
-    figure = Figure(figsize=(5.5 * len(blocks), 4.5), dpi=90, layout="constrained")
+    figure = Figure(figsize=(6 * len(blocks), 5.5), dpi=90, layout="constrained")
     for axes, block in zip(figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0], blocks, strict=True):
         for case in dict.fromkeys(case_of(row) for row in times if row["block"] == block):
             mine = [row for row in times if case_of(row) == case and row["ms"] > 0]
@@ -155,7 +156,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         axes.set_title(f"blocks of {block} x {block}")
         axes.set_xlabel(f"width; {times[0]['per_feature']} (in + out) elements")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     figure.supylabel("milliseconds")
     figure.savefig(path)
 
@@ -168,7 +169,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--draw", action="store_true", help="draw the picture of a file, measure nothing")
     options = parser.parse_args(argv)
+    if options.draw:
+        draw(options.out.with_suffix(".png"), [json.loads(line) for line in options.out.read_text().splitlines()])
+        return
     rows: list[Row] = []
     for tokens in options.tokens:
         peers = tokens == options.tokens[0]

@@ -25,6 +25,9 @@ def test_a_rehearsal_of_the_widths(tmp_path, capsys):
     assert {row["what"] for row in rows} == {"step", "gse update", "rigl update", "dense step"}
     assert all(row["ms"] > 0 for row in rows if row.get("what") in ("step", "dense step") and "ms" in row)
     assert len([row for row in rows if "exponent" in row]) == 4 + 2
+    before = out.with_suffix(".png").stat().st_mtime_ns
+    width.main(["--draw", "--out", str(out)])
+    assert lines(out) == rows and out.with_suffix(".png").stat().st_mtime_ns > before
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and "width^" in capsys.readouterr().out
 
 
@@ -45,7 +48,7 @@ def test_elements_are_a_constant_multiple_of_the_features(monkeypatch):
 
 
 def test_what_would_take_long_is_left_out(monkeypatch):
-    monkeypatch.setattr(width, "LONG", 0.0)
+    monkeypatch.setattr(width, "LONG", 1e-9)
     rows = width.measure((128, 256), (16,), 4, 1, peers=True)
     assert [(row["width"], row["what"]) for row in rows] == [
         *((128, what) for what in ("step", "gse update", "rigl update", "dense step")),
