@@ -118,7 +118,7 @@ def compare_methods(
             contestants,
             sparsity or (),
             block_size or (),
-            dense is not False,
+            dense,
         )
         content = compare(plan, folder, live)
     if as_json:

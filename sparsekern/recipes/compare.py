@@ -129,7 +129,7 @@ def plan_for(
     contestants: Sequence[Contestant] = (),
     sparsities: Sequence[float] = (),
     block_sizes: Sequence[int] = (),
-    dense: bool = True,
+    dense: bool | None = None,
 ) -> Plan:
     """Return the plan of a comparison that begins or goes on in a folder, whose cells it keeps.
 
@@ -138,7 +138,7 @@ def plan_for(
         values: of a :class:`Config`, shared by all runs.
         contestants: none for all methods, or those of the folder.
         sparsities, block_sizes: none for the defaults, or those of the folder.
-        dense: whether the dense twin is trained.
+        dense: whether the dense twin is trained; None for yes, or what the folder has. It can only be added.
 
     Raises:
         ValueError: the folder holds something else, or a comparison whose runs have other values.
@@ -151,7 +151,7 @@ def plan_for(
             _union((), contestants) or tuple(map(Contestant, METHODS)),
             _union((), sparsities) or (Config.sparsity,),
             _union((), block_sizes) or (find(base.recipe).block_size,),
-            dense,
+            dense is not False,
         )
     has = known.base.to_json()
     for name, value in values.items():
@@ -165,7 +165,7 @@ def plan_for(
         _union(known.contestants, contestants),
         _union(known.sparsities, sparsities),
         _union(known.block_sizes, block_sizes),
-        known.dense,
+        known.dense or dense is True,
     )
 
 

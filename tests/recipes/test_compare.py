@@ -130,6 +130,9 @@ def test_cells_may_be_added_later(tmp_path):
         "gse-scope-global-s0.75-b8",
     ]
     assert told.steps == 3 * 4 and content["rows"][0]["gap_to_dense"] is None
+    content = compare(plan_for(tmp_path, {}, dense=True), tmp_path, Told())
+    assert content["rows"][0]["name"] == "dense" and content["rows"][1]["gap_to_dense"] is not None
+    assert plan_for(tmp_path, {}, dense=False).dense, "what is there stays"
 
 
 def test_the_defaults():
