@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.topology import generator_for
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_code_runs():
-    namespace: dict[str, object] = {"__name__": "readme"}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 3
-    for code in blocks:
-        exec(compile(code, "README.md", "exec"), namespace)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def namespace() -> dict[str, Any]:
+    """What the README's Python leaves behind."""
+    found: dict[str, Any] = {"__name__": "readme"}
+    for code in BLOCKS:
+        exec(compile(code, "README.md", "exec"), found)
+    return found
+
+
+def test_the_code_runs(namespace):
+    assert len(BLOCKS) >= 3 and "sk" in namespace
+
+
+def test_the_method_of_ones_own(namespace):
+    (code,) = (code for code in BLOCKS if "class StrongRows(Method)" in code)
+    assert len(code[: code.index("sparse = StrongRows")].splitlines()) <= 40
+    kind = namespace["StrongRows"]
+
+    def learner(rows=0.25):
+        layer = sk.SparseLinear(64, 48, sparsity=0.75, block_size=8, seed=0)
+        return layer, kind(layer, torch.optim.Adam(layer.parameters()), update_every=2, stop=9, rows=rows, min_age=1)
+
+    def train(layer, method, steps):
+        for step in steps:
+            layer(torch.randn(4, 64, generator=generator_for(step))).square().mean().backward()
+            method.optimizer.step()
+            method.optimizer.zero_grad()
+            method.step()
+
+    layer, method = learner()
+    before = layer.topology.sorted_keys()
+    train(layer, method, range(5))
+    grown = layer.topology.sorted_keys()
+    grown = grown[~torch.isin(grown, before)]
+    assert 0 < len((grown // 8).unique()) <= 4 and len(grown) <= 2 * int(0.3 * 12), "in two rows an update"
+    states = [copy.deepcopy(part.state_dict()) for part in (layer, method.optimizer, method)]
+    train(layer, method, range(5, 10))
+    other, resumed = learner()
+    for part, state in zip((other, resumed.optimizer, resumed), states, strict=True):
+        part.load_state_dict(state)
+    train(other, resumed, range(5, 10))
+    assert torch.equal(layer.values, other.values) and torch.equal(layer.row, other.row)
+    with pytest.raises(ValueError, match="rows is 0"):
+        learner(rows=0)
 
 
 def test_the_test_command_is_the_one_that_make_runs():

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sparsekern.recipes import Config, Observer
+from sparsekern.recipes import Config
+from sparsekern.recipes.compare import CompareObserver
 from sparsekern.recipes.learner import Learner
 
 
-class Live(Observer):
+class Live(CompareObserver):
     """Shows seed, epoch, and the loss and accuracy of both networks. Use it in a ``with`` block.
+
+    A comparison has a bar of its own above that of its run.
 
     Args:
         console: on stderr, so that stdout holds the results alone.
@@ -35,9 +38,9 @@ class Live(Observer):
             transient=True,
             disable=quiet or not console.is_terminal,
         )
-        self._steps: dict[tuple[int, str], int] = {}
-        self._state: dict[str, str] = {}
-        self._accuracy: dict[str, float] = {}
+        self._task: TaskID | None = None
+        self._all: TaskID | None = None
+        self._heading = ""
 
     def __enter__(self) -> Live:
         self._progress.start()
@@ -49,10 +52,24 @@ class Live(Observer):
     def begin(self, config: Config, batches: int, rows: Sequence[dict[str, Any]]) -> None:
         """Start the bar: all steps of all seeds and networks, those of earlier rows done."""
         self._config = config
+        self._steps: dict[tuple[int, str], int] = {}
+        self._state: dict[str, str] = {}
+        self._accuracy: dict[str, float] = {}
+        if self._task is not None:
+            self._progress.remove_task(self._task)
         total = config.seeds * len(config.networks) * (config.epochs or 0) * batches
         self._task = self._progress.add_task("starting", total=total, state="")
         for row in rows:
             self._take(row)
+
+    def cell(self, name: str, config: Config, number: int, total: int) -> None:
+        """Show which run of a comparison it is."""
+        self._heading = f"{name}  "
+        if self._all is None:
+            self._all = self._progress.add_task("", total=total, state="")
+        self._progress.update(self._all, completed=number, description=f"run {number + 1}/{total}", state=name)
+        if self._progress.disable and not self._quiet:
+            self._console.print(f"run {number + 1}/{total}  {name}")
 
     def step(self, learner: Learner, loss: float) -> None:
         """Advance the bar."""
@@ -62,7 +79,8 @@ class Live(Observer):
         """Remember the accuracy; without a bar, print a line."""
         self._take(row)
         if self._progress.disable and not self._quiet and row["network"] == self._config.networks[-1]:
-            self._console.print(f"{self._where(row['seed'], row['epoch'])}  {'  '.join(self._state.values())}")
+            where = self._where(row["seed"], row["epoch"])
+            self._console.print(f"{self._heading}{where}  {'  '.join(self._state.values())}")
 
     def should_stop(self) -> bool:
         """Return what the user asked for."""
@@ -76,6 +94,7 @@ class Live(Observer):
         self._steps[seed, network] = steps
         accuracy = f" {100 * self._accuracy[network]:.1f} %" if network in self._accuracy else ""
         self._state[network] = f"{network} loss {loss:.4f}{accuracy}"
+        assert self._task is not None  # begin() comes first
         self._progress.update(
             self._task,
             completed=sum(self._steps.values()),

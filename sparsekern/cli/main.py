@@ -43,6 +43,7 @@ def application() -> typer.Typer:
     import typer  # here, so that main() can say what is missing
 
     import sparsekern
+    from sparsekern.cli.compare import compare_methods
     from sparsekern.cli.convert import convert
     from sparsekern.cli.info import info
     from sparsekern.cli.inspect import inspect
@@ -66,6 +67,7 @@ def application() -> typer.Typer:
         """Block-sparse layers for PyTorch that train truly sparse."""
 
     app.command()(train)
+    app.command("compare")(compare_methods)
     app.command()(report)
     app.command()(info)
     app.command()(inspect)

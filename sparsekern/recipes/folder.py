@@ -38,8 +38,7 @@ def create(
         ValueError: there is something in the folder, or it cannot be made.
     """
     try:
-        # a run that was killed while it wrote its first file has left nothing but that file's unfinished copy
-        if folder.is_dir() and {path.name for path in folder.iterdir()} - {aside(folder / CONFIG).name, LOCK}:
+        if folder.is_dir() and not is_new(folder, CONFIG):
             way_out = "resume it with --resume, or " if (folder / CONFIG).is_file() else ""
             raise ValueError(f"out is {folder}, which is not empty; {way_out}choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +46,11 @@ def create(
         raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}); choose another --out") from None
     content = {"config": config.to_json(), "data": data, "environment": environment, "keeping": keeping.to_json()}
     write_json(folder / CONFIG, content)
+
+
+def is_new(folder: Path, first: str) -> bool:
+    """Return whether a folder holds nothing but a lock, and what a kill leaves while ``first`` is written."""
+    return folder.is_dir() and not {path.name for path in folder.iterdir()} - {aside(folder / first).name, LOCK}
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:

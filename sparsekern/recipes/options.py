@@ -170,7 +170,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
     """
     for name, value in options.items():
         if name not in OPTIONS:
-            raise ValueError(f"{name!r} is no option of a method; {method} has {', '.join(_names(method)) or 'none'}")
+            raise ValueError(f"{name!r} is no option of a method; {method} has {', '.join(_names(method))}")
         option = OPTIONS[name]
         if method not in option.methods:
             raise ValueError(

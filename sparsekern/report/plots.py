@@ -13,8 +13,8 @@ from sparsekern.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, pan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0b6e99", "#c4570c", "#5b8c2a", "#7a4fa3")
-"""One a curve; told apart also without colour vision, and by their labels."""
+COLOURS = ("#0b6e99", "#c4570c", "#5b8c2a", "#7a4fa3", "#b8860b", "#b03060", "#2a9d8f", "#444444")
+"""One a curve; the first four told apart also without colour vision, all by their labels."""
 
 TITLE_WIDTH = 36
 """Letters that fit above a picture of blocks; a longer title takes two lines."""

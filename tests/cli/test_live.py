@@ -43,3 +43,20 @@ def test_asks_whether_to_stop():
     answers = iter([False, True])
     live = Live(Console(file=io.StringIO()), lambda: next(answers), quiet=True)
     assert (live.should_stop(), live.should_stop()) == (False, True)
+
+
+def test_a_comparison_has_a_bar_of_its_own():
+    for terminal in (True, False):
+        text = io.StringIO()
+        with Live(Console(file=text, force_terminal=terminal, width=140), lambda: False, quiet=False) as live:
+            for number, name in enumerate(("dense", "set-s0.9-b16")):
+                live.cell(name, CONFIG, number, 2)
+                live.begin(CONFIG, 3, [])
+                live.row(row("dense", 1))
+            totals = [(task.completed, task.total) for task in live._progress.tasks]
+        assert totals == [(1, 2), (3, 2 * 2 * 2 * 3)], "one bar of runs, one of the present run's steps"
+        assert "run 2/2" in text.getvalue() and "set-s0.9-b16" in text.getvalue()
+    assert text.getvalue().splitlines()[2:] == [
+        "run 2/2  set-s0.9-b16",
+        "set-s0.9-b16  seed 1/2  epoch 1/2  dense loss 1.2500 50.0 %",
+    ]

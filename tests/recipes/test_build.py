@@ -7,7 +7,7 @@ from sparsekern.analysis import profile
 from sparsekern.recipes.build import build, build_method
 from sparsekern.recipes.config import Config
 from sparsekern.topology import allocate
-from sparsekern.training import METHODS
+from sparsekern.training import METHODS, PRESETS
 from sparsekern.transforms import TRANSFORMS
 
 CONFIG = Config(width=64, block_size=8, sparsity=0.75)
@@ -90,6 +90,14 @@ def test_every_method_by_its_name(name):
     _, method = method_of(method=name, update_every=7)
     assert type(method) is METHODS[name] and (method.seed, method.schedule.update_every) == (1, 7)
     assert (method.schedule.start, method.schedule.stop) == (0, 150)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_by_its_name(name):
+    options = {"allow_dense_scores": True} if PRESETS[name].method is METHODS["rigl"] else {}
+    model, method = method_of(method=None, preset=name, options=options)
+    assert type(method) is PRESETS[name].method and method.seed == 1
+    assert (model.hidden1.sparsity == 0.75) == (method.pool == 1)
 
 
 def test_options_reach_the_method():

@@ -64,4 +64,4 @@ def test_masks_are_passes_until_they_end(data):
 def test_a_dense_score_shows_in_the_peak(data):
     changes = {"block_size": 1, "sparsity": 0.95, "width": 128, "batch_size": 16}
     dense_scores = cost(data, method="rigl", options={"allow_dense_scores": True}, **changes)["peak_bytes"]
-    assert dense_scores >= cost(data, method="set", **changes)["peak_bytes"] + 4 * 128 * 128
+    assert dense_scores >= cost(data, method="static", **changes)["peak_bytes"] + 4 * 128 * 128

@@ -14,6 +14,7 @@ from sparsekern.recipes import Config, Interrupted, Observer, checkpoint, resume
 from sparsekern.recipes.build import build
 from sparsekern.recipes.keeping import Keeping
 from sparsekern.recipes.run import _block_map, environment
+from sparsekern.training import METHODS
 
 CONFIG = Config(
     width=32,
@@ -244,6 +245,55 @@ def test_a_run_that_another_process_finished_in_the_meantime_is_only_read(straig
 
     monkeypatch.setattr("sparsekern.recipes.run.locked", locked)
     assert resume(tmp_path / "run", StopAt(0)) == results
+
+
+EVERY_METHOD = {
+    "static": {},
+    "set": {"min_age": 1},
+    "rigl": {"scoring": "screen"},
+    "gse": {"distribution": "graest", "scope": "global"},
+    "vrpge": {"structure_every": 2},
+}
+
+
+def test_every_method_is_stopped_and_resumed():
+    assert EVERY_METHOD.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_every_method_ends_bit_for_bit_alike_when_it_is_stopped_or_killed(no_picture, tmp_path, method):
+    # updates at steps 3 and 6 of 12, stop at 9: probes are armed for two stages from step 1 or 4 on
+    change = {"method": method, "options": EVERY_METHOD[method], "seeds": 1, "dense": False, "update_every": 3}
+    config = Config(**{**CONFIG.to_json(), **change})
+    start(config, tmp_path / "straight", Observer())
+
+    def same(name):
+        rows = rows_of(tmp_path / name)
+        assert rows == rows_of(tmp_path / "straight") and rows[-1]["updates"] >= 2
+        parts = [checkpoint.latest(tmp_path / part / "checkpoints" / "seed-0") for part in (name, "straight")]
+        first, second = ((part / "sparse.safetensors").read_bytes() for part in parts)
+        assert first == second
+
+    with pytest.raises(Interrupted):
+        start(config, tmp_path / "stopped", StopAt(2))
+    for stop in (3, 4):  # at step 5, between the two stages of an update, and at step 9
+        with pytest.raises(Interrupted):
+            resume(tmp_path / "stopped", StopAt(stop))
+    resume(tmp_path / "stopped", Observer())
+    same("stopped")
+
+    class Killed(Observer):
+        steps = 0
+
+        def step(self, learner, loss):
+            Killed.steps += 1
+            if Killed.steps == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(config, tmp_path / "killed", Killed())
+    resume(tmp_path / "killed", Observer())
+    same("killed")
 
 
 def test_the_largest_layer_is_shown():

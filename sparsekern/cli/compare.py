@@ -1,0 +1,163 @@
+"""``sparsekern compare``: several methods, sparsities and block sizes on one recipe."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sparsekern.cli.live import Live
+from sparsekern.cli.run_options import (
+    Augment,
+    BatchSize,
+    Data,
+    Dense,
+    Device,
+    Epochs,
+    Json,
+    Quiet,
+    Rate,
+    Recipe,
+    Seeds,
+    UpdateEvery,
+    Width,
+    WidthMultiplier,
+    absolute,
+    given,
+    of_recipe,
+    option,
+)
+from sparsekern.cli.shell import CtrlC, error_console, explained
+from sparsekern.recipes.compare import PICTURE, PLAN, TABLE, compare, default_folder, plan_for
+from sparsekern.recipes.config import Config
+from sparsekern.recipes.contestants import Contestant
+from sparsekern.report.comparison import HEADINGS, table_cells
+from sparsekern.training import METHODS, PRESETS
+
+WIDTH = 120
+"""Columns of the table where there is no terminal."""
+
+QUICK = {"seeds": 1, "epochs": 1}
+"""What ``--quick`` says where nothing else is said."""
+
+
+def compare_methods(
+    method: Annotated[
+        list[str] | None,
+        option(
+            f"A method to compare: {', '.join(METHODS)}. Its options after a colon, such as "
+            "gse:distribution=grabo,subset_factor=2 (`sparsekern train --help` lists them). Repeat it for more.",
+            "all methods",
+        ),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        option(f"A publication's method and options: {', '.join(PRESETS)}. Options as above. Repeat it.", "none"),
+    ] = None,
+    sparsity: Annotated[list[float] | None, option("Fraction absent. Repeat it for more.", Config.sparsity)] = None,
+    block_size: Annotated[
+        list[int] | None, option("Side of the blocks. Repeat it for more.", of_recipe("block_size"))
+    ] = None,
+    recipe: Recipe = None,
+    data: Data = None,
+    width: Width = None,
+    width_multiplier: WidthMultiplier = None,
+    augment: Augment = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    rate: Rate = None,
+    update_every: UpdateEvery = None,
+    seeds: Seeds = None,
+    device: Device = None,
+    dense: Dense = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed and one epoch, unless others are given.")] = False,
+    out: Annotated[
+        Path | None, option("Folder of the comparison. If it holds one, that goes on.", "runs/<date-time>-compare")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train several methods on one recipe and put their accuracies, times and costs side by side.
+
+    Every combination of a method, a sparsity and a block size is a run of all seeds in a folder of its own; the dense
+    twin is trained once. Called again with the same --out, it goes on where it stopped and skips what is finished;
+    methods, sparsities and block sizes may be added then.
+    """
+    values = given(
+        recipe=recipe,
+        data=absolute(data),
+        width=width,
+        width_multiplier=width_multiplier,
+        augment=augment,
+        epochs=epochs,
+        batch_size=batch_size,
+        rate=rate,
+        update_every=update_every,
+        seeds=seeds,
+        device=device,
+    )
+    errors = error_console()
+    folder = out or default_folder(datetime.now())
+    with (
+        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved)),
+        CtrlC() as interrupt,
+        Live(errors, interrupt.asked, quiet=quiet) as live,
+    ):
+        contestants = [Contestant.parse(text) for text in method or ()]
+        contestants += [Contestant.parse(text, preset=True) for text in preset or ()]
+        plan = plan_for(
+            folder,
+            (QUICK | values) if quick else values,
+            contestants,
+            sparsity or (),
+            block_size or (),
+            dense,
+        )
+        content = compare(plan, folder, live)
+    if as_json:
+        typer.echo(json.dumps(content | {"folder": str(folder)}))
+    else:
+        console = Console()
+        if not console.is_terminal:
+            console.width = WIDTH
+        console.print(comparison_table(content))
+        typer.echo(_notes(content))
+        typer.echo(f"{folder}: {TABLE}.json, {TABLE}.md, the picture {folder / PICTURE}, a folder for each run")
+
+
+def comparison_table(content: dict[str, Any]) -> Table:
+    """Return the table of ``comparison.json``."""
+    base = Config.from_json(content["plan"]["base"])
+    table = Table(title=f"{content['data']['name']}, {base.network_title}", title_justify="left", box=SIMPLE_HEAD)
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number else "left")
+    for cells in table_cells(content["rows"]):
+        table.add_row(*cells)
+    return table
+
+
+def _notes(content: dict[str, Any]) -> str:
+    """Return what a reader of the table must know."""
+    base, environment = content["plan"]["base"], content["environment"]
+    seeds = base["seeds"]
+    spread = "one seed" if seeds == 1 else f"mean over {seeds} seeds ± standard deviation"
+    return (
+        f"accuracy  after the last epoch, {spread}; to dense: difference in points\n"
+        f"seconds   all steps of a training, on {environment['device']}, {environment['threads']} threads\n"
+        "FLOPs     matrix products of a training, at stored elements; scores of updates included\n"
+        "peak      weights, gradients, optimizer and activations at the highest moment of a step"
+    )
+
+
+def _how_to_go_on(folder: Path, *, saved: bool) -> str:
+    if not (folder / PLAN).is_file():
+        return "stopped before training began; nothing is saved"
+    state = "saved" if saved else "stopped at once; what the last epoch saved is kept"
+    return f"{state}. To go on: sparsekern compare --out {shlex.quote(str(folder))}"
