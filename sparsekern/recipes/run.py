@@ -57,7 +57,7 @@ def start(config: Config, folder: Path, observer: Observer) -> dict[str, Any]:
     """
     data = load(config.data)
     config = config.resolved(*data.train_images.shape[:2])
-    _check(config, data)
+    check(config, data)
     create(folder, config, data.describe(), environment(config))
     return _train(config, data, folder, observer)
 
@@ -78,14 +78,14 @@ def resume(folder: Path, observer: Observer) -> dict[str, Any]:
     data = load(config.data)
     if data.describe() != described:
         raise ValueError(f"the data of {folder} have changed since it began; restore them, or start a new run")
-    _check(config, data)
+    check(config, data)
     return _train(config, data, folder, observer)
 
 
-def _check(config: Config, data: Dataset) -> None:
+def check(config: Config, data: Dataset) -> None:
     """Raise every error about the options before the run folder is made: building a network finds the last ones."""
     usable_device(str(config.device))
-    Learner("sparse", config, data, seed=0)
+    Learner(config.networks[0], config, data, seed=0)
 
 
 def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> dict[str, Any]:
@@ -106,7 +106,8 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> d
         "environment": environment(config),
         **summarise(rows, finished[0]["sizes"]),
     }
-    draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
+    if config.sparse:
+        draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
     write_json(folder / RESULTS, results)  # last: it says that the run is finished
     return read_json(folder / RESULTS)
 
@@ -153,9 +154,8 @@ class _Seed:
             if epoch + 1 != self.config.epochs:
                 self._save()
         sizes = {name: learner.sizes() for name, learner in self.learners.items()}
-        return self._write(
-            {"rows": self.rows, "finished": True, "sizes": sizes, "map": _block_map(self.learners["sparse"])}
-        )
+        block_map = _block_map(self.learners["sparse"]) if self.config.sparse else None
+        return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map})
 
     def _finish_epoch(self, learner: Learner) -> None:
         while learner.batch < learner.batches:

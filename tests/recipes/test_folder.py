@@ -18,7 +18,7 @@ def test_config_and_back(tmp_path):
     config = Config(epochs=3)
     create(tmp_path / "a" / "b", config, {"name": "x"}, {"torch": "1"})
     assert read_config(tmp_path / "a" / "b") == (config, {"name": "x"})
-    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["format_version"] == 3
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -45,10 +45,10 @@ def test_a_folder_without_a_run(tmp_path):
         ("{", "missing or damaged"),
         ("[]", "missing or damaged"),
         ("{}", "missing or damaged"),
-        ('{"format_version": 99}', "has format version 99; this code reads 2"),
-        ('{"format_version": 2}', "not the configuration of a run"),
-        ('{"format_version": 2, "config": [], "data": {}}', "not the configuration of a run"),
-        ('{"format_version": 2, "config": {"width": 0}, "data": {}}', "other entries"),
+        ('{"format_version": 99}', "has format version 99; this code reads 3"),
+        ('{"format_version": 3}', "not the configuration of a run"),
+        ('{"format_version": 3, "config": [], "data": {}}', "not the configuration of a run"),
+        ('{"format_version": 3, "config": {"width": 0}, "data": {}}', "other entries"),
     ],
 )
 def test_a_damaged_configuration_is_described(tmp_path, content, message):
@@ -62,7 +62,7 @@ def test_json_is_written_whole(tmp_path):
     write_json(path, {"a": 1})
     with pytest.raises(ValueError):
         write_json(path, {"a": float("nan")})
-    assert read_json(path) == {"format_version": 2, "a": 1}
+    assert read_json(path) == {"format_version": 3, "a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 

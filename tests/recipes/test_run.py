@@ -43,17 +43,17 @@ class StopAt(Observer):
 
 def rows_of(folder, *, timed=False):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    drop = () if timed else ("ms_per_step", "update_seconds")
+    drop = () if timed else ("ms_per_step", "seconds", "update_seconds")
     return [{key: value for key, value in row.items() if key not in drop} for row in rows]
 
 
-def weights(folder):
+def weights(folder, networks=("sparse", "dense")):
     return {
         f"{seed}/{network}": (
             checkpoint.latest(folder / "checkpoints" / f"seed-{seed}") / f"{network}.safetensors"
         ).read_bytes()
         for seed in (0, 1)
-        for network in ("sparse", "dense")
+        for network in networks
     }
 
 
@@ -180,6 +180,13 @@ def test_without_the_twin(no_picture, tmp_path):
     assert list(results["networks"]) == ["sparse"] and "comparison" not in results
     newest = checkpoint.latest(tmp_path / "checkpoints" / "seed-0")
     assert sorted(path.name for path in newest.iterdir()) == ["sparse.safetensors", "state.pt"]
+
+
+def test_the_twin_alone_is_the_twin_of_a_pair(straight, tmp_path):
+    results = start(Config(**{**CONFIG.to_json(), "sparse": False, "method": "static"}), tmp_path, Observer())
+    assert list(results["networks"]) == ["dense"] and "comparison" not in results
+    assert not (tmp_path / "summary.png").exists(), "it shows blocks"
+    assert weights(tmp_path, ("dense",)) == {k: v for k, v in weights(straight[0]).items() if "dense" in k}
 
 
 def test_an_error_leaves_no_folder(tmp_path):
