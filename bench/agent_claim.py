@@ -6,8 +6,8 @@ FLOPs and the processor seconds of one thread that the training took so far: wha
 is in the file already is not repeated. ``--show`` prints the tables of a file, ``--plot`` draws it.
 
 Contestants: ``sgd``, the host alone; ``agent``, as the paper, with a pass over all batches an epoch; ``agent 5 %``,
-over a twentieth of them; ``agent gradients``, the same with c from gradients and gamma 1; and the controls ``batch x2``,
-``rate / 10`` and ``epochs x3.3``, the host with the FLOPs of AGENT.
+over a twentieth of them; ``agent gradients``, the same with c from gradients and gamma 1; and the controls
+``batch x2``, ``rate / 10`` and ``epochs x3.3``, the host with the FLOPs of AGENT.
 """
 
 from __future__ import annotations
