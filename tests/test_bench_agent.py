@@ -29,7 +29,7 @@ def data(tmp_path):
 def test_a_rehearsal_has_a_row_a_training_and_repeats_none(data, tmp_path, capsys):
     out, picture = tmp_path / "rows.jsonl", tmp_path / "curves.png"
     arguments = [data, "--out", str(out), "--width", "16", "--batch", "10", "--epochs", "2", "--sparsity", "0.5"]
-    agent_claim.main([*arguments, "--seeds", "1", "--plot", str(picture)])
+    agent_claim.main([*arguments, "--seeds", "0", "--plot", str(picture)])
     rows = agent_claim.read(out)
     assert [row["contestant"] for row in rows] == list(agent_claim.CONTESTANTS)
     ends = {row["contestant"]: row["points"][-1] for row in rows}
@@ -40,7 +40,7 @@ def test_a_rehearsal_has_a_row_a_training_and_repeats_none(data, tmp_path, capsy
     assert ends["agent"]["c"] >= 0 and "c" not in ends["sgd"]
     assert all(b["seconds"] > a["seconds"] for row in rows for a, b in pairwise(row["points"]))
     assert picture.stat().st_size > 10_000
-    agent_claim.main([*arguments, "--seeds", "1"])
+    agent_claim.main([*arguments, "--seeds", "0"])
     assert agent_claim.read(out) == rows
     text = capsys.readouterr().out
     assert text.count("50 % sparse: FLOPs to reach") == 2
