@@ -47,6 +47,11 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str]) -> Iterator[
         raise typer.Exit(INTERRUPTED) from None
 
 
+def stopped(saved: bool) -> str:
+    """Return what a command says after Ctrl-C that has nothing to go on with."""
+    return "stopped; nothing was written"
+
+
 class CtrlC:
     """Turns the first Ctrl-C into a request, which the loop reads between two steps; a second one ends at once.
 

@@ -38,6 +38,7 @@ from sparsekern.cli.shell import CtrlC, error_console, explained
 from sparsekern.cli.table import notes, result_table
 from sparsekern.recipes import Config, resume, start
 from sparsekern.recipes.folder import CONFIG, PICTURE, default_folder, read_config
+from sparsekern.recipes.keeping import Keeping
 from sparsekern.training import METHODS, PRESETS
 
 
@@ -66,6 +67,13 @@ def train(
     resume_: Annotated[
         Path | None,
         typer.Option("--resume", help="Go on with the run in this folder, exactly where it stopped.", metavar="FOLDER"),
+    ] = None,
+    save_every: Annotated[
+        str | None,
+        option("Save inside an epoch too: steps (500) or time (90s, 10min, 2h) in between.", Keeping.save_every),
+    ] = None,
+    keep: Annotated[
+        int | None, option("Newest checkpoints of a seed that stay; the best one stays beside them.", Keeping.keep)
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the recipes and where they come from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the list, as JSON.")] = False,
@@ -100,6 +108,7 @@ def train(
         dense=dense,
         sparse=sparse,
     )
+    keeping = given(save_every=save_every, keep=keep)
     errors = error_console()
     folder = resume_ or out
     with (
@@ -109,11 +118,11 @@ def train(
     ):
         if resume_ is not None:
             _check_agreement(resume_, values, out)
-            results = resume(resume_, live)
+            results = resume(resume_, live, **keeping)
         else:
             config = Config(**values)
             folder = out or default_folder(config, datetime.now())
-            results = start(config, folder, live)
+            results = start(config, folder, live, Keeping(**keeping))
     assert folder is not None
     if as_json:
         typer.echo(json.dumps(results | {"folder": str(folder)}))
@@ -134,7 +143,7 @@ def _show_recipes(*, as_json: bool) -> None:
 def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:
     if folder is None or not (folder / CONFIG).is_file():
         return "stopped before training began; nothing is saved"
-    state = "saved" if saved else "stopped at once; what the last epoch saved is kept"
+    state = "saved" if saved else "stopped at once; what was saved last is kept"
     return f"{state}. To go on: sparsekern train --resume {shlex.quote(str(folder))}"
 
 

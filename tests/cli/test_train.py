@@ -201,7 +201,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, ctrl_c):
     ctrl_c(6, times=2)
     result = invoke(*TINY, "--out", tmp_path / "run")
     assert result.exit_code == 130
-    assert "stopped at once; what the last epoch saved is kept. To go on:" in result.stderr
+    assert "stopped at once; what was saved last is kept. To go on:" in result.stderr
 
 
 def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from sparsekern.recipes.config import Config
-from sparsekern.recipes.folder import Metrics, create, default_folder, read_config, read_json, write_json
+from sparsekern.recipes.folder import Metrics, create, default_folder, read_config, read_json, read_keeping, write_json
+from sparsekern.recipes.keeping import Keeping
+from sparsekern.recipes.lock import locked
 
 
 def test_the_default_name_says_what_and_when():
@@ -83,4 +85,26 @@ def test_a_run_killed_at_its_first_file_can_begin_again(tmp_path):
 def test_a_folder_of_something_else_is_not_said_to_be_resumable(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"which is not empty; choose another --out$"):
+        create(tmp_path, Config(), {}, {})
+
+
+def test_what_a_run_keeps(tmp_path):
+    create(tmp_path, Config(), {}, {}, Keeping("500", 4))
+    assert read_keeping(tmp_path) == Keeping("500", 4)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for keeping, message in (
+        ([], "not the configuration of a run"),
+        ({"best": 1}, "does not know: best"),
+        ({"keep": 0}, "keep is 0"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content | {"keeping": keeping}))
+        with pytest.raises(ValueError, match=message):
+            read_keeping(tmp_path)
+    del content["keeping"]  # an older run does not say
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_keeping(tmp_path) == Keeping()
+
+
+def test_a_lock_is_no_content(tmp_path):
+    with locked(tmp_path):
         create(tmp_path, Config(), {}, {})

@@ -309,12 +309,12 @@ def test_growth_sees_the_gradient_that_is_not_corrected(kind):
     agent.step()
     agent.refresh(data, loss)  # in an armed step
     agent.backward(lambda: loss(data[1]))
-    heard = {name: probe.tensor.grad.clone() for name, probe in method._probes.items()}
-    assert heard and all(method._backwards(name) == 1 for name in heard)
-    for probe in method._probes.values():
+    heard = {name: probe.tensor.grad.clone() for name, probe in method._armed.probes.items()}
+    assert heard and all(method._armed.backwards(name) == 1 for name in heard)
+    for probe in method._armed.probes.values():
         probe.tensor.grad = None
     loss(data[1]).backward()
-    for name, probe in method._probes.items():
+    for name, probe in method._armed.probes.items():
         assert torch.equal(probe.tensor.grad, heard[name])
 
 
