@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -37,7 +38,8 @@ class ExtraCost:
         if kind in self._of_pass:
             yield
         else:
-            with FlopCounterMode(display=False) as counter:
+            # A compiled graph can neither be counted nor, with fullgraph=True, be run while somebody counts.
+            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
                 yield
             self._of_pass[kind] = counter.get_total_flops()
         self.flops += self._of_pass[kind]
