@@ -73,7 +73,7 @@ def sparsify_(
     """
     if init not in ("balanced", "random", "norm"):
         raise ValueError(f"init is {init!r}; it must be one of balanced, random, norm")
-    layers = _chosen(model, targets, ignore)
+    layers = choose_layers(model, targets, ignore)
     counts = _counts(model, layers, sparsity, block_size, distribution)
     for name, (grid, blocks) in counts.items():
         if tie_taps:
@@ -83,7 +83,8 @@ def sparsify_(
     return model
 
 
-def _chosen(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, nn.Linear | nn.Conv2d]:
+def choose_layers(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers that :func:`sparsify_` would replace, by name; it says what raises ValueError."""
     if isinstance(model, (nn.Linear, nn.Conv2d)):
         kind = "Linear" if isinstance(model, nn.Linear) else "Conv2d"
         raise ValueError(f"model is itself an nn.{kind} and cannot be replaced in place; use Sparse{kind}.from_dense")
@@ -118,7 +119,7 @@ def _counts(
     distribution: str,
 ) -> dict[str, tuple[Grid, int]]:
     """Return the grid and the number of blocks of each layer, without having changed anything."""
-    grids = {name: _grid(layer, block_size) for name, layer in layers.items()}
+    grids = {name: grid_of(layer, block_size) for name, layer in layers.items()}
     groups: dict[str, list[str]] = {}
     by_pattern = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
     for pattern in by_pattern:
@@ -135,7 +136,8 @@ def _counts(
     return {name: counts[name] for name in layers}
 
 
-def _grid(layer: nn.Linear | nn.Conv2d, block_size: int | tuple[int, int] | None) -> Grid:
+def grid_of(layer: nn.Linear | nn.Conv2d, block_size: int | tuple[int, int] | None) -> Grid:
+    """Return the grid of a dense layer's sparse twin; without a block size, that of the device's default."""
     if isinstance(layer, nn.Linear):
         return linear_grid(layer.out_features, layer.in_features, block_size, layer.weight.device)
     kernel = (layer.kernel_size[0], layer.kernel_size[1])

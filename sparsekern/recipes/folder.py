@@ -16,6 +16,7 @@ from sparsekern.recipes.lock import LOCK
 DEFAULT = Keeping()
 
 CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.json", "summary.png"
+SPECTRAL = "spectral.png"
 
 
 def default_folder(config: Config, now: datetime) -> Path:

@@ -23,6 +23,7 @@ from sparsekern.recipes.folder import (
     METRICS,
     PICTURE,
     RESULTS,
+    SPECTRAL,
     Metrics,
     create,
     read_config,
@@ -33,7 +34,7 @@ from sparsekern.recipes.folder import (
 from sparsekern.recipes.keeping import Clock, Keeping, best_step
 from sparsekern.recipes.learner import Learner
 from sparsekern.recipes.lock import locked
-from sparsekern.recipes.picture import draw_summary
+from sparsekern.recipes.picture import draw_graphs, draw_summary
 from sparsekern.recipes.results import summarise
 
 
@@ -133,6 +134,7 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keep
     }
     if config.sparse:
         draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
+        draw_graphs(folder / SPECTRAL, results, rows)
     write_json(folder / RESULTS, results)  # last: it says that the run is finished
     return read_json(folder / RESULTS)
 
