@@ -35,7 +35,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             )
         parts += [f"{100 * sparsity:g} % sparse: at the end, mean and standard deviation over seeds", ""]
         parts += _markdown(
-            ["", "accuracy", "best seen", "FLOPs", "seconds", "c", "variance ratio"],
+            ["", "seeds", "accuracy", "best seen", "FLOPs", "seconds", "c", "variance ratio"],
             [[name, *_end([row["points"] for row in mine if row["contestant"] == name])] for name in names],
         )
     return "\n".join(parts)
@@ -62,7 +62,7 @@ def _end(curves: Sequence[Sequence[dict[str, float]]]) -> list[str]:
     accuracies = [100 * point["accuracy"] for point in last]
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     best = statistics.fmean(100 * max(point["accuracy"] for point in points) for points in curves)
-    cells = [f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %", f"{best:.2f} %"]
+    cells = [str(len(curves)), f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %", f"{best:.2f} %"]
     cells += [_number(statistics.fmean(point[axis] for point in last), axis) for axis in ("flops", "seconds")]
     for key in ("c", "variance_ratio"):
         values = [point[key] for points in curves for point in points[len(points) // 2 :] if key in point]

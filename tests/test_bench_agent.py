@@ -47,7 +47,7 @@ def test_a_rehearsal_has_a_row_a_training_and_repeats_none(data, tmp_path, capsy
     if RESULTS.is_file():
         committed = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         assert {frozenset(row) for row in committed} == {frozenset(row) for row in rows}
-        assert {row["contestant"] for row in committed} == set(agent_claim.CONTESTANTS)
+        assert {"sgd", "agent"} <= {row["contestant"] for row in committed} <= set(agent_claim.CONTESTANTS)
 
 
 def point(epoch, accuracy):
@@ -74,5 +74,5 @@ def test_a_table_by_hand():
         "| agent | 1 | 1 | 2 |",
     ]
     assert "| sgd | 3 G | - | - |" in lines and "| agent | 3 | 3 | 6 |" in lines
-    assert "| sgd | 81.55 ± 0.78 % | 82.00 % | 6 G | 9 |  |  |" in lines
+    assert "| sgd | 2 | 81.55 ± 0.78 % | 82.00 % | 6 G | 9 |  |  |" in lines
     assert reached(curves["sgd"][1], 0.82, "epoch") is None
