@@ -13,7 +13,7 @@ from sparsekern.nn.conv2d import SparseConv2d, conv_arguments, layer_grid
 from sparsekern.nn.densify import sparse_layers
 from sparsekern.nn.linear import SparseLinear, linear_grid
 from sparsekern.nn.refusals import left_dense, refusal
-from sparsekern.nn.select import Selector, flatten, matches, select
+from sparsekern.nn.select import Selector, check_model, flatten, matches, select
 from sparsekern.nn.swap import swap_
 from sparsekern.topology import Grid, allocate
 
@@ -67,10 +67,17 @@ def sparsify_(
         The model.
 
     Raises:
+        TypeError: ``model`` is not a :class:`torch.nn.Module`, or an argument is of another type than it must be.
         ValueError: a selector matches nothing; a layer cannot be sparse (shared weight, child of an attention module,
             a subclass of nn.Linear or nn.Conv2d); a sparsity that leaves a layer without a block. Nothing has changed
             then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> sk.sparsify_(model, sparsity=0.75, block_size=16, ignore=["2"])[0]
+        SparseLinear(in_features=64, out_features=64, bias=True, block_size=(16, 16), blocks=4/16, sparsity=0.75)
     """
+    check_model(model)
     if init not in ("balanced", "random", "norm"):
         raise ValueError(f"init is {init!r}; it must be one of balanced, random, norm")
     layers = choose_layers(model, targets, ignore)

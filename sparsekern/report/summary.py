@@ -110,6 +110,12 @@ def summary(
 
     Raises:
         ValueError: the model has no such layer, or ``dense`` has one that the model has not.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> table = sk.summary(model, torch.ones(8, 64), measure=False)
+        >>> table.rows[0].blocks, table.rows[0].flops / table.rows[0].dense_flops
+        (4, 0.25)
     """
     layers: dict[str, nn.Module] = {
         name or "(model)": module
