@@ -123,10 +123,14 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keep
     finished = []
     for seed, found in enumerate(saved):
         if found is not None and found[1]["finished"]:
+            best = best_step(found[1]["rows"], config.networks)
+            # it may have been killed before it did
+            checkpoint.tidy(checkpoint.seed_folder(folder, seed), keeping.keep, best)
             finished.append(found[1])
         else:
             finished.append(_Seed(config, on_device, seed, found, folder, metrics, observer, keeping).train())
     rows = [row for state in finished for row in state["rows"]]
+    Metrics(folder / METRICS, rows)  # in order, even if a seed was trained anew after a later one had begun
     results = {
         "config": config.to_json(),
         "data": data.describe(),
@@ -185,7 +189,6 @@ class _Seed:
                 self._save()
         sizes = {name: learner.sizes() for name, learner in self.learners.items()}
         block_map = _block_map(self.learners["sparse"]) if self.config.sparse else None
-        self.keep = 1  # no older one is of use any more, but for the best
         return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map})
 
     def _finish_epoch(self, learner: Learner) -> None:
