@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,8 +40,10 @@ class ExtraCost:
             yield
         else:
             # A compiled graph can neither be counted nor, with fullgraph=True, be run while somebody counts.
-            with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-                yield
+            with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+                warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # the counter's own hooks
+                with FlopCounterMode(display=False) as counter:
+                    yield
             self._of_pass[kind] = counter.get_total_flops()
         self.flops += self._of_pass[kind]
 

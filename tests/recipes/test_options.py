@@ -68,7 +68,7 @@ def test_options_come_in_the_order_of_the_table():
         ),
         ("vrpge", "min_age", 3, "min_age is 3, but method vrpge has no such option; set, rigl, gse have it"),
         ("set", "mask", 3, "'mask' is no option of a method; set has drop_fraction, start, stop, grown_state, keep_c"),
-        ("static", "mask", 3, "'mask' is no option of a method; static has agent, agent_gamma"),
+        ("static", "mask", 3, "'mask' is no option of a method; static has "),
         ("gse", "distribution", "graboo", "distribution is 'graboo'; it must be one of uniform, grabo, graest"),
         ("vrpge", "masks", 2.5, "masks is 2.5; it must be a whole number"),
         ("vrpge", "masks", True, "masks is True; it must be a whole number"),
