@@ -99,9 +99,9 @@ def graph_means(model: nn.Module) -> dict[str, float]:
     return {key: statistics.fmean(values) for key, values in known.items() if values}
 
 
-def runs(data: Dataset, seeds: int, epochs: int) -> Iterator[dict[str, Any]]:
+def runs(data: Dataset, seeds: Sequence[int], epochs: int) -> Iterator[dict[str, Any]]:
     """Train all, seed by seed, so that an interrupted experiment has whole seeds."""
-    for seed in range(seeds):
+    for seed in seeds:
         yield train(data, 0.0, "static", seed, epochs)
         for sparsity in SPARSITIES:
             for move in MOVES:
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
     run.add_argument("--data", default=None, help="what `sparsekern train --data` takes; default: the digits")
-    run.add_argument("--seeds", type=int, default=3)
+    run.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     run.add_argument("--epochs", type=int, default=10)
     run.add_argument("--images", type=int, default=20_000, help="of the training set, the first ones")
     for name in ("show", "draw"):

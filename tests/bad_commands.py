@@ -41,12 +41,12 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("train --method static --drop-fraction 0.3", ("drop_fraction", "static")),
     ("train --preset gse2", ("preset is 'gse2'", "one of")),
     # Where it writes.
-    ("train --out {place}/full", ("out is {place}/full", "not empty", "choose another --out")),
-    ("train --out {place}/run", ("not empty", "--resume")),
-    ("train --out {place}/notes.txt", ("the folder {place}/notes.txt cannot be written", "choose another")),
-    ("train --out {place}/notes.txt/run", ("cannot be written", "choose another")),
-    ("train --out /proc/nowhere", ("/proc/nowhere cannot be written", "choose another")),
-    ("train --out {place}/" + 300 * "x", ("cannot be written", "name too long")),
+    ("train --width 64 --out {place}/full", ("out is {place}/full", "not empty", "choose another --out")),
+    ("train --width 64 --out {place}/run", ("not empty", "--resume")),
+    ("train --width 64 --out {place}/notes.txt", ("the folder {place}/notes.txt cannot be written", "choose another")),
+    ("train --width 64 --out {place}/notes.txt/run", ("cannot be written", "choose another")),
+    ("train --width 64 --out /proc/nowhere", ("/proc/nowhere cannot be written", "choose another")),
+    ("train --width 64 --out {place}/" + 300 * "x", ("cannot be written", "name too long")),
     # The data.
     ("train --data {place}/none.npz", ("data is {place}/none.npz", "does not exist", "give")),
     ("train --data {place}/notes.txt", ("notes.txt", "does not end in .npz", "give")),

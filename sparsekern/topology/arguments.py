@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+import operator
+from numbers import Real
+from typing import Any
 
 
-def check_whole(name: str, value: object) -> None:
-    """Raise TypeError unless ``value``, of the argument ``name``, is a whole number; numpy's are, True is not."""
-    if type(value) is bool or not isinstance(value, Integral):
+def check_whole(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value``, of the argument ``name``, is a whole number.
+
+    Those of numpy and tensors of one integer are; True is not.
+    """
+    try:
+        operator.index(value)
+    except TypeError:
+        whole = False
+    else:
+        whole = type(value) is not bool
+    if not whole:
         raise TypeError(f"{name} is {value!r}; it must be a whole number")
 
 

@@ -35,7 +35,10 @@ def sample_pairs(rows: Tensor, cols: Tensor, count: int, generator: torch.Genera
 
 
 def row_weights(rows: Tensor, cols: Tensor) -> Tensor:
-    """Return what all cells of each row weigh together, ``(R,)`` float64 on the CPU; as for :func:`sample_pairs`."""
+    """Return what all cells of each row weigh together, ``(R,)`` float64 on the CPU.
+
+    ``rows`` and ``cols`` are those of :func:`sample_pairs`.
+    """
     together = cols.to("cpu", torch.float64).sum(-1)
     each = together if cols.dim() == 1 else together.repeat_interleave(rows.shape[0] // cols.shape[0])
     return rows.to("cpu", torch.float64) * each

@@ -41,6 +41,7 @@ class GradientMethod(Method):
 
     Raises:
         ValueError: a number out of range, here or in :class:`Method`.
+        NotImplementedError: a layer ties its taps, and the method moves every block by itself.
     """
 
     scopes = ("layer", "global")

@@ -1,15 +1,16 @@
 import numpy
 import pytest
+import torch
 
 from sparsekern.topology.arguments import check_number, check_whole
 
 
-@pytest.mark.parametrize("value", [0, -3, numpy.int64(5)])
+@pytest.mark.parametrize("value", [0, -3, numpy.int64(5), torch.tensor(7)])
 def test_whole_numbers(value):
     check_whole("seed", value)
 
 
-@pytest.mark.parametrize("value", [True, 1.0, "1", None])
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, torch.tensor(7.0), torch.ones(2)])
 def test_no_whole_numbers(value):
     with pytest.raises(TypeError) as error:
         check_whole("seed", value)
