@@ -11,7 +11,7 @@ import typer
 
 from sparsekern.recipes.config import STOP
 from sparsekern.recipes.options import OPTIONS, Option
-from sparsekern.training import METHODS
+from sparsekern.training import AGENT, METHODS
 
 PANEL = "Options of methods"
 
@@ -50,6 +50,9 @@ def _default(option: Option) -> str | bool:
     """Return the default that the constructors have, or False where it is no plain value."""
     if option.name == "stop":
         return f"{STOP:g}"
+    if option.part == "agent":
+        own = inspect.signature(AGENT).parameters.get(option.name.removeprefix("agent_"))
+        return False if own is None or own.default is None else str(own.default)
     defaults = {name: _of_constructor(option.name, name) for name in option.methods}
     plain = {name: str(value) for name, value in defaults.items() if value is not None}
     if not plain:

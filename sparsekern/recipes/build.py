@@ -14,7 +14,7 @@ from sparsekern.recipes.config import STOP, Config
 from sparsekern.recipes.models.layers import widened
 from sparsekern.recipes.options import OPTIONS
 from sparsekern.topology import generator_for
-from sparsekern.training import METHODS, Method, preset
+from sparsekern.training import AGENT, METHODS, Method, preset
 from sparsekern.transforms import Width
 
 SAME = Width()
@@ -127,6 +127,19 @@ def build_method(config: Config, model: nn.Module, optimizer: torch.optim.Optimi
     if config.preset is not None:
         return preset(config.preset, model, optimizer, steps=steps, **arguments)
     return METHODS[config.method](model, optimizer, **({"stop": STOP * steps} | arguments))
+
+
+def build_agent(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> AGENT | None:
+    """Return the AGENT of a run around its method; None if the run has none.
+
+    Raises:
+        ValueError: what AGENT raises.
+    """
+    options: dict[str, Any] = config.part("agent")
+    if not options.get("agent"):
+        return None
+    arguments = {name.removeprefix("agent_"): value for name, value in options.items() if name != "agent"}
+    return AGENT(model, optimizer, method=method, **arguments)
 
 
 def _pool(config: Config) -> float | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekern.analysis import training_bytes
 from sparsekern.analysis.allocations import peak_above
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.data import Dataset
 from sparsekern.recipes.learner import Learner
 from sparsekern.recipes.options import OPTIONS
+from sparsekern.training import AGENT
 
 PERIOD = 4
 """Steps between updates while counting: room for two steps of probes and one without."""
@@ -33,10 +34,13 @@ def training_cost(network: str, config: Config, data: Dataset) -> dict[str, int]
         config: resolved.
         data: on the device of the training.
     """
+    with_agent = config
+    config = replace(config, options={n: v for n, v in config.options.items() if OPTIONS[n].part != "agent"})
     real = Learner(network, config, data, seed=0)
     steps, period = real.total_steps, max(PERIOD, int(config.options.get("structure_every", 1)))
     usual = _flops(_learner(network, config, data, update_every=LONG), period) / period
     moving = _learner(network, config, data, update_every=period)
+    agent = Learner(network, with_agent, data, seed=0).agent
     if real.method is None:
         flops = usual * steps
     else:
@@ -52,13 +56,48 @@ def training_cost(network: str, config: Config, data: Dataset) -> dict[str, int]
             after = _flops(ended, 1)
         extra = max(0.0, _flops(moving, period) - usual * period)
         flops = usual * stop + after * (steps - stop) + extra * updates
+        if agent is not None and agent.gamma > 0:
+            begin = 0 if real.method.settled else stop
+            flops += _agent_flops(agent, real, begin, after if begin else usual)
+    if agent is not None:
+        moving = _with_correction(network, with_agent, data, period)
     _step(moving)  # the optimizer has its state after the first step
     gradients = sum(p.numel() * p.element_size() for p in moving.model.parameters() if p.requires_grad)
-    between = training_bytes(moving.model, moving.optimizer) - gradients
+    between = moving.training_bytes() - gradients
     peak = between + peak_above(lambda: _run(moving, period), moving.device)
     images = data.train_images.shape[0]
     flops *= images / (real.batches * min(images, real.batch_size))  # the last batch of an epoch may be smaller
     return {"training_flops": round(flops), "peak_bytes": peak}
+
+
+def _agent_flops(agent: AGENT, learner: Learner, begin: int, step: float) -> float:
+    """Return the FLOPs of AGENT's passes if c is never 0 but in the first interval.
+
+    Args:
+        agent: says which passes there are.
+        learner: says how many steps, and what a forward pass costs.
+        begin: the first step at which AGENT may take part.
+        step: FLOPs of a forward and backward on a batch.
+    """
+    if agent.every is not None:
+        return step * (learner.total_steps - begin)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        learner.loss(learner.next_batch())
+    snapshots = sum(first >= begin for first in range(0, learner.total_steps, learner.batches))
+    compares = agent.estimate == "losses"
+    epochs = snapshots - compares if snapshots else 0
+    batches = min(learner.batches, agent.batches or learner.batches)
+    passes = batches * (step * snapshots + int(counter.get_total_flops()) * max(0, snapshots - 1) * compares)
+    return passes + step * learner.batches * epochs
+
+
+def _with_correction(network: str, config: Config, data: Dataset, period: int) -> Learner:
+    """Return a learner whose AGENT passes over one batch only, and corrects from the first step."""
+    options = {**config.options, "agent_batches": 1}
+    learner = _learner(network, config, data, update_every=period, options=options)
+    assert learner.agent is not None
+    learner.agent.c = dict.fromkeys(learner.agent.c, 1.0)
+    return learner
 
 
 def _learner(network: str, config: Config, data: Dataset, **changes: Any) -> Learner:

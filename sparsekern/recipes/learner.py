@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from sparsekern.analysis import spectral, stored_parameters, training_bytes
 from sparsekern.nn import sparse_layers
 from sparsekern.recipes.augment import augmented
-from sparsekern.recipes.build import build, build_method
+from sparsekern.recipes.build import build, build_agent, build_method
 from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.data import Dataset
@@ -27,6 +27,9 @@ WARM_UP = 5
 """Steps at the start that are not timed: they allocate the optimizer's state and fill caches."""
 
 EVALUATION_BATCH = 512
+
+Batch = tuple[Tensor, Tensor]
+"""Images ``(B, C, H, W)`` and labels ``(B,)``."""
 
 
 class Learner:
@@ -56,9 +59,11 @@ class Learner:
         self.memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
         self.model = build(network, config, data.image_shape, data.classes, seed).to(self.device)
         self.optimizer = self.recipe.optimizer.build(self.model, config.rate)
-        self.method = None
+        self.method = self.agent = None
         if network == "sparse":
             self.method = build_method(config, self.model, self.optimizer, self.total_steps, seed)
+            self.agent = build_agent(config, self.model, self.optimizer, self.method)
+        self._outer = self.agent or self.method  # whom to call
         self.epoch = self.batch = self.steps = 0
         self._loss_sum = self._seconds = 0.0
         self._milliseconds: list[float] = []
@@ -74,26 +79,22 @@ class Learner:
         """
         if self.batch == 0:
             self._loss_sum, self._seconds, self._milliseconds, self._graphs = 0.0, 0.0, [], []
-        images, labels = self._next_batch()
+            self._refresh()
+        batch = self.next_batch()
         self._wait()
         began = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self.recipe.schedule.factor(self.steps, self.total_steps)
-        smoothing = self.recipe.label_smoothing
-
-        def forward() -> Tensor:
-            return cross_entropy(self.model(images), labels, label_smoothing=smoothing)
-
-        if self.method is None:
-            loss = forward()
+        if self._outer is None:
+            loss = self.loss(batch)
             loss.backward()
         else:
-            loss = self.method.backward(forward)
+            loss = self._outer.backward(lambda: self.loss(batch))
         if self.recipe.clip_norm is not None:
             clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        moved = self.method is not None and self.method.step()
+        moved = self._outer is not None and self._outer.step()
         self._wait()
         spent = time.perf_counter() - began
         self._seconds += spent
@@ -107,7 +108,7 @@ class Learner:
             raise ValueError(
                 f"the loss of the {self.network} network is {value} after {self.steps} steps; choose a lower rate"
             )
-        self._loss_sum += value * labels.shape[0]
+        self._loss_sum += value * batch[1].shape[0]
         self.batch += 1
         self.steps += 1
         return value
@@ -131,14 +132,19 @@ class Learner:
         }
         if self._spectral:
             row["spectral"] = self._graphs
-        return row | (self.method.metrics() if self.method is not None else {})
+        return row | (self._outer.metrics() if self._outer is not None else {})
 
     def sizes(self) -> dict[str, int]:
         """Return what the network stores, after its first step."""
         return {
             "stored_parameters": stored_parameters(self.model),
-            "training_bytes": training_bytes(self.model, self.optimizer),
+            "training_bytes": self.training_bytes(),
         }
+
+    def training_bytes(self) -> int:
+        """Return the bytes that training holds between steps."""
+        snapshot = 0 if self.agent is None else self.agent.snapshot.bytes()
+        return training_bytes(self.model, self.optimizer) + snapshot
 
     def state_dict(self) -> dict[str, Any]:
         """Return what, beside the model's own state, a resumed run needs to go on bit for bit."""
@@ -151,7 +157,7 @@ class Learner:
             "milliseconds": list(self._milliseconds),
             "graphs": list(self._graphs),
             "optimizer": self.optimizer.state_dict(),
-            "method": None if self.method is None else self.method.state_dict(),
+            "method": None if self._outer is None else self._outer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -160,20 +166,41 @@ class Learner:
         self._loss_sum, self._seconds = state["loss_sum"], state["seconds"]
         self._milliseconds, self._graphs = list(state["milliseconds"]), list(state["graphs"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.method is not None:
-            self.method.load_state_dict(state["method"])
+        if self._outer is not None:
+            self._outer.load_state_dict(state["method"])
 
-    def _next_batch(self) -> tuple[Tensor, Tensor]:
-        """Return images ``(B, C, H, W)`` and labels ``(B,)``; both networks see the same ones in the same order.
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss ``()`` of a batch."""
+        images, labels = batch
+        return cross_entropy(self.model(images), labels, label_smoothing=self.recipe.label_smoothing)
+
+    def next_batch(self) -> Batch:
+        """Return the batch that the next step trains on; both networks see the same ones in the same order.
 
         All that is random in it follows from seed, epoch and step: nothing of it needs to be saved.
         """
-        count = self.data.train_images.shape[0]
         if self._order is None or self._order[0] != self.epoch:
-            order = torch.randperm(count, generator=generator_for(self.seed, "order", self.epoch))
-            self._order = (self.epoch, order.to(self.device))
-        chosen = self._order[1][self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
-        generator = generator_for(self.seed, "augment", self.epoch, self.batch)
+            self._order = (self.epoch, self._draw_order("order"))
+        return self._batch(self._order[1], self.batch, "augment")
+
+    def _refresh(self) -> None:
+        """Let AGENT pass over the training set in an order of its own, and take its snapshot; timed with the steps."""
+        if self.agent is None or self.agent.every is not None:
+            return
+        order = self._draw_order("agent order")
+        began = time.perf_counter()
+        self.agent.refresh((self._batch(order, i, "agent augment") for i in range(self.batches)), self.loss)
+        self._wait()
+        self._seconds += time.perf_counter() - began
+
+    def _draw_order(self, purpose: str) -> Tensor:
+        """Return the places of all training images ``(N,)`` in an order of this epoch."""
+        count = self.data.train_images.shape[0]
+        return torch.randperm(count, generator=generator_for(self.seed, purpose, self.epoch)).to(self.device)
+
+    def _batch(self, order: Tensor, number: int, purpose: str) -> Batch:
+        chosen = order[number * self.batch_size : (number + 1) * self.batch_size]
+        generator = generator_for(self.seed, purpose, self.epoch, number)
         images = augmented(self.data.train_images[chosen], self.augmentation, generator)
         return images.contiguous(memory_format=self.memory_format), self.data.train_labels[chosen]
 

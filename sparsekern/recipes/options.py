@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekern.training import METHODS
+from sparsekern.training.agent import ESTIMATES
+from sparsekern.training.agent import SCOPES as AGENT_SCOPES
 from sparsekern.training.candidates import GROUPS
 from sparsekern.training.gse import DISTRIBUTIONS
 from sparsekern.training.probabilities import OPTIMIZERS
@@ -152,6 +154,13 @@ _ALL = (
     ),
     Option("weight_step", str, "Whether weights see one mask of a step or all.", ("vrpge",), ("one", "all")),
     Option("unsampled", str, "What the optimizer does to blocks that no mask held.", ("vrpge",), ("lazy", "decay")),
+    Option("agent", bool, "Correct gradients by AGENT, with a snapshot an epoch.", ALL, part="agent"),
+    Option("agent_gamma", float, "Damps AGENT's correction.", ALL, part="agent"),
+    Option("agent_alpha", float, "How much of AGENT's c the newest estimate is.", ALL, part="agent"),
+    Option("agent_estimate", str, "From what AGENT's c is estimated.", ALL, ESTIMATES, part="agent"),
+    Option("agent_scope", str, "Whether all modules share AGENT's c.", ALL, AGENT_SCOPES, part="agent"),
+    Option("agent_batches", int, "Batches of AGENT's pass instead of all.", ALL, part="agent"),
+    Option("agent_every", int, "Steps between AGENT's snapshots, which then take no pass.", ALL, part="agent"),
 )
 
 OPTIONS = {option.name: option for option in _ALL}
@@ -178,6 +187,9 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
                 f"{'has' if len(option.methods) == 1 else 'have'} it: choose that, or drop the option"
             )
         option.check(value)
+    given = [name for name in options if OPTIONS[name].part == "agent" and name != "agent"]
+    if given and not options.get("agent"):
+        raise ValueError(f"{given[0]} is {options[given[0]]}, but agent is off; turn it on, or drop the option")
     return {name: options[name] for name in OPTIONS if name in options}
 
 

@@ -65,7 +65,8 @@ class AGENT:
             because some batches are hard for both; ``gamma`` does most of the work. ``"gradients"``: from the inner
             products of the gradients during the steps, which costs no pass, and allows a larger ``gamma``.
         scope: with ``"gradients"``: one c for all (``"global"``), or one a module (``"layer"``).
-        batches: take so many batches of what :meth:`refresh` is given; None for all.
+        batches: take so many batches of what :meth:`refresh` is given; None for all. With few, keep ``gamma`` small:
+            what their mean gets wrong, every step until the next snapshot gets wrong alike.
         every: with ``"gradients"``: take a snapshot every so many optimizer steps, without a pass over batches. The
             mean gradient is then that of the steps since the snapshot.
         process_group: the ranks that share one model. Default: all, where torch.distributed is in use.

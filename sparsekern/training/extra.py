@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -37,8 +39,11 @@ class ExtraCost:
         if kind in self._of_pass:
             yield
         else:
-            with FlopCounterMode(display=False) as counter:
-                yield
+            # A compiled graph can neither be counted nor, with fullgraph=True, be run while somebody counts.
+            with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+                warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # the counter's own hooks
+                with FlopCounterMode(display=False) as counter:
+                    yield
             self._of_pass[kind] = counter.get_total_flops()
         self.flops += self._of_pass[kind]
 

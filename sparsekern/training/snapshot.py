@@ -138,6 +138,14 @@ class Snapshot:
         total = sum(int(u.sum()) for _, u in used)
         return sum(int((same & u).sum()) for same, u in used) / total if total else 1.0
 
+    def bytes(self) -> int:
+        """Return the bytes that it holds."""
+        places = [
+            t for name, (_, layer) in self.layers.items() if name in self._places for t, _ in self._pairs(name, layer)
+        ]
+        held = [*self.values.values(), *self.mean.values(), *self._same.values(), *places]
+        return sum(t.numel() * t.element_size() for t in held)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; not copies, as an optimizer's."""
         if not self.taken:

@@ -7,6 +7,7 @@ import pytest
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.cost import training_cost
 from sparsekern.recipes.data import load
+from sparsekern.recipes.learner import Learner
 
 CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=3, batch_size=500, update_every=2, seeds=1, device="cpu")
 IMAGES, STEPS = 1438, 9
@@ -65,3 +66,28 @@ def test_a_dense_score_shows_in_the_peak(data):
     changes = {"block_size": 1, "sparsity": 0.95, "width": 128, "batch_size": 16}
     dense_scores = cost(data, method="rigl", options={"allow_dense_scores": True}, **changes)["peak_bytes"]
     assert dense_scores >= cost(data, method="static", **changes)["peak_bytes"] + 4 * 128 * 128
+
+
+@pytest.mark.parametrize("options", [{}, {"agent_batches": 2}, {"agent_estimate": "gradients", "agent_every": 3}])
+def test_agent_costs_what_it_says_in_a_training(data, options):
+    options = {"agent": True, **options}
+    plain, whole = cost(data), cost(data, options=options)
+    learner = Learner("sparse", Config(**{**CONFIG.to_json(), "augment": "none", "options": options}), data, seed=0)
+    for _ in range(3):
+        for _ in range(3):
+            learner.step()
+        learner.finish_epoch()
+    assert learner.agent.metrics()["c"] > 0
+    extra = learner.agent.metrics()["extra_flops"] * IMAGES / (3 * 500)  # it takes the last batch for a whole one
+    assert whole["training_flops"] - plain["training_flops"] == pytest.approx(extra, abs=1)
+    values = sum(p.numel() for p in learner.model.parameters()) * 4
+    assert whole["peak_bytes"] >= plain["peak_bytes"] + 2 * values
+
+
+def test_agent_waits_for_the_choice_of_vrpge(data):
+    def extra(**options):
+        both = (cost(data, method="vrpge", options={**options, **more}) for more in ({"agent": True}, {}))
+        return next(both)["training_flops"] - next(both)["training_flops"]
+
+    step = (ENDS + 3 * HIDDEN) * IMAGES / 3
+    assert extra() == pytest.approx(3 * step, rel=1e-6)  # the choice is made at step 6 of 9: one snapshot, c = 0

@@ -72,13 +72,13 @@ def test_an_epoch_takes_every_image_once_in_the_same_order_for_both(data):
         seen[learner.network] = []
         for batch in range(learner.batches):
             learner.batch = batch
-            seen[learner.network].append(learner._next_batch()[0])
+            seen[learner.network].append(learner.next_batch()[0])
     assert all(torch.equal(s, d) for s, d in zip(seen["sparse"], seen["dense"], strict=True))
     assert [len(part) for part in seen["sparse"]] == [500, 500, 438]
     rows = torch.cat(seen["sparse"]).sort(0).values
     assert torch.equal(rows, data.train_images.sort(0).values)
     sparse.epoch, sparse.batch = 1, 0
-    assert not torch.equal(sparse._next_batch()[0], seen["sparse"][0])
+    assert not torch.equal(sparse.next_batch()[0], seen["sparse"][0])
 
 
 def test_the_row_of_an_epoch(data):
@@ -183,7 +183,7 @@ def test_the_rate_follows_the_schedule(colour, name, place, expected):
 
 def test_labels_are_smoothed(colour):
     learner = Learner("dense", small("resnet18", batch_size=12), colour, seed=0)
-    images, labels = learner._next_batch()
+    images, labels = learner.next_batch()
     logits = copy.deepcopy(learner.model)(images).log_softmax(1)
     target = torch.full((12, 3), 0.1 / 3).scatter_(1, labels[:, None], 0.9 + 0.1 / 3)
     assert learner.step() == pytest.approx(-(target * logits).sum(1).mean().item(), rel=1e-5)
@@ -212,7 +212,7 @@ def test_images_vary_from_batch_to_batch_and_alike_for_both_networks(colour):
         learner = Learner(network, config, alike, seed)
         seen.append([])
         for learner.epoch, learner.batch in ((0, 0), (0, 1), (1, 0)):
-            seen[-1].append(learner._next_batch()[0])
+            seen[-1].append(learner.next_batch()[0])
     sparse, dense, other_seed = seen
     assert all(torch.equal(s, d) for s, d in zip(sparse, dense, strict=True))
     different = [*dense, other_seed[0]]
@@ -222,16 +222,18 @@ def test_images_vary_from_batch_to_batch_and_alike_for_both_networks(colour):
 def test_convolutions_get_channels_last(colour):
     for augment in ("none", "crop-flip"):
         learner = Learner("dense", small("resnet20", augment=augment), colour, seed=0)
-        assert learner._next_batch()[0].is_contiguous(memory_format=torch.channels_last)
+        assert learner.next_batch()[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "simplevit-tiny"])
-def test_a_varied_training_goes_on_bit_for_bit(colour, name):
-    learner = Learner("sparse", small(name), colour, seed=0)
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet20", {}), ("simplevit-tiny", {}), ("resnet20", {"agent": True, "agent_gamma": 0.5})]
+)
+def test_a_varied_training_goes_on_bit_for_bit(colour, name, options):
+    learner = Learner("sparse", small(name, options=options), colour, seed=0)
     run(learner, 4)
     model, saved = copy.deepcopy(learner.model.state_dict()), copy.deepcopy(learner.state_dict())
     losses = run(learner, 4)
-    other = Learner("sparse", small(name), colour, seed=0)
+    other = Learner("sparse", small(name, options=options), colour, seed=0)
     other.model.load_state_dict(model)
     other.load_state_dict(saved)
     assert run(other, 4) == losses
@@ -257,6 +259,22 @@ def test_a_method_with_candidates_stores_more_and_ends_at_the_sparsity(data):
     other.model.load_state_dict(weights)
     other.load_state_dict(state)
     assert run(other, 4) == losses
+
+
+def test_agent_takes_a_snapshot_an_epoch_and_gamma_zero_is_without_it(data):
+    learners = [
+        Learner("sparse", replace(CONFIG, options=options), data, seed=0)
+        for options in ({}, {"agent": True, "agent_gamma": 0.0}, {"agent": True, "agent_batches": 2})
+    ]
+    losses = [run(learner, 9) for learner in learners]
+    assert losses[0] == losses[1] and losses[0][:3] == losses[2][:3] and losses[0] != losses[2]
+    learner = learners[2]
+    assert learner.agent.since == 3 and learner.agent.c[""] > 0
+    row = {**learner.agent.metrics()}
+    assert 0 < row["corrected"] <= 1 and row["extra_flops"] > 0 and "churn/hidden1" in row
+    held = learner.sizes()["training_bytes"] - learners[0].sizes()["training_bytes"]
+    assert held == learner.agent.snapshot.bytes() > 8 * sum(p.numel() for p in learner.model.parameters())
+    assert Learner("dense", replace(CONFIG, options={"agent": True}), data, seed=0).agent is None
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

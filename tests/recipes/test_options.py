@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from sparsekern.recipes.options import OPTIONS, check_options
-from sparsekern.training import METHODS
+from sparsekern.training import AGENT, METHODS
 
 NOT_OPTIONS = {
     *("self", "model", "optimizer", "options", "process_group", "seed", "update_every"),
@@ -68,7 +68,7 @@ def test_options_come_in_the_order_of_the_table():
         ),
         ("vrpge", "min_age", 3, "min_age is 3, but method vrpge has no such option; set, rigl, gse have it"),
         ("set", "mask", 3, "'mask' is no option of a method; set has drop_fraction, start, stop, grown_state, keep_c"),
-        ("static", "mask", 3, "'mask' is no option of a method; static has transform"),
+        ("static", "mask", 3, "'mask' is no option of a method; static has "),
         ("gse", "distribution", "graboo", "distribution is 'graboo'; it must be one of uniform, grabo, graest"),
         ("vrpge", "masks", 2.5, "masks is 2.5; it must be a whole number"),
         ("vrpge", "masks", True, "masks is True; it must be a whole number"),
@@ -110,3 +110,15 @@ def test_a_text_is_read(name, text, value):
 def test_a_text_that_says_nothing(name, text, message):
     with pytest.raises(ValueError, match=message):
         OPTIONS[name].parse(text)
+
+
+def test_options_of_agent_are_those_of_its_constructor_and_need_it():
+    listed = {name.removeprefix("agent_") for name, option in OPTIONS.items() if option.part == "agent"} - {"agent"}
+    taken = inspect.signature(AGENT).parameters
+    assert listed == taken.keys() - {"model", "optimizer", "method", "process_group"}
+    for name in listed:
+        assert OPTIONS[f"agent_{name}"].kind.__name__ in taken[name].annotation
+    assert check_options("set", {"agent_gamma": 0.5, "agent": True}) == {"agent": True, "agent_gamma": 0.5}
+    for options in ({"agent_gamma": 0.5}, {"agent_gamma": 0.5, "agent": False}):
+        with pytest.raises(ValueError, match="agent_gamma is 0.5, but agent is off; turn it on, or drop the option"):
+            check_options("set", options)
