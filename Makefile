@@ -37,7 +37,7 @@ train: $(STAMP)
 	$(BIN)/sparsekern train $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench.race $(ARGS)
