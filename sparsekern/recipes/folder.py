@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is missing or damaged; start a new run") from None
     if version != FORMAT_VERSION:
         raise ValueError(

@@ -121,6 +121,8 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keep
     finished = []
     for seed, found in enumerate(saved):
         if found is not None and found[1]["finished"]:
+            best = best_step(found[1]["rows"], config.networks)
+            checkpoint.tidy(checkpoint.seed_folder(folder, seed), best=best)  # it may have been killed before it did
             finished.append(found[1])
         else:
             finished.append(_Seed(config, on_device, seed, found, folder, metrics, observer, keeping).train())

@@ -184,6 +184,17 @@ def test_the_best_checkpoint_and_the_last_stay(straight):
         assert there == {f"step-{2 * best['step']:08d}", f"step-{2 * 3 * BATCHES:08d}"}
 
 
+def test_a_seed_killed_between_its_last_checkpoint_and_the_deletion_of_older_ones(straight, no_picture, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "results.json").unlink()
+    seed = folder / "checkpoints" / "seed-1"
+    before = {path.name for path in seed.iterdir()}
+    (seed / "step-00000001").mkdir()
+    resume(folder, StopAt(0))
+    assert {path.name for path in seed.iterdir()} == before
+
+
 def test_what_is_kept_may_change_when_a_run_is_resumed(no_picture, tmp_path):
     with pytest.raises(Interrupted):
         start(CONFIG, tmp_path, StopAt(3), Keeping(save_every="1", keep=3))
