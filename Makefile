@@ -12,7 +12,8 @@ BIN    := $(VENV)/bin
 help:
 	@echo "make train   train a block-sparse network beside its dense twin (ARGS='--help' for the options)"
 	@echo "make test    run the tests"
-	@echo "make soak    kill 200 training runs and resume them; feed every reader damaged files (half an hour)"
+	@echo "make soak    kill 200 training runs and resume them; feed every reader damaged files and"
+	@echo "             the kernels random inputs, under sanitizers (an hour)"
 	@echo "make bench   race the CPU kernels against other libraries (eight minutes; ARGS=--quick: one)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the environment and what was built"
@@ -45,6 +46,7 @@ soak: export OMP_NUM_THREADS = 1
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak.kills --kills 200
 	$(BIN)/python -m tests.soak.readers --inputs 3000
+	$(BIN)/python tests/sanitize_cpu.py 5000
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench.race $(ARGS)

@@ -7,14 +7,17 @@ library would be one without AVX.
 
 from __future__ import annotations
 
+import gzip
 import os
 import platform
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import BaseError, CCompilerError
 
 try:
@@ -123,7 +126,37 @@ class BuildLibrary(build_ext):
         os.replace(unfinished, target)
 
 
-commands: dict[str, type] = {"build_ext": BuildLibrary}
+class SourceArchive(sdist):
+    """Where ``SOURCE_DATE_EPOCH`` is set, an archive that is the same to the bit wherever and whenever it is made.
+
+    (setuptools obeys it for wheels alone.)
+    """
+
+    def make_archive(self, base_name: str, format: str, *arguments: object, **named: object) -> str:
+        """Pack ``base_dir``, the last argument or a named one, and return the file's name."""
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return str(super().make_archive(base_name, format, *arguments, **named))
+        folder = Path(str(named["base_dir"] if "base_dir" in named else arguments[1]))
+
+        def nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.mtime, member.uid, member.gid, member.uname, member.gname = int(epoch), 0, 0, "", ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        target = f"{base_name}.tar.gz"
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        with (
+            open(target, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=int(epoch)) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for path in (folder, *sorted(folder.rglob("*"))):
+                archive.add(path, recursive=False, filter=nobodys)
+        return target
+
+
+commands: dict[str, type] = {"build_ext": BuildLibrary, "sdist": SourceArchive}
 if bdist_wheel is not None:
 
     class PlatformWheel(bdist_wheel):

@@ -4,8 +4,9 @@
 
 The inputs keep the contract that the checks in Python guarantee: every function that the library exports gets, on each
 instruction set of this machine, so many drawn ones and some of fixed sizes. On one instruction set in turn the results
-are compared with the oracle too; tests/kernels/cpu does that on all of them, without sanitizers. Scratch memory is given out to the byte here and freed after every call: the usual pieces of 2 MiB, kept for the next
-call, would hide a kernel that reads or writes beyond its own. ``tests/test_cpu_sanitizers.py`` runs this file.
+are compared with the oracle too; tests/kernels/cpu does that on all of them, without sanitizers. Scratch memory is
+given out to the byte here and freed after every call: the usual pieces of 2 MiB, kept for the next call, would hide a
+kernel that reads or writes beyond its own. ``tests/test_cpu_sanitizers.py`` runs this file.
 """
 
 from __future__ import annotations
