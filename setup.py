@@ -182,6 +182,7 @@ setup(
         "sparsekern.report",
         "sparsekern.topology",
         "sparsekern.training",
+        "sparsekern.transforms",
         "sparsekern.kernels",
         "sparsekern.kernels.cpu",
         "sparsekern.kernels.eager",
