@@ -7,14 +7,17 @@ library would be one without AVX.
 
 from __future__ import annotations
 
+import gzip
 import os
 import platform
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import BaseError, CCompilerError
 
 try:
@@ -30,6 +33,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "library.cpp": [],
     "conv_library.cpp": [],
+    "openmp.cpp": [],
     "generic.cpp": [],
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,
@@ -42,7 +46,12 @@ NEWER = ("avx512_bf16.cpp", "amx.cpp")
 """Files that a compiler without their flags (before GCC 10, GCC 11) compiles to nothing."""
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
-FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 says so of its own intrinsics, pages of it
+# GCC 12 says so of its own intrinsics, pages of it; clang does not know the second.
+FLAGS += ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+LINK = ["-pthread", "-Wl,-z,defs"] if sys.platform == "linux" else []  # what is missing is an error now, not at import
+GNU_OPENMP = (["-lgomp"], ["-l:libgomp.so.1"]) if sys.platform == "linux" else (["-fopenmp"],)
+"""Of PyTorch, whatever the compiler's own is (see openmp.cpp). The second: where GCC is not, but its libraries."""
+
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"  # as WITH_AVX of api.h
 if X86:
     FLAGS += ["-march=x86-64"]  # lest a -march=native of CXXFLAGS reach the files for every machine
@@ -70,15 +79,19 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build with OpenMP, or without where the compiler has none."""
         try:
-            self._build(ext, ["-fopenmp"])
+            objects = self._compile(ext, ["-fopenmp"])
+            try:
+                self._link(ext, objects, GNU_OPENMP[0])
+            except BUILD_ERRORS:
+                self._link(ext, objects, GNU_OPENMP[-1])
         except BUILD_ERRORS as first:
             try:
-                self._build(ext, [])
+                self._link(ext, self._compile(ext, []), [])
             except BUILD_ERRORS:
                 raise first from None
             self.warn("built without OpenMP: the native CPU kernels run on one thread")
 
-    def _build(self, ext: Extension, openmp: list[str]) -> None:
+    def _compile(self, ext: Extension, openmp: list[str]) -> list[str]:
         def compile_one(source: str) -> list[str]:
             isa = ISA_FLAGS[Path(source).name] if X86 else []
 
@@ -101,17 +114,49 @@ class BuildLibrary(build_ext):
             return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread waits for the compiler that it started
-            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
+            return [name for names in pool.map(compile_one, ext.sources) for name in names]
+
+    def _link(self, ext: Extension, objects: list[str], openmp: list[str]) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f"{target.name}.unfinished")  # half a library would crash whoever opens it
         self.compiler.link_shared_object(
-            objects, str(unfinished), extra_postargs=openmp, build_temp=self.build_temp, target_lang="c++"
+            objects, str(unfinished), extra_postargs=[*LINK, *openmp], build_temp=self.build_temp, target_lang="c++"
         )
         os.replace(unfinished, target)
 
 
-commands: dict[str, type] = {"build_ext": BuildLibrary}
+class SourceArchive(sdist):
+    """Where ``SOURCE_DATE_EPOCH`` is set, an archive that is the same to the bit wherever and whenever it is made.
+
+    (setuptools obeys it for wheels alone.)
+    """
+
+    def make_archive(self, base_name: str, format: str, *arguments: object, **named: object) -> str:
+        """Pack ``base_dir``, the last argument or a named one, and return the file's name."""
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return str(super().make_archive(base_name, format, *arguments, **named))
+        folder = Path(str(named["base_dir"] if "base_dir" in named else arguments[1]))
+
+        def nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.mtime, member.uid, member.gid, member.uname, member.gname = int(epoch), 0, 0, "", ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        target = f"{base_name}.tar.gz"
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        with (
+            open(target, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=int(epoch)) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for path in (folder, *sorted(folder.rglob("*"))):
+                archive.add(path, recursive=False, filter=nobodys)
+        return target
+
+
+commands: dict[str, type] = {"build_ext": BuildLibrary, "sdist": SourceArchive}
 if bdist_wheel is not None:
 
     class PlatformWheel(bdist_wheel):

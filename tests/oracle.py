@@ -16,7 +16,8 @@ strided row by zero, and with the NaN that a case has there the tolerance would 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -45,24 +46,26 @@ GARBAGE = 1000.0
 
 def dense_weight(values: Tensor, row: Tensor, col: Tensor, out_features: int, in_features: int) -> Tensor:
     """Return the float64 ``(O, I)`` weight: each stored block at its place, cut off at the edge, zero elsewhere."""
-    _, bo, bi = values.shape
-    weight = torch.zeros(out_features, in_features, dtype=F64)
-    for block, r, c in zip(values, row.tolist(), col.tolist(), strict=True):
-        if r >= 0:
-            place = weight[r * bo : (r + 1) * bo, c * bi : (c + 1) * bi]
-            place.copy_(block[: place.shape[0], : place.shape[1]])
-    return weight
+    cells = _cells(torch.zeros(0, dtype=F64), out_features, in_features, values.shape[1:])
+    used = row >= 0
+    cells[row[used].long(), :, col[used].long(), :] = values[used].to(F64)
+    return cells.flatten(2).flatten(0, 1)[:out_features, :in_features]
 
 
 def stored_blocks(weight: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
     """Return ``(Z, bo, bi)``: what a dense ``(O, I)`` matrix holds at each slot; zero in free slots and phantom."""
-    bo, bi = block
-    values = weight.new_zeros(len(row), bo, bi)
-    for value, r, c in zip(values, row.tolist(), col.tolist(), strict=True):
-        if r >= 0:
-            place = weight[r * bo : (r + 1) * bo, c * bi : (c + 1) * bi]
-            value[: place.shape[0], : place.shape[1]] = place
+    cells = _cells(weight, *weight.shape, block)
+    cells.flatten(2).flatten(0, 1)[: weight.shape[0], : weight.shape[1]] = weight
+    values = weight.new_zeros(len(row), *block)
+    used = row >= 0
+    values[used] = cells[row[used].long(), :, col[used].long(), :]
     return values
+
+
+def _cells(like: Tensor, out_features: int, in_features: int, block: tuple[int, ...]) -> Tensor:
+    """Return zeros ``(R, bo, C, bi)``: whole blocks that an ``(O, I)`` matrix fits into."""
+    bo, bi = block
+    return like.new_zeros(-(-out_features // bo), bo, -(-in_features // bi), bi)
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,17 @@ class Case:
 
     def on(self, device: str) -> Case:
         """Return the case with its tensors on a device, in the same layout; checks want the one on the CPU."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         return replace(self, **{name: moved(tensor, device) for name, tensor in tensors.items()})
 
-    @property
+    @cached_property
     def weight(self) -> Tensor:
         """The exact weight as a kernel reads it: rounded to the compute dtype."""
         rounded = self.values.to(self.x.dtype)
         return dense_weight(rounded, self.row, self.col, self.grid.out_features, self.grid.in_features)
 
-    @property
+    @cached_property
     def stored(self) -> Tensor:
         """``(O, I)``: 1 where an element is stored, else 0."""
         ones = torch.ones_like(self.values)

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.skipif(not sanitize_cpu.runtimes(), reason="the compiler has no libasan.so and libubsan.so")
 def test_a_sweep_of_shapes_under_the_sanitizers() -> None:
-    command = [sys.executable, str(ROOT / "tests" / "sanitize_cpu.py"), "24"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(ROOT / "tests" / "sanitize_cpu.py"), "12"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
     assert done.returncode == 0, done.stderr[-6000:]
-    assert "generic: 71 cases" in done.stdout
+    assert "no report of the sanitizers" in done.stdout
+    print(done.stdout)  # the counts, under pytest -s

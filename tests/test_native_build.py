@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_a_wheel_holds_the_library_and_no_source_and_its_layers_run_on_it(source
 
     lines = (tmp_path / "calls").read_text().splitlines()
     flags = {Path(name).name: line for line in lines for name in line.split() if name.endswith(".cpp")}
-    baseline = {"library.cpp", "conv_library.cpp", "generic.cpp"}
+    baseline = {"library.cpp", "conv_library.cpp", "openmp.cpp", "generic.cpp"}
     assert set(flags) == baseline | {"avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"}
     for name, line in flags.items():
         assert "fast-math" not in line and "-O3" in line and "-fopenmp" in line
@@ -143,6 +144,27 @@ def test_an_editable_install_puts_the_library_beside_the_source_and_the_source_d
     inside = {name.partition("/")[2] for name in names if not name.endswith("/")}
     assert {f"kernels/cpu/csrc/{path.name}" for path in (ROOT / "kernels/cpu/csrc").iterdir()} <= inside
     assert not [name for name in inside if name.endswith((".so", ".o"))]
+
+
+def test_the_source_distribution_is_the_same_whenever_and_by_whomever_it_is_made(source, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats", "gztar"]
+    made = []
+    for time, mask in ((10**9, 0o022), (1.5 * 10**9, 0o027)):
+        for path in source.rglob("*"):
+            os.utime(path, (time, time))
+        env = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
+        subprocess.run(command, cwd=source, env=env, check=True, capture_output=True, umask=mask)
+        (archive,) = (source / "dist").iterdir()
+        made.append(archive.read_bytes())
+        shutil.rmtree(source / "dist")
+        shutil.rmtree(source / "sparsekern.egg-info")
+
+    assert made[0] == made[1]
+    (tmp_path / "made.tar.gz").write_bytes(made[0])
+    with tarfile.open(tmp_path / "made.tar.gz") as archive:
+        members = archive.getmembers()
+    assert {(member.mtime, member.uid, member.uname) for member in members} == {(1700000000, 0, "")}
+    assert f"{members[0].name}/kernels/cpu/csrc/api.h" in {member.name for member in members}
 
 
 def test_an_editable_install_without_a_compiler_leaves_no_older_library(source, tmp_path):

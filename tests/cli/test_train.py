@@ -27,7 +27,8 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def ctrl_c(monkeypatch):
-    """Press Ctrl-C during the given step, so many times."""
+    """Press Ctrl-C during the given step, so many times. A shell's background job would ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def press(at, times=1):
         step, done = Learner.step, []
@@ -42,7 +43,8 @@ def ctrl_c(monkeypatch):
 
         monkeypatch.setattr(Learner, "step", pressed)
 
-    return press
+    yield press
+    signal.signal(signal.SIGINT, previous)
 
 
 def test_the_table_the_folder_and_the_progress(finished):

@@ -1,6 +1,6 @@
 // bfloat16 on matrix registers; the rest is as in avx512.cpp. No kernels where the compiler does not know them.
 #include "api.h"
-#if defined(WITH_AVX) && defined(__AMX_BF16__)
+#if defined(WITH_AVX) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) // the latter by clang before 16
 #define VL 16
 #include "amx.h"
 #include "outer_bf16.h"

@@ -1,7 +1,11 @@
 // OpenMP's threads, or one where the compiler has no OpenMP.
 #pragma once
+
 #if defined(_OPENMP)
-#include <omp.h>
+extern "C" {  // clang has its <omp.h> in a package of its own
+int omp_get_thread_num();
+int omp_get_num_threads();
+}
 #endif
 
 namespace {
