@@ -23,6 +23,11 @@ struct Conv {
   int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];  // padding: before the first
   int32_t bo, bi, transposed, dtype, threads;
 };
+
+// Both gradients of a layer: see conv_backward.h. y is the same in both.
+struct ConvGradients {
+  Conv dx, dvalues;
+};
 }
 
 // How a tensor (N, H, W, C), channels last, is packed. Pitches are in pixels.
@@ -76,8 +81,17 @@ struct ConvOuter {
   const int32_t *offset;
   int64_t images, rows, cols;  // of dy
   int64_t strip, images_at_once, reach, panels_at_once;
-  int64_t short_strip;         // rows of outputs that are added at a time
+  int64_t short_strip, few_images;  // rows of outputs, and images, that are added at a time
   int64_t col_blocks, row_blocks;  // of a tap; of a group
   int32_t threads;
   float *scratch;
+};
+
+// Both gradients, from one dy: `dvalues` reads it as `dx` packs it. Its strips are those of dx, the first and the last one
+// with the rows of dy beyond.
+struct ConvBackward {
+  Convolve dx;
+  ConvOuter dvalues;
+  int64_t dy_at;    // the pixel of a panel that is column 0 of dy, in the first row that is packed
+  int64_t dy_base;  // row m of dx's packing is row m + dy_base of dy
 };
