@@ -21,7 +21,7 @@ template <int C, int R> INLINE void rows_tile(const Rows &g, int64_t bo, int64_t
   for (int64_t n = 0; n < g.images; n++) {
     for (int64_t y = 0; y < g.rows; y++) {
       const float *dy = g.dy + n * g.dy_image + y * g.dy_row, *x = g.x + n * g.x_image + y * g.x_row;
-      ahead.fetch((g.cols + 2) / 3);
+      ahead.fetch((g.cols + 5) / 6);
       for (int64_t t = 0; t < g.cols; t++, dy += bo, x += bi) {
         Vector xt[C];
         UNROLL for (int c = 0; c < C; c++) xt[c] = load(x + c * VL);

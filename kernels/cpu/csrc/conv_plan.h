@@ -231,7 +231,8 @@ int64_t width_of_x(const OuterPlan &p) { return p.m.cols + p.cols.reach; }
 int64_t few_rows(const OuterPlan &p) { return std::max<int64_t>(256 / width_of_x(p), 1); }
 void add_at_once(OuterPlan &p, int64_t strip) {
   p.m.few_images = std::max<int64_t>(few_rows(p) / p.m.rows, 1);
-  p.m.short_strip = p.m.few_images > 1 ? p.m.rows : std::min(few_rows(p), strip);
+  const int64_t pieces = blocks_of(strip, few_rows(p));
+  p.m.short_strip = p.m.few_images > 1 ? p.m.rows : blocks_of(strip, pieces);
 }
 
 // Floats of a packed row of x, in all of its views.

@@ -59,7 +59,7 @@ void conv_panel(const Convolve &c, const Subgrid &s, const float *packed, int64_
         for (int64_t i = 0, t = 0; i < pieces; i++) {
           const int64_t rows = length / pieces + (i < length % pieces);
           row.x = x + t * IN;
-          ahead.fetch(row.count * IN / 2);
+          ahead.fetch(row.count * IN / 8);  // one in 40 cycles or so: more would fill the buffers that loads wait in
           if (whole && (!c.in_turn || in_place)) {
             tiles.by_rows[rows](row, (float *)c.y + place.at(n0 + n, y, s.x0 + t) + channel + o, c.col_step * c.channels, b);
           } else {
