@@ -299,9 +299,7 @@ def _backward_autograd(
     if wants_grad(dy, x, values):  # of a higher order: the two ops know their derivatives
         dx = _conv2d_dx(dy, values, index, shape, list(x.shape[2:]), backend)
         return dx, _conv2d_dvalues(dy, x, index, *_block(values), shape, values.dtype, backend)
-    return below_autograd(
-        _conv2d_backward, dy, x, values, index, shape, resolve(backend, "conv2d", x, _block(values))
-    )
+    return below_autograd(_conv2d_backward, dy, x, values, index, shape, resolve(backend, "conv2d", x, _block(values)))
 
 
 _conv2d: Callable[..., Tensor] = define(

@@ -103,9 +103,7 @@ def _conv2d_dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, shape: 
 
 
 @register_flop_formula(torch.ops.sparsekern.conv2d_backward, get_raw=True)
-def _conv2d_backward(
-    dy: Tensor, x: Tensor, values: Tensor, index: Any, shape: list[int], *_: Any, **__: Any
-) -> int:
+def _conv2d_backward(dy: Tensor, x: Tensor, values: Tensor, index: Any, shape: list[int], *_: Any, **__: Any) -> int:
     return 2 * _conv_flops(_pixels(dy), index, (values.shape[1], values.shape[2]), shape)
 
 

@@ -1,37 +1,72 @@
 // The exported functions of the convolution: plan, lend scratch memory, dispatch. For the baseline.
 #include <new>
 
-#include "conv_plan.h"
+#include "conv_runs.h"
 
 namespace {
 
 int multiply(const Conv &c) {
-  const bool elements = c.bo == 1 && c.bi == 1;
   MultiplyPlan p;
   plan_multiply(p, c, 0);
   Convolve &v = p.v;
-  const int64_t transposed = c.transposed || elements ? 0 : round_up(v.used * c.bo * c.bi, LINE);
-  Scratch scratch(4 * (transposed + v.threads * (v.slack + conv_floats(v.x) + ASIDE)));
+  const int64_t transposed = c.transposed ? 0 : round_up(v.used * c.bo * c.bi, LINE);
+  Scratch scratch(4 * (transposed + v.threads * (conv_floats(v.x) + ASIDE)));
   if (!scratch.memory) return 1;
   v.scratch = (float *)scratch.memory;
-  (elements ? kernels().convolve_elements : kernels().convolve)(v);
+  kernels().convolve(v);
+  return 0;
+}
+
+int multiply_elements(const Conv &c) {
+  MultiplyPlan p;
+  plan_multiply(p, c, 0);
+  Convolve &v = p.v;
+  const int64_t lanes = lanes_read(v.x, p.rows, p.cols, 128, v.in_turn);
+  const RunsPlan plan(v.subgrids, v.channels, v.used, v.x.channels, c.groups, lanes);
+  const int64_t lists = plan.floats(false);
+  Scratch scratch(4 * (lists + v.threads * (conv_floats(v.x) + v.slack)));
+  if (!scratch.memory) return 1;
+  v.runs = plan.in((float *)scratch.memory, false), v.scratch = (float *)scratch.memory + lists;
+  for (size_t q = 0; q < p.l.subgrids.size(); q++) p.l.subgrids[q].ptr = v.runs.start + q * plan.strips() * STRIP * plan.chunks;
+  if (c.transposed) {
+    const BackwardEntries each(c, v.x, p.rows, p.cols);
+    arrange_runs(plan, v.runs, each.first.data(), c.values, v.threads, each);
+  } else {
+    arrange_runs(plan, v.runs, c.order.ptr, c.values, v.threads, ForwardEntries(c, v.x, p.rows, p.cols));
+  }
+  kernels().convolve_elements(v);
   return 0;
 }
 
 int outer(const Conv &c) {
-  const bool elements = c.bo == 1 && c.bi == 1;
   OuterPlan p;
   plan_outer(p, c);
   ConvOuter &m = p.m;
-  Scratch scratch(4 * (m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)) + (elements ? c.order.ptr[c.order.rows] : 0)));
+  Scratch scratch(4 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
   if (!scratch.memory) return 1;
   m.scratch = (float *)scratch.memory;
-  (elements ? kernels().conv_outer_elements : kernels().conv_outer)(m);
+  kernels().conv_outer(m);
   return 0;
 }
 
+int outer_elements(const Conv &c) {
+  OuterPlan p;
+  plan_outer(p, c);
+  ConvOuter &m = p.m;
+  const RunsPlan plan(1, m.order.rows, c.order.ptr[c.order.rows], m.x.channels, c.groups, lanes_read(m.x, p.rows, p.cols, 256, true));
+  const int64_t lists = plan.floats(true);
+  Scratch scratch(4 * (lists + conv_floats(m.x) + conv_floats(m.dy)));
+  if (!scratch.memory) return 1;
+  m.runs = plan.in((float *)scratch.memory, true), m.scratch = (float *)scratch.memory + lists;
+  arrange_runs(plan, m.runs, c.order.ptr, nullptr, m.threads, ForwardEntries(c, m.x, p.rows, p.cols));
+  kernels().conv_outer_elements(m);
+  return 0;
+}
+
+bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
+
 int backward(const ConvGradients &c) {
-  if (c.dx.bo == 1 && c.dx.bi == 1) return multiply(c.dx) || outer(c.dvalues);  // they pack differently
+  if (of_elements(c.dx)) return multiply_elements(c.dx) || outer_elements(c.dvalues);  // they pack differently
   ConvBackward b = {};
   MultiplyPlan dx;
   OuterPlan dvalues;
@@ -60,11 +95,11 @@ extern "C" {
 
 // All return 0, or 1 when there is no memory.
 int sk_conv_multiply(const Conv *c) {
-  return guarded([&] { return multiply(*c); });
+  return guarded([&] { return of_elements(*c) ? multiply_elements(*c) : multiply(*c); });
 }
 
 int sk_conv_outer(const Conv *c) {
-  return guarded([&] { return outer(*c); });
+  return guarded([&] { return of_elements(*c) ? outer_elements(*c) : outer(*c); });
 }
 
 int sk_conv_backward(const ConvGradients *c) {

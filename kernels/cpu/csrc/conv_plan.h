@@ -60,9 +60,6 @@ Tap tap_of(const Packing &p, const Axis &rows, const Axis &cols, int64_t i, int6
   return {view, view * p.view_pitch + rows.shift[i] * p.row_pitch + cols.shift[j]};
 }
 
-// The block column (or row) of an entry: at 1x1 the list is by slot (kernels/contract.py, Index).
-int64_t other_of(const Conv &c, int64_t e) { return c.order.other[c.bo == 1 && c.bi == 1 ? c.order.slot[e] : e]; }
-
 // The lists of a call: by entry where its block begins in a panel.
 struct Lists {
   std::vector<int32_t> offset, slot, ptr;
@@ -72,6 +69,10 @@ struct Lists {
   void want(Packing &p) {
     wanted.resize(p.row_views * p.col_views * conv_blocks(p));
     p.wanted = wanted.data();
+  }
+  void want_all(Packing &p) {
+    want(p);
+    std::fill(wanted.begin(), wanted.end(), 1);
   }
 };
 
@@ -90,7 +91,7 @@ void forward_offsets(Lists &l, const Conv &c, Packing &p, const Axis &rows, cons
     for (int64_t j = 0; j < c.kernel[1]; j++) taps.push_back(tap_of(p, rows, cols, i, j));
   for (int64_t r = 0; r < c.order.rows; r++) {
     for (int64_t e = c.order.ptr[r]; e < c.order.ptr[r + 1]; e++) {
-      const int64_t col = other_of(c, e);
+      const int64_t col = c.order.other[e];
       const Tap tap = taps[col / col_blocks];
       const int64_t block = r / row_blocks * col_blocks + col % col_blocks;
       l.offset[e] = int32_t(tap.pixel + block * p.plane);
@@ -118,8 +119,8 @@ void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const
             const int64_t column = (i * c.kernel[1] + j) * col_blocks + b;
             const Tap tap = tap_of(p, rows, cols, i, j);
             int64_t &e = next[column];
-            for (; e < c.order.ptr[column + 1] && other_of(c, e) < (g + 1) * row_blocks; e++) {
-              const int64_t row = other_of(c, e);
+            for (; e < c.order.ptr[column + 1] && c.order.other[e] < (g + 1) * row_blocks; e++) {
+              const int64_t row = c.order.other[e];
               l.offset.push_back(int32_t(tap.pixel + row * p.plane));
               l.slot.push_back(c.order.slot[e]);
               l.wanted[tap.view * blocks + row] = 1;
@@ -137,7 +138,7 @@ struct MultiplyPlan {
   Convolve v = {};
   Axis rows, cols;
   Lists l;
-  std::vector<float> bias, by_entry;
+  std::vector<float> bias;
 
   MultiplyPlan() = default;
   MultiplyPlan(const MultiplyPlan &) = delete;
@@ -172,12 +173,13 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
   from_first(p.cols);
   lay_out(v.x, rows, cols, panel, width, in_turn);
 
-  if (back) backward_lists(p.l, c, v.x, rows, cols);
+  if (elements) p.l.want_all(v.x);  // conv_runs.h has their lists
+  else if (back) backward_lists(p.l, c, v.x, rows, cols);
   else forward_offsets(p.l, c, v.x, rows, cols);
   const int64_t all_blocks = c.groups * v.group_blocks;
   for (size_t qy = 0; qy < rows.from.size(); qy++) {
     for (size_t qx = 0; qx < cols.from.size(); qx++) {
-      const int32_t *ptr = back ? p.l.ptr.data() + (qy * cols.from.size() + qx) * (all_blocks + 1) : c.order.ptr;
+      const int32_t *ptr = elements ? nullptr : back ? p.l.ptr.data() + (qy * cols.from.size() + qx) * (all_blocks + 1) : c.order.ptr;
       p.l.subgrids.push_back({rows.from[qy], rows.to[qy], cols.from[qx], cols.to[qx], back ? int64_t(qy) - c.padding[0] : 0,
                               back ? int64_t(qx) - c.padding[1] : 0, ptr});
     }
@@ -192,12 +194,7 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
     v.bias = p.bias.data();
   }
   expect_large(v.y, v.images * v.height * v.width * v.channels * itemsize(c.dtype));
-  if (elements) {
-    v.slack = round_up(cols.reach + 8 * LINE, LINE);
-    p.by_entry.resize(used);
-    for (int64_t e = 0; e < used; e++) p.by_entry[e] = c.values[v.slot[e]];
-    v.values = p.by_entry.data();
-  }
+  if (elements) v.slack = round_up(cols.reach + 8 * LINE, LINE);
 }
 
 // The gradient of the weight, and what its addresses point into.
@@ -259,8 +256,8 @@ void plan_outer(OuterPlan &p, const Conv &c) {
   lay_out(m.x, p.rows, p.cols, panel, width_of_x(p), elements);
   lay_out(m.dy, p.dy_rows, p.dy_cols, panel, m.cols, elements);
   plan_panels_at_once(m, (c.images + panel.images - 1) / panel.images * ((m.rows + panel.strip - 1) / panel.strip));
-  if (elements) m.panels_at_once = 1;
-  forward_offsets(p.l, c, m.x, p.rows, p.cols);
+  if (elements) m.panels_at_once = 1, p.l.want_all(m.x);
+  else forward_offsets(p.l, c, m.x, p.rows, p.cols);
   p.of_dy.want(m.dy);
   for (int64_t r = 0; r < c.order.rows; r++) p.of_dy.wanted[r] = c.order.ptr[r] < c.order.ptr[r + 1];
   m.offset = p.l.offset.data();
