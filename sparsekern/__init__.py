@@ -34,14 +34,15 @@ _use_kernels_beside_package()
 del _use_kernels_beside_package
 
 from sparsekern import ops, topology  # noqa: E402  the finder must be in place first
-from sparsekern.nn import SparseConv2d, SparseLinear, densify, refresh_, sparse_layers, sparsify_  # noqa: E402
+from sparsekern.nn import SparseConv2d, SparseLinear, densify, load_, refresh_, save, sparse_layers, sparsify_  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.report import summary  # noqa: E402
-from sparsekern.training import GSE, SET, VRPGE, Method, RigL, Static, preset, recalibrate_norms  # noqa: E402
+from sparsekern.training import AGENT, GSE, SET, VRPGE, Method, RigL, Static, preset, recalibrate_norms  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGENT",
     "GSE",
     "SET",
     "VRPGE",
@@ -53,10 +54,12 @@ __all__ = [
     "Static",
     "backend",
     "densify",
+    "load_",
     "ops",
     "preset",
     "recalibrate_norms",
     "refresh_",
+    "save",
     "sparse_layers",
     "sparsify_",
     "summary",

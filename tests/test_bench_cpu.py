@@ -238,11 +238,11 @@ def test_a_short_call_is_made_twice_and_the_second_is_timed(monkeypatch):
 
     timing = Timing()
     watch = Stopwatch()
-    assert watch._sample(lambda: call(3.0), timing) == pytest.approx(3.0) and len(made) == 1
+    assert watch._sample(lambda: call(3.0), timing) == pytest.approx(3.0) and len(made) == 2
     timing.samples.append(3.0)
-    assert watch._sample(lambda: call(3.0), timing) == pytest.approx(3.0) and len(made) == 3
-    timing.samples.append(60.0)
-    assert watch._sample(lambda: call(60.0), timing) == pytest.approx(60.0) and len(made) == 4
+    assert watch._sample(lambda: call(3.0), timing) == pytest.approx(3.0) and len(made) == 4
+    timing.samples.append(600.0)
+    assert watch._sample(lambda: call(600.0), timing) == pytest.approx(600.0) and len(made) == 5
 
 
 def test_the_ratios_of_a_case():

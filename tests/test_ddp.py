@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ STEPS, BATCH = 9, 8
 def build() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
+    model.register_buffer("c", torch.zeros(2))
     return sk.sparsify_(model, 0.5, (4, 8))
 
 
@@ -40,18 +42,53 @@ VRPGE = {
 """Blocks move once, at the end of the choice, and what is chosen hangs on rounding in a sum of two halves."""
 
 
+AGENTS = {
+    "AGENT": {},
+    "AGENT, gradients": {"estimate": "gradients"},
+    "AGENT, no pass": {"estimate": "gradients", "every": 3, "scope": "layer"},
+}
+
+
+def batch(step: int, rank: int, world: int) -> torch.Tensor:
+    return torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
+
+
 def train(model: nn.Module, rank: int, world: int, name: str) -> None:
     """Train; ranks take their share of each batch, or all of it when ``world`` is 1."""
+    if name in AGENTS:
+        train_agent(model, rank, world, name)
+        return
     kind, options = (METHODS | VRPGE)[name]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     method = kind(model, optimizer, update_every=3, seed=1, **options)
     for step in range(STEPS):
-        x = torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(step))
-        x = x.chunk(world)[rank]
+        x = batch(step, rank, world)
         method.backward(lambda x=x: model(x).square().mean())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         assert method.step() == (step == 7 if name in VRPGE else step % 3 == 2)
+
+
+def train_agent(model: nn.Module, rank: int, world: int, name: str) -> None:
+    """Train with two micro-batches a step, the first of which is not reduced over ranks."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method = sk.GSE(model, optimizer, update_every=3, seed=1)
+    agent = sk.AGENT(model, optimizer, method=method, gamma=0.5, **AGENTS[name])
+    for step in range(STEPS):
+        if step % 3 == 0 and agent.every is None:
+            agent.refresh([batch(s, rank, world) for s in range(3)], lambda x: model(x).square().mean())
+        first, second = batch(step, rank, world).chunk(2)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            agent.backward(lambda x=first: model(x).square().mean() / 2)
+        agent.backward(lambda x=second: model(x).square().mean() / 2)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert agent.step() == (step % 3 == 2)
+    assert all(c > 0 for c in agent.c.values())
+    with torch.no_grad():  # what only the state would tell goes where the test looks
+        (model.module if isinstance(model, DistributedDataParallel) else model).c.copy_(
+            torch.tensor([agent.metrics()["c"], agent.metrics()["variance_ratio"]])
+        )
 
 
 def run_rank(rank: int, folder: str, split: bool, sync_buffers: bool, names: list[str]) -> None:
@@ -102,10 +139,10 @@ def test_the_same_data_on_both_ranks_is_one_process_bit_for_bit(tmp_path, sync_b
 
 @pytest.fixture(scope="module")
 def split_runs(tmp_path_factory):
-    return ranks(tmp_path_factory.mktemp("split"), split=True, sync_buffers=True, names=[*METHODS, *VRPGE])
+    return ranks(tmp_path_factory.mktemp("split"), split=True, sync_buffers=True, names=[*METHODS, *AGENTS, *VRPGE])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *AGENTS])
 def test_a_batch_split_over_ranks_gives_one_topology(split_runs, name):
     first, second = split_runs[name]
     single = alone(name)

@@ -17,10 +17,10 @@ from sparsekern.kernels import cpu
 from sparsekern.kernels.cpu import scores as cpu_scores
 from sparsekern.kernels.eager import chunks
 from sparsekern.kernels.eager import scores as eager_scores
+from torch import Tensor
 
 import sparsekern as sk
-from sparsekern.ops import conv2d_scores
-from sparsekern.ops.shapes import pack_shape
+from sparsekern.nn import BlockSparse
 from sparsekern.topology import dense_block_norms, gather_blocks, to_dense
 from tests.memory import Allocations, allocations
 
@@ -31,10 +31,13 @@ SCRATCH = 2**18
 
 
 METHODS = {
+    "Static": (sk.Static, {}),
     "SET": (sk.SET, {"keep_connected": True}),
     "RigL": (sk.RigL, {}),
     "RigL, screened": (sk.RigL, {"scoring": "screen", "sketches": 8}),
+    "RigL, some tokens": (sk.RigL, {"score_tokens": 8}),
     "GSE": (sk.GSE, {}),
+    "GSE, global": (sk.GSE, {"scope": "global"}),
     "GraBo": (sk.GSE, {"distribution": "grabo"}),
     "GraEst": (sk.GSE, {"distribution": "graest"}),
 }
@@ -48,15 +51,19 @@ class Training:
 
     def __init__(self, block: tuple[int, int], sparsity: float, method: str = "SET") -> None:
         kind, options = METHODS[method]
-        self.layer = sk.SparseLinear(SIDE, SIDE, sparsity=sparsity, block_size=block, seed=0)
+        self.layer, self.x = self.make(block, sparsity)
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)  # the others make temporaries
         self.method = kind(self.layer, self.optimizer, update_every=1, **options)
-        self.x = torch.randn(TOKENS, SIDE, requires_grad=True)
-        self.dy = torch.randn(TOKENS, SIDE)
-        self.y = self.forward()
+        self.dy = torch.randn_like(self.layer(self.x))
+        self.forward()
         self.backward()
         self.step()
         self.method.step()
+
+    def make(self, block: tuple[int, int], sparsity: float) -> tuple[BlockSparse, Tensor]:
+        """Return the layer and its input."""
+        layer = sk.SparseLinear(SIDE, SIDE, sparsity=sparsity, block_size=block, seed=0)
+        return layer, torch.randn(TOKENS, SIDE, requires_grad=True)
 
     def forward(self):
         self.y = self.layer(self.x)
@@ -69,7 +76,7 @@ class Training:
         self.optimizer.step()
 
     def update(self):
-        assert self.method.step()
+        assert self.method.step() == (type(self.method) is not sk.Static)
 
     def summary(self):
         self.method.metrics()
@@ -94,7 +101,9 @@ class Training:
         index = sum(t.numel() * 4 for t in (layer.row, layer.col, *layer.index))
         total = 2 * gradient + state + index
         there = total - gradient * new_gradient
-        return 1.25 * total - there + SCRATCH + 2 * TOKENS * SIDE * 4  # and this call's input and output
+        return (
+            1.25 * total - there + SCRATCH + (self.x.numel() + self.dy.numel()) * 4
+        )  # and this call's input and output
 
 
 def check(
@@ -185,16 +194,19 @@ class VrpgeStep:
     """A layer that stores twice as many candidates as remain, and the parts of a step of VR-PGE."""
 
     def __init__(self, block: tuple[int, int], sparsity: float) -> None:
-        self.layer = sk.SparseLinear(SIDE, SIDE, sparsity=1 - 2 * (1 - sparsity), block_size=block, seed=0)
+        self.layer, self.x = self.make(block, 1 - 2 * (1 - sparsity))
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)
         # At 1x1 a unit is a single value, beside which the sums of a sort are large.
         how = "bisection" if block == (1, 1) else "sort"
         self.method = sk.VRPGE(
             self.layer, self.optimizer, sparsity=sparsity, update_every=1, floor=0.05, projection=how
         )
-        self.x = torch.randn(TOKENS, SIDE, requires_grad=True)
         for part in ("backward", "step", "update"):
             getattr(self, part)()
+
+    def make(self, block: tuple[int, int], sparsity: float) -> tuple[BlockSparse, Tensor]:
+        """Return the layer and its input."""
+        return Training.make(self, block, sparsity)
 
     def backward(self):
         self.optimizer.zero_grad(set_to_none=True)
@@ -221,7 +233,7 @@ class VrpgeStep:
         index = sum(t.numel() * 4 for t in (layer.row, layer.col, *layer.index))
         stored = 2 * gradient + state + index
         more = {"backward": gradient + 2 * index, "step": float(self.method._masks[0].float().mean()) * stored}
-        return 0.25 * stored + more.get(part, 0) + SCRATCH + 6 * TOKENS * SIDE * 4
+        return 0.25 * stored + more.get(part, 0) + SCRATCH + 6 * self.x.numel() * 4
 
 
 @pytest.mark.parametrize("part", ["backward", "step", "update", "finish"])
@@ -242,111 +254,6 @@ def test_a_step_of_vrpge_that_multiplies_a_dense_weight_by_a_mask_is_found(kerne
     training = VrpgeStep((32, 32), 0.9)
     plant_forward(monkeypatch, kernels, training.layer)
     assert allocations(training.backward).largest >= DENSE
-
-
-# Convolutions: 256 -> 256 channels, 3 x 3; a dense weight has 2.25 MiB, and 36 pixels of activations 36 KiB a tensor.
-
-CHANNELS, IMAGE = 256, 6
-DENSE_CONV = CHANNELS * CHANNELS * 9 * 4
-
-
-def conv_layer(block: tuple[int, int] = (16, 16)) -> sk.SparseConv2d:
-    return sk.SparseConv2d(CHANNELS, CHANNELS, 3, padding=1, sparsity=0.9, block_size=block, seed=0)
-
-
-def conv_peaks(layer: sk.SparseConv2d, part: str) -> tuple[Allocations, float]:
-    """Return what a pass allocates, and how much it may."""
-    x = torch.randn(1, CHANNELS, IMAGE, IMAGE).contiguous(memory_format=torch.channels_last).requires_grad_()
-    layer(x).sum().backward()
-    layer.zero_grad(set_to_none=True)
-    index = sum(t.numel() * 4 for t in (layer.row, layer.col, *layer.index))
-    gradient = layer.values.numel() * 4
-    activations = 3 * x.numel() * 4  # y or dx, dy, and a copy of one
-    if part == "forward":
-        return allocations(lambda: layer(x)), 0.25 * (gradient + index) + SCRATCH + activations
-    y = layer(x)
-    dy = torch.ones_like(y)
-    return allocations(lambda: y.backward(dy)), gradient + 0.25 * (2 * gradient + index) + SCRATCH + activations
-
-
-def check_conv(layer: sk.SparseConv2d, part: str) -> None:
-    found, allowed = conv_peaks(layer, part)
-    assert found.largest < DENSE_CONV / 4, f"{part} makes a tensor of {found.largest} bytes"
-    assert found.peak <= allowed, f"{part} holds {found.peak} bytes, allowed are {allowed:.0f}"
-
-
-@pytest.fixture(params=["cpu", "eager"])
-def conv_kernels(request):
-    """Run convolutions on a backend by name; return its module."""
-    backend = sk.ops.BACKENDS[request.param]
-    if (reason := backend.why_not("conv2d", torch.device("cpu"), torch.float32, (32, 32))) is not None:
-        pytest.skip(reason)
-    with sk.backend(request.param):
-        yield backend
-
-
-@pytest.mark.parametrize("part", ["forward", "backward"])
-@pytest.mark.parametrize("block", [(16, 16), (32, 32), (16, 32)], ids=str)
-def test_a_convolution_by_the_allocator(part, block, conv_kernels):
-    check_conv(conv_layer(block), part)
-
-
-def test_scores_of_a_convolution_hold_no_gradient(conv_kernels):
-    layer, x = conv_layer(), torch.randn(1, CHANNELS, IMAGE, IMAGE)
-    row, col = torch.arange(16, dtype=torch.int32), torch.arange(16, dtype=torch.int32)
-    u, v = torch.randn(8, CHANNELS), torch.randn(8, 9 * CHANNELS)
-    args = (*layer.block_size, pack_shape(layer.conv_shape), sk.ops.requested_backend())
-    for score in (
-        lambda: conv2d_scores.all_block_norms(x, x, *args),
-        lambda: conv2d_scores.block_norms(x, x, row, col, *args),
-        lambda: conv2d_scores.sketch(x, x, u, v, *args),
-    ):
-        found = allocations(score)
-        assert found.largest <= DENSE_CONV / 4 and found.peak < DENSE_CONV / 2
-
-
-def plant_conv_forward(monkeypatch, kernels, layer):
-    def fwd(x, values, bias, index, shape):
-        return layer.dense_forward(x, to_dense(layer.topology, values))
-
-    monkeypatch.setattr(kernels, "conv2d_fwd", fwd)
-
-
-def plant_conv_backward(monkeypatch, kernels, layer):
-    def backward(dy, x, values, index, shape):
-        weight = torch.nn.grad.conv2d_weight(x, layer.weight.shape, dy, padding=1)
-        dx = kernels.conv2d_dx(dy, values, index, shape, (x.shape[2], x.shape[3]))
-        return dx, gather_blocks(layer.topology, weight)
-
-    monkeypatch.setattr(kernels, "conv2d_backward", backward)
-
-
-@pytest.mark.parametrize(("part", "plant"), [("forward", plant_conv_forward), ("backward", plant_conv_backward)])
-def test_a_densifying_convolution_is_found(part, plant, conv_kernels, monkeypatch):
-    layer = conv_layer()
-    check_conv(layer, part)
-    plant(monkeypatch, conv_kernels, layer)
-    with pytest.raises(AssertionError, match=f"{part} makes a tensor of"):
-        check_conv(layer, part)
-
-
-@pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
-def test_the_native_scratch_of_a_convolution_does_not_grow_with_the_images(block):
-    """It is the stored blocks and the panels that fit into the caches; beside it there are x, y and their gradients."""
-    if (reason := cpu.why_not("conv2d", torch.device("cpu"), torch.float32, block)) is not None:
-        pytest.skip(reason)
-    layer = sk.SparseConv2d(64, 64, 3, padding=1, sparsity=0.95, block_size=block, seed=0)
-    held = []
-    for images in (64, 128):
-        x = torch.randn(images, 64, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
-        cpu.release_scratch()
-        with sk.backend("cpu"):
-            y = layer(x)
-            dy = torch.ones_like(y)
-            found = allocations(lambda y=y, dy=dy: y.backward(dy))
-        held.append(cpu.scratch_bytes())
-        assert found.peak <= x.numel() * 4 + 2 * layer.values.numel() * 4 + SCRATCH  # dx, and less than another image
-    assert held[0] == held[1] > 0
 
 
 def plant_forward(monkeypatch, kernels, layer):

@@ -42,7 +42,9 @@ def application() -> typer.Typer:
     import typer  # here, so that main() can say what is missing
 
     import sparsekern
+    from sparsekern.cli.convert import convert
     from sparsekern.cli.info import info
+    from sparsekern.cli.inspect import inspect
     from sparsekern.cli.train import train
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -62,6 +64,8 @@ def application() -> typer.Typer:
 
     app.command()(train)
     app.command()(info)
+    app.command()(inspect)
+    app.command()(convert)
     return app
 
 

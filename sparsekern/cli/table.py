@@ -17,13 +17,14 @@ BUSY = 3
 def result_table(results: dict[str, Any]) -> Table:
     """Return the table of ``results.json``: a row a quantity, a column a network, and what the comparison says."""
     config, networks = results["config"], results["networks"]
-    comparison = results.get("comparison")
-    table = Table(
-        title=f"{results['data']['name']}, {Config.from_json(config).network_title}: hidden layers "
-        f"{100 * networks['sparse']['sparsity']:.1f} % sparse in blocks of {config['block_size']} "
-        f"({config['method']}), first and last layer dense",
-        title_justify="left",
-    )
+    titles, comparison = Config.from_json(config), results.get("comparison")
+    sparse = "dense"
+    if "sparse" in networks:
+        sparse = (
+            f"hidden layers {100 * networks['sparse']['sparsity']:.1f} % sparse in blocks of {config['block_size']} "
+            f"({titles.method_title}), first and last layer dense"
+        )
+    table = Table(title=f"{results['data']['name']}, {titles.network_title}: {sparse}", title_justify="left")
     table.add_column("")
     for name in networks:
         table.add_column(name, justify="right")
@@ -88,14 +89,14 @@ def notes(results: dict[str, Any]) -> str:
     seeds = config["seeds"]
     accuracy = "one seed" if seeds == 1 else f"mean over {seeds} seeds ± standard deviation"
     lines = [f"accuracy  after the last epoch, {accuracy}"]
-    if config["dense"] and seeds > 1:
+    if "comparison" in results and seeds > 1:
         lines[0] += "; gap ± standard error"
     lines[0] += f"; on {results['data']['test_images']:,} test images"
     lines.append(
         f"time      forward, backward and optimizer on {environment['device']}, {environment['threads']} threads, "
         f"{environment['kernels']} kernels"
     )
-    ratio = results["comparison"]["time_sparse_over_dense"] if config["dense"] else {"low": None}
+    ratio = results["comparison"]["time_sparse_over_dense"] if "comparison" in results else {"low": None}
     if ratio["low"] is not None:
         lines.append(
             f"ratio     time of a sparse step / of a dense step, epoch by epoch: median {ratio['median']:.2f}, "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn.init import draw_bias, draw_values
-from sparsekern.nn.loading import adapt
+from sparsekern.nn.loading import LAYER_VERSION, adapt, describe
 from sparsekern.nn.weight import WeightInfo
 from sparsekern.ops import Probe
 from sparsekern.topology import (
@@ -44,6 +44,8 @@ class BlockSparse(nn.Module):
 
     Shapes and addresses never change: a move of blocks writes into these tensors.
     """
+
+    _version = LAYER_VERSION
 
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -273,6 +275,12 @@ class BlockSparse(nn.Module):
             self.refresh_()
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {})  # not there if the caller gave a plain dict
+        if (mine := metadata.get(prefix[:-1])) is not None:
+            mine["grid"] = describe(self.grid)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -283,7 +291,7 @@ class BlockSparse(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        problem = adapt(self.topology, state_dict, prefix, self.tie_taps)
+        problem = adapt(self.topology, state_dict, prefix, self.tie_taps, local_metadata)
         if problem is not None:
             error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {problem}")
             return

@@ -16,16 +16,21 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
     Raises:
         ValueError: two layers would have one name.
     """
-    wrapped = isinstance(_uncompiled(model), (nn.parallel.DistributedDataParallel, nn.DataParallel))
     layers: dict[str, BlockSparse] = {}
     for full_name, module in model.named_modules():
         if isinstance(module, BlockSparse):
-            parts = [part for part in full_name.split(".") if part and part != "_orig_mod"]
-            name = ".".join(parts[1:] if wrapped else parts)
+            name = plain_name(model, full_name)
             if name in layers:
                 raise ValueError(f"two sparse layers have the name {name!r} once torch.compile's prefix is left out")
             layers[name] = module
     return layers
+
+
+def plain_name(model: nn.Module, full_name: str) -> str:
+    """Return the name of a module or parameter of a model without what DDP and torch.compile add to it."""
+    wrapped = isinstance(_uncompiled(model), (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    parts = [part for part in full_name.split(".") if part and part != "_orig_mod"]
+    return ".".join(parts[1:] if wrapped else parts)
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -3,25 +3,66 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from sparsekern.topology import Topology, check_tied, gather_blocks
+from sparsekern.topology import Grid, Topology, check_tied, gather_blocks, reblock, with_capacity
 
 logger = logging.getLogger("sparsekern")
 
 STORED = ("values", "row", "col")
 
+LAYER_VERSION = 2
+"""Of what a layer's state holds. Version 2 says in its metadata what matrix the blocks are of; 1 does not."""
 
-def adapt(topology: Topology, state_dict: dict[str, Any], prefix: str, tie_taps: bool = False) -> str | None:
-    """Turn a dense weight in ``state_dict`` into the blocks that ``topology`` has; check a sparse one.
+
+def describe(grid: Grid) -> dict[str, Any]:
+    """Return what the metadata of a state say about a layer: plain values, all but the block."""
+    kernel = None if grid.kernel is None else list(grid.kernel)
+    return {
+        "out_features": grid.out_features,
+        "in_features": grid.in_features,
+        "kernel": kernel,
+        "groups": grid.groups,
+    }
+
+
+def described_grid(described: Any, block: tuple[int, int]) -> Grid:
+    """Return the grid that :func:`describe` described.
+
+    Raises:
+        ValueError: it is no such description.
+    """
+    try:
+        kernel = described["kernel"]
+        sizes = [described["out_features"], described["in_features"], described["groups"], *(kernel or ())]
+        if any(type(size) is not int for size in sizes) or len(sizes) not in (3, 5):
+            raise TypeError
+        return Grid(sizes[0], sizes[1], block, None if kernel is None else (sizes[3], sizes[4]), sizes[2])
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f"the metadata describe a layer as {described!r}, which is damaged") from None
+
+
+def adapt(
+    topology: Topology,
+    state_dict: dict[str, Any],
+    prefix: str,
+    tie_taps: bool = False,
+    metadata: dict[str, Any] | None = None,
+) -> str | None:
+    """Turn what ``state_dict`` has for a layer into the blocks and slots of that layer.
+
+    A dense weight gives the blocks that ``topology`` has. Stored blocks keep their places; in blocks of another size
+    they are cut anew, exactly; fewer than the layer has slots leave the rest free.
 
     Args:
         topology: of the layer that loads; not changed.
-        state_dict: changed in place where it holds ``<prefix>weight`` and no blocks.
+        state_dict: changed in place.
         prefix: the layer's name and a dot, or nothing.
         tie_taps: whether the layer ties its taps; then the checkpoint must, too.
+        metadata: what the state says about the layer, as ``load_state_dict`` hands it on.
 
     Returns:
         What is wrong and the way out, or None.
@@ -30,47 +71,89 @@ def adapt(topology: Topology, state_dict: dict[str, Any], prefix: str, tie_taps:
     if present and len(present) < len(STORED):
         absent = ", ".join(name for name in STORED if name not in present)
         return f"the checkpoint has {', '.join(present)} but not {absent}; blocks without their places mean nothing"
-    if present:
-        return _mismatch(topology, *(state_dict[prefix + name] for name in STORED), tie_taps=tie_taps)
-    if prefix + "weight" in state_dict:
-        return _take_blocks(topology, state_dict, prefix)
+    try:
+        if present:
+            _fit(topology, state_dict, prefix, tie_taps, metadata or {})
+        elif prefix + "weight" in state_dict:
+            _take_blocks(topology, state_dict, prefix)
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _take_blocks(topology: Topology, state_dict: dict[str, Any], prefix: str) -> str | None:
+def _take_blocks(topology: Topology, state_dict: dict[str, Any], prefix: str) -> None:
     if topology.row.is_meta:
-        return "a dense weight cannot be loaded on the meta device; call to_empty(device=...) first"
+        raise ValueError("a dense weight cannot be loaded on the meta device; call to_empty(device=...) first")
     if topology.blocks() == 0:
-        return "a dense weight was to be loaded, but the layer has no block; load a checkpoint with row and col"
+        raise ValueError(
+            "a dense weight was to be loaded, but the layer has no block; load a checkpoint with row and col"
+        )
     dense: Tensor = state_dict[prefix + "weight"]
-    try:
-        state_dict[prefix + "values"] = gather_blocks(topology, dense.to(topology.row.device))
-    except ValueError as error:
-        return str(error)
+    state_dict[prefix + "values"] = gather_blocks(topology, dense.to(topology.row.device))
     del state_dict[prefix + "weight"]
     state_dict[prefix + "row"], state_dict[prefix + "col"] = topology.row.clone(), topology.col.clone()
     logger.info("%sweight is dense: kept the blocks of the present topology", prefix)
-    return None
 
 
-def _mismatch(topology: Topology, values: Tensor, row: Tensor, col: Tensor, *, tie_taps: bool) -> str | None:
-    grid, block = topology.grid, tuple(values.shape[1:])
-    if block != grid.block:
-        return (
-            f"the checkpoint has blocks of {block}, the layer of {grid.block}; build the layer with block_size={block}"
+def source_grid(values: Tensor, row: Tensor, col: Tensor, grid: Grid, metadata: dict[str, Any]) -> Grid:
+    """Return the grid that stored blocks are of: that of the metadata, else that of the layer in their block size.
+
+    Raises:
+        ValueError: the three do not go together, or are of another matrix than the layer's.
+    """
+    if (version := metadata.get("version")) is not None and version > LAYER_VERSION:
+        raise ValueError(
+            f"the checkpoint's layer has version {version}, and this sparsekern reads up to {LAYER_VERSION}: install a "
+            "newer one"
         )
-    if values.shape[0] != topology.slots:
-        return (
-            f"the checkpoint has {values.shape[0]} slots, the layer {topology.slots}; "
-            f"build the layer with blocks={values.shape[0]}, or sparsify_ with the sparsity of the checkpoint"
+    if values.dim() != 3 or min(values.shape[1:]) < 1:
+        raise ValueError(f"the checkpoint's values have shape {tuple(values.shape)}; they must be (slots, bo, bi)")
+    if row.shape != values.shape[:1] or col.shape != row.shape:
+        raise ValueError(
+            f"the checkpoint has rows of shape {tuple(row.shape)} and columns of shape {tuple(col.shape)} for "
+            f"{values.shape[0]} slots; it is damaged"
         )
-    if row.shape != topology.row.shape:
-        return f"the checkpoint has {row.shape[0]} places for {values.shape[0]} slots; it is damaged"
+    block = (values.shape[1], values.shape[2])
+    if "grid" not in metadata:
+        return replace(grid, block=block)
+    found = described_grid(metadata["grid"], block)
+    if replace(found, block=grid.block, groups=grid.groups) != grid:
+        raise ValueError(f"the checkpoint is of a weight {found.weight_shape}, the layer is {grid.weight_shape}")
+    return found
+
+
+def _fit(topology: Topology, state_dict: dict[str, Any], prefix: str, tie_taps: bool, metadata: dict[str, Any]) -> None:
+    values, row, col = (state_dict[prefix + name] for name in STORED)
+    grid, source = topology.grid, source_grid(values, row, col, topology.grid, metadata)
+    if row.is_meta:
+        if source.block != grid.block or values.shape[0] != topology.slots:
+            raise ValueError("a checkpoint on the meta device must have the layer's blocks and slots")
+        return
+    found = Topology(source, row, col)
     try:
-        if not row.is_meta:
-            Topology(grid, row, col).validate()
-            if tie_taps:
-                check_tied(Topology(grid, row, col))
+        found.validate()
+        if tie_taps:
+            check_tied(found)
     except ValueError as error:
-        return f"the checkpoint's topology does not fit: {error}"
-    return None
+        raise ValueError(f"the checkpoint's topology does not fit: {error}") from None
+    if source == grid and found.slots == topology.slots:
+        return
+    if source != grid:
+        found, values = reblock(found, values, grid)
+    elif found.slots > topology.slots:
+        used = found.used()
+        found, values = Topology(grid, row[used], col[used]), values[used]
+    blocks = int((row >= 0).sum())
+    if found.slots > topology.slots:
+        cut = f" ({blocks} of {source.block})" if source.block != grid.block else ""
+        raise ValueError(
+            f"the checkpoint fills {found.slots} blocks of {grid.block}{cut}, the layer has {topology.slots} slots; "
+            f"build the layer with block_size={source.block}, blocks={blocks}, or with capacity={found.slots}"
+        )
+    logger.info(
+        "%svalues: %d blocks of %s fill %d of %d slots", prefix, blocks, source.block, found.slots, topology.slots
+    )
+    padded = with_capacity(found, topology.slots)
+    new = values.new_zeros(topology.slots, *grid.block)
+    new[: found.slots] = values
+    state_dict |= {prefix + "values": new, prefix + "row": padded.row, prefix + "col": padded.col}

@@ -29,8 +29,11 @@ def matches(single: Any, module: nn.Module, name: str) -> bool:
     """Return whether one selector matches a module of this name."""
     if isinstance(single, type):
         return isinstance(module, single)
-    if not isinstance(single, str):
-        return bool(single(module, name))
+    return matches_name(single, name) if isinstance(single, str) else bool(single(module, name))
+
+
+def matches_name(single: str, name: str) -> bool:
+    """Return whether a selector that is a name, a glob or a pattern matches a name."""
     if single.startswith("re:"):
         try:
             return re.match(single[3:], name) is not None

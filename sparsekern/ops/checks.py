@@ -88,9 +88,9 @@ def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
     elif probe.kind == "sketch":
         wanted = (probe.args[0].shape[0], *rows_cols)
     elif probe.kind == "magnitudes":
-        wanted = (grid.rows + grid.cols,)
+        wanted = (grid.rows + grid.groups * grid.cols,)
     elif probe.kind == "signed_sums":
-        wanted = (grid.out_features + grid.in_features,)
+        wanted = (grid.out_features + grid.groups * grid.in_features,)
     else:
         raise ValueError(f"probe kind is {probe.kind!r}; it must be one of {', '.join(KINDS)}")
     if tuple(probe.tensor.shape) != wanted:
@@ -99,15 +99,3 @@ def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
         )
     if probe.tensor.device != x.device:
         raise ValueError(f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there")
-
-
-def check_conv_probe(probe: Probe) -> None:
-    """Raise NotImplementedError if a probe asks what only a linear layer answers."""
-    if probe.kind in ("magnitudes", "signed_sums"):
-        raise NotImplementedError(
-            f"a convolution has no probe {probe.kind!r}, which guided GSE needs; use distribution='uniform' or RigL"
-        )
-    if probe.tokens:
-        raise NotImplementedError(
-            f"the probe is of {probe.tokens} tokens, and that of a convolution is of all; leave score_tokens out"
-        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.kernels.contract import PADDING, ConvShape, Index
-from sparsekern.ops import checks, conv2d_scores
+from sparsekern.ops import checks, conv2d_answers
 from sparsekern.ops.backends import backend_for, requested_backend, resolve
 from sparsekern.ops.library import below_autograd, define, wants_grad
 from sparsekern.ops.linear import linear
@@ -51,13 +51,11 @@ def conv2d(
     Raises:
         ValueError: shapes or devices that do not fit.
         TypeError: dtypes that do not fit.
-        NotImplementedError: the backend that was asked for cannot run this, or the probe is for linear layers only.
+        NotImplementedError: the backend that was asked for cannot run this.
     """
     checks.check_conv2d(x, values, bias, index, grid, shape)
     if probe is not None:
         checks.check_probe(probe, x, grid)
-        if not shape.is_pointwise:
-            checks.check_conv_probe(probe)
     images = channels_last(x if x.dim() == 4 else x.unsqueeze(0))
     if shape.is_pointwise:
         y = linear(images.permute(0, 2, 3, 1), values, bias, index, grid, probe).permute(0, 3, 1, 2)
@@ -72,6 +70,7 @@ def conv2d(
             "" if probe is None else probe.kind,
             [] if probe is None else list(probe.args),
             requested_backend(),
+            0 if probe is None else probe.tokens,
         )
     return y if x.dim() == 4 else y.squeeze(0)
 
@@ -90,6 +89,7 @@ def _run_conv2d(
     kind: str,
     probe_args: list[Tensor],
     backend: str,
+    probe_tokens: int = 0,
 ) -> Tensor:
     chosen = backend_for(backend, "conv2d", x, _block(values))
     return chosen.conv2d_fwd(channels_last(x), values, bias, Index(*index), unpack_shape(shape))
@@ -153,12 +153,15 @@ class _Conv2d(torch.autograd.Function):
         kind: str,
         probe_args: Tensors,
         backend: str,
+        probe_tokens: int,
     ) -> Tensor:
         ctx.save_for_backward(x, values, *index, *probe_args)
-        ctx.backend, ctx.kind, ctx.shape = backend, kind, shape
+        ctx.backend, ctx.kind, ctx.shape, ctx.probe_tokens = backend, kind, shape, probe_tokens
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.probe_dtype = None if probe is None else probe.dtype
-        return below_autograd(_conv2d, x, values, bias, list(index), shape, probe, kind, list(probe_args), backend)
+        return below_autograd(
+            _conv2d, x, values, bias, list(index), shape, probe, kind, list(probe_args), backend, probe_tokens
+        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -177,8 +180,9 @@ class _Conv2d(torch.autograd.Function):
         if need_bias:
             dbias = dy.sum((0, 2, 3), dtype=ctx.bias_dtype)
         if need_probe:
-            dprobe = _probe_grad(ctx.kind, dy, x, probe_args, (bo, bi), ctx.shape, ctx.probe_dtype, ctx.backend)
-        return dx, dvalues, dbias, dprobe, None, None, None, None, None
+            asked = ctx.kind, dy, x, probe_args, (bo, bi), ctx.shape, ctx.probe_dtype, ctx.backend, ctx.probe_tokens
+            dprobe = conv2d_answers.answer(*asked)
+        return dx, dvalues, dbias, dprobe, None, None, None, None, None, None
 
 
 class _Conv2dDx(torch.autograd.Function):
@@ -231,27 +235,6 @@ class _Conv2dDvalues(torch.autograd.Function):
         return ddy, dx, None, None, None, None, None, None
 
 
-def _probe_grad(
-    kind: str,
-    dy: Tensor,
-    x: Tensor,
-    args: list[Tensor],
-    block: tuple[int, int],
-    shape: list[int],
-    dtype: torch.dtype,
-    backend: str,
-) -> Any:
-    """Return the gradient of a probe, a tensor; :class:`Probe` says what each kind asks for."""
-    bo, bi = block
-    if kind == "candidates":
-        return _conv2d_dvalues(dy, x, args, bo, bi, shape, dtype, backend)
-    if kind == "norms":
-        return conv2d_scores.block_norms(dy, x, args[0], args[1], bo, bi, shape, backend).to(dtype)
-    if kind == "all_norms":
-        return conv2d_scores.all_block_norms(dy, x, bo, bi, shape, backend).to(dtype)
-    return conv2d_scores.sketch(dy, x, args[0], args[1], bo, bi, shape, backend).to(dtype)
-
-
 # As for the linear op, the backend is settled at the forward.
 
 
@@ -265,12 +248,15 @@ def _conv2d_autograd(
     kind: str,
     probe_args: list[Tensor],
     backend: str,
+    probe_tokens: int = 0,
 ) -> Tensor:
     backend = resolve(backend, "conv2d", x, _block(values))
     if wants_grad(x, values, bias, probe):
-        y: Tensor = _Conv2d.apply(x, values, bias, probe, tuple(index), shape, kind, tuple(probe_args), backend)
+        y: Tensor = _Conv2d.apply(
+            x, values, bias, probe, tuple(index), shape, kind, tuple(probe_args), backend, probe_tokens
+        )
         return y
-    return below_autograd(_conv2d, x, values, bias, index, shape, probe, kind, probe_args, backend)
+    return below_autograd(_conv2d, x, values, bias, index, shape, probe, kind, probe_args, backend, probe_tokens)
 
 
 def _dx_autograd(
@@ -305,7 +291,7 @@ def _backward_autograd(
 _conv2d: Callable[..., Tensor] = define(
     "conv2d",
     "(Tensor x, Tensor values, Tensor? bias, Tensor[] index, int[] shape, "
-    "Tensor? probe, str probe_kind, Tensor[] probe_args, str backend) -> Tensor",
+    "Tensor? probe, str probe_kind, Tensor[] probe_args, str backend, SymInt probe_tokens=0) -> Tensor",
     fake=_fake_conv2d,
     run=_run_conv2d,
     autograd=_conv2d_autograd,

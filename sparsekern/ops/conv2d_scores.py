@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -54,7 +55,7 @@ def _fake_sketch(
     return x.new_empty(u.shape[0], *_cells(shape, bo, bi), dtype=accumulate_dtype(x.dtype))
 
 
-block_norms = define(
+block_norms: Callable[..., Tensor] = define(
     "conv2d_block_norms",
     "(Tensor dy, Tensor x, Tensor row, Tensor col, int bo, int bi, int[] shape, str backend) -> Tensor",
     fake=_fake_block_norms,
@@ -63,7 +64,7 @@ block_norms = define(
 )
 """Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])``; float32 (float64 for float64)."""
 
-all_block_norms = define(
+all_block_norms: Callable[..., Tensor] = define(
     "conv2d_all_block_norms",
     "(Tensor dy, Tensor x, int bo, int bi, int[] shape, str backend) -> Tensor",
     fake=_fake_all_block_norms,
@@ -72,7 +73,7 @@ all_block_norms = define(
 )
 """Frobenius norms ``(R, C)`` of all blocks; float32 (float64 for float64)."""
 
-sketch = define(
+sketch: Callable[..., Tensor] = define(
     "conv2d_sketch",
     "(Tensor dy, Tensor x, Tensor u, Tensor v, int bo, int bi, int[] shape, str backend) -> Tensor",
     fake=_fake_sketch,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.kernels.contract import PADDING, Index
-from sparsekern.ops import checks, marginals, scores
+from sparsekern.ops import checks, linear_answers
 from sparsekern.ops.backends import backend_for, requested_backend, resolve
 from sparsekern.ops.library import below_autograd, define, wants_grad
 from sparsekern.ops.probes import Probe
@@ -162,8 +162,8 @@ class _Linear(torch.autograd.Function):
         dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
         dprobe = None
         if need_probe:
-            some = spread(dy, x, ctx.probe_tokens)
-            dprobe = _probe_grad(ctx.kind, *some, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend)
+            asked = ctx.kind, dy, x, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend, ctx.probe_tokens
+            dprobe = linear_answers.answer(*asked)
         return dx, dvalues, dbias, dprobe, None, None, None, None, None, None
 
 
@@ -204,38 +204,6 @@ class _LinearDvalues(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dx = _linear_dx(dy, g, index, x.shape[1], ctx.backend)
         return ddy, dx, None, None, None, None, None
-
-
-def spread(dy: Tensor, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return at most so many tokens, evenly spread over the batch, as views; all of them for 0."""
-    if tokens == 0 or x.shape[0] <= tokens:
-        return dy, x
-    step = x.shape[0] // tokens
-    return dy[::step][:tokens], x[::step][:tokens]
-
-
-def _probe_grad(
-    kind: str,
-    dy: Tensor,
-    x: Tensor,
-    args: list[Tensor],
-    block: tuple[int, int],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    """Return the gradient of a probe; :class:`Probe` says what each kind asks for."""
-    bo, bi = block
-    if kind == "candidates":
-        return _linear_dvalues(dy, x, args, bo, bi, dtype, backend)
-    if kind == "norms":
-        return scores.block_norms(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
-    if kind == "all_norms":
-        return scores.all_block_norms(dy, x, bo, bi, backend).to(dtype)
-    if kind == "magnitudes":
-        return marginals.magnitudes(dy, x, block).to(dtype)
-    if kind == "signed_sums":
-        return marginals.signed_sums(dy, x, args[0], args[1]).to(dtype)
-    return scores.sketch(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
 
 
 # The backend is settled here, at the forward: a backward runs on another thread, perhaps under another setting.

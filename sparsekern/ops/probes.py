@@ -24,6 +24,9 @@ class Probe(NamedTuple):
     gradients are accumulated or reduced over ranks.
 
     With ``tokens`` above 0 the answer is that of so many tokens of each backward, evenly spread; :meth:`of_tokens`.
+
+    Of a convolution G is the matrix of all taps, its tokens the output positions and x the windows there. Two kinds ask
+    what *columns* see of x: with groups each sees channels of its own, and the answer has the columns once a group.
     """
 
     kind: str
@@ -39,11 +42,11 @@ class Probe(NamedTuple):
 
         Where ``row = col = -1`` nothing is asked and the answer is zero: so K can stay the same, which it must not to
         be compiled anew, while the number of places changes. With ``checked`` the caller knows that the places are
-        distinct ones of the grid.
+        distinct ones of the grid, in the order of their keys ``row * C + col``, -1 last.
         """
         if not checked:
             _check_places(grid, row, col)
-        index = build_index(Topology(grid, row, col))
+        index = build_index(Topology(grid, row, col), ascending=checked)
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
 
@@ -75,20 +78,26 @@ class Probe(NamedTuple):
     def magnitudes(
         cls, grid: Grid, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> Probe:
-        """Ask what block rows see of dy and block columns of x: ``(R + C,)``; :mod:`sparsekern.ops.marginals`."""
-        return cls("magnitudes", _zeros((grid.rows + grid.cols,), dtype, device), ())
+        """Ask what block rows see of dy and block columns of x: ``(R + groups * C,)``.
+
+        See :mod:`sparsekern.ops.marginals` and :mod:`sparsekern.ops.conv2d_marginals`.
+        """
+        return cls("magnitudes", _zeros((grid.rows + grid.groups * grid.cols,), dtype, device), ())
 
     @classmethod
     def signed_sums(cls, grid: Grid, hash_out: Tensor, hash_in: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
-        """Ask for the sums of dy and x over tokens with random signs: ``(out + in,)``.
+        """Ask for the sums of dy and x over tokens with random signs: ``(out + groups * in,)``.
 
-        The hashes ``(out,)`` and ``(in,)`` are random zeros and ones; :mod:`sparsekern.ops.marginals`.
+        The hashes ``(out,)`` and ``(groups * in,)`` are random zeros and ones, as in the modules named above.
         """
-        shape = (grid.out_features + grid.in_features,)
+        shape = (grid.out_features + grid.groups * grid.in_features,)
         return cls("signed_sums", _zeros(shape, dtype, hash_out.device), (hash_out, hash_in))
 
     def of_tokens(self, tokens: int) -> Probe:
-        """Return a probe that asks the same of only so many tokens of each backward; 0 for all."""
+        """Return a probe that asks the same of only so many tokens of each backward; 0 for all.
+
+        Of a convolution fewer may be taken: they form a lattice.
+        """
         return self._replace(tokens=tokens)
 
 

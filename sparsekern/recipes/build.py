@@ -1,4 +1,4 @@
-"""The two networks of a run: the recipe's dense one, and the same with sparse layers."""
+"""The two networks of a run: the recipe's dense one, and the same with sparse layers; and what moves their blocks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.recipes.catalogue import find
-from sparsekern.recipes.config import Config
+from sparsekern.recipes.config import STOP, Config
+from sparsekern.recipes.options import OPTIONS
 from sparsekern.topology import generator_for
+from sparsekern.training import METHODS, Method, preset
 
 
 def build(network: str, config: Config, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
@@ -47,7 +49,7 @@ def build(network: str, config: Config, image_shape: tuple[int, int, int], class
     if network == "sparse":
         sk.sparsify_(
             model,
-            config.sparsity,
+            _stored_sparsity(config),
             config.block_size,
             ignore=recipe.kept_dense,
             distribution=recipe.distribution,
@@ -56,3 +58,39 @@ def build(network: str, config: Config, image_shape: tuple[int, int, int], class
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def build_method(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> Method:
+    """Return the method of a run.
+
+    Args:
+        config: resolved; names the method or the preset, and the options.
+        model: the sparse network.
+        optimizer: holds its values.
+        steps: optimizer steps of the whole training.
+        seed: decides which blocks move where.
+
+    Raises:
+        ValueError: what the method raises.
+    """
+    arguments: dict[str, Any] = {"update_every": config.update_every, "seed": seed}
+    if _pool(config) is not None:
+        arguments["sparsity"] = config.sparsity
+    for name, value in config.part("method").items():
+        arguments[name] = float(value) * steps if OPTIONS[name].fraction else value
+    if "start" in arguments:
+        arguments["start"] = int(arguments["start"])
+    if config.preset is not None:
+        return preset(config.preset, model, optimizer, steps=steps, **arguments)
+    return METHODS[config.method](model, optimizer, **({"stop": STOP * steps} | arguments))
+
+
+def _pool(config: Config) -> float | None:
+    """Return how many blocks are stored for each that is to remain; None for a method without a choice among them."""
+    own = METHODS[config.method].pool
+    return float(config.part("recipe").get("pool", own)) if own > 1 else None
+
+
+def _stored_sparsity(config: Config) -> float:
+    pool = _pool(config)
+    return config.sparsity if pool is None else max(0.0, 1 - pool * (1 - config.sparsity))

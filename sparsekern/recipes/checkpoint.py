@@ -1,12 +1,14 @@
 """Checkpoints: one folder each, complete or not there at all.
 
 ``checkpoints/seed-0/step-00000460/`` holds ``<network>.safetensors`` (the model, for anyone to load) and ``state.pt``
-(what a resumed run needs beside it). A folder is written aside, synced to the disk and renamed; then older ones go.
+(what a resumed run needs beside it, and the checksums of the others). A folder is written aside, synced to the disk and
+renamed; then older ones go, but for the last few and the best.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
-ASIDE = ".unfinished"
+from sparsekern.nn import load_
+from sparsekern.nn.durable import sync
+from sparsekern.nn.files import write_state
+from sparsekern.nn.torch_files import read_torch
+
+logger = logging.getLogger("sparsekern")
+
+ASIDE, DELETED, DAMAGED = ".unfinished", ".deleted", "damaged-"
+"""A folder that is being written, one that is being deleted, and how the name of a damaged one begins."""
+
 STATE = "state.pt"
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""Version 2 has the checksums of the files of weights; 1, which is read too, has none."""
+
+
+class NewerVersion(ValueError):
+    """A checkpoint is of a version that this code does not know."""
 
 
 def seed_folder(run_folder: Path, seed: int) -> Path:
@@ -25,8 +41,16 @@ def seed_folder(run_folder: Path, seed: int) -> Path:
     return run_folder / "checkpoints" / f"seed-{seed}"
 
 
-def save(folder: Path, step: int, models: Mapping[str, nn.Module], state: dict[str, Any]) -> Path:
-    """Write a checkpoint, then delete the older ones; returns its folder.
+def save(
+    folder: Path,
+    step: int,
+    models: Mapping[str, nn.Module],
+    state: dict[str, Any],
+    *,
+    keep: int = 1,
+    best: int | None = None,
+) -> Path:
+    """Write a checkpoint, then delete older ones; returns its folder.
 
     Args:
         folder: of the seed.
@@ -34,24 +58,25 @@ def save(folder: Path, step: int, models: Mapping[str, nn.Module], state: dict[s
             step has one state.
         models: by the name of the network.
         state: tensors and plain values only.
+        keep: number of newest checkpoints that stay.
+        best: step of one that stays beside them.
     """
-    from safetensors.torch import save_file
-
-    aside, final = folder / ASIDE, folder / f"step-{step:08d}"
+    aside, final = folder / ASIDE, _folder(folder, step)
     if final.exists():
         return final
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for name, model in models.items():
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-        save_file(tensors, aside / f"{name}.safetensors", metadata={"format": "pt"})
-    torch.save({"version": STATE_VERSION, **state}, aside / STATE)
+        write_state(aside / f"{name}.safetensors", model.state_dict())
+    sums = {path.name: _checksum(path) for path in aside.iterdir()}
+    torch.save({"version": STATE_VERSION, "sha256": sums, **state}, aside / STATE)
     for path in (*aside.iterdir(), aside):
-        _sync(path)
+        sync(path)
     aside.rename(final)
-    _sync(folder)
-    tidy(folder)
+    for path in (folder, folder.parent, folder.parent.parent):  # the two above are new with the first checkpoint
+        sync(path)
+    tidy(folder, keep, best)
     return final
 
 
@@ -61,35 +86,77 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def tidy(folder: Path) -> None:
-    """Delete what a killed run left: an unfinished checkpoint, and all but the newest finished one."""
+def tidy(folder: Path, keep: int = 1, best: int | None = None) -> None:
+    """Delete what a killed run left unfinished, and all checkpoints but the newest ``keep`` and the ``best``."""
     shutil.rmtree(folder / ASIDE, ignore_errors=True)
-    for path in _all(folder)[:-1]:
-        shutil.rmtree(path)
+    shutil.rmtree(folder / DELETED, ignore_errors=True)
+    for path in _all(folder)[:-keep]:
+        if best is None or path != _folder(folder, best):
+            path.rename(folder / DELETED)  # at once: half a checkpoint never has a checkpoint's name
+            shutil.rmtree(folder / DELETED)
+
+
+def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint of a seed and its state; None if there is none.
+
+    A damaged one is renamed, with a warning, if there is an older one to go on from. That makes no difference to the
+    results.
+
+    Raises:
+        ValueError: all there are are damaged.
+        NewerVersion: the newest is of a newer version.
+    """
+    damaged: list[tuple[Path, ValueError]] = []
+    for path in reversed(_all(folder)):
+        try:
+            state = load_state(path)
+        except NewerVersion:
+            raise
+        except ValueError as error:
+            damaged.append((path, error))
+            continue
+        for bad, why in damaged:
+            logger.warning("%s; going on from %s", why, path.name)
+            shutil.rmtree(folder / (DAMAGED + bad.name), ignore_errors=True)
+            bad.rename(folder / (DAMAGED + bad.name))
+        return path, state
+    if damaged:
+        raise ValueError(f"{damaged[0][1]}; there is no older checkpoint: start a new run")
+    return None
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _all(folder: Path) -> list[Path]:
     """Return the checkpoints of a seed, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    found = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """Return the state that was saved, on the CPU. Executes nothing that the file might contain.
 
     Raises:
-        ValueError: the file is missing, not readable, or of another version. (Damage inside a tensor is not seen.)
+        ValueError: a file is missing, or damaged anywhere in it.
+        NewerVersion: the state is of a version that this code does not know.
     """
-    try:
-        state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file makes torch's reader raise is any exception at all
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{checkpoint / STATE} cannot be read: {reason}; start a new run") from None
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(
-            f"{checkpoint / STATE} has version {state.get('version')}; this code reads {STATE_VERSION}: resume "
-            "with the version of sparsekern that wrote it"
+    state = read_torch(checkpoint / STATE)
+    version = state.get("version") if isinstance(state, dict) else None
+    if type(version) is not int or not isinstance(sums := state.get("sha256", {}), dict):
+        raise ValueError(f"{checkpoint / STATE} is not the state of a run")
+    if version > STATE_VERSION:
+        raise NewerVersion(
+            f"{checkpoint / STATE} has version {version}; this code reads {STATE_VERSION}: resume with the version of "
+            "sparsekern that wrote it"
         )
-    return state
+    for name, checksum in sums.items():
+        path = checkpoint / Path(str(name)).name
+        if not path.is_file() or _checksum(path) != checksum:
+            raise ValueError(f"{path} is {'damaged' if path.is_file() else 'missing'}")
+    result: dict[str, Any] = state
+    return result
 
 
 def load_model(checkpoint: Path, name: str, model: nn.Module) -> None:
@@ -98,21 +165,12 @@ def load_model(checkpoint: Path, name: str, model: nn.Module) -> None:
     Raises:
         ValueError: the file is missing or damaged, or does not fit the model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = checkpoint / f"{name}.safetensors"
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())}; start a new run") from None
+    load_(model, checkpoint / f"{name}.safetensors")
 
 
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and needs no sync of one
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

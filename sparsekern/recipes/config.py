@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from sparsekern.recipes.augment import AUGMENTATIONS
 from sparsekern.recipes.catalogue import RECIPES, find
+from sparsekern.recipes.options import OPTIONS, Value, check_options
 from sparsekern.topology import check_sparsity
-from sparsekern.training import METHODS
+from sparsekern.training import METHODS, PRESETS, Method
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of every JSON file in a run folder."""
 
 SMALL_DATA = 10_000
@@ -23,8 +24,12 @@ SMALL_DATA = 10_000
 STOP = 0.75
 """Fraction of the training after which no block moves, so that the last grown ones have time to learn."""
 
+METHOD = "set"
+"""The method where neither it nor a preset is given."""
+
 OF_RECIPE: Any = None
-"""The default of an option that the recipe decides. It does so at once: no Config holds this, but for ``width``."""
+"""The default of an option that the recipe, or the preset, decides. It does so at once: no Config holds this, but for
+``width``."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Config:
         data: None for scikit-learn's digits, or a path that :func:`sparsekern.recipes.data.load` takes.
         sparsity: fraction of the hidden weights that is absent, in [0, 1).
         block_size: side of the blocks.
-        method: a name in :data:`sparsekern.training.METHODS`.
+        method: a name in :data:`sparsekern.training.METHODS`. Default: the preset's, or SET.
+        preset: a name in :data:`sparsekern.training.PRESETS`: a publication's options, where none are given.
+        options: of the method, by the names of :data:`sparsekern.recipes.options.OPTIONS`.
         width: features of the three hidden layers of the MLP; None for other networks.
         width_multiplier: times the published channels of other networks; 1 for the MLP.
         augment: how images are varied, a name in :data:`sparsekern.recipes.augment.AUGMENTATIONS`. Default: the
@@ -45,11 +52,12 @@ class Config:
         epochs: passes over the training set. Default: the recipe's; of the MLP 20, or 5 with more than 10 000 images.
         batch_size: images a step.
         rate: the learning rate at its highest.
-        update_every: steps between moves of blocks. Default: about eight moves, at most as far apart as the recipe
-            says.
+        update_every: steps between moves of blocks. Default: the preset's; or about eight moves, at most as far apart
+            as the recipe says.
         seeds: number of runs; run ``i`` has seed ``i``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``. Default: CUDA where there is one.
         dense: whether the dense twin is trained too.
+        sparse: whether the sparse network is trained. Without it only the twin is.
 
     Raises:
         ValueError: a value out of range; the text names it, the rule and the way out.
@@ -59,7 +67,9 @@ class Config:
     data: str | None = None
     sparsity: float = 0.9
     block_size: int = OF_RECIPE
-    method: str = "set"
+    method: str = OF_RECIPE
+    preset: str | None = None
+    options: Mapping[str, Value] = field(default_factory=dict)
     width: int | None = OF_RECIPE
     width_multiplier: float = 1.0
     augment: str | None = None
@@ -70,6 +80,7 @@ class Config:
     seeds: int = OF_RECIPE
     device: str | None = None
     dense: bool = True
+    sparse: bool = True
 
     def __post_init__(self) -> None:
         self._ask_recipe()
@@ -92,12 +103,14 @@ class Config:
                 raise ValueError(f"{name} is {value}; it must be a number above 0")
         if self.augment is not None and self.augment not in AUGMENTATIONS:
             raise ValueError(f"augment is {self.augment!r}; it must be one of {', '.join(AUGMENTATIONS)}")
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
+        self._ask_method()
         if not (self.data is None or isinstance(self.data, str)):
             raise ValueError(f"data is {self.data!r}; it must be a path, or nothing for the digits of scikit-learn")
-        if type(self.dense) is not bool:
-            raise ValueError(f"dense is {self.dense!r}; it must be true or false")
+        for name in ("dense", "sparse"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {value!r}; it must be true or false")
+        if not self.networks:
+            raise ValueError("dense and sparse are false, which leaves nothing to train; drop one of them")
         if self.device is not None:
             _check_device(self.device)
 
@@ -114,6 +127,31 @@ class Config:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
 
+    def _ask_method(self) -> None:
+        """Let the preset name the method; raise ValueError if they disagree, or an option is not the method's."""
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; it must be one of {', '.join(PRESETS)}")
+        implied = METHOD if self.preset is None else _name_of(PRESETS[self.preset].method)
+        if self.method is OF_RECIPE:
+            object.__setattr__(self, "method", implied)
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
+        if self.preset is not None and self.method != implied:
+            raise ValueError(f"preset is {self.preset!r}, whose method is {implied}, but method is {self.method!r}")
+        if not isinstance(self.options, dict):
+            raise ValueError(f"options is {self.options!r}; it must be a dictionary of names and values")
+        object.__setattr__(self, "options", check_options(self.method, self.options))
+
+    def part(self, part: str) -> dict[str, Value]:
+        """Return the given options that one part takes; see :class:`sparsekern.recipes.options.Option`."""
+        return {name: value for name, value in self.options.items() if OPTIONS[name].part == part}
+
+    @property
+    def method_title(self) -> str:
+        """How blocks move, in words, such as "gse, distribution grabo"."""
+        given = (f"{name} {str(value).lower()}" for name, value in self.options.items())
+        return ", ".join((self.preset or self.method, *given))
+
     @property
     def network_title(self) -> str:
         """What is trained, in words, such as "MLP of width 1024"."""
@@ -125,7 +163,7 @@ class Config:
     @property
     def networks(self) -> tuple[str, ...]:
         """Names of the networks, in the order in which they are trained."""
-        return ("sparse", "dense") if self.dense else ("sparse",)
+        return ("sparse",) * self.sparse + ("dense",) * self.dense
 
     def resolved(self, images: int, channels: int) -> Config:
         """Return the configuration with nothing left open, for a training set of that many images and channels."""
@@ -136,9 +174,12 @@ class Config:
             self,
             epochs=epochs,
             augment=self.augment or (recipe.augmentation if channels > 1 else "none"),
-            update_every=self.update_every or min(recipe.update_every, max(1, int(moving / 8))),
+            update_every=self.update_every or self._of_preset() or min(recipe.update_every, max(1, int(moving / 8))),
             device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
+
+    def _of_preset(self) -> int | None:
+        return None if self.preset is None else PRESETS[self.preset].options.get("update_every")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads."""
@@ -151,11 +192,15 @@ class Config:
         Raises:
             ValueError: a name too many or too few, or a value out of range.
         """
-        names = {field.name for field in fields(cls)}
+        names = {entry.name for entry in fields(cls)}
         if values.keys() != names:
             wrong = ", ".join(sorted(names ^ values.keys()))
             raise ValueError(f"the configuration has other entries than this version of sparsekern knows: {wrong}")
         return cls(**values)
+
+
+def _name_of(method: type[Method]) -> str:
+    return next(name for name, known in METHODS.items() if known is method)
 
 
 def _check_device(name: str) -> None:

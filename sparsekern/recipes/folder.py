@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sparsekern.nn.durable import aside, replace
 from sparsekern.recipes.config import FORMAT_VERSION, Config
+from sparsekern.recipes.keeping import Keeping
+from sparsekern.recipes.lock import LOCK
+
+DEFAULT = Keeping()
 
 CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.json", "summary.png"
 
@@ -20,7 +24,13 @@ def default_folder(config: Config, now: datetime) -> Path:
     return Path("runs") / f"{now:%Y%m%d-%H%M%S}-{recipe}{config.method}-{config.sparsity:g}"
 
 
-def create(folder: Path, config: Config, data: dict[str, Any], environment: dict[str, Any]) -> None:
+def create(
+    folder: Path,
+    config: Config,
+    data: dict[str, Any],
+    environment: dict[str, Any],
+    keeping: Keeping = DEFAULT,
+) -> None:
     """Make a run folder and write its ``config.json``.
 
     Raises:
@@ -28,13 +38,14 @@ def create(folder: Path, config: Config, data: dict[str, Any], environment: dict
     """
     try:
         # a run that was killed while it wrote its first file has left nothing but that file's unfinished copy
-        if folder.is_dir() and {path.name for path in folder.iterdir()} - {_aside(folder / CONFIG).name}:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - {aside(folder / CONFIG).name, LOCK}:
             way_out = "resume it with --resume, or " if (folder / CONFIG).is_file() else ""
             raise ValueError(f"out is {folder}, which is not empty; {way_out}choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}); choose another --out") from None
-    write_json(folder / CONFIG, {"config": config.to_json(), "data": data, "environment": environment})
+    content = {"config": config.to_json(), "data": data, "environment": environment, "keeping": keeping.to_json()}
+    write_json(folder / CONFIG, content)
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -52,10 +63,22 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run; start a new run") from None
 
 
+def read_keeping(folder: Path) -> Keeping:
+    """Return what a run keeps; of an older one, which does not say it, the default.
+
+    Raises:
+        ValueError: the configuration is damaged.
+    """
+    try:
+        return Keeping.from_json(read_json(folder / CONFIG).get("keeping", {}))
+    except (TypeError, AttributeError):
+        raise ValueError(f"{folder / CONFIG} is not the configuration of a run; start a new run") from None
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file with a format version, whole or not at all."""
     text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, allow_nan=False)
-    _replace(path, text + "\n")
+    replace(path, lambda unfinished: unfinished.write_text(text + "\n"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,7 +111,8 @@ class Metrics:
 
     def __init__(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
         self.path = path
-        _replace(path, "".join(_line(row) for row in rows))
+        text = "".join(_line(row) for row in rows)
+        replace(path, lambda unfinished: unfinished.write_text(text))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row at the end."""
@@ -98,16 +122,3 @@ class Metrics:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".unfinished")
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = _aside(path)
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

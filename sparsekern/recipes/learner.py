@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from sparsekern.analysis import stored_parameters, training_bytes
 from sparsekern.recipes.augment import augmented
-from sparsekern.recipes.build import build
+from sparsekern.recipes.build import build, build_method
 from sparsekern.recipes.catalogue import find
-from sparsekern.recipes.config import STOP, Config
+from sparsekern.recipes.config import Config
 from sparsekern.recipes.data import Dataset
 from sparsekern.topology import generator_for
-from sparsekern.training import METHODS
 
 WARM_UP = 5
 """Steps at the start that are not timed: they allocate the optimizer's state and fill caches."""
@@ -54,23 +52,13 @@ class Learner:
         self.rate, self.total_steps = config.rate, config.epochs * self.batches
         self.device = data.train_images.device
         self.memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        chosen = METHODS[config.method]
-        stored = config.sparsity
-        if network == "sparse" and chosen.pool > 1:  # the method chooses among more than remain
-            stored = max(0.0, 1 - chosen.pool * (1 - config.sparsity))
-        self.model = build(network, replace(config, sparsity=stored), data.image_shape, data.classes, seed).to(
-            self.device
-        )
+        self.model = build(network, config, data.image_shape, data.classes, seed).to(self.device)
         self.optimizer = self.recipe.optimizer.build(self.model, config.rate)
         self.method = None
         if network == "sparse":
-            stop = STOP * self.total_steps
-            options: dict[str, Any] = {"sparsity": config.sparsity} if chosen.pool > 1 else {}
-            self.method = chosen(
-                self.model, self.optimizer, update_every=config.update_every, stop=stop, seed=seed, **options
-            )
+            self.method = build_method(config, self.model, self.optimizer, self.total_steps, seed)
         self.epoch = self.batch = self.steps = 0
-        self._loss_sum = 0.0
+        self._loss_sum = self._seconds = 0.0
         self._milliseconds: list[float] = []
         self._order: tuple[int, Tensor] | None = None  # the epoch, and the images (N,) in its order
 
@@ -81,7 +69,7 @@ class Learner:
             ValueError: the loss is not finite.
         """
         if self.batch == 0:
-            self._loss_sum, self._milliseconds = 0.0, []
+            self._loss_sum, self._seconds, self._milliseconds = 0.0, 0.0, []
         images, labels = self._next_batch()
         self._wait()
         began = time.perf_counter()
@@ -104,8 +92,10 @@ class Learner:
         if self.method is not None:
             self.method.step()
         self._wait()
+        spent = time.perf_counter() - began
+        self._seconds += spent
         if self.steps >= WARM_UP:
-            self._milliseconds.append(1e3 * (time.perf_counter() - began))
+            self._milliseconds.append(1e3 * spent)
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(
@@ -117,7 +107,10 @@ class Learner:
         return value
 
     def finish_epoch(self) -> dict[str, Any]:
-        """Close the epoch and return its row for ``metrics.jsonl``; ``ms_per_step`` is a median, None if not timed."""
+        """Close the epoch and return its row for ``metrics.jsonl``.
+
+        ``ms_per_step`` is a median, None if not timed; ``seconds`` is the time of all steps, moves of blocks included.
+        """
         self.epoch, self.batch = self.epoch + 1, 0
         row = {
             "seed": self.seed,
@@ -127,6 +120,7 @@ class Learner:
             "loss": self._loss_sum / self.data.train_images.shape[0],
             "test_accuracy": self._accuracy(),
             "ms_per_step": statistics.median(self._milliseconds) if self._milliseconds else None,
+            "seconds": self._seconds,
         }
         return row | (self.method.metrics() if self.method is not None else {})
 
@@ -144,6 +138,7 @@ class Learner:
             "batch": self.batch,
             "steps": self.steps,
             "loss_sum": self._loss_sum,
+            "seconds": self._seconds,
             "milliseconds": list(self._milliseconds),
             "optimizer": self.optimizer.state_dict(),
             "method": None if self.method is None else self.method.state_dict(),
@@ -152,7 +147,8 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the model's own state is loaded before."""
         self.epoch, self.batch, self.steps = state["epoch"], state["batch"], state["steps"]
-        self._loss_sum, self._milliseconds = state["loss_sum"], list(state["milliseconds"])
+        self._loss_sum, self._seconds = state["loss_sum"], state["seconds"]
+        self._milliseconds = list(state["milliseconds"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.method is not None:
             self.method.load_state_dict(state["method"])

@@ -8,7 +8,6 @@ from typing import Any
 
 from sparsekern.recipes.config import Config
 from sparsekern.report.plots import BlockMap, Curves, draw_training
-from sparsekern.training import METHODS
 
 
 def draw_summary(
@@ -45,9 +44,9 @@ def draw_summary(
 
 def _title(config: dict[str, Any], data: str, sparse: str) -> str:
     side, twin = config["block_size"], " beside its dense twin" if config["dense"] else ""
-    method = METHODS[config["method"]].__name__
-    network = Config.from_json(config).network_title
-    return f"{data}: {network}, hidden layers {sparse} (blocks of {side} x {side}, {method}){twin}"
+    titles = Config.from_json(config)
+    network, method = titles.network_title, titles.method_title
+    return f"{data}: {network}, hidden layers {sparse} (blocks of {side} x {side}; {method}){twin}"
 
 
 def _subtitle(config: dict[str, Any], networks: dict[str, Any]) -> str:

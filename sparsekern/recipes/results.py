@@ -20,7 +20,7 @@ def summarise(rows: Sequence[Row], sizes: dict[str, dict[str, int]]) -> dict[str
         sizes: ``stored_parameters`` and ``training_bytes`` by network.
     """
     result: dict[str, Any] = {"networks": {name: _network(rows, name, sizes[name]) for name in sizes}}
-    if "dense" in sizes:
+    if sizes.keys() == {"sparse", "dense"}:
         sparse, dense = (result["networks"][name] for name in ("sparse", "dense"))
         gaps = [
             s - d for s, d in zip(sparse["test_accuracy"]["by_seed"], dense["test_accuracy"]["by_seed"], strict=True)
@@ -47,8 +47,17 @@ def _network(rows: Sequence[Row], name: str, sizes: dict[str, int]) -> dict[str,
             "by_seed": final,
         },
         **sizes,
+        "seconds": _seconds(mine),
         "ms_per_step": _spread([row["ms_per_step"] for row in mine if row["ms_per_step"] is not None]),
     }
+
+
+def _seconds(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the time of all steps of a training: the mean over seeds, and each."""
+    by_seed: dict[int, float] = {}
+    for row in rows:
+        by_seed[row["seed"]] = by_seed.get(row["seed"], 0.0) + row["seconds"]
+    return {"mean": statistics.fmean(by_seed.values()), "by_seed": list(by_seed.values())}
 
 
 def _time_ratios(rows: Sequence[Row]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,21 @@ from sparsekern.recipes import checkpoint
 from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.data import Dataset, load
-from sparsekern.recipes.folder import METRICS, PICTURE, RESULTS, Metrics, create, read_config, read_json, write_json
+from sparsekern.recipes.folder import (
+    DEFAULT,
+    METRICS,
+    PICTURE,
+    RESULTS,
+    Metrics,
+    create,
+    read_config,
+    read_json,
+    read_keeping,
+    write_json,
+)
+from sparsekern.recipes.keeping import Clock, Keeping, best_step
 from sparsekern.recipes.learner import Learner
+from sparsekern.recipes.lock import locked
 from sparsekern.recipes.picture import draw_summary
 from sparsekern.recipes.results import summarise
 
@@ -48,28 +62,34 @@ class Interrupted(Exception):
         self.folder = folder
 
 
-def start(config: Config, folder: Path, observer: Observer) -> dict[str, Any]:
+def start(config: Config, folder: Path, observer: Observer, keeping: Keeping = DEFAULT) -> dict[str, Any]:
     """Train in a new run folder; returns what :func:`resume` does.
 
     Raises:
-        ValueError: data, options or the folder are not usable.
+        ValueError: data, options or the folder are not usable, or another process uses the folder.
         Interrupted: the observer asked to stop.
     """
     data = load(config.data)
     config = config.resolved(*data.train_images.shape[:2])
-    _check(config, data)
-    create(folder, config, data.describe(), environment(config))
-    return _train(config, data, folder, observer)
+    check(config, data)
+    with locked(folder):
+        create(folder, config, data.describe(), environment(config), keeping)
+        return _train(config, data, folder, observer, keeping)
 
 
-def resume(folder: Path, observer: Observer) -> dict[str, Any]:
+def resume(folder: Path, observer: Observer, **keeping: Any) -> dict[str, Any]:
     """Go on with a run, bit for bit as if it had not stopped (on the CPU); of a finished one read the results.
+
+    Args:
+        folder: of the run.
+        observer: is told what happens.
+        keeping: fields of :class:`Keeping` that are to be others than those the run began with.
 
     Returns:
         The content of ``results.json``.
 
     Raises:
-        ValueError: the folder is not that of a run, or its data have changed.
+        ValueError: the folder is not that of a run, its data have changed, or another process trains in it.
         Interrupted: the observer asked to stop.
     """
     config, described = read_config(folder)
@@ -78,27 +98,32 @@ def resume(folder: Path, observer: Observer) -> dict[str, Any]:
     data = load(config.data)
     if data.describe() != described:
         raise ValueError(f"the data of {folder} have changed since it began; restore them, or start a new run")
-    _check(config, data)
-    return _train(config, data, folder, observer)
+    check(config, data)
+    kept = replace(read_keeping(folder), **keeping)
+    with locked(folder):
+        if (folder / RESULTS).is_file():  # whoever held the lock before has finished
+            return read_json(folder / RESULTS)
+        return _train(config, data, folder, observer, kept)
 
 
-def _check(config: Config, data: Dataset) -> None:
+def check(config: Config, data: Dataset) -> None:
     """Raise every error about the options before the run folder is made: building a network finds the last ones."""
     usable_device(str(config.device))
-    Learner("sparse", config, data, seed=0)
+    Learner(config.networks[0], config, data, seed=0)
 
 
-def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> dict[str, Any]:
-    saved = [_saved(folder, seed) for seed in range(config.seeds)]
-    before = [row for state in saved for row in state["rows"]]
+def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keeping: Keeping) -> dict[str, Any]:
+    saved = [checkpoint.restore(checkpoint.seed_folder(folder, seed)) for seed in range(config.seeds)]
+    before = [row for found in saved if found is not None for row in found[1]["rows"]]
     metrics = Metrics(folder / METRICS, before)
     observer.begin(config, math.ceil(data.train_images.shape[0] / config.batch_size), before)
     on_device = data.to(usable_device(str(config.device)))
     finished = []
-    for seed, state in enumerate(saved):
-        if not state["finished"]:
-            state = _Seed(config, on_device, seed, state, folder, metrics, observer).train()
-        finished.append(state)
+    for seed, found in enumerate(saved):
+        if found is not None and found[1]["finished"]:
+            finished.append(found[1])
+        else:
+            finished.append(_Seed(config, on_device, seed, found, folder, metrics, observer, keeping).train())
     rows = [row for state in finished for row in state["rows"]]
     results = {
         "config": config.to_json(),
@@ -106,42 +131,42 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer) -> d
         "environment": environment(config),
         **summarise(rows, finished[0]["sizes"]),
     }
-    draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
+    if config.sparse:
+        draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
     write_json(folder / RESULTS, results)  # last: it says that the run is finished
     return read_json(folder / RESULTS)
 
 
-def _saved(folder: Path, seed: int) -> dict[str, Any]:
-    """Return the saved state of a seed; one without rows if it has not begun."""
-    checkpoints = checkpoint.seed_folder(folder, seed)
-    newest = checkpoint.latest(checkpoints)
-    state = {"rows": [], "finished": False} if newest is None else checkpoint.load_state(newest)
-    checkpoint.tidy(checkpoints)  # only now: if the newest cannot be read, an older one is worth having
-    return state
-
-
 class _Seed:
-    """The training of one seed, from its newest checkpoint's ``state`` if it has one."""
+    """The training of one seed, from the checkpoint and its state that were ``found`` if there are any."""
 
     def __init__(
         self,
         config: Config,
         data: Dataset,
         seed: int,
-        state: dict[str, Any],
+        found: tuple[Path, dict[str, Any]] | None,
         folder: Path,
         metrics: Metrics,
         observer: Observer,
+        keeping: Keeping,
     ) -> None:
         self.config, self.folder, self.metrics, self.observer = config, folder, metrics, observer
         self.checkpoints = checkpoint.seed_folder(folder, seed)
         self.learners = {name: Learner(name, config, data, seed) for name in config.networks}
-        self.rows: list[dict[str, Any]] = list(state["rows"])
-        newest = checkpoint.latest(self.checkpoints)
-        if newest is not None:
+        self.rows: list[dict[str, Any]] = []
+        if found is not None:
+            path, state = found
+            self.rows = list(state["rows"])
             for name, learner in self.learners.items():
-                checkpoint.load_model(newest, name, learner.model)
+                checkpoint.load_model(path, name, learner.model)
                 learner.load_state_dict(state["learners"][name])
+        self.keep, self.clock = keeping.keep, Clock(keeping, self.steps)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all networks together."""
+        return sum(learner.steps for learner in self.learners.values())
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the state of the last checkpoint, which keeps no optimizer."""
@@ -153,9 +178,9 @@ class _Seed:
             if epoch + 1 != self.config.epochs:
                 self._save()
         sizes = {name: learner.sizes() for name, learner in self.learners.items()}
-        return self._write(
-            {"rows": self.rows, "finished": True, "sizes": sizes, "map": _block_map(self.learners["sparse"])}
-        )
+        block_map = _block_map(self.learners["sparse"]) if self.config.sparse else None
+        self.keep = 1  # no older one is of use any more, but for the best
+        return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map})
 
     def _finish_epoch(self, learner: Learner) -> None:
         while learner.batch < learner.batches:
@@ -163,6 +188,9 @@ class _Seed:
                 self._save()
                 raise Interrupted(self.folder)
             self.observer.step(learner, learner.step())
+            # not after the last batch: the checkpoint at the end of the epoch has the same number
+            if learner.batch < learner.batches and self.clock.due(self.steps):
+                self._save()
         row = learner.finish_epoch()
         self.rows.append(row)
         self.metrics.append(row)
@@ -174,7 +202,9 @@ class _Seed:
 
     def _write(self, state: dict[str, Any]) -> dict[str, Any]:
         models = {name: learner.model for name, learner in self.learners.items()}
-        checkpoint.save(self.checkpoints, sum(learner.steps for learner in self.learners.values()), models, state)
+        best = best_step(self.rows, list(self.learners))
+        checkpoint.save(self.checkpoints, self.steps, models, state, keep=self.keep, best=best)
+        self.clock.set(self.steps)
         return state
 
 

@@ -6,8 +6,17 @@ from sparsekern.topology.dense import dense_block_norms, gather_blocks, to_dense
 from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at, check_sparsity
 from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
 from sparsekern.topology.grid import Grid, block_pair, conv_grid
-from sparsekern.topology.index import build_index, empty_index, index_bytes, mask_index, mask_index_, rebuild_
-from sparsekern.topology.pairs import are_absent, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology.index import (
+    build_index,
+    empty_index,
+    index_bytes,
+    mask_index,
+    mask_index_,
+    ordered_keys,
+    rebuild_,
+)
+from sparsekern.topology.pairs import are_absent, row_weights, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology.reblocking import reblock
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.tied import check_multiple, check_tied, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
@@ -40,8 +49,11 @@ __all__ = [
     "mask_index",
     "mask_index_",
     "one_tap",
+    "ordered_keys",
     "random",
+    "reblock",
     "rebuild_",
+    "row_weights",
     "sample_absent",
     "sample_absent_pairs",
     "sample_distinct",

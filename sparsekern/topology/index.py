@@ -32,18 +32,21 @@ def empty_index(topology: Topology) -> Index:
     )
 
 
-def build_index(topology: Topology) -> Index:
-    """Return the index of a topology, whose places may be of any strides and integer dtype."""
+def build_index(topology: Topology, *, ascending: bool = False) -> Index:
+    """Return the index of a topology, whose places may be of any strides and integer dtype; as :func:`rebuild_`."""
     row, col = (places.to(torch.int32).contiguous() for places in (topology.row, topology.col))
     topology = Topology(topology.grid, row, col)
     index = empty_index(topology)
-    rebuild_(index, topology)
+    rebuild_(index, topology, ascending=ascending)
     return index
 
 
 @torch.no_grad()
-def rebuild_(index: Index, topology: Topology) -> None:
-    """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host."""
+def rebuild_(index: Index, topology: Topology, *, ascending: bool = False) -> None:
+    """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host.
+
+    With ``ascending`` the slots are in the order of their keys, free ones last: there is less to sort.
+    """
     grid, used = topology.grid, topology.used()
     if grid.block == (1, 1) and (index.row_col is not topology.col or index.col_row is not topology.row):
         raise ValueError("at 1x1 an index shares row and col with its topology; build a new one for another topology")
@@ -52,12 +55,21 @@ def rebuild_(index: Index, topology: Topology) -> None:
         (topology.col, topology.row, grid.cols, grid.rows, index.col_ptr, index.col_row, index.col_slot),
     ):
         key = torch.where(used, major * minors + minor, grid.cells)  # free slots last
-        key, order = key.sort(stable=True)
+        if ascending and major is topology.row:
+            order = torch.arange(topology.slots, dtype=torch.int32, device=key.device)
+        else:
+            key, order = key.sort(stable=True)
         starts = torch.arange(majors + 1, dtype=torch.int32, device=key.device) * minors
         ptr.copy_(torch.searchsorted(key, starts, out_int32=True))
         slot[: topology.slots].copy_(order)
         if grid.block != (1, 1):
             other[: topology.slots].copy_(key.remainder_(minors))
+
+
+def ordered_keys(index: Index, topology: Topology) -> Tensor:
+    """Return what ``topology.sorted_keys()`` does, from the order that its index has already: without a sort."""
+    blocks = int(index.row_ptr[-1])
+    return topology.keys().index_select(0, index.row_slot[:blocks])
 
 
 @torch.no_grad()

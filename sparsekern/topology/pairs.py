@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsekern.topology.absent import first_occurrences
 
@@ -15,23 +16,41 @@ def sample_pairs(rows: Tensor, cols: Tensor, count: int, generator: torch.Genera
     """Draw ``count`` cells independently, cell ``(r, c)`` with probability ``rows[r] cols[c]`` over the sum of all.
 
     Args:
-        rows: ``(R,)`` weights, not negative, not all zero; they need not add up to 1.
-        cols: ``(C,)`` weights, likewise.
+        rows: ``(R,)`` weights, not negative; they need not add up to 1.
+        cols: ``(C,)`` weights, likewise; or ``(G, C)`` where the rows are in G equal groups that weigh columns apart.
+            Some cell has a weight above 0.
         count: how many to draw, with replacement.
         generator: a CPU generator.
 
     Returns:
         ``(count,)`` int64 keys ``row * C + col`` on the CPU, in the order drawn; repetitions are kept.
     """
-    row, col = (_sample(weights, count, generator) for weights in (rows, cols))
-    return row * cols.shape[0] + col
+    by_row = _edges(row_weights(rows, cols))
+    row = _sample(by_row[1:], by_row[0], by_row[-1], count, generator)
+    groups, width = cols.shape if cols.dim() == 2 else (1, cols.shape[0])
+    by_col = _edges(cols.to("cpu", torch.float64).flatten())
+    first = row // (rows.shape[0] // groups) * width  # of the columns as the group of the row weighs them
+    col = _sample(by_col[1:], by_col[first], by_col[first + width], count, generator) - first
+    return row * width + col
 
 
-def _sample(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Invert the cumulative weights: a category of weight zero has no width and is never hit."""
-    edges = weights.to("cpu", torch.float64).cumsum(0)
+def row_weights(rows: Tensor, cols: Tensor) -> Tensor:
+    """Return what all cells of each row weigh together, ``(R,)`` float64 on the CPU; as for :func:`sample_pairs`."""
+    together = cols.to("cpu", torch.float64).sum(-1)
+    each = together if cols.dim() == 1 else together.repeat_interleave(rows.shape[0] // cols.shape[0])
+    return rows.to("cpu", torch.float64) * each
+
+
+def _edges(weights: Tensor) -> Tensor:
+    """Return the cumulative weights with a zero before them."""
+    return pad(weights.cumsum(0), (1, 0))
+
+
+def _sample(edges: Tensor, low: Tensor, high: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Invert cumulative weights from ``low`` to below ``high``: a category of weight zero has no width, and no draw."""
     uniform = torch.rand(count, dtype=torch.float64, device="cpu", generator=generator)
-    return torch.searchsorted(edges, uniform * edges[-1], right=True)
+    drawn = torch.minimum(low + uniform * (high - low), high.nextafter(low))  # the sum may round up to high
+    return torch.searchsorted(edges, drawn, right=True)
 
 
 def sample_absent_pairs(present: Tensor, rows: Tensor, cols: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 """Methods that move blocks while the network learns: one file a method."""
 
+from sparsekern.training.agent import AGENT
 from sparsekern.training.base import Method
 from sparsekern.training.followers import Followers, Move
 from sparsekern.training.gradient import GradientMethod
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL, 
 """By the name that the command line uses."""
 
 __all__ = [
+    "AGENT",
     "GSE",
     "METHODS",
     "PRESETS",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology import generator_for
-from sparsekern.training.coverage import Coverage
+from sparsekern.training.books import Books
 from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.schedules import Schedule
 from sparsekern.training.scores import block_norms, protect_last
@@ -105,9 +105,7 @@ class Method:
         self.updates = 0
         self.seconds = 0.0
         self._seen = 0
-        self._churn = dict.fromkeys(self.layers, 0.0)
-        self._start = {name: layer.topology.sorted_keys().cpu() for name, layer in self.layers.items()}
-        self._coverage = {name: Coverage(layer.topology, seed, name) for name, layer in self.layers.items()}
+        self.books = Books(self.layers, seed)
         self._born = {name: torch.full_like(layer.row, NEVER) for name, layer in self.layers.items() if min_age}
         optimizer.register_step_post_hook(self._count)
 
@@ -162,26 +160,19 @@ class Method:
         """Update the topology now, whatever the schedule says; returns whether blocks moved."""
         began = time.perf_counter()
         fraction = self.schedule.fraction(self.steps)
-        self._churn = dict.fromkeys(self.layers, 0.0)
+        self.books.open()
         moves = {name: move for name, move in self.choose_all(fraction).items() if move.slots.numel()}
         self.followers.check()  # everything, before the first layer moves
         for name, move in moves.items():
             self.followers.check_move(name, move)
         for name, move in moves.items():
             self.followers.move(name, move)
-            self._note(name, move)
+            self.books.note(name, move)
+            if self.min_age:
+                self._born[name].index_fill_(0, move.slots.long(), self.updates)
         self.updates += 1
         self.seconds += time.perf_counter() - began
         return bool(moves)
-
-    def _note(self, name: str, move: Move) -> None:
-        """Keep the books about a move that was made."""
-        topology = self.layers[name].topology
-        grown = move.row >= 0
-        self._churn[name] = move.slots.numel() / max(1, topology.blocks())
-        self._coverage[name].add((move.row.long() * topology.grid.cols + move.col)[grown])
-        if self.min_age:
-            self._born[name].index_fill_(0, move.slots.long(), self.updates)
 
     def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
@@ -235,22 +226,8 @@ class Method:
         (in a large grid estimated: :class:`~sparsekern.training.coverage.Coverage`); ``steps``, ``updates``,
         ``update_seconds`` in total.
         """
-        numbers: dict[str, float] = {}
-        stored, total, explored = 0, 0, 0.0
-        for name, layer in self.layers.items():
-            elements = layer.topology.elements()
-            stored, total = stored + elements, total + layer.grid.numel
-            numbers[f"sparsity/{name}"] = 1 - elements / layer.grid.numel
-            numbers[f"churn/{name}"] = self._churn[name]
-            rate = numbers[f"itop/{name}"] = self._coverage[name].rate()
-            explored += rate * layer.grid.numel
-            now = layer.topology.sorted_keys().cpu()
-            start = self._start[name]
-            numbers[f"kept/{name}"] = float(torch.isin(start, now).sum()) / max(1, start.shape[0])
-        numbers["sparsity/global"] = 1 - stored / total
-        numbers["itop/global"] = explored / total
-        numbers |= {"steps": self.steps, "updates": self.updates, "update_seconds": self.seconds}
-        return numbers
+        counts = {"steps": self.steps, "updates": self.updates, "update_seconds": self.seconds}
+        return self.books.metrics() | counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, beside the model's and the optimizer's state."""
@@ -261,9 +238,7 @@ class Method:
             "seen": self._seen,
             "updates": self.updates,
             "seconds": self.seconds,
-            "churn": dict(self._churn),
-            "start": dict(self._start),
-            "explored": {name: coverage.seen.clone() for name, coverage in self._coverage.items()},
+            **self.books.state_dict(),
             "born": {name: born.cpu() for name, born in self._born.items()},
         }
 
@@ -286,17 +261,25 @@ class Method:
             )
         self.steps, self._seen = state["steps"], state["seen"]
         self.updates, self.seconds = state["updates"], state["seconds"]
-        self._churn, self._start = dict(state["churn"]), dict(state["start"])
-        for name, seen in state["explored"].items():
-            self._coverage[name].seen.copy_(seen)
+        self.books.load_state_dict(state)
         for name, born in self._born.items():
             born.copy_(state["born"].get(name, torch.tensor(NEVER)))
 
+    @property
+    def settled(self) -> bool:
+        """Whether all training passes of a step compute with one network, and not with one drawn for the step."""
+        return True
+
     def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
+        if stepped(optimizer):
             self.steps += 1
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer whose step has just ended made it; for hooks."""
+    # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is None or not bool(found_inf)
 
 
 def loss_of(closure: Callable[[], Tensor]) -> Tensor:

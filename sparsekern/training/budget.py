@@ -86,6 +86,11 @@ class Budget:
         """Return where the units of a layer are."""
         return self._parts[name]
 
+    def expected_elements(self, name: str, probabilities: Tensor) -> float:
+        """Return how many elements of a layer remain on average, at probabilities ``(units,)``."""
+        costs = self._candidates[name].costs()
+        return float((costs * probabilities[self.part(name)].to(costs)).sum())
+
     def project(self, wanted: Tensor) -> Tensor:
         """Return the nearest probabilities ``(units,)`` within the budget; see :func:`project`."""
         near = torch.empty_like(wanted)

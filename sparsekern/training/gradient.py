@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,22 +13,13 @@ from torch.nn.functional import pad
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import are_absent, generator_for
+from sparsekern.topology import are_absent, generator_for, ordered_keys
+from sparsekern.training.armed import Answer, ArmedProbes
 from sparsekern.training.base import Method
-from sparsekern.training.distributed import as_on_first_rank, sum_over_ranks
+from sparsekern.training.distributed import as_on_first_rank
 from sparsekern.training.followers import Move, to_places
 from sparsekern.training.growth import Offer, share_out
 from sparsekern.training.scores import highest, lowest, part_of
-
-STREAMED = ("norms", "all_norms")
-"""Kinds of probe whose answers do not add up."""
-
-
-class Answer(NamedTuple):
-    """What a layer's probe heard: the sum over backwards and ranks, and how many backwards of this rank it was."""
-
-    value: Tensor
-    backwards: int
 
 
 class GradientMethod(Method):
@@ -44,7 +35,7 @@ class GradientMethod(Method):
 
     Args:
         score_tokens: score on so many tokens of each backward, evenly spread, instead of all: the cost of an update
-            falls in proportion. None for all.
+            falls in proportion. None for all. Of a convolution a token is an output position.
         process_group: the ranks that share one model. Default: all, where torch.distributed is in use.
         options: the arguments of :class:`Method`.
     """
@@ -61,6 +52,12 @@ class GradientMethod(Method):
         **options: Any,
     ) -> None:
         super().__init__(model, optimizer, **options)
+        for name, layer in self.layers.items():
+            if layer.tie_taps:
+                raise NotImplementedError(
+                    f"{name!r} has tie_taps=True, but {type(self).__name__} moves every block by itself; "
+                    "leave the taps untied, or use SET or VRPGE"
+                )
         if score_tokens is not None and score_tokens < 1:
             raise ValueError(f"score_tokens is {score_tokens}; it must be 1 or more, or None for all tokens")
         self.score_tokens = score_tokens
@@ -69,10 +66,10 @@ class GradientMethod(Method):
         self._armed_at = 0
         self._due = False
         self._heard = False
-        self._probes: dict[str, Probe] = {}
-        self._counters: dict[str, tuple[Tensor, int]] = {}  # of streamed probes: the zeros, and their version
+        self._armed = ArmedProbes(self.layers)
         self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending, int32 on the CPU
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; it only grows
+        self._versions: dict[str, tuple[int, int]] = {}  # of the places when candidates were drawn
         self._offers: dict[str, Offer] = {}  # scored candidates
 
     # What a subclass says.
@@ -118,10 +115,10 @@ class GradientMethod(Method):
         if offer is None or not bool(offer.scores.any()):
             nothing = torch.empty(0, dtype=torch.int64, device=layer.row.device)
             return Offer(nothing, nothing.to(self.dtype(layer)))
-        empty = are_absent(offer.keys, layer.topology.sorted_keys().long())
-        if bool(empty.all()):
+        if self._versions.get(name) == _version(layer):
             return offer
-        return Offer(offer.keys[empty], offer.scores[empty])  # somebody else moved blocks
+        empty = are_absent(offer.keys, ordered_keys(layer.index, layer.topology).long())
+        return Offer(offer.keys[empty], offer.scores[empty])  # somebody else may have moved blocks
 
     # When probes are armed and read.
 
@@ -180,28 +177,13 @@ class GradientMethod(Method):
         self._stage, self._armed_at = stage, self.steps
         for name, layer in self._trained():
             probe = self.ask(stage, name, layer)
+            self._versions[name] = _version(layer)
             if probe is not None:
-                self._probes[name] = layer.probe = probe.of_tokens(self.score_tokens or 0)
-                self._clear(name)
-
-    def _clear(self, name: str) -> None:
-        """Let a probe have heard nothing."""
-        probe = self._probes[name]
-        probe.tensor.grad = None
-        if probe.kind in STREAMED:  # autograd adds in place to what is there: its version counts the backwards
-            self._resume(name, torch.zeros(probe.tensor.shape, dtype=probe.tensor.dtype, device=probe.tensor.device), 0)
-
-    def _resume(self, name: str, heard: Tensor, backwards: int) -> None:
-        """Let a probe have heard something in so many backwards."""
-        probe = self._probes[name]
-        probe.tensor.grad = heard
-        if probe.kind in STREAMED:
-            self._counters[name] = (heard, heard._version - backwards)
+                self._armed.arm(name, probe.of_tokens(self.score_tokens or 0))
 
     def _disarm(self) -> None:
-        for name in self._probes:
-            self.layers[name].probe = None
-        self._probes, self._counters, self._stage = {}, {}, None
+        self._armed.disarm()
+        self._stage = None
 
     def _forget_scores(self) -> None:
         self._offers = {}
@@ -210,7 +192,7 @@ class GradientMethod(Method):
         """Read the probes; then ask on, ask again, or be done."""
         assert self._stage is not None
         stage = self._stage
-        answers = {name: self._answer(name) for name in self._probes}
+        answers = self._armed.answers(self.process_group)
         if not all(is_finite(answer.value) for answer in answers.values()):
             self._arm(stage)
             return
@@ -221,28 +203,13 @@ class GradientMethod(Method):
         else:
             self._arm(following)
 
-    def _answer(self, name: str) -> Answer:
-        probe, backwards = self._probes[name].tensor, self._backwards(name)
-        heard = probe.grad
-        if heard is None:  # no backward came by; the other ranks may have heard one
-            heard = torch.zeros(probe.shape, dtype=probe.dtype, device=probe.device)
-        return Answer(sum_over_ranks(heard, self.process_group), backwards)
-
-    def _backwards(self, name: str) -> int:
-        """Return how many backwards a streamed probe has heard; 1 for the others, where it does not matter."""
-        if name not in self._counters:
-            return 1
-        counter, version = self._counters[name]
-        heard = self._probes[name].tensor.grad
-        return counter._version - version if heard is counter else 2  # create_graph adds into a new tensor
-
     def _forget_what_was_discarded(self) -> None:
         """Clear the probes if the gradients of this step were thrown away, or will be because they are not finite."""
         gradients = [layer.values.grad for _, layer in self._trained()]
         gone = all(g is None for g in gradients) or not any(bool(g.any()) for g in gradients if g is not None)
         if gone or not self._gradients_are_finite():
-            for name in self._probes:
-                self._clear(name)
+            for name in self._armed.probes:
+                self._armed.clear(name)
 
     def _gradients_are_finite(self) -> bool:
         gradients = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
@@ -255,10 +222,11 @@ class GradientMethod(Method):
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and as many of the places with the highest scores."""
-        slots = lowest(self.strength(name, layer), part_of(layer.topology.blocks(), fraction))
-        offer = self.offer(name, layer, slots.shape[0])
-        best = highest(offer.scores, slots.shape[0])
-        return to_places(slots[: best.shape[0]], offer.keys[best], layer.grid)
+        strength = self.strength(name, layer)
+        count = min(part_of(layer.topology.blocks(), fraction), int(torch.isfinite(strength).sum()))
+        offer = self.offer(name, layer, count)
+        best = highest(offer.scores, count)
+        return to_places(lowest(strength, best.shape[0]), offer.keys[best], layer.grid)
 
     def choose_all(self, fraction: float) -> dict[str, Move]:
         """Return the moves of all layers: each for itself, or with ``scope="global"`` in competition."""
@@ -285,17 +253,12 @@ class GradientMethod(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, what the probes have heard so far included."""
-        heard = {
-            name: (probe.tensor.grad.cpu(), self._backwards(name))
-            for name, probe in self._probes.items()
-            if probe.tensor.grad is not None
-        }
         return super().state_dict() | {
             "stage": self._stage,
             "armed_at": self._armed_at,
             "due": self._due,
             "keys": dict(self._keys),
-            "heard": heard,
+            "heard": self._armed.heard(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -307,10 +270,15 @@ class GradientMethod(Method):
             return
         now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
         self._put(state["stage"])
-        self.steps = now
+        self.steps, self._versions = now, {}
         for name, (heard, backwards) in state["heard"].items():
-            if name in self._probes:
-                self._resume(name, heard.to(self._probes[name].tensor.device, copy=True), backwards)
+            if name in self._armed.probes:
+                self._armed.resume(name, heard.to(self.layers[name].row.device, copy=True), backwards)
+
+
+def _version(layer: BlockSparse) -> tuple[int, int]:
+    """Return numbers that change whenever somebody writes into the places of the blocks."""
+    return layer.row._version, layer.col._version
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from sparsekern.nn import BlockSparse
 from sparsekern.training.followers import Move, to_places
-from sparsekern.training.scores import ascending, descending
+from sparsekern.training.scores import ascending, descending, highest, lowest
 
 
 class Offer(NamedTuple):
@@ -38,37 +38,40 @@ def share_out(
     """
     names = list(layers)
     sides = [math.sqrt(layers[n].grid.block[0] * layers[n].grid.block[1]) for n in names]
-    weak = [_without_the_strongest(strengths[n]).cpu() / side for n, side in zip(names, sides, strict=True)]
-    good = [offers[n].scores.cpu() / side for n, side in zip(names, sides, strict=True)]
+    # Of each layer no more than are wanted of all: so what follows is small beside the blocks.
+    slots = [lowest(_without_the_strongest(strengths[n]), count) for n in names]
+    places = [highest(offers[n].scores, count) for n in names]
+    weak = [strengths[n][s].cpu() / side for n, s, side in zip(names, slots, sides, strict=True)]
+    good = [offers[n].scores[p].cpu() / side for n, p, side in zip(names, places, sides, strict=True)]
     free = torch.tensor([int((layers[n].row < 0).sum()) for n in names])
 
-    weak_owner, weak_all = _owners(weak), torch.cat(weak)
-    good_owner, good_all = _owners(good), torch.cat(good)
-    drop_order = ascending(weak_all)[: int(torch.isfinite(weak_all).sum())]
-    grow_order = descending(good_all)[: int((good_all > -torch.inf).sum())]
-    rank = _rank_within(good_owner[grow_order], len(names))
+    drop_order, grow_order = ascending(torch.cat(weak)), descending(torch.cat(good))
+    weak_owner, good_owner = _owners(weak)[drop_order], _owners(good)[grow_order]
+    rank = _rank_within(good_owner, len(names))
 
     count = min(count, drop_order.shape[0], grow_order.shape[0])
     while True:
-        dropped = drop_order[:count]
-        room = free + torch.bincount(weak_owner[dropped], minlength=len(names))
-        grown = grow_order[rank < room[good_owner[grow_order]]][:count]
-        if grown.shape[0] == count:
+        room = free + torch.bincount(weak_owner[:count], minlength=len(names))
+        fits = rank < room[good_owner.long()]
+        grows = min(count, int(fits.sum()))
+        if grows == count:
             break
-        count = grown.shape[0]  # fewer are dropped, so there is less room
+        count = grows  # fewer are dropped, so there is less room
+    grown = fits.nonzero().squeeze(1)[:count]
 
     moves = {}
-    first_slot, first_offer = (_starts([t.shape[0] for t in parts]) for parts in (weak, good))
+    first_slot, first_place = (_starts([t.shape[0] for t in parts]) for parts in (weak, good))
     for i, name in enumerate(names):
         device = layers[name].row.device
-        slots = (dropped[weak_owner[dropped] == i] - first_slot[i]).to(device)
-        keys = offers[name].keys[(grown[good_owner[grown] == i] - first_offer[i]).sort().values.to(device)]
-        more = keys.shape[0] - slots.shape[0]
+        dropped = slots[i][(drop_order[:count][weak_owner[:count] == i] - first_slot[i]).to(device)]
+        mine = grow_order[grown[good_owner[grown] == i]] - first_place[i]
+        keys = offers[name].keys[places[i][mine.sort().values.to(device)]]
+        more = keys.shape[0] - dropped.shape[0]
         if more > 0:
-            slots = torch.cat([slots, (layers[name].row < 0).nonzero().squeeze(1)[:more]])
+            dropped = torch.cat([dropped, (layers[name].row < 0).nonzero().squeeze(1)[:more]])
         elif more < 0:
             keys = pad(keys, (0, -more), value=-1)
-        moves[name] = to_places(slots, keys, layers[name].grid)
+        moves[name] = to_places(dropped, keys, layers[name].grid)
     return moves
 
 
@@ -79,7 +82,7 @@ def _without_the_strongest(strength: Tensor) -> Tensor:
 
 
 def _owners(parts: list[Tensor]) -> Tensor:
-    return torch.cat([torch.full((part.shape[0],), i) for i, part in enumerate(parts)])
+    return torch.cat([torch.full((part.shape[0],), i, dtype=torch.int32) for i, part in enumerate(parts)])
 
 
 def _starts(sizes: list[int]) -> list[int]:
@@ -90,6 +93,6 @@ def _rank_within(owner: Tensor, owners: int) -> Tensor:
     """Return how many entries of the same owner come before each one."""
     rank = torch.empty_like(owner)
     for i in range(owners):
-        mine = (owner == i).nonzero().squeeze(1)
-        rank[mine] = torch.arange(mine.shape[0])
+        mine = owner == i
+        rank[mine] = torch.arange(int(mine.sum()), dtype=torch.int32)
     return rank

@@ -15,9 +15,18 @@ from torch.nn.functional import pad
 
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import Grid, sample_absent, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology import (
+    Grid,
+    ordered_keys,
+    row_weights,
+    sample_absent,
+    sample_absent_pairs,
+    sample_pairs,
+    without,
+)
+from sparsekern.training.armed import Answer
 from sparsekern.training.distributed import as_on_first_rank
-from sparsekern.training.gradient import Answer, GradientMethod
+from sparsekern.training.gradient import GradientMethod
 
 DISTRIBUTIONS = ("uniform", "grabo", "graest")
 
@@ -38,6 +47,9 @@ class GSE(GradientMethod):
       values (the paper's), for blocks Frobenius norms.
     * ``"graest"``: ``f_I = |sum s x_I|``, ``g_J = |sum s dy_J|`` with a random sign s for each token, the same for x
       and dy: an unbiased estimate of G_JI before the norm is taken.
+
+    A convolution is a linear layer on the windows, every output position a token: ``x_I`` is what a tap sees of some
+    channels, and in a convolution of several groups a place is one of its own group.
 
     Unlike in the paper, whose code sees the batch twice, S is drawn from the batch before the one that scores it. What
     else the authors' code does otherwise, and this does not: GraEst of a convolution takes one position's gradient for
@@ -90,7 +102,7 @@ class GSE(GradientMethod):
         generator = self.generator(name, "signs")
         hashes = (
             torch.randint(2, (n,), generator=generator, dtype=self.dtype(layer), device="cpu").to(device)
-            for n in (grid.out_features, grid.in_features)
+            for n in (grid.out_features, grid.groups * grid.in_features)
         )
         return Probe.signed_sums(grid, *hashes, dtype=self.dtype(layer))
 
@@ -108,17 +120,17 @@ class GSE(GradientMethod):
 
     def _draw(self, name: str, layer: BlockSparse, guide: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return candidates, ascending, on the CPU."""
-        grid, present = layer.grid, layer.topology.sorted_keys().cpu().long()
+        grid, present = layer.grid, ordered_keys(layer.index, layer.topology).cpu()
         count = math.ceil(self.subset_factor * present.shape[0] - 1e-9)
         generator = self.generator(name, "candidates")
-        if guide is not None and not all(bool(side.any()) for side in guide):
-            return present[:0]  # the layer took no part
+        if guide is not None and not bool(row_weights(*guide).any()):
+            return present[:0].long()  # the layer took no part
         if self.with_replacement:
             if guide is None:
                 drawn = torch.randint(grid.cells, (count,), generator=generator, device="cpu")
             else:
                 drawn = sample_pairs(*guide, count, generator)
-            return without(drawn.unique(), present)
+            return without(drawn.unique(), present.long())
         count = min(count, grid.cells - present.shape[0])
         if guide is None:
             return sample_absent(present, grid.cells, count, generator, ordered=True)
@@ -126,14 +138,18 @@ class GSE(GradientMethod):
 
 
 def weights(grid: Grid, distribution: str, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what block rows ``(R,)`` and block columns ``(C,)`` are drawn by, from a probe's answer."""
+    """Return what block rows ``(R,)`` and block columns ``(groups, C)`` are drawn by, from a probe's answer."""
     if distribution == "grabo":
-        rows, cols = sums[: grid.rows], sums[grid.rows :]
+        rows, cols = sums[: grid.rows], sums[grid.rows :].view(grid.groups, grid.cols)
         return (rows, cols) if grid.block == (1, 1) else (rows.sqrt(), cols.sqrt())
     out, into = sums[: grid.out_features], sums[grid.out_features :]
-    return _norms(out, grid.block[0]), _norms(into, grid.block[1])
+    rows = _norms(out.view(grid.groups, grid.group_out), grid.block[0])
+    cols = _norms(into.view(grid.groups, grid.taps, grid.tap_in), grid.block[1])
+    return rows.flatten(), cols.flatten(1)
 
 
 def _norms(sums: Tensor, side: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(pad(sums, (0, -sums.shape[0] % side)).view(-1, side), dim=1)
+    """Return the norms of the blocks that the last axis is cut into."""
+    blocks = pad(sums, (0, -sums.shape[-1] % side)).unflatten(-1, (-1, side))
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=-1)
     return norms

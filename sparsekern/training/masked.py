@@ -1,15 +1,20 @@
-"""The layers of a model computing with some of their units (VR-PGE)."""
+"""The layers of a model computing with some of their units, and passes over a batch in which they do (VR-PGE)."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sparsekern.nn import lend_index
 from sparsekern.topology import Index, empty_index, mask_index_
+from sparsekern.training.base import loss_of
 from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates
+from sparsekern.training.followers import Move
+from sparsekern.training.passes import Randomness, keep_norm_statistics, without_sync
 
 
 class MaskedLayers:
@@ -40,6 +45,52 @@ class MaskedLayers:
             stack.enter_context(lend_index(layer, lent))
         return stack
 
+    def leaving(self, name: str, units: Tensor) -> Move:
+        """Return the move that frees the slots of a layer that a mask over all units does not hold."""
+        used = self._candidates[name].layer.topology.used()
+        slots = (used & ~self.slots(name, units)).nonzero().squeeze(1)
+        nowhere = torch.full_like(slots, -1, dtype=torch.int32)
+        return Move(slots, nowhere, nowhere)
+
     def clear(self) -> None:
         """Free the tensors."""
         self._lent.clear()
+
+
+def masked_passes(
+    model: nn.Module,
+    layers: MaskedLayers,
+    masks: Tensor,
+    closure: Callable[[], Tensor],
+    every: bool,
+    scaler: torch.amp.GradScaler | None,
+) -> Tensor:
+    """Run the closure under each mask, with the same random numbers, and its backward under the first.
+
+    Args:
+        model: in which running statistics of norms shall see the first mask only.
+        layers: that compute with the masks.
+        masks: ``(K, units)``.
+        closure: computes the loss ``()``.
+        every: whether all passes have a backward, each of a K-th of its loss.
+        scaler: scales the loss before a backward.
+
+    Returns:
+        The losses ``(K,)``, detached and not scaled.
+    """
+    randomness, losses = Randomness(model), []
+    # The pass with a graph comes last: the index that autograd saves is not written to before its backward.
+    for number in reversed(range(masks.shape[0])):
+        randomness.restore()
+        extra = number > 0
+        with layers.lending(masks[number]), keep_norm_statistics(model) if extra else nullcontext():
+            if extra and not every:
+                with torch.no_grad():
+                    losses.append(loss_of(closure).detach())
+                continue
+            loss = loss_of(closure)
+            part = loss / masks.shape[0] if every else loss
+            with without_sync(model) if extra else nullcontext():
+                (part if scaler is None else scaler.scale(part)).backward()
+            losses.append(loss.detach())
+    return torch.stack(losses[::-1])

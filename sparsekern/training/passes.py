@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+
+from sparsekern.nn import BlockSparse, sparse_layers
 
 
 class Randomness:
@@ -44,9 +46,58 @@ def keep_norm_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_sync(model: nn.Module) -> Iterator[None]:
-    """Let gradients of DistributedDataParallel, if the model is or holds one, add up without a word to other ranks."""
+    """Let gradients of DistributedDataParallel, if the model is or holds one, add up without a word to other ranks.
+
+    Spares the pass the copy of the first rank's buffers too, which the next pass makes.
+    """
     with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, DistributedDataParallel):
-                stack.enter_context(module.no_sync())
+        for module in parallel_modules(model):
+            stack.enter_context(module.no_sync())
+            # What a forward under no_sync leaves behind would spare the copy to the next forward instead.
+            stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
+            module.require_forward_param_sync = False
         yield
+
+
+def parallel_modules(model: nn.Module) -> list[DistributedDataParallel]:
+    """Return the DistributedDataParallel that the model is, and those that it holds."""
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
+@contextmanager
+def without_probes(layers: Iterable[BlockSparse]) -> Iterator[None]:
+    """Let probes hear nothing of a pass."""
+    armed = [(layer, layer.probe) for layer in layers if layer.probe is not None]
+    try:
+        for layer, _ in armed:
+            layer.probe = None
+        yield
+    finally:
+        for layer, probe in armed:
+            layer.probe = probe
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Let passes find no gradients, and leave none: those from before are there again at the end."""
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+@contextmanager
+def extra_passes(model: nn.Module) -> Iterator[None]:
+    """Let passes, with their backwards, leave no trace but gradients: of this rank alone, and no probe hears them."""
+    with keep_norm_statistics(model), without_sync(model), without_probes(sparse_layers(model).values()):
+        yield
+
+
+def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor:
+    """Return by what gradients are scaled, ``()``; does not wait for the device."""
+    one = torch.ones((), device=device)
+    return one if scaler is None else scaler.scale(one)

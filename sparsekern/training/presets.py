@@ -12,6 +12,7 @@ from sparsekern.training.base import Method
 from sparsekern.training.gse import GSE
 from sparsekern.training.rigl import RigL
 from sparsekern.training.set import SET
+from sparsekern.training.vrpge import VRPGE
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Preset:
 
     Attributes:
         method: the class.
-        until: fraction of the training after which no block moves; None: to the end, without the cosine.
+        until: fraction of the training after which no block moves; None: to the end, without the cosine. The methods'
+            cosine ends there.
         options: its arguments.
         source: where they are from.
     """
@@ -31,6 +33,19 @@ class Preset:
     source: str
 
 
+# What has a probability is a filter; nothing is stored anew, for all filters are stored at the start.
+_VRPGE = {
+    "group": "row",
+    "masks": 2,
+    "structure_every": 1,
+    "probability_rate": 12e-3,
+    "probability_optimizer": "adam",
+    "score_clip": 3.0,
+    "floor": 0.0,
+    "refill": 0.0,
+    "scope": "global",
+    "weight_step": "one",
+}
 _GSE = {"update_every": 1000, "drop_fraction": 0.2, "scope": "global", "with_replacement": True}
 
 PRESETS = {
@@ -56,7 +71,19 @@ PRESETS = {
     "gse": Preset(GSE, 0.6, _GSE, "Heddes et al. 2024, the authors' code for CIFAR: uniform, the recommended one"),
     "gse-grabo": Preset(GSE, 0.6, _GSE | {"distribution": "grabo"}, "Heddes et al. 2024: guided by bounds"),
     "gse-graest": Preset(GSE, 0.6, _GSE | {"distribution": "graest"}, "Heddes et al. 2024: guided by estimates"),
-    "gse-imagenet": Preset(GSE, 0.6, _GSE | {"subset_factor": 2.0}, "Heddes et al. 2024: ImageNet's subset factor"),
+    "gse-imagenet": Preset(
+        GSE,
+        0.6,
+        _GSE | {"subset_factor": 2.0},
+        "Heddes et al. 2024: ImageNet's subset factor; the rest is CIFAR's, ImageNet's is not published",
+    ),
+    "vrpge": Preset(VRPGE, 300 / 340, _VRPGE, "Zhou et al. 2021: 300 epochs, then 40 with the chosen filters"),
+    "vrpge-code": Preset(
+        VRPGE,
+        300 / 340,
+        _VRPGE | {"weight_step": "all", "unsampled": "decay"},
+        "Zhou et al. 2021, the released code: a backward for every mask, momentum and decay for every weight",
+    ),
 }
 
 
@@ -67,7 +94,7 @@ def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, ste
         name: a key of :data:`PRESETS`, which says what the values are and where they are from.
         model, optimizer: as for :class:`Method`.
         steps: optimizer steps of the whole training.
-        options: arguments that differ, such as ``update_every`` or ``allow_dense_scores``.
+        options: arguments that differ, such as ``update_every`` or ``allow_dense_scores``; of VR-PGE ``sparsity``.
 
     Raises:
         ValueError: an unknown name, or what the method raises.

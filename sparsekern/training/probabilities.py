@@ -41,24 +41,36 @@ class Probabilities:
         self.budget, self.rate, self.clip = budget, rate, clip
         self._value = nn.Parameter(budget.project(torch.full((budget.units,), budget.ratio, device=device)))
         self._optimizer = OPTIMIZERS[optimizer]([self._value], lr=rate)
+        self._losses: Tensor | None = None  # (K,), each summed over the batches since the last step
 
     @property
     def value(self) -> Tensor:
         """Return ``s (units,)``, float32, without a gradient."""
         return self._value.detach()
 
+    def note(self, losses: Tensor) -> None:
+        """Add the losses ``(K,)`` of a batch; one that overflowed under some mask says nothing about any."""
+        losses = torch.where(losses.isfinite().all(), losses.float(), 0)
+        self._losses = losses if self._losses is None else self._losses + losses
+
+    def forget(self) -> None:
+        """Let no losses have been noted."""
+        self._losses = None
+
     @torch.no_grad()
-    def step(self, losses: Tensor, masks: Tensor, factor: float) -> None:
-        """Step against the scores that losses ``(K,)`` give under masks ``(K, units)``, then keep the budget.
+    def step(self, masks: Tensor, factor: float) -> None:
+        """Step against the scores that the noted losses give, if there are any, then keep the budget.
 
         Ranks that train together average their losses first, and so stay equal to the bit.
 
         Args:
-            losses: each summed over the batches since the last optimizer step.
-            masks: bool.
+            masks: ``(K, units)`` bool, under which the losses came about.
             factor: of the rate.
         """
-        losses = sum_over_ranks(losses) / ranks()
+        if self._losses is None:
+            return
+        losses = sum_over_ranks(self._losses) / ranks()
+        self.forget()
         s = self._value
         s.grad = score_gradient(losses.to(s.device), masks, s)
         if self.clip is not None:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
+from sparsekern.topology import ordered_keys
+from sparsekern.training.armed import Answer
 from sparsekern.training.distributed import as_on_first_rank, ranks
 from sparsekern.training.followers import Move, to_places
-from sparsekern.training.gradient import Answer, GradientMethod
+from sparsekern.training.gradient import GradientMethod
 from sparsekern.training.growth import Offer
 from sparsekern.training.scores import highest, lowest, part_of
 
@@ -142,7 +144,7 @@ class RigL(GradientMethod):
         """Return the empty places of highest estimated norm, ascending, int32 on the CPU."""
         squares = answer.value.square().mean(0).flatten()
         as_on_first_rank(squares, self.process_group)
-        present = layer.topology.sorted_keys().long()
+        present = ordered_keys(layer.index, layer.topology).long()
         squares.index_fill_(0, present, -torch.inf)
         grown = max(1, part_of(present.shape[0], self.schedule.fraction(self.steps)))
         return highest(squares, math.ceil(self.shortlist * grown)).int().cpu()
@@ -164,7 +166,7 @@ class RigL(GradientMethod):
         scores = self._grid_scores.get(name)
         if scores is None or not bool(scores.any()):
             return super().offer(name, layer, count)
-        scores = scores.index_fill_(0, layer.topology.sorted_keys().long(), -torch.inf)
+        scores = scores.index_fill_(0, ordered_keys(layer.index, layer.topology).long(), -torch.inf)
         best = highest(scores, count)
         return Offer(best, scores[best])
 

@@ -53,11 +53,15 @@ class Schedule:
         """Return the fraction of blocks to move after optimizer step ``step``."""
         if callable(self.drop_fraction):
             return _check_fraction(self.drop_fraction(step))
+        return self.drop_fraction * self.cosine(step)
+
+    def cosine(self, step: int) -> float:
+        """Return what falls from 1 to 0 at ``stop``, as half a cosine; 1 without one."""
         if self.stop is None:
-            return self.drop_fraction
+            return 1.0
         if step >= self.stop:
             return 0.0
-        return self.drop_fraction / 2 * (1 + math.cos(math.pi * step / self.stop))
+        return (1 + math.cos(math.pi * step / self.stop)) / 2
 
 
 def _check_fraction(fraction: float) -> float:

@@ -45,11 +45,11 @@ def _bits(scores: Tensor) -> Tensor:
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Return the slots ``(k,)`` of the ``count`` lowest finite scores; ties go to the lower slot.
+    """Return the slots ``(k,)`` of the ``count`` lowest finite scores, ascending; ties go to the lower slot.
 
     Fewer are returned when fewer are finite (waits for the device).
     """
-    return ascending(scores)[: min(count, int(torch.isfinite(scores).sum()))]
+    return _smallest(_bits(scores), min(count, int(torch.isfinite(scores).sum())))
 
 
 def protect_last(topology: Topology, scores: Tensor) -> Tensor:
@@ -77,8 +77,28 @@ def highest(scores: Tensor, count: int) -> Tensor:
     """
     contenders = _contenders(scores, count)
     scores = scores[contenders]
-    best = descending(scores)[: min(count, int((scores > -torch.inf).sum()))]
-    return contenders[best].sort().values
+    most = torch.iinfo(torch.int64 if scores.element_size() == 8 else torch.int32).max
+    order = _bits(scores).clamp_(min=-1).neg_().add_(most - 1)  # minus infinity comes last
+    return contenders[_smallest(order, min(count, int((scores > -torch.inf).sum())))]
+
+
+def _smallest(numbers: Tensor, count: int) -> Tensor:
+    """Return the positions of the ``count`` smallest integers, none negative, ascending; the first of equal ones.
+
+    Linear: their upper bits are counted, and only numbers that agree with the last one there are sorted.
+    """
+    if count == 0 or numbers.shape[0] <= count:
+        return torch.arange(min(count, numbers.shape[0]), device=numbers.device)
+    upper = numbers >> (
+        51 if numbers.element_size() == 8 else 20
+    )  # of a float: its exponent, and what 12 bits hold more
+    below = torch.bincount(upper).cumsum(0)
+    last = torch.searchsorted(below, count)  # the first value of the upper bits with so many numbers up to it
+    edge = (upper == last).nonzero().squeeze(1)
+    chosen = upper < last
+    del upper
+    few = numbers[edge].sort(stable=True).indices[: count - int(chosen.sum())]
+    return chosen.index_fill_(0, edge[few], True).nonzero().squeeze(1)
 
 
 STRIDE = 17

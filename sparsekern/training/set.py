@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import sample_absent
+from sparsekern.topology import ordered_keys, sample_absent
 from sparsekern.training.base import Method
 from sparsekern.training.followers import Move, to_places
 from sparsekern.training.scores import lowest, part_of
@@ -29,9 +29,9 @@ class SET(Method):
         """Return the weakest blocks and as many empty places; tied taps go together, by their common norm."""
         parts = units(layer)
         topology = parts.topology
-        present = topology.sorted_keys()
+        present = topology.sorted_keys() if parts.slots is not None else ordered_keys(layer.index, topology)
         blocks = present.shape[0]
         strength = self.strength(name, layer, parts)
         slots = lowest(strength, min(part_of(blocks, fraction), topology.grid.cells - blocks))
-        keys = sample_absent(present, topology.grid.cells, slots.shape[0], generator)
+        keys = sample_absent(present, topology.grid.cells, slots.shape[0], generator, ordered=True)
         return parts.spread(to_places(slots, keys, topology.grid))

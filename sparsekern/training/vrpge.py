@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import generator_for
-from sparsekern.training.base import Method, loss_of
+from sparsekern.training.base import Method
 from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates, Group
 from sparsekern.training.followers import Move
-from sparsekern.training.masked import MaskedLayers
-from sparsekern.training.passes import Randomness, keep_norm_statistics, without_sync
+from sparsekern.training.masked import MaskedLayers, masked_passes
 from sparsekern.training.probabilities import Probabilities
 from sparsekern.training.projection import PROJECTIONS
 from sparsekern.training.sampling import draw_masks
@@ -36,8 +35,6 @@ class VRPGE(Method):
             sparse.backward(lambda: loss_fn(model(x), y))
             optimizer.step(); optimizer.zero_grad(set_to_none=True)
             sparse.step()
-        with sparse.evaluation():
-            ...
 
     Each step draws ``masks`` Bernoulli masks over the units. All see the same batch, the same dropout and the same
     norms; all but the first are forward passes without a graph. Blocks that a mask leaves out are not computed,
@@ -61,16 +58,14 @@ class VRPGE(Method):
         group: what has a probability: ``"block"``, ``"row"``, ``"column"`` or a function; :class:`Candidates`. The
             noise grows with their number.
         scope: ``"global"``: one budget, so that layers compete; ``"layer"``: one each.
-        probability_rate: of the optimizer of the probabilities; falls to 0 along a cosine by ``stop``.
-        probability_optimizer: ``"adam"`` or ``"sgd"``.
+        probability_optimizer: ``"adam"`` or ``"sgd"``; its ``probability_rate`` falls to 0 along a cosine by ``stop``.
         score_clip: the largest norm of the scores; None for any.
         floor: the lowest probability. At 0, what fell to 0 is out until a refill moves it.
         refill: probability of a candidate that an update moves to a new empty place, because it had fallen to the
             floor; 0 for no such moves. Default: half the first one. Only for ``group="block"``.
         costs: by the name of a layer, what one of its elements costs, such as the output positions of a convolution:
             the budget then counts operations. 1 where nothing is said.
-        projection: ``"sort"``, the faster; or ``"bisection"``, which holds less beside the units, and at 1x1 a unit is
-            a single value.
+        projection: ``"sort"``, the faster; or ``"bisection"``, which holds less beside the units: for 1x1 blocks.
         weight_step: ``"one"``: the weights see the first mask; ``"all"``: the mean over all masks, a backward each.
         unsampled: what the optimizer does to values that no mask of the step held: ``"lazy"``, nothing, neither decay
             nor momentum (waits for the device once a layer and step; :class:`~sparsekern.training.stand_ins.StandIns`);
@@ -139,7 +134,6 @@ class VRPGE(Method):
         self.finished = False
         self._masks: Tensor | None = None
         self._drawn_at = -1
-        self._losses: Tensor | None = None  # (K,), of the batches since the last optimizer step
         self._ending: Tensor | None = None
         self._refilled: dict[str, Tensor] = {}
         self._stand_ins = StandIns(optimizer)
@@ -165,40 +159,23 @@ class VRPGE(Method):
         if self._masks is None or self._drawn_at != self.steps:
             generator = generator_for(self.seed, type(self).__name__, "masks", self.steps)
             self._masks = draw_masks(self.probabilities.value, self.masks, generator)
-            self._drawn_at, self._losses = self.steps, None
+            self._drawn_at = self.steps
+            self.probabilities.forget()
         structure = self.steps >= self.schedule.start and self.steps % self.structure_every == 0
         every = self.weight_step == "all"
         passes = self.masks if structure or every else 1
-        randomness = Randomness(self.model)
-        losses = []
-        # The pass with a graph comes last: the index that autograd saves is not written to before its backward.
-        for number in reversed(range(passes)):
-            randomness.restore()
-            extra = number > 0
-            with (
-                self._masked.lending(self._masks[number]),
-                keep_norm_statistics(self.model) if extra else nullcontext(),
-            ):
-                if extra and not every:
-                    with torch.no_grad():
-                        losses.append(loss_of(closure).detach())
-                    continue
-                loss = loss_of(closure)
-                part = loss / passes if every else loss
-                with without_sync(self.model) if extra else nullcontext():
-                    (part if scaler is None else scaler.scale(part)).backward()
-                losses.append(loss.detach())
+        losses = masked_passes(self.model, self._masked, self._masks[:passes], closure, every, scaler)
         if structure:
-            self._note_losses(torch.stack(losses[::-1]))
-        return torch.stack(losses).mean() if every else losses[-1]
+            self.probabilities.note(losses)
+        return losses.mean() if every else losses[0]
 
     def step(self) -> bool:
         """Step the probabilities, and refill or finish if it is time to; returns whether blocks moved."""
         if self.finished:
             self._seen = self.steps
             return False
-        if self.steps > self._seen:
-            self._step_probabilities()
+        if self.steps > self._seen and self._masks is not None:
+            self.probabilities.step(self._masks, self.schedule.cosine(self.steps))
         if self.schedule.stop is not None and self.steps >= self.schedule.stop:
             self._seen = self.steps
             return self.finish()
@@ -220,10 +197,7 @@ class VRPGE(Method):
             return None
         part = self.budget.part(name)
         if self._ending is not None:
-            out = ~self._masked.slots(name, self._ending) & layer.topology.used()
-            slots = out.nonzero().squeeze(1)
-            nowhere = torch.full_like(slots, -1, dtype=torch.int32)
-            return Move(slots, nowhere, nowhere)
+            return self._masked.leaving(name, self._ending)
         if not candidates.may_move or self.refill == 0:
             return None
         dead = self.probabilities.value[part] <= self.budget.floor
@@ -248,10 +222,10 @@ class VRPGE(Method):
         finally:
             self._ending = None
         for name, layer in self.layers.items():
-            self._churn[name] = 1 - layer.topology.blocks() / max(1, before[name])
+            self.books.churn[name] = 1 - layer.topology.blocks() / max(1, before[name])
         self.finished = True
         self._masked.clear()
-        self._masks = self._losses = None
+        self._masks = None
         return moved
 
     @contextmanager
@@ -260,6 +234,11 @@ class VRPGE(Method):
         with nullcontext() if self.finished else self._masked.lending(self.budget.top(self.probabilities.value)):
             yield
 
+    @property
+    def settled(self) -> bool:
+        """Whether the choice is made: before, each step draws networks of its own."""
+        return self.finished
+
     def metrics(self) -> dict[str, float]:
         """Return the numbers of :meth:`Method.metrics`, where ``sparsity/*`` is that of all candidates, and more.
 
@@ -267,14 +246,10 @@ class VRPGE(Method):
         probability lies between 0.05 and 0.95.
         """
         numbers = super().metrics()
-        left = total = 0.0
-        s = self.probabilities.value.double()
+        left, total, s = 0.0, 0, self.probabilities.value
+        learnt = {} if self.finished else self.candidates
         for name, layer in self.layers.items():
-            if self.finished or name not in self.candidates:
-                expected = float(layer.topology.elements())
-            else:
-                costs = self.candidates[name].costs()
-                expected = float((costs * s[self.budget.part(name)].to(costs.device)).sum())
+            expected = self.budget.expected_elements(name, s) if name in learnt else layer.topology.elements()
             numbers[f"expected_sparsity/{name}"] = 1 - expected / layer.grid.numel
             left, total = left + expected, total + layer.grid.numel
         numbers["expected_sparsity/global"] = 1 - left / total
@@ -305,22 +280,8 @@ class VRPGE(Method):
         self.probabilities.load_state_dict(state["probabilities"])
         for name, candidates in self.candidates.items():
             candidates.unit.copy_(units[name])
-        self._masks = self._losses = None
-        self._drawn_at = -1
-
-    def _note_losses(self, losses: Tensor) -> None:
-        """Add the losses of a batch; one that overflowed under some mask says nothing about any."""
-        losses = torch.where(losses.isfinite().all(), losses.float(), 0)
-        self._losses = losses if self._losses is None else self._losses + losses
-
-    def _step_probabilities(self) -> None:
-        if self._losses is not None and self._masks is not None:
-            self.probabilities.step(self._losses, self._masks, self._cosine())
-            self._losses = None
-
-    def _cosine(self) -> float:
-        stop = self.schedule.stop
-        return 1.0 if stop is None else (1 + math.cos(math.pi * min(1.0, self.steps / max(1, stop)))) / 2
+        self.probabilities.forget()
+        self._masks, self._drawn_at = None, -1
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._stand_ins.leave()  # of a step that failed

@@ -11,6 +11,7 @@ import sparsekern
 from sparsekern.cli import main as module
 from sparsekern.cli.main import application, main
 from sparsekern.recipes import Config
+from sparsekern.recipes.options import OPTIONS
 from sparsekern.training import METHODS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,7 +29,8 @@ def test_train_is_a_sub_command():
 
 def test_help_names_every_option():
     text = CliRunner().invoke(application(), ["train", "--help"], terminal_width=200, env={"COLUMNS": "200"}).output
-    options = [name.replace("_", "-") for name in Config().to_json()]
+    names = (Config().to_json().keys() - {"options"}) | OPTIONS.keys()
+    options = [name.replace("_", "-") for name in names]
     for option in (*options, "out", "resume", "json", "quiet"):
         assert f"--{option}" in text
     assert "2048" in text and ", ".join(METHODS) in text

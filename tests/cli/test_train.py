@@ -84,6 +84,12 @@ def test_quiet_shows_only_the_table(no_picture, tmp_path):
     assert "test accuracy" in result.stdout and "against dense" not in result.stdout
 
 
+def test_the_twin_alone(tmp_path):
+    result = invoke(*TINY, "--out", tmp_path / "run", "--no-sparse")
+    assert result.exit_code == 0, result.output
+    assert "width 32: dense" in " ".join(result.stdout.split()) and "picture" not in result.stdout
+
+
 def test_the_default_folder(no_picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert invoke(*TINY, "--method", "static", "--json", "--quiet").exit_code == 0
@@ -96,6 +102,9 @@ def test_the_default_folder(no_picture, tmp_path, monkeypatch):
     [
         (["--sparsity", "1.5"], "error: sparsity is 1.5; it is the fraction absent and must be in [0, 1)"),
         (["--method", "sett"], "error: method is 'sett'; it must be one of static, set"),
+        (["--masks", "3"], "masks is 3, but method set has no such option; vrpge has it"),
+        (["--preset", "gse", "--method", "set"], "preset is 'gse', whose method is gse, but method is 'set'"),
+        (["--method", "gse", "--subset-factor", "0"], "subset_factor is 0.0; it must be a number above 0"),
         (["--data", "nothing.npz"], "which does not exist"),
         (["--resume", "nothing"], "error: resume is nothing, which has no config.json"),
         (["--width", "16"], "every layer needs at least one"),
@@ -129,6 +138,15 @@ def test_another_recipe(no_picture, tmp_path):
     assert (config["recipe"], config["augment"], config["seeds"], config["rate"]) == ("simplevit-tiny", "crop", 1, 1e-3)
 
 
+def test_a_preset_with_an_option(no_picture, tmp_path):
+    arguments = [*TINY, "--no-dense", "--preset=gse-grabo", "--drop-fraction=0.1", "--quiet"]
+    result = invoke(*arguments, "--out", tmp_path / "run")
+    assert result.exit_code == 0 and "(gse-grabo, drop_fraction 0.1)" in " ".join(result.stdout.split())
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["method"], config["preset"], config["options"]) == ("gse", "gse-grabo", {"drop_fraction": 0.1})
+    assert invoke("--resume", tmp_path / "run", *arguments).exit_code == 0
+
+
 def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch):
     def start(*_):
         raise RuntimeError(
@@ -156,6 +174,7 @@ def test_options_that_contradict_the_resumed_run(finished, tmp_path):
         (["--batch-size", "1"], "batch_size is 1, but"),
         (["--no-dense"], "dense is False, but"),
         (["--data", tmp_path], "data is"),
+        (["--min-age", "2"], f"min_age is 2, but the run in {folder} has it not given"),
         (["--out", tmp_path], "--out is"),
     ):
         result = invoke("--resume", folder, *arguments)
@@ -182,7 +201,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, ctrl_c):
     ctrl_c(6, times=2)
     result = invoke(*TINY, "--out", tmp_path / "run")
     assert result.exit_code == 130
-    assert "stopped at once; what the last epoch saved is kept. To go on:" in result.stderr
+    assert "stopped at once; what was saved last is kept. To go on:" in result.stderr
 
 
 def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):

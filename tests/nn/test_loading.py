@@ -8,17 +8,21 @@ import pytest
 import torch
 from torch import nn
 
+import sparsekern as sk
+from sparsekern.nn.loading import describe
 from tests.nn.test_block_sparse import X, assert_index_is_fresh, layer
 
 DAMAGES = [
     (lambda s: s.pop("row"), "has values, col but not row; blocks without their places"),
     (lambda s: s.pop("values"), "has row, col but not values"),
-    (lambda s: s.update(values=torch.ones(8, 4, 4)), r"has blocks of \(4, 4\), the layer of \(4, 3\); build the"),
-    (lambda s: s.update(values=torch.ones(3, 4, 3)), "has 3 slots, the layer 8; build the layer with blocks=3"),
+    (lambda s: s.update(values=torch.ones(8, 1, 48)), r"topology does not fit: slot \d is at block"),
+    (lambda s: s.update(values=torch.ones(3, 4, 3)), "rows of shape \\(8,\\) and columns of shape .* for 3 slots"),
+    (lambda s: s.update(values=torch.ones(8)), r"values have shape \(8,\); they must be \(slots, bo, bi\)"),
+    (lambda s: s.update(values=torch.ones(8, 0, 3)), r"values have shape \(8, 0, 3\); they must be"),
     (lambda s: s["row"].fill_(7), r"topology does not fit: slot 0 is at block \(7, "),
     (lambda s: (s["row"].fill_(1), s["col"].fill_(1)), "slots 0 and 1 are both at block"),
     (lambda s: s.update(row=s["row"].long()), "row is torch.int64"),
-    (lambda s: s.update(row=s["row"][:3], col=s["col"][:3]), "the checkpoint has 3 places for 8 slots"),
+    (lambda s: s.update(row=s["row"][:3], col=s["col"][:3]), "columns of shape \\(3,\\) for 8 slots"),
     (lambda s: s.update(weight=torch.ones(3, 3)) or [s.pop(k) for k in ("values", "row", "col")],
      r"weight has shape \(3, 3\); the layer is \(14, 10\)"),
 ]  # fmt: skip
@@ -77,6 +81,99 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(damage, text, strict):
         module.load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=strict)
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
     assert_index_is_fresh(module[0])
+
+
+@pytest.mark.parametrize("size", [(4, 3), (2, 3), (1, 1), (8, 5), (14, 10)])
+def test_blocks_of_another_size_are_cut_anew_exactly(size):
+    source, target = layer(0, block_size=size), layer(1, blocks=4, capacity=16)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.dense_weight(), source.dense_weight()) and torch.equal(target.bias, source.bias)
+    assert_index_is_fresh(target)
+    target(X).sum().backward()
+
+
+def test_a_convolution_too_with_tied_taps_and_groups():
+    options = {"groups": 2, "seed": 0, "tie_taps": True, "sparsity": 0.5}
+    source = sk.SparseConv2d(8, 12, 3, block_size=2, **options)
+    target = sk.SparseConv2d(8, 12, 3, block_size=4, capacity=36, **options)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.dense_weight(), source.dense_weight())
+
+
+def test_fewer_blocks_leave_slots_free():
+    source, target = layer(0, blocks=3), layer(1)
+    target.load_state_dict(source.state_dict())
+    assert target.topology.blocks() == 3 and torch.equal(target(X), source(X))
+    source.load_state_dict(target.state_dict())
+    assert torch.equal(target(X), source(X)), "free slots of the checkpoint are left out where there are fewer"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            {"blocks": 9},
+            r"fills 9 blocks of \(4, 3\), the layer has 8 slots; .*=\(4, 3\), blocks=9, or with capa",
+        ),
+        (
+            {"block_size": 5, "blocks": 6},
+            r"fills 16 blocks of \(4, 3\) \(6 of \(5, 5\)\), the layer has 8 slots",
+        ),
+    ],
+)
+def test_too_many_blocks_name_the_way_out(source, message):
+    with pytest.raises(RuntimeError, match=message):
+        layer().load_state_dict(layer(1, **source).state_dict())
+
+
+def test_the_metadata_say_what_matrix_it_is():
+    other = sk.SparseLinear(12, 16, sparsity=0.5, block_size=(4, 3), seed=0, bias=False)
+    target = layer(bias=False)
+    state = other.state_dict()
+    with pytest.raises(RuntimeError, match=r"is of a weight \(16, 12\), the layer is \(14, 10\)"):
+        target.load_state_dict(state)
+    state._metadata[""]["version"] = 99
+    with pytest.raises(RuntimeError, match="layer has version 99, and this sparsekern reads up to 2: install a newer"):
+        target.load_state_dict(state)
+    for damaged in (None, [], {}, {"out_features": "1"}, describe(target.grid) | {"kernel": [1]}):
+        state._metadata[""] = {"version": 2, "grid": damaged}
+        with pytest.raises(RuntimeError, match="the metadata describe a layer as"):
+            target.load_state_dict(state)
+
+
+def test_a_layer_of_version_1_has_no_metadata_and_loads():
+    source, target = layer(0), layer(1)
+    state = source.state_dict()
+    state._metadata[""] = {"version": 1}
+    target.load_state_dict(state)
+    assert torch.equal(target(X), source(X))
+
+
+def test_a_state_without_metadata_is_made_and_loads():
+    plain: dict = {}
+    layer(0).state_dict(destination=plain)
+    target = layer(1)
+    target.load_state_dict(plain)
+    assert torch.equal(target(X), layer(0)(X))
+
+
+def test_a_layer_on_the_meta_device_takes_the_tensors_of_the_checkpoint():
+    source = layer(0, blocks=3)
+    with torch.device("meta"):
+        target = layer(1)
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(target(X), source(X))
+    with pytest.raises(RuntimeError, match="on the meta device must have the layer's blocks and slots"):
+        layer(1).load_state_dict({k: v.to("meta") for k, v in source.state_dict().items()})
+
+
+def test_torch_save_and_weights_only(tmp_path):
+    source, target = nn.Sequential(layer(0)), nn.Sequential(layer(1))
+    torch.save(source.state_dict(), tmp_path / "m.pt")
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert state._metadata["0"]["grid"] == describe(source[0].grid)
+    target.load_state_dict(state)
+    assert torch.equal(target(X), source(X))
 
 
 def test_safetensors_round_trip(tmp_path):

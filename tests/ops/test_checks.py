@@ -79,12 +79,7 @@ CONV_CASES = [
     (dict(bias=torch.ones(7)), ValueError, r"bias has shape \(7,\); it must be \(8,\)"),
     (dict(x=torch.ones(2, 6, 9, 9).double()), TypeError, "input is torch.float64 but values are torch.float32"),
     (dict(probe=Probe.all_norms(GRID)), ValueError, r"the probe for 'all_norms' has shape \(2, 3\).*\(2, 18\)"),
-    (
-        dict(probe=Probe.magnitudes(CONV_GRID)),
-        NotImplementedError,
-        "a convolution has no probe 'magnitudes'.*'uniform'",
-    ),
-    (dict(probe=Probe.all_norms(CONV_GRID).of_tokens(4)), NotImplementedError, "of 4 tokens.*leave score_tokens out"),
+    (dict(probe=Probe.magnitudes(GRID)), ValueError, r"the probe for 'magnitudes' has shape \(5,\).*\(20,\)"),
 ]
 
 

@@ -3,9 +3,10 @@ import torch
 from torch import nn
 
 from sparsekern import SparseLinear, sparse_layers
-from sparsekern.recipes.build import build
+from sparsekern.recipes.build import build, build_method
 from sparsekern.recipes.config import Config
 from sparsekern.topology import allocate
+from sparsekern.training import METHODS
 
 CONFIG = Config(width=64, block_size=8, sparsity=0.75)
 SHAPE = (1, 4, 5)
@@ -73,3 +74,39 @@ def test_blocks_are_shared_out_as_the_recipe_says():
 def test_images_that_are_too_small():
     with pytest.raises(ValueError, match="data has images of 8 x 40; recipe vgg16 needs 32 x 32 or more: choose"):
         build("dense", Config(recipe="vgg16"), (3, 8, 40), 10, seed=0)
+
+
+def method_of(**changes):
+    config = Config(**{**CONFIG.to_json(), **changes}).resolved(1000, 1)
+    model = build("sparse", config, SHAPE, 3, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, build_method(config, model, optimizer, steps=200, seed=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_by_its_name(name):
+    _, method = method_of(method=name, update_every=7)
+    assert type(method) is METHODS[name] and (method.seed, method.schedule.update_every) == (1, 7)
+    assert (method.schedule.start, method.schedule.stop) == (0, 150)
+
+
+def test_options_reach_the_method():
+    _, method = method_of(method="gse", options={"distribution": "grabo", "start": 0.1, "stop": 0.5, "scope": "global"})
+    assert (method.distribution, method.scope) == ("grabo", "global")
+    assert (method.schedule.start, method.schedule.stop) == (20, 100)
+
+
+def test_options_outweigh_the_preset():
+    _, method = method_of(method=None, preset="gse-imagenet", options={"drop_fraction": 0.05})
+    assert (method.subset_factor, method.with_replacement) == (2.0, True)
+    schedule = method.schedule
+    assert (schedule.drop_fraction, schedule.stop, schedule.update_every) == (0.05, 120, 1000)
+
+
+def test_a_pool_of_candidates_is_stored():
+    model, method = method_of(method="vrpge", options={"pool": 3.0})
+    assert model.hidden1.sparsity == 0.25 and method.budget.ratio == pytest.approx(1 / 3)
+    model, method = method_of(method="vrpge", options={"pool": 8.0})  # more than there are
+    assert model.hidden1.sparsity == 0 and method.budget.ratio == pytest.approx(1 / 4)
+    model, method = method_of(method="vrpge", options={"pool": 1.0})
+    assert model.hidden1.sparsity == 0.75 and method.budget.ratio == 1

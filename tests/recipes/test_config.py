@@ -12,6 +12,7 @@ def test_the_default_is_what_the_readme_promises():
     assert (config.recipe, config.batch_size, config.rate, config.seeds) == ("mlp", 64, 1e-3, 5)
     assert config.networks == ("sparse", "dense")
     assert Config(dense=False).networks == ("sparse",)
+    assert Config(sparse=False).networks == ("dense",)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,11 @@ def test_the_default_is_what_the_readme_promises():
         ("rate", 0.0, "above 0"),
         ("rate", float("inf"), "above 0"),
         ("method", "sett", "one of static, set"),
+        ("preset", "gsee", "one of set, rigl"),
+        ("options", [], "a dictionary"),
         ("data", 3, "a path"),
         ("dense", 1, "true or false"),
+        ("sparse", "yes", "true or false"),
         ("device", "tpu", "cpu, cuda"),
         ("device", "meta", "cpu, cuda"),
         ("device", 3.5, "cpu, cuda"),
@@ -100,7 +104,11 @@ def test_given_values_stay():
 
 
 def test_json_and_back():
-    for config in (Config(data="x.npz", sparsity=0.5, epochs=2), Config(recipe="resnet56", width_multiplier=2)):
+    for config in (
+        Config(data="x.npz", sparsity=0.5, epochs=2),
+        Config(recipe="resnet56", width_multiplier=2),
+        Config(preset="gse-grabo", options={"subset_factor": 2.0, "drop_fraction": 0.1}),
+    ):
         assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
@@ -127,3 +135,34 @@ def test_blocks_larger_than_the_layers():
 def test_a_percentage_is_recognised():
     with pytest.raises(ValueError, match=r"sparsity is 90; it is the fraction absent .* \(did you mean 0.9\?\)"):
         Config(sparsity=90)
+
+
+def test_nothing_to_train():
+    with pytest.raises(ValueError, match="dense and sparse are false, which leaves nothing to train"):
+        Config(dense=False, sparse=False)
+
+
+def test_the_preset_names_the_method():
+    config = Config(preset="gse-imagenet")
+    assert config.method == "gse" and Config(preset="rigl", method="rigl").method == "rigl"
+    assert config.resolved(50_000, 3).update_every == 1000
+    assert Config(preset="gse", update_every=7).resolved(50_000, 3).update_every == 7
+    with pytest.raises(ValueError, match="preset is 'gse', whose method is gse, but method is 'set'"):
+        Config(preset="gse", method="set")
+
+
+def test_an_option_of_another_method():
+    with pytest.raises(ValueError, match="masks is 3, but method set has no such option; vrpge has it"):
+        Config(options={"masks": 3})
+
+
+def test_options_by_who_takes_them():
+    config = Config(method="vrpge", options={"pool": 3, "masks": 4})
+    assert config.part("method") == {"masks": 4} and config.part("recipe") == {"pool": 3}
+    assert list(config.options) == ["pool", "masks"]
+
+
+def test_the_title_of_the_method():
+    assert Config().method_title == "set"
+    assert Config(preset="gse-grabo", options={"scope": "layer"}).method_title == "gse-grabo, scope layer"
+    assert Config(method="rigl", options={"regrow": True}).method_title == "rigl, regrow true"

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from sparsekern.recipes.config import Config
-from sparsekern.recipes.folder import Metrics, create, default_folder, read_config, read_json, write_json
+from sparsekern.recipes.folder import Metrics, create, default_folder, read_config, read_json, read_keeping, write_json
+from sparsekern.recipes.keeping import Keeping
+from sparsekern.recipes.lock import locked
 
 
 def test_the_default_name_says_what_and_when():
@@ -18,7 +20,7 @@ def test_config_and_back(tmp_path):
     config = Config(epochs=3)
     create(tmp_path / "a" / "b", config, {"name": "x"}, {"torch": "1"})
     assert read_config(tmp_path / "a" / "b") == (config, {"name": "x"})
-    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["format_version"] == 3
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -45,10 +47,10 @@ def test_a_folder_without_a_run(tmp_path):
         ("{", "missing or damaged"),
         ("[]", "missing or damaged"),
         ("{}", "missing or damaged"),
-        ('{"format_version": 99}', "has format version 99; this code reads 2"),
-        ('{"format_version": 2}', "not the configuration of a run"),
-        ('{"format_version": 2, "config": [], "data": {}}', "not the configuration of a run"),
-        ('{"format_version": 2, "config": {"width": 0}, "data": {}}', "other entries"),
+        ('{"format_version": 99}', "has format version 99; this code reads 3"),
+        ('{"format_version": 3}', "not the configuration of a run"),
+        ('{"format_version": 3, "config": [], "data": {}}', "not the configuration of a run"),
+        ('{"format_version": 3, "config": {"width": 0}, "data": {}}', "other entries"),
     ],
 )
 def test_a_damaged_configuration_is_described(tmp_path, content, message):
@@ -62,7 +64,7 @@ def test_json_is_written_whole(tmp_path):
     write_json(path, {"a": 1})
     with pytest.raises(ValueError):
         write_json(path, {"a": float("nan")})
-    assert read_json(path) == {"format_version": 2, "a": 1}
+    assert read_json(path) == {"format_version": 3, "a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
@@ -83,4 +85,26 @@ def test_a_run_killed_at_its_first_file_can_begin_again(tmp_path):
 def test_a_folder_of_something_else_is_not_said_to_be_resumable(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"which is not empty; choose another --out$"):
+        create(tmp_path, Config(), {}, {})
+
+
+def test_what_a_run_keeps(tmp_path):
+    create(tmp_path, Config(), {}, {}, Keeping("500", 4))
+    assert read_keeping(tmp_path) == Keeping("500", 4)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for keeping, message in (
+        ([], "not the configuration of a run"),
+        ({"best": 1}, "does not know: best"),
+        ({"keep": 0}, "keep is 0"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(content | {"keeping": keeping}))
+        with pytest.raises(ValueError, match=message):
+            read_keeping(tmp_path)
+    del content["keeping"]  # an older run does not say
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_keeping(tmp_path) == Keeping()
+
+
+def test_a_lock_is_no_content(tmp_path):
+    with locked(tmp_path):
         create(tmp_path, Config(), {}, {})

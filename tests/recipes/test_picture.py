@@ -32,7 +32,7 @@ def test_what_the_picture_says(monkeypatch, dense):
     block_map |= {"start": torch.tensor([0, 5]), "end": torch.tensor([1, 5])}
     picture.draw_summary(Path("x.png"), results, rows, block_map)
     assert picture._title(Config(recipe="wrn-28-4").to_json(), "x", "90 % sparse").startswith("x: WRN-28-4, hidden")
-    for part in ("digits", "90 % sparse", "blocks of 16 x 16", "SET", "width 2048"):
+    for part in ("digits", "90 % sparse", "blocks of 16 x 16; set)", "width 2048"):
         assert part in drawn["title"]
     assert ("dense twin" in drawn["title"]) == dense
     assert "after 2 epochs: sparse 97.5 %" in drawn["subtitle"] and "12,345" in drawn["subtitle"]

@@ -9,7 +9,9 @@ SIZES = {
 
 
 def row(network, seed, epoch, accuracy, ms):
-    return {"network": network, "seed": seed, "epoch": epoch, "test_accuracy": accuracy, "ms_per_step": ms}
+    return {"network": network, "seed": seed, "epoch": epoch, "test_accuracy": accuracy, "ms_per_step": ms} | {
+        "seconds": float(epoch)
+    }
 
 
 ROWS = [
@@ -32,6 +34,7 @@ def test_by_hand():
     assert sparse["test_accuracy"]["standard_deviation"] == pytest.approx(0.1 / 2**0.5)
     assert (sparse["stored_parameters"], dense["training_bytes"]) == (10, 250)
     assert sparse["ms_per_step"] == {"median": 4.0, "low": None, "high": None, "highest": 10.0}
+    assert sparse["seconds"] == {"mean": 3.0, "by_seed": [3.0, 3.0]}
     compared = result["comparison"]
     assert compared["accuracy_gap"] == pytest.approx(-0.05)
     assert compared["accuracy_gap_standard_error"] == pytest.approx(0.05)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy
@@ -10,6 +12,7 @@ import torch
 import sparsekern as sk
 from sparsekern.recipes import Config, Interrupted, Observer, checkpoint, resume, start
 from sparsekern.recipes.build import build
+from sparsekern.recipes.keeping import Keeping
 from sparsekern.recipes.run import _block_map, environment
 
 CONFIG = Config(
@@ -43,17 +46,17 @@ class StopAt(Observer):
 
 def rows_of(folder, *, timed=False):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    drop = () if timed else ("ms_per_step", "update_seconds")
+    drop = () if timed else ("ms_per_step", "seconds", "update_seconds")
     return [{key: value for key, value in row.items() if key not in drop} for row in rows]
 
 
-def weights(folder):
+def weights(folder, networks=("sparse", "dense")):
     return {
         f"{seed}/{network}": (
             checkpoint.latest(folder / "checkpoints" / f"seed-{seed}") / f"{network}.safetensors"
         ).read_bytes()
         for seed in (0, 1)
-        for network in ("sparse", "dense")
+        for network in networks
     }
 
 
@@ -146,6 +149,81 @@ def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path
     assert rows_of(tmp_path) == rows_of(straight[0])
 
 
+@pytest.mark.parametrize("every", ["1", "3", "1s"])
+def test_a_long_epoch_is_not_lost(straight, no_picture, tmp_path, every, monkeypatch):
+    """Killed right after a save that was due, and again; the steps between two saves are all that is done twice."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("sparsekern.recipes.keeping.time.monotonic", lambda: next(seconds))
+
+    class Killed(StopAt):
+        def should_stop(self):
+            if super().should_stop():
+                raise RuntimeError("killed")
+            return False
+
+    done = 0
+    with pytest.raises(RuntimeError, match="killed"):
+        start(CONFIG, tmp_path, killed := Killed(7), Keeping(save_every=every))
+    while True:
+        done += killed.asked - 1
+        try:
+            resume(tmp_path, killed := Killed(7))
+            break
+        except RuntimeError:
+            pass
+    assert STEPS <= done + killed.asked <= STEPS * (2 if every == "3" else 1.2)
+    assert weights(tmp_path) == weights(straight[0]) and rows_of(tmp_path) == rows_of(straight[0])
+
+
+def test_the_best_checkpoint_and_the_last_stay(straight):
+    folder, _ = straight
+    for seed in (0, 1):
+        rows = [row for row in rows_of(folder) if row["seed"] == seed]
+        best = max((row for row in rows if row["network"] == "sparse"), key=lambda row: row["test_accuracy"])
+        there = {path.name for path in (folder / "checkpoints" / f"seed-{seed}").iterdir()}
+        assert there == {f"step-{2 * best['step']:08d}", f"step-{2 * 3 * BATCHES:08d}"}
+
+
+def test_what_is_kept_may_change_when_a_run_is_resumed(no_picture, tmp_path):
+    with pytest.raises(Interrupted):
+        start(CONFIG, tmp_path, StopAt(3), Keeping(save_every="1", keep=3))
+    seed = tmp_path / "checkpoints" / "seed-0"
+    assert sorted(path.name for path in seed.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
+    with pytest.raises(Interrupted):
+        resume(tmp_path, StopAt(3), keep=1)
+    assert [path.name for path in seed.iterdir()] == ["step-00000006"]
+    with pytest.raises(ValueError, match="keep is 0"):
+        resume(tmp_path, StopAt(3), keep=0)
+
+
+def test_a_second_process_is_told_that_the_folder_is_in_use(tmp_path):
+    class Second(Observer):
+        def should_stop(self):
+            with pytest.raises(ValueError, match="is in use by another process"):
+                resume(tmp_path, Observer())
+            with pytest.raises(ValueError, match="is in use by another process"):
+                start(CONFIG, tmp_path, Observer())
+            return True
+
+    with pytest.raises(Interrupted):
+        start(CONFIG, tmp_path, Second())
+    assert ".lock" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_run_that_another_process_finished_in_the_meantime_is_only_read(straight, monkeypatch, tmp_path):
+    folder, results = straight
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "results.json").rename(tmp_path / "results.json")
+
+    @contextmanager
+    def locked(path):
+        (tmp_path / "results.json").rename(path / "results.json")
+        yield
+
+    monkeypatch.setattr("sparsekern.recipes.run.locked", locked)
+    assert resume(tmp_path / "run", StopAt(0)) == results
+
+
 def test_the_largest_layer_is_shown():
     sizes = ((8, 16), (16, 24), (24, 16), (16, 8))  # the second and the third have 6 places
     model = torch.nn.Sequential(*(sk.SparseLinear(*size, block_size=8, sparsity=0.5) for size in sizes))
@@ -180,6 +258,13 @@ def test_without_the_twin(no_picture, tmp_path):
     assert list(results["networks"]) == ["sparse"] and "comparison" not in results
     newest = checkpoint.latest(tmp_path / "checkpoints" / "seed-0")
     assert sorted(path.name for path in newest.iterdir()) == ["sparse.safetensors", "state.pt"]
+
+
+def test_the_twin_alone_is_the_twin_of_a_pair(straight, tmp_path):
+    results = start(Config(**{**CONFIG.to_json(), "sparse": False, "method": "static"}), tmp_path, Observer())
+    assert list(results["networks"]) == ["dense"] and "comparison" not in results
+    assert not (tmp_path / "summary.png").exists(), "it shows blocks"
+    assert weights(tmp_path, ("dense",)) == {k: v for k, v in weights(straight[0]).items() if "dense" in k}
 
 
 def test_an_error_leaves_no_folder(tmp_path):

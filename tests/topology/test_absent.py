@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsekern.topology import generator_for, sample_absent, sample_distinct
+from sparsekern.topology.absent import sample_ascending
 from tests.memory import allocations
 
 
@@ -72,6 +74,46 @@ def test_every_pair_is_as_likely_as_any_other() -> None:
             seen[tuple(row)] += 1
 
     assert_uniform([seen[pair] for pair in combinations(range(8), 2)], draws, 2 / (73 * 72))
+
+
+# Ascending: independent draws by exponential gaps, of which the distinct ones are kept.
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.integers(0, 2000), st.integers(0, 2**31), st.data())
+def test_ascending_numbers_are_distinct_and_in_range(population: int, seed: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, population))
+
+    drawn = sample_ascending(population, count, seeded(seed))
+
+    assert drawn.dtype == torch.int64 and drawn.shape == (count,) and bool((drawn.diff() > 0).all())
+    assert count == 0 or 0 <= int(drawn[0]) <= int(drawn[-1]) < population
+
+
+@pytest.mark.parametrize(("population", "count"), [(30, 4), (84, 5), (85, 5), (200, 30), (200, 1)])
+def test_every_ascending_number_and_pair_is_as_likely_as_any_other(population: int, count: int) -> None:
+    """84 is the last population that is shuffled for 5, and 85 the first that is not."""
+    generator, draws = seeded(), 6000
+    drawn = torch.stack([sample_ascending(population, count, generator) for _ in range(draws)])
+
+    assert_uniform(drawn.flatten().bincount(minlength=population).tolist(), draws, count / population)
+    seen = torch.zeros(draws, population).scatter_(1, drawn, 1.0)[:, :: population // 10]
+    together = (seen.T @ seen)[torch.ones(seen.shape[1], seen.shape[1]).triu(1).bool()].tolist()
+    assert_uniform(together, draws, count * (count - 1) / (population * (population - 1)))
+
+
+def test_an_ascending_draw_that_found_too_few_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number for all gaps but the last: the first draw holds hardly any distinct ones."""
+    healthy, calls = torch.rand, []
+
+    def rand(size: int, **options: Any) -> Tensor:
+        calls.append(size)
+        gaps = healthy(size, **options)
+        return gaps.mul_(1e-9).index_fill_(0, torch.tensor([size - 1]), 0.5) if len(calls) == 1 else gaps
+
+    monkeypatch.setattr(torch, "rand", rand)
+    drawn = sample_ascending(10_000, 100, seeded())
+    assert len(calls) == 2 and drawn.unique().shape == (100,)
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
@@ -153,8 +195,13 @@ def test_a_count_out_of_range_is_refused(count: int) -> None:
         sample_distinct(4, count, generator_for(0))
 
 
-def test_ordered_is_the_same_draw_sorted():
-    present = torch.tensor([0, 3, 4, 17])
-    drawn = sample_absent(present, 500, 60, torch.Generator().manual_seed(1))
-    ordered = sample_absent(present, 500, 60, torch.Generator().manual_seed(1), ordered=True)
-    assert torch.equal(ordered, drawn.sort().values) and not torch.equal(ordered, drawn)
+def test_ordered_draws_are_absent_ascending_and_equally_likely():
+    present, draws = torch.tensor([0, 3, 4, 17]), 3000
+    generator, counts = torch.Generator().manual_seed(1), torch.zeros(100)
+    for _ in range(draws):
+        keys = sample_absent(present, 100, 10, generator, ordered=True)
+        assert keys.shape == (10,) and bool((keys.diff() > 0).all())
+        counts[keys] += 1
+    assert not counts[present].any()
+    counts[present] = draws * 10 / 96
+    assert_uniform(counts.tolist(), draws, 10 / 96)

@@ -16,6 +16,7 @@ from sparsekern.topology import (
     index_bytes,
     mask_index,
     mask_index_,
+    ordered_keys,
     rebuild_,
     with_capacity,
 )
@@ -276,3 +277,18 @@ def test_a_masked_index_is_written_into_the_same_tensors(block: int) -> None:
         for written, expected in zip(into, mask_index(own, keep, topology.grid.block), strict=True):
             assert torch.equal(written, expected)
     assert [t.data_ptr() for t in into] == addresses
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(topologies())
+def test_places_in_order_need_less_sorting(topology: Topology) -> None:
+    order = topology.keys().argsort(stable=True)
+    topology = Topology(topology.grid, topology.row[order], topology.col[order])
+    for found, expected in zip(build_index(topology, ascending=True), build_index(topology), strict=True):
+        assert torch.equal(found, expected)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(topologies())
+def test_the_keys_are_in_the_order_of_the_index(topology: Topology) -> None:
+    assert torch.equal(ordered_keys(build_index(topology), topology), topology.sorted_keys())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsekern.topology import generator_for, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology import generator_for, row_weights, sample_absent_pairs, sample_pairs, without
 
 ROWS, COLS = torch.tensor([1.0, 0.0, 3.0, 2.0]), torch.tensor([5.0, 1.0, 0.0, 2.0, 2.0])
 JOINT = ROWS[:, None] * COLS / (ROWS.sum() * COLS.sum())
@@ -24,6 +24,31 @@ def test_the_joint_distribution_has_rank_one():
     expected = draws * JOINT[JOINT > 0]
     statistic = float(((counts[JOINT > 0] - expected) ** 2 / expected).sum())
     assert statistic < chi_square_quantile(expected.numel() - 1)
+
+
+def test_groups_of_rows_may_weigh_columns_apart():
+    """Rows 0 and 1 see columns as COLS says, 2 and 3 another way; a group that weighs nothing is never drawn."""
+    draws = 60_000
+    other = torch.tensor([0.0, 0.0, 4.0, 1.0, 3.0])
+    for cols in (torch.stack([COLS, other]), torch.stack([COLS, torch.zeros(5)])):
+        joint = ROWS[:, None] * cols.repeat_interleave(2, 0)
+        joint /= joint.sum()
+        counts = torch.bincount(sample_pairs(ROWS, cols, draws, generator_for(0)), minlength=20).view(4, 5)
+        assert not counts[joint == 0].any()
+        expected = draws * joint[joint > 0]
+        statistic = float(((counts[joint > 0] - expected) ** 2 / expected).sum())
+        assert statistic < chi_square_quantile(expected.numel() - 1)
+        torch.testing.assert_close(
+            row_weights(ROWS, cols), (ROWS[:, None] * cols.repeat_interleave(2, 0)).sum(1).double()
+        )
+    assert torch.equal(row_weights(ROWS, COLS), ROWS.double() * 10)
+
+
+def test_a_draw_that_is_rounded_up_stays_in_its_group(monkeypatch):
+    """The highest uniform number below 1: low + u * (high - low) is high itself."""
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.full((count,), 1 - 2**-53, dtype=torch.float64))
+    cols = torch.tensor([[3.0, 0.0], [1e-3, 0.0], [5.0, 0.0]])
+    assert sample_pairs(torch.tensor([0.0, 1, 0]), cols, 1, generator_for(0)).tolist() == [2]
 
 
 def test_the_test_notices_another_distribution():

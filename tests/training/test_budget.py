@@ -60,3 +60,9 @@ def test_costs_make_operations_of_elements():
 def test_errors(options, text):
     with pytest.raises(ValueError, match=text):
         budget(**options)
+
+
+def test_expected_elements():
+    found = budget(0.75)
+    s = torch.zeros(40).index_fill_(0, torch.tensor([0, 3]), 0.25)
+    assert found.expected_elements("a", s) == 0.5 * 16 and found.expected_elements("b", s) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.topology import Grid, dense_block_norms, generator_for
+from sparsekern.topology import Grid, conv_grid, dense_block_norms, generator_for
 from sparsekern.training.gse import DISTRIBUTIONS, weights
 from tests.topology.test_pairs import chi_square_quantile
 from tests.training.test_rigl import MASK, SCORES, ask_for, layer
@@ -189,11 +189,24 @@ def test_guided_candidates_follow_the_joint_distribution(distribution, replaceme
 def test_weights_by_hand():
     grid = Grid(3, 2, (2, 1))
     squares = torch.tensor([9.0, 16, 4, 25])  # rows {0, 1}, {2}; columns 0, 1
-    assert [w.tolist() for w in weights(grid, "grabo", squares)] == [[3, 4], [2, 5]]
+    assert [w.tolist() for w in weights(grid, "grabo", squares)] == [[3, 4], [[2, 5]]]
     sums = torch.tensor([3.0, -4, -2, -7, 1])
-    assert [w.tolist() for w in weights(grid, "graest", sums)] == [[5, 2], [7, 1]]
-    assert [w.tolist() for w in weights(Grid(3, 2, (1, 1)), "grabo", sums.abs())] == [[3, 4, 2], [7, 1]]
-    assert [w.tolist() for w in weights(Grid(3, 2, (1, 1)), "graest", sums)] == [[3, 4, 2], [7, 1]]
+    assert [w.tolist() for w in weights(grid, "graest", sums)] == [[5, 2], [[7, 1]]]
+    assert [w.tolist() for w in weights(Grid(3, 2, (1, 1)), "grabo", sums.abs())] == [[3, 4, 2], [[7, 1]]]
+    assert [w.tolist() for w in weights(Grid(3, 2, (1, 1)), "graest", sums)] == [[3, 4, 2], [[7, 1]]]
+
+
+def test_weights_of_a_convolution_by_hand():
+    """Six output and six input channels in two groups, two taps; blocks of 2 x 2 stick out of every group and tap."""
+    grid = conv_grid(6, 6, (1, 2), (2, 2), groups=2)
+    out = torch.tensor([3.0, 4, 5, 8, 6, 0])  # group 0: {3, 4}, {5}; group 1: {8, 6}, {0}
+    into = torch.tensor([0.0, 5, 2, 4, 3, 1, 6, 8, 9, 0, 0, 7])  # a tap in three: {0, 5}, {2}; {4, 3}, {1}; ...
+    rows, cols = weights(grid, "graest", torch.cat([out, into]))
+    assert rows.tolist() == [5, 5, 10, 0]
+    assert cols.tolist() == [[5, 2, 5, 1], [10, 9, 0, 7]]
+    squares = torch.cat([rows.square(), cols.flatten().square()])
+    for found, expected in zip(weights(grid, "grabo", squares), (rows, cols), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_candidates_that_somebody_else_filled_are_left_out():

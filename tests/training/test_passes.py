@@ -7,7 +7,15 @@ import copy
 import torch
 from torch import nn
 
-from sparsekern.training.passes import Randomness, keep_norm_statistics, without_sync
+import sparsekern as sk
+from sparsekern.training.passes import (
+    Randomness,
+    extra_passes,
+    keep_norm_statistics,
+    scale_of,
+    without_gradients,
+    without_sync,
+)
 
 
 def test_dropout_draws_the_same_again():
@@ -50,3 +58,29 @@ def test_instance_norm_and_errors():
 def test_a_model_without_ranks_needs_no_sync():
     with without_sync(nn.Linear(2, 2)):
         pass
+
+
+def test_gradients_from_before_are_there_again():
+    model = nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    before = model.weight.grad
+    with without_gradients(model):
+        assert model.weight.grad is None
+        model(torch.ones(1, 3)).sum().backward()
+    assert model.weight.grad is before and torch.equal(before, torch.ones(2, 3))
+
+
+def test_an_extra_pass_is_not_heard_and_probes_are_armed_again():
+    model = nn.Sequential(sk.SparseLinear(8, 8, block_size=4, sparsity=0.5), nn.BatchNorm1d(8))
+    row = col = torch.zeros(1, dtype=torch.int32)
+    probe = model[0].probe = sk.Probe.candidates(model[0].grid, row, col)
+    with extra_passes(model):
+        model(torch.randn(5, 8)).square().sum().backward()
+    assert model[0].probe is probe and probe.tensor.grad is None
+    assert model[1].num_batches_tracked == 0 and model[0].values.grad is not None
+
+
+def test_a_scale():
+    cpu = torch.device("cpu")
+    assert scale_of(None, cpu) == 1
+    assert scale_of(torch.amp.GradScaler("cpu", init_scale=8.0), cpu) == 8

@@ -20,22 +20,41 @@ def make(rate=0.1, optimizer="sgd", clip=None):
 MASKS = torch.tensor([[True, False, True, False], [False, True, True, False]])
 
 
+def step(s: Probabilities, losses: torch.Tensor, masks: torch.Tensor, factor: float) -> None:
+    s.note(losses)
+    s.step(masks, factor)
+
+
 def test_a_step_by_hand():
     s = make()
     assert s.value.tolist() == [0.5] * 4
     # scores: (3 - 2) / 2 / 0.5 = 1 for the first, -1 for the second; 0.5 -+ 0.1 * 1, and the sum is 2 as it was
-    s.step(torch.tensor([3.0, 2.0]), MASKS, 1.0)
+    step(s, torch.tensor([3.0, 2.0]), MASKS, 1.0)
     torch.testing.assert_close(s.value, torch.tensor([0.4, 0.6, 0.5, 0.5]))
-    s.step(torch.tensor([2.0, 2.0]), MASKS, 1.0)
+    step(s, torch.tensor([2.0, 2.0]), MASKS, 1.0)
     torch.testing.assert_close(s.value, torch.tensor([0.4, 0.6, 0.5, 0.5]))
+
+
+def test_losses_of_batches_add_up_and_are_used_once():
+    s, once = make(), make()
+    for losses in ([1.0, 0.5], [float("inf"), 9.0], [2.0, 1.5]):  # the second overflowed
+        s.note(torch.tensor(losses))
+    s.step(MASKS, 1.0)
+    step(once, torch.tensor([3.0, 2.0]), MASKS, 1.0)
+    assert torch.equal(s.value, once.value) and not torch.equal(s.value, make().value)
+    s.step(MASKS, 1.0)
+    s.note(torch.tensor([9.0, 1.0]))
+    s.forget()
+    s.step(MASKS, 1.0)
+    assert torch.equal(s.value, once.value), "nothing noted, no step"
 
 
 def test_the_rate_has_a_factor_and_scores_are_clipped():
     s = make()
-    s.step(torch.tensor([3.0, 2.0]), MASKS, 0.5)
+    step(s, torch.tensor([3.0, 2.0]), MASKS, 0.5)
     torch.testing.assert_close(s.value, torch.tensor([0.45, 0.55, 0.5, 0.5]))
     s = make(clip=0.1)
-    s.step(torch.tensor([3.0, 2.0]), MASKS, 1.0)  # (1, -1) becomes (1, -1) * 0.1 / sqrt(2)
+    step(s, torch.tensor([3.0, 2.0]), MASKS, 1.0)  # (1, -1) becomes (1, -1) * 0.1 / sqrt(2)
     torch.testing.assert_close(s.value[0], torch.tensor(0.5 - 0.01 / 2**0.5))
 
 
@@ -44,13 +63,13 @@ def test_the_budget_holds_after_any_number_of_steps():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         masks = torch.rand(2, 4, generator=generator) < s.value
-        s.step(torch.randn(2, generator=generator), masks, 1.0)
+        step(s, torch.randn(2, generator=generator), masks, 1.0)
         assert float(s.value.sum()) <= 2 + 1e-6 and s.value.min() >= 0 and s.value.max() <= 1
 
 
 def test_a_restart_has_a_probability_and_no_memory():
     s = make(optimizer="adam")
-    s.step(torch.tensor([3.0, 2.0]), MASKS, 1.0)
+    step(s, torch.tensor([3.0, 2.0]), MASKS, 1.0)
     before = s.value
     s.restart({"fc": torch.tensor([0])}, 0.2)
     torch.testing.assert_close(s.value, torch.tensor([0.2, *before[1:].tolist()]))

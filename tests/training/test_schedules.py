@@ -63,3 +63,9 @@ def test_a_function_of_the_step():
 def test_errors(options, text):
     with pytest.raises(ValueError, match=text):
         Schedule(**({"update_every": 1, "start": 0, "stop": None, "drop_fraction": 0.3} | options))
+
+
+def test_the_cosine_alone():
+    schedule = Schedule(1, 0, 100, 0.0)
+    assert [round(schedule.cosine(t), 6) for t in (0, 50, 100, 101)] == [1, 0.5, 0, 0]
+    assert Schedule(1, 0, None, 0.3).cosine(10**6) == 1 and Schedule(1, 0, 0, 0.3).cosine(0) == 0

@@ -33,8 +33,27 @@ def test_half_precision_norms_do_not_overflow():
 def test_lowest():
     scores = torch.tensor([3.0, 1, torch.inf, 1, 2])
     assert lowest(scores, 3).tolist() == [1, 3, 4]
-    assert lowest(scores, 9).tolist() == [1, 3, 4, 0]
-    assert lowest(scores, 0).tolist() == []
+    assert lowest(scores, 1).tolist() == [1]
+    assert lowest(scores, 9).tolist() == [0, 1, 3, 4]
+    assert lowest(scores, 0).tolist() == lowest(scores[:0], 2).tolist() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["random", "ties", "near ties", "mostly infinite", "tiny"])
+@pytest.mark.parametrize("count", [1, 700, 2999, 3000])
+def test_lowest_of_many(kind, count, dtype):
+    scores = torch.rand(3000, dtype=dtype, generator=generator_for(0))
+    if kind == "ties":
+        scores = (scores * 10).floor()
+    elif kind == "near ties":
+        scores = 1 + scores * 1e-6  # of one upper half
+    elif kind == "mostly infinite":
+        scores[scores < 0.9] = torch.inf
+    elif kind == "tiny":
+        scores *= torch.finfo(dtype).tiny
+    expected = scores.argsort(stable=True)
+    expected = expected[scores[expected].isfinite()][:count].sort().values
+    assert torch.equal(lowest(scores, count), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,0 +1,111 @@
+"""``sparsekern convert``: a checkpoint in another form."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsekern.cli.inspect import describe_state
+from sparsekern.cli.shell import error_console, explained, stopped
+from sparsekern.cli.source import weights_file
+from sparsekern.nn.convert import State, bsr_state, dense_state, sparse_state
+from sparsekern.nn.files import read_state, write_state
+from sparsekern.nn.select import matches_name
+from sparsekern.topology import block_pair, check_sparsity
+
+
+class Form(str, Enum):
+    """What a checkpoint can be turned into."""
+
+    dense = "dense"
+    sparse = "sparse"
+    bsr = "bsr"
+
+
+TORCH_NAMES = (".pt", ".pth")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file of weights, a checkpoint folder or a run folder.")],
+    target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pt or .pth for torch.save.")],
+    to: Annotated[Form, typer.Option(help="The form of linear layers and convolutions.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="To sparse: fraction of each layer's blocks to leave out, the weakest.")
+    ] = None,
+    keep_zeros: Annotated[
+        bool, typer.Option("--keep-zeros", help="To sparse: exact, leave out only what is zero.")
+    ] = False,
+    block_size: Annotated[
+        str | None, typer.Option(help="To sparse: side of the blocks, or OUTxIN. Default: as they are.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="To sparse: names, globs or re:patterns of the layers. Default: all.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="To sparse: layers to leave, like --layers.")] = None,
+    network: Annotated[str, typer.Option(help="Of a run: sparse or dense.")] = "sparse",
+    seed: Annotated[int, typer.Option(help="Of a run: which seed.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the target.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as one JSON object.")] = False,
+) -> None:
+    """Write a checkpoint with dense weights, with stored blocks, or with torch's own BSR tensors.
+
+    To dense and to bsr, and to sparse with --keep-zeros, every value stays what it is. BSR is for linear layers, and
+    its file is one of torch.save; convolutions become dense there. A dense file does not say how many groups a
+    convolution has: its blocks are cut as for one.
+    """
+    with explained(error_console(), stopped):
+        _check(target, to, sparsity, keep_zeros, block_size, force)
+        state = read_state(weights_file(source, network, seed))
+        if to is Form.dense:
+            new = dense_state(state)
+        elif to is Form.bsr:
+            new = bsr_state(state)
+        else:
+            new = _sparse(state, sparsity, block_size, layers or ["*"], ignore or [])
+        write_state(target, new)
+        found = {"file": str(target), "file_bytes": target.stat().st_size, **describe_state(new)}
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        kinds = f"{len(found['layers'])} sparse layers, {len(found['tensors'])} other tensors"
+        typer.echo(f"{target}: {kinds}, {found['file_bytes']:,} bytes")
+
+
+def _check(
+    target: Path, to: Form, sparsity: float | None, keep_zeros: bool, block_size: str | None, force: bool
+) -> None:
+    """Raise every error about the options before anything is read."""
+    if to is not Form.sparse and (sparsity is not None or keep_zeros or block_size is not None):
+        raise ValueError(f"to is {to.value}, which takes no --sparsity, --keep-zeros or --block-size; drop them")
+    if to is Form.sparse and (sparsity is None) == (not keep_zeros):
+        raise ValueError("to is sparse, which needs --sparsity or --keep-zeros, and not both")
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    if to is Form.bsr and target.suffix not in TORCH_NAMES:
+        raise ValueError(f"target is {target}; BSR tensors need a file of torch.save: let the name end in .pt")
+    if target.suffix not in (".safetensors", *TORCH_NAMES):
+        raise ValueError(f"target is {target}; the name must end in .safetensors, .pt or .pth")
+    if target.is_dir() or (target.exists() and not force):
+        raise ValueError(f"target is {target}, which exists; choose another name, or --force")
+
+
+def _sparse(
+    state: State, sparsity: float | None, block_size: str | None, layers: list[str], ignore: list[str]
+) -> State:
+    block = None if block_size is None else _block(block_size)
+
+    def chosen(name: str) -> bool:
+        return any(matches_name(one, name) for one in layers) and not any(matches_name(one, name) for one in ignore)
+
+    return sparse_state(state, sparsity=sparsity, block=block, chosen=chosen)
+
+
+def _block(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"block_size is {text!r}; it must be a whole number of 1 or more, or OUTxIN such as 32x16")
+    return block_pair(int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1])))

@@ -1,0 +1,127 @@
+"""``sparsekern inspect``: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sparsekern.cli.shell import error_console, explained, stopped
+from sparsekern.cli.source import saved_seeds, weights_file
+from sparsekern.nn.files import FORMAT_VERSION, read_state
+from sparsekern.nn.loading import STORED
+from sparsekern.nn.stored import StoredLayer, stored_layers
+from sparsekern.recipes import checkpoint
+from sparsekern.recipes.folder import CONFIG, read_config
+
+
+def inspect(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A file of weights, a checkpoint folder or a run folder.", metavar="CHECKPOINT_OR_RUN"),
+    ],
+    network: Annotated[str, typer.Option(help="Of a run: sparse or dense.")] = "sparse",
+    seed: Annotated[int, typer.Option(help="Of a run: which seed.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show the layers of a checkpoint: shapes, blocks, sparsity, dtypes, bytes. Nothing in the file is executed."""
+    with explained(error_console(), stopped):
+        run = _run(source) if (source / CONFIG).is_file() else None
+        file = weights_file(source, network, seed)
+        state = read_state(file)
+        found = {"file": str(file), "file_bytes": file.stat().st_size, **describe_state(state)}
+        if run is not None:
+            found["run"] = run
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        _print(found)
+
+
+def describe_state(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the sparse layers, the other tensors, and the sums of a state, as plain values.
+
+    Of a layer whose matrix the file does not say, ``shape`` and ``sparsity`` are None.
+    """
+    layers = stored_layers(state)
+    rows = [_layer(layer) for layer in layers.values()]
+    others = [
+        {"name": key, "shape": list(tensor.shape), "dtype": _dtype(tensor), "bytes": tensor.nbytes}
+        for key, tensor in state.items()
+        if key.rpartition(".")[0] not in layers or key.rpartition(".")[2] not in (*STORED, "weight")
+    ]
+    version = None if not layers else FORMAT_VERSION if all(layer.described for layer in layers.values()) else 1
+    parameters = sum(layer.topology.elements() for layer in layers.values())
+    return {
+        "format_version": version,
+        "layers": rows,
+        "tensors": others,
+        "stored_weights": parameters,
+        "bytes": sum(row["bytes"] for row in rows + others),
+    }
+
+
+def _layer(layer: StoredLayer) -> dict[str, Any]:
+    topology = layer.topology
+    return {
+        "name": layer.name,
+        "shape": list(topology.grid.weight_shape) if layer.described else None,
+        "block_size": list(topology.grid.block),
+        "blocks": topology.blocks(),
+        "slots": topology.slots,
+        "sparsity": topology.sparsity() if layer.described else None,
+        "dtype": _dtype(layer.values),
+        "bytes": sum(layer.bytes().values()),
+    }
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)[0].to_json()
+    newest = {seed: checkpoint.latest(checkpoint.seed_folder(folder, seed)) for seed in saved_seeds(folder)}
+    return {"config": config, "checkpoints": {str(seed): str(path) for seed, path in newest.items()}}
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("tensor", overflow="fold")
+    for heading in ("shape", "blocks", "of size", "sparse", "dtype", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in found["layers"]:
+        sparsity = "?" if row["sparsity"] is None else f"{100 * row['sparsity']:.2f} %"
+        free = f" + {row['slots'] - row['blocks']} free" if row["slots"] > row["blocks"] else ""
+        shape = "?" if row["shape"] is None else _times(row["shape"])
+        name = row["name"] or "(the layer)"
+        table.add_row(
+            name,
+            shape,
+            f"{row['blocks']:,}{free}",
+            _times(row["block_size"]),
+            sparsity,
+            row["dtype"],
+            f"{row['bytes']:,}",
+        )
+    for row in found["tensors"]:
+        table.add_row(row["name"], _times(row["shape"]), "", "", "", row["dtype"], f"{row['bytes']:,}")
+    version = "no sparse layer" if found["format_version"] is None else f"format version {found['format_version']}"
+    typer.echo(f"{found['file']}: {found['file_bytes']:,} bytes, {version}")
+    if "run" in found:
+        config = found["run"]["config"]
+        typer.echo(f"run: recipe {config['recipe']}, {config['method']}, sparsity {config['sparsity']:g}")
+    console.print(table)
+    typer.echo(f"{found['stored_weights']:,} weights in blocks; {found['bytes']:,} bytes in all tensors")
+
+
+def _times(shape: list[int]) -> str:
+    return " x ".join(map(str, shape)) or "()"

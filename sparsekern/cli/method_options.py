@@ -1,0 +1,68 @@
+"""The options of the methods on the command line, from their table."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from sparsekern.recipes.config import STOP
+from sparsekern.recipes.options import OPTIONS, Option
+from sparsekern.training import METHODS
+
+PANEL = "Options of methods"
+
+
+def takes_method_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every option of the table; it receives those that were given as one dictionary ``options``.
+
+    Typer reads a command's signature: what this returns has one in which the options stand in place of ``options``.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    before = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
+    table = [_parameter(option) for option in OPTIONS.values()]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        values = {name: given.pop(name) for name in OPTIONS}
+        command(**given, options={name: value for name, value in values.items() if value is not None})
+
+    everything = [*before, *table]
+    with_options.__signature__ = signature.replace(parameters=everything)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in everything}
+    return with_options
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    text = f"{option.text} [{option.owners}]"
+    if option.choices:
+        text = f"{option.text.removesuffix('.')}: {', '.join(option.choices)}. [{option.owners}]"
+    shown = typer.Option(help=text.replace("[", r"\["), show_default=_default(option), rich_help_panel=PANEL)
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[option.kind | None, shown]
+    )
+
+
+def _default(option: Option) -> str | bool:
+    """Return the default that the constructors have, or False where it is no plain value."""
+    if option.name == "stop":
+        return f"{STOP:g}"
+    defaults = {name: _of_constructor(option.name, name) for name in option.methods}
+    plain = {name: str(value) for name, value in defaults.items() if value is not None}
+    if not plain:
+        return False
+    first = next(iter(plain.values()))
+    return "; ".join([first, *(f"{name}: {value}" for name, value in plain.items() if value != first)])
+
+
+def _of_constructor(argument: str, method: str) -> object:
+    for cls in METHODS[method].__mro__[:-1]:
+        parameter = inspect.signature(cls).parameters.get(argument)
+        if parameter is not None:
+            return parameter.default
+        if hasattr(cls, argument):  # such as ``pool``
+            return getattr(cls, argument)
+    return None

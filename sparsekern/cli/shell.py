@@ -1,0 +1,78 @@
+"""What every command that trains does around its work: Ctrl-C, exit codes, errors of one line."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from sparsekern.recipes import Interrupted
+
+USAGE_ERROR, INTERRUPTED = 2, 130
+
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+"""What PyTorch says when there is not enough memory, on a CPU and on CUDA."""
+
+
+def error_console() -> Console:
+    """Return the console for progress and errors: stdout holds the results alone."""
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def explained(errors: Console, how_to_go_on: Callable[[bool], str]) -> Iterator[None]:
+    """Turn what the user can do something about into one line and an exit code.
+
+    Args:
+        errors: where the line goes.
+        how_to_go_on: what to say after Ctrl-C; takes whether everything was saved.
+    """
+    try:
+        yield
+    except ValueError as error:
+        errors.print(f"error: {error}")
+        raise typer.Exit(USAGE_ERROR) from None
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)):
+            raise
+        errors.print("error: the memory does not suffice; choose a smaller width, batch size or data set")
+        raise typer.Exit(USAGE_ERROR) from None
+    except (Interrupted, KeyboardInterrupt) as stop:
+        errors.print(how_to_go_on(isinstance(stop, Interrupted)))
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def stopped(saved: bool) -> str:
+    """Return what a command says after Ctrl-C that has nothing to go on with."""
+    return "stopped; nothing was written"
+
+
+class CtrlC:
+    """Turns the first Ctrl-C into a request, which the loop reads between two steps; a second one ends at once.
+
+    A KeyboardInterrupt in the middle of a step would leave weights and optimizer state of different steps.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: Any = None
+
+    def asked(self) -> bool:
+        """Return whether Ctrl-C was pressed."""
+        return self._asked
+
+    def __enter__(self) -> CtrlC:
+        self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,39 @@
+"""What the commands that read a checkpoint are given: a file of weights, a checkpoint folder, or a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsekern.recipes import checkpoint
+from sparsekern.recipes.folder import CONFIG
+
+
+def weights_file(path: Path, network: str, seed: int) -> Path:
+    """Return the file of weights that a path stands for: of a run the newest checkpoint's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a file of weights, a checkpoint folder or a run folder")
+    if path.is_file():
+        return path
+    folder: Path | None = path
+    if (path / CONFIG).is_file():
+        folder = checkpoint.latest(checkpoint.seed_folder(path, seed))
+        if folder is None:
+            seeds = ", ".join(str(number) for number in saved_seeds(path)) or "none"
+            raise ValueError(f"seed is {seed}, which has no checkpoint in {path}; those that have one: {seeds}")
+    assert folder is not None
+    file = folder / f"{network}.safetensors"
+    if not file.is_file():
+        there = ", ".join(sorted(found.stem for found in folder.glob("*.safetensors"))) or "none"
+        raise ValueError(f"network is {network!r}, of which {folder} has no weights; it has those of: {there}")
+    return file
+
+
+def saved_seeds(run: Path) -> list[int]:
+    """Return the seeds of a run that have a checkpoint."""
+    names = (found.name.removeprefix("seed-") for found in (run / "checkpoints").glob("seed-*"))
+    seeds = sorted(int(name) for name in names if name.isdecimal())
+    return [seed for seed in seeds if checkpoint.latest(checkpoint.seed_folder(run, seed)) is not None]

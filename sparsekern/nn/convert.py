@@ -1,0 +1,185 @@
+"""From one form of a state to another, without a model: dense weights, stored blocks, torch's own BSR tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from sparsekern.nn.files import Metadata, metadata_of, with_metadata
+from sparsekern.nn.loading import LAYER_VERSION, STORED, describe
+from sparsekern.nn.stored import StoredLayer, stored_layers
+from sparsekern.topology import (
+    Grid,
+    Topology,
+    allocate,
+    by_norm,
+    conv_grid,
+    dense_block_norms,
+    from_keys,
+    gather_blocks,
+    reblock,
+    to_dense,
+)
+
+State = OrderedDict[str, Tensor]
+
+
+def dense_state(state: Mapping[str, Tensor]) -> State:
+    """Return the state with a dense weight in the place of every sparse layer, and of every BSR tensor.
+
+    Raises:
+        ValueError: the state does not say what matrix the blocks are of.
+    """
+    return _replaced(state, lambda layer: {"weight": to_dense(_known(layer).topology, layer.values)})
+
+
+def bsr_state(state: Mapping[str, Tensor]) -> State:
+    """Return the state with a ``torch.sparse_bsr`` weight in the place of every sparse linear layer.
+
+    torch has no sparse convolution: convolutions become dense.
+
+    Raises:
+        ValueError: as :func:`dense_state`; or blocks do not divide the matrix, which torch's format cannot hold.
+    """
+    return _replaced(state, lambda layer: {"weight": _to_bsr(_known(layer))})
+
+
+def sparse_state(
+    state: Mapping[str, Tensor],
+    *,
+    sparsity: float | None,
+    block: tuple[int, int] | None,
+    chosen: Callable[[str], bool] = lambda name: True,
+) -> State:
+    """Return the state with stored blocks in the place of the weights of linear layers and convolutions.
+
+    Those are the floating point tensors ``<name>.weight`` of two or four axes. Depthwise convolutions and stems, with
+    three input channels or fewer, stay dense. Layers that are sparse already are cut anew if ``block`` says so.
+
+    Args:
+        state: dense, sparse, or with BSR tensors.
+        sparsity: fraction of each layer's blocks to leave out, those of smallest norm. None: exact, every block with a
+            nonzero element is kept, and every block that is stored.
+        block: ``(out, in)``; None keeps that of layers that are sparse, and is refused for dense ones.
+        chosen: whether to convert the layer of a name; others stay as they are.
+
+    Raises:
+        ValueError: the state does not say what matrix the blocks are of, or has no layer to convert.
+    """
+    state = with_metadata(state, metadata_of(state))
+    found: dict[str, tuple[Topology, Tensor]] = {}
+    for name, layer in stored_layers(state).items():
+        if chosen(name):
+            found[name] = _cut(_known(layer), sparsity, block)
+    for name in [key.removesuffix(".weight") for key, tensor in state.items() if _is_weight(key, tensor)]:
+        name = "" if name == "weight" else name
+        if chosen(name):
+            weight = state[_key(name, "weight")]
+            if block is None:
+                raise ValueError("block_size is missing; dense weights must be told how to be cut")
+            found[name] = _choose(weight, _grid(weight, block), sparsity)
+    if not found:
+        raise ValueError("nothing to convert: the file has no weight of a linear layer or convolution that is chosen")
+    return _put(state, found)
+
+
+def _is_weight(key: str, tensor: Tensor) -> bool:
+    named = key == "weight" or key.endswith(".weight")
+    if not (named and tensor.layout == torch.strided and tensor.is_floating_point() and tensor.numel()):
+        return False
+    return tensor.dim() == 2 or (tensor.dim() == 4 and tensor.shape[1] > 3)
+
+
+def _grid(weight: Tensor, block: tuple[int, int]) -> Grid:
+    if weight.dim() == 2:
+        return Grid(weight.shape[0], weight.shape[1], block)
+    return conv_grid(weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3]), block)
+
+
+def _choose(weight: Tensor, grid: Grid, sparsity: float | None) -> tuple[Topology, Tensor]:
+    if sparsity is not None:
+        topology = by_norm(grid, weight, allocate([grid], sparsity)[0])
+    else:
+        # nan and inf are nonzero too; a layer of zeros keeps its first block: a layer without one cannot be built
+        keys = (dense_block_norms(grid, (weight != 0).to(torch.float32)) > 0).flatten().nonzero().squeeze(1)
+        topology = from_keys(grid, keys if keys.numel() else keys.new_zeros(1))
+    return topology, gather_blocks(topology, weight)
+
+
+def _cut(layer: StoredLayer, sparsity: float | None, block: tuple[int, int] | None) -> tuple[Topology, Tensor]:
+    old = layer.topology.grid
+    grid = Grid(old.out_features, old.in_features, block or old.block, old.kernel, old.groups)
+    if sparsity is not None:
+        return _choose(to_dense(layer.topology, layer.values), grid, sparsity)
+    if grid == old:
+        return layer.topology, layer.values
+    topology, values = reblock(layer.topology, layer.values, grid)
+    if topology.slots == 0:
+        topology, values = from_keys(grid, torch.zeros(1, dtype=torch.int64)), values.new_zeros(1, *grid.block)
+    return topology, values
+
+
+def _to_bsr(layer: StoredLayer) -> Tensor:
+    topology, grid = layer.topology, layer.topology.grid
+    if grid.kernel is not None:
+        return to_dense(topology, layer.values)
+    if grid.has_edge:
+        raise ValueError(
+            f"layer {layer.name!r} is {grid.out_features} x {grid.in_features} in blocks of {grid.block}, which do not "
+            "divide it, and torch's BSR needs that; convert to sparse with a block_size that does first"
+        )
+    order = topology.keys().argsort(stable=True)[: topology.blocks()]
+    row, col = topology.row[order].long(), topology.col[order].long()
+    crow = torch.zeros(grid.rows + 1, dtype=torch.int64)
+    crow[1:] = torch.bincount(row, minlength=grid.rows).cumsum(0)
+    size = (grid.out_features, grid.in_features)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
+        return torch.sparse_bsr_tensor(crow, col, layer.values[order], size, check_invariants=True)
+
+
+def _known(layer: StoredLayer) -> StoredLayer:
+    if not layer.described:
+        raise ValueError(
+            f"the file does not say how large layer {layer.name!r} is, as older ones do not; load it into the model "
+            "with sparsekern.load_, and save that with sparsekern.save"
+        )
+    return layer
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+def _replaced(state: Mapping[str, Tensor], convert: Callable[[StoredLayer], dict[str, Tensor]]) -> State:
+    """Return the state with what ``convert`` returns in the place of each sparse layer."""
+    layers = stored_layers(state)
+    new: State = OrderedDict()
+    for key, tensor in state.items():
+        name, _, part = key.rpartition(".")
+        if name not in layers or part not in (*STORED, "weight"):
+            new[key] = tensor
+        elif part in ("values", "weight"):
+            new.update((_key(name, kind), made) for kind, made in convert(layers[name]).items())
+    kept = {name: entry for name, entry in metadata_of(state).items() if name not in layers}
+    return with_metadata(new, kept)
+
+
+def _put(state: Mapping[str, Tensor], found: dict[str, tuple[Topology, Tensor]]) -> State:
+    """Return the state with blocks in the place of the weights of layers."""
+    new: State = OrderedDict()
+    metadata: Metadata = dict(metadata_of(state))
+    for key, tensor in state.items():
+        name, _, part = key.rpartition(".")
+        if name not in found or part not in (*STORED, "weight"):
+            new[key] = tensor
+        elif part in ("values", "weight"):
+            topology, values = found[name]
+            new[_key(name, "values")] = values
+            new[_key(name, "row")], new[_key(name, "col")] = topology.row, topology.col
+            metadata[name] = {"version": LAYER_VERSION, "grid": describe(topology.grid)}
+    return with_metadata(new, metadata)

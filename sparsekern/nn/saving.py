@@ -1,0 +1,119 @@
+"""Saving the weights of a model in a file, and loading them into whatever form the model has now."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.files import metadata_of, read_state, sparse_names, with_metadata, write_state
+from sparsekern.nn.loading import STORED, adapt, source_grid
+from sparsekern.topology import Grid, Topology, conv_grid, to_dense
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the weights of a model as safetensors, or with ``torch.save`` if the name ends in ``.pt`` or ``.pth``.
+
+    The file is there whole or not at all. It says what matrices the blocks are of, so it can be converted
+    (``sparsekern convert``) and loaded without the code of the model.
+
+    Raises:
+        ValueError: the file cannot be written.
+        ModuleNotFoundError: the package safetensors is not installed.
+    """
+    write_state(Path(path), model.state_dict())
+
+
+def load_(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    assign: bool = False,
+) -> nn.Module:
+    """Load weights into a model, in place: dense or sparse ones into dense or sparse layers.
+
+    A sparse layer takes the places of a sparse checkpoint, whatever its blocks' size, if it has slots enough; of a
+    dense one it takes the blocks it has. An ``nn.Linear`` or ``nn.Conv2d`` takes a sparse layer as the dense weight.
+    Everything is checked before anything is changed, and nothing in a file is executed.
+
+    Args:
+        model: on any device; on the meta device with ``assign=True``.
+        source: a file, safetensors or of ``torch.save``; or a state dict.
+        strict: whether names that only one side has are an error.
+        assign: as in ``load_state_dict``: take over the tensors instead of copying into the model's.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit; one sentence says why.
+    """
+    if isinstance(source, Mapping):
+        where, state = "the state", source
+    else:
+        where, state = str(source), read_state(Path(source))
+    metadata = metadata_of(state)
+    fitting: dict[str, Any] = dict(state)
+    problems = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        problem = None
+        if isinstance(module, BlockSparse):
+            problem = adapt(module.topology, fitting, prefix, module.tie_taps, metadata.get(name))
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and name in sparse_names(fitting):
+            problem = _densify(module, fitting, prefix, metadata.get(name, {}))
+        if problem is not None:
+            problems.append(f"{name or 'the layer'}: {problem}")
+    problems = problems or _differences(model, fitting, strict)
+    if problems:
+        raise ValueError(f"{where} does not fit the model: {'; '.join(problems)}")
+    # Layers that fit now are of the model's own grids: what the file said about them is used up.
+    kept = {name: entry for name, entry in metadata.items() if f"{name}.values".lstrip(".") not in fitting}
+    model.load_state_dict(with_metadata(fitting, kept), strict=strict, assign=assign)
+    return model
+
+
+def _densify(module: nn.Linear | nn.Conv2d, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str | None:
+    """Put a dense weight in the place of stored blocks; return what is wrong, or None."""
+    values, row, col = (state[prefix + part] for part in STORED)
+    try:
+        grid = source_grid(values, row, col, _whole(module), metadata)
+        topology = Topology(grid, row, col)
+        topology.validate()
+    except ValueError as error:
+        return str(error)
+    state[prefix + "weight"] = to_dense(topology, values)
+    for part in STORED:
+        del state[prefix + part]
+    return None
+
+
+def _whole(module: nn.Linear | nn.Conv2d) -> Grid:
+    """Return the grid of a dense layer in the largest blocks there can be."""
+    if isinstance(module, nn.Linear):
+        return Grid(module.out_features, module.in_features, (module.out_features, module.in_features))
+    kernel = (module.kernel_size[0], module.kernel_size[1])
+    block = (module.out_channels // module.groups, module.in_channels // module.groups)
+    return conv_grid(module.in_channels, module.out_channels, kernel, block, module.groups)
+
+
+def _differences(model: nn.Module, state: Mapping[str, Tensor], strict: bool) -> list[str]:
+    """Return what ``load_state_dict`` would find wrong."""
+    own: dict[str, Any] = dict(model.state_dict(keep_vars=True))  # a module's extra state is anything
+    problems = []
+    if strict:
+        for what, names in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+            if names:
+                shown = sorted(names)
+                more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+                problems.append(f"it {what} {', '.join(shown[:5])}{more}")
+    for key in sorted(own.keys() & state.keys()):
+        mine, theirs = own[key], state[key]
+        if isinstance(mine, Tensor) and mine.shape != theirs.shape:
+            problems.append(f"{key} has shape {tuple(theirs.shape)}, in the model {tuple(mine.shape)}")
+    return problems

@@ -1,0 +1,71 @@
+"""What a method tells about the places of its blocks: how many moved, how many were ever in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekern.nn import BlockSparse
+from sparsekern.training.coverage import Coverage
+from sparsekern.training.followers import Move
+
+
+class Books:
+    """Kept move by move, from the first topology on.
+
+    Args:
+        layers: by name.
+        seed: decides which places of a large grid are watched.
+    """
+
+    def __init__(self, layers: dict[str, BlockSparse], seed: int) -> None:
+        self._layers = layers
+        self._start: dict[str, Tensor] = {n: layer.topology.sorted_keys().cpu() for n, layer in layers.items()}
+        self._coverage = {name: Coverage(layer.topology, seed, name) for name, layer in layers.items()}
+        self.open()
+
+    def open(self) -> None:
+        """Begin an update."""
+        self.churn = dict.fromkeys(self._layers, 0.0)
+        """The fraction of each layer's blocks that the update moves."""
+
+    def note(self, name: str, move: Move) -> None:
+        """Enter a move that was made."""
+        topology = self._layers[name].topology
+        grown = move.row >= 0
+        self.churn[name] = move.slots.numel() / max(1, topology.blocks())
+        self._coverage[name].add((move.row * topology.grid.cols + move.col)[grown])
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers that :meth:`sparsekern.training.Method.metrics` names; waits for the device."""
+        numbers: dict[str, float] = {}
+        stored, total, explored = 0, 0, 0.0
+        for name, layer in self._layers.items():
+            elements = layer.topology.elements()
+            stored, total = stored + elements, total + layer.grid.numel
+            numbers[f"sparsity/{name}"] = 1 - elements / layer.grid.numel
+            numbers[f"churn/{name}"] = self.churn[name]
+            rate = numbers[f"itop/{name}"] = self._coverage[name].rate()
+            explored += rate * layer.grid.numel
+            now = layer.topology.sorted_keys().cpu()
+            start = self._start[name]
+            numbers[f"kept/{name}"] = float(torch.isin(start, now).sum()) / max(1, start.shape[0])
+        numbers["sparsity/global"] = 1 - stored / total
+        numbers["itop/global"] = explored / total
+        return numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {
+            "churn": dict(self.churn),
+            "start": dict(self._start),
+            "explored": {name: coverage.seen.clone() for name, coverage in self._coverage.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.churn, self._start = dict(state["churn"]), dict(state["start"])
+        for name, seen in state["explored"].items():
+            self._coverage[name].seen.copy_(seen)

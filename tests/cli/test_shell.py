@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import typer
+
+from sparsekern.cli.shell import INTERRUPTED, USAGE_ERROR, CtrlC, error_console, explained
+from sparsekern.recipes import Interrupted
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("width is 0"), USAGE_ERROR, "error: width is 0\n"),
+        (MemoryError(), USAGE_ERROR, "error: the memory does not suffice; choose a smaller width, batch size or data"),
+        (RuntimeError("std::bad_alloc"), USAGE_ERROR, "error: the memory does not suffice"),
+        (Interrupted(Path("x")), INTERRUPTED, "saved: True\n"),
+        (KeyboardInterrupt(), INTERRUPTED, "saved: False\n"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(capsys, error, code, line):
+    with pytest.raises(typer.Exit) as stopped, explained(error_console(), lambda saved: f"saved: {saved}"):
+        raise error
+    written = capsys.readouterr()
+    assert stopped.value.exit_code == code and written.out == ""
+    assert written.err.startswith(line) and written.err.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"), explained(error_console(), lambda saved: ""):
+        raise RuntimeError("shapes do not match")
+
+
+def test_the_first_ctrl_c_asks_and_the_second_stops():
+    before = signal.getsignal(signal.SIGINT)
+    with CtrlC() as interrupt:
+        assert not interrupt.asked()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
