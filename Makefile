@@ -7,11 +7,12 @@ BENCH_STAMP := $(VENV)/.installed-bench
 BIN    := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help install train test bench lint types clean
+.PHONY: help install train test soak bench lint types clean
 
 help:
 	@echo "make train   train a block-sparse network beside its dense twin (ARGS='--help' for the options)"
 	@echo "make test    run the tests"
+	@echo "make soak    kill 200 training runs and resume them; feed every reader damaged files (half an hour)"
 	@echo "make bench   race the CPU kernels against other libraries (eight minutes; ARGS=--quick: one)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the environment and what was built"
@@ -38,6 +39,12 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# One thread: the runs are tiny, and forked from a process that must not have started others.
+soak: export OMP_NUM_THREADS = 1
+soak: $(STAMP)
+	$(BIN)/python -m tests.soak.kills --kills 200
+	$(BIN)/python -m tests.soak.readers --inputs 3000
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench.race $(ARGS)

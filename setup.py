@@ -137,6 +137,7 @@ setup(
         "sparsekern.report",
         "sparsekern.topology",
         "sparsekern.training",
+        "sparsekern.transforms",
         "sparsekern.kernels",
         "sparsekern.kernels.cpu",
         "sparsekern.kernels.eager",

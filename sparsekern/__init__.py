@@ -33,7 +33,7 @@ def _use_kernels_beside_package() -> None:
 _use_kernels_beside_package()
 del _use_kernels_beside_package
 
-from sparsekern import ops, topology  # noqa: E402  the finder must be in place first
+from sparsekern import ops, topology, transforms  # noqa: E402  the finder must be in place first
 from sparsekern.nn import SparseConv2d, SparseLinear, densify, load_, refresh_, save, sparse_layers, sparsify_  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.report import summary  # noqa: E402
@@ -64,4 +64,5 @@ __all__ = [
     "sparsify_",
     "summary",
     "topology",
+    "transforms",
 ]

@@ -25,7 +25,18 @@ GROUPS = [
 ]
 RANK = {layer: rank for rank, group in enumerate(GROUPS) for layer in group}
 
-OPTIONAL = {"triton", "matplotlib", "numpy", "safetensors", "sklearn", "typer", "rich", "transformers", "lightning"}
+OPTIONAL = {
+    "triton",
+    "matplotlib",
+    "PIL",
+    "numpy",
+    "safetensors",
+    "sklearn",
+    "typer",
+    "rich",
+    "transformers",
+    "lightning",
+}
 MAY_IMPORT_OPTIONAL = {"cli": {"typer", "rich"}, "gpu": {"triton"}}
 
 

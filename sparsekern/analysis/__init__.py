@@ -1,6 +1,21 @@
 """Numbers about models: what they store and compute."""
 
 from sparsekern.analysis.account import Account, account, state_bytes, stored_parameters, training_bytes
+from sparsekern.analysis.profile import LayerProfile, Profile, profile
+from sparsekern.analysis.spectral import Spectral, spectral
 from sparsekern.analysis.timing import race, time_layer
 
-__all__ = ["Account", "account", "race", "state_bytes", "stored_parameters", "time_layer", "training_bytes"]
+__all__ = [
+    "Account",
+    "LayerProfile",
+    "Profile",
+    "Spectral",
+    "account",
+    "profile",
+    "race",
+    "spectral",
+    "state_bytes",
+    "stored_parameters",
+    "time_layer",
+    "training_bytes",
+]

@@ -17,7 +17,18 @@ class Account:
     """What one layer stores and computes. Elements and FLOPs count real elements, bytes count what is allocated.
 
     ``flops`` are those of one training step on the given tokens: forward and both gradients, ``6 * tokens * elements``.
-    The tokens of a convolution are the pixels of its output. ``note`` says why a layer is left dense.
+    The tokens of a convolution are the pixels of its output.
+
+    Attributes:
+        name, kind: of the layer, and of its class.
+        shape: of the dense weight.
+        block: ``(bo, bi)``; None of a dense layer.
+        blocks, cells: stored blocks, and places for one.
+        elements, bias: stored elements of the weight, and entries of the bias.
+        tokens: rows of the output, or its pixels.
+        values_bytes, index_bytes, gradient_bytes, state_bytes: what training holds; the last is the optimizer's.
+        dense_bytes: what a dense layer of that shape would take.
+        note: why a layer is left dense.
     """
 
     name: str
@@ -119,7 +130,7 @@ def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim
 
 
 def state_bytes(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> int:
-    """Return the bytes of an optimizer's state for one parameter, as it is now."""
+    """Return the bytes of an optimizer's state for one ``parameter (...)`` of any shape, as it is now."""
     if optimizer is None:
         return 0
     states = optimizer.state.get(parameter, {}).values()

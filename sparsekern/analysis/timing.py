@@ -14,7 +14,10 @@ from sparsekern.nn import BlockSparse, SparseConv2d
 
 
 def race(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the median milliseconds of each contestant; they take turns, so that a busy machine slows all alike."""
+    """Return the median milliseconds of each of the ``contestants``, by name, over so many ``repeats``.
+
+    They take turns, so that a busy machine slows all alike.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(repeats + 2):  # two rounds to warm up
         for name, run in contestants.items():
@@ -28,7 +31,7 @@ def race(contestants: dict[str, Callable[[], object]], repeats: int, device: tor
 
 
 def time_layer(layer: BlockSparse, x: Tensor, repeats: int = 5) -> tuple[float, float]:
-    """Return ``(sparse, dense)`` median milliseconds of a layer's forward and backward on the input ``x``.
+    """Return ``(sparse, dense)`` median milliseconds, over ``repeats``, of forward and backward on the input ``x``.
 
     The dense contestant is PyTorch's own layer with a weight of zeros, made for the measurement; a convolution's is
     channels last, as its input is for both. Gradients of the layer are left as they were.

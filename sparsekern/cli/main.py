@@ -14,6 +14,7 @@ NEEDED = {
     "rich": "rich",
     "numpy": "numpy",
     "matplotlib": "matplotlib",
+    "PIL": "pillow",
     "safetensors": "safetensors",
     "sklearn": "scikit-learn",
 }
@@ -45,9 +46,11 @@ def application() -> typer.Typer:
     from sparsekern.cli.convert import convert
     from sparsekern.cli.info import info
     from sparsekern.cli.inspect import inspect
+    from sparsekern.cli.report import report
     from sparsekern.cli.train import train
+    from sparsekern.cli.usage import PlainErrors
 
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(cls=PlainErrors, add_completion=False, pretty_exceptions_enable=False)
 
     def show_version(wanted: bool) -> None:
         if wanted:
@@ -63,6 +66,7 @@ def application() -> typer.Typer:
         """Block-sparse layers for PyTorch that train truly sparse."""
 
     app.command()(train)
+    app.command()(report)
     app.command()(info)
     app.command()(inspect)
     app.command()(convert)

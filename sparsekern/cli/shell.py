@@ -15,6 +15,9 @@ from sparsekern.recipes import Interrupted
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
+NO_ROOM = ("No space left on device", "PytorchStreamWriter failed", "inline_container", "Disk quota exceeded")
+"""What the system, safetensors and PyTorch say when a disk is full."""
+
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 """What PyTorch says when there is not enough memory, on a CPU and on CUDA."""
 
@@ -34,17 +37,27 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str]) -> Iterator[
     """
     try:
         yield
-    except ValueError as error:
-        errors.print(f"error: {error}")
-        raise typer.Exit(USAGE_ERROR) from None
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)):
-            raise
-        errors.print("error: the memory does not suffice; choose a smaller width, batch size or data set")
-        raise typer.Exit(USAGE_ERROR) from None
     except (Interrupted, KeyboardInterrupt) as stop:
         errors.print(how_to_go_on(isinstance(stop, Interrupted)))
         raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        message = _way_out(error, how_to_go_on)
+        if message is None:
+            raise
+        errors.print(f"error: {message}")
+        raise typer.Exit(USAGE_ERROR) from None
+
+
+def _way_out(error: Exception, how_to_go_on: Callable[[bool], str]) -> str | None:
+    """Return what the user is told of an error, or None for a defect."""
+    if any(words in str(error) for words in NO_ROOM):
+        return f"there is no room left on the disk; free some. {how_to_go_on(False)}"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return "the memory does not suffice; choose a smaller width, batch size or data set"
+    if isinstance(error, OSError):
+        where = "a file" if error.filename is None else error.filename
+        return f"{where} cannot be used ({error.strerror or error}); check the path, the permissions and the disk"
+    return str(error) if isinstance(error, ValueError) else None
 
 
 def stopped(saved: bool) -> str:

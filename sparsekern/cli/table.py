@@ -17,7 +17,7 @@ BUSY = 3
 def result_table(results: dict[str, Any]) -> Table:
     """Return the table of ``results.json``: a row a quantity, a column a network, and what the comparison says."""
     config, networks = results["config"], results["networks"]
-    titles, comparison = Config.from_json(config), results.get("comparison")
+    titles = Config.from_json(config)
     sparse = "dense"
     if "sparse" in networks:
         sparse = (
@@ -25,11 +25,18 @@ def result_table(results: dict[str, Any]) -> Table:
             f"({titles.method_title}), first and last layer dense"
         )
     table = Table(title=f"{results['data']['name']}, {titles.network_title}: {sparse}", title_justify="left")
-    table.add_column("")
-    for name in networks:
-        table.add_column(name, justify="right")
-    if comparison is not None:
-        table.add_column("sparse against dense")
+    heading, rows = result_cells(results)
+    for number, name in enumerate(heading):
+        table.add_column(name, justify="right" if 0 < number <= len(networks) else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def result_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the heading and the rows of the table, as text."""
+    networks, comparison = results["networks"], results.get("comparison")
+    rows = []
     for label, show, compare in (
         ("test accuracy", _accuracy, _gap),
         ("stored parameters", lambda n: f"{n['stored_parameters']:,}", _parameters),
@@ -37,8 +44,8 @@ def result_table(results: dict[str, Any]) -> Table:
         ("median time a step", lambda n: _milliseconds(n["ms_per_step"]), _time),
     ):
         cells = [show(network) for network in networks.values()]
-        table.add_row(label, *cells, *([] if comparison is None else [compare(comparison)]))
-    return table
+        rows.append([label, *cells, *([] if comparison is None else [compare(comparison)])])
+    return ["", *networks, *([] if comparison is None else ["sparse against dense"])], rows
 
 
 def _accuracy(network: dict[str, Any]) -> str:

@@ -43,6 +43,15 @@ class BlockSparse(nn.Module):
         probe: what a training method asks of the next backward, or None.
 
     Shapes and addresses never change: a move of blocks writes into these tensors.
+
+    Args:
+        grid: cuts the weight into blocks.
+        topology: places of the blocks, or None to draw them.
+        tie_taps, blocks, capacity, init, seed, name, device, dtype: as in :class:`SparseConv2d`.
+
+    Raises:
+        TypeError: values of a dtype that cannot train.
+        ValueError: an unknown ``init``, or a topology that is not one.
     """
 
     _version = LAYER_VERSION
@@ -75,6 +84,8 @@ class BlockSparse(nn.Module):
         super().__init__()
         if topology is None and init not in INITS:
             raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}; it must be a real floating point type, such as torch.float32")
         self.grid = grid
         self.tie_taps = tie_taps
         self.init = init if topology is None else "given"

@@ -7,6 +7,7 @@ import copy
 from torch import nn
 
 from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.select import check_model
 from sparsekern.nn.swap import carry_over, swap_
 
 
@@ -14,8 +15,10 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
     """Return the sparse layers of a model by name, without what DDP and torch.compile add to it.
 
     Raises:
+        TypeError: not a :class:`torch.nn.Module`.
         ValueError: two layers would have one name.
     """
+    check_model(model)
     layers: dict[str, BlockSparse] = {}
     for full_name, module in model.named_modules():
         if isinstance(module, BlockSparse):
@@ -27,7 +30,7 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
 
 
 def plain_name(model: nn.Module, full_name: str) -> str:
-    """Return the name of a module or parameter of a model without what DDP and torch.compile add to it."""
+    """Return ``full_name``, of a module or parameter of a model, without what DDP and torch.compile add to it."""
     wrapped = isinstance(_uncompiled(model), (nn.parallel.DistributedDataParallel, nn.DataParallel))
     parts = [part for part in full_name.split(".") if part and part != "_orig_mod"]
     return ".".join(parts[1:] if wrapped else parts)
@@ -38,7 +41,16 @@ def densify(model: nn.Module) -> nn.Module:
 
     The model itself is not changed. A layer that is used in several places stays one layer. A compiled model or layer
     comes out not compiled.
+
+    Raises:
+        TypeError: not a :class:`torch.nn.Module`.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> sk.densify(model)[0]
+        Linear(in_features=64, out_features=64, bias=True)
     """
+    check_model(model)
     model = copy.deepcopy(_uncompiled(model))  # compiled, it would go on calling the layers it was compiled for
     if isinstance(model, BlockSparse):
         dense = model.to_dense()

@@ -66,6 +66,10 @@ class SparseLinear(BlockSparse):
     ) -> None:
         if topology is not None:
             grid, blocks = topology.grid, topology.slots
+            if grid.kernel is not None or grid.groups != 1:
+                raise ValueError(
+                    f"topology is that of a convolution with kernel {grid.kernel}; use SparseConv2d for it"
+                )
             if (grid.out_features, grid.in_features) != (out_features, in_features):
                 raise ValueError(
                     f"topology is for {grid.out_features} x {grid.in_features}, "

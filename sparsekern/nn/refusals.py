@@ -9,7 +9,7 @@ STEM_CHANNELS = 3
 
 
 def left_dense(module: nn.Module) -> str | None:
-    """Return why blocks would be no use in a layer, which therefore stays dense without an error; else None."""
+    """Return why blocks would be no use in the layer ``module``, which then stays dense without an error; or None."""
     if not isinstance(module, nn.Conv2d):
         return None
     if module.groups > 1 and module.in_channels == module.groups:

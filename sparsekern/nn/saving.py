@@ -16,7 +16,7 @@ from sparsekern.topology import Grid, Topology, conv_grid, to_dense
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the weights of a model as safetensors, or with ``torch.save`` if the name ends in ``.pt`` or ``.pth``.
+    """Write the weights of a model as safetensors, or with ``torch.save`` if ``path`` ends in ``.pt`` or ``.pth``.
 
     The file is there whole or not at all. It says what matrices the blocks are of, so it can be converted
     (``sparsekern convert``) and loaded without the code of the model.

@@ -13,6 +13,12 @@ from torch import nn
 Selector = type | str | Callable[[nn.Module, str], bool] | Iterable[Any]
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError unless ``model`` is a :class:`torch.nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+
+
 def flatten(selector: Selector) -> list[Any]:
     """Return the single selectors of a nested list of them."""
     if isinstance(selector, (str, type)) or callable(selector):
@@ -44,6 +50,11 @@ def matches_name(single: str, name: str) -> bool:
 
 def select(model: nn.Module, selector: Selector, argument: str) -> dict[str, nn.Module]:
     """Return the modules below ``model`` that a selector matches, by name, in the model's order.
+
+    Args:
+        model: searched without itself.
+        selector: a type, a name, a glob, ``"re:<pattern>"``, a function ``(module, name) -> bool``, or a list of these.
+        argument: what the user calls the selector, for the error.
 
     Raises:
         ValueError: a selector matches nothing; the text names the nearest names.

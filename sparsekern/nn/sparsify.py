@@ -13,7 +13,7 @@ from sparsekern.nn.conv2d import SparseConv2d, conv_arguments, layer_grid
 from sparsekern.nn.densify import sparse_layers
 from sparsekern.nn.linear import SparseLinear, linear_grid
 from sparsekern.nn.refusals import left_dense, refusal
-from sparsekern.nn.select import Selector, flatten, matches, select
+from sparsekern.nn.select import Selector, check_model, flatten, matches, select
 from sparsekern.nn.swap import swap_
 from sparsekern.topology import Grid, allocate
 
@@ -67,13 +67,20 @@ def sparsify_(
         The model.
 
     Raises:
+        TypeError: ``model`` is not a :class:`torch.nn.Module`, or an argument is of another type than it must be.
         ValueError: a selector matches nothing; a layer cannot be sparse (shared weight, child of an attention module,
             a subclass of nn.Linear or nn.Conv2d); a sparsity that leaves a layer without a block. Nothing has changed
             then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> sk.sparsify_(model, sparsity=0.75, block_size=16, ignore=["2"])[0]
+        SparseLinear(in_features=64, out_features=64, bias=True, block_size=(16, 16), blocks=4/16, sparsity=0.75)
     """
+    check_model(model)
     if init not in ("balanced", "random", "norm"):
         raise ValueError(f"init is {init!r}; it must be one of balanced, random, norm")
-    layers = _chosen(model, targets, ignore)
+    layers = choose_layers(model, targets, ignore)
     counts = _counts(model, layers, sparsity, block_size, distribution)
     for name, (grid, blocks) in counts.items():
         if tie_taps:
@@ -83,7 +90,8 @@ def sparsify_(
     return model
 
 
-def _chosen(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, nn.Linear | nn.Conv2d]:
+def choose_layers(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers that :func:`sparsify_` would replace, by name; it says what raises ValueError."""
     if isinstance(model, (nn.Linear, nn.Conv2d)):
         kind = "Linear" if isinstance(model, nn.Linear) else "Conv2d"
         raise ValueError(f"model is itself an nn.{kind} and cannot be replaced in place; use Sparse{kind}.from_dense")
@@ -118,7 +126,7 @@ def _counts(
     distribution: str,
 ) -> dict[str, tuple[Grid, int]]:
     """Return the grid and the number of blocks of each layer, without having changed anything."""
-    grids = {name: _grid(layer, block_size) for name, layer in layers.items()}
+    grids = {name: grid_of(layer, block_size) for name, layer in layers.items()}
     groups: dict[str, list[str]] = {}
     by_pattern = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
     for pattern in by_pattern:
@@ -135,7 +143,8 @@ def _counts(
     return {name: counts[name] for name in layers}
 
 
-def _grid(layer: nn.Linear | nn.Conv2d, block_size: int | tuple[int, int] | None) -> Grid:
+def grid_of(layer: nn.Linear | nn.Conv2d, block_size: int | tuple[int, int] | None) -> Grid:
+    """Return the grid of a dense layer's sparse twin; without a block size, that of the device's default."""
     if isinstance(layer, nn.Linear):
         return linear_grid(layer.out_features, layer.in_features, block_size, layer.weight.device)
     kernel = (layer.kernel_size[0], layer.kernel_size[1])

@@ -17,6 +17,10 @@ class WeightInfo:
 
     Libraries read ``layer.weight.dtype``; that works. A computation on the weight would be dense, or would not train
     the blocks: it raises and names ``to_dense()``.
+
+    Args:
+        shape: of the dense weight.
+        values: the stored blocks, whose dtype and device it has.
     """
 
     def __init__(self, shape: tuple[int, ...], values: torch.Tensor) -> None:

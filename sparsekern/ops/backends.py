@@ -67,7 +67,14 @@ def requested_backend() -> str:
 
 
 def supports(name: str, op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> bool:
-    """Return whether a backend can run an op, such as ``"linear"``, on these tensors."""
+    """Return whether a backend can run an op on tensors of such a device and dtype.
+
+    Args:
+        name: ``"gpu"``, ``"cpu"`` or ``"eager"``.
+        op: such as ``"linear"``.
+        device, dtype: of the input.
+        block: ``(bo, bi)`` of the weight.
+    """
     return BACKENDS[name].why_not(op, device, dtype, block) is None
 
 

@@ -12,6 +12,7 @@ from sparsekern.topology import Grid
 
 def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:
     """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.linear` fit together."""
+    _check_tensor(x)
     if x.dim() == 0 or x.shape[-1] != grid.in_features:
         raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features = {grid.in_features}")
     _check_weight(x, values, bias, index, grid)
@@ -25,6 +26,7 @@ def check_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
             f"the grid is for a weight {grid.weight_shape} in {grid.groups} groups, "
             f"the convolution has {wanted} in {shape.groups}; make it with conv_grid"
         )
+    _check_tensor(x)
     if x.dim() not in (3, 4) or x.shape[-3] != shape.in_channels:
         raise ValueError(
             f"input has shape {tuple(x.shape)}; it must be (N, C, H, W) or (C, H, W) with C = in_channels = "
@@ -36,6 +38,11 @@ def check_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
             f"{shape.dilation} with padding {shape.padding} (top, bottom, left, right)"
         )
     _check_weight(x, values, bias, index, grid)
+
+
+def _check_tensor(x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input is a {type(x).__name__}; it must be a torch.Tensor: convert it with torch.as_tensor")
 
 
 def _check_weight(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:

@@ -46,7 +46,7 @@ class Probe(NamedTuple):
         """
         if not checked:
             _check_places(grid, row, col)
-        index = build_index(Topology(grid, row, col), ascending=checked)
+        index = build_index(Topology(grid, row, col), checked=True, ascending=checked)
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
 

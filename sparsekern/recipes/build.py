@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,14 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import STOP, Config
+from sparsekern.recipes.models.layers import widened
 from sparsekern.recipes.options import OPTIONS
 from sparsekern.topology import generator_for
 from sparsekern.training import METHODS, Method, preset
+from sparsekern.transforms import Width
+
+SAME = Width()
+"""The width of the dense network."""
 
 
 def build(network: str, config: Config, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
@@ -39,25 +45,60 @@ def build(network: str, config: Config, image_shape: tuple[int, int, int], class
         raise ValueError(
             f"data has images of {height} x {width}; recipe {recipe.name} needs {side} x {side} or more: choose another"
         )
-    arguments: dict[str, Any] = {"num_classes": classes, "in_channels": channels}
-    arguments |= {"width_multiplier": config.width_multiplier} if config.width is None else {"width": config.width}
+    fixed: dict[str, Any] = {"num_classes": classes, "in_channels": channels}
     if recipe.needs_image_size:
-        arguments["image_size"] = (height, width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_for(seed, recipe.name).initial_seed())
-        model = recipe.model(**arguments)
-    if network == "sparse":
-        sk.sparsify_(
-            model,
-            _stored_sparsity(config),
-            config.block_size,
-            ignore=recipe.kept_dense,
-            distribution=recipe.distribution,
-            seed=seed,
-        )
+        fixed["image_size"] = (height, width)
+
+    def dense(widen: Width = SAME) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator_for(seed, recipe.name).initial_seed())
+            return recipe.model(**fixed, **_width(config, widen))
+
+    transform = config.part("transform").get("transform")
+    if network == "sparse" and transform is not None:
+        model = _transformed(dense, str(transform), config, torch.empty(1, *image_shape), seed)
+    else:
+        model = dense()
+        if network == "sparse":
+            sk.sparsify_(
+                model,
+                _stored_sparsity(config),
+                config.block_size,
+                ignore=recipe.kept_dense,
+                distribution=recipe.distribution,
+                seed=seed,
+            )
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _width(config: Config, widen: Width) -> dict[str, Any]:
+    """Return the argument that makes the recipe's network as wide as the configuration says, widened."""
+    if config.width is not None:
+        return {"width": widen(config.width)}
+    if widen == SAME:
+        return {"width_multiplier": config.width_multiplier}
+    return {"width_multiplier": lambda channels: widen(widened(channels, config.width_multiplier))}
+
+
+def _transformed(
+    dense: Callable[[Width], nn.Module], transform: str, config: Config, image: torch.Tensor, seed: int
+) -> nn.Module:
+    recipe = find(config.recipe)
+    if config.sparsity == 0:
+        raise ValueError("sparsity is 0, which transform turns into the dense network: give one above 0")
+    return sk.transforms.transform(
+        dense,
+        transform,
+        config.sparsity,
+        image,
+        block_size=config.block_size,
+        ignore=recipe.kept_dense,
+        distribution=recipe.distribution if transform == "wide" else "uniform",
+        pool=_pool(config) or 1.0,
+        seed=seed,
+    )
 
 
 def build_method(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> Method:
@@ -74,8 +115,11 @@ def build_method(config: Config, model: nn.Module, optimizer: torch.optim.Optimi
         ValueError: what the method raises.
     """
     arguments: dict[str, Any] = {"update_every": config.update_every, "seed": seed}
-    if _pool(config) is not None:
+    if (pool := _pool(config)) is not None:
         arguments["sparsity"] = config.sparsity
+        if config.part("transform"):  # the FLOPs decide what remains
+            grids = [(layer.topology.elements(), layer.grid.numel) for layer in sk.sparse_layers(model).values()]
+            arguments["sparsity"] = 1 - sum(n for n, _ in grids) / pool / sum(n for _, n in grids)
     for name, value in config.part("method").items():
         arguments[name] = float(value) * steps if OPTIONS[name].fraction else value
     if "start" in arguments:

@@ -121,7 +121,7 @@ def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             bad.rename(folder / (DAMAGED + bad.name))
         return path, state
     if damaged:
-        raise ValueError(f"{damaged[0][1]}; there is no older checkpoint: start a new run")
+        raise ValueError(f"{damaged[0][1]}; there is no older checkpoint: delete {folder} to train this seed anew")
     return None
 
 

@@ -194,7 +194,7 @@ class Config:
         """
         names = {entry.name for entry in fields(cls)}
         if values.keys() != names:
-            wrong = ", ".join(sorted(names ^ values.keys()))
+            wrong = ", ".join(name if name.isidentifier() else repr(name) for name in sorted(names ^ values.keys()))
             raise ValueError(f"the configuration has other entries than this version of sparsekern knows: {wrong}")
         return cls(**values)
 

@@ -16,6 +16,7 @@ from sparsekern.recipes.lock import LOCK
 DEFAULT = Keeping()
 
 CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.json", "summary.png"
+SPECTRAL = "spectral.png"
 
 
 def default_folder(config: Config, now: datetime) -> Path:
@@ -78,7 +79,7 @@ def read_keeping(folder: Path) -> Keeping:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file with a format version, whole or not at all."""
     text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, allow_nan=False)
-    replace(path, lambda unfinished: unfinished.write_text(text + "\n"))
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is missing or damaged; start a new run") from None
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -111,8 +112,7 @@ class Metrics:
 
     def __init__(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
         self.path = path
-        text = "".join(_line(row) for row in rows)
-        replace(path, lambda unfinished: unfinished.write_text(text))
+        write_text(path, "".join(_line(row) for row in rows))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row at the end."""
@@ -122,3 +122,8 @@ class Metrics:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    replace(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

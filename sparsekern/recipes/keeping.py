@@ -51,9 +51,8 @@ class Keeping:
         Raises:
             ValueError: a name too many, or a value of another form.
         """
-        unknown = ", ".join(sorted(map(str, values.keys() - {"save_every", "keep"})))
-        if unknown:
-            raise ValueError(f"what the run keeps has entries that this version of sparsekern does not know: {unknown}")
+        if unknown := sorted(values.keys() - {"save_every", "keep"}):
+            raise ValueError(f"keeping has entries that this version of sparsekern does not know: {unknown}")
         return cls(**values)
 
 

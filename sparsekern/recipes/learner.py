@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from sparsekern.analysis import stored_parameters, training_bytes
+from sparsekern.analysis import spectral, stored_parameters, training_bytes
+from sparsekern.nn import sparse_layers
 from sparsekern.recipes.augment import augmented
 from sparsekern.recipes.build import build, build_method
 from sparsekern.recipes.catalogue import find
@@ -60,6 +62,8 @@ class Learner:
         self.epoch = self.batch = self.steps = 0
         self._loss_sum = self._seconds = 0.0
         self._milliseconds: list[float] = []
+        self._spectral = network == "sparse" and bool(config.part("record").get("spectral"))
+        self._graphs: list[dict[str, Any]] = []
         self._order: tuple[int, Tensor] | None = None  # the epoch, and the images (N,) in its order
 
     def step(self) -> float:
@@ -69,7 +73,7 @@ class Learner:
             ValueError: the loss is not finite.
         """
         if self.batch == 0:
-            self._loss_sum, self._seconds, self._milliseconds = 0.0, 0.0, []
+            self._loss_sum, self._seconds, self._milliseconds, self._graphs = 0.0, 0.0, [], []
         images, labels = self._next_batch()
         self._wait()
         began = time.perf_counter()
@@ -89,13 +93,15 @@ class Learner:
             clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.method is not None:
-            self.method.step()
+        moved = self.method is not None and self.method.step()
         self._wait()
         spent = time.perf_counter() - began
         self._seconds += spent
         if self.steps >= WARM_UP:
             self._milliseconds.append(1e3 * spent)
+        if self._spectral and (moved or self.steps == 0):
+            graphs = {name: asdict(spectral(layer)) for name, layer in sparse_layers(self.model).items()}
+            self._graphs.append({"step": self.steps + 1, "layers": graphs})
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(
@@ -110,6 +116,7 @@ class Learner:
         """Close the epoch and return its row for ``metrics.jsonl``.
 
         ``ms_per_step`` is a median, None if not timed; ``seconds`` is the time of all steps, moves of blocks included.
+        ``spectral``, where asked for: ``{"step", "layers": {name: measures}}`` at the start and after each move.
         """
         self.epoch, self.batch = self.epoch + 1, 0
         row = {
@@ -122,6 +129,8 @@ class Learner:
             "ms_per_step": statistics.median(self._milliseconds) if self._milliseconds else None,
             "seconds": self._seconds,
         }
+        if self._spectral:
+            row["spectral"] = self._graphs
         return row | (self.method.metrics() if self.method is not None else {})
 
     def sizes(self) -> dict[str, int]:
@@ -140,6 +149,7 @@ class Learner:
             "loss_sum": self._loss_sum,
             "seconds": self._seconds,
             "milliseconds": list(self._milliseconds),
+            "graphs": list(self._graphs),
             "optimizer": self.optimizer.state_dict(),
             "method": None if self.method is None else self.method.state_dict(),
         }
@@ -148,7 +158,7 @@ class Learner:
         """Go on where :meth:`state_dict` was taken; the model's own state is loaded before."""
         self.epoch, self.batch, self.steps = state["epoch"], state["batch"], state["steps"]
         self._loss_sum, self._seconds = state["loss_sum"], state["seconds"]
-        self._milliseconds = list(state["milliseconds"])
+        self._milliseconds, self._graphs = list(state["milliseconds"]), list(state["graphs"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.method is not None:
             self.method.load_state_dict(state["method"])

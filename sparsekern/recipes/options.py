@@ -13,6 +13,7 @@ from sparsekern.training.gse import DISTRIBUTIONS
 from sparsekern.training.probabilities import OPTIMIZERS
 from sparsekern.training.projection import PROJECTIONS
 from sparsekern.training.rigl import SCORINGS
+from sparsekern.transforms import TRANSFORMS
 
 Value = bool | int | float | str
 
@@ -134,6 +135,21 @@ _ALL = (
     Option("floor", float, "The lowest probability.", ("vrpge",)),
     Option("refill", float, "Probability of a candidate that moves to a new place; 0: none moves.", ("vrpge",)),
     Option("projection", str, "How probabilities keep the budget.", ("vrpge",), PROJECTIONS),
+    Option(
+        "transform",
+        str,
+        "Spend the sparsity on capacity, at the FLOPs of the dense network (Sparse-IFT).",
+        ALL,
+        TRANSFORMS,
+        part="transform",
+    ),
+    Option(
+        "spectral",
+        bool,
+        "Measure at each update how well the blocks connect each layer (spectral gaps of their graphs).",
+        ALL,
+        part="record",
+    ),
     Option("weight_step", str, "Whether weights see one mask of a step or all.", ("vrpge",), ("one", "all")),
     Option("unsampled", str, "What the optimizer does to blocks that no mask held.", ("vrpge",), ("lazy", "decay")),
 )

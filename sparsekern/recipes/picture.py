@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsekern.recipes.config import Config
 from sparsekern.report.plots import BlockMap, Curves, draw_training
+from sparsekern.report.spectral import draw_spectral
 
 
 def draw_summary(
@@ -40,6 +41,15 @@ def draw_summary(
             end=block_map["end"].tolist(),
         ),
     )
+
+
+def draw_graphs(path: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the spectral measures of seed 0 over its training, if they were asked for."""
+    records = [record for row in rows if row["seed"] == 0 for record in row.get("spectral", ())]
+    if records:
+        config = Config.from_json(results["config"])
+        title = f"{results['data']['name']}: {config.network_title}, {100 * config.sparsity:.4g} % sparse"
+        draw_spectral(path, f"{title} ({config.method_title}), block graphs of seed 0", records)
 
 
 def _title(config: dict[str, Any], data: str, sparse: str) -> str:

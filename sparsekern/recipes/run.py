@@ -23,6 +23,7 @@ from sparsekern.recipes.folder import (
     METRICS,
     PICTURE,
     RESULTS,
+    SPECTRAL,
     Metrics,
     create,
     read_config,
@@ -30,10 +31,11 @@ from sparsekern.recipes.folder import (
     read_keeping,
     write_json,
 )
+from sparsekern.recipes.history import History
 from sparsekern.recipes.keeping import Clock, Keeping, best_step
 from sparsekern.recipes.learner import Learner
 from sparsekern.recipes.lock import locked
-from sparsekern.recipes.picture import draw_summary
+from sparsekern.recipes.picture import draw_graphs, draw_summary
 from sparsekern.recipes.results import summarise
 
 
@@ -121,10 +123,14 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keep
     finished = []
     for seed, found in enumerate(saved):
         if found is not None and found[1]["finished"]:
+            best = best_step(found[1]["rows"], config.networks)
+            # it may have been killed before it did
+            checkpoint.tidy(checkpoint.seed_folder(folder, seed), keeping.keep, best)
             finished.append(found[1])
         else:
             finished.append(_Seed(config, on_device, seed, found, folder, metrics, observer, keeping).train())
     rows = [row for state in finished for row in state["rows"]]
+    Metrics(folder / METRICS, rows)  # in order, even if a seed was trained anew after a later one had begun
     results = {
         "config": config.to_json(),
         "data": data.describe(),
@@ -133,6 +139,7 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keep
     }
     if config.sparse:
         draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
+        draw_graphs(folder / SPECTRAL, results, rows)
     write_json(folder / RESULTS, results)  # last: it says that the run is finished
     return read_json(folder / RESULTS)
 
@@ -161,6 +168,9 @@ class _Seed:
             for name, learner in self.learners.items():
                 checkpoint.load_model(path, name, learner.model)
                 learner.load_state_dict(state["learners"][name])
+        method = self.learners["sparse"].method if config.sparse else None
+        film = None if found is None else found[1].get("history")
+        self.history = None if method is None else History(method, film)
         self.keep, self.clock = keeping.keep, Clock(keeping, self.steps)
 
     @property
@@ -179,7 +189,6 @@ class _Seed:
                 self._save()
         sizes = {name: learner.sizes() for name, learner in self.learners.items()}
         block_map = _block_map(self.learners["sparse"]) if self.config.sparse else None
-        self.keep = 1  # no older one is of use any more, but for the best
         return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map})
 
     def _finish_epoch(self, learner: Learner) -> None:
@@ -187,7 +196,10 @@ class _Seed:
             if self.observer.should_stop():
                 self._save()
                 raise Interrupted(self.folder)
-            self.observer.step(learner, learner.step())
+            loss = learner.step()
+            if self.history is not None:
+                self.history.step()
+            self.observer.step(learner, loss)
             # not after the last batch: the checkpoint at the end of the epoch has the same number
             if learner.batch < learner.batches and self.clock.due(self.steps):
                 self._save()
@@ -202,6 +214,7 @@ class _Seed:
 
     def _write(self, state: dict[str, Any]) -> dict[str, Any]:
         models = {name: learner.model for name, learner in self.learners.items()}
+        state["history"] = None if self.history is None else self.history.state_dict()
         best = best_step(self.rows, list(self.learners))
         checkpoint.save(self.checkpoints, self.steps, models, state, keep=self.keep, best=best)
         self.clock.set(self.steps)

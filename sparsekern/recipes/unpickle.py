@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import numpy
@@ -41,7 +41,13 @@ ALLOWED: dict[tuple[str, str], type[_Remembered]] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Python's own reader in Python: the one in C takes the memory that a pickle of ten bytes asks for."""
+
+    dispatch: ClassVar = {
+        code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
     def find_class(self, module: str, name: str) -> type[_Remembered]:
         """Return what stands for a name that an array needs; refuse every other."""
         try:
@@ -63,20 +69,29 @@ def unpickle(content: bytes, source: str) -> Any:
         ValueError: it holds anything else, or is damaged. Nothing of it has run.
     """
     try:
-        return _plain(_Unpickler(io.BytesIO(content), encoding="bytes").load())
+        return _plain(_Unpickler(io.BytesIO(content), encoding="bytes").load(), {})
     except Exception as error:  # what a damaged pickle makes the reader raise is any exception at all
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{source} is damaged, or no pickle of plain data: {reason}; fetch it again") from None
 
 
-def _plain(content: Any) -> Any:
-    """Return the content with arrays in place of what stands for them."""
+def _plain(content: Any, done: dict[int, Any]) -> Any:
+    """Return the content with arrays in place of what stands for them.
+
+    ``done`` holds what was made of each object: a list of twice the same list, of twice the same, has no end otherwise.
+    """
+    if id(content) not in done:
+        done[id(content)] = _made(content, done)
+    return done[id(content)]
+
+
+def _made(content: Any, done: dict[int, Any]) -> Any:
     if isinstance(content, _Array):
         return _array(content.state)
     if isinstance(content, dict):
-        return {_plain(key): _plain(value) for key, value in content.items()}
+        return {_plain(key, done): _plain(value, done) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return type(content)(_plain(item) for item in content)
+        return type(content)(_plain(item, done) for item in content)
     if content is None or isinstance(content, (bytes, str, int, float)):
         return content
     raise ValueError(f"it holds a {type(content).__name__.strip('_').lower()}")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sparsekern.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, panels
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -16,8 +18,6 @@ COLOURS = ("#0b6e99", "#c4570c", "#5b8c2a", "#7a4fa3")
 
 TITLE_WIDTH = 36
 """Letters that fit above a picture of blocks; a longer title takes two lines."""
-
-EMPTY, KEPT, DROPPED, GROWN = "#f4f4f1", "#1d3f5e", "#9db8cc", "#e07b39"
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def draw_training(
     figure = Figure(figsize=(16, height), dpi=110, layout="constrained")
     figure.suptitle(f"{title}\n{subtitle}", fontsize=13)
     left, middle, before, after = figure.subplots(1, 4, width_ratios=(1.15, 1.15, 1, 1))
-    _draw_curves(left, accuracy, "test accuracy (%)", legend="lower right")
-    _draw_curves(middle, loss, "training loss", legend="upper right")
+    draw_curves(left, accuracy, "test accuracy (%)", legend="lower right")
+    draw_curves(middle, loss, "training loss", legend="upper right")
     if max(len(curve) for network in loss for curve in network.by_seed) > 1:
         middle.set_yscale("log")
     _draw_blocks(before, block_map, at_start=True)
@@ -76,15 +76,19 @@ def draw_training(
     figure.savefig(path)
 
 
-def _draw_curves(
+def draw_curves(
     axes: Axes, curves: Sequence[Curves], what: str, *, legend: Literal["lower right", "upper right"]
 ) -> None:
-    """Draw the mean over seeds, a band from the lowest to the highest, and the names in the colours of the lines."""
+    """Draw the mean over seeds, a band from the lowest to the highest, and the names in the colours of the lines.
+
+    Seeds may differ in length, as in a run that is not finished: a later epoch is the mean of fewer.
+    """
     import numpy
     from matplotlib.ticker import MaxNLocator
 
     for colour, curve in zip(COLOURS, curves, strict=False):
-        seeds = numpy.asarray(curve.by_seed)
+        length = max(len(seed) for seed in curve.by_seed)
+        seeds = numpy.ma.masked_invalid([[*seed, *[numpy.nan] * (length - len(seed))] for seed in curve.by_seed])
         epochs = numpy.arange(1, seeds.shape[1] + 1)
         axes.fill_between(epochs, seeds.min(0), seeds.max(0), color=colour, alpha=0.2, linewidth=0)
         axes.plot(epochs, seeds.mean(0), color=colour, linewidth=2, label=curve.label, marker="." * (len(epochs) == 1))
@@ -111,17 +115,12 @@ def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
     cells[sorted(shown)] = 2
     cells[sorted(both)] = 1
     colours = ListedColormap([EMPTY, KEPT, only, "white"])
-    shape = (block_map.rows, *block_map.taps, block_map.cols // (block_map.taps[0] * block_map.taps[1]))
-    by_tap = cells.reshape(shape).transpose(1, 0, 2, 3)  # (kh, rows, kw, columns of a tap)
-    gap = 0 if block_map.taps == (1, 1) else max(1, max(shape[0], shape[3]) // 12)
-    spaced = numpy.pad(by_tap, ((0, 0), (0, gap), (0, 0), (0, gap)), constant_values=3)
-    tall, wide = spaced.shape[0] * spaced.shape[1], spaced.shape[2] * spaced.shape[3]
-    image = spaced.reshape(tall, wide)[: tall - gap, : wide - gap]
+    image = panels(cells.reshape(block_map.rows, block_map.cols), block_map.kernel, blank=3)
     axes.imshow(image, cmap=colours, vmin=0, vmax=3, interpolation="nearest")
     share = f"{len(shown)} of {cells.size} blocks, {100 * len(shown) / cells.size:.3g} %"
     layer = textwrap.fill(f"layer {block_map.layer} at the {'start' if at_start else 'end'}", TITLE_WIDTH)
     axes.set_title(f"{layer}\n{share}", fontsize=11)
-    _label_blocks(axes, block_map, spaced.shape[1], spaced.shape[3], gap)
+    _label_blocks(axes, block_map)
     entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({len(both)})")]
     if shown - both:
         entries.append(Patch(color=only, label=f"{name} ({len(shown - both)})"))
@@ -135,8 +134,8 @@ def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:
     )
 
 
-def _label_blocks(axes: Axes, block_map: BlockMap, tall: int, wide: int, gap: int) -> None:
-    """Say what rows and columns are: of blocks, or of the taps of a kernel, ``tall x wide`` cells each with the gap."""
+def _label_blocks(axes: Axes, block_map: BlockMap) -> None:
+    """Say what rows and columns are: of blocks, or of the taps of a kernel."""
     from matplotlib.ticker import MaxNLocator
 
     unit = "features" if block_map.kernel is None else "channels"
@@ -147,6 +146,8 @@ def _label_blocks(axes: Axes, block_map: BlockMap, tall: int, wide: int, gap: in
             axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single row has a single tick
         return
     kh, kw = block_map.taps
+    gap = panel_gap(block_map.rows, block_map.cols // (kh * kw))
+    tall, wide = block_map.rows + gap, block_map.cols // (kh * kw) + gap
     axes.set_xticks([i * wide + (wide - gap - 1) / 2 for i in range(kw)], [str(i) for i in range(kw)])
     axes.set_yticks([i * tall + (tall - gap - 1) / 2 for i in range(kh)], [str(i) for i in range(kh)])
     axes.tick_params(length=0)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsekern.analysis import Account, account, time_layer
+from sparsekern.analysis import Account, account, profile, time_layer
 from sparsekern.nn import BlockSparse
 
 MIB = 2**20
@@ -21,14 +21,17 @@ class Summary:
     Attributes:
         rows: one :class:`~sparsekern.analysis.Account` a layer, in the model's order.
         milliseconds: ``{name: (sparse, dense)}`` of forward and backward, where they were measured.
+        dense_flops: ``{name: FLOPs}`` of a training step of the dense layer beside: of the same shape, or of the dense
+            network given.
     """
 
     rows: list[Account]
     milliseconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    dense_flops: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         timed = bool(self.milliseconds)
-        head = ["layer", "kind", "out x in", "block", "blocks", "sparsity", "parameters", "MFLOP/step"]
+        head = ["layer", "kind", "out x in", "block", "blocks", "sparsity", "parameters", "MFLOP/step", "dense MFLOP"]
         head += ["values MiB", "index MiB", "gradient MiB", "state MiB", "total MiB", "dense MiB"]
         head += ["ms", "dense ms"] if timed else []
         lines = [head] + [self._cells(row, timed) for row in self.rows] + [self._total(timed)]
@@ -52,6 +55,7 @@ class Summary:
             f"{row.sparsity:.1%}",
             f"{row.parameters:,}",
             f"{row.flops / 1e6:.2f}",
+            f"{self.dense_flops[row.name] / 1e6:.2f}" if row.name in self.dense_flops else "",
         ]
         sizes = (
             row.values_bytes,
@@ -72,6 +76,7 @@ class Summary:
         numel = sum(r.numel for r in rows)
         cells = ["total", "", "", "", "", f"{1 - sum(r.elements for r in rows) / numel:.1%}"]
         cells += [f"{sum(r.parameters for r in rows):,}", f"{sum(r.flops for r in rows) / 1e6:.2f}"]
+        cells.append(f"{sum(self.dense_flops.values()) / 1e6:.2f}")
         for name in ("values_bytes", "index_bytes", "gradient_bytes", "state_bytes", "total_bytes", "dense_bytes"):
             cells.append(f"{sum(getattr(r, name) for r in rows) / MIB:.2f}")
         if timed:
@@ -85,6 +90,7 @@ def summary(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     measure: bool = True,
+    dense: nn.Module | None = None,
 ) -> Summary:
     """Return the table of a model's sparse layers, linear layers and convolutions.
 
@@ -96,12 +102,20 @@ def summary(
             layers are timed.
         optimizer: whose state is counted, as it is now.
         measure: whether to time the layers, each beside a dense one of its size.
+        dense: the dense network that ``model`` was made from, where its layers have other shapes
+            (:func:`sparsekern.transforms.transform`): its FLOPs stand beside.
 
     Returns:
         A :class:`Summary`.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer, or ``dense`` has one that the model has not.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> table = sk.summary(model, torch.ones(8, 64), measure=False)
+        >>> table.rows[0].blocks, table.rows[0].flops / table.rows[0].dense_flops
+        (4, 0.25)
     """
     layers: dict[str, nn.Module] = {
         name or "(model)": module
@@ -117,7 +131,22 @@ def summary(
         rows.append(account(name, layer, 1 if sample_input is None else tokens.get(name, 0), optimizer))
         if measure and name in inputs and isinstance(layer, BlockSparse):
             milliseconds[name] = time_layer(layer, inputs[name])
-    return Summary(rows, milliseconds)
+    return Summary(rows, milliseconds, _dense_flops(rows, dense, sample_input))
+
+
+def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Tensor | None) -> dict[str, int]:
+    """Return the FLOPs of the dense layers; those of one that became several stand beside its first part."""
+    if dense is None:
+        return {row.name: row.dense_flops for row in rows}
+    if sample_input is None:
+        raise ValueError("dense is given without a sample_input, which says how many tokens its layers have")
+    found = {}
+    for name, layer in profile(dense, sample_input).layers.items():
+        row = next((row for row in rows if f"{row.name}.".startswith(f"{name}.")), None)
+        if row is None:
+            raise ValueError(f"dense has a layer {name!r} and the model has not: give the network it was made from")
+        found[row.name] = 6 * layer.multiply_adds
+    return found
 
 
 def _run(

@@ -38,10 +38,13 @@ def sample_absent(
 
 
 def sample_distinct(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` distinct integers of ``range(population)``, int64 on the CPU, in random order.
+    """Draw ``count`` distinct integers ``(count,)`` of ``range(population)``, int64 on the CPU, in random order.
 
     Draws with replacement and keeps first occurrences, unless the population is small enough to be shuffled: so the
     memory is O(count).
+
+    Raises:
+        ValueError: there are fewer.
     """
     if not 0 <= count <= population:
         raise ValueError(f"{count} distinct integers were asked for out of {population}; it must be 0 to {population}")

@@ -12,7 +12,7 @@ from sparsekern.topology.topology import Topology
 
 @torch.no_grad()
 def to_dense(topology: Topology, values: Tensor) -> Tensor:
-    """Return the dense weight in the shape that the grid says: the stored blocks, zero elsewhere."""
+    """Return the dense weight, in the grid's shape: ``values (Z, bo, bi)`` at their places, zero elsewhere."""
     grid, (bo, bi) = topology.grid, topology.grid.block
     used = topology.used()
     row, col = topology.row[used].long(), topology.col[used].long()

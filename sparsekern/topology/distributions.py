@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from sparsekern.topology.arguments import check_number
 from sparsekern.topology.grid import Grid
 
 DISTRIBUTIONS = ("uniform", "er", "erk")
 
 
 def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "uniform") -> list[int]:
-    """Return the number of blocks of each layer; together ``round((1 - sparsity) * cells)``.
+    """Return the number of blocks of each layer, of whose ``grids`` together ``round((1 - sparsity) * cells)``.
 
     ``uniform`` gives all layers the same density. ``er`` (Erdos-Renyi; Mocanu et al. 2018) gives a layer blocks in
     proportion to ``R + C``, a convolution in each tap. ``erk`` (Evci et al. 2020, section 3) is the same for linear
@@ -46,7 +47,8 @@ def share(grid: Grid, distribution: str) -> float:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise ValueError unless ``sparsity`` is in [0, 1)."""
+    """Raise ValueError unless ``sparsity`` is in [0, 1); TypeError if it is no number."""
+    check_number("sparsity", sparsity, "a number in [0, 1)")
     if not 0 <= sparsity < 1:
         hint = f" (did you mean {sparsity / 100:g}?)" if 1 < sparsity < 100 else ""
         raise ValueError(f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1){hint}")

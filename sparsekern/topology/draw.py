@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.topology.absent import sample_absent
+from sparsekern.topology.arguments import check_whole
 from sparsekern.topology.dense import dense_block_norms
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.tied import check_multiple, one_tap, tie
@@ -16,7 +17,8 @@ ROUNDS = 12
 
 
 def check_count(grid: Grid, blocks: int) -> None:
-    """Raise ValueError unless ``blocks`` is between 1 and the number of cells."""
+    """Raise ValueError unless ``blocks`` is between 1 and the number of cells; TypeError if it is no whole number."""
+    check_whole("blocks", blocks)
     if not 1 <= blocks <= grid.cells:
         raise ValueError(
             f"{blocks} blocks were asked for in a grid of {grid.rows} x {grid.cols} blocks of {grid.block}; "
@@ -28,7 +30,7 @@ def random(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
     """Draw exactly ``blocks`` cells, every set equally likely. Rows and columns may stay empty."""
     check_count(grid, blocks)
     nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-    return from_keys(grid, sample_absent(nothing, grid.cells, blocks, generator).sort().values)
+    return from_keys(grid, sample_absent(nothing, grid.cells, blocks, generator).sort().values, checked=True)
 
 
 def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
@@ -44,8 +46,8 @@ def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
         empty = _balanced_keys(grid, grid.cells - blocks, generator)
         full = torch.ones(grid.cells, dtype=torch.bool, device="cpu")
         full[empty] = False
-        return from_keys(grid, full.nonzero().squeeze(1))
-    return from_keys(grid, _balanced_keys(grid, blocks, generator).sort().values)
+        return from_keys(grid, full.nonzero().squeeze(1), checked=True)
+    return from_keys(grid, _balanced_keys(grid, blocks, generator).sort().values, checked=True)
 
 
 def _balanced_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor:
@@ -93,13 +95,17 @@ def from_mask(grid: Grid, mask: Tensor) -> Topology:
         )
     keys = mask.bool().flatten().nonzero().squeeze(1)
     check_count(grid, keys.shape[0])
-    return from_keys(grid, keys)
+    return from_keys(grid, keys, checked=True)
 
 
 def by_norm(grid: Grid, weight: Tensor, blocks: int, tie_taps: bool = False) -> Topology:
     """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight``; ties go to the first.
 
     With ``tie_taps`` the norm is that of a block of channels over all taps, and ``blocks`` a multiple of the taps.
+    The weight is ``(out, in)``, or ``(Cout, Cin / groups, kh, kw)`` of a convolution.
+
+    Raises:
+        ValueError: too few or too many blocks, a weight of another shape, or NaN in it.
     """
     check_count(grid, blocks)
     norms = dense_block_norms(grid, weight)
@@ -112,4 +118,5 @@ def by_norm(grid: Grid, weight: Tensor, blocks: int, tie_taps: bool = False) -> 
         raise ValueError("the weight holds NaN; its blocks have no order of strength")
     keys = norms.sort(descending=True, stable=True).indices[:blocks]
     keys = keys.sort().values
-    return tie(from_keys(one_tap(grid), keys), grid) if tie_taps else from_keys(grid, keys)
+    drawn = from_keys(one_tap(grid) if tie_taps else grid, keys, checked=True)
+    return tie(drawn, grid) if tie_taps else drawn

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsekern.topology.arguments import check_whole
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -26,6 +28,7 @@ class Grid:
         groups: of a convolution.
 
     Raises:
+        TypeError: a size that is no whole number.
         ValueError: a size is below 1 or not such a multiple, or the grid has 2**31 cells or more (the index is int32).
     """
 
@@ -38,6 +41,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
             size = getattr(self, name)
+            check_whole(name, size)
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be 1 or more")
         if min(self.kernel or (1,)) < 1:
@@ -128,10 +132,18 @@ def conv_grid(
 ) -> Grid:
     """Return the grid of a convolution.
 
+    Args:
+        in_channels, out_channels: multiples of ``groups``.
+        kernel: ``(kh, kw)``.
+        block: ``(bo, bi)``, in channels.
+        groups: as in :class:`torch.nn.Conv2d`.
+
     Raises:
         ValueError: as :class:`Grid`, or ``in_channels`` is not a multiple of ``groups``.
     """
+    check_whole("groups", groups)
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        check_whole(name, channels)
         if channels < 1:
             raise ValueError(f"{name} is {channels}; it must be 1 or more")
         if groups >= 1 and channels % groups:
@@ -141,7 +153,7 @@ def conv_grid(
 
 
 def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``(out, in)`` from an int or a pair; :class:`Grid` checks that they are 1 or more.
+    """Return ``(out, in)`` from ``block_size``, an int or a pair; :class:`Grid` checks that they are 1 or more.
 
     Raises:
         TypeError: neither an int nor a pair of ints.

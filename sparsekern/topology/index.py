@@ -32,10 +32,21 @@ def empty_index(topology: Topology) -> Index:
     )
 
 
-def build_index(topology: Topology, *, ascending: bool = False) -> Index:
-    """Return the index of a topology, whose places may be of any strides and integer dtype; as :func:`rebuild_`."""
+def build_index(topology: Topology, *, checked: bool = False, ascending: bool = False) -> Index:
+    """Return the index of a topology, whose places may be of any strides and integer dtype.
+
+    Args:
+        topology: validated here, which waits for the device, unless it is ``checked``.
+        checked: the caller knows that it is valid.
+        ascending: as in :func:`rebuild_`.
+
+    Raises:
+        ValueError: a place outside the grid, or one that is there twice: kernels would read and write beyond it.
+    """
     row, col = (places.to(torch.int32).contiguous() for places in (topology.row, topology.col))
     topology = Topology(topology.grid, row, col)
+    if not checked:
+        topology.validate()
     index = empty_index(topology)
     rebuild_(index, topology, ascending=ascending)
     return index
@@ -46,6 +57,9 @@ def rebuild_(index: Index, topology: Topology, *, ascending: bool = False) -> No
     """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host.
 
     With ``ascending`` the slots are in the order of their keys, free ones last: there is less to sort.
+
+    Raises:
+        ValueError: at 1x1, an index that shares its tensors with another topology.
     """
     grid, used = topology.grid, topology.used()
     if grid.block == (1, 1) and (index.row_col is not topology.col or index.col_row is not topology.row):
@@ -88,7 +102,10 @@ def mask_index(index: Index, keep: Tensor, block: tuple[int, int]) -> Index:
 
 @torch.no_grad()
 def mask_index_(into: Index, index: Index, keep: Tensor, block: tuple[int, int]) -> None:
-    """Write what :func:`mask_index` returns into ``into``: same tensors, same addresses."""
+    """Write what :func:`mask_index` returns for ``index``, ``keep (Z,)`` and ``block`` into ``into``, in place.
+
+    Its tensors and their addresses stay the same.
+    """
     for tensor, new in zip(into, mask_index(index, keep, block), strict=True):
         if tensor is not new:
             tensor.copy_(new)

@@ -35,7 +35,10 @@ def sample_pairs(rows: Tensor, cols: Tensor, count: int, generator: torch.Genera
 
 
 def row_weights(rows: Tensor, cols: Tensor) -> Tensor:
-    """Return what all cells of each row weigh together, ``(R,)`` float64 on the CPU; as for :func:`sample_pairs`."""
+    """Return what all cells of each row weigh together, ``(R,)`` float64 on the CPU.
+
+    ``rows`` and ``cols`` are those of :func:`sample_pairs`.
+    """
     together = cols.to("cpu", torch.float64).sum(-1)
     each = together if cols.dim() == 1 else together.repeat_interleave(rows.shape[0] // cols.shape[0])
     return rows.to("cpu", torch.float64) * each
@@ -78,12 +81,12 @@ def sample_absent_pairs(present: Tensor, rows: Tensor, cols: Tensor, count: int,
 
 
 def without(keys: Tensor, present: Tensor) -> Tensor:
-    """Return the keys that are not among ``present``, which is ascending; the order stays."""
+    """Return those of ``keys (n,)`` that are not in ``present (m,)``, which is ascending; the order stays."""
     return keys[are_absent(keys, present)]
 
 
 def are_absent(keys: Tensor, present: Tensor) -> Tensor:
-    """Return ``(n,)`` bool: the key is not among ``present``, which is ascending and of the same dtype."""
+    """Return ``(n,)`` bool for ``keys (n,)``: it is not in ``present``, which is ascending and of the same dtype."""
     if present.shape[0] == 0:
         return torch.ones_like(keys, dtype=torch.bool)
     near = torch.searchsorted(present, keys, out_int32=True).clamp_(max=present.shape[0] - 1)

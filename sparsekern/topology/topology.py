@@ -137,10 +137,24 @@ class Topology:
             )
 
 
-def from_keys(grid: Grid, keys: Tensor) -> Topology:
-    """Return the topology whose slot ``z`` is at cell ``keys[z] = row * C + col``."""
+def from_keys(grid: Grid, keys: Tensor, *, checked: bool = False) -> Topology:
+    """Return the topology whose slot ``z`` is at cell ``keys[z] = row * C + col``, keys ``(Z,)`` in any order.
+
+    With ``checked`` the caller knows that they are distinct and inside the grid.
+
+    Raises:
+        ValueError: a key is outside the grid, or there twice.
+    """
     keys = keys.long()
-    return Topology(grid, (keys // grid.cols).int(), (keys % grid.cols).int())
+    if not checked and keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < grid.cells:
+        wrong = int(keys.min()) if int(keys.min()) < 0 else int(keys.max())
+        raise ValueError(
+            f"keys hold key {wrong}; the keys of {grid.rows} x {grid.cols} places are 0 to {grid.cells - 1}"
+        )
+    topology = Topology(grid, (keys // grid.cols).int(), (keys % grid.cols).int())
+    if not checked:
+        topology.validate()
+    return topology
 
 
 def with_capacity(topology: Topology, capacity: int) -> Topology:

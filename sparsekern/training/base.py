@@ -14,7 +14,7 @@ from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology import generator_for
 from sparsekern.training.books import Books
 from sparsekern.training.followers import Followers, Move, OnMove
-from sparsekern.training.schedules import Schedule
+from sparsekern.training.schedules import Schedule, whole_stop
 from sparsekern.training.scores import block_norms, protect_last
 from sparsekern.training.tied import Units
 
@@ -95,7 +95,7 @@ class Method:
             raise ValueError(f"scope is {scope!r}; for {type(self).__name__} it must be {known}")
         if min_age < 0:
             raise ValueError(f"min_age is {min_age}; it must be 0 or more updates")
-        self.schedule = Schedule(update_every, start, None if stop is None else int(stop), drop_fraction)
+        self.schedule = Schedule(update_every, start, whole_stop(stop), drop_fraction)
         self.followers = Followers(self.layers, optimizer, grown_state)
         self.followers.check()
         self.optimizer = optimizer
@@ -142,9 +142,17 @@ class Method:
         """Return the Frobenius norm ``(Z,)`` of every block, or ``(U,)`` of every unit; infinity where none may go.
 
         That is free slots, blocks younger than ``min_age``, and what ``keep_connected`` protects.
+
+        Raises:
+            ValueError: a value is NaN or infinite, so that blocks have no order.
         """
         parts = Units(layer.topology, None, 0) if parts is None else parts
         scores = block_norms(layer)
+        if not bool(torch.isfinite(scores[layer.topology.used()]).all()):
+            raise ValueError(
+                f"values of {name!r} hold NaN or infinity at step {self.steps}, so its blocks have no order of "
+                "strength: lower the learning rate, or clip the gradients"
+            )
         if self.min_age:
             scores = scores.masked_fill(self.updates - self._born[name] <= self.min_age, torch.inf)
         scores = parts.norms(scores)
@@ -283,9 +291,22 @@ def stepped(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def loss_of(closure: Callable[[], Tensor]) -> Tensor:
-    """Return what a closure computes; raise ValueError if that is not a tensor of one number."""
+    """Return what a closure computes.
+
+    Raises:
+        TypeError: it is no function.
+        ValueError: it computes something else than a tensor of one number, or, where gradients are wanted, one from
+            which none flow.
+    """
+    if not callable(closure):
+        raise TypeError(
+            f"closure is a {type(closure).__name__}; it must be a function that computes the loss, such as "
+            "lambda: loss_fn(model(x), y)"
+        )
     loss = closure()
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
         raise ValueError(f"the closure returned a loss of {what}; it must return a tensor of one number")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError("the closure returned a loss that requires no grad; compute it from the model's output")
     return loss

@@ -41,6 +41,9 @@ class Followers:
         optimizer: holds the values of every layer that trains.
         grown_state: ``"zero"``, or ``"mean_v"``: a moved block's second moment starts at the mean of the others of its
             layer. With zero, Adam's first step of a grown block is about 3.2 times the learning rate.
+
+    Raises:
+        ValueError: an unknown ``grown_state``.
     """
 
     def __init__(self, layers: dict[str, BlockSparse], optimizer: torch.optim.Optimizer, grown_state: str) -> None:

@@ -38,6 +38,10 @@ class GradientMethod(Method):
             falls in proportion. None for all. Of a convolution a token is an output position.
         process_group: the ranks that share one model. Default: all, where torch.distributed is in use.
         options: the arguments of :class:`Method`.
+
+    Raises:
+        ValueError: a number out of range, here or in :class:`Method`.
+        NotImplementedError: a layer ties its taps, and the method moves every block by itself.
     """
 
     scopes = ("layer", "global")

@@ -63,6 +63,20 @@ class GSE(GradientMethod):
         with_replacement: draw pairs independently, as the paper does, so that repeated and present ones are wasted and
             S is smaller. Otherwise S has the size it is meant to have.
         options: the arguments of :class:`GradientMethod` and :class:`Method`.
+
+    Raises:
+        ValueError: an unknown distribution or a number out of range, here or in :class:`Method`.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparse = sk.GSE(model, optimizer, update_every=2, drop_fraction=0.5)
+        >>> for step in range(2):
+        ...     model(torch.ones(8, 64)).square().mean().backward()
+        ...     optimizer.step(); optimizer.zero_grad()
+        ...     moved = sparse.step()
+        >>> moved, sparse.metrics()["churn/0"]
+        (True, 0.5)
     """
 
     def __init__(

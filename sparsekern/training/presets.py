@@ -98,6 +98,12 @@ def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, ste
 
     Raises:
         ValueError: an unknown name, or what the method raises.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sk.preset("gse", model, optimizer, steps=10_000)
+        GSE(1 layers, update_every=..., start=..., stop=..., step 0, 0 updates)
     """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")

@@ -28,7 +28,7 @@ _log = logging.getLogger("sparsekern")
 
 
 class RigL(GradientMethod):
-    """RigL on blocks.
+    """RigL on blocks: growth where the gradient is largest (Evci et al., ICML 2020).
 
     At an update ``floor(drop_fraction * blocks)`` blocks of smallest Frobenius norm go to the empty places whose blocks
     of the gradient have the largest norms. They restart from zero.
@@ -54,6 +54,21 @@ class RigL(GradientMethod):
         skip_step: leave out the optimizer's step of an update, as the authors' code does: gradients are cleared before.
         allow_dense_scores: needed with 1x1 blocks.
         options: the arguments of :class:`GradientMethod` and :class:`Method`.
+
+    Raises:
+        ValueError: an unknown scoring, a number out of range, here or in :class:`Method`, 1x1 blocks without
+            ``allow_dense_scores``, or exact scores where norms do not add up.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparse = sk.RigL(model, optimizer, update_every=2, drop_fraction=0.5)
+        >>> for step in range(2):
+        ...     loss = sparse.backward(lambda: model(torch.ones(8, 64)).square().mean())
+        ...     optimizer.step(); optimizer.zero_grad()
+        ...     moved = sparse.step()
+        >>> moved, sparse.metrics()["churn/0"]
+        (True, 0.5)
     """
 
     def __init__(

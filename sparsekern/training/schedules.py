@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sparsekern.topology.arguments import check_number, check_whole
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -19,6 +21,7 @@ class Schedule:
             (RigL, equation in section 3 of Evci et al. 2020); without ``stop`` it stays.
 
     Raises:
+        TypeError: not a number, or one that is not whole where it must be.
         ValueError: a number out of range.
     """
 
@@ -28,6 +31,8 @@ class Schedule:
     drop_fraction: float | Callable[[int], float]
 
     def __post_init__(self) -> None:
+        for name in ("update_every", "start"):
+            check_whole(name, getattr(self, name))
         if self.update_every < 1:
             raise ValueError(f"update_every is {self.update_every}; it must be 1 or more optimizer steps")
         if self.start < 0:
@@ -64,7 +69,24 @@ class Schedule:
         return (1 + math.cos(math.pi * step / self.stop)) / 2
 
 
+def whole_stop(stop: float | None) -> int | None:
+    """Return the step, rounded down, of a ``stop`` that may be a product such as ``0.75 * steps``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not a finite one.
+    """
+    if stop is None:
+        return None
+    rule = "a number of optimizer steps, or None for no end"
+    check_number("stop", stop, rule)
+    if not math.isfinite(stop):
+        raise ValueError(f"stop is {stop}; it must be {rule}")
+    return int(stop)
+
+
 def _check_fraction(fraction: float) -> float:
+    check_number("drop_fraction", fraction, "a number in [0, 1], or a function of the step")
     if not 0 <= fraction <= 1:
         raise ValueError(f"drop_fraction is {fraction}; it must be in [0, 1]")
     return fraction

@@ -23,6 +23,15 @@ class SET(Method):
     those that were empty, so a dropped block never returns in the same update. They restart from zero.
 
     Takes the arguments of :class:`Method`.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparse = sk.SET(model, optimizer, update_every=100, stop=7500, drop_fraction=0.5)
+        >>> sparse.step(), sparse.update()
+        (False, True)
+        >>> sparse.metrics()["churn/0"]
+        0.5
     """
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:

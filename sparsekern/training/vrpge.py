@@ -76,6 +76,17 @@ class VRPGE(Method):
 
     Raises:
         ValueError: a number out of range, or fewer candidates than are to remain.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.5, block_size=16)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparse = sk.VRPGE(model, optimizer, sparsity=0.75, stop=2)
+        >>> for step in range(2):
+        ...     loss = sparse.backward(lambda: model(torch.ones(8, 64)).square().mean())
+        ...     optimizer.step(); optimizer.zero_grad()
+        ...     finished = sparse.step()
+        >>> finished, model[0].sparsity
+        (True, 0.75)
     """
 
     pool = 2.0

@@ -16,6 +16,18 @@ from sparsekern.recipes import Interrupted
         (ValueError("width is 0"), USAGE_ERROR, "error: width is 0\n"),
         (MemoryError(), USAGE_ERROR, "error: the memory does not suffice; choose a smaller width, batch size or data"),
         (RuntimeError("std::bad_alloc"), USAGE_ERROR, "error: the memory does not suffice"),
+        (
+            OSError(28, "No space left on device"),
+            USAGE_ERROR,
+            "error: there is no room left on the disk; free",
+        ),
+        (RuntimeError("PytorchStreamWriter failed writing file data/1"), USAGE_ERROR, "error: there is no room left"),
+        (
+            PermissionError(13, "Permission denied", "a/b"),
+            USAGE_ERROR,
+            "error: a/b cannot be used (Permission denied)",
+        ),
+        (OSError("odd"), USAGE_ERROR, "error: a file cannot be used (odd); check the path"),
         (Interrupted(Path("x")), INTERRUPTED, "saved: True\n"),
         (KeyboardInterrupt(), INTERRUPTED, "saved: False\n"),
     ],

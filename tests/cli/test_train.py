@@ -211,3 +211,16 @@ def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekern.recipes.run.load", stopped)
     result = invoke("--out", tmp_path / "run")
     assert result.exit_code == 130 and "nothing is saved" in result.stderr
+
+
+def test_a_transform_with_spectral_measures(tmp_path):
+    """The table says which; the picture of the block graphs lies beside the other."""
+    folder = tmp_path / "run"
+    options = ("--transform", "wide", "--sparsity", "0.75", "--spectral", "--width", "64", "--block-size", "8")
+    result = invoke(*options, "--epochs", "1", "--seeds", "1", "--update-every", "4", "--out", str(folder))
+    assert result.exit_code == 0, result.output
+    assert "set, transform wide, spectral true" in " ".join(result.stdout.split())
+    assert (folder / "spectral.png").stat().st_size > 10_000
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    sparse = next(row for row in rows if row["network"] == "sparse")
+    assert sparse["spectral"][0]["step"] == 1 and sparse["spectral"][-1]["step"] > 1

@@ -3,10 +3,12 @@ import torch
 from torch import nn
 
 from sparsekern import SparseLinear, sparse_layers
+from sparsekern.analysis import profile
 from sparsekern.recipes.build import build, build_method
 from sparsekern.recipes.config import Config
 from sparsekern.topology import allocate
 from sparsekern.training import METHODS
+from sparsekern.transforms import TRANSFORMS
 
 CONFIG = Config(width=64, block_size=8, sparsity=0.75)
 SHAPE = (1, 4, 5)
@@ -110,3 +112,47 @@ def test_a_pool_of_candidates_is_stored():
     assert model.hidden1.sparsity == 0 and method.budget.ratio == pytest.approx(1 / 4)
     model, method = method_of(method="vrpge", options={"pool": 1.0})
     assert model.hidden1.sparsity == 0.75 and method.budget.ratio == 1
+
+
+@pytest.mark.parametrize("recipe", ["mlp", "resnet20"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_keeps_the_flops_of_the_dense_network(recipe, transform):
+    """At the width asked for; the first and the last layer are dense, and wider where the network is."""
+    sizes = {"width": 64} if recipe == "mlp" else {"width_multiplier": 0.5}
+    config = Config(recipe=recipe, block_size=8, sparsity=0.75, options={"transform": transform}, **sizes)
+    shape = SHAPE if recipe == "mlp" else (3, 8, 8)
+    sparse, dense = (build(name, config, shape, 3, seed=1) for name in ("sparse", "dense"))
+    x = torch.zeros(1, *shape)
+    asked, got = (profile(model, x) for model in (dense, sparse))
+    most = max(row.tokens for row in asked.layers.values()) * 64
+    layers = 1 if transform == "wide" else len(asked.layers)
+    assert abs(got.multiply_adds - asked.multiply_adds) <= layers * most / 2
+    kept = ("input", "output") if recipe == "mlp" else ("conv1", "fc")
+    assert all(type(sparse.get_submodule(name)) in (nn.Linear, nn.Conv2d) for name in kept)
+    assert (sparse.get_submodule(kept[1]).weight.shape[1] > dense.get_submodule(kept[1]).weight.shape[1]) == (
+        transform == "wide"
+    )
+    again = build("sparse", config, shape, 3, seed=1)
+    assert all(
+        torch.equal(a, b) for a, b in zip(sparse.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_candidates_of_a_transform_end_at_its_flops(transform):
+    """VR-PGE stores two for each block that remains; what remains takes the FLOPs of the dense network."""
+    options = {"transform": transform, "pool": 2.0}
+    config = Config(width=64, block_size=8, sparsity=0.75, method="vrpge", options=options, update_every=5)
+    model = build("sparse", config, SHAPE, 3, seed=1)
+    plain = build(
+        "sparse", Config(width=64, block_size=8, sparsity=0.75, options={"transform": transform}), SHAPE, 3, 1
+    )
+    stored, wanted = ([n.topology.blocks() for n in sparse_layers(m).values()] for m in (model, plain))
+    assert all(abs(n - 2 * m) <= 1 for n, m in zip(stored, wanted, strict=True))
+    method = build_method(config, model, torch.optim.SGD(model.parameters(), lr=0.1), steps=10, seed=0)
+    assert method.budget.ratio * sum(stored) == pytest.approx(sum(wanted), abs=1)
+
+
+def test_a_transform_of_no_sparsity():
+    with pytest.raises(ValueError, match="sparsity is 0, which transform turns into the dense network"):
+        build("sparse", Config(width=64, block_size=8, sparsity=0, options={"transform": "wide"}), SHAPE, 3, seed=0)

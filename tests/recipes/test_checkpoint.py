@@ -56,7 +56,9 @@ def test_a_damaged_state_is_described(tmp_path, content):
     (tmp_path / "step-00000003").mkdir()
     if content is not None:
         (tmp_path / "step-00000003" / "state.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"state.pt is damaged, or no .+; there is no older checkpoint: start a new"):
+    with pytest.raises(
+        ValueError, match=r"state.pt is damaged, or no .+; there is no older checkpoint: delete .* to train"
+    ):
         checkpoint.restore(tmp_path)
 
 

@@ -45,6 +45,7 @@ def test_a_folder_without_a_run(tmp_path):
     ("content", "message"),
     [
         ("{", "missing or damaged"),
+        pytest.param("[" * 10**5, "missing or damaged", id="deep"),
         ("[]", "missing or damaged"),
         ("{}", "missing or damaged"),
         ('{"format_version": 99}', "has format version 99; this code reads 3"),
@@ -94,7 +95,7 @@ def test_what_a_run_keeps(tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     for keeping, message in (
         ([], "not the configuration of a run"),
-        ({"best": 1}, "does not know: best"),
+        ({"best": 1}, "does not know: .'best'"),
         ({"keep": 0}, "keep is 0"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content | {"keeping": keeping}))

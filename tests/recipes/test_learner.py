@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from sparsekern.analysis import spectral
+from sparsekern.nn import sparse_layers
 from sparsekern.recipes.build import build
 from sparsekern.recipes.catalogue import RECIPES
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.data import Dataset, load
 from sparsekern.recipes.learner import WARM_UP, Learner
+from sparsekern.transforms import TRANSFORMS
 
 CONFIG = Config(
     width=32, block_size=8, sparsity=0.5, augment="none", epochs=3, batch_size=500, update_every=2, device="cpu"
@@ -254,3 +257,28 @@ def test_a_method_with_candidates_stores_more_and_ends_at_the_sparsity(data):
     other.model.load_state_dict(weights)
     other.load_state_dict(state)
     assert run(other, 4) == losses
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_spectral_measures_are_kept_at_the_start_and_at_each_move(data, transform):
+    """And a resumed training has those of the epoch it stopped in."""
+    options = {"transform": transform, "spectral": True}
+    config = replace(CONFIG, width=64, sparsity=0.75, options=options).resolved(*data.train_images.shape[:2])
+    learner = Learner("sparse", config, data, seed=0)
+    for _ in range(2):
+        learner.step()
+    again = Learner("sparse", config, data, seed=0)
+    again.model.load_state_dict(learner.model.state_dict())
+    again.load_state_dict(copy.deepcopy(learner.state_dict()))
+    rows = []
+    for one in (learner, again):
+        one.step()
+        rows.append(one.finish_epoch())
+    assert [record["step"] for record in rows[0]["spectral"]] == [1, 2]
+    assert rows[0]["spectral"] == rows[1]["spectral"]
+    names = sparse_layers(learner.model)
+    assert all(record["layers"].keys() == names.keys() for record in rows[0]["spectral"])
+    learner.step()
+    (last,) = learner.finish_epoch()["spectral"]
+    assert last == {"step": 4, "layers": {name: vars(spectral(layer)) for name, layer in names.items()}}
+    assert "spectral" not in Learner("dense", config, data, seed=0).finish_epoch()

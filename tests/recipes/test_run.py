@@ -175,13 +175,35 @@ def test_a_long_epoch_is_not_lost(straight, no_picture, tmp_path, every, monkeyp
     assert weights(tmp_path) == weights(straight[0]) and rows_of(tmp_path) == rows_of(straight[0])
 
 
-def test_the_best_checkpoint_and_the_last_stay(straight):
+def test_the_best_checkpoint_and_the_last_two_stay(straight):
     folder, _ = straight
     for seed in (0, 1):
         rows = [row for row in rows_of(folder) if row["seed"] == seed]
         best = max((row for row in rows if row["network"] == "sparse"), key=lambda row: row["test_accuracy"])
         there = {path.name for path in (folder / "checkpoints" / f"seed-{seed}").iterdir()}
-        assert there == {f"step-{2 * best['step']:08d}", f"step-{2 * 3 * BATCHES:08d}"}
+        assert there == {f"step-{2 * step:08d}" for step in (best["step"], 2 * BATCHES, 3 * BATCHES)}
+
+
+def test_a_seed_killed_between_its_last_checkpoint_and_the_deletion_of_older_ones(straight, no_picture, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "results.json").unlink()
+    seed = folder / "checkpoints" / "seed-1"
+    before = {path.name for path in seed.iterdir()}
+    (seed / "step-00000001").mkdir()
+    resume(folder, StopAt(0))
+    assert {path.name for path in seed.iterdir()} == before
+
+
+def test_a_seed_whose_end_is_damaged_is_trained_anew_and_its_rows_come_first(straight, no_picture, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "results.json").unlink()
+    last = max((folder / "checkpoints" / "seed-0").iterdir())
+    (last / "state.pt").write_bytes(b"")
+    resume(folder, Observer())
+    assert "state.pt is damaged" in caplog.text
+    assert rows_of(folder) == rows_of(straight[0]) and weights(folder) == weights(straight[0])
 
 
 def test_what_is_kept_may_change_when_a_run_is_resumed(no_picture, tmp_path):

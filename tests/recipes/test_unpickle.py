@@ -117,3 +117,36 @@ def test_other_kinds_of_data_are_refused(content):
 def test_a_damaged_pickle_is_described(damage):
     with pytest.raises(ValueError, match="x is damaged, or no pickle of plain data: .+; fetch it again"):
         unpickle(damage(of_python_2(ARRAY, [7, 3])), "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x80\x04\x8c\x01ar\xff\xff\xff\x7f.", None),  # remembers as number 2**31 - 1: the reader in C takes 16 GB
+        (b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".", "150"),  # a bytearray of a terabyte
+    ],
+)
+def test_ten_bytes_do_not_take_all_memory(content, words):
+    if words is None:
+        unpickle(content, "x")
+        return
+    with pytest.raises(ValueError, match=f"x is damaged, or no pickle of plain data: {words}"):
+        unpickle(content, "x")
+
+
+def test_a_list_of_twice_the_same_list_again_and_again_has_an_end():
+    nested = []
+    for _ in range(200):
+        nested = [nested, nested]
+    found = unpickle(pickle.dumps(nested), "x")
+    assert found[0] is found[1]
+    endless = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="x is damaged"):
+        unpickle(pickle.dumps(endless), "x")
+
+
+def test_a_reason_of_two_lines_becomes_one():
+    with pytest.raises(ValueError, match=r"x is damaged.*persistent.*") as caught:
+        unpickle(b"P", "x")
+    assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ def model() -> nn.Sequential:
 def test_the_table_by_hand():
     # sparse layer: 4 of 16 blocks of 256 elements of 4 bytes
     assert str(sk.summary(model())).splitlines()[3].split() == [
-        "2", "SparseLinear", "64", "x", "64", "16x16", "4/16", "75.0%", "1,088", "0.01",
+        "2", "SparseLinear", "64", "x", "64", "16x16", "4/16", "75.0%", "1,088", "0.01", "0.02",
         "0.00", "0.00", "0.00", "0.00", "0.01", "0.03",
     ]  # fmt: skip
 
@@ -99,3 +99,29 @@ def test_convolutions_and_why_some_are_dense():
     lines = str(summary).splitlines()
     assert "dense (stem)" in lines[2] and "dense (depthwise)" in lines[3]
     assert lines[4].split()[:12] == ["2", "SparseConv2d", "32", "x", "16", "x", "3", "x", "3", "16x16", "5/18", "72.2%"]
+
+
+def test_the_flops_of_the_dense_network_stand_beside():
+    x = torch.empty(3, 64)
+    dense = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    made = sk.transforms.transform(dense, "factorized", 0.75, x, block_size=16, ignore=["0", "4"])
+    summary = sk.summary(made, x, measure=False, dense=dense)
+    rows = {row.name: row for row in summary.rows}
+    assert list(rows) == ["0", "2.inner", "2.outer", "4"]
+    assert summary.dense_flops == {"0": 18 * 64 * 128, "2.inner": 18 * 128 * 128, "4": 18 * 1280}
+    assert rows["2.inner"].flops + rows["2.outer"].flops == summary.dense_flops["2.inner"]
+    text = str(summary)
+    assert text.splitlines()[0].count("dense MFLOP") == 1
+    total = f"{18 * (8192 + 16384 + 1280) / 1e6:.2f}"
+    assert text.splitlines()[-1].split()[3:5] == [total, total]
+    assert sk.summary(model()).dense_flops["2"] == 6 * 64 * 64  # without one, those of the layer's own shape
+
+
+def test_a_dense_network_of_another_kind():
+    dense = nn.Sequential(
+        nn.Linear(16, 64), nn.Identity(), nn.Identity(), nn.Identity(), nn.Identity(), nn.Linear(64, 1)
+    )
+    with pytest.raises(ValueError, match="dense has a layer '5' and the model has not: give the network it was made"):
+        sk.summary(model(), torch.empty(2, 16), measure=False, dense=dense)
+    with pytest.raises(ValueError, match="dense is given without a sample_input"):
+        sk.summary(model(), dense=dense)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sparsekern.recipes.models.layers import conv3x3, init_convolutions_, widened
+from sparsekern.recipes.models.layers import Multiplier, conv3x3, init_convolutions_, widened
 
 STAGES = (16, 32, 64)
 """Channels of the three stages; the second and the third halve the image."""
@@ -44,7 +44,9 @@ class CifarResNet(nn.Module):
         width_multiplier: times the channels of all stages.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 3, *, blocks: int, width_multiplier: float = 1.0) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, *, blocks: int, width_multiplier: Multiplier = 1.0
+    ) -> None:
         super().__init__()
         stem, *_ = widths = [widened(channels, width_multiplier) for channels in STAGES]
         self.conv1, self.bn1, self.relu = conv3x3(in_channels, stem), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)
@@ -68,11 +70,11 @@ def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
 
-def resnet20(num_classes: int, in_channels: int = 3, width_multiplier: float = 1.0) -> CifarResNet:
+def resnet20(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> CifarResNet:
     """Return ResNet-20, 0.27 M parameters."""
     return CifarResNet(num_classes, in_channels, blocks=3, width_multiplier=width_multiplier)
 
 
-def resnet56(num_classes: int, in_channels: int = 3, width_multiplier: float = 1.0) -> CifarResNet:
+def resnet56(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> CifarResNet:
     """Return ResNet-56, 0.85 M parameters."""
     return CifarResNet(num_classes, in_channels, blocks=9, width_multiplier=width_multiplier)

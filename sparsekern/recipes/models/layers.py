@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
+Multiplier = float | Callable[[int], int]
+"""How wide a network is: times the published channels, or a function from those to the channels wanted."""
 
-def widened(channels: int, width_multiplier: float) -> int:
+
+def widened(channels: int, width_multiplier: Multiplier) -> int:
     """Return the channels of a layer in a network that is so many times as wide, to the nearest, 1 or more."""
+    if callable(width_multiplier):
+        return width_multiplier(channels)
     return max(1, round(channels * width_multiplier))
 
 

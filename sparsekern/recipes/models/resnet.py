@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparsekern.recipes.models.layers import conv1x1, conv3x3, init_convolutions_, widened
+from sparsekern.recipes.models.layers import Multiplier, conv1x1, conv3x3, init_convolutions_, widened
 
 STAGES = (64, 128, 256, 512)
 
@@ -83,7 +83,7 @@ class ResNet(nn.Module):
         block: type[BasicBlock] | type[Bottleneck],
         blocks: tuple[int, int, int, int],
         small_images: bool = False,
-        width_multiplier: float = 1.0,
+        width_multiplier: Multiplier = 1.0,
     ) -> None:
         super().__init__()
         channels, *_ = widths = [widened(stage, width_multiplier) for stage in STAGES]
@@ -112,12 +112,12 @@ class ResNet(nn.Module):
         return logits
 
 
-def resnet18(num_classes: int, in_channels: int = 3, width_multiplier: float = 1.0) -> ResNet:
+def resnet18(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
     """Return ResNet-18 for images as large as those of ImageNet, 11.69 M parameters for 1000 classes."""
     return ResNet(num_classes, in_channels, block=BasicBlock, blocks=(2, 2, 2, 2), width_multiplier=width_multiplier)
 
 
-def resnet18_cifar(num_classes: int, in_channels: int = 3, width_multiplier: float = 1.0) -> ResNet:
+def resnet18_cifar(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
     """Return ResNet-18 for 32x32 images, 11.17 M parameters for 10 classes."""
     return ResNet(
         num_classes,
@@ -129,6 +129,6 @@ def resnet18_cifar(num_classes: int, in_channels: int = 3, width_multiplier: flo
     )
 
 
-def resnet50(num_classes: int, in_channels: int = 3, width_multiplier: float = 1.0) -> ResNet:
+def resnet50(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
     """Return ResNet-50 for images as large as those of ImageNet, 25.56 M parameters for 1000 classes."""
     return ResNet(num_classes, in_channels, block=Bottleneck, blocks=(3, 4, 6, 3), width_multiplier=width_multiplier)

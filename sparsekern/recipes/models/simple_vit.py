@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from sparsekern.recipes.models.layers import widened
+from sparsekern.recipes.models.layers import Multiplier, widened
 
 TEMPERATURE = 10_000
 """Ratio of the longest wave of the position embedding to the shortest."""
@@ -100,12 +100,13 @@ class SimpleViT(nn.Module):
         heads: int,
         head_features: int,
         hidden: int,
-        width_multiplier: float = 1.0,
+        width_multiplier: Multiplier = 1.0,
     ) -> None:
         super().__init__()
         if image_size[0] % patch or image_size[1] % patch:
             raise ValueError(f"image_size is {image_size}; both sides must be multiples of the patch, {patch}")
-        features, heads, hidden = (widened(n, width_multiplier) for n in (features, heads, hidden))
+        features, inside, hidden = (widened(n, width_multiplier) for n in (features, heads * head_features, hidden))
+        heads = max(1, round(inside / head_features))
         self.patch = patch
         self.embed = nn.Linear(in_channels * patch**2, features)
         place = positions(image_size[0] // patch, image_size[1] // patch, features)
@@ -135,7 +136,7 @@ def _init_(model: SimpleViT) -> None:
 
 
 def simplevit_tiny(
-    num_classes: int, in_channels: int = 3, image_size: tuple[int, int] = (32, 32), width_multiplier: float = 1.0
+    num_classes: int, in_channels: int = 3, image_size: tuple[int, int] = (32, 32), width_multiplier: Multiplier = 1.0
 ) -> SimpleViT:
     """Return the small SimpleViT of the GSE paper (Heddes et al., arXiv 2401.06898): 4 layers of 512 features.
 

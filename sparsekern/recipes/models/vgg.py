@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from sparsekern.recipes.models.layers import conv3x3, init_convolutions_, widened
+from sparsekern.recipes.models.layers import Multiplier, conv3x3, init_convolutions_, widened
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of the convolutions; each stage ends with max pooling, which halves the image."""
@@ -30,7 +30,7 @@ class VGG(nn.Module):
         *,
         base: int = 64,
         hidden: tuple[int, ...] = (),
-        width_multiplier: float = 1.0,
+        width_multiplier: Multiplier = 1.0,
     ) -> None:
         super().__init__()
         features: list[nn.Module] = []
@@ -56,12 +56,12 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg16(num_classes: int, in_channels: int = 3, width_multiplier: float = 1.0) -> VGG:
+def vgg16(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> VGG:
     """Return VGG-16 with one linear layer, as is usual for CIFAR, 14.72 M parameters for 10 classes."""
     return VGG(num_classes, in_channels, width_multiplier=width_multiplier)
 
 
-def vgg16_small(num_classes: int, in_channels: int = 3, width_multiplier: float = 1.0) -> VGG:
+def vgg16_small(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> VGG:
     """Return the VGG-16 of the GSE paper: a quarter of the channels, then 128 -> 512 -> 512 -> classes.
 
     Source: Heddes et al., arXiv 2401.06898. Batch norm is ours where the paper does not say.

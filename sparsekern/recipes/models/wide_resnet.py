@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparsekern.recipes.models.layers import conv1x1, conv3x3, init_convolutions_, widened
+from sparsekern.recipes.models.layers import Multiplier, conv1x1, conv3x3, init_convolutions_, widened
 
 STEM, STAGES = 16, (16, 32, 64)
 """Channels at widening factor 1; the stem is not widened by it."""
@@ -44,7 +44,7 @@ class WideResNet(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, in_channels: int = 3, *, blocks: int, widen: int, width_multiplier: float = 1.0
+        self, num_classes: int, in_channels: int = 3, *, blocks: int, widen: int, width_multiplier: Multiplier = 1.0
     ) -> None:
         super().__init__()
         channels = widened(STEM, width_multiplier)
@@ -67,6 +67,6 @@ class WideResNet(nn.Module):
         return logits
 
 
-def wrn_28_4(num_classes: int, in_channels: int = 3, width_multiplier: float = 1.0) -> WideResNet:
+def wrn_28_4(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> WideResNet:
     """Return WRN-28-4, 5.85 M parameters for 10 classes, 5.87 M for 100."""
     return WideResNet(num_classes, in_channels, blocks=4, widen=4, width_multiplier=width_multiplier)

@@ -1,0 +1,92 @@
+"""``sparsekern report``: a page about a run, in one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from sparsekern.cli.info import cpu_model
+from sparsekern.cli.shell import error_console, explained
+from sparsekern.cli.table import notes, result_cells
+from sparsekern.recipes.folder import write_text
+from sparsekern.recipes.page import page_of, results_so_far, values_of
+from sparsekern.recipes.per_layer import measure
+from sparsekern.recipes.record import Record, read_record
+from sparsekern.report import Summary
+from sparsekern.report.html import MARK, render
+
+PAGE = "report.html"
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.", metavar="RUN")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; an earlier page there is replaced.", show_default=f"RUN/{PAGE}")
+    ] = None,
+    timed: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time the layers on this machine, beside dense ones.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers of the page as JSON.")] = False,
+) -> None:
+    """Write a page about a run: one HTML file, which loads nothing else.
+
+    It shows the table, the curves, where the blocks were over time, and what each layer stores and how long it takes.
+    """
+    page = run / PAGE if out is None else out
+    with explained(error_console(), lambda saved: "stopped; the page is not written"):
+        record = read_record(run)
+        check_target(page)
+        account, sizes, where = _measured(record, timed=timed)
+        results = results_so_far(record, sizes)
+        table = None if results is None else result_cells(results)
+        words = [] if results is None else notes(results).split("\n")
+        text = render(page_of(record, results, table, words, account, where))
+        try:
+            write_text(page, text)
+        except OSError as error:
+            raise ValueError(
+                f"out is {page}, which cannot be written ({error.strerror}); choose another --out"
+            ) from None
+    if as_json:
+        typer.echo(json.dumps(values_of(record, results, account) | {"page": str(page)}))
+    else:
+        for text in record.missing:
+            typer.echo(f"note: {text}")
+        typer.echo(f"{page}: open it in a browser")
+
+
+def check_target(page: Path) -> None:
+    """Check before any work that a page may be written there.
+
+    Raises:
+        ValueError: the folder is not there, or there is something that is no page.
+    """
+    if not page.parent.is_dir():
+        raise ValueError(f"out is {page}, whose folder does not exist; make the folder, or choose another --out")
+    if page.is_dir():
+        raise ValueError(f"out is {page}, which is a folder; give the name of a file")
+    if page.exists():
+        with page.open("rb") as file:
+            if file.read(len(MARK)) != MARK.encode():
+                raise ValueError(f"out is {page}, which exists and is no page of sparsekern; choose another --out")
+
+
+def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str, dict[str, int]] | None, str]:
+    """Return the account of the layers, the sizes of the networks, and where the layers were timed."""
+    if record.checkpoint is None:
+        return None, None, ""
+    try:
+        account, sizes = measure(record.config, record.data, record.checkpoint, timed=timed)
+    except ValueError as error:
+        record.missing.append(f"Sizes and times of the layers: {error}.")
+        return None, None, ""
+    if not timed:
+        record.missing.append("The layers were not timed (--no-measure).")
+    device = torch.device(str(record.config.device))
+    name = cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return account, sizes, f"measured for this page on {name}, {threads} thread{'s' * (threads > 1)}"

@@ -1,0 +1,225 @@
+"""Sparse-IFT for a whole network: as many FLOPs as the dense one, products of stem, head and attention charged."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.analysis import Profile, profile
+from sparsekern.nn import BlockSparse, Selector, sparse_layers, sparsify_
+from sparsekern.nn.linear import default_block_size
+from sparsekern.nn.sparsify import choose_layers, grid_of, is_replaceable
+from sparsekern.nn.swap import swap_
+from sparsekern.topology import check_sparsity, gather_blocks, generator_for
+from sparsekern.transforms.doped import sparse_doped
+from sparsekern.transforms.factorized import sparse_factorized
+from sparsekern.transforms.init import check_init, draw_, draw_bias_, output_variance
+from sparsekern.transforms.match import match_blocks
+from sparsekern.transforms.parallel import sparse_parallel
+from sparsekern.transforms.sizes import Width, wide_width
+from sparsekern.transforms.twins import Dense, check
+
+logger = logging.getLogger("sparsekern")
+
+IN_PLACE: Mapping[str, Callable[..., nn.Module]] = {
+    "parallel": sparse_parallel,
+    "factorized": sparse_factorized,
+    "doped": sparse_doped,
+}
+"""The transforms that keep a layer's inputs and outputs, so that it keeps its place in any network."""
+
+TRANSFORMS = ("wide", *IN_PLACE)
+
+MATCHES = ("network", "layers")
+
+Build = Callable[[Width], nn.Module]
+
+
+def transform(
+    model: nn.Module | Build,
+    name: str,
+    sparsity: float,
+    sample_input: Tensor,
+    *,
+    block_size: int | tuple[int, int] | None = None,
+    targets: Selector = is_replaceable,
+    ignore: Selector | None = None,
+    distribution: str = "uniform",
+    match: str = "network",
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    pool: float = 1.0,
+    init: str = "variance",
+    seed: int = 0,
+) -> nn.Module:
+    """Return a sparse network that takes as many FLOPs as a dense one, by a Sparse-IFT transform.
+
+    Source: Thangarasa et al., "Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training Efficiency", ICML
+    2024. The training is that of the dense network; any method may move the blocks.
+
+    ``"wide"`` needs to build the network anew, wider: give a function of the :class:`Width`, such as
+    ``lambda width: MyNetwork(hidden=width(512))``. While it builds, the wider network is dense for a moment.
+
+    Args:
+        model: a function that builds the dense network at a width; for the other transforms also a network, not
+            changed.
+        name: ``"wide"``, ``"parallel"``, ``"factorized"`` or ``"doped"``.
+        sparsity: the one hyper-parameter, in [0, 1). 0 gives the dense network back.
+        sample_input: what the network takes; only its shape counts: FLOPs are those of this input.
+        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
+            than its channels.
+        targets: which layers; see :func:`sparsekern.sparsify_`.
+        ignore: which of them to leave dense. Default: the first and the last that run.
+        distribution: how the blocks of ``"wide"`` are shared out: ``"uniform"``, ``"er"`` or ``"erk"``.
+        match: ``"network"``: all products together take the FLOPs of the dense network; what is widened and stays
+            dense (stem, head, attention) is charged to the sparse layers. ``"layers"``: only the sparse layers take
+            those of their dense twins. They differ for ``"wide"`` alone.
+        activation: makes the nonlinearity inside ``"parallel"`` and ``"factorized"``.
+        pool: blocks to store for each one that the FLOPs allow, 1 or more: the candidates of a method that chooses
+            among them (VR-PGE), whose FLOPs are then those of the dense network.
+        init: ``"variance"``: each layer's output varies as that of its dense twin. ``"paper"``: as the paper's code
+            draws; of ``"wide"``: the wide network's own initial values, masked.
+        seed: decides initial values and topology.
+
+    Raises:
+        ValueError: an option out of range; ``"wide"`` of a network that is built already; a function whose network
+            does not follow the width; or FLOPs that do not suffice for what stays dense.
+    """
+    check_sparsity(sparsity)
+    check_init(init)
+    for argument, value, known in (("name", name, TRANSFORMS), ("match", match, MATCHES)):
+        if value not in known:
+            raise ValueError(f"{argument} is {value!r}; it must be one of {', '.join(known)}")
+    if isinstance(model, nn.Module):
+        if name == "wide" and sparsity > 0:
+            raise ValueError(
+                f"model is a {type(model).__name__} that is built already: the sums of its residual branches, its "
+                "norms and its reshapes have a width that no rule can find. Give a function that builds it, such as "
+                f"lambda width: {type(model).__name__}(hidden=width(512)), or use parallel, factorized or doped"
+            )
+        dense = copy.deepcopy(model)
+    else:
+        dense = _built(model, Width(), seed)
+    if sparsity == 0:
+        return dense
+    twins = profile(dense, sample_input)
+    chosen = _chosen(dense, twins, targets, ignore)
+    if name == "wide":
+        assert not isinstance(model, nn.Module)
+        check(next(iter(chosen.values())), sparsity, pool)
+        width = wide_width(sparsity, _block(block_size, next(iter(chosen.values()))))
+        wide = _built(model, width, seed)
+        work = _wide_work(dense, wide, twins, sample_input, chosen, match)
+        counts = _counts(wide, chosen, work, block_size, distribution, pool)
+        return _sparse(wide, dense, chosen, counts, block_size, init, seed)
+    if distribution != "uniform":
+        raise ValueError(f"distribution is {distribution!r}; {name} keeps the FLOPs of every layer: it must be uniform")
+    options: dict[str, Any] = {"block_size": block_size, "pool": pool, "init": init, "seed": seed}
+    options |= {} if name == "doped" else {"activation": activation}
+    for layer_name, layer in chosen.items():
+        swap_(dense, layer_name, IN_PLACE[name](layer, sparsity, name=layer_name, **options))
+    return dense
+
+
+def _built(build: Build, width: Width, seed: int) -> nn.Module:
+    """Build without a trace in the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator_for(seed, "transform").initial_seed())
+        return build(width)
+
+
+def _block(block_size: int | tuple[int, int] | None, layer: Dense) -> int | tuple[int, int]:
+    return default_block_size(layer.weight.device) if block_size is None else block_size
+
+
+def _chosen(dense: nn.Module, twins: Profile, targets: Selector, ignore: Selector | None) -> dict[str, Dense]:
+    if ignore is None:
+        ran = list(twins.layers)
+        ignore = list(dict.fromkeys((ran[0], ran[-1]))) if ran else ()
+    return choose_layers(dense, targets, ignore)
+
+
+def _wide_work(
+    dense: nn.Module, wide: nn.Module, twins: Profile, sample_input: Tensor, chosen: dict[str, Dense], match: str
+) -> tuple[int, dict[str, int]]:
+    """Return the multiply-adds that the sparse layers have together, and the tokens of each."""
+    widened = profile(wide, sample_input)
+    if list(widened.layers) != list(twins.layers):
+        odd = sorted(widened.layers.keys() ^ twins.layers.keys())
+        raise ValueError(f"model builds another network at another width: {', '.join(odd) or 'its layers'} differ")
+    if not any(widened.layers[n].elements > twins.layers[n].elements for n in chosen):
+        raise ValueError("model builds no wider layer at a larger width: it must pass width(...) to the network")
+    tokens = {name: widened.layers[name].tokens for name in chosen}
+    if match == "layers":
+        return sum(twins.layers[name].multiply_adds for name in chosen), tokens
+    rest = widened.multiply_adds - sum(widened.layers[name].multiply_adds for name in chosen)
+    if rest >= twins.multiply_adds:
+        raise ValueError(
+            f"what stays dense in the wider network takes {rest} multiply-adds, the whole dense network "
+            f"{twins.multiply_adds}: choose a lower sparsity, fewer layers to ignore, or match='layers'"
+        )
+    return twins.multiply_adds - rest, tokens
+
+
+def _counts(
+    wide: nn.Module,
+    chosen: dict[str, Dense],
+    work: tuple[int, dict[str, int]],
+    block_size: int | tuple[int, int] | None,
+    distribution: str,
+    pool: float,
+) -> dict[str, tuple[int, int]]:
+    """Return of each layer its blocks and the cells of its grid."""
+    grids = [grid_of(wide.get_submodule(name), block_size) for name in chosen]  # type: ignore[arg-type]
+    total, tokens = work
+    blocks = match_blocks(grids, [tokens[name] for name in chosen], pool * total, distribution)
+    return {name: (n, grid.cells) for name, n, grid in zip(chosen, blocks, grids, strict=True)}
+
+
+def _sparse(
+    wide: nn.Module,
+    dense: nn.Module,
+    chosen: dict[str, Dense],
+    counts: dict[str, tuple[int, int]],
+    block_size: int | tuple[int, int] | None,
+    init: str,
+    seed: int,
+) -> nn.Module:
+    """Make the chosen layers of the wide network sparse and draw their values."""
+    own = {name: wide.get_submodule(name) for name in chosen}
+    absent = {name: 1 - blocks / cells for name, (blocks, cells) in counts.items()}  # rounds to that many blocks
+    ran_dense = [n for n, m in wide.named_modules() if is_replaceable(m, n) and n not in chosen]
+    sparsify_(wide, absent, block_size, targets=list(chosen), seed=seed)
+    for name, layer in sparse_layers(wide).items():
+        twin = chosen[name]
+        assert layer.topology.blocks() == counts[name][0]
+        if init == "paper":
+            _take_own(layer, own[name])
+        else:
+            draw_(layer, output_variance(twin))
+            draw_bias_(layer, twin)
+        logger.info("%s: %d of %d blocks", name, *counts[name])
+    if init == "variance":
+        for name in ran_dense:
+            _rescale(wide.get_submodule(name), dense.get_submodule(name))  # type: ignore[arg-type]
+    return wide
+
+
+@torch.no_grad()
+def _take_own(layer: BlockSparse, own: nn.Module) -> None:
+    assert isinstance(own, (nn.Linear, nn.Conv2d))
+    layer.values.copy_(gather_blocks(layer.topology, own.weight))
+    if layer.bias is not None and own.bias is not None:
+        layer.bias.copy_(own.bias)
+
+
+@torch.no_grad()
+def _rescale(layer: Dense, twin: Dense) -> None:
+    """Give the output of a wider dense layer the variance of its twin's; a layer of zeros stays one."""
+    now, wanted = output_variance(layer), output_variance(twin)
+    if now > 0:
+        layer.weight.mul_((wanted / now) ** 0.5)

@@ -1,0 +1,182 @@
+"""What a user does wrong ends in the exact exception and one sentence; on the command line in exit code 2 and nothing
+overwritten. The tables are in ``bad_input_cases.py`` and ``bad_commands.py``."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import warnings
+from pathlib import Path
+
+import numpy
+import pytest
+from typer.testing import CliRunner
+
+from sparsekern.cli.main import application
+from sparsekern.recipes import Config
+from sparsekern.recipes.data import load
+from sparsekern.recipes.folder import create
+from tests.bad_commands import COMMANDS
+from tests.bad_input_cases import Case, cases
+
+CASES = list(cases())
+
+
+def test_there_are_150_cases_and_no_name_is_twice():
+    assert len(CASES) + len(COMMANDS) >= 150
+    names = [case.name for case in CASES]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_library(case: Case):
+    with pytest.raises(Exception) as raised:
+        case.call()
+    assert type(raised.value) is case.error, raised.value
+    text = str(raised.value)
+    if case.error is RuntimeError and text.startswith("Error(s) in loading"):  # load_state_dict's own heading
+        text = text.partition("\n\t")[2]
+    assert [part for part in case.says if part not in text] == [], text
+    assert "\n" not in text and 10 < len(text) < 420, text
+
+
+def images(count: int, side: int = 8) -> numpy.ndarray:
+    return numpy.arange(count * side * side, dtype="uint8").reshape(count, side, side)
+
+
+def fill(place: Path) -> None:
+    """Make the folders and files of the table."""
+    sets = {"train_images": images(8), "train_labels": numpy.arange(8) % 2}
+    sets |= {"test_images": images(4), "test_labels": numpy.arange(4) % 2}
+    for name, changes in {
+        "small": {},
+        "empty": {"train_images": images(0), "train_labels": numpy.arange(0)},
+        "nothing-to-test": {"test_images": images(0), "test_labels": numpy.arange(0)},
+        "one-class": {"train_labels": numpy.zeros(8, dtype=int)},
+        "ä b": {"train_labels": numpy.zeros(8, dtype=int)},
+        "nan": {"train_images": numpy.full((8, 8, 8), numpy.nan, dtype="float32")},
+        "inf": {"test_images": numpy.full((4, 8, 8), numpy.inf)},
+        "grey": {"train_images": images(8) * 0},
+        "uneven": {"train_labels": numpy.arange(7) % 2},
+        "negative": {"train_labels": numpy.arange(8) % 2 - 1},
+        "huge-label": {"train_labels": numpy.arange(8) // 7 * 1_000_000, "test_labels": numpy.zeros(4, dtype=int)},
+        "strange": {"test_labels": numpy.array([0, 1, 9, 1])},
+        "float-labels": {"train_labels": numpy.arange(8) / 2},
+        "other-size": {"test_images": images(4, 9)},
+        "channels": {"train_images": numpy.zeros((8, 8, 8, 40), dtype="uint8")},
+    }.items():
+        numpy.savez(place / f"{name}.npz", **sets | changes)
+    numpy.savez(place / "pickled.npz", **sets | {"train_labels": numpy.array([{}] * 8, dtype=object)})
+    numpy.savez(place / "lost.npz", **{key: value for key, value in sets.items() if key != "test_labels"})
+    (place / "text.npz").write_text("not data")
+    (place / "cut.npz").write_bytes((place / "small.npz").read_bytes()[:200])
+    (place / "broken.tar.gz").write_bytes(b"\x1f\x8b junk")
+    (place / "notes.txt").write_text("mine")
+    (place / "full").mkdir()
+    (place / "full" / "notes.txt").write_text("mine")
+    config = Config(width=32, block_size=8, epochs=2, seeds=1, device="cpu").resolved(1438, 1)
+    for name, data in (("run", load().describe()), ("moved", {"name": "elsewhere"}), ("cut-metrics", {})):
+        create(place / name, config, data, {})
+    (place / "cut-metrics" / "metrics.jsonl").write_text('{"netw\n{}\n')
+    for name, content in (("junk", "{"), ("newer", '{"format_version": 99}'), ("odd", '{"format_version": 3}')):
+        (place / name).mkdir()
+        (place / name / "config.json").write_text(content)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("a place")
+    fill(folder)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+def run(command: str, place: Path):
+    arguments = [part.replace("{place}", str(place)) for part in shlex.split(command.replace("ä b", "'ä b'"))]
+    return CliRunner().invoke(application(), arguments, env={"COLUMNS": "120"})
+
+
+@pytest.mark.parametrize(("command", "says"), COMMANDS[1:], ids=[command[:60] for command, _ in COMMANDS[1:]])
+def test_the_command_line(command, says, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = [] if "--out" in command or "--resume" in command or not command.startswith("train") else ["--out", "new"]
+    before = tree(place)
+    result = run(" ".join([command, *out]), place)
+    line = result.stderr.replace(str(place), "{place}")
+    assert result.exit_code == 2 and result.stdout == "", (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    assert [part for part in says if part.lower() not in line.lower()] == [], line
+    assert tree(place) == before
+    assert (tmp_path / "new").exists() == ("1e30" in command), "nothing is begun but what fails later"
+
+
+TINY = ["train", "--width=64", "--epochs=3", "--seeds=1", "--no-dense", "--quiet", "--batch-size=720"]
+TINY += ["--block-size=16", "--device=cpu"]
+
+
+@pytest.mark.parametrize("writes", [0, 1, 5])
+def test_a_disk_that_is_full(tmp_path, monkeypatch, writes):
+    done = []
+
+    def sync(handle: int) -> None:
+        done.append(handle)
+        if len(done) > writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sparsekern.recipes.run.draw_summary", lambda *_: None)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", sync)
+        result = CliRunner().invoke(application(), [*TINY, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: there is no room left on the disk; free some. ")
+    if (tmp_path / "run" / "config.json").is_file():
+        assert "--resume" in result.stderr
+        again = CliRunner().invoke(application(), ["train", "--resume", str(tmp_path / "run"), "--json", "--quiet"])
+        assert again.exit_code == 0 and json.loads(again.stdout)["networks"]["sparse"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    result = CliRunner().invoke(application(), [*TINY, "--out", str(small_disk / "run")])
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: there is no room left on the disk; free some. ")
+    assert "--resume" in result.stderr and (small_disk / "run" / "config.json").is_file()
+
+
+def test_names_with_spaces_and_other_letters_are_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsekern.recipes.run.draw_summary", lambda *_: None)
+    folder = tmp_path / "ein Lauf: 90 % ü 模型 'x' \"y\""
+    data = tmp_path / "dä ta.npz"
+    labels = numpy.arange(40) % 2
+    numpy.savez(data, train_images=images(40), train_labels=labels, test_images=images(40), test_labels=labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = CliRunner().invoke(application(), [*TINY, "--data", str(data), "--out", str(folder), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["folder"] == str(folder)
+    page = CliRunner().invoke(application(), ["report", str(folder), "--no-measure"])
+    assert page.exit_code == 0 and (folder / "report.html").is_file()

@@ -1,0 +1,142 @@
+"""Every public name says what it is: what it takes, in which shapes, what it raises; and the examples run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from types import FunctionType
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+
+PACKAGES = (
+    "sparsekern",
+    *(f"sparsekern.{name}" for name in ("topology", "ops", "nn", "analysis", "training", "report")),
+)
+PACKAGES += ("sparsekern.recipes",)
+
+SELF_EVIDENT = {"self", "cls", "device", "dtype", "model", "optimizer", "generator", "kwargs", "args", "options"}
+"""Arguments whose name and type say all."""
+
+
+def public() -> dict[str, object]:
+    """Return every name that a package offers, once, under the shortest path."""
+    found: dict[int, tuple[str, object]] = {}
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if isinstance(thing, (type, FunctionType)):
+                found.setdefault(id(thing), (f"{package}.{name}", thing))
+    return dict(found.values())
+
+
+PUBLIC = public()
+
+
+def words(thing: object) -> str:
+    return inspect.getdoc(thing) or ""
+
+
+def arguments(thing: object) -> dict[str, inspect.Parameter]:
+    """Return the arguments that a function, or the constructor of a class of its own, takes.
+
+    A ``grid: Grid`` needs no words: its type has them.
+    """
+    if isinstance(thing, type) and "__init__" not in vars(thing):
+        return {}
+    parameters = inspect.signature(thing).parameters  # type: ignore[arg-type]
+    return {
+        name: p
+        for name, p in parameters.items()
+        if name not in SELF_EVIDENT and p.kind is not p.VAR_KEYWORD and str(p.annotation).lower() != name
+    }
+
+
+def test_there_are_public_names():
+    assert len(PUBLIC) > 80 and "sparsekern.sparsify_" in PUBLIC and "sparsekern.topology.Grid" in PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_first_line_is_a_sentence(name):
+    first = words(PUBLIC[name]).partition("\n")[0]
+    assert len(first) > 15 and first.rstrip("*`").endswith((".", ":")), first
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_argument_is_named(name):
+    text = words(PUBLIC[name])
+    absent = [argument for argument in arguments(PUBLIC[name]) if not re.search(rf"\b{argument}\b", text)]
+    assert absent == []
+
+
+@pytest.mark.parametrize("name", [n for n, thing in PUBLIC.items() if isinstance(thing, FunctionType)])
+def test_tensors_have_a_shape(name):
+    thing = PUBLIC[name]
+    tensors = [p.name for p in inspect.signature(thing).parameters.values() if str(p.annotation) == "Tensor"]
+    returned = str(inspect.signature(thing).return_annotation) == "Tensor"
+    assert not (tensors or returned) or re.search(r"``[^`]*\(.*\)``", words(thing)), "no shape is said"
+
+
+def raised(thing: object) -> set[str]:
+    """Return the names of what a function raises itself."""
+    body = thing if isinstance(thing, FunctionType) else vars(thing).get("__post_init__", vars(thing).get("__init__"))
+    if (
+        getattr(body, "__module__", None) == "dataclasses"
+        or not inspect.isfunction(body)
+        or "<string>" in inspect.getfile(body)
+    ):
+        return set()
+    return (
+        set(re.findall(r"^\s+raise (\w+Error)\(", inspect.getsource(body), re.MULTILINE)) if body is not None else set()
+    )
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_is_raised_is_said(name):
+    thing = PUBLIC[name]
+    text = words(thing) + (words(thing.__init__) if isinstance(thing, type) else "")  # type: ignore[misc]
+    assert {error for error in raised(thing) if error not in text} == set()
+
+
+def modules() -> list[str]:
+    return [
+        m.name for m in pkgutil.walk_packages(sk.__path__, "sparsekern.") if not m.name.startswith("sparsekern.cli")
+    ]
+
+
+@pytest.mark.parametrize("name", [m for m in modules() if ">>>" in inspect.getsource(importlib.import_module(m))])
+def test_examples_run(name):
+    torch.manual_seed(0)
+    result = doctest.testmod(
+        importlib.import_module(name),
+        extraglobs={"torch": torch, "nn": nn, "sk": sk},
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+    )
+    assert result.attempted > 0 and result.failed == 0
+
+
+SHOWN = (
+    "SparseLinear",
+    "SparseConv2d",
+    "sparsify_",
+    "densify",
+    "SET",
+    "RigL",
+    "GSE",
+    "VRPGE",
+    "summary",
+    "preset",
+    "backend",
+)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_users_begin_with_has_an_example(name):
+    assert ">>>" in words(getattr(sk, name))
