@@ -160,6 +160,11 @@ class Backend(Protocol):
     ) -> Tensor:
         """Return the stored blocks of the weight's gradient as ``(Z, bo, bi)`` of ``dtype``."""
 
+    def conv2d_backward(
+        self, dy: Tensor, x: Tensor, values: Tensor, index: Index, shape: ConvShape
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``dx`` and ``dvalues`` (of the dtype of ``values``): both gradients of a layer, at once."""
+
     def conv2d_block_norms(
         self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], shape: ConvShape
     ) -> Tensor:
@@ -180,6 +185,20 @@ def backward_in_two_calls(
     """Return what :meth:`Backend.backward` does, where doing both at once saves nothing."""
     block = (values.shape[1], values.shape[2])
     return dx(dy, values, index, x.shape[1]), dvalues(dy, x, index, block, values.dtype)
+
+
+def conv2d_backward_in_two_calls(
+    dx: Callable[..., Tensor],
+    dvalues: Callable[..., Tensor],
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    index: Index,
+    shape: ConvShape,
+) -> tuple[Tensor, Tensor]:
+    """Return what :meth:`Backend.conv2d_backward` does, where doing both at once saves nothing."""
+    block, size = (values.shape[1], values.shape[2]), (x.shape[2], x.shape[3])
+    return dx(dy, values, index, shape, size), dvalues(dy, x, index, block, shape, values.dtype)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -235,6 +235,9 @@ def check_conv(backend: ModuleType, case: ConvCase, device: str = "cpu", product
         assert result.permute(0, 2, 3, 1).is_contiguous(), f"{name} is not channels last: {result.stride()}"
     dvalues = backend.conv2d_dvalues(here.dy, here.x, index, case.grid.block, shape, dtype)
     check_conv_dvalues(case, dvalues, dtype, products)
+    both = backend.conv2d_backward(here.dy, here.x, here.values, index, shape)
+    assert all(torch.equal(a, b) for a, b in zip(both, (dx, dvalues), strict=True)), "backward differs from its halves"
+    assert both[0].stride() == dx.stride() and both[1].dtype == dtype
 
 
 def check_conv_op(case: ConvCase, device: str = "cpu") -> None:

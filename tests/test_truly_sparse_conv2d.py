@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sparsekern.kernels import cpu
 from torch import Tensor
 
 import sparsekern as sk
@@ -84,11 +85,12 @@ def plant_conv_forward(monkeypatch, kernels, layer):
 
 
 def plant_conv_backward(monkeypatch, kernels, layer):
-    def dvalues(dy, x, index, block, shape, dtype):
+    def backward(dy, x, values, index, shape):
         weight = torch.nn.grad.conv2d_weight(x, layer.weight.shape, dy, padding=1)
-        return gather_blocks(layer.topology, weight)
+        dx = kernels.conv2d_dx(dy, values, index, shape, (x.shape[2], x.shape[3]))
+        return dx, gather_blocks(layer.topology, weight)
 
-    monkeypatch.setattr(kernels, "conv2d_dvalues", dvalues)
+    monkeypatch.setattr(kernels, "conv2d_backward", backward)
 
 
 @pytest.mark.parametrize(("part", "plant"), [("forward", plant_conv_forward), ("backward", plant_conv_backward)])
@@ -98,6 +100,25 @@ def test_a_densifying_convolution_is_found(part, plant, conv_kernels, monkeypatc
     plant(monkeypatch, conv_kernels, layer)
     with pytest.raises(AssertionError, match=f"{part} makes a tensor of"):
         check_conv(layer, part)
+
+
+@pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
+def test_the_native_scratch_of_a_convolution_does_not_grow_with_the_images(block):
+    """It is the stored blocks and the panels that fit into the caches; beside it there are x, y and their gradients."""
+    if (reason := cpu.why_not("conv2d", torch.device("cpu"), torch.float32, block)) is not None:
+        pytest.skip(reason)
+    layer = sk.SparseConv2d(64, 64, 3, padding=1, sparsity=0.95, block_size=block, seed=0)
+    held = []
+    for images in (64, 128):
+        x = torch.randn(images, 64, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+        cpu.release_scratch()
+        with sk.backend("cpu"):
+            y = layer(x)
+            dy = torch.ones_like(y)
+            found = allocations(lambda y=y, dy=dy: y.backward(dy))
+        held.append(cpu.scratch_bytes())
+        assert found.peak <= x.numel() * 4 + 2 * layer.values.numel() * 4 + SCRATCH  # dx, and less than another image
+    assert held[0] == held[1] > 0
 
 
 class ConvTraining(Training):

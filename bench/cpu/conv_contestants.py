@@ -44,6 +44,7 @@ def sparsekern(scene: ConvScene, op: str) -> Contestant:
         fwd=lambda: native.conv2d_fwd(x, values, None, index, shape),
         dx=lambda: native.conv2d_dx(dy, values, index, shape, size),
         dvalues=lambda: native.conv2d_dvalues(dy, x, index, grid.block, shape, x.dtype),
+        backward=lambda: native.conv2d_backward(dy, x, values, index, shape),
     )
 
 

@@ -8,7 +8,7 @@ take its subnormal numbers for zero.
 from __future__ import annotations
 
 import torch
-from sparsekern.kernels.cpu.conv2d import conv2d_dvalues, conv2d_dx, conv2d_fwd
+from sparsekern.kernels.cpu.conv2d import conv2d_backward, conv2d_dvalues, conv2d_dx, conv2d_fwd
 from sparsekern.kernels.cpu.conv2d_scores import conv2d_all_block_norms, conv2d_block_norms, conv2d_sketch
 from sparsekern.kernels.cpu.library import DTYPES, load, release_scratch, scratch_bytes
 from sparsekern.kernels.cpu.linear import backward, dvalues, dx, fwd
@@ -19,6 +19,7 @@ __all__ = [
     "backward",
     "block_norms",
     "conv2d_all_block_norms",
+    "conv2d_backward",
     "conv2d_block_norms",
     "conv2d_dvalues",
     "conv2d_dx",

@@ -1,15 +1,16 @@
 """The block-sparse convolution on the native library. Axes and edge cases: :mod:`sparsekern.kernels.contract`.
 
-Beside inputs and outputs a call holds the scratch of the library (some images at a time, packed with zeros around them;
-in the forward one transposed float32 copy of the stored blocks), which it keeps for the next call, a list of where each
-stored block begins to read, and a float32 copy of values or of their gradient where these are of another dtype.
+Beside inputs and outputs a call holds the scratch of the library, which it keeps for the next call: some images at a
+time, packed with zeros around them; in the forward one transposed float32 copy of the stored blocks; at 1x1 the entries
+in the order in which they are read, 8 bytes each, 12 for their gradient. And a list of where each stored block begins,
+and a float32 copy of values or of their gradient where these are of another dtype.
 """
 
 from __future__ import annotations
 
 import torch
-from sparsekern.kernels.contract import ConvShape, Index
-from sparsekern.kernels.cpu.library import DTYPES, Conv, Order, Pair, call, threads
+from sparsekern.kernels.contract import ConvShape, Index, conv2d_backward_in_two_calls
+from sparsekern.kernels.cpu.library import DTYPES, Conv, ConvGradients, Order, Pair, call, threads
 from sparsekern.kernels.cpu.linear import Lists, numbers, positive, rounded
 from torch import Tensor
 
@@ -64,6 +65,27 @@ def conv2d_outer_blocks(
     out = torch.empty(slots, *block, dtype=torch.float32, device=x.device)
     call("sk_conv_outer", _conv(x, dy, out, None, lists, shape, transposed=False))
     return out
+
+
+def conv2d_backward(dy: Tensor, x: Tensor, values: Tensor, index: Index, shape: ConvShape) -> tuple[Tensor, Tensor]:
+    """Return ``dx, dvalues``, the same to the bit as one after the other: ``dy`` is packed once for both.
+
+    See :meth:`sparsekern.kernels.contract.Backend.conv2d_backward`.
+    """
+    if dy.numel() == 0 or index.slots == 0:
+        return conv2d_backward_in_two_calls(conv2d_dx, conv2d_dvalues, dy, x, values, index, shape)
+    grad_x = dy.new_empty(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+    grad_values = torch.empty(values.shape, dtype=torch.float32, device=x.device)
+    dy, x, read = positive(dy), positive(x), rounded(values, dy.dtype)
+    columns, rows = (index.col_ptr, index.col_row, index.col_slot), (index.row_ptr, index.row_col, index.row_slot)
+    call(
+        "sk_conv_backward",
+        ConvGradients(
+            _conv(grad_x, dy, read, None, columns, shape, transposed=True),
+            _conv(x, dy, grad_values, None, rows, shape, transposed=False),
+        ),
+    )
+    return grad_x, grad_values if values.dtype is torch.float32 else grad_values.to(values.dtype)
 
 
 def _conv(

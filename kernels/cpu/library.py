@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -159,6 +159,12 @@ class Conv(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
+
+
+class ConvGradients(ctypes.Structure):
+    """``ConvGradients`` of ``csrc/conv.h``."""
+
+    _fields_ = (("dx", Conv), ("dvalues", Conv))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import functools
 from importlib.util import find_spec
 
 import torch
-from sparsekern.kernels.contract import ConvShape, Index, backward_in_two_calls
+from sparsekern.kernels.contract import ConvShape, Index, backward_in_two_calls, conv2d_backward_in_two_calls
 from sparsekern.kernels.gpu.launch import interpreted
 from torch import Tensor
 
@@ -24,6 +24,7 @@ __all__ = [
     "backward",
     "block_norms",
     "conv2d_all_block_norms",
+    "conv2d_backward",
     "conv2d_block_norms",
     "conv2d_dvalues",
     "conv2d_dx",
@@ -133,6 +134,11 @@ def conv2d_dvalues(
     from sparsekern.kernels.gpu import conv2d
 
     return conv2d.conv2d_dvalues(dy, x, index, block, shape, dtype)
+
+
+def conv2d_backward(dy: Tensor, x: Tensor, values: Tensor, index: Index, shape: ConvShape) -> tuple[Tensor, Tensor]:
+    """Return ``dx, dvalues``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_backward`."""
+    return conv2d_backward_in_two_calls(conv2d_dx, conv2d_dvalues, dy, x, values, index, shape)
 
 
 def conv2d_block_norms(

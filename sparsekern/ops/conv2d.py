@@ -1,4 +1,4 @@
-"""The block-sparse convolution: three ops, closed under differentiation as those of :mod:`sparsekern.ops.linear` are.
+"""The block-sparse convolution: ops closed under differentiation as those of :mod:`sparsekern.ops.linear` are.
 
 Inside them everything is channels last. An input or a gradient in other strides is converted once, here, where autograd
 sees it; a pointwise convolution is the linear op on a view.
@@ -6,6 +6,7 @@ sees it; a pointwise convolution is the linear op on a view.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,6 +108,13 @@ def _run_dvalues(
     return chosen.conv2d_dvalues(dy, x, Index(*index), (bo, bi), unpack_shape(shape), dtype)
 
 
+def _run_backward(
+    dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], shape: list[int], backend: str
+) -> tuple[Tensor, Tensor]:
+    chosen = backend_for(backend, "conv2d", x, _block(values))
+    return chosen.conv2d_backward(channels_last(dy), channels_last(x), values, Index(*index), unpack_shape(shape))
+
+
 def _new_images(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
@@ -124,6 +132,12 @@ def _fake_dvalues(
     dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, shape: Any, dtype: torch.dtype, backend: str
 ) -> Tensor:
     return x.new_empty(index[2].shape[0] - PADDING, bo, bi, dtype=dtype)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, values: Tensor, index: Any, shape: list[int], backend: str
+) -> tuple[Tensor, Tensor]:
+    return _new_images(x, x.shape[1], x.shape[2], x.shape[3]), values.new_empty(values.shape)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -157,9 +171,11 @@ class _Conv2d(torch.autograd.Function):
         dy = channels_last(dy)  # once for all that read it
         need_x, need_values, need_bias, need_probe = ctx.needs_input_grad[:4]
         dx = dvalues = dbias = dprobe = None
-        if need_x:
+        if need_x and need_values:
+            dx, dvalues = _conv2d_backward(dy, x, values, index, ctx.shape, ctx.backend)
+        elif need_x:
             dx = _conv2d_dx(dy, values, index, ctx.shape, list(x.shape[2:]), ctx.backend)
-        if need_values:
+        elif need_values:
             dvalues = _conv2d_dvalues(dy, x, index, bo, bi, ctx.shape, values.dtype, ctx.backend)
         if need_bias:
             dbias = dy.sum((0, 2, 3), dtype=ctx.bias_dtype)
@@ -263,7 +279,16 @@ def _dvalues_autograd(
     return below_autograd(_conv2d_dvalues, dy, x, index, bo, bi, shape, dtype, backend)
 
 
-_conv2d = define(
+def _backward_autograd(
+    dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], shape: list[int], backend: str
+) -> tuple[Tensor, Tensor]:
+    if wants_grad(dy, x, values):  # of a higher order: the two ops know their derivatives
+        dx = _conv2d_dx(dy, values, index, shape, list(x.shape[2:]), backend)
+        return dx, _conv2d_dvalues(dy, x, index, *_block(values), shape, values.dtype, backend)
+    return below_autograd(_conv2d_backward, dy, x, values, index, shape, resolve(backend, "conv2d", x, _block(values)))
+
+
+_conv2d: Callable[..., Tensor] = define(
     "conv2d",
     "(Tensor x, Tensor values, Tensor? bias, Tensor[] index, int[] shape, "
     "Tensor? probe, str probe_kind, Tensor[] probe_args, str backend, SymInt probe_tokens=0) -> Tensor",
@@ -272,17 +297,24 @@ _conv2d = define(
     autograd=_conv2d_autograd,
     casts=(0,),
 )
-_conv2d_dx = define(
+_conv2d_dx: Callable[..., Tensor] = define(
     "conv2d_dx",
     "(Tensor dy, Tensor values, Tensor[] index, int[] shape, SymInt[] size, str backend) -> Tensor",
     fake=_fake_dx,
     run=_run_dx,
     autograd=_dx_autograd,
 )
-_conv2d_dvalues = define(
+_conv2d_dvalues: Callable[..., Tensor] = define(
     "conv2d_dvalues",
     "(Tensor dy, Tensor x, Tensor[] index, SymInt bo, SymInt bi, int[] shape, ScalarType dtype, str backend) -> Tensor",
     fake=_fake_dvalues,
     run=_run_dvalues,
     autograd=_dvalues_autograd,
+)
+_conv2d_backward: Callable[..., tuple[Tensor, Tensor]] = define(
+    "conv2d_backward",
+    "(Tensor dy, Tensor x, Tensor values, Tensor[] index, int[] shape, str backend) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+    run=_run_backward,
+    autograd=_backward_autograd,
 )

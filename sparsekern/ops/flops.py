@@ -102,6 +102,11 @@ def _conv2d_dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, shape: 
     return _conv_flops(_pixels(dy), index, (bo, bi), shape)
 
 
+@register_flop_formula(torch.ops.sparsekern.conv2d_backward, get_raw=True)
+def _conv2d_backward(dy: Tensor, x: Tensor, values: Tensor, index: Any, shape: list[int], *_: Any, **__: Any) -> int:
+    return 2 * _conv_flops(_pixels(dy), index, (values.shape[1], values.shape[2]), shape)
+
+
 @register_flop_formula(torch.ops.sparsekern.conv2d_block_norms, get_raw=True)
 def _conv2d_block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, *_: Any, **__: Any) -> int:
     return 2 * _pixels(dy) * row.shape[0] * bo * bi

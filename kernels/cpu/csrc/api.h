@@ -89,6 +89,7 @@ struct Backward {
 
 struct Convolve;
 struct ConvOuter;
+struct ConvBackward;
 
 // What an instruction set offers.
 struct Kernels {
@@ -104,6 +105,7 @@ struct Kernels {
   void (*convolve_elements)(const Convolve &);
   void (*conv_outer)(const ConvOuter &);
   void (*conv_outer_elements)(const ConvOuter &);
+  void (*conv_backward)(const ConvBackward &);
 };
 
 // What it offers beside for inputs in bfloat16, with instructions of its own. None where the compiler lacks them. There is

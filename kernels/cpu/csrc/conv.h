@@ -23,6 +23,11 @@ struct Conv {
   int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];  // padding: before the first
   int32_t bo, bi, transposed, dtype, threads;
 };
+
+// Both gradients of a layer: see conv_backward.h. y is the same in both.
+struct ConvGradients {
+  Conv dx, dvalues;
+};
 }
 
 // How a tensor (N, H, W, C), channels last, is packed. Pitches are in pixels.
@@ -40,10 +45,19 @@ struct Packing {
 inline int64_t conv_blocks(const Packing &p) { return p.groups * blocks_of(p.channels / p.groups, p.side); }
 inline int64_t conv_floats(const Packing &p) { return round_up(conv_blocks(p) * p.plane * p.side, LINE); }
 
+// 1x1: the entries in the order in which the kernels of conv_elements.h read them: (strip of STRIP rows, chunk of channels,
+// row). Those of a row in a chunk are a run; run k goes from start[k] to start[k + 1].
+constexpr int64_t STRIP = 32;
+struct ElementRuns {
+  int64_t chunks;
+  int32_t *start, *offset, *slot;
+  float *number;  // the weight; in the gradient what it is so far
+};
+
 // Outputs (y, x) of y0 <= y < y1, x0 <= x < x1, which are the pixels (y * row_step + row_base, ...) of the result.
 struct Subgrid {
   int64_t y0, y1, x0, x1, row_base, col_base;
-  const int32_t *ptr;  // of its lists, by block of channels of the result
+  const int32_t *ptr;  // of its lists, by block of channels of the result; at 1x1 the first of its runs
 };
 
 // y = x * W + bias, or dx = dy * W': one subgrid, or one for each phase of the stride.
@@ -58,7 +72,8 @@ struct Convolve {
   int64_t subgrids;
   const Subgrid *subgrid;
   const int32_t *offset, *slot;  // by entry: the pixel in the panel; the slot in values
-  const float *values;           // (Z, bo, bi); at 1x1 by entry
+  ElementRuns runs;              // 1x1, in place of the two
+  const float *values;           // (Z, bo, bi)
   const float *bias;             // by block of channels, filled up, or null
   int64_t used;                  // entries
   int32_t in, out;               // sides of a block: the one that is summed over, the one along y
@@ -74,10 +89,20 @@ struct ConvOuter {
   float *out;     // (Z, bo, bi)
   Order order;    // `other` is the block column c
   const int32_t *offset;
+  ElementRuns runs;            // 1x1, in its place
   int64_t images, rows, cols;  // of dy
   int64_t strip, images_at_once, reach, panels_at_once;
-  int64_t short_strip;         // rows of outputs that are added at a time
+  int64_t short_strip, few_images;  // rows of outputs, and images, that are added at a time
   int64_t col_blocks, row_blocks;  // of a tap; of a group
   int32_t threads;
   float *scratch;
+};
+
+// Both gradients, from one dy: `dvalues` reads it as `dx` packs it. Its strips are those of dx, the first and the last one
+// with the rows of dy beyond.
+struct ConvBackward {
+  Convolve dx;
+  ConvOuter dvalues;
+  int64_t dy_at;    // the pixel of a panel that is column 0 of dy, in the first row that is packed
+  int64_t dy_base;  // row m of dx's packing is row m + dy_base of dy
 };

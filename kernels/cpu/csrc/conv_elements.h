@@ -3,6 +3,8 @@
 //   y[o][lane] += w[e] * x[offset[e] + lane]
 //   number[e]  += sum over lanes of dy[o][lane] * x[offset[e] + lane]
 //
+// An entry reads some lines of the panel anywhere, so that they should sit in the L1 cache: the channels are cut into chunks,
+// and the entries are read in the order (strip of rows, chunk, row).
 // In the product rows are as wide as they are packed: lanes beside the outputs are computed and thrown away. In the gradient
 // they would carry a NaN where it does not belong, so there the images always lie in turn (conv.h).
 #pragma once
@@ -12,52 +14,67 @@ namespace {
 
 constexpr int LANES_HELD = VL == 16 ? 16 : 8;  // vectors of dy in registers
 
+// Adds the runs of a strip in one chunk to its lanes: N vectors of each row.
+template <int N> void add_runs(const ElementRuns &runs, const int32_t *start, int64_t rows, const float *x, float *lanes, int64_t step) {
+  for (int64_t l = 0; l < rows; l++, lanes += step) {
+    const int64_t stop = start[l + 1];
+    int64_t e = start[l];
+    if (e == stop) continue;
+    Vector acc[N];
+    UNROLL for (int v = 0; v < N; v++) acc[v] = load(lanes + v * VL);
+    for (; e < stop; e++) {
+      const float *line = x + runs.offset[e];
+      const Vector w = all(runs.number[e]);
+      UNROLL for (int v = 0; v < N; v++) acc[v] += w * load(line + v * VL);
+    }
+    UNROLL for (int v = 0; v < N; v++) store(lanes + v * VL, acc[v]);
+  }
+}
+
 void convolve_elements(const Convolve &c) {
-  constexpr int AT_ONCE = 8;
-  constexpr int64_t T = AT_ONCE * VL;
-  const int64_t packed = conv_floats(c.x) + c.slack, strips_out = (c.channels + VL - 1) / VL;
-  const int64_t strips = (c.last_row - c.first_row + c.strip - 1) / c.strip;
-  const int64_t panels = (c.images + c.images_at_once - 1) / c.images_at_once * strips;
+  typedef void (*AddRuns)(const ElementRuns &, const int32_t *, int64_t, const float *, float *, int64_t);
+  static const AddRuns by_vectors[] = {nullptr,     add_runs<1>, add_runs<2>, add_runs<3>, add_runs<4>,
+                                       add_runs<5>, add_runs<6>, add_runs<7>, add_runs<8>};
+  constexpr int64_t MOST = 8, T = MOST * VL;
+  const int64_t packed = conv_floats(c.x) + c.slack, strips_out = blocks_of(c.channels, STRIP), panels = panels_of(c);
   const int threads = c.threads;
   const int64_t groups = groups_of(panels, threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float *panel = c.scratch + thread_number() * packed;
-    float lanes[VL * T], tokens[VL * T];
+    float lanes[STRIP * T], tokens[VL * T];
     int64_t held = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t q = 0; q < panels * groups; q++) {
       const int64_t p = q / groups, g = q % groups;
-      const int64_t n0 = p / strips * c.images_at_once, n1 = n0 + c.images_at_once < c.images ? n0 + c.images_at_once : c.images;
-      const int64_t m0 = c.first_row + p % strips * c.strip, m1 = m0 + c.strip < c.last_row ? m0 + c.strip : c.last_row;
-      if (p != held) pack_images(c.x, n0, n1, m0, m1 - m0 + c.reach, panel), held = p;
+      const ConvPart part = part_at(c, p);
+      if (p != held) pack_images(c.x, part.n0, part.n1, part.m0, part.m1 - part.m0 + c.reach, panel), held = p;
       for (int64_t i = 0; i < c.subgrids; i++) {
         const Subgrid &s = c.subgrid[i];
-        const int64_t y0 = s.y0 > m0 ? s.y0 : m0, y1 = s.y1 < m1 ? s.y1 : m1, length = (y1 - y0) * c.x.row_pitch;
-        const Place place = {c, s, n0, n1, y0, c.x.cols};
-        for (int64_t t = 0; t < length; t += T) {
-          const float *x = panel + (y0 - m0) * c.x.row_pitch + t;
-          for (int64_t o = strips_out * g / groups * VL; o < strips_out * (g + 1) / groups * VL; o += VL) {
-            const int64_t width = c.channels - o < VL ? c.channels - o : VL;
-            for (int64_t l = 0; l < width; l++) {
-              Vector acc[AT_ONCE];
-              UNROLL for (int v = 0; v < AT_ONCE; v++) acc[v] = all(c.bias ? c.bias[o + l] : 0.f);
-              for (int64_t e = s.ptr[o + l]; e < s.ptr[o + l + 1]; e++) {
-                const float *line = x + c.offset[e];
-                const Vector w = all(c.values[e]);
-                UNROLL for (int v = 0; v < AT_ONCE; v++) acc[v] += w * load(line + v * VL);
+        const int64_t y0 = s.y0 > part.m0 ? s.y0 : part.m0, y1 = s.y1 < part.m1 ? s.y1 : part.m1;
+        const int64_t length = (y1 - y0) * c.x.row_pitch, vectors = blocks_of(length, VL), pieces = blocks_of(vectors, MOST);
+        const Place place = {c, s, part.n0, part.n1, y0, c.x.cols};
+        for (int64_t j = 0, t = 0; y0 < y1 && j < pieces; j++) {
+          const int64_t count = vectors / pieces + (j < vectors % pieces), wide = count * VL;
+          const float *x = panel + (y0 - part.m0) * c.x.row_pitch + t;
+          for (int64_t o = strips_out * g / groups * STRIP; o < strips_out * (g + 1) / groups * STRIP; o += STRIP) {
+            const int64_t rows = c.channels - o < STRIP ? c.channels - o : STRIP;
+            const int32_t *start = s.ptr + o * c.runs.chunks;
+            for (int64_t l = 0; l < STRIP; l++)
+              for (int64_t v = 0; v < wide; v += VL) store(lanes + l * T + v, all(c.bias && l < rows ? c.bias[o + l] : 0.f));
+            for (int64_t k = 0; k < c.runs.chunks; k++) by_vectors[count](c.runs, start + k * STRIP, rows, x, lanes, T);
+            for (int64_t r = 0; r < rows; r += VL) {
+              for (int64_t v = 0; v < wide; v += VL) {
+                Vector a[VL];
+                UNROLL for (int l = 0; l < VL; l++) a[l] = load(lanes + (r + l) * T + v);
+                transpose(a);
+                UNROLL for (int l = 0; l < VL; l++) store(tokens + (v + l) * VL, a[l]);
               }
-              UNROLL for (int v = 0; v < AT_ONCE; v++) store(lanes + l * T + v * VL, acc[v]);
+              scatter(place, t, length - t < wide ? length - t : wide, o + r, rows - r < VL ? rows - r : VL, tokens, VL);
             }
-            for (int64_t v = 0; v < T; v += VL) {
-              Vector a[VL];
-              UNROLL for (int l = 0; l < VL; l++) a[l] = load(lanes + l * T + v);
-              transpose(a);
-              UNROLL for (int l = 0; l < VL; l++) store(tokens + (v + l) * VL, a[l]);
-            }
-            scatter(place, t, length - t < T ? length - t : T, o, width, tokens, VL);
           }
+          t += wide;
         }
       }
     }
@@ -70,17 +87,19 @@ INLINE Vector part_of(const float *p, int64_t count) {
   return v;
 }
 
-// Adds some lanes to the entries of rows [r0, r1) of dy: AT_ONCE vectors, or one that may be a part.
+// Adds some lanes to the runs of a strip in one chunk: AT_ONCE vectors, or one that may be a part.
 template <int AT_ONCE>
-INLINE void add_lanes(const ConvOuter &m, const float *x, const float *dy, int64_t r0, int64_t r1, int64_t count, float *number) {
-  for (int64_t r = r0; r < r1; r++) {
+INLINE void add_lanes(const ElementRuns &runs, const int32_t *start, int64_t rows, const float *x, const float *dy, int64_t step, int64_t count) {
+  for (int64_t r = 0; r < rows; r++, dy += step) {
+    const int64_t stop = start[r + 1];
+    if (start[r] == stop) continue;
     Vector g[AT_ONCE];
-    UNROLL for (int v = 0; v < AT_ONCE; v++) g[v] = AT_ONCE > 1 ? load(dy + r * m.dy.plane + v * VL) : part_of(dy + r * m.dy.plane, count);
-    for (int64_t e0 = m.order.ptr[r]; e0 < m.order.ptr[r + 1]; e0 += VL) {
-      const int64_t n = m.order.ptr[r + 1] - e0 < VL ? m.order.ptr[r + 1] - e0 : VL;
+    UNROLL for (int v = 0; v < AT_ONCE; v++) g[v] = AT_ONCE > 1 ? load(dy + v * VL) : part_of(dy, count);
+    for (int64_t e0 = start[r]; e0 < stop; e0 += VL) {
+      const int64_t n = stop - e0 < VL ? stop - e0 : VL;
       Vector partial[VL] = {};
       for (int64_t l = 0; l < n; l++) {
-        const float *line = x + m.offset[e0 + l];
+        const float *line = x + runs.offset[e0 + l];
         if (AT_ONCE > 1) {
           Vector acc = {}, more = {};  // two chains, or each addition waits for the last
           UNROLL for (int v = 0; v + 1 < AT_ONCE; v += 2) {
@@ -92,21 +111,20 @@ INLINE void add_lanes(const ConvOuter &m, const float *x, const float *dy, int64
       }
       float line[VL];
       store(line, sums(partial));
-      for (int64_t l = 0; l < n; l++) number[e0 + l] += line[l];
+      for (int64_t l = 0; l < n; l++) runs.number[e0 + l] += line[l];
     }
   }
 }
 
 void conv_outer_elements(const ConvOuter &m) {
   constexpr int64_t T = LANES_HELD * VL;
-  const int64_t x_panel = conv_floats(m.x), dy_panel = conv_floats(m.dy), used = m.order.ptr[m.order.rows];
+  const int64_t x_panel = conv_floats(m.x), used = m.order.ptr[m.order.rows], strips_out = blocks_of(m.order.rows, STRIP);
   const int64_t strips = (m.rows + m.strip - 1) / m.strip, panels = (m.images + m.images_at_once - 1) / m.images_at_once * strips;
-  float *x = m.scratch, *dy = x + x_panel, *number = dy + dy_panel;
+  float *x = m.scratch, *dy = x + x_panel, *number = m.runs.number;
   const int threads = m.threads;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const int64_t rows_of_dy = m.order.rows, pieces = threads > 1 ? 8 * thread_count() : 1;
 #pragma omp for schedule(static)
     for (int64_t e = 0; e < used; e++) number[e] = 0.f;
     for (int64_t p = 0; p < panels; p++) {
@@ -123,15 +141,21 @@ void conv_outer_elements(const ConvOuter &m) {
         pack_images(part, n < n1 ? n : 0, n < n1 ? n + 1 : 1, y0, high, out);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t q = 0; q < pieces; q++) {
-        const int64_t r0 = rows_of_dy * q / pieces, r1 = rows_of_dy * (q + 1) / pieces;
+      for (int64_t s = 0; s < strips_out; s++) {
+        const int64_t r0 = s * STRIP, some = m.order.rows - r0 < STRIP ? m.order.rows - r0 : STRIP;
+        const int32_t *start = m.runs.start + r0 * m.runs.chunks;
+        const float *g = dy + r0 * m.dy.plane;
         int64_t t = 0;
-        for (; t + T <= length; t += T) add_lanes<LANES_HELD>(m, x + t, dy + t, r0, r1, T, number);
-        for (; t < length; t += VL) add_lanes<1>(m, x + t, dy + t, r0, r1, length - t < VL ? length - t : VL, number);
+        for (; t + T <= length; t += T)
+          for (int64_t k = 0; k < m.runs.chunks; k++)
+            add_lanes<LANES_HELD>(m.runs, start + k * STRIP, some, x + t, g + t, m.dy.plane, T);
+        for (; t < length; t += VL)
+          for (int64_t k = 0; k < m.runs.chunks; k++)
+            add_lanes<1>(m.runs, start + k * STRIP, some, x + t, g + t, m.dy.plane, length - t < VL ? length - t : VL);
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t e = 0; e < used; e++) m.out[m.order.slot[e]] = number[e];
+    for (int64_t e = 0; e < used; e++) m.out[m.runs.slot[e]] = number[e];
 #pragma omp for schedule(static)
     for (int64_t e = used; e < m.order.slots; e++) m.out[m.order.slot[e]] = 0.f;
   }

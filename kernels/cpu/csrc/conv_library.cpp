@@ -1,241 +1,91 @@
-// The exported functions of the convolution: where each tap reads, how much is packed at a time. For the baseline.
+// The exported functions of the convolution: plan, lend scratch memory, dispatch. For the baseline.
 #include <new>
 
-#include "conv_axis.h"
-#include "library.h"
+#include "conv_runs.h"
 
 namespace {
 
-constexpr int64_t SHORT_ROW = 12;  // outputs: below, images lie in turn
-
-// What is packed at a time: rows of outputs, and images.
-struct Panel {
-  int64_t strip, images;
-};
-
-Panel plan_panel(int64_t images, int64_t rows, int64_t reach, int64_t row_floats, int threads, int64_t most_images) {
-  const int64_t room = half_of_l2(), image = (rows + reach) * row_floats;
-  Panel p = {rows, 1};
-  if (image > room + room / 4) {
-    p.strip = std::max(room / row_floats - reach, std::min<int64_t>(rows, reach + 1));
-    p.strip = std::min(p.strip, rows);
-    const int64_t strips = (rows + p.strip - 1) / p.strip;
-    p.strip = (rows + strips - 1) / strips;
-    return p;
-  }
-  p.images = std::min(std::max<int64_t>(room / image, 1), std::min((images + threads - 1) / threads, most_images));
-  int64_t panels = (images + p.images - 1) / p.images;
-  panels = (panels + threads - 1) / threads * threads;
-  p.images = std::max<int64_t>((images + panels - 1) / panels, 1);
-  return p;
-}
-
-void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel, int64_t width, bool in_turn) {
-  p.row_step = rows.step, p.col_step = cols.step;
-  p.row_views = rows.base.size(), p.col_views = cols.base.size();
-  p.row_base = rows.base.data(), p.col_base = cols.base.data();
-  p.cols = width;
-  const int64_t high = panel.strip + rows.reach;
-  p.row_pitch = in_turn ? panel.images * width : width;
-  p.image_pitch = in_turn ? width : high * width;
-  p.view_pitch = high * panel.images * width;
-  p.plane = p.row_views * p.col_views * p.view_pitch;
-}
-
-Packing packing_of(const void *data, const Conv &c, const int64_t *size, int64_t channels, int64_t side) {
-  Packing p = {};
-  p.data = data, p.height = size[0], p.width = size[1], p.channels = channels, p.groups = c.groups, p.side = side;
-  p.dtype = c.dtype;
-  return p;
-}
-
-// Where a tap reads: a view, and the pixel at which it begins in a panel.
-struct Tap {
-  int64_t view, pixel;
-};
-
-Tap tap_of(const Packing &p, const Axis &rows, const Axis &cols, int64_t i, int64_t j) {
-  const int64_t view = rows.view[i] * p.col_views + cols.view[j];
-  return {view, view * p.view_pitch + rows.shift[i] * p.row_pitch + cols.shift[j]};
-}
-
-// The block column (or row) of an entry: at 1x1 the list is by slot (kernels/contract.py, Index).
-int64_t other_of(const Conv &c, int64_t e) { return c.order.other[c.bo == 1 && c.bi == 1 ? c.order.slot[e] : e]; }
-
-// The lists of a call: by entry where its block begins in a panel.
-struct Lists {
-  std::vector<int32_t> offset, slot, ptr;
-  std::vector<Subgrid> subgrids;
-  std::vector<uint8_t> wanted;  // of Packing
-
-  void want(Packing &p) {
-    wanted.resize(p.row_views * p.col_views * conv_blocks(p));
-    p.wanted = wanted.data();
-  }
-};
-
-// The columns start at the first output: their views do too.
-void from_first(Axis &a) {
-  for (int64_t &base : a.base) base += a.first * a.step;
-}
-
-void forward_offsets(Lists &l, const Conv &c, Packing &p, const Axis &rows, const Axis &cols) {
-  const int64_t col_blocks = blocks_of(c.in_channels / c.groups, c.bi), row_blocks = blocks_of(c.out_channels / c.groups, c.bo);
-  l.offset.resize(c.order.ptr[c.order.rows]);
-  l.want(p);
-  const int64_t blocks = conv_blocks(p);
-  std::vector<Tap> taps;
-  for (int64_t i = 0; i < c.kernel[0]; i++)
-    for (int64_t j = 0; j < c.kernel[1]; j++) taps.push_back(tap_of(p, rows, cols, i, j));
-  for (int64_t r = 0; r < c.order.rows; r++) {
-    for (int64_t e = c.order.ptr[r]; e < c.order.ptr[r + 1]; e++) {
-      const int64_t col = other_of(c, e);
-      const Tap tap = taps[col / col_blocks];
-      const int64_t block = r / row_blocks * col_blocks + col % col_blocks;
-      l.offset[e] = int32_t(tap.pixel + block * p.plane);
-      l.wanted[tap.view * blocks + block] = 1;
-    }
-  }
-}
-
-// By phase, group and block of channels: the entries of all taps of the phase, one after the other.
-void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const Axis &cols) {
-  const int64_t col_blocks = blocks_of(c.in_channels / c.groups, c.bi), row_blocks = blocks_of(c.out_channels / c.groups, c.bo);
-  const int64_t lists = c.groups * col_blocks, phases = rows.from.size() * cols.from.size();
-  l.ptr.reserve(phases * (lists + 1));
-  l.want(p);
-  const int64_t blocks = conv_blocks(p);
-  Numbers next(c.order.ptr, c.order.ptr + c.order.rows);  // rows ascend in a column: groups follow each other
-  for (int64_t q = 0; q < phases; q++) {
-    const int64_t qy = q / (int64_t)cols.from.size(), qx = q % (int64_t)cols.from.size();
-    for (int64_t g = 0; g < c.groups; g++) {
-      for (int64_t b = 0; b < col_blocks; b++) {
-        l.ptr.push_back(l.offset.size());
-        for (int64_t i = 0; i < c.kernel[0]; i++) {
-          for (int64_t j = 0; j < c.kernel[1]; j++) {
-            if (rows.phase[i] != qy || cols.phase[j] != qx) continue;
-            const int64_t column = (i * c.kernel[1] + j) * col_blocks + b;
-            const Tap tap = tap_of(p, rows, cols, i, j);
-            int64_t &e = next[column];
-            for (; e < c.order.ptr[column + 1] && other_of(c, e) < (g + 1) * row_blocks; e++) {
-              const int64_t row = other_of(c, e);
-              l.offset.push_back(int32_t(tap.pixel + row * p.plane));
-              l.slot.push_back(c.order.slot[e]);
-              l.wanted[tap.view * blocks + row] = 1;
-            }
-          }
-        }
-      }
-    }
-    l.ptr.push_back(l.offset.size());
-  }
-}
-
 int multiply(const Conv &c) {
-  const bool back = c.transposed;
-  const int64_t used = c.order.ptr[c.order.rows], size = int64_t(c.bo) * c.bi;
-  const int64_t pixels = c.images * c.out_size[0] * c.out_size[1];
-  const auto axis = back ? backward_axis : forward_axis;
-  Axis rows = axis(c, 0, false), cols = axis(c, 1, false);
-  const bool in_turn = cols.outputs() < SHORT_ROW || c.kernel[1] == 1;
-  if (in_turn) cols = axis(c, 1, true);
-
-  Convolve v = {};
-  v.threads = threads_for(2 * used * size * pixels, c.threads);
-  v.x = packing_of(back ? c.y : c.x, c, back ? c.out_size : c.in_size, back ? c.out_channels : c.in_channels, back ? c.bo : c.bi);
-  const int64_t *result = back ? c.in_size : c.out_size;
-  v.y = back ? c.x : c.y, v.images = c.images, v.height = result[0], v.width = result[1];
-  v.channels = back ? c.in_channels : c.out_channels, v.in = back ? c.bo : c.bi, v.out = back ? c.bi : c.bo;
-  v.group_blocks = blocks_of(v.channels / c.groups, v.out);
-  v.row_step = back ? c.stride[0] : 1, v.col_step = back ? c.stride[1] : 1;
-  v.first_row = rows.first, v.last_row = rows.last, v.first_col = cols.first;
-
-  const int64_t width = cols.outputs() + cols.reach, blocks = conv_blocks(v.x);
-  const int64_t row_floats = blocks * v.x.side * width * rows.base.size() * cols.base.size();
-  const bool elements = c.bo == 1 && c.bi == 1;
-  const Panel panel =
-      plan_panel(c.images, rows.outputs(), rows.reach, row_floats, v.threads, elements && !in_turn ? 1 : INT32_MAX);
-  v.strip = panel.strip, v.images_at_once = panel.images, v.reach = rows.reach, v.in_turn = in_turn;
-  v.transposed = back, v.dtype = c.dtype, v.values = c.values, v.used = used;
-  from_first(cols);
-  lay_out(v.x, rows, cols, panel, width, in_turn);
-
-  Lists l;
-  if (back) backward_lists(l, c, v.x, rows, cols);
-  else forward_offsets(l, c, v.x, rows, cols);
-  const int64_t all_blocks = c.groups * v.group_blocks;
-  for (size_t qy = 0; qy < rows.from.size(); qy++) {
-    for (size_t qx = 0; qx < cols.from.size(); qx++) {
-      const int32_t *ptr = back ? l.ptr.data() + (qy * cols.from.size() + qx) * (all_blocks + 1) : c.order.ptr;
-      l.subgrids.push_back({rows.from[qy], rows.to[qy], cols.from[qx], cols.to[qx], back ? int64_t(qy) - c.padding[0] : 0,
-                            back ? int64_t(qx) - c.padding[1] : 0, ptr});
-    }
-  }
-  v.subgrids = l.subgrids.size(), v.subgrid = l.subgrids.data();
-  v.offset = l.offset.data(), v.slot = back ? l.slot.data() : c.order.slot;
-  std::vector<float> bias;
-  if (c.bias) {
-    const int64_t group_out = c.out_channels / c.groups;
-    bias.resize(all_blocks * c.bo);
-    for (int64_t o = 0; o < c.out_channels; o++)
-      bias[o / group_out * v.group_blocks * c.bo + o % group_out] = c.bias[o];
-    v.bias = bias.data();
-  }
-  expect_large(v.y, v.images * v.height * v.width * v.channels * itemsize(c.dtype));
-  std::vector<float> by_entry;
-  if (elements) {
-    v.slack = round_up(cols.reach + 8 * LINE, LINE);
-    by_entry.resize(used);
-    for (int64_t e = 0; e < used; e++) by_entry[e] = c.values[v.slot[e]];
-    v.values = by_entry.data();
-  }
-  Scratch scratch(4 * (v.threads * v.slack + (back || elements ? 0 : round_up(used * size, LINE)) + v.threads * (conv_floats(v.x) + ASIDE)));
+  MultiplyPlan p;
+  plan_multiply(p, c, 0);
+  Convolve &v = p.v;
+  const int64_t transposed = c.transposed ? 0 : round_up(v.used * c.bo * c.bi, LINE);
+  Scratch scratch(4 * (transposed + v.threads * (conv_floats(v.x) + ASIDE)));
   if (!scratch.memory) return 1;
   v.scratch = (float *)scratch.memory;
-  (elements ? kernels().convolve_elements : kernels().convolve)(v);
+  kernels().convolve(v);
+  return 0;
+}
+
+int multiply_elements(const Conv &c) {
+  MultiplyPlan p;
+  plan_multiply(p, c, 0);
+  Convolve &v = p.v;
+  const int64_t lanes = lanes_read(v.x, p.rows, p.cols, 128, v.in_turn);
+  const RunsPlan plan(v.subgrids, v.channels, v.used, v.x.channels, c.groups, lanes);
+  const int64_t lists = plan.floats(false);
+  Scratch scratch(4 * (lists + v.threads * (conv_floats(v.x) + v.slack)));
+  if (!scratch.memory) return 1;
+  v.runs = plan.in((float *)scratch.memory, false), v.scratch = (float *)scratch.memory + lists;
+  for (size_t q = 0; q < p.l.subgrids.size(); q++) p.l.subgrids[q].ptr = v.runs.start + q * plan.strips() * STRIP * plan.chunks;
+  if (c.transposed) {
+    const BackwardEntries each(c, v.x, p.rows, p.cols);
+    arrange_runs(plan, v.runs, each.first.data(), c.values, v.threads, each);
+  } else {
+    arrange_runs(plan, v.runs, c.order.ptr, c.values, v.threads, ForwardEntries(c, v.x, p.rows, p.cols));
+  }
+  kernels().convolve_elements(v);
   return 0;
 }
 
 int outer(const Conv &c) {
-  const int64_t size = int64_t(c.bo) * c.bi, rows_out = c.out_size[0], width_out = c.out_size[1];
-  const bool elements = c.bo == 1 && c.bi == 1;
-  const Axis rows = forward_axis(c, 0, false), cols = forward_axis(c, 1, elements);
-  Axis dy_rows, dy_cols;
-  dy_rows.base = dy_cols.base = {0};
-  ConvOuter m = {};
-  m.threads = threads_for(2 * c.order.ptr[c.order.rows] * size * c.images * rows_out * width_out, c.threads);
-  m.x = packing_of(c.x, c, c.in_size, c.in_channels, c.bi);
-  m.dy = packing_of(c.y, c, c.out_size, c.out_channels, c.bo);
-  m.out = c.values, m.order = c.order, m.images = c.images, m.rows = rows_out, m.cols = width_out;
-  m.row_blocks = blocks_of(c.out_channels / c.groups, c.bo), m.col_blocks = blocks_of(c.in_channels / c.groups, c.bi);
-
-  // Rows are added some 256 pixels at a time; several images only where each is shorter than that. Then the order of the
-  // sums is that of the pixels, whatever the panel.
-  const int64_t width = width_out + cols.reach, few = std::max<int64_t>(256 / width_out, 1);
-  const int64_t row_floats = conv_blocks(m.x) * c.bi * width * rows.base.size() * cols.base.size() + conv_blocks(m.dy) * c.bo * width_out;
-  const int64_t most = elements ? INT32_MAX : std::max<int64_t>(few / rows_out, 1);
-  Panel panel = plan_panel(c.images, rows_out, rows.reach, row_floats, 1, most);
-  m.short_strip = panel.images > 1 ? rows_out : std::min(few, panel.strip);
-  m.strip = panel.strip, m.images_at_once = panel.images, m.reach = rows.reach;
-  lay_out(m.x, rows, cols, panel, width, elements);
-  lay_out(m.dy, dy_rows, dy_cols, panel, width_out, elements);
-  const int64_t panels = (c.images + panel.images - 1) / panel.images * ((rows_out + panel.strip - 1) / panel.strip);
-  const int64_t floats = conv_floats(m.x) + conv_floats(m.dy);
-  // What all threads pack before they part stays in their L2 caches.
-  m.panels_at_once = std::min(panels, std::max<int64_t>(m.threads * half_of_l2() * 3 / 2 / floats, m.threads));
-
-  Lists l, of_dy;
-  forward_offsets(l, c, m.x, rows, cols);
-  of_dy.want(m.dy);
-  for (int64_t r = 0; r < c.order.rows; r++) of_dy.wanted[r] = c.order.ptr[r] < c.order.ptr[r + 1];
-  m.offset = l.offset.data();
-  expect_large(m.out, c.order.slots * size * 4);
-  if (elements) m.panels_at_once = 1;
-  Scratch scratch(4 * (m.panels_at_once * floats + (elements ? c.order.ptr[c.order.rows] : 0)));
+  OuterPlan p;
+  plan_outer(p, c);
+  ConvOuter &m = p.m;
+  Scratch scratch(4 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
   if (!scratch.memory) return 1;
   m.scratch = (float *)scratch.memory;
-  (elements ? kernels().conv_outer_elements : kernels().conv_outer)(m);
+  kernels().conv_outer(m);
   return 0;
+}
+
+int outer_elements(const Conv &c) {
+  OuterPlan p;
+  plan_outer(p, c);
+  ConvOuter &m = p.m;
+  const RunsPlan plan(1, m.order.rows, c.order.ptr[c.order.rows], m.x.channels, c.groups, lanes_read(m.x, p.rows, p.cols, 256, true));
+  const int64_t lists = plan.floats(true);
+  Scratch scratch(4 * (lists + conv_floats(m.x) + conv_floats(m.dy)));
+  if (!scratch.memory) return 1;
+  m.runs = plan.in((float *)scratch.memory, true), m.scratch = (float *)scratch.memory + lists;
+  arrange_runs(plan, m.runs, c.order.ptr, nullptr, m.threads, ForwardEntries(c, m.x, p.rows, p.cols));
+  kernels().conv_outer_elements(m);
+  return 0;
+}
+
+bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
+
+int backward(const ConvGradients &c) {
+  if (of_elements(c.dx)) return multiply_elements(c.dx) || outer_elements(c.dvalues);  // they pack differently
+  ConvBackward b = {};
+  MultiplyPlan dx;
+  OuterPlan dvalues;
+  if (!plan_backward(b, dx, dvalues, c.dx, c.dvalues)) return multiply(c.dx) || outer(c.dvalues);
+  ConvOuter &m = b.dvalues;
+  Scratch scratch(4 * (m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)) + m.threads * ASIDE));
+  if (!scratch.memory) return 1;
+  m.scratch = (float *)scratch.memory;
+  kernels().conv_backward(b);
+  return 0;
+}
+
+// What runs out of memory in its lists is told like what finds none for its scratch.
+template <class F> int guarded(F run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
 }
 
 }  // namespace
@@ -243,21 +93,17 @@ int outer(const Conv &c) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Both return 0, or 1 when there is no memory for the scratch.
+// All return 0, or 1 when there is no memory.
 int sk_conv_multiply(const Conv *c) {
-  try {
-    return multiply(*c);
-  } catch (const std::bad_alloc &) {
-    return 1;
-  }
+  return guarded([&] { return of_elements(*c) ? multiply_elements(*c) : multiply(*c); });
 }
 
 int sk_conv_outer(const Conv *c) {
-  try {
-    return outer(*c);
-  } catch (const std::bad_alloc &) {
-    return 1;
-  }
+  return guarded([&] { return of_elements(*c) ? outer_elements(*c) : outer(*c); });
+}
+
+int sk_conv_backward(const ConvGradients *c) {
+  return guarded([&] { return backward(*c); });
 }
 
 }  // extern "C"

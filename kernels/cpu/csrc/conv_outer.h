@@ -15,12 +15,13 @@ struct Rows {  // that a tile goes through
   int64_t dy_image, dy_row, x_image, x_row;  // floats between them
 };
 
-template <int C, int R> INLINE void rows_tile(const Rows &g, int64_t bo, int64_t bi, float *out, bool add) {
+template <int C, int R> INLINE void rows_tile(const Rows &g, int64_t bo, int64_t bi, float *out, bool add, Ahead &ahead) {
   Vector acc[R][C];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = add ? load(out + r * bi + c * VL) : Vector{};
   for (int64_t n = 0; n < g.images; n++) {
     for (int64_t y = 0; y < g.rows; y++) {
       const float *dy = g.dy + n * g.dy_image + y * g.dy_row, *x = g.x + n * g.x_image + y * g.x_row;
+      ahead.fetch((g.cols + 5) / 6);
       for (int64_t t = 0; t < g.cols; t++, dy += bo, x += bi) {
         Vector xt[C];
         UNROLL for (int c = 0; c < C; c++) xt[c] = load(x + c * VL);
@@ -34,18 +35,19 @@ template <int C, int R> INLINE void rows_tile(const Rows &g, int64_t bo, int64_t
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(out + r * bi + c * VL, acc[r][c]);
 }
 
-template <int C, int R> void rows_block(Rows g, int64_t bo, int64_t bi, float *out, bool add) {
+template <int C, int R> void rows_block(Rows g, int64_t bo, int64_t bi, float *out, bool add, Ahead &ahead) {
   const float *dy = g.dy, *x = g.x;
   for (int64_t o = 0; o < bo; o += R) {
     for (int64_t i = 0; i < bi; i += C * VL) {
       g.dy = dy + o, g.x = x + i;
-      rows_tile<C, R>(g, bo, bi, out + o * bi + i, add);
+      rows_tile<C, R>(g, bo, bi, out + o * bi + i, add, ahead);
     }
   }
 }
 
-// Adds one panel to the entries of a thread, some rows at a time, for which the blocks of x and dy stay in the L1 cache.
-INLINE void add_rows(const ConvOuter &m, const Share &mine, const float *xs, const float *dys, int64_t images, int64_t rows, bool add) {
+// Adds some images to the entries of a thread, some rows at a time, for which the blocks of x and dy stay in the L1 cache.
+INLINE void add_some(const ConvOuter &m, const Share &mine, const float *xs, const float *dys, int64_t images, int64_t rows, bool add,
+                     Ahead &ahead) {
   const int64_t bo = m.dy.side, bi = m.x.side;
   for (int64_t y = 0; y < rows; y += m.short_strip) {
     Rows g = {nullptr, nullptr, images, rows - y < m.short_strip ? rows - y : m.short_strip, m.cols,
@@ -58,13 +60,21 @@ INLINE void add_rows(const ConvOuter &m, const Share &mine, const float *xs, con
       float *out = m.out + m.order.slot[e] * bo * bi;
 #if VL == 16
       if (bi == 16) {
-        rows_block<1, 16>(g, bo, bi, out, add || y);
+        rows_block<1, 16>(g, bo, bi, out, add || y, ahead);
         continue;
       }
 #endif
-      rows_block<2, OUTER_ROWS>(g, bo, bi, out, add || y);
+      rows_block<2, OUTER_ROWS>(g, bo, bi, out, add || y, ahead);
     }
   }
+}
+
+// Adds one panel, few images at a time: the order of the sums is that of the pixels, whatever the panel.
+INLINE void add_rows(const ConvOuter &m, const Share &mine, const float *xs, const float *dys, int64_t images, int64_t rows, bool add,
+                     Ahead &ahead) {
+  for (int64_t n = 0; n < images; n += m.few_images)
+    add_some(m, mine, xs + n * m.x.image_pitch * m.x.side, dys + n * m.dy.image_pitch * m.dy.side,
+             images - n < m.few_images ? images - n : m.few_images, rows, add || n, ahead);
 }
 
 // Called by all threads at the end: phantom elements, in which a NaN may have met the filling, and free slots.
@@ -83,30 +93,51 @@ INLINE void clear_phantom(const ConvOuter &m, const Share &mine) {
   for (int64_t e = used; e < m.order.slots; e++) std::memset(m.out + m.order.slot[e] * bo * bi, 0, bo * bi * 4);
 }
 
+// What a call holds: packed panels of x and of dy.
+struct ConvPanels {
+  float *x, *dy;
+  int64_t x_panel, dy_panel;  // floats a panel
+};
+
+INLINE ConvPanels conv_panels_in(float *scratch, const ConvOuter &m) {
+  ConvPanels s = {scratch, nullptr, conv_floats(m.x), conv_floats(m.dy)};
+  s.dy = s.x + m.panels_at_once * s.x_panel;
+  return s;
+}
+
 void conv_outer(const ConvOuter &m) {
-  const int64_t x_panel = conv_floats(m.x), dy_panel = conv_floats(m.dy);
   const int64_t strips = (m.rows + m.strip - 1) / m.strip, panels = (m.images + m.images_at_once - 1) / m.images_at_once * strips;
-  float *xs = m.scratch, *dys = xs + m.panels_at_once * x_panel;
+  const ConvPanels s = conv_panels_in(m.scratch, m);
   const int threads = m.threads;
+  struct Part {
+    int64_t n0, n1, y0, rows;
+  };
+  const auto part_at = [&](int64_t p) -> Part {
+    const int64_t n0 = p / strips * m.images_at_once, y0 = p % strips * m.strip;
+    return {n0, n0 + m.images_at_once < m.images ? n0 + m.images_at_once : m.images, y0, m.rows - y0 < m.strip ? m.rows - y0 : m.strip};
+  };
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Share mine = my_share(m.order);
+    Ahead ahead;
     for (int64_t p0 = 0; p0 < panels; p0 += m.panels_at_once) {
       const int64_t p1 = p0 + m.panels_at_once < panels ? p0 + m.panels_at_once : panels;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
-        const int64_t p = p0 + q / 2, n0 = p / strips * m.images_at_once, y0 = p % strips * m.strip;
-        const int64_t n1 = n0 + m.images_at_once < m.images ? n0 + m.images_at_once : m.images;
-        const int64_t rows = m.rows - y0 < m.strip ? m.rows - y0 : m.strip;
-        if (q & 1) pack_images(m.x, n0, n1, y0, rows + m.reach, xs + (p - p0) * x_panel);
-        else pack_images(m.dy, n0, n1, y0, rows, dys + (p - p0) * dy_panel);
+        const int64_t p = p0 + q / 2;
+        const Part part = part_at(p);
+        if (q & 1) pack_images(m.x, part.n0, part.n1, part.y0, part.rows + m.reach, s.x + (p - p0) * s.x_panel);
+        else pack_images(m.dy, part.n0, part.n1, part.y0, part.rows, s.dy + (p - p0) * s.dy_panel);
+      }
+      if (threads == 1 && p1 < panels) {
+        const Part next = part_at(p1);
+        ahead = first_then(ahead_of(m.dy, next.n0, next.n1, next.y0, next.rows),
+                           ahead_of(m.x, next.n0, next.n1, next.y0, next.rows + m.reach));
       }
       for (int64_t p = p0; p < p1; p++) {
-        const int64_t n0 = p / strips * m.images_at_once, y0 = p % strips * m.strip;
-        const int64_t images = m.images - n0 < m.images_at_once ? m.images - n0 : m.images_at_once;
-        const int64_t rows = m.rows - y0 < m.strip ? m.rows - y0 : m.strip;
-        add_rows(m, mine, xs + (p - p0) * x_panel, dys + (p - p0) * dy_panel, images, rows, p > 0);
+        const Part part = part_at(p);
+        add_rows(m, mine, s.x + (p - p0) * s.x_panel, s.dy + (p - p0) * s.dy_panel, part.n1 - part.n0, part.rows, p > 0, ahead);
       }
 #pragma omp barrier
     }

@@ -42,25 +42,36 @@ INLINE void pack_lane_row(const Packing &p, int64_t pixel, Columns has, int64_t 
 }
 
 // One packed row of all blocks, in one view: columns col_step * m + base of a row of the tensor, zeros where there is none.
+// Some pixels at a time with all of their blocks, so that the tensor is read in its own order, and what comes next is
+// asked for: a row ends at every page of memory, where the hardware stops doing so.
 INLINE void pack_row(const Packing &p, int64_t pixel, Columns has, int64_t base, const uint8_t *wanted, float *out) {
-  const int64_t first = has.first, last = has.last;
-  const int64_t group_channels = p.channels / p.groups, side = p.side;
-  for (int64_t g = 0; g < p.groups; g++) {
-    for (int64_t c = 0; c < group_channels; c += side, out += p.plane * side) {
-      if (!*wanted++) continue;
-      const int64_t width = group_channels - c < side ? group_channels - c : side;
-      const int64_t from = (pixel + base + first * p.col_step) * p.channels + g * group_channels + c;
-      std::memset(out, 0, first * side * 4);
-      float *to = out + first * side;
-      for (int64_t m = first; m < last; m++, to += side) {
-        const int64_t at = from + (m - first) * p.col_step * p.channels;
-        if (width == side) {
-          for (int64_t i = 0; i < side; i += VL) store(to + i, read_vector(p.data, at + i, p.dtype));
-        } else {
-          for (int64_t i = 0; i < side; i++) to[i] = i < width ? read(p.data, at + i, p.dtype) : 0.f;
+  constexpr int64_t AT_ONCE = 8, READ_AHEAD = 4096;
+  const int64_t group_channels = p.channels / p.groups, side = p.side, step = p.col_step * p.channels;
+  const int64_t from = (pixel + base) * p.channels, blocks = conv_blocks(p), bytes = p.dtype == FLOAT32 ? 4 : 2;
+  for (int64_t b = 0; b < blocks; b++) {
+    if (!wanted[b]) continue;
+    std::memset(out + b * p.plane * side, 0, has.first * side * 4);
+    std::memset(out + (b * p.plane + has.last) * side, 0, (p.cols - has.last) * side * 4);
+  }
+  for (int64_t m0 = has.first; m0 < has.last; m0 += AT_ONCE) {
+    const int64_t m1 = m0 + AT_ONCE < has.last ? m0 + AT_ONCE : has.last;
+    const char *next = (const char *)p.data + (from + m0 * step) * bytes + READ_AHEAD;
+    for (int64_t i = 0; i < (m1 - m0) * step * bytes; i += 4 * LINE) __builtin_prefetch(next + i, 0, 2);
+    int64_t b = 0;
+    for (int64_t g = 0; g < p.groups; g++) {
+      for (int64_t c = 0; c < group_channels; c += side, b++) {
+        if (!wanted[b]) continue;
+        const int64_t width = group_channels - c < side ? group_channels - c : side;
+        float *to = out + (b * p.plane + m0) * side;
+        for (int64_t m = m0; m < m1; m++, to += side) {
+          const int64_t at = from + m * step + g * group_channels + c;
+          if (width == side) {
+            for (int64_t i = 0; i < side; i += VL) store(to + i, read_vector(p.data, at + i, p.dtype));
+          } else {
+            for (int64_t i = 0; i < side; i++) to[i] = i < width ? read(p.data, at + i, p.dtype) : 0.f;
+          }
         }
       }
-      std::memset(to, 0, (p.cols - last) * side * 4);
     }
   }
 }
@@ -82,6 +93,44 @@ INLINE void pack_images(const Packing &p, int64_t first, int64_t last, int64_t m
       }
     }
   }
+}
+
+// Asks for the tensor's memory that is packed next, some lines at a time, while the last panel is multiplied.
+struct Ahead {
+  const char *at = nullptr;
+  int64_t lines = 0;
+  const char *then = nullptr;  // a second tensor's
+  int64_t then_lines = 0;
+
+  inline __attribute__((always_inline)) void fetch(int64_t count) {
+    if (lines == 0) at = then, lines = then_lines, then_lines = 0;
+    if (count > lines) count = lines;
+    lines -= count;
+    for (; count > 0; count--, at += 4 * LINE) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// What pack_images will read; of images that lie in a row, all from the first to the last row.
+INLINE Ahead ahead_of(const Packing &p, int64_t first, int64_t last, int64_t m0, int64_t rows) {
+  if (last <= first) return {};
+  int64_t low = p.height, high = 0;
+  for (int64_t v = 0; v < p.row_views; v++) {
+    const int64_t from = m0 * p.row_step + p.row_base[v], to = from + (rows - 1) * p.row_step + 1;
+    if (from < low) low = from;
+    if (to > high) high = to;
+  }
+  if (low < 0) low = 0;
+  if (high > p.height) high = p.height;
+  const int64_t row = p.width * p.channels * (p.dtype == FLOAT32 ? 4 : 2);
+  const int64_t bytes = ((last - 1 - first) * p.height + high - low) * row;
+  Ahead a;
+  a.at = (const char *)p.data + (first * p.height + low) * row, a.lines = bytes > 0 ? bytes / (4 * LINE) : 0;
+  return a;
+}
+
+INLINE Ahead first_then(Ahead first, const Ahead &then) {
+  first.then = then.at, first.then_lines = then.lines;
+  return first;
 }
 
 }  // namespace

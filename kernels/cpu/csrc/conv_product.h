@@ -34,7 +34,7 @@ INLINE void scatter(const Place &p, int64_t t, int64_t count, int64_t channel, i
 // A panel's rows [y0, y1) of a subgrid, block by block of the channels [first, last).
 template <int IN, int C>
 void conv_panel(const Convolve &c, const Subgrid &s, const float *packed, int64_t n0, int64_t n1, int64_t panel_row, int64_t y0,
-                int64_t y1, int64_t first, int64_t last, const float *w, float *aside) {
+                int64_t y1, int64_t first, int64_t last, const float *w, float *aside, Ahead &ahead) {
   static const Tiles<IN, C> tiles;
   const int64_t step = C * VL, most = Tiles<IN, C>::MOST, size = int64_t(c.in) * c.out;
   const int64_t group_channels = c.channels / (c.x.groups), turn = c.x.cols;
@@ -59,6 +59,7 @@ void conv_panel(const Convolve &c, const Subgrid &s, const float *packed, int64_
         for (int64_t i = 0, t = 0; i < pieces; i++) {
           const int64_t rows = length / pieces + (i < length % pieces);
           row.x = x + t * IN;
+          ahead.fetch(row.count * IN / 8);  // one in 40 cycles or so: more would fill the buffers that loads wait in
           if (whole && (!c.in_turn || in_place)) {
             tiles.by_rows[rows](row, (float *)c.y + place.at(n0 + n, y, s.x0 + t) + channel + o, c.col_step * c.channels, b);
           } else {
@@ -75,7 +76,7 @@ void conv_panel(const Convolve &c, const Subgrid &s, const float *packed, int64_
 }
 
 typedef void (*ConvPanel)(const Convolve &, const Subgrid &, const float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                          int64_t, const float *, float *);
+                          int64_t, const float *, float *, Ahead &);
 
 template <int IN> ConvPanel conv_by_width(int64_t out) {
 #if VL == 16
@@ -85,17 +86,45 @@ template <int IN> ConvPanel conv_by_width(int64_t out) {
   return conv_panel<IN, 2>;
 }
 
+ConvPanel conv_product_of(const Convolve &c) {
+  return c.in == 16   ? conv_by_width<16>(c.out)
+         : c.in == 32 ? conv_by_width<32>(c.out)
+         : c.in == 64 ? conv_by_width<64>(c.out)
+                      : conv_by_width<128>(c.out);
+}
+
+// A panel: some images, or a strip of one; rows [m0, m1) of the subgrids.
+struct ConvPart {
+  int64_t n0, n1, m0, m1;
+};
+
+INLINE int64_t strips_of(const Convolve &c) { return (c.last_row - c.first_row + c.strip - 1) / c.strip; }
+INLINE int64_t panels_of(const Convolve &c) { return (c.images + c.images_at_once - 1) / c.images_at_once * strips_of(c); }
+
+INLINE ConvPart part_at(const Convolve &c, int64_t panel) {
+  const int64_t strips = strips_of(c), n0 = panel / strips * c.images_at_once, m0 = c.first_row + panel % strips * c.strip;
+  return {n0, n0 + c.images_at_once < c.images ? n0 + c.images_at_once : c.images, m0,
+          m0 + c.strip < c.last_row ? m0 + c.strip : c.last_row};
+}
+
+// One panel times some of the groups of block rows of every subgrid.
+INLINE void convolve_panel(const Convolve &c, ConvPanel product, const ConvPart &p, const float *panel, int64_t g, int64_t groups,
+                           const float *w, float *aside, Ahead &ahead) {
+  const int64_t blocks = c.x.groups * c.group_blocks;
+  for (int64_t i = 0; i < c.subgrids; i++) {
+    const Subgrid &s = c.subgrid[i];
+    const int64_t y0 = s.y0 > p.m0 ? s.y0 : p.m0, y1 = s.y1 < p.m1 ? s.y1 : p.m1;
+    if (y0 < y1 && s.x0 < s.x1)
+      product(c, s, panel, p.n0, p.n1, p.m0, y0, y1, blocks * g / groups, blocks * (g + 1) / groups, w, aside, ahead);
+  }
+}
+
 void convolve(const Convolve &c) {
-  const ConvPanel product = c.in == 16   ? conv_by_width<16>(c.out)
-                            : c.in == 32 ? conv_by_width<32>(c.out)
-                            : c.in == 64 ? conv_by_width<64>(c.out)
-                                         : conv_by_width<128>(c.out);
-  const int64_t size = int64_t(c.in) * c.out, packed = conv_floats(c.x), blocks = c.x.groups * c.group_blocks;
+  const ConvPanel product = conv_product_of(c);
+  const int64_t size = int64_t(c.in) * c.out, packed = conv_floats(c.x);
   float *w = c.scratch, *mine = w + (c.transposed ? 0 : round_up(c.used * size, LINE));
-  const int64_t strips = (c.last_row - c.first_row + c.strip - 1) / c.strip;
-  const int64_t panels = (c.images + c.images_at_once - 1) / c.images_at_once * strips;
   const int threads = c.threads;
-  const int64_t groups = groups_of(panels, threads);
+  const int64_t panels = panels_of(c), groups = groups_of(panels, threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -104,19 +133,20 @@ void convolve(const Convolve &c) {
       for (int64_t e = 0; e < c.used; e++) transpose_block(c.values + c.slot[e] * size, c.out, c.in, w + e * size);
     }
     float *panel = mine + thread_number() * (packed + ASIDE), *aside = panel + packed;
+    Ahead ahead;
     int64_t held = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t q = 0; q < panels * groups; q++) {
       const int64_t p = q / groups, g = q % groups;
-      const int64_t n0 = p / strips * c.images_at_once, n1 = n0 + c.images_at_once < c.images ? n0 + c.images_at_once : c.images;
-      const int64_t m0 = c.first_row + p % strips * c.strip, m1 = m0 + c.strip < c.last_row ? m0 + c.strip : c.last_row;
-      if (p != held) pack_images(c.x, n0, n1, m0, m1 - m0 + c.reach, panel), held = p;
-      for (int64_t i = 0; i < c.subgrids; i++) {
-        const Subgrid &s = c.subgrid[i];
-        const int64_t y0 = s.y0 > m0 ? s.y0 : m0, y1 = s.y1 < m1 ? s.y1 : m1;
-        if (y0 < y1 && s.x0 < s.x1)
-          product(c, s, panel, n0, n1, m0, y0, y1, blocks * g / groups, blocks * (g + 1) / groups, c.transposed ? c.values : w, aside);
+      const ConvPart part = part_at(c, p);
+      if (p != held) {
+        pack_images(c.x, part.n0, part.n1, part.m0, part.m1 - part.m0 + c.reach, panel), held = p;
+        if (p + threads < panels) {  // likely the next one of this thread
+          const ConvPart next = part_at(c, p + threads);
+          ahead = ahead_of(c.x, next.n0, next.n1, next.m0, next.m1 - next.m0 + c.reach);
+        }
       }
+      convolve_panel(c, product, part, panel, g, groups, c.transposed ? c.values : w, aside, ahead);
     }
   }
 }

@@ -1,0 +1,298 @@
+// How a convolution is cut up: what each tap reads, how much is packed at a time. Compiled for the baseline alone.
+#pragma once
+#include "conv_axis.h"
+#include "library.h"
+
+namespace {
+
+constexpr int64_t SHORT_ROW = 12;  // outputs: below, images lie in turn
+
+// What is packed at a time: rows of outputs, and images.
+struct Panel {
+  int64_t strip, images;
+};
+
+// As many floats as the blocks have are enough for a panel to pay for reading them; what is packed, what comes next and
+// what is written then stay in the L2 cache together.
+Panel plan_panel(int64_t images, int64_t rows, int64_t reach, int64_t row_floats, int64_t weights, int threads, int64_t most_images) {
+  const int64_t room = half_of_l2(), image = (rows + reach) * row_floats, enough = std::clamp(2 * weights, room / 4, room);
+  Panel p = {rows, 1};
+  if (image > room + room / 4) {
+    p.strip = std::max(room / row_floats - reach, std::min<int64_t>(rows, reach + 1));
+    p.strip = std::min(p.strip, rows);
+    const int64_t strips = (rows + p.strip - 1) / p.strip;
+    p.strip = (rows + strips - 1) / strips;
+    return p;
+  }
+  p.images = std::min(std::max<int64_t>(enough / image, 1), std::min((images + threads - 1) / threads, most_images));
+  int64_t panels = (images + p.images - 1) / p.images;
+  panels = (panels + threads - 1) / threads * threads;
+  p.images = std::max<int64_t>((images + panels - 1) / panels, 1);
+  return p;
+}
+
+void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel, int64_t width, bool in_turn) {
+  p.row_step = rows.step, p.col_step = cols.step;
+  p.row_views = rows.base.size(), p.col_views = cols.base.size();
+  p.row_base = rows.base.data(), p.col_base = cols.base.data();
+  p.cols = width;
+  const int64_t high = panel.strip + rows.reach;
+  p.row_pitch = in_turn ? panel.images * width : width;
+  p.image_pitch = in_turn ? width : high * width;
+  p.view_pitch = high * panel.images * width;
+  p.plane = p.row_views * p.col_views * p.view_pitch;
+}
+
+Packing packing_of(const void *data, const Conv &c, const int64_t *size, int64_t channels, int64_t side) {
+  Packing p = {};
+  p.data = data, p.height = size[0], p.width = size[1], p.channels = channels, p.groups = c.groups, p.side = side;
+  p.dtype = c.dtype;
+  return p;
+}
+
+// Where a tap reads: a view, and the pixel at which it begins in a panel.
+struct Tap {
+  int64_t view, pixel;
+};
+
+Tap tap_of(const Packing &p, const Axis &rows, const Axis &cols, int64_t i, int64_t j) {
+  const int64_t view = rows.view[i] * p.col_views + cols.view[j];
+  return {view, view * p.view_pitch + rows.shift[i] * p.row_pitch + cols.shift[j]};
+}
+
+// The lists of a call: by entry where its block begins in a panel.
+struct Lists {
+  std::vector<int32_t> offset, slot, ptr;
+  std::vector<Subgrid> subgrids;
+  std::vector<uint8_t> wanted;  // of Packing
+
+  void want(Packing &p) {
+    wanted.resize(p.row_views * p.col_views * conv_blocks(p));
+    p.wanted = wanted.data();
+  }
+  void want_all(Packing &p) {
+    want(p);
+    std::fill(wanted.begin(), wanted.end(), 1);
+  }
+};
+
+// The columns start at the first output: their views do too.
+void from_first(Axis &a) {
+  for (int64_t &base : a.base) base += a.first * a.step;
+}
+
+void forward_offsets(Lists &l, const Conv &c, Packing &p, const Axis &rows, const Axis &cols) {
+  const int64_t col_blocks = blocks_of(c.in_channels / c.groups, c.bi), row_blocks = blocks_of(c.out_channels / c.groups, c.bo);
+  l.offset.resize(c.order.ptr[c.order.rows]);
+  l.want(p);
+  const int64_t blocks = conv_blocks(p);
+  std::vector<Tap> taps;
+  for (int64_t i = 0; i < c.kernel[0]; i++)
+    for (int64_t j = 0; j < c.kernel[1]; j++) taps.push_back(tap_of(p, rows, cols, i, j));
+  for (int64_t r = 0; r < c.order.rows; r++) {
+    for (int64_t e = c.order.ptr[r]; e < c.order.ptr[r + 1]; e++) {
+      const int64_t col = c.order.other[e];
+      const Tap tap = taps[col / col_blocks];
+      const int64_t block = r / row_blocks * col_blocks + col % col_blocks;
+      l.offset[e] = int32_t(tap.pixel + block * p.plane);
+      l.wanted[tap.view * blocks + block] = 1;
+    }
+  }
+}
+
+// By phase, group and block of channels: the entries of all taps of the phase, one after the other.
+void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const Axis &cols) {
+  const int64_t col_blocks = blocks_of(c.in_channels / c.groups, c.bi), row_blocks = blocks_of(c.out_channels / c.groups, c.bo);
+  const int64_t lists = c.groups * col_blocks, phases = rows.from.size() * cols.from.size();
+  l.ptr.reserve(phases * (lists + 1));
+  l.want(p);
+  const int64_t blocks = conv_blocks(p);
+  Numbers next(c.order.ptr, c.order.ptr + c.order.rows);  // rows ascend in a column: groups follow each other
+  for (int64_t q = 0; q < phases; q++) {
+    const int64_t qy = q / (int64_t)cols.from.size(), qx = q % (int64_t)cols.from.size();
+    for (int64_t g = 0; g < c.groups; g++) {
+      for (int64_t b = 0; b < col_blocks; b++) {
+        l.ptr.push_back(l.offset.size());
+        for (int64_t i = 0; i < c.kernel[0]; i++) {
+          for (int64_t j = 0; j < c.kernel[1]; j++) {
+            if (rows.phase[i] != qy || cols.phase[j] != qx) continue;
+            const int64_t column = (i * c.kernel[1] + j) * col_blocks + b;
+            const Tap tap = tap_of(p, rows, cols, i, j);
+            int64_t &e = next[column];
+            for (; e < c.order.ptr[column + 1] && c.order.other[e] < (g + 1) * row_blocks; e++) {
+              const int64_t row = c.order.other[e];
+              l.offset.push_back(int32_t(tap.pixel + row * p.plane));
+              l.slot.push_back(c.order.slot[e]);
+              l.wanted[tap.view * blocks + row] = 1;
+            }
+          }
+        }
+      }
+    }
+    l.ptr.push_back(l.offset.size());
+  }
+}
+
+// A product and what its addresses point into.
+struct MultiplyPlan {
+  Convolve v = {};
+  Axis rows, cols;
+  Lists l;
+  std::vector<float> bias;
+
+  MultiplyPlan() = default;
+  MultiplyPlan(const MultiplyPlan &) = delete;
+};
+
+// `beside`: floats that are packed with each row of a panel for another product.
+void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
+  const bool back = c.transposed, elements = c.bo == 1 && c.bi == 1;
+  const int64_t used = c.order.ptr[c.order.rows], size = int64_t(c.bo) * c.bi;
+  const auto axis = back ? backward_axis : forward_axis;
+  p.rows = axis(c, 0, false), p.cols = axis(c, 1, false);
+  const bool in_turn = p.cols.outputs() < SHORT_ROW || c.kernel[1] == 1;
+  if (in_turn) p.cols = axis(c, 1, true);
+  const Axis &rows = p.rows, &cols = p.cols;
+
+  Convolve &v = p.v;
+  v.threads = threads_for(2 * used * size * c.images * c.out_size[0] * c.out_size[1], c.threads);
+  v.x = packing_of(back ? c.y : c.x, c, back ? c.out_size : c.in_size, back ? c.out_channels : c.in_channels, back ? c.bo : c.bi);
+  const int64_t *result = back ? c.in_size : c.out_size;
+  v.y = back ? c.x : c.y, v.images = c.images, v.height = result[0], v.width = result[1];
+  v.channels = back ? c.in_channels : c.out_channels, v.in = back ? c.bo : c.bi, v.out = back ? c.bi : c.bo;
+  v.group_blocks = blocks_of(v.channels / c.groups, v.out);
+  v.row_step = back ? c.stride[0] : 1, v.col_step = back ? c.stride[1] : 1;
+  v.first_row = rows.first, v.last_row = rows.last, v.first_col = cols.first;
+
+  const int64_t width = cols.outputs() + cols.reach;
+  const int64_t row_floats = conv_blocks(v.x) * v.x.side * width * rows.base.size() * cols.base.size() + beside;
+  const Panel panel = plan_panel(c.images, rows.outputs(), rows.reach, row_floats, used * size, v.threads,
+                                 elements && !in_turn ? 1 : INT32_MAX);
+  v.strip = panel.strip, v.images_at_once = panel.images, v.reach = rows.reach, v.in_turn = in_turn;
+  v.transposed = back, v.dtype = c.dtype, v.values = c.values, v.used = used;
+  from_first(p.cols);
+  lay_out(v.x, rows, cols, panel, width, in_turn);
+
+  if (elements) p.l.want_all(v.x);  // conv_runs.h has their lists
+  else if (back) backward_lists(p.l, c, v.x, rows, cols);
+  else forward_offsets(p.l, c, v.x, rows, cols);
+  const int64_t all_blocks = c.groups * v.group_blocks;
+  for (size_t qy = 0; qy < rows.from.size(); qy++) {
+    for (size_t qx = 0; qx < cols.from.size(); qx++) {
+      const int32_t *ptr = elements ? nullptr : back ? p.l.ptr.data() + (qy * cols.from.size() + qx) * (all_blocks + 1) : c.order.ptr;
+      p.l.subgrids.push_back({rows.from[qy], rows.to[qy], cols.from[qx], cols.to[qx], back ? int64_t(qy) - c.padding[0] : 0,
+                              back ? int64_t(qx) - c.padding[1] : 0, ptr});
+    }
+  }
+  v.subgrids = p.l.subgrids.size(), v.subgrid = p.l.subgrids.data();
+  v.offset = p.l.offset.data(), v.slot = back ? p.l.slot.data() : c.order.slot;
+  if (c.bias) {
+    const int64_t group_out = c.out_channels / c.groups;
+    p.bias.resize(all_blocks * c.bo);
+    for (int64_t o = 0; o < c.out_channels; o++)
+      p.bias[o / group_out * v.group_blocks * c.bo + o % group_out] = c.bias[o];
+    v.bias = p.bias.data();
+  }
+  expect_large(v.y, v.images * v.height * v.width * v.channels * itemsize(c.dtype));
+  if (elements) v.slack = round_up(cols.reach + 8 * LINE, LINE);
+}
+
+// The gradient of the weight, and what its addresses point into.
+struct OuterPlan {
+  ConvOuter m = {};
+  Axis rows, cols, dy_rows, dy_cols;
+  Lists l, of_dy;
+
+  OuterPlan() = default;
+  OuterPlan(const OuterPlan &) = delete;
+};
+
+// What does not depend on the panels.
+void begin_outer(OuterPlan &p, const Conv &c) {
+  const bool elements = c.bo == 1 && c.bi == 1;
+  p.rows = forward_axis(c, 0, false), p.cols = forward_axis(c, 1, elements);
+  p.dy_rows.base = p.dy_cols.base = {0};
+  ConvOuter &m = p.m;
+  const int64_t rows_out = c.out_size[0], width_out = c.out_size[1], size = int64_t(c.bo) * c.bi;
+  m.threads = threads_for(2 * c.order.ptr[c.order.rows] * size * c.images * rows_out * width_out, c.threads);
+  m.x = packing_of(c.x, c, c.in_size, c.in_channels, c.bi);
+  m.dy = packing_of(c.y, c, c.out_size, c.out_channels, c.bo);
+  m.out = c.values, m.order = c.order, m.images = c.images, m.rows = rows_out, m.cols = width_out, m.reach = p.rows.reach;
+  m.row_blocks = blocks_of(c.out_channels / c.groups, c.bo), m.col_blocks = blocks_of(c.in_channels / c.groups, c.bi);
+  expect_large(m.out, c.order.slots * size * 4);
+}
+
+// Rows are added some 256 pixels at a time; several images only where each is shorter than that. Then the order of the
+// sums is that of the pixels, whatever the panel.
+int64_t width_of_x(const OuterPlan &p) { return p.m.cols + p.cols.reach; }
+int64_t few_rows(const OuterPlan &p) { return std::max<int64_t>(256 / width_of_x(p), 1); }
+void add_at_once(OuterPlan &p, int64_t strip) {
+  p.m.few_images = std::max<int64_t>(few_rows(p) / p.m.rows, 1);
+  const int64_t pieces = blocks_of(strip, few_rows(p));
+  p.m.short_strip = p.m.few_images > 1 ? p.m.rows : blocks_of(strip, pieces);
+}
+
+// Floats of a packed row of x, in all of its views.
+int64_t row_floats_of_x(const OuterPlan &p) {
+  return conv_blocks(p.m.x) * p.m.x.side * width_of_x(p) * p.rows.base.size() * p.cols.base.size();
+}
+
+// Panels of which all threads pack some before they part; those stay in their L2 caches. One thread packs the next panel
+// when it is done with the last.
+void plan_panels_at_once(ConvOuter &m, int64_t panels) {
+  const int64_t floats = conv_floats(m.x) + conv_floats(m.dy);
+  m.panels_at_once = m.threads == 1 ? 1 : std::min(panels, std::max<int64_t>(m.threads * half_of_l2() * 3 / 2 / floats, m.threads));
+}
+
+void plan_outer(OuterPlan &p, const Conv &c) {
+  begin_outer(p, c);
+  ConvOuter &m = p.m;
+  const bool elements = c.bo == 1 && c.bi == 1;
+  const int64_t row_floats = row_floats_of_x(p) + conv_blocks(m.dy) * c.bo * m.cols, used = c.order.ptr[c.order.rows];
+  const int64_t most = elements ? INT32_MAX : std::max<int64_t>(few_rows(p) / m.rows, 1);
+  const Panel panel = plan_panel(c.images, m.rows, p.rows.reach, row_floats, elements ? half_of_l2() : used * c.bo * c.bi, 1, most);
+  add_at_once(p, panel.strip);
+  m.strip = panel.strip, m.images_at_once = panel.images;
+  lay_out(m.x, p.rows, p.cols, panel, width_of_x(p), elements);
+  lay_out(m.dy, p.dy_rows, p.dy_cols, panel, m.cols, elements);
+  plan_panels_at_once(m, (c.images + panel.images - 1) / panel.images * ((m.rows + panel.strip - 1) / panel.strip));
+  if (elements) m.panels_at_once = 1, p.l.want_all(m.x);
+  else forward_offsets(p.l, c, m.x, p.rows, p.cols);
+  p.of_dy.want(m.dy);
+  for (int64_t r = 0; r < c.order.rows; r++) p.of_dy.wanted[r] = c.order.ptr[r] < c.order.ptr[r + 1];
+  m.offset = p.l.offset.data();
+}
+
+// Both gradients on the panels of dx. False where these do not hold all that dvalues reads of dy.
+bool plan_backward(ConvBackward &b, MultiplyPlan &dx, OuterPlan &dvalues, const Conv &for_dx, const Conv &for_dvalues) {
+  begin_outer(dvalues, for_dvalues);
+  plan_multiply(dx, for_dx, row_floats_of_x(dvalues));
+  Convolve &v = dx.v;
+  ConvOuter &m = dvalues.m;
+  b.dy_base = dx.rows.base[0];
+  const int64_t strips = (v.last_row - v.first_row + v.strip - 1) / v.strip;
+  const int64_t first_strip = std::min(v.first_row + v.strip, strips == 1 ? m.rows : v.last_row), beyond = m.rows - v.last_row;
+  // The first strip has rows of dy from 0 on, the last one those up to the end.
+  if (dx.rows.base.size() != 1 || v.first_row + b.dy_base > 0 || b.dy_base > 0 || v.reach + b.dy_base < 0 || first_strip <= 0 ||
+      v.last_row + v.reach + b.dy_base < m.rows)
+    return false;
+  int64_t view = 0, views = dx.cols.base.size();
+  while (view < views && (dx.cols.base[view] > 0 || v.x.cols + dx.cols.base[view] < m.cols)) view++;
+  if (view == views) return false;
+  b.dy_at = view * v.x.view_pitch - dx.cols.base[view];
+  const Panel panel = {v.strip + std::max<int64_t>(v.first_row, 0) + std::max<int64_t>(beyond, 0), v.images_at_once};
+  add_at_once(dvalues, panel.strip);
+  lay_out(m.x, dvalues.rows, dvalues.cols, panel, width_of_x(dvalues), false);
+  forward_offsets(dvalues.l, for_dvalues, m.x, dvalues.rows, dvalues.cols);
+  m.offset = dvalues.l.offset.data();
+  const int64_t blocks = conv_blocks(v.x);
+  for (int64_t r = 0; r < m.order.rows; r++)
+    if (m.order.ptr[r] < m.order.ptr[r + 1]) dx.l.wanted[view * blocks + r] = 1;
+  m.dy = v.x;
+  v.threads = m.threads;
+  plan_panels_at_once(m, (v.images + v.images_at_once - 1) / v.images_at_once * strips);
+  b.dx = v, b.dvalues = m;
+  return true;
+}
+
+}  // namespace

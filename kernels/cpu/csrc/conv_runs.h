@@ -1,0 +1,147 @@
+// 1x1: brings the entries of a convolution into the order in which they are read (ElementRuns of conv.h). For the baseline.
+// The chunks depend on the shape and the topology alone: they change how a sum is formed.
+#pragma once
+#include "conv_plan.h"
+
+namespace {
+
+constexpr int64_t MOST_CHUNKS = 64;
+
+// How a list of `rows` rows in each of some subgrids is arranged.
+struct RunsPlan {
+  int64_t subgrids, rows, used;
+  int shift = 3;  // of a channel to its chunk
+  int64_t chunks = 1;
+
+  // `lanes`: of a channel, that are read for one tile of outputs.
+  RunsPlan(int64_t subgrids, int64_t rows, int64_t used, int64_t channels, int64_t groups, int64_t lanes)
+      : subgrids(subgrids), rows(rows), used(used) {
+    constexpr int64_t IN_L1 = 6656, RUN = 8;  // floats: 26 KiB
+    const double density = double(used) / (double(rows) * subgrids * channels / groups);  // entries of a row, a channel
+    while (shift < 16 && (lanes << (shift + 1)) <= IN_L1) shift++;
+    while (shift < 16 && density * (int64_t(1) << shift) < RUN) shift++;
+    while (blocks_of(channels, int64_t(1) << shift) > MOST_CHUNKS) shift++;
+    chunks = blocks_of(channels, int64_t(1) << shift);
+  }
+
+  int64_t strips() const { return blocks_of(rows, STRIP); }
+  int64_t starts() const { return subgrids * strips() * chunks * STRIP; }
+  int64_t floats(bool gradient) const { return round_up(starts() + 1, LINE) + (gradient ? 3 : 2) * round_up(used, LINE); }
+
+  ElementRuns in(float *scratch, bool gradient) const {
+    ElementRuns r = {};
+    r.chunks = chunks, r.start = (int32_t *)scratch, r.offset = r.start + round_up(starts() + 1, LINE);
+    r.number = (float *)r.offset + round_up(used, LINE);
+    r.slot = gradient ? (int32_t *)r.number + round_up(used, LINE) : nullptr;
+    return r;
+  }
+};
+
+// Row r of subgrid q has the entries first[q * rows + r] and on; each(q, r, f) calls f(channel, offset, slot) for them.
+// The values are noted, or for a gradient the slots.
+template <class Each>
+void arrange_runs(const RunsPlan &p, const ElementRuns &runs, const int32_t *first, const float *values, int threads, const Each &each) {
+  const int64_t strips = p.strips();
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+  for (int64_t i = 0; i < p.subgrids * strips; i++) {
+    const int64_t q = i / strips, r0 = i % strips * STRIP, count = p.chunks * STRIP;
+    const int64_t rows = p.rows - r0 < STRIP ? p.rows - r0 : STRIP;
+    int32_t next[MOST_CHUNKS * STRIP] = {}, at = first[q * p.rows + r0];
+    for (int64_t l = 0; l < rows; l++) each(q, r0 + l, [&](int64_t channel, int32_t, int32_t) { next[(channel >> p.shift) * STRIP + l]++; });
+    for (int64_t k = 0; k < count; k++) {
+      const int32_t entries = next[k];
+      runs.start[i * count + k] = next[k] = at, at += entries;
+    }
+    for (int64_t l = 0; l < rows; l++) {
+      each(q, r0 + l, [&](int64_t channel, int32_t offset, int32_t slot) {
+        const int32_t e = next[(channel >> p.shift) * STRIP + l]++;
+        runs.offset[e] = offset;
+        if (values) runs.number[e] = values[slot];
+        else runs.slot[e] = slot;
+      });
+    }
+  }
+  runs.start[p.starts()] = int32_t(p.used);
+}
+
+// Entries by row of the weight.
+struct ForwardEntries {
+  const Conv &c;
+  const int64_t col_blocks, row_blocks, plane;
+  std::vector<int32_t> pixel, block;  // by column of the weight
+
+  ForwardEntries(const Conv &c, const Packing &p, const Axis &rows, const Axis &cols)
+      : c(c), col_blocks(c.in_channels / c.groups), row_blocks(c.out_channels / c.groups), plane(p.plane) {
+    for (int64_t i = 0; i < c.kernel[0]; i++) {
+      for (int64_t j = 0; j < c.kernel[1]; j++) {
+        const Tap tap = tap_of(p, rows, cols, i, j);
+        for (int64_t b = 0; b < col_blocks; b++) pixel.push_back(int32_t(tap.pixel + b * plane)), block.push_back(int32_t(b));
+      }
+    }
+  }
+
+  template <class F> void operator()(int64_t, int64_t r, const F &f) const {
+    const int64_t before = r / row_blocks * col_blocks;
+    for (int64_t e = c.order.ptr[r]; e < c.order.ptr[r + 1]; e++) {
+      const int32_t slot = c.order.slot[e], column = c.order.other[slot];
+      f(before + block[column], int32_t(pixel[column] + before * plane), slot);
+    }
+  }
+};
+
+// Entries by input channel, in each phase of the stride: those of its taps, one after the other.
+struct BackwardEntries {
+  const Conv &c;
+  const int64_t col_blocks, row_blocks, plane;
+  std::vector<std::vector<std::pair<int64_t, int32_t>>> taps;  // of each phase: the number of the tap, where it begins
+  std::vector<int32_t> first;
+
+  BackwardEntries(const Conv &c, const Packing &p, const Axis &rows, const Axis &cols)
+      : c(c), col_blocks(c.in_channels / c.groups), row_blocks(c.out_channels / c.groups), plane(p.plane),
+        taps(rows.from.size() * cols.from.size()) {
+    for (int64_t i = 0; i < c.kernel[0]; i++)
+      for (int64_t j = 0; j < c.kernel[1]; j++)
+        taps[rows.phase[i] * cols.from.size() + cols.phase[j]].emplace_back(i * c.kernel[1] + j, int32_t(tap_of(p, rows, cols, i, j).pixel));
+    first.reserve(taps.size() * c.in_channels + 1);
+    int32_t at = 0;
+    for (const auto &of_phase : taps) {
+      for (int64_t r = 0; r < c.in_channels; r++) {
+        first.push_back(at);
+        for (const auto &tap : of_phase) {
+          const auto range = entries(tap.first, r);
+          at += int32_t(range.second - range.first);
+        }
+      }
+    }
+  }
+
+  // Those of a channel and a tap; groups share the columns of the weight, rows ascend in them.
+  std::pair<int64_t, int64_t> entries(int64_t tap, int64_t r) const {
+    const int64_t column = tap * col_blocks + r % col_blocks, group = r / col_blocks;
+    const int32_t *slots = c.order.slot;
+    const auto row_from = [&](int64_t row) {
+      return std::partition_point(slots + c.order.ptr[column], slots + c.order.ptr[column + 1],
+                                  [&](int32_t slot) { return c.order.other[slot] < row; }) - slots;
+    };
+    if (c.groups == 1) return {c.order.ptr[column], c.order.ptr[column + 1]};
+    return {row_from(group * row_blocks), row_from((group + 1) * row_blocks)};
+  }
+
+  template <class F> void operator()(int64_t q, int64_t r, const F &f) const {
+    for (const auto &tap : taps[q]) {
+      const auto range = entries(tap.first, r);
+      for (int64_t e = range.first; e < range.second; e++) {
+        const int32_t slot = c.order.slot[e], row = c.order.other[slot];
+        f(row, int32_t(tap.second + row * plane), slot);
+      }
+    }
+  }
+};
+
+// Lanes of a channel that a tile reads: those of all views, with the rows around them. Images in turn make rows long.
+int64_t lanes_read(const Packing &p, const Axis &rows, const Axis &cols, int64_t tile, bool in_turn) {
+  const int64_t wide = in_turn ? tile / 2 : cols.outputs() + cols.reach;
+  return p.row_views * p.col_views * (tile + rows.reach * wide + cols.reach);
+}
+
+}  // namespace
