@@ -37,13 +37,25 @@ from sparsekern.cli.main import application
 from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, Metrics
 from sparsekern.training import METHODS
 
-TIMES = {"ms_per_step", "update_seconds", "seconds", "environment", "time_sparse_over_dense", "total_seconds"}
+TIMES = {
+    "ms_per_step",
+    "update_seconds",
+    "extra_seconds",
+    "seconds",
+    "environment",
+    "time_sparse_over_dense",
+    "total_seconds",
+}
 """What of rows and results is time, and differs from run to run."""
 
 RUN = ["--width=64", "--block-size=16", "--sparsity=0.5", "--epochs=2", "--batch-size=20", "--seeds=2", "--device=cpu"]
 RUN += ["--update-every=2", "--save-every=2", "--augment=crop", "--quiet", "--json"]
 
-VARIANTS = {name: [f"--method={name}"] for name in METHODS}
+VARIANTS = {
+    **{name: [f"--method={name}"] for name in METHODS},
+    "agent": ["--method=rigl", "--agent"],
+    "agent-gradients": ["--method=gse", "--agent", "--agent-estimate=gradients", "--agent-every=2"],
+}
 """What is killed, by name."""
 
 WRITES = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
