@@ -94,7 +94,7 @@ def _gaps(left: Tensor, right: Tensor, weights: Tensor) -> tuple[float, float] |
 def two_largest(left: Tensor, right: Tensor, weights: Tensor, sides: tuple[int, int]) -> tuple[float, float]:
     """Return the two largest singular values of the ``sides`` matrix with these entries, float64 ``(E,)``."""
     if sides[0] * sides[1] <= DENSE_CELLS:
-        matrix = torch.zeros(sides, dtype=torch.float64).index_put_((left, right), weights)
+        matrix = torch.zeros(sides, dtype=torch.float64, device="cpu").index_put_((left, right), weights)
         values = torch.linalg.svdvals(matrix)
     else:
         # The largest eigenvalues of [[0, M], [M', 0]] are the singular values of M.
@@ -102,6 +102,7 @@ def two_largest(left: Tensor, right: Tensor, weights: Tensor, sides: tuple[int, 
         adjacency = torch.sparse_coo_tensor(
             places, weights.repeat(2), (sum(sides), sum(sides)), check_invariants=False
         ).coalesce()
-        start = torch.randn(sum(sides), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator("cpu").manual_seed(0)
+        start = torch.randn(sum(sides), 4, dtype=torch.float64, generator=generator, device="cpu")
         values, _ = torch.lobpcg(adjacency, 4, X=start, niter=ITERATIONS, tol=1e-5, largest=True)
     return float(values[0]), float(values[1]) if values.numel() > 1 else 0.0

@@ -119,7 +119,7 @@ def _cut(layer: StoredLayer, sparsity: float | None, block: tuple[int, int] | No
         return layer.topology, layer.values
     topology, values = reblock(layer.topology, layer.values, grid)
     if topology.slots == 0:
-        topology, values = from_keys(grid, torch.zeros(1, dtype=torch.int64)), values.new_zeros(1, *grid.block)
+        topology, values = from_keys(grid, values.new_zeros(1, dtype=torch.int64)), values.new_zeros(1, *grid.block)
     return topology, values
 
 
@@ -134,7 +134,7 @@ def _to_bsr(layer: StoredLayer) -> Tensor:
         )
     order = topology.keys().argsort(stable=True)[: topology.blocks()]
     row, col = topology.row[order].long(), topology.col[order].long()
-    crow = torch.zeros(grid.rows + 1, dtype=torch.int64)
+    crow = row.new_zeros(grid.rows + 1)
     crow[1:] = torch.bincount(row, minlength=grid.rows).cumsum(0)
     size = (grid.out_features, grid.in_features)
     with warnings.catch_warnings():

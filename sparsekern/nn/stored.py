@@ -57,7 +57,7 @@ def _from_bsr(name: str, weight: Tensor) -> StoredLayer:
     if int(crow[0]) != 0 or int(crow[-1]) != values.shape[0] or bool((counts < 0).any()) or 0 in values.shape[1:]:
         raise ValueError(f"layer {name!r} is damaged: its BSR tensor does not go together")
     grid = Grid(weight.shape[0], weight.shape[1], (values.shape[1], values.shape[2]))
-    row = torch.repeat_interleave(torch.arange(counts.shape[0]), counts)
+    row = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
     topology = Topology(grid, row.int(), col.int())
     if topology.slots:
         topology.validate()

@@ -73,7 +73,7 @@ def spread(dy: Tensor, x: Tensor, shape: ConvShape, tokens: int) -> tuple[Tensor
 
 def _side_lengths(positions: int, height: int, width: int) -> tuple[int, int]:
     """Return rows and columns of a lattice of at most so many positions, in about the proportions of the image."""
-    rows = min(height, max(1, math.isqrt(positions * height // width)))
+    rows = min(height, positions, max(1, math.isqrt(positions * height // width)))
     cols = min(width, positions // rows)
     return min(height, positions // cols), cols
 

@@ -149,8 +149,9 @@ class Correction:
             return  # these are this rank's alone so far
         assert self._taken_off is not None
         if parallel:
-            for tensor in (self._taken_off, *self._residual.values()):
-                sum_over_ranks(tensor, self._process_group).div_(ranks(self._process_group))
+            sum_over_ranks(self._taken_off, self._process_group).div_(ranks(self._process_group))
+            if self._learns:
+                self._average_residual()
         scale = scale_of(scaler, self._taken_off.device)
         corrected = torch.cat([self.variance.sample(name, g) for name, g in gradients.items()])
         products = torch.zeros_like(self.products.sums)
@@ -161,6 +162,13 @@ class Correction:
             products[groups.index(self._group[name])] += torch.stack([product, square]).to(products.device)
         plain = corrected + self._taken_off
         self._noted = Noted(products / scale.double() ** 2, corrected / scale, plain / scale, scale)
+
+    def _average_residual(self) -> None:
+        """Average the residuals over ranks; a parameter may have taken part in the batches of some of them only."""
+        for name, values in self._snapshot.values.items():
+            r = self._residual.get(name)
+            r = self._residual[name] = torch.zeros_like(values) if r is None else r
+            sum_over_ranks(r, self._process_group).div_(ranks(self._process_group))
 
     @torch.no_grad()
     def commit(self) -> None:

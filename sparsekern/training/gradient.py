@@ -270,6 +270,7 @@ class GradientMethod(Method):
         super().load_state_dict(state)
         self._disarm()
         self._due, self._keys = state["due"], dict(state["keys"])
+        self._width = {}  # that of the run that was saved is not known
         if state["stage"] is None:
             return
         now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
@@ -277,7 +278,8 @@ class GradientMethod(Method):
         self.steps, self._versions = now, {}
         for name, (heard, backwards) in state["heard"].items():
             if name in self._armed.probes:
-                self._armed.resume(name, heard.to(self.layers[name].row.device, copy=True), backwards)
+                asked = self._armed.probes[name].tensor.shape[0]  # of candidates fewer, without what was appended
+                self._armed.resume(name, heard[:asked].to(self.layers[name].row.device, copy=True), backwards)
 
 
 def _version(layer: BlockSparse) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def share_out(
     places = [highest(offers[n].scores, count) for n in names]
     weak = [strengths[n][s].cpu() / side for n, s, side in zip(names, slots, sides, strict=True)]
     good = [offers[n].scores[p].cpu() / side for n, p, side in zip(names, places, sides, strict=True)]
-    free = torch.tensor([int((layers[n].row < 0).sum()) for n in names])
+    free = torch.tensor([int((layers[n].row < 0).sum()) for n in names], device="cpu")
 
     drop_order, grow_order = ascending(torch.cat(weak)), descending(torch.cat(good))
     weak_owner, good_owner = _owners(weak)[drop_order], _owners(good)[grow_order]
@@ -82,7 +82,7 @@ def _without_the_strongest(strength: Tensor) -> Tensor:
 
 
 def _owners(parts: list[Tensor]) -> Tensor:
-    return torch.cat([torch.full((part.shape[0],), i, dtype=torch.int32) for i, part in enumerate(parts)])
+    return torch.cat([torch.full((part.shape[0],), i, dtype=torch.int32, device="cpu") for i, part in enumerate(parts)])
 
 
 def _starts(sizes: list[int]) -> list[int]:
@@ -94,5 +94,5 @@ def _rank_within(owner: Tensor, owners: int) -> Tensor:
     rank = torch.empty_like(owner)
     for i in range(owners):
         mine = owner == i
-        rank[mine] = torch.arange(int(mine.sum()), dtype=torch.int32)
+        rank[mine] = torch.arange(int(mine.sum()), dtype=torch.int32, device="cpu")
     return rank

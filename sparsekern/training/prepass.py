@@ -39,6 +39,7 @@ def pass_over(
     """Write the mean gradient of the present weights into the snapshot's mean, and return losses.
 
     Weights, gradients, statistics of norms and probes stay as they are. Both passes over a batch see the same dropout.
+    The mean is NaN where no batch counts.
 
     Args:
         model: in the mode it trains in.
@@ -77,7 +78,7 @@ def pass_over(
     if not noted:
         raise ValueError("batches is empty; give some of the training set, a few dozen batches or more")
     rows = _over_ranks(torch.stack(noted), group)
-    total = rows[:, 0].sum().clamp(min=1)
+    total = rows[:, 0].sum()
     for mean in snapshot.mean.values():
         sum_over_ranks(mean, group).div_(total.to(mean))
     rows = rows[rows[:, 0] > 0]

@@ -114,6 +114,9 @@ class Snapshot:
         The backward of a pass must end before this does.
         """
         with ExitStack() as stack:
+            # An autocast around both passes keeps the weights that it has cast, and would not cast others.
+            stack.callback(torch.clear_autocast_cache)
+            torch.clear_autocast_cache()
             for name, parameter in self.parameters.items():
                 exchange_(parameter, self.values[name])
                 stack.callback(exchange_, parameter, self.values[name])

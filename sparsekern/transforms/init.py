@@ -9,6 +9,7 @@ variance, which batch norm hides and residual networks with layer norm do not.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -41,6 +42,7 @@ def moments(activation: nn.Module, variance: float) -> tuple[float, float]:
     x = torch.linspace(-8, 8, GRID, dtype=torch.float64, device="cpu")
     density = torch.exp(-x.square() / 2)
     density /= density.sum()
+    activation = copy.deepcopy(activation).to("cpu", torch.float64)  # it may have parameters
     with torch.no_grad():
         y = activation(math.sqrt(variance) * x)
     mean, square = float((density * y).sum()), float((density * y.square()).sum())
@@ -70,7 +72,7 @@ def draw_(layer: BlockSparse, variance: float) -> None:
 def draw_as_paper_(layer: BlockSparse) -> None:
     """Draw Kaiming's normal values, ``2 / fan_out`` of the full shape, for the stored blocks."""
     grid = layer.grid
-    _draw(layer, torch.tensor(math.sqrt(2 / (grid.out_features * grid.taps)), dtype=torch.float64))
+    _draw(layer, torch.tensor(math.sqrt(2 / (grid.out_features * grid.taps)), dtype=torch.float64, device="cpu"))
 
 
 def _draw(layer: BlockSparse, std: Tensor) -> None:
@@ -100,5 +102,6 @@ def draw_bias_(layer: BlockSparse, dense: nn.Linear | nn.Conv2d) -> None:
         layer.bias.copy_(dense.bias)
         return
     bound = math.sqrt(3) * float(dense.bias.double().square().mean().sqrt())
-    drawn = torch.rand(layer.bias.shape, generator=generator_for(layer.seed, layer.name, "bias"), dtype=torch.float64)
+    generator = generator_for(layer.seed, layer.name, "bias")
+    drawn = torch.rand(layer.bias.shape, generator=generator, dtype=torch.float64, device="cpu")
     layer.bias.copy_((2 * drawn - 1) * bound)

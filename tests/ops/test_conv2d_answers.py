@@ -146,3 +146,13 @@ def test_where_the_lattice_would_see_padding_only_all_tokens_are_taken():
     shape = ConvShape(2, 2, (1, 1), stride=(4, 1), padding=(3, 3, 0, 0))  # one row of pixels: tokens at rows -3 and 1
     dy, x = torch.ones(1, 2, 2, 3), torch.ones(1, 2, 1, 3)
     assert spread(dy, x, shape, 1)[0] is dy
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 32), (32, 1), (1, 32), (4, 1)])
+@pytest.mark.parametrize("positions", [1, 2, 3, 5])
+def test_a_lattice_of_few_positions_in_a_tall_or_wide_image(height, width, positions):
+    """One or two positions an image: a column of the image's proportions would be longer than that."""
+    shape = ConvShape(1, 1, (3, 1), padding=(1, 1, 0, 0))
+    x = torch.ones(7, 1, height, width)
+    taken, most = spread(x, x, shape, 7 * positions)[0], min(positions, height * width)
+    assert taken.shape[0] == 7 and most / 2 < taken[0].numel() <= most

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
+from sparsekern.training import correction as module
 from sparsekern.training.correction import Correction
 from sparsekern.training.extra import ExtraCost
 from sparsekern.training.snapshot import Snapshot
@@ -61,3 +64,27 @@ def test_nothing_is_learnt_from_no_batch():
     _, correction = make()
     correction.commit()
     assert not correction.products.sums.any() and correction.variance.value() == 1
+
+
+def test_ranks_average_the_same_tensors_whatever_their_batches_used(monkeypatch):
+    """A part that took no part in this rank's batch may have done so in another's, which waits for an answer."""
+    monkeypatch.setattr(module, "parallel_modules", lambda model: [SimpleNamespace(require_backward_grad_sync=True)])
+    monkeypatch.setattr(module, "ranks", lambda group: 2)
+    asked: list[torch.Size] = []
+    monkeypatch.setattr(module, "sum_over_ranks", lambda t, group: asked.append(t.shape) or t)
+    model = nn.ModuleList([nn.Linear(2, 1, bias=False), nn.Linear(3, 1, bias=False)])
+    snapshot = Snapshot(model, None)
+    snapshot.take()
+    groups = {"0.weight": "", "1.weight": ""}
+    correction = Correction(model, snapshot, groups, learns=True, cost=ExtraCost(), process_group=None)
+    for part in (1, 0):
+
+        def closure(part: nn.Module = model[part]) -> torch.Tensor:
+            return part(torch.ones(1, part.in_features)).sum()
+
+        asked.clear()
+        model.zero_grad()
+        correction.subtract(closure, None)
+        closure().backward()
+        correction.note(None)
+        assert asked[1:] == [(1, 2), (1, 3)]

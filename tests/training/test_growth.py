@@ -96,3 +96,12 @@ def test_blocks_go_where_the_gradient_is(kind):
     assert first + second == 40 and first < 20 < second <= 26
     metrics = method.metrics()
     assert metrics["sparsity/1"] < metrics["sparsity/0"] and metrics["sparsity/global"] == 1 - 40 / 128
+
+
+def test_a_default_device_plays_no_part():
+    layers = {"a": layer(*A), "b": layer(*B)}
+    wanted = share_out(layers, STRENGTHS, OFFERS, 4)
+    with torch.device("meta"):
+        found = share_out(layers, STRENGTHS, OFFERS, 4)
+    for name in layers:
+        assert all(torch.equal(a, b) for a, b in zip(found[name], wanted[name], strict=True))

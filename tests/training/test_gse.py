@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import Grid, conv_grid, dense_block_norms, generator_for
@@ -232,3 +234,38 @@ class TestErrors:
     def test_options(self, options, text):
         with pytest.raises(ValueError, match=text):
             build(**options)
+
+
+def test_resumed_between_backwards_after_a_larger_subset():
+    """The probe is as wide as the largest subset so far; the run that goes on has seen none."""
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, sk.GSE]:
+        model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), 0.75, 8, seed=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, optimizer, sk.GSE(model, optimizer, update_every=2, with_replacement=True, drop_fraction=0.5)
+
+    def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: sk.GSE, x: torch.Tensor) -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sparse.step()
+
+    data = torch.randn(40, 8, 64, generator=generator_for(0))
+    first = build()
+    for at in range(39):
+        first[0](data[at]).square().mean().backward()
+        heard = first[2].state_dict()["heard"]
+        if heard and heard["0"][0].shape[0] > first[2].state_dict()["keys"]["0"].shape[0]:
+            break
+        go_on(*first[:3], data[at])
+    else:
+        raise AssertionError("no smaller subset came")
+    second = build()
+    saved = copy.deepcopy([part.state_dict() for part in first])
+    for part, state in zip(second, saved, strict=True):
+        part.load_state_dict(state)
+    second[0][0].values.grad, second[0][0].bias.grad = (p.grad.clone() for p in (first[0][0].values, first[0][0].bias))
+    for run in (first, second):
+        go_on(*run, data[39])
+    assert torch.equal(first[0][0].topology.keys(), second[0][0].topology.keys())
+    assert torch.equal(first[0][0].values, second[0][0].values)

@@ -62,3 +62,17 @@ def test_rows_of_batches():
         assert _rows(batch) == 5
     for batch in (torch.zeros(()), 7, [], "text"):
         assert _rows(batch) == 1
+
+
+def test_where_every_batch_overflows_the_mean_is_not_known():
+    """Not zero: the correction would be the whole gradient of the snapshot."""
+    model, snapshot, data, loss = parts()
+    scaler = torch.amp.GradScaler("cpu")
+    assert run(model, snapshot, [x * torch.inf for x in data], loss, scaler) == ([], [], [])
+    assert all(mean.isnan().all() for mean in snapshot.mean.values())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    agent = sk.AGENT(model, optimizer, estimate="gradients", gamma=1.0)
+    agent.refresh([x * torch.inf for x in data], loss, scaler=scaler)
+    agent.backward(lambda: loss(data[0]), scaler=scaler)
+    optimizer.step()
+    assert not agent.state_dict()["ready"] and not agent.state_dict()["products"].any()

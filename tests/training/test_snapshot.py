@@ -73,3 +73,20 @@ def test_half_precision_has_a_mean_in_float32():
     snapshot = Snapshot(nn.Linear(3, 2, dtype=torch.bfloat16), None)
     snapshot.take()
     assert snapshot.values["weight"].dtype == torch.bfloat16 and snapshot.mean["weight"].dtype == torch.float32
+
+
+def test_an_autocast_around_both_casts_the_weights_of_each():
+    """It keeps what it has cast, by the address of the weight, which is the same."""
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    snapshot = Snapshot(model, None)
+    snapshot.take()
+    with torch.no_grad():
+        model.weight.neg_()
+    with torch.autocast("cpu", torch.bfloat16):
+        new = model(x)
+        with snapshot.swapped():
+            old = model(x)
+        again = model(x)
+    with torch.autocast("cpu", torch.bfloat16), snapshot.swapped():
+        assert torch.equal(old, model(x))
+    assert torch.equal(new, again) and not torch.equal(new, old)

@@ -96,3 +96,21 @@ def test_biases():
 def test_an_unknown_init():
     with pytest.raises(ValueError, match="init is 'mup'; it must be one of variance, paper"):
         check_init("mup")
+
+
+def test_an_activation_with_parameters_stays_as_it_is():
+    """E prelu(z)^2 = v (1 + a^2) / 2."""
+    activation = nn.PReLU(init=0.5)
+    assert moments(activation, 2.0)[0] == pytest.approx(1.25, rel=1e-5)
+    assert activation.weight.dtype == torch.float32
+
+
+def test_a_default_device_does_not_change_the_draw():
+    layer, dense = sk.SparseLinear(16, 32, block_size=8, seed=0), nn.Linear(16, 16)
+    drawn = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            draw_as_paper_(layer)
+            draw_bias_(layer, dense)
+        drawn.append((layer.values.clone(), layer.bias.clone()))
+    assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
