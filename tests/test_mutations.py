@@ -139,8 +139,8 @@ def test_block_of_the_gradient_transposed(case: Case, mutate: Mutate) -> None:
 def mutate_index(mutate: Mutate, change: Callable[[Index, Topology], None]) -> None:
     """Let every index be built right and then changed."""
 
-    def rebuild_(healthy: Any, index: Index, topology: Topology) -> None:
-        healthy(index, topology)
+    def rebuild_(healthy: Any, index: Index, topology: Topology, **how: bool) -> None:
+        healthy(index, topology, **how)
         change(index, topology)
 
     mutate(index_module, "rebuild_", rebuild_)

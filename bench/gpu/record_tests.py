@@ -16,6 +16,13 @@ from bench.gpu.results import Row, read_rows, same_circumstances
 
 FILE, WITH = "RECORD_TESTS", "RECORD_TESTS_WITH"
 _seconds: dict[str, float] = {}
+_is_worker = False  # the environment does not say: a process that a worker starts inherits it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find out whether this process is a worker of pytest-xdist."""
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Write the row of a test that is over; with several workers only the process that collects reports writes."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if _is_worker:
         return
     _seconds[report.nodeid] = _seconds.get(report.nodeid, 0.0) + report.duration
     # A test is one call; what fails or is skipped before or after it has no passing call to report.

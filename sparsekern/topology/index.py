@@ -45,7 +45,7 @@ def build_index(topology: Topology, *, checked: bool = False, ascending: bool = 
     """
     row, col = (places.to(torch.int32).contiguous() for places in (topology.row, topology.col))
     topology = Topology(topology.grid, row, col)
-    if not checked:
+    if not checked and topology.slots:  # a layer has a slot, an index need not
         topology.validate()
     index = empty_index(topology)
     rebuild_(index, topology, ascending=ascending)
