@@ -1,4 +1,4 @@
-"""The README's Python runs, in order, as one program; its commands exist."""
+"""The Python of the README and of the pages under docs runs, each page as one program; links and commands exist."""
 
 from __future__ import annotations
 
@@ -17,24 +17,58 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_of(page: Path) -> list[str]:
+    """The Python of a page, block by block."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def run(page: Path) -> dict[str, Any]:
+    """What the Python of a page leaves behind."""
+    found: dict[str, Any] = {"__name__": "readme"}
+    for code in python_of(page):
+        exec(compile(code, page.name, "exec"), found)
+    return found
 
 
 @pytest.fixture(scope="module")
 def namespace() -> dict[str, Any]:
-    """What the README's Python leaves behind."""
-    found: dict[str, Any] = {"__name__": "readme"}
-    for code in BLOCKS:
-        exec(compile(code, "README.md", "exec"), found)
-    return found
+    return run(ROOT / "docs/methods.md")
 
 
-def test_the_code_runs(namespace):
-    assert len(BLOCKS) >= 3 and "sk" in namespace
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings, as GitHub writes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "methods.md"], ids=lambda page: page.name)
+def test_the_code_runs(page):
+    assert ("sk" in run(page)) == bool(python_of(page))
+
+
+def test_the_code_about_methods_runs(namespace):
+    assert len(python_of(ROOT / "docs/methods.md")) >= 3 and "agent" in namespace
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.is_file(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def test_every_page_is_linked_and_the_readme_short():
+    assert all(f"](docs/{page.name})" in README for page in PAGES[1:])
+    assert len(README.splitlines()) < 300
 
 
 def test_the_method_of_ones_own(namespace):
-    (code,) = (code for code in BLOCKS if "class StrongRows(Method)" in code)
+    (code,) = (code for code in python_of(ROOT / "docs/methods.md") if "class StrongRows(Method)" in code)
     assert len(code[: code.index("sparse = StrongRows")].splitlines()) <= 40
     kind = namespace["StrongRows"]
 
