@@ -8,7 +8,7 @@ from __future__ import annotations
 COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     # What typer reads.
     ("", ()),  # the help, not an error: see the test
-    ("trian", ("no such command 'trian'", "--help")),
+    ("trian", ("no such command 'trian'; did you mean 'train'? ", " --help")),
     ("train --epochs ten", ("--epochs is 'ten'", "it must be a whole number", "--help")),
     ("train --sparsity lots", ("--sparsity is 'lots'", "it must be a number", "--help")),
     ("train --width", ("--width",)),

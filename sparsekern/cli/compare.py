@@ -35,6 +35,7 @@ from sparsekern.cli.run_options import (
     option,
 )
 from sparsekern.cli.shell import CtrlC, error_console, explained
+from sparsekern.cli.table import thread_count
 from sparsekern.recipes.compare import PICTURE, PLAN, TABLE, compare, default_folder, plan_for
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.contestants import Contestant
@@ -150,7 +151,7 @@ def _notes(content: dict[str, Any]) -> str:
     spread = "one seed" if seeds == 1 else f"mean over {seeds} seeds ± standard deviation"
     return (
         f"accuracy  after the last epoch, {spread}; to dense: difference in points\n"
-        f"seconds   all steps of a training, on {environment['device']}, {environment['threads']} threads\n"
+        f"seconds   all steps of a training, on {environment['device']}, {thread_count(environment['threads'])}\n"
         "FLOPs     matrix products of a training, at stored elements; scores of updates included\n"
         "peak      weights, gradients, optimizer and activations at the highest moment of a step"
     )

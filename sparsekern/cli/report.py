@@ -11,7 +11,7 @@ import typer
 
 from sparsekern.cli.info import cpu_model
 from sparsekern.cli.shell import error_console, explained
-from sparsekern.cli.table import notes, result_cells
+from sparsekern.cli.table import notes, result_cells, thread_count
 from sparsekern.recipes.folder import write_text
 from sparsekern.recipes.page import page_of, results_so_far, values_of
 from sparsekern.recipes.per_layer import measure
@@ -89,4 +89,4 @@ def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str,
     device = torch.device(str(record.config.device))
     name = cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return account, sizes, f"measured for this page on {name}, {threads} thread{'s' * (threads > 1)}"
+    return account, sizes, f"measured for this page on {name}, {thread_count(threads)}"

@@ -48,6 +48,11 @@ def result_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", *networks, *([] if comparison is None else ["sparse against dense"])], rows
 
 
+def thread_count(threads: int) -> str:
+    """Return a number of threads in words, such as ``1 thread``."""
+    return f"{threads} thread{'s' * (threads != 1)}"
+
+
 def _accuracy(network: dict[str, Any]) -> str:
     accuracy = network["test_accuracy"]
     deviation = accuracy["standard_deviation"]
@@ -100,8 +105,8 @@ def notes(results: dict[str, Any]) -> str:
         lines[0] += "; gap ± standard error"
     lines[0] += f"; on {results['data']['test_images']:,} test images"
     lines.append(
-        f"time      forward, backward and optimizer on {environment['device']}, {environment['threads']} threads, "
-        f"{environment['kernels']} kernels"
+        f"time      forward, backward and optimizer on {environment['device']}, "
+        f"{thread_count(environment['threads'])}, {environment['kernels']} kernels"
     )
     ratio = results["comparison"]["time_sparse_over_dense"] if "comparison" in results else {"low": None}
     if ratio["low"] is not None:

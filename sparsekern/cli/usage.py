@@ -57,7 +57,9 @@ def sentence(error: Any, arguments: Sequence[str] = ()) -> str:
     if kind is not None and given:
         text = f"{names[0]} is {given[0]!r}; it must be {kind}"
     command = "sparsekern" if error.ctx is None else error.ctx.command_path
-    return f"{text[:1].lower()}{text[1:]}; {command} --help shows what there is"
+    text = text.replace(". Did you mean", "; did you mean")
+    text += "" if text.endswith("?") else ";"
+    return f"{text[:1].lower()}{text[1:]} {command} --help shows what there is"
 
 
 def _values(option: str, arguments: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from sparsekern.report.plots import COLOURS, Curves, draw_curves
+from sparsekern.report.plots import COLOURS, Curves, draw_curves, scale_by_factors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def curve_chart(
     axes = figure.subplots()
     draw_curves(axes, curves, what, legend=legend)
     if log and max(len(seed) for curve in curves for seed in curve.by_seed) > 1:
-        axes.set_yscale("log")
+        scale_by_factors(axes)
     return _svg(figure)
 
 

@@ -70,10 +70,23 @@ def draw_training(
     draw_curves(left, accuracy, "test accuracy (%)", legend="lower right")
     draw_curves(middle, loss, "training loss", legend="upper right")
     if max(len(curve) for network in loss for curve in network.by_seed) > 1:
-        middle.set_yscale("log")
+        scale_by_factors(middle)
     _draw_blocks(before, block_map, at_start=True)
     _draw_blocks(after, block_map, at_start=False)
     figure.savefig(path)
+
+
+def scale_by_factors(axes: Axes) -> None:
+    """Make the vertical scale logarithmic, with plain numbers (0.5, 2) in place of powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:.4g}" if super().__call__(x, pos) else ""  # it leaves out what would be too dense
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(Plain(minor_thresholds=(2, 0.4)))
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.4)))
 
 
 def draw_curves(
@@ -142,8 +155,13 @@ def _label_blocks(axes: Axes, block_map: BlockMap) -> None:
     if block_map.taps == (1, 1):
         axes.set_xlabel(f"input block (of {block_map.side} {unit})")
         axes.set_ylabel("output block")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # a single row has a single tick
+        for axis, blocks, others in (
+            (axes.xaxis, block_map.cols, block_map.rows),
+            (axes.yaxis, block_map.rows, block_map.cols),
+        ):
+            # A narrow side has room for fewer numbers; a single row has a single tick.
+            bins = max(1, min(9, round(12 * blocks / others)))
+            axis.set_major_locator(MaxNLocator(bins, integer=True, min_n_ticks=1))
         return
     kh, kw = block_map.taps
     gap = panel_gap(block_map.rows, block_map.cols // (kh * kw))

@@ -42,6 +42,11 @@ def shown(results, width=100):
     return console.file.getvalue()
 
 
+def test_one_thread_is_not_threads():
+    assert "on CPU, 2 threads, eager" in notes(RESULTS)
+    assert "on CPU, 1 thread, eager" in notes(RESULTS | {"environment": RESULTS["environment"] | {"threads": 1}})
+
+
 def test_a_slower_sparse_network_is_called_slower():
     text = shown(RESULTS)
     for cell in ("97.89 ± 0.21 %", "98.12 ± 0.16 %", "-0.23 ± 0.11 points", "288,522", "7.54x fewer", "4.4 MiB"):

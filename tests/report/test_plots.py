@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern.report.plots import BlockMap, Curves, draw_training
+from sparsekern.report.plots import BlockMap, Curves, draw_training, scale_by_factors
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -45,6 +45,21 @@ def test_the_picture_explains_itself(tmp_path):
         "grown since (1)",
     ):
         assert text in content
+
+
+def test_a_scale_of_factors_has_plain_numbers_that_do_not_crowd():
+    from matplotlib.figure import Figure
+
+    def labels(low, high):
+        figure = Figure()
+        axes = figure.subplots()
+        axes.plot([low, high])
+        scale_by_factors(axes)
+        figure.canvas.draw()
+        return [text.get_text() for text in axes.get_yticklabels(which="both") if text.get_text()]
+
+    assert {"1.6", "2"} <= set(labels(1.55, 2.3)) and {"0.001", "100"} <= set(labels(0.001, 100))
+    assert len(labels(0.001, 100)) < 10
 
 
 def test_a_long_name_takes_two_lines(tmp_path):
