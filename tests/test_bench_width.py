@@ -56,10 +56,13 @@ def test_what_would_take_long_is_left_out(monkeypatch):
     ]
 
 
-def test_a_rehearsal_of_the_masked_twin(tmp_path, capsys):
+def test_a_rehearsal_of_the_masked_twin(tmp_path, capsys, monkeypatch):
+    flushed: list[bool] = []  # the switch is of the whole process: other tests here need subnormal numbers
+    monkeypatch.setattr(torch, "set_flush_denormal", flushed.append)
     out = tmp_path / "masked.jsonl"
     arguments = ["--widths=64", "--blocks", "1", "16", "--sparsities=0.75", "--tokens=4", "--side=4", "--rounds=1"]
     masked.main([*arguments, "--out", str(out)])
+    assert flushed == [True]
     rows = lines(out)
     assert [row["block"] for row in rows] == [1, 16] and all(row["vs_masked"] > 0 for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == 2
