@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
@@ -82,6 +84,13 @@ def fill(place: Path) -> None:
     for name, data in (("run", load().describe()), ("moved", {"name": "elsewhere"}), ("cut-metrics", {})):
         create(place / name, config, data, {})
     (place / "cut-metrics" / "metrics.jsonl").write_text('{"netw\n{}\n')
+    create(place / "grid" / "set", config, {}, {})
+    (place / "grid" / "plan.json").write_text("{}")
+    save_file({"fc.weight": torch.ones(8, 8)}, place / "w.safetensors")
+    (place / "full.pt").mkdir()
+    create(place / "first-format", config, load().describe(), {})
+    text = (place / "first-format" / "config.json").read_text()
+    (place / "first-format" / "config.json").write_text(text.replace('"format_version": 3', '"format_version": 1'))
     for name, content in (("junk", "{"), ("newer", '{"format_version": 99}'), ("odd", '{"format_version": 3}')):
         (place / name).mkdir()
         (place / name / "config.json").write_text(content)

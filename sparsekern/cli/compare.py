@@ -36,9 +36,10 @@ from sparsekern.cli.run_options import (
 )
 from sparsekern.cli.shell import CtrlC, error_console, explained
 from sparsekern.cli.table import thread_count
-from sparsekern.recipes.compare import PICTURE, PLAN, TABLE, compare, default_folder, plan_for
+from sparsekern.recipes.compare import PICTURE, TABLE, compare, default_folder, is_finished, plan_for
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.contestants import Contestant
+from sparsekern.recipes.folder import PLAN
 from sparsekern.report.comparison import HEADINGS, table_cells
 from sparsekern.training import METHODS, PRESETS
 
@@ -121,6 +122,8 @@ def compare_methods(
             block_size or (),
             dense,
         )
+        if is_finished(plan, folder):
+            errors.print(f"{folder} is finished: nothing is left to train. This is what came out")
         content = compare(plan, folder, live)
     if as_json:
         typer.echo(json.dumps(content | {"folder": str(folder)}))

@@ -12,8 +12,12 @@ import typer
 from sparsekern.recipes.config import STOP
 from sparsekern.recipes.options import OPTIONS, Option
 from sparsekern.training import AGENT, METHODS
+from sparsekern.transforms import transform
 
 PANEL = "Options of methods"
+
+WRAPPERS: dict[str, Callable[..., Any]] = {"agent": AGENT, "transform": transform}
+"""What takes the options of a part, whose names begin with that of the part."""
 
 
 def takes_method_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -50,8 +54,8 @@ def _default(option: Option) -> str | bool:
     """Return the default that the constructors have, or False where it is no plain value."""
     if option.name == "stop":
         return f"{STOP:g}"
-    if option.part == "agent":
-        own = inspect.signature(AGENT).parameters.get(option.name.removeprefix("agent_"))
+    if option.part in WRAPPERS:
+        own = inspect.signature(WRAPPERS[option.part]).parameters.get(option.name.removeprefix(f"{option.part}_"))
         return False if own is None or own.default is None else str(own.default)
     defaults = {name: _of_constructor(option.name, name) for name in option.methods}
     plain = {name: str(value) for name, value in defaults.items() if value is not None}

@@ -80,6 +80,8 @@ def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str,
     if record.checkpoint is None:
         return None, None, ""
     try:
+        if "image_shape" not in record.data:
+            raise ValueError("the run is of a version that did not note the shape of its images")
         account, sizes = measure(record.config, record.data, record.checkpoint, timed=timed)
     except ValueError as error:
         record.missing.append(f"Sizes and times of the layers: {error}.")

@@ -37,7 +37,7 @@ from sparsekern.cli.run_options import (
 from sparsekern.cli.shell import CtrlC, error_console, explained
 from sparsekern.cli.table import notes, result_table
 from sparsekern.recipes import Config, resume, start
-from sparsekern.recipes.folder import CONFIG, PICTURE, default_folder, read_config
+from sparsekern.recipes.folder import CONFIG, PICTURE, RESULTS, default_folder, read_config
 from sparsekern.recipes.keeping import Keeping
 from sparsekern.training import METHODS, PRESETS
 
@@ -118,6 +118,8 @@ def train(
     ):
         if resume_ is not None:
             _check_agreement(resume_, values, out)
+            if (resume_ / RESULTS).is_file():
+                errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
             results = resume(resume_, live, **keeping)
         else:
             config = Config(**values)

@@ -13,14 +13,14 @@ from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.contestants import Contestant
 from sparsekern.recipes.cost import training_cost
 from sparsekern.recipes.data import Dataset, load
-from sparsekern.recipes.folder import CONFIG, RESULTS, is_new, read_config, read_json, write_json
+from sparsekern.recipes.folder import CONFIG, PLAN, RESULTS, is_new, read_config, read_json, write_json
 from sparsekern.recipes.lock import locked
 from sparsekern.recipes.run import Interrupted, Observer, check, resume, start
 from sparsekern.recipes.scores import score_rows
 from sparsekern.report.comparison import draw_comparison, markdown
 from sparsekern.training import METHODS
 
-PLAN, TABLE, PICTURE, COST = "plan.json", "comparison", "comparison.png", "cost.json"
+TABLE, PICTURE, COST = "comparison", "comparison.png", "cost.json"
 
 DENSE = "dense"
 """Name of the cell of the dense twin, which is the same for all methods, sparsities and blocks."""
@@ -102,7 +102,7 @@ class CompareObserver(Observer):
     """What a comparison tells while it goes on, beside what its runs tell."""
 
     def cell(self, name: str, config: Config, number: int, total: int) -> None:
-        """The run of a cell begins, or goes on; it is that many of all."""
+        """The run of a cell begins, or goes on; it is that many of all. Not called of one that is finished."""
 
 
 def default_folder(now: datetime) -> Path:
@@ -118,6 +118,8 @@ def read_plan(folder: Path) -> Plan | None:
     """
     if (folder / PLAN).is_file():
         return Plan.from_json(read_json(folder / PLAN)["plan"])
+    if folder.is_file():
+        raise ValueError(f"out is {folder}, which is a file; choose the name of a folder for --out")
     if folder.exists() and not is_new(folder, PLAN):
         raise ValueError(f"out is {folder}, which holds no comparison and is not empty; choose another --out")
     return None
@@ -199,7 +201,8 @@ def _train(
 ) -> dict[str, Any]:
     finished, failed = [], []
     for number, (name, config) in enumerate(cells.items()):
-        observer.cell(name, config, number, len(cells))
+        if not _is_finished(folder / name):
+            observer.cell(name, config, number, len(cells))
         try:
             _run(folder / name, config, data, observer)
         except Interrupted:
@@ -227,8 +230,17 @@ def _check(folder: Path, name: str, config: Config, data: Dataset) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
+def is_finished(plan: Plan, folder: Path) -> bool:
+    """Return whether all runs of a comparison are, so that nothing is left to train."""
+    return all(_is_finished(folder / name) for name in plan.cells())
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / COST).is_file()
+
+
 def _run(folder: Path, config: Config, data: Dataset, observer: Observer) -> None:
-    if (folder / COST).is_file():
+    if _is_finished(folder):
         return
     if (folder / CONFIG).is_file():
         resume(folder, observer)

@@ -100,10 +100,10 @@ class AGENT:
                 raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
         for name, value in (("batches", batches), ("every", every)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more, or None")
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
         if estimate == "losses" and (scope == "layer" or every is not None):
             what = "scope is 'layer'" if scope == "layer" else f"every is {every}"
-            raise ValueError(f"{what}, but the losses of batches give one c after a pass; use estimate='gradients'")
+            raise ValueError(f"{what}, but the losses of batches give one c after a pass; estimate must be gradients")
         self.model, self.optimizer, self.method = model, optimizer, method
         self.gamma, self.alpha, self.estimate, self.scope = gamma, alpha, estimate, scope
         self.batches, self.every = batches, every

@@ -69,7 +69,13 @@ def test_resuming_a_finished_run_prints_the_table_again(finished):
     folder, result = finished
     again = invoke("--resume", folder)
     assert (again.exit_code, again.stdout) == (0, result.stdout)
-    assert again.stderr == ""
+    assert again.stderr == f"{folder} is finished: nothing is left to train. This is what came out\n"
+
+
+def test_resuming_a_finished_run_checks_its_options_all_the_same(finished):
+    for option, rule in (("--keep=0", "keep is 0; it must be"), ("--save-every=x", "save_every is 'x'; it must be")):
+        result = invoke("--resume", finished[0], option)
+        assert result.exit_code == 2 and rule in result.stderr and result.stdout == ""
 
 
 def test_json_is_alone_on_stdout(finished):

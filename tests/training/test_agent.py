@@ -544,7 +544,7 @@ class TestErrors:
             ({"scope": "head"}, "scope is 'head'; it must be one of global, layer"),
             ({"batches": 0}, "batches is 0; it must be 1 or more"),
             ({"every": 0, "estimate": "gradients"}, "every is 0; it must be 1 or more"),
-            ({"every": 5}, "every is 5, but the losses of batches give one c after a pass; use estimate='gradients'"),
+            ({"every": 5}, "every is 5, but the losses of batches give one c after a pass; estimate must be gradients"),
             ({"scope": "layer"}, "scope is 'layer', but the losses"),
         ],
     )
@@ -593,6 +593,22 @@ class TestErrors:
         flops = agent.metrics()["extra_flops"]
         agent.backward(lambda: loss(batches()[0]))
         assert agent.metrics()["extra_flops"] == flops
+
+    def test_a_first_pass_that_fails_is_no_snapshot_to_compare_with(self):
+        model = make()
+        agent = sk.AGENT(model, sgd(model))
+        loss = loss_of(model)
+
+        def broken():
+            yield batches()[0]
+            raise OSError("the disk")
+
+        with pytest.raises(OSError, match="the disk"):
+            agent.refresh(broken(), loss)
+        agent.refresh(batches(), loss)
+        assert agent.metrics()["c"] == 0  # as in the first interval of a run without a failure
+        agent.refresh(batches(), loss)
+        assert agent.metrics()["c"] == pytest.approx(agent.alpha)  # the weights are those of the snapshot
 
     def test_a_state_of_something_else(self):
         model, other = make(), make(block=2)
