@@ -43,7 +43,7 @@ def report(
         account, sizes, where = _measured(record, timed=timed)
         results = results_so_far(record, sizes)
         table = None if results is None else result_cells(results)
-        words = [] if results is None else notes(results).split("\n")
+        words = [] if results is None else [": ".join(line.split(maxsplit=1)) for line in notes(results).split("\n")]
         text = render(page_of(record, results, table, words, account, where))
         try:
             write_text(page, text)

@@ -89,7 +89,7 @@ def _transformed(
     given = config.part("transform")
     if config.sparsity == 0:
         raise ValueError("sparsity is 0, which transform turns into the dense network: give one above 0")
-    room = {"max_gib": float(given["transform_max_gib"])} if "transform_max_gib" in given else {}
+    room: dict[str, Any] = {"max_gib": float(given["transform_max_gib"])} if "transform_max_gib" in given else {}
     try:
         return sk.transforms.transform(
             dense,

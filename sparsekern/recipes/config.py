@@ -154,9 +154,9 @@ class Config:
 
     @property
     def method_title(self) -> str:
-        """How blocks move, in words, such as "gse, distribution grabo"."""
-        given = (f"{name} {str(value).lower()}" for name, value in self.options.items())
-        return ", ".join((self.preset or self.method, *given))
+        """How blocks move, in words, such as "gse, distribution grabo"; without what is only recorded."""
+        given = {name: value for name, value in self.options.items() if OPTIONS[name].part != "record"}
+        return ", ".join((self.preset or self.method, *(_words(name, value) for name, value in given.items())))
 
     @property
     def network_title(self) -> str:
@@ -203,6 +203,14 @@ class Config:
             wrong = ", ".join(name if name.isidentifier() else repr(name) for name in sorted(names ^ values.keys()))
             raise ValueError(f"the configuration has other entries than this version of sparsekern knows: {wrong}")
         return cls(**values)
+
+
+def _words(name: str, value: Value) -> str:
+    """Return an option in words: "drop fraction 0.1"; one that is on by its name alone, one that is off with a no."""
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value}"
 
 
 def upgraded(values: Mapping[str, Any], version: int) -> dict[str, Any]:

@@ -40,7 +40,14 @@ def test_the_page_of_a_finished_run(finished):
     assert result.stdout == f"{page}: open it in a browser\n"
     text = page.read_text()
     assert text.startswith(MARK) and len(text) < 2_000_000
-    for words in ("Finished: 1 seed, 2 epochs each.", "hidden2", "time, ms", "test accuracy", "update 3"):
+    for words in (
+        "Finished: 1 seed, 2 epochs each.",
+        "hidden2",
+        "time, ms",
+        "test accuracy",
+        "update 3",
+        "<li>accuracy: after the last epoch",
+    ):
         assert words in text
     assert "cannot show" not in text
 

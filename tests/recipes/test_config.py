@@ -165,7 +165,9 @@ def test_options_by_who_takes_them():
 def test_the_title_of_the_method():
     assert Config().method_title == "set"
     assert Config(preset="gse-grabo", options={"scope": "layer"}).method_title == "gse-grabo, scope layer"
-    assert Config(method="rigl", options={"regrow": True}).method_title == "rigl, regrow true"
+    assert Config(method="rigl", options={"regrow": True}).method_title == "rigl, regrow"
+    assert Config(options={"drop_fraction": 0.1, "agent": False}).method_title == "set, drop fraction 0.1, no agent"
+    assert Config(options={"spectral": True, "agent": True}).method_title == "set, agent", "a record changes no method"
 
 
 OLD = {
