@@ -1,5 +1,5 @@
 """What a user does wrong ends in the exact exception and one sentence; on the command line in exit code 2 and nothing
-overwritten. The tables are in ``bad_input_cases.py`` and ``bad_commands.py``."""
+overwritten. The tables are in ``bad_layers.py``, ``bad_models.py`` and ``bad_commands.py``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from sparsekern.recipes import Config
 from sparsekern.recipes.data import load
 from sparsekern.recipes.folder import create
 from tests.bad_commands import COMMANDS
-from tests.bad_input_cases import Case, cases
+from tests.bad_input_parts import Case
+from tests.bad_layers import layer_cases
+from tests.bad_models import model_cases
 
-CASES = list(cases())
+CASES = [*layer_cases(), *model_cases()]
 
 
 def test_there_are_150_cases_and_no_name_is_twice():

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekern.training import METHODS
-from sparsekern.training.agent import ESTIMATES
-from sparsekern.training.agent import SCOPES as AGENT_SCOPES
+from sparsekern.training.agent_checks import ESTIMATES
+from sparsekern.training.agent_checks import SCOPES as AGENT_SCOPES
 from sparsekern.training.candidates import GROUPS
 from sparsekern.training.gse import DISTRIBUTIONS
 from sparsekern.training.probabilities import OPTIMIZERS
