@@ -93,6 +93,11 @@ def fill(place: Path) -> None:
     create(place / "first-format", config, load().describe(), {})
     text = (place / "first-format" / "config.json").read_text()
     (place / "first-format" / "config.json").write_text(text.replace('"format_version": 3', '"format_version": 1'))
+    create(place / "cut-results", config, load().describe(), {})
+    (place / "cut-results" / "results.json").write_text('{"format_version": 3, "config": {}}')
+    (place / "no-plan").mkdir()
+    (place / "no-plan" / "plan.json").write_text('{"format_version": 3}')
+    create(place / "odd-data", config, "digits", {})
     for name, content in (("junk", "{"), ("newer", '{"format_version": 99}'), ("odd", '{"format_version": 3}')):
         (place / name).mkdir()
         (place / name / "config.json").write_text(content)

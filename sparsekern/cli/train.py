@@ -79,9 +79,10 @@ def train(
     ):
         if resume_ is not None:
             _check_agreement(resume_, values, out)
-            if (resume_ / RESULTS).is_file():
-                errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
+            finished = (resume_ / RESULTS).is_file()
             results = resume(resume_, live, **keeping)
+            if finished:
+                errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
         else:
             config = Config(**values)
             folder = out or default_folder(config, datetime.now())

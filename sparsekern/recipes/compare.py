@@ -13,7 +13,7 @@ from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.contestants import Contestant
 from sparsekern.recipes.cost import training_cost
 from sparsekern.recipes.data import Dataset, load
-from sparsekern.recipes.folder import CONFIG, PLAN, RESULTS, is_new, read_config, read_json, write_json
+from sparsekern.recipes.folder import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json
 from sparsekern.recipes.lock import locked
 from sparsekern.recipes.run import Interrupted, Observer, check, resume, start
 from sparsekern.recipes.scores import score_rows
@@ -80,7 +80,7 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Plan:
+    def from_json(cls, values: Any) -> Plan:
         """Read what :meth:`to_json` returned.
 
         Raises:
@@ -117,7 +117,7 @@ def read_plan(folder: Path) -> Plan | None:
         ValueError: the folder holds something else, or the plan is damaged.
     """
     if (folder / PLAN).is_file():
-        return Plan.from_json(read_json(folder / PLAN)["plan"])
+        return Plan.from_json(read_json(folder / PLAN).get("plan"))
     if folder.is_file():
         raise ValueError(f"out is {folder}, which is a file; choose the name of a folder for --out")
     if folder.exists() and not is_new(folder, PLAN):
@@ -252,7 +252,7 @@ def _run(folder: Path, config: Config, data: Dataset, observer: Observer) -> Non
 
 def _write_table(plan: Plan, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Write the table of the cells that are finished, as JSON and as Markdown."""
-    results = {name: read_json(folder / name / RESULTS) for name in names}
+    results = {name: read_results(folder / name) for name in names}
     costs = {name: read_json(folder / name / COST)["cost"] for name in names}
     some = results[names[0]]
     content = {

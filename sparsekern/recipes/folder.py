@@ -66,9 +66,27 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     check_run("resume", folder)
     content = read_json(folder / CONFIG)
     try:
+        if not isinstance(content["data"], dict):
+            raise TypeError
         return Config.from_json(content["config"]), content["data"]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run; start a new run") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / CONFIG} cannot be used: {error}; use the version that wrote it, or start a new run"
+        ) from None
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the results of a finished run.
+
+    Raises:
+        ValueError: they are damaged, or of a newer format version.
+    """
+    content = read_json(folder / RESULTS)
+    if not all(isinstance(content.get(name), dict) for name in ("config", "data", "environment", "networks")):
+        raise ValueError(f"{folder / RESULTS} is damaged; delete it and resume the run, whose checkpoints make it anew")
+    return content
 
 
 def check_run(name: str, folder: Path, wanted: str = "the folder of a run") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsekern.recipes import checkpoint
 from sparsekern.recipes.config import Config
-from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, check_run, read_config, read_json
+from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, check_run, read_config, read_json, read_results
 
 NEEDED = {"network", "seed", "epoch", "test_accuracy", "loss", "ms_per_step"}
 """What a row must have to be shown."""
@@ -61,7 +61,7 @@ def read_record(folder: Path) -> Record:
     """
     check_run("run", folder)
     config, data = read_config(folder)
-    results = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else None
+    results = read_results(folder) if (folder / RESULTS).is_file() else None
     missing: list[str] = []
     rows = _read_rows(folder / METRICS, missing)
     if results is None:

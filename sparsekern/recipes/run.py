@@ -30,6 +30,7 @@ from sparsekern.recipes.folder import (
     read_config,
     read_json,
     read_keeping,
+    read_results,
     write_json,
 )
 from sparsekern.recipes.history import History
@@ -102,7 +103,7 @@ def resume(folder: Path, observer: Observer, **keeping: Any) -> dict[str, Any]:
     config, described = read_config(folder)
     kept = replace(read_keeping(folder), **keeping)
     if (folder / RESULTS).is_file():
-        return read_json(folder / RESULTS)
+        return read_results(folder)
     if (version := read_json(folder / CONFIG)["format_version"]) < RESUMED:
         raise ValueError(
             f"{folder} has format version {version}, of which this code reads unfinished runs but cannot go on with "
@@ -114,7 +115,7 @@ def resume(folder: Path, observer: Observer, **keeping: Any) -> dict[str, Any]:
     check(config, data)
     with locked(folder):
         if (folder / RESULTS).is_file():  # whoever held the lock before has finished
-            return read_json(folder / RESULTS)
+            return read_results(folder)
         return _train(config, data, folder, observer, kept)
 
 
@@ -151,7 +152,7 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keep
         draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
         draw_graphs(folder / SPECTRAL, results, rows)
     write_json(folder / RESULTS, results)  # last: it says that the run is finished
-    return read_json(folder / RESULTS)
+    return read_results(folder)
 
 
 class _Seed:

@@ -15,7 +15,7 @@ TITLES = {
 """Of the measures of :class:`sparsekern.analysis.Spectral`."""
 
 MEANINGS = {
-    "ramanujan_gap": "0 or more: as well connected as can be",
+    "ramanujan_gap": "0 or more: about as good as so few blocks allow",
     "weighted_gap": "larger: better connected, blocks weighed by size",
     "mean_ramanujan_gap": "the same, mean over block columns of equal degree",
     "mean_weighted_gap": "the same, mean over block columns of equal degree",

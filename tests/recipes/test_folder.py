@@ -75,7 +75,8 @@ def test_a_folder_without_a_run(tmp_path):
         ('{"format_version": "3"}', "has format version 3"),
         ('{"format_version": 3}', "not the configuration of a run"),
         ('{"format_version": 3, "config": [], "data": {}}', "not the configuration of a run"),
-        ('{"format_version": 3, "config": {"width": 0}, "data": {}}', "other entries"),
+        ('{"format_version": 3, "config": {"width": 0}, "data": {}}', "other entries.*or start a new run"),
+        ('{"format_version": 3, "config": {}, "data": "digits"}', "not the configuration of a run"),
     ],
 )
 def test_a_damaged_configuration_is_described(tmp_path, content, message):
