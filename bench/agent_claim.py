@@ -3,7 +3,8 @@
 A small MLP, all layers but the last sparse in blocks of 1x1 as in the paper, SET as host, SGD with momentum whose rate
 falls to a tenth at half and at three quarters of the training. Accuracy on the test set four times an epoch, with the
 FLOPs and the processor seconds of one thread that the training took so far: what AGENT adds is in both. A training that
-is in the file already is not repeated. ``--show`` prints the tables of a file, ``--plot`` draws it.
+is in the file already is not repeated. ``--show`` prints the tables of a file, ``--plot`` draws it. On a machine that
+others use as well, ``--untimed`` leaves the seconds out.
 
 Contestants: ``sgd``, the host alone; ``agent``, as the paper, with a pass over all batches an epoch; ``agent 5 %``,
 over a twentieth of them; ``agent gradients`` and ``agent gradients 5 %``, the same two with c from gradients and
@@ -163,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("data", nargs="?", help="an .npz file, such as Fashion-MNIST's")
     parser.add_argument("--out", type=Path, default=Path("bench/out/agent_claim.jsonl"))
     parser.add_argument("--show", action="store_true", help="train nothing")
+    parser.add_argument("--untimed", action="store_true", help="leave out the seconds: the machine is not ours alone")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.99])
@@ -182,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     if (name, sparsity, seed) in done:
                         continue
                     points = [_rounded(point) for point in Training(data, name, sparsity, seed, options).run()]
+                    if options.untimed:
+                        points = [{key: value for key, value in p.items() if key != "seconds"} for p in points]
                     settings = {key: getattr(options, key) for key in ("width", "images", "batch", "rate", "epochs")}
                     row = {"contestant": name, "sparsity": sparsity, "seed": seed, "data": data.name, **settings}
                     row |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "points": points}

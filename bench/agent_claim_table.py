@@ -11,15 +11,16 @@ AXES = {"epoch": "epochs", "flops": "FLOPs", "seconds": "seconds"}
 TARGETS = (0.80, 0.82, 0.84, 0.85, 0.86, 0.87, 0.875, 0.88, 0.885, 0.89)
 
 
-def reached(points: Sequence[dict[str, float]], target: float, axis: str) -> float | None:
-    """Return where on an axis an accuracy was first seen, or None."""
-    return next((point[axis] for point in points if point["accuracy"] >= target), None)
+def reached(points: Sequence[dict[str, float]], target: float) -> dict[str, float] | None:
+    """Return the point where an accuracy was first seen, or None."""
+    return next((point for point in points if point["accuracy"] >= target), None)
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """Return Markdown: by sparsity, the mean over seeds of what was needed for each accuracy, and how it ended.
 
-    An accuracy that not all seeds of a contestant reached is a dash; one that nobody reached is left out.
+    An accuracy that not all seeds of a contestant reached is a dash; one that nobody reached is left out. Means of
+    seconds are over the trainings that were timed; a dash if none was.
     """
     parts = []
     for sparsity in sorted({row["sparsity"] for row in rows}):
@@ -45,10 +46,15 @@ def _needed(rows: Iterable[dict[str, Any]], name: str, axis: str) -> list[float 
     curves = [row["points"] for row in rows if row["contestant"] == name]
     found = []
     for target in TARGETS:
-        values = [reached(points, target, axis) for points in curves]
-        there = [value for value in values if value is not None]
-        found.append(statistics.fmean(there) if len(there) == len(values) else None)
+        points = [reached(curve, target) for curve in curves]
+        found.append(None if None in points else _mean([point for point in points if point is not None], axis))
     return found
+
+
+def _mean(points: Iterable[dict[str, float]], axis: str) -> float | None:
+    """Return the mean of what the points hold on an axis, None if none holds any: see ``--untimed``."""
+    values = [point[axis] for point in points if axis in point]
+    return statistics.fmean(values) if values else None
 
 
 def _number(value: float | None, axis: str) -> str:
@@ -63,7 +69,7 @@ def _end(curves: Sequence[Sequence[dict[str, float]]]) -> list[str]:
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     best = statistics.fmean(100 * max(point["accuracy"] for point in points) for points in curves)
     cells = [str(len(curves)), f"{statistics.fmean(accuracies):.2f} ± {spread:.2f} %", f"{best:.2f} %"]
-    cells += [_number(statistics.fmean(point[axis] for point in last), axis) for axis in ("flops", "seconds")]
+    cells += [_number(_mean(last, axis), axis) for axis in ("flops", "seconds")]
     for key in ("c", "variance_ratio"):
         values = [point[key] for points in curves for point in points[len(points) // 2 :] if key in point]
         cells.append(f"{statistics.fmean(values):.3g}" if values else "")
@@ -87,18 +93,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(len(sparsities), len(AXES), figsize=(13, 4 * len(sparsities)), squeeze=False)
     for line, sparsity in zip(axes, sparsities, strict=True):
         for place, (axis, title) in zip(line, AXES.items(), strict=True):
+            best = 0.0
             for number, name in enumerate(names):
-                curves = [
-                    r["points"] for r in rows if r["sparsity"] == sparsity and r["contestant"] == name and r["points"]
-                ]
+                mine = [r["points"] for r in rows if r["sparsity"] == sparsity and r["contestant"] == name]
+                curves = [points for points in mine if points and axis in points[0]]
                 if not curves:
                     continue
                 steps = list(zip(*curves, strict=True))
                 x = [statistics.fmean(point[axis] for point in step) for step in steps]
                 y = [100 * statistics.fmean(point["accuracy"] for point in step) for step in steps]
+                best = max(best, *y)
                 place.plot(x, y, color=f"C{number}", lw=1.2, label=name, ls="-" if "agent" in name else "--")
-            end = max(y)
-            place.set_ylim(end - 12, end + 1)
+            place.set_ylim(best - 12, best + 1)
             place.set_xlabel(title)
             place.set_ylabel("test accuracy, %")
             place.set_title(f"{100 * sparsity:g} % sparse", fontsize=10)

@@ -12,7 +12,18 @@ import pytest
 import torch
 from sparsekern.kernels.gpu.launch import interpreted
 
-from bench.gpu import calls, contestants, micro, peers, race, race_conv2d, scene_conv2d, table, tune
+from bench.gpu import (
+    calls,
+    cases_conv2d,
+    contestants,
+    contestants_conv2d,
+    micro,
+    peers,
+    race,
+    scene_conv2d,
+    table,
+    tune,
+)
 from bench.gpu.clock import Clock
 from bench.gpu.goals import GOALS, break_even, verdict
 from bench.gpu.part import DeviceLost, Part
@@ -145,14 +156,17 @@ def test_a_wrong_answer_is_recorded_and_not_timed(part):
     assert rows[f"{CASE.key} | cublas"]["vs_dense"] == 1.0 and rows[CASE.key]["contestants"] == 1
 
 
+TUNED = [calls.calls(True)[1], *cases_conv2d.calls(True)]
+
+
 @needs_interpreter
-def test_the_tuner_writes_a_table_that_the_package_reads(part, monkeypatch):
+@pytest.mark.parametrize("case", TUNED, ids=lambda case: case.key)
+def test_the_tuner_writes_a_table_that_the_package_reads(part, monkeypatch, case):
     from sparsekern.kernels.gpu import tables
     from sparsekern.kernels.gpu.linear import FEW_TOKENS
 
     monkeypatch.setenv("SPARSEKERN_CACHE", str(part.out))
     monkeypatch.setattr(tune, "compile_side_by_side", lambda part: None)
-    case = calls.calls(True)[1]
     which = calls.problem_of(case, CPU, FEW_TOKENS)
     tune.tune_one(part, Clock(CPU), which, case)
     assert tables.read(which) is not None and tables.choose is calls.tables.choose
@@ -160,6 +174,33 @@ def test_the_tuner_writes_a_table_that_the_package_reads(part, monkeypatch):
     candidates = [row for row in part.results.rows if "predicted" in row]
     assert len(candidates) == 2 and all(row["ms"] > 0 for row in candidates)
     assert min(candidates, key=lambda row: row["ms"])["config"] == part.results.rows[-1]["chosen"]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("op", ["fwd", "dx", "dvalues", *NORMS])
+def test_a_strided_convolution_asks_for_the_problem_that_is_tuned(op):
+    """Seven rows and columns make four of y; the phases of dx have four, or three."""
+    case = scene_conv2d.Case(op, "fp16", 2, 7, 32, 64, 2, 16, 0.4)
+    asked = []
+
+    def note(which, launch):
+        asked.append(which)
+        raise StopIteration
+
+    with calls.choosing(note), pytest.raises(StopIteration):
+        calls.ours(calls.scene_of(case, CPU), op).run()
+    assert asked == [calls.problem_of(case, CPU, few_tokens=0)]
+
+
+def test_every_raced_convolution_is_tuned_and_the_headlines_of_both_layers_first():
+    def problems(cases):
+        return list(dict.fromkeys(calls.problem_of(case, CPU, few_tokens=16).key for case in cases))
+
+    halves, tuned = OPS[:3], problems(calls.calls(False))
+    raced = [case._replace(op=op) for case in cases_conv2d.cases() for op in halves if case.op in ("step", op)]
+    linear = [case._replace(op=op) for case in race.cases()[:8] for op in halves]
+    assert set(problems(raced)) <= set(tuned)
+    assert set(tuned[:36]) == {*problems(linear), *problems(raced[:12])}
 
 
 # The cases and the table.
@@ -218,9 +259,9 @@ def test_a_rehearsal_has_no_verdicts(tmp_path):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_dense_convolution_is_right_and_any_wrong_element_is_not(op, stride):
-    case = race_conv2d.rehearsal_cases()[0]._replace(op=op, stride=stride, dtype="fp16", size=5)
+    case = cases_conv2d.rehearsal_cases()[0]._replace(op=op, stride=stride, dtype="fp16", size=5)
     scene = scene_conv2d.make_scene(case, CPU)
-    dense, judge = race_conv2d.cudnn(scene, op), Judge(scene, op)
+    dense, judge = contestants_conv2d.cudnn(scene, op), Judge(scene, op)
     answer = dense.answer(dense.run())
     assert judge.wrong(answer, by_element=False) is None
     assert case.tokens == scene.dy.numel() // scene.dy.shape[1]
@@ -232,9 +273,9 @@ def test_the_dense_convolution_is_right_and_any_wrong_element_is_not(op, stride)
 
 @needs_interpreter
 def test_the_race_of_the_convolution_has_a_row_for_each_contestant(part):
-    case = race_conv2d.rehearsal_cases()[0]
+    case = cases_conv2d.rehearsal_cases()[0]
     race.run_case(
-        part, Clock(CPU), case, {"sparsekern": race_conv2d.sparsekern_gpu, "cudnn": race_conv2d.cudnn},
+        part, Clock(CPU), case, {"sparsekern": contestants_conv2d.sparsekern_gpu, "cudnn": contestants_conv2d.cudnn},
         scene_conv2d.make_scene,
     )  # fmt: skip
     rows = {row["contestant"]: row for row in part.results.rows if "ms" in row}
@@ -242,7 +283,7 @@ def test_the_race_of_the_convolution_has_a_row_for_each_contestant(part):
 
 
 def test_the_convolutions_are_those_that_were_asked_for_the_goals_first():
-    cases = race_conv2d.cases()
+    cases = cases_conv2d.cases()
     assert len(cases) == len({case.key for case in cases})
     assert [(c.in_channels, c.block, c.sparsity, c.op) for c in cases[:2]] == [
         (256, 64, 0.9, "step"),
@@ -254,7 +295,7 @@ def test_the_convolutions_are_those_that_were_asked_for_the_goals_first():
 
 @pytest.mark.parametrize(("speedup", "said"), [(3.5, "3.50x (must 3: reached)"), (2.5, "2.50x (must 3: MISSED)")])
 def test_the_table_judges_the_convolution(tmp_path, speedup, said):
-    case = race_conv2d.cases()[0]
+    case = cases_conv2d.cases()[0]
     row = case._asdict() | {"contestant": "sparsekern", "key": f"{case.key} | sparsekern", "ms": 1.0}
     (tmp_path / "conv2d.jsonl").write_text(json.dumps(row | {"vs_dense": speedup}))
     text = "\n".join(table.lines(tmp_path))

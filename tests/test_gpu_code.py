@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.code.cases import cases, sample, sampled_by
+from bench.code.cases import DTYPES, cases, sample, sampled_by
 from bench.code.rules import judge, narrowest, requirements, worse
 from bench.gpu_code import COLUMNS, main, read_table, updated, write_table
 
@@ -83,7 +83,7 @@ def test_sample_has_every_kernel_dtype_and_architecture_once() -> None:
     """Of a convolution every kernel and architecture, in several dtypes and blocks."""
     assert sorted({sampled_by(case) for case in cases([])}) == sorted(sampled_by(case) for case in sample([]))
     convolutions = [case for case in sample([]) if case.kernel.startswith("conv2d_")]
-    assert {case.dtype for case in convolutions} == {"bf16", "fp16", "fp32"}
+    assert {case.dtype for case in convolutions} == set(DTYPES)
     assert {case.bo for case in convolutions} == {16, 32, 64, 128}
 
 

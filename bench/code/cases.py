@@ -15,7 +15,7 @@ RECTANGLES = ((16, 64), (64, 16), (32, 128), (128, 32))
 DTYPES = ("bf16", "fp16", "fp32", "ieee")
 LINEAR = ("fwd", "dx", "dvalues", "few_fwd", "few_dx", "block_norms", "all_block_norms")
 CONV2D = ("conv2d_fwd", "conv2d_dx", "conv2d_dvalues", "conv2d_all_block_norms")
-IEEE = ("fwd", "dx", "dvalues")
+IEEE = ("fwd", "dx", "dvalues", "conv2d_fwd", "conv2d_dx", "conv2d_dvalues")
 """Kernels that are compiled for float32 without tensor cores, too."""
 STREAMS = ("sum_splits", "projection", "conv2d_projection", "conv2d_lists")
 """Kernels without a product."""

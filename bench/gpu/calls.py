@@ -10,16 +10,21 @@ from sparsekern.kernels.gpu import tables
 from sparsekern.kernels.gpu.config import Config, Problem, problem
 from sparsekern.kernels.gpu.launch import arch, dot_precision
 
-from bench.gpu.contestants import sparsekern_gpu
+from bench.gpu import cases_conv2d, contestants, contestants_conv2d, scene, scene_conv2d
 from bench.gpu.goals import AROUND_BREAK_EVEN, ORDER
-from bench.gpu.scene import DTYPES, NORMS, Case, Scene
+from bench.gpu.scene import DTYPES, NORMS, Case
 from sparsekern.topology import blocks_at
 
 Launch = Callable[[Config], object]
+AnyCase = Case | scene_conv2d.Case
+AnyScene = scene.Scene | scene_conv2d.Scene
 
 
-def calls(rehearsal: bool) -> list[Case]:
-    """Return one call per problem, most valuable first: what the race times first is tuned first."""
+def calls(rehearsal: bool) -> list[AnyCase]:
+    """Return the calls to tune, most valuable first: what the races time first is tuned first.
+
+    Where two are the same problem, the first one counts.
+    """
     if rehearsal:
         return [
             Case("fwd", "fp16", 64, 64, 128, 16, 0.5),
@@ -27,11 +32,15 @@ def calls(rehearsal: bool) -> list[Case]:
             Case("dvalues", "fp32", 64, 64, 128, 16, 0.5),
             Case("fwd", "fp32", 16, 64, 128, 16, 0.5),
             *(Case(op, "fp16", 64, 64, 128, 16, 0.5) for op in NORMS),
+            *cases_conv2d.calls(rehearsal),
         ]
+    convolutions = cases_conv2d.calls(rehearsal)
     return [
         *_calls("bf16", 8192, (0.9, 0.95)),
+        *convolutions[:12],  # those of the first four steps
         *(c for b, around in AROUND_BREAK_EVEN.items() for c in _calls("bf16", 8192, around, blocks=(b,))),
         *_calls("bf16", 16, (0.9, 0.95), ("fwd", "dx")),
+        *convolutions[12:],
         *_calls("bf16", 2048, (0.9, 0.95)),
         *_calls("bf16", 32768, (0.9, 0.95)),
         *_calls("fp32", 8192, (0.9, 0.95)),
@@ -53,8 +62,10 @@ def _calls(
             yield from (Case(op, dtype, tokens, 4096, 4096, block, sparsity) for op in ops)
 
 
-def problem_of(case: Case, device: torch.device, few_tokens: int) -> Problem:
+def problem_of(case: AnyCase, device: torch.device, few_tokens: int) -> Problem:
     """Return what a call's configuration is chosen by; ``few_tokens`` is where the decoding kernels end."""
+    if isinstance(case, scene_conv2d.Case):
+        return _problem_of_conv2d(case, device)
     cols, rows = case.in_features // case.block, case.out_features // case.block
     kernel = f"few_{case.op}" if case.op in ("fwd", "dx") and case.tokens <= few_tokens else case.op
     slots = rows * cols if case.op == "all_block_norms" else max(1, blocks_at(case.sparsity, rows * cols))
@@ -62,6 +73,32 @@ def problem_of(case: Case, device: torch.device, few_tokens: int) -> Problem:
     majors = cols if case.op == "dx" else rows
     block = (case.block, case.block)
     return problem(kernel, arch(device), dtype, dot_precision(dtype), block, case.tokens, slots, majors)
+
+
+def _problem_of_conv2d(case: scene_conv2d.Case, device: torch.device) -> Problem:
+    """Return what :mod:`sparsekern.kernels.gpu.conv2d` and ``conv2d_scores`` ask the tables for."""
+    shape, dtype, block = case.shape, DTYPES[case.dtype], (case.block, case.block)
+    rows, per_tap = shape.block_rows(case.block), shape.block_cols(case.block)
+    cells, tokens, majors = rows * shape.taps * per_tap, case.tokens, rows
+    slots = cells if case.op == "all_block_norms" else max(1, blocks_at(case.sparsity, cells))
+    if case.op == "dx":  # a phase of the stride at a time
+        phases, pixels = case.stride**2, (-(-case.size // case.stride)) ** 2
+        tokens, majors = case.images * pixels, phases * per_tap
+    return problem(f"conv2d_{case.op}", arch(device), dtype, dot_precision(dtype), block, tokens, slots, majors)
+
+
+def scene_of(case: AnyCase, device: torch.device) -> AnyScene:
+    """Draw the numbers of a call."""
+    if isinstance(case, scene_conv2d.Case):
+        return scene_conv2d.make_scene(case, device)
+    return scene.make_scene(case, device)
+
+
+def ours(of: AnyScene, op: str) -> contestants.Contestant:
+    """Return the package's kernels on these numbers."""
+    if isinstance(of, scene_conv2d.Scene):
+        return contestants_conv2d.sparsekern_gpu(of, op)
+    return contestants.sparsekern_gpu(of, op)
 
 
 @contextmanager
@@ -75,7 +112,7 @@ def choosing(choose: Callable[[Problem, Launch], Config]) -> Iterator[None]:
         tables.choose = before
 
 
-def call_with(scene: Scene, op: str, config: Config) -> object:
+def call_with(of: AnyScene, op: str, config: Config) -> object:
     """Do one call with a configuration and return what it gave."""
     with choosing(lambda which, launch: config):
-        return sparsekern_gpu(scene, op).run()
+        return ours(of, op).run()

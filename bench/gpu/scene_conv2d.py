@@ -13,7 +13,7 @@ from sparsekern.kernels.contract import ConvShape
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from bench.gpu.scene import DTYPES
+from bench.gpu.scene import DTYPES, NORMS
 from sparsekern.topology import Grid, Index, Topology, blocks_at, build_index, conv_grid, random
 
 
@@ -86,15 +86,21 @@ class Scene:
         """Return an answer in float64, its magnitude, and the most products that a sum of it has."""
         x, dy, weight = (t.double() for t in (self.x, self.dy, self.weight))
         exact, magnitude = (self._answer(name, *t) for t in ((x, dy, weight), (x.abs(), dy.abs(), weight.abs())))
-        most = dy.numel() // dy.shape[1] if name == "dvalues" else self.grid.out_features + self.grid.in_features
+        of_weight = name == "dvalues" or name in NORMS
+        most = dy.numel() // dy.shape[1] if of_weight else self.grid.out_features + self.grid.in_features
         return exact, magnitude, torch.tensor(float(most), dtype=torch.float64, device=x.device)
 
     def _answer(self, name: str, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
         if name == "y":
             return self.dense(x, weight)
-        x, weight = x.requires_grad_(name == "dx"), weight.requires_grad_(name == "dvalues")
+        x, weight = x.requires_grad_(name == "dx"), weight.requires_grad_(name != "dx")
         (gradient,) = torch.autograd.grad(self.dense(x, weight), x if name == "dx" else weight, dy)
-        return gradient if name == "dx" else self.blocks_of(gradient)
+        if name == "dx":
+            return gradient
+        if name == "all_block_norms":
+            return _cells(gradient.permute(0, 2, 3, 1), self.grid).norm(dim=(1, 3))
+        blocks = self.blocks_of(gradient)
+        return blocks.norm(dim=(1, 2)) if name == "block_norms" else blocks
 
 
 def _cells(matrix: Tensor, grid: Grid) -> Tensor:

@@ -128,7 +128,8 @@ def _tune(rows: list[Row]) -> str:
     guesses = {r["key"].removesuffix(first): r["ms"] for r in rows if r.get("key", "").endswith(first) and "ms" in r}
     lost = [guesses[row["key"]] / row["ms"] for row in problems if row["key"] in guesses]
     median = f", the first guess takes {statistics.median(lost):.2f}x of the fastest (median)" if lost else ""
-    return f"tuning: {len(problems)} problems{median}"
+    convolutions = sum(row["key"].startswith("conv2d_") for row in problems)
+    return f"tuning: {len(problems)} problems, {convolutions} of them of the convolution{median}"
 
 
 def _race(race: Race, rehearsal: bool, device: str) -> Iterator[str]:

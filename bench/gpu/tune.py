@@ -19,12 +19,12 @@ import torch
 from sparsekern.kernels.gpu import roofline, tables, tune
 from sparsekern.kernels.gpu.config import Config, Problem
 
-from bench.gpu.calls import Launch, call_with, calls, choosing, problem_of
+from bench.gpu.calls import AnyCase, Launch, call_with, calls, choosing, ours, problem_of, scene_of
 from bench.gpu.clock import Clock
-from bench.gpu.contestants import named, sparsekern_gpu
+from bench.gpu.contestants import named
 from bench.gpu.part import DeviceLost, Part, check_device, main, say_what_failed
 from bench.gpu.results import ROOT, Row, write_json
-from bench.gpu.scene import Case, Judge, make_scene
+from bench.gpu.scene import Judge
 
 COMPILING = 0.5
 """Share of the budget that compiling side by side may take."""
@@ -35,7 +35,7 @@ def run(part: Part) -> bool:
     from sparsekern.kernels.gpu.linear import FEW_TOKENS
 
     torch.set_float32_matmul_precision("high")
-    waiting: dict[str, tuple[Problem, Case]] = {}
+    waiting: dict[str, tuple[Problem, AnyCase]] = {}
     for case in calls(part.rehearsal):
         which = problem_of(case, part.device, FEW_TOKENS)
         if which.key not in waiting and not part.results.has(which.key):
@@ -79,9 +79,9 @@ def compile_side_by_side(part: Part) -> None:
             process.wait()
 
 
-def tune_one(part: Part, clock: Clock, which: Problem, case: Case) -> None:
+def tune_one(part: Part, clock: Clock, which: Problem, case: AnyCase) -> None:
     """Time the configurations of one problem, add a row for each and one for the problem, and write the fastest."""
-    scene = make_scene(case, part.device)
+    scene = scene_of(case, part.device)
     judge = Judge(scene, case.op)
     configs = roofline.candidates(which)[: 2 if part.rehearsal else None]
     rows: dict[Config, Row] = {}
@@ -117,7 +117,7 @@ def tune_one(part: Part, clock: Clock, which: Problem, case: Case) -> None:
     problem_row: Row = {"key": which.key, "call": case.key}
     if good:
         with choosing(lambda asked, launch: chosen.append(choose(asked, launch)) or chosen[-1]):
-            sparsekern_gpu(scene, case.op).run()
+            ours(scene, case.op).run()
         tables.write(which, chosen[0])
         if which.dtype == "bf16":
             tables.write(which._replace(dtype="fp16"), chosen[0])

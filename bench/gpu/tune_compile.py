@@ -13,10 +13,9 @@ import sys
 import torch
 from sparsekern.kernels.gpu import roofline
 
-from bench.gpu.calls import call_with, calls, problem_of
+from bench.gpu.calls import call_with, calls, problem_of, scene_of
 from bench.gpu.part import parser, prepare
 from bench.gpu.results import read_rows
-from bench.gpu.scene import make_scene
 
 
 def main() -> int:
@@ -38,7 +37,7 @@ def main() -> int:
     for case, config in jobs[given.share :: given.of][: 1 if given.rehearse else None]:
         try:
             if scene is None or last != case:
-                last, scene = case, make_scene(case, device)
+                last, scene = case, scene_of(case, device)
             call_with(scene, case.op, config)
         except Exception as error:
             print(f"compile: {case.key} {config}: {type(error).__name__}")

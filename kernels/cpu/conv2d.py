@@ -93,12 +93,20 @@ def _conv(
 ) -> Conv:
     """Describe a call; addresses are all that it holds, so the tensors must be kept until the call is over."""
     slots, bo, bi = values.shape
+    conv = conv_of(x, y, (bo, bi), shape)
+    conv.values, conv.bias = values.data_ptr(), None if bias is None else bias.data_ptr()
+    conv.order, conv.transposed = Order.of(*lists, slots), transposed
+    return conv
+
+
+def conv_of(x: Tensor, y: Tensor, block: tuple[int, int], shape: ConvShape) -> Conv:
+    """Describe a convolution without a weight; the tensors must be kept until the call is over."""
     return Conv(
         x.data_ptr(),
         y.data_ptr(),
-        values.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        Order.of(*lists, slots),
+        None,
+        None,
+        Order(),
         x.shape[0],
         shape.in_channels,
         shape.out_channels,
@@ -109,9 +117,8 @@ def _conv(
         Pair(*shape.stride),
         Pair(shape.padding[0], shape.padding[2]),
         Pair(*shape.dilation),
-        bo,
-        bi,
-        transposed,
+        *block,
+        False,
         DTYPES[x.dtype],
         threads(),
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import ConvShape
-from sparsekern.kernels.cpu.conv2d import conv2d_outer_blocks
-from sparsekern.kernels.cpu.scores import chunk_of, row_ptr_of
-from sparsekern.kernels.eager import conv2d_sketch
+from sparsekern.kernels.cpu.conv2d import conv2d_outer_blocks, conv_of
+from sparsekern.kernels.cpu.library import ConvSketch, call
+from sparsekern.kernels.cpu.linear import positive
+from sparsekern.kernels.cpu.scores import chunk_of, directions, in_tiles, row_ptr_of, tiles_of
 from sparsekern.kernels.eager.chunks import spans
 from torch import Tensor
 
@@ -33,6 +34,26 @@ def conv2d_all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], shape:
         cells = torch.arange(start, stop, device=x.device)
         norms[start:stop] = _norms(dy, x, (cells // cols).int(), (cells % cols).int(), block, shape)
     return norms.view(rows, cols)
+
+
+def conv2d_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], shape: ConvShape) -> Tensor:
+    """Return ``(r, R, C)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_sketch`.
+
+    As :func:`sparsekern.kernels.cpu.scores.sketch`: dy is read once, x once for each tap.
+    """
+    pairs, groups, rows, cols = (
+        u.shape[0],
+        shape.groups,
+        shape.block_rows(block[0]),
+        shape.taps * shape.block_cols(block[1]),
+    )
+    if not (pairs and dy.numel()):
+        return torch.zeros(pairs, groups * rows, cols, dtype=torch.float32, device=x.device)
+    dy, x, u, v = positive(dy), positive(x), directions(u), directions(v)
+    tiles = tiles_of(pairs, groups, rows, cols, x.device)
+    conv = conv_of(x, dy, block, shape)
+    call("sk_conv_sketch", ConvSketch(conv, u.data_ptr(), v.data_ptr(), tiles.data_ptr(), pairs))
+    return in_tiles(tiles, rows, cols)
 
 
 def _norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], shape: ConvShape) -> Tensor:

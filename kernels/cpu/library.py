@@ -107,6 +107,12 @@ class Outer(ctypes.Structure):
     )
 
 
+class SketchPlan(ctypes.Structure):
+    """``SketchPlan`` of ``csrc/api.h``."""
+
+    _fields_ = (("panel", ctypes.c_int64), ("floats", ctypes.c_int64))
+
+
 class Sketch(ctypes.Structure):
     """``Sketch`` of ``csrc/api.h``."""
 
@@ -120,7 +126,7 @@ class Sketch(ctypes.Structure):
         ("bo", ctypes.c_int32),
         ("bi", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("panel", ctypes.c_int64),
+        ("plan", SketchPlan),
         ("scratch", ctypes.c_void_p),
     )
 
@@ -165,6 +171,20 @@ class ConvGradients(ctypes.Structure):
     """``ConvGradients`` of ``csrc/conv.h``."""
 
     _fields_ = (("dx", Conv), ("dvalues", Conv))
+
+
+class ConvSketch(ctypes.Structure):
+    """``ConvSketch`` of ``csrc/conv.h``; what the library fills in itself is last."""
+
+    _fields_ = (
+        ("conv", Conv),
+        ("u", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("pairs", ctypes.c_int64),
+        ("plan", SketchPlan),
+        ("scratch", ctypes.c_void_p),
+    )
 
 
 @functools.cache

@@ -96,17 +96,27 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) 
     pairs, rows, cols = u.shape[0], -(-dy.shape[1] // block[0]), -(-x.shape[1] // block[1])
     if not (pairs and rows and cols and x.shape[0]):
         return torch.zeros(pairs, rows, cols, dtype=torch.float32, device=x.device)
-    dy, x, u, v = positive(dy), positive(x), _columns(u), _columns(v)
-    groups = -(-rows // GROUP), -(-cols // GROUP)
-    tiles = torch.empty(pairs, *groups, GROUP, GROUP, dtype=torch.float32, device=x.device)
+    dy, x, u, v = positive(dy), positive(x), directions(u), directions(v)
+    tiles = tiles_of(pairs, 1, rows, cols, x.device)
     call(
         "sk_sketch",
         Sketch(Matrix.of(dy), Matrix.of(x), u.data_ptr(), v.data_ptr(), tiles.data_ptr(), pairs, *block, threads()),
     )
-    whole = tiles.transpose(2, 3).reshape(pairs, groups[0] * GROUP, groups[1] * GROUP)
-    return whole[:, :rows, :cols].contiguous()
+    return in_tiles(tiles, rows, cols)
 
 
-def _columns(u: Tensor) -> Tensor:
+def directions(u: Tensor) -> Tensor:
     """Return ``(r, F)`` as ``(F, r)`` for the library, with zeros up to a whole number of groups of pairs."""
     return numbers(pad(u.float(), (0, 0, 0, -u.shape[0] % GROUP_PAIRS)).t())
+
+
+def tiles_of(pairs: int, groups: int, rows: int, cols: int, device: torch.device) -> Tensor:
+    """Return memory for the sketch of ``rows`` by ``cols`` blocks in each of ``groups``, as the library writes it."""
+    size = (pairs, groups, -(-rows // GROUP), -(-cols // GROUP), GROUP, GROUP)
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def in_tiles(tiles: Tensor, rows: int, cols: int) -> Tensor:
+    """Return the ``(r, groups * rows, cols)`` that these tiles hold."""
+    whole = tiles.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return whole[:, :, :rows, :cols].flatten(1, 2).contiguous()

@@ -164,12 +164,14 @@ def _all(problem: Problem) -> Iterator[Config]:
 
 
 def _multiply(problem: Problem, wide: int) -> Iterator[Config]:
+    # Without tensor cores the operands sit in registers too: other tiles spill somewhere. A convolution holds more.
+    tall = problem.kept >= (64 if problem.is_conv2d else 128)
     tma = device(problem.arch)["tma"] and not problem.is_conv2d and min(problem.bo, problem.bi) >= 64
     for tile_t in (32, 64, 128, 256):
         for tile_k in (wide, 2 * wide):
             for warps in (4, 8):
-                if problem.dtype == "ieee" and (tile_t, warps) != ((64, 8) if problem.kept == 128 else (32, 4)):
-                    continue  # without tensor cores the operands sit in registers too: others spill somewhere
+                if problem.dtype == "ieee" and (tile_t, warps) != ((64, 8) if tall else (32, 4)):
+                    continue
                 for stages in STAGES:
                     yield Multiply(tile_t, tile_k, 8, warps, stages)
                     if tma and tile_k <= problem.summed:
@@ -189,6 +191,8 @@ def _outer(problem: Problem, wide: int) -> Iterator[Config]:
     for tile_in, warps in shapes:
         if problem.dtype == "ieee" and not norm and tile_in * problem.bo > 32 * 32 * warps:
             continue  # spills, as in _multiply
+        if problem.dtype == "ieee" and problem.is_conv2d and tile_in * problem.bo < 128 * 16:
+            continue  # so does this one, on sm_80
         if tile_in >= problem.bi or not norm:
             yield from (Outer(tile_in, wide, warps, stages) for stages in STAGES)
 

@@ -50,9 +50,10 @@ def test_signed_sums_use_one_sign_a_token_for_both(dtype):
     sums = signed_sums(dy, x, *hashes(0))
     assert sums.dtype == (F64 if dtype == F64 else torch.float32)
     expected = torch.cat([signs.to(F64) @ dy.to(F64), signs.to(F64) @ x.to(F64)])
-    torch.testing.assert_close(sums.to(F64), expected, rtol=1e-2, atol=2e-2)
-    if dtype == F64:
-        torch.testing.assert_close(sums, expected)
+    # Six signed numbers summed in float32 and the sum rounded once to the dtype, as the design bounds a kernel's error.
+    magnitude = torch.cat([dy.to(F64).abs().sum(0), x.to(F64).abs().sum(0)])
+    bound = 8 * torch.finfo(sums.dtype).eps * magnitude + torch.finfo(dtype).eps * expected.abs()
+    assert ((sums.to(F64) - expected).abs() <= bound).all()
 
 
 def test_the_sign_of_a_token_does_not_depend_on_its_batch():

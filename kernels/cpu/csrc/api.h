@@ -68,6 +68,12 @@ struct Outer {
   char *scratch;
 };
 
+// Tokens whose projections are held at a time.
+struct SketchPlan {
+  int64_t panel;
+  int64_t floats;        // of scratch
+};
+
 // The sketch of dy' x: see sketch.h.
 struct Sketch {
   Matrix dy, x;
@@ -76,7 +82,7 @@ struct Sketch {
   int64_t pairs;
   int32_t bo, bi;
   int32_t threads;
-  int64_t panel;         // tokens whose projections are held at a time
+  SketchPlan plan;
   char *scratch;
 };
 
@@ -90,6 +96,7 @@ struct Backward {
 struct Convolve;
 struct ConvOuter;
 struct ConvBackward;
+struct ConvSketch;
 
 // What an instruction set offers.
 struct Kernels {
@@ -106,6 +113,7 @@ struct Kernels {
   void (*conv_outer)(const ConvOuter &);
   void (*conv_outer_elements)(const ConvOuter &);
   void (*conv_backward)(const ConvBackward &);
+  void (*conv_sketch)(const ConvSketch &);
 };
 
 // What it offers beside for inputs in bfloat16, with instructions of its own. None where the compiler lacks them. There is
@@ -136,8 +144,15 @@ constexpr int64_t GROUP = 32;           // block rows (columns) of a sketch that
 constexpr int64_t GROUP_PAIRS = 8;
 constexpr int64_t SKETCH_TOKENS = 256;  // at most so many are projected before they are multiplied; a multiple of 32
 
-inline int64_t sketch_groups(const Matrix &x, int64_t side) { return blocks_of(blocks_of(x.cols, side), GROUP); }
 inline int64_t sketch_floats(int64_t pairs) { return 128 * 32 + round_up(pairs, GROUP_PAIRS) * 2 * 16 * 16; }  // a thread
+
+// A panel for which the projections take 8 MiB, or the fewest tokens that are projected at a time. `groups`: of blocks.
+inline SketchPlan sketch_plan(int64_t groups, int64_t pairs, int64_t tokens, int threads) {
+  const int64_t wide = groups * GROUP * pairs, room = (int64_t(2) << 20) / wide / 32 * 32;
+  int64_t panel = room < 32 ? 32 : room > SKETCH_TOKENS ? SKETCH_TOKENS : room;
+  if (panel > tokens) panel = round_up(tokens, 32);
+  return {panel, panel * wide + threads * sketch_floats(pairs)};
+}
 
 constexpr int64_t NARROW = 16;       // up to so many tokens 1x1 needs no panels: elements_few.h
 

@@ -28,6 +28,16 @@ struct Conv {
 struct ConvGradients {
   Conv dx, dvalues;
 };
+
+// The sketch of the weight's gradient: see conv_sketch.h. y is dy; there is no order and there are no values.
+struct ConvSketch {
+  Conv conv;
+  const float *u, *v;    // (Cout, pairs) and (kh * kw * Cin / groups, pairs), pairs filled up to a multiple of GROUP_PAIRS
+  float *out;            // (pairs, groups, tiles of block rows, tiles of block columns, GROUP, GROUP)
+  int64_t pairs;
+  SketchPlan plan;       // the library fills in these two
+  char *scratch;
+};
 }
 
 // How a tensor (N, H, W, C), channels last, is packed. Pitches are in pixels.

@@ -79,6 +79,20 @@ int backward(const ConvGradients &c) {
   return 0;
 }
 
+int sketch(ConvSketch &m) {
+  Conv &c = m.conv;
+  const int64_t taps = c.kernel[0] * c.kernel[1], group_out = c.out_channels / c.groups, group_in = c.in_channels / c.groups;
+  const int64_t tokens = c.images * c.out_size[0] * c.out_size[1];
+  const int64_t groups = blocks_of(blocks_of(group_out, c.bo), GROUP) + blocks_of(taps * blocks_of(group_in, c.bi), GROUP);
+  c.threads = threads_for(2 * tokens * (c.out_channels + taps * c.in_channels) * round_up(m.pairs, GROUP_PAIRS), c.threads);
+  m.plan = sketch_plan(c.groups * groups, m.pairs, tokens, c.threads);
+  Scratch scratch(m.plan.floats * 4);
+  if (!scratch.memory) return 1;
+  m.scratch = scratch.memory;
+  kernels().conv_sketch(m);
+  return 0;
+}
+
 // What runs out of memory in its lists is told like what finds none for its scratch.
 template <class F> int guarded(F run) {
   try {
@@ -105,6 +119,8 @@ int sk_conv_outer(const Conv *c) {
 int sk_conv_backward(const ConvGradients *c) {
   return guarded([&] { return backward(*c); });
 }
+
+int sk_conv_sketch(ConvSketch *m) { return sketch(*m); }
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -248,13 +248,10 @@ int sk_outer(Outer *m) {
 }
 
 int sk_sketch(Sketch *m) {
-  const int64_t wide = (sketch_groups(m->dy, m->bo) + sketch_groups(m->x, m->bi)) * GROUP * m->pairs, tokens = m->x.rows;
-  m->threads = threads_for(2 * tokens * (m->dy.cols + m->x.cols) * round_up(m->pairs, GROUP_PAIRS), m->threads);
-  // A panel for which the projections take 8 MiB, or the fewest tokens that are projected at a time.
-  m->panel = (int64_t(2) << 20) / wide / 32 * 32;
-  m->panel = m->panel < 32 ? 32 : m->panel > SKETCH_TOKENS ? SKETCH_TOKENS : m->panel;
-  if (m->panel > tokens) m->panel = round_up(tokens, 32);
-  Scratch scratch((m->panel * wide + m->threads * sketch_floats(m->pairs)) * 4);
+  const int64_t groups = blocks_of(blocks_of(m->dy.cols, m->bo), GROUP) + blocks_of(blocks_of(m->x.cols, m->bi), GROUP);
+  m->threads = threads_for(2 * m->x.rows * (m->dy.cols + m->x.cols) * round_up(m->pairs, GROUP_PAIRS), m->threads);
+  m->plan = sketch_plan(groups, m->pairs, m->x.rows, m->threads);
+  Scratch scratch(m->plan.floats * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
   live.kernels->sketch(*m);

@@ -4,7 +4,8 @@
 //   out[q][r][c]     = sum over t of left[q][t][r] * right[q][t][c]
 //
 // dy and x are read once for all pairs: tokens are the lanes, and a block of them in registers meets every u. Projections
-// are kept as [pair][group][token][GROUP], a group being so many block rows; their product is then that of outer.h.
+// are kept as [pair][group][token][GROUP], a group being so many block rows; their product is then that of outer.h. A
+// convolution (conv_sketch.h) is the same with several taps and with groups of channels of its own.
 #pragma once
 #include "outer.h"
 
@@ -12,34 +13,44 @@ namespace {
 
 constexpr int64_t PROJECTED = 2 * VL;                 // tokens at a time
 constexpr int PAIRS = VL == 16 ? 8 : 4;               // u that share what was loaded; their accumulators fit the registers
-constexpr int64_t STRIP = 128;                        // features that are packed at a time
+constexpr int64_t STRIP_FEATURES = 128;               // that are packed at a time
 
-// One group of blocks of up to PROJECTED tokens from t0 on. `lanes` has STRIP * PROJECTED floats.
-void project(const Sketch &m, const Matrix &x, const float *u, int64_t side, int64_t t0, int64_t group, float *lanes,
-             float *aside, float *out, int64_t out_stride) {
+// The features that are projected: some taps with the same channels, in blocks cut inside each tap. A linear layer has one.
+struct Features {
+  int64_t taps, channels, side;
+  const float *u;  // (taps * channels, pairs filled up)
+
+  int64_t tap_blocks() const { return blocks_of(channels, side); }
+  int64_t blocks() const { return taps * tap_blocks(); }
+};
+
+// One group of blocks of up to PROJECTED tokens. `lanes` has STRIP_FEATURES * PROJECTED floats, into which
+// pack(tap, channel, count, lanes) writes some channels of these tokens.
+template <class Pack>
+void project(const Features &f, int64_t pairs, int64_t group, float *lanes, float *aside, float *out, int64_t out_stride,
+             const Pack &pack) {
   constexpr int64_t T = PROJECTED;
-  const int64_t blocks = blocks_of(x.cols, side), padded = round_up(m.pairs, GROUP_PAIRS), strip = STRIP / side;
-  const int64_t count = m.x.rows - t0 < T ? m.x.rows - t0 : T;
+  const int64_t blocks = f.blocks(), per_tap = f.tap_blocks(), padded = round_up(pairs, GROUP_PAIRS), strip = STRIP_FEATURES / f.side;
   for (int64_t b0 = group * GROUP, half = 0; half < GROUP; half += VL, b0 += VL) {
     const int64_t n = blocks - b0 < 0 ? 0 : blocks - b0 < VL ? blocks - b0 : VL;
-    for (int64_t b = 0; b < n; b++) {
-      const int64_t f = (b0 + b) * side, within = b % strip, width = x.cols - f < side ? x.cols - f : side;
-      if (within == 0) {
-        const int64_t wide = (n - b < strip ? n - b : strip) * side;
-        Matrix part = x;
-        part.data = (char *)part.data + f * part.col_stride * (part.dtype == FLOAT32 ? 4 : 2);
-        part.cols = x.cols - f < wide ? x.cols - f : wide;
-        pack_lanes<T>(part, t0, count, lanes);
+    for (int64_t b = 0, first = 0, packed = 0; b < n; b++) {
+      const int64_t tap = (b0 + b) / per_tap, block = (b0 + b) % per_tap, channel = block * f.side, left = f.channels - channel;
+      const int64_t width = left < f.side ? left : f.side;
+      if (b == packed) {
+        int64_t count = n - b < strip ? n - b : strip;
+        if (per_tap - block < count) count = per_tap - block;
+        pack(tap, channel, left < count * f.side ? left : count * f.side, lanes);
+        first = b, packed = b + count;
       }
-      const float *line = lanes + within * side * T;
-      for (int64_t q = 0; q < m.pairs; q += PAIRS) {
+      const float *line = lanes + (b - first) * f.side * T, *factors = f.u + (tap * f.channels + channel) * padded;
+      for (int64_t q = 0; q < pairs; q += PAIRS) {
         Vector acc[PAIRS][2] = {};
         for (int64_t i = 0; i < width; i++) {
-          const float *factor = u + (f + i) * padded + q;
-          const Vector first = load(line + i * T), second = load(line + i * T + VL);
+          const float *factor = factors + i * padded + q;
+          const Vector a = load(line + i * T), b = load(line + i * T + VL);
           UNROLL for (int p = 0; p < PAIRS; p++) {
             const Vector of = all(factor[p]);
-            acc[p][0] += of * first, acc[p][1] += of * second;
+            acc[p][0] += of * a, acc[p][1] += of * b;
           }
         }
         UNROLL for (int p = 0; p < PAIRS; p++) {
@@ -48,7 +59,7 @@ void project(const Sketch &m, const Matrix &x, const float *u, int64_t side, int
         }
       }
     }
-    for (int64_t q = 0; q < 2 * m.pairs; q++) {
+    for (int64_t q = 0; q < 2 * pairs; q++) {
       Vector a[VL];
       UNROLL for (int l = 0; l < VL; l++) a[l] = l < n ? load(aside + (q * VL + l) * VL) : Vector{};
       transpose(a);
@@ -57,35 +68,63 @@ void project(const Sketch &m, const Matrix &x, const float *u, int64_t side, int
   }
 }
 
-void sketch(const Sketch &m) {
-  const int64_t left_groups = sketch_groups(m.dy, m.bo), right_groups = sketch_groups(m.x, m.bi), piece = m.panel * GROUP;
-  const int64_t left_stride = left_groups * piece, right_stride = right_groups * piece;
-  float *left = (float *)m.scratch, *right = left + m.pairs * left_stride, *mine = right + m.pairs * right_stride;
-  const int threads = m.threads;
+// Adds the product of the projections of `count` tokens to a tile of the sketch; of its rows only those that are wanted,
+// up to a whole tile of outer.h.
+INLINE void add_projections(const float *left, const float *right, int64_t rows, int64_t count, float *out, bool add) {
+  for (int64_t o = 0; o < rows && o < GROUP; o += OUTER_ROWS)
+    for (int64_t i = 0; i < GROUP; i += 2 * VL)
+      outer_tile<2, OUTER_ROWS>(left + o, GROUP, right + i, GROUP, count, out + o * GROUP + i, add, right, 0);
+}
+
+// Of all tokens, a panel at a time; see sketch_plan() of api.h. pack_left and pack_right take the group (of a convolution),
+// the first token and how many, and what project() passes on.
+template <class PackLeft, class PackRight>
+void sketch_in_panels(const SketchPlan &p, const Features &left_of, const Features &right_of, int64_t groups, int64_t tokens,
+                      int64_t pairs, float *out, char *scratch, int threads, const PackLeft &pack_left, const PackRight &pack_right) {
+  const int64_t left_groups = blocks_of(left_of.blocks(), GROUP), right_groups = blocks_of(right_of.blocks(), GROUP);
+  const int64_t piece = p.panel * GROUP, left_stride = groups * left_groups * piece, right_stride = groups * right_groups * piece;
+  float *left = (float *)scratch, *right = left + pairs * left_stride, *mine = right + pairs * right_stride;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float *lanes = mine + thread_number() * sketch_floats(m.pairs), *aside = lanes + STRIP * PROJECTED;
-    for (int64_t t0 = 0; t0 < m.x.rows; t0 += m.panel) {
-      const int64_t count = m.x.rows - t0 < m.panel ? m.x.rows - t0 : m.panel, parts = blocks_of(count, PROJECTED);
+    float *lanes = mine + thread_number() * sketch_floats(pairs), *aside = lanes + STRIP_FEATURES * PROJECTED;
+    for (int64_t t0 = 0; t0 < tokens; t0 += p.panel) {
+      const int64_t count = tokens - t0 < p.panel ? tokens - t0 : p.panel, parts = blocks_of(count, PROJECTED);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < parts * (left_groups + right_groups); task++) {
-        const int64_t t = task % parts * PROJECTED, g = task / parts;
-        if (g < left_groups) {
-          project(m, m.dy, m.u, m.bo, t0 + t, g, lanes, aside, left + g * piece + t * GROUP, left_stride);
+      for (int64_t task = 0; task < parts * groups * (left_groups + right_groups); task++) {
+        const int64_t t = task % parts * PROJECTED, some = count - t < PROJECTED ? count - t : PROJECTED, q = task / parts;
+        if (q < groups * left_groups) {
+          const int64_t g = q / left_groups;
+          Features f = left_of;
+          f.u += g * f.channels * round_up(pairs, GROUP_PAIRS);
+          project(f, pairs, q % left_groups, lanes, aside, left + q * piece + t * GROUP, left_stride,
+                  [&](int64_t, int64_t channel, int64_t wide, float *to) { pack_left(g, t0 + t, some, channel, wide, to); });
         } else {
-          const int64_t h = g - left_groups;
-          project(m, m.x, m.v, m.bi, t0 + t, h, lanes, aside, right + h * piece + t * GROUP, right_stride);
+          const int64_t h = q - groups * left_groups, g = h / right_groups;
+          project(right_of, pairs, h % right_groups, lanes, aside, right + h * piece + t * GROUP, right_stride,
+                  [&](int64_t tap, int64_t channel, int64_t wide, float *to) { pack_right(g, t0 + t, some, tap, channel, wide, to); });
         }
       }
 #pragma omp for schedule(static)
-      for (int64_t task = 0; task < m.pairs * left_groups * right_groups; task++) {
-        const int64_t q = task / (left_groups * right_groups), r = task / right_groups % left_groups, c = task % right_groups;
-        const float *dy = left + q * left_stride + r * piece, *x = right + q * right_stride + c * piece;
-        outer_block<2, OUTER_ROWS>(dy, GROUP, x, GROUP, count, m.out + task * GROUP * GROUP, t0 > 0, x);
+      for (int64_t task = 0; task < pairs * groups * left_groups * right_groups; task++) {
+        const int64_t row = task / right_groups, q = row / (groups * left_groups), r = row % (groups * left_groups);
+        const int64_t c = r / left_groups * right_groups + task % right_groups;
+        add_projections(left + q * left_stride + r * piece, right + q * right_stride + c * piece,
+                        left_of.blocks() - r % left_groups * GROUP, count, out + task * GROUP * GROUP, t0 > 0);
       }
     }
   }
+}
+
+void sketch(const Sketch &m) {
+  sketch_in_panels(
+      m.plan, {1, m.dy.cols, m.bo, m.u}, {1, m.x.cols, m.bi, m.v}, 1, m.x.rows, m.pairs, m.out, m.scratch, m.threads,
+      [&](int64_t, int64_t first, int64_t count, int64_t channel, int64_t wide, float *lanes) {
+        pack_lanes<PROJECTED>(columns(m.dy, channel, wide), first, count, lanes);
+      },
+      [&](int64_t, int64_t first, int64_t count, int64_t, int64_t channel, int64_t wide, float *lanes) {
+        pack_lanes<PROJECTED>(columns(m.x, channel, wide), first, count, lanes);
+      });
 }
 
 }  // namespace
