@@ -33,6 +33,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "library.cpp": [],
     "conv_library.cpp": [],
+    "places.cpp": [],
     "openmp.cpp": [],
     "generic.cpp": [],
     "avx2.cpp": AVX2,

@@ -100,7 +100,7 @@ def test_a_wheel_holds_the_library_and_no_source_and_its_layers_run_on_it(source
 
     lines = (tmp_path / "calls").read_text().splitlines()
     flags = {Path(name).name: line for line in lines for name in line.split() if name.endswith(".cpp")}
-    baseline = {"library.cpp", "conv_library.cpp", "openmp.cpp", "generic.cpp"}
+    baseline = {"library.cpp", "conv_library.cpp", "places.cpp", "openmp.cpp", "generic.cpp"}
     assert set(flags) == baseline | {"avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"}
     for name, line in flags.items():
         assert "fast-math" not in line and "-O3" in line and "-fopenmp" in line

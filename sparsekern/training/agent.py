@@ -16,9 +16,9 @@ from sparsekern.training.base import Method, loss_of, stepped
 from sparsekern.training.correction import Correction
 from sparsekern.training.extra import ExtraCost
 from sparsekern.training.followers import OnMove
-from sparsekern.training.gradient import is_finite
 from sparsekern.training.passes import Randomness, perturbed
 from sparsekern.training.prepass import pass_over
+from sparsekern.training.scores import is_finite
 from sparsekern.training.snapshot import Snapshot
 from sparsekern.training.weighting import from_losses, smoothed
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparsekern.training.base import loss_of
 from sparsekern.training.distributed import ranks, sum_over_ranks
 from sparsekern.training.extra import ExtraCost
-from sparsekern.training.gradient import is_finite
 from sparsekern.training.passes import Randomness, extra_passes, scale_of, without_gradients
+from sparsekern.training.scores import is_finite
 from sparsekern.training.snapshot import Snapshot
 
 
