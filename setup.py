@@ -167,6 +167,12 @@ if bdist_wheel is not None:
             """Return the tag of the file name."""
             return "py3", "none", super().get_tag()[2]
 
+        def write_wheelfile(self, *arguments: object, **named: object) -> None:
+            """Write what is missing before all is packed; then take out what the builder's umask left in the modes."""
+            super().write_wheelfile(*arguments, **named)
+            for path in Path(self.bdist_dir).rglob("*"):
+                path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+
     commands["bdist_wheel"] = PlatformWheel
 
 setup(

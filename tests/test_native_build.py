@@ -167,6 +167,29 @@ def test_the_source_distribution_is_the_same_whenever_and_by_whomever_it_is_made
     assert f"{members[0].name}/kernels/cpu/csrc/api.h" in {member.name for member in members}
 
 
+def test_the_wheel_is_the_same_whenever_and_by_whomever_it_is_made(source):
+    made = []
+    for time, mask in ((10**9, 0o022), (1.5 * 10**9, 0o077)):
+        for path in source.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            os.utime(path, (time, time))
+        env = os.environ | NO_COMPILER | {"SOURCE_DATE_EPOCH": "1700000000"}
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "bdist_wheel"],
+            cwd=source,
+            env=env,
+            check=True,
+            capture_output=True,
+            umask=mask,
+        )
+        (wheel,) = (source / "dist").iterdir()
+        made.append(wheel.read_bytes())
+        for name in ("dist", "build", "sparsekern.egg-info"):
+            shutil.rmtree(source / name)
+
+    assert made[0] == made[1]
+
+
 def test_an_editable_install_without_a_compiler_leaves_no_older_library(source, tmp_path):
     """It might not fit the source any more."""
     (source / LIBRARY).write_bytes(b"old")

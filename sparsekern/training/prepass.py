@@ -54,8 +54,7 @@ def pass_over(
         ValueError: no batch came.
     """
     compare = snapshot.taken
-    if not compare:
-        snapshot.take()
+    snapshot.allocate()  # not taken before the pass is over: one that fails leaves nothing to compare with
     for mean in snapshot.mean.values():
         mean.zero_()
     noted: list[Tensor] = []  # of each batch (size, size * new, size * old)
