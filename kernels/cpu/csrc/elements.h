@@ -6,6 +6,7 @@
 // An entry reads some lines of the panel anywhere, so what is read should sit in the L1 cache: the features of x are cut
 // into chunks, and the entries are read in the order (strip of rows, chunk, row). A thread brings those of a few strips
 // into this order at a time, a piece, small enough to stay in its L2 cache while all panels go by.
+// A panel of so many features that it leaves the L2 cache is read once a strip: strips are long then.
 // A sum runs over ascending columns whatever the chunks, strips and panels are.
 #pragma once
 #include "arrange.h"

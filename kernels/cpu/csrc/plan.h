@@ -71,7 +71,9 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
   p.tokens = (int64_t(4) << 20) / features / p.lanes * p.lanes;
   if (p.tokens > round_up(tokens, p.lanes)) p.tokens = round_up(tokens, p.lanes);
   if (p.tokens < p.lanes) p.tokens = p.lanes;
-  p.strip = p.chunks == 1 ? 64 : 128;
+  // A panel that leaves the L2 cache is read once a strip: long strips, of which the part of y (or dy) fills a quarter.
+  const bool long_strips = tokens > NARROW && features * p.lanes > 2 * IN_L2;
+  p.strip = long_strips ? IN_L2 / p.lanes : p.chunks == 1 ? 64 : 128;
   while (p.strip > LINE && (mean * p.strip > IN_L2 || p.strip * 2 * threads > order.rows)) p.strip /= 2;
   p.strips = int64_t(IN_L2 / (mean * p.strip + 1));
   const int64_t share = order.rows / (p.strip * 4 * threads);  // of pieces, so that threads end together

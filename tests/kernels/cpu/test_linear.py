@@ -133,6 +133,19 @@ def test_elements_of_more_features_than_16_bits_count(threads: Callable[[int], N
     check_kernels(cpu, random_case(5, rows=many, cols=few, out_features=many, in_features=few, **sizes))
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(1100, 4200), (4200, 1100)])
+def test_elements_of_a_panel_that_leaves_the_cache(rows: int, cols: int, threads: Callable[[int], None]) -> None:
+    """Strips of 512 rows, and of 256 for two threads, with the same result."""
+    sizes = {"block": (1, 1), "blocks": 6000, "free": 1, "tokens": 70, "dtype": torch.float32}
+    case = random_case(6, rows=rows, cols=cols, out_features=rows, in_features=cols, **sizes)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        check_kernels(cpu, case)
+        results.append((fwd(case), dx(case), dvalues(case)))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("dy_layout", DY_LAYOUTS)
 @pytest.mark.parametrize("x_layout", X_LAYOUTS)
 def test_any_strides(x_layout: str, dy_layout: str) -> None:
