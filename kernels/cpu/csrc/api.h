@@ -122,6 +122,7 @@ struct HalfKernels {
   const char *name;
   void (*multiply)(const Multiply &);  // any number of tokens
   void (*outer)(const Outer &);
+  void (*convolve)(const Convolve &);
 };
 
 extern const Kernels generic_kernels;

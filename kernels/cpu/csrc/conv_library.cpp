@@ -5,10 +5,21 @@
 
 namespace {
 
+// Null: float32 tiles, of what is packed as float32.
+const HalfKernels *half_kernels_for(const Conv &c) { return c.dtype == BFLOAT16 ? half_kernels() : nullptr; }
+
 int multiply(const Conv &c) {
+  const HalfKernels *half = half_kernels_for(c);
   MultiplyPlan p;
-  plan_multiply(p, c, 0);
+  plan_multiply(p, c, 0, half != nullptr);
   Convolve &v = p.v;
+  if (half) {
+    Scratch scratch(4 * (round_up(v.used * c.bo * c.bi / 2, LINE) + v.threads * half_thread_floats(v.x)));
+    if (!scratch.memory) return 1;
+    v.scratch = (float *)scratch.memory;
+    half->convolve(v);
+    return 0;
+  }
   const int64_t transposed = c.transposed ? 0 : round_up(v.used * c.bo * c.bi, LINE);
   Scratch scratch(4 * (transposed + v.threads * (conv_floats(v.x) + ASIDE)));
   if (!scratch.memory) return 1;
@@ -19,7 +30,7 @@ int multiply(const Conv &c) {
 
 int multiply_elements(const Conv &c) {
   MultiplyPlan p;
-  plan_multiply(p, c, 0);
+  plan_multiply(p, c, 0, false);
   Convolve &v = p.v;
   const int64_t lanes = lanes_read(v.x, p.rows, p.cols, 128, v.in_turn);
   const RunsPlan plan(v.subgrids, v.channels, v.used, v.x.channels, c.groups, lanes);
@@ -67,6 +78,7 @@ bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
 
 int backward(const ConvGradients &c) {
   if (of_elements(c.dx)) return multiply_elements(c.dx) || outer_elements(c.dvalues);  // they pack differently
+  if (half_kernels_for(c.dx)) return multiply(c.dx) || outer(c.dvalues);
   ConvBackward b = {};
   MultiplyPlan dx;
   OuterPlan dvalues;

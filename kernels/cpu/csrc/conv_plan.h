@@ -46,7 +46,7 @@ void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel,
 Packing packing_of(const void *data, const Conv &c, const int64_t *size, int64_t channels, int64_t side) {
   Packing p = {};
   p.data = data, p.height = size[0], p.width = size[1], p.channels = channels, p.groups = c.groups, p.side = side;
-  p.dtype = c.dtype;
+  p.dtype = c.dtype, p.pieces = 1;
   return p;
 }
 
@@ -94,7 +94,7 @@ void forward_offsets(Lists &l, const Conv &c, Packing &p, const Axis &rows, cons
       const int64_t col = c.order.other[e];
       const Tap tap = taps[col / col_blocks];
       const int64_t block = r / row_blocks * col_blocks + col % col_blocks;
-      l.offset[e] = int32_t(tap.pixel + block * p.plane);
+      l.offset[e] = int32_t(tap.pixel + block * p.pieces * p.plane);
       l.wanted[tap.view * blocks + block] = 1;
     }
   }
@@ -121,7 +121,7 @@ void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const
             int64_t &e = next[column];
             for (; e < c.order.ptr[column + 1] && c.order.other[e] < (g + 1) * row_blocks; e++) {
               const int64_t row = c.order.other[e];
-              l.offset.push_back(int32_t(tap.pixel + row * p.plane));
+              l.offset.push_back(int32_t(tap.pixel + row * p.pieces * p.plane));
               l.slot.push_back(c.order.slot[e]);
               l.wanted[tap.view * blocks + row] = 1;
             }
@@ -144,8 +144,8 @@ struct MultiplyPlan {
   MultiplyPlan(const MultiplyPlan &) = delete;
 };
 
-// `beside`: floats that are packed with each row of a panel for another product.
-void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
+// `beside`: floats that are packed with each row of a panel for another product. `half`: for HalfKernels.
+void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
   const bool back = c.transposed, elements = c.bo == 1 && c.bi == 1;
   const int64_t used = c.order.ptr[c.order.rows], size = int64_t(c.bo) * c.bi;
   const auto axis = back ? backward_axis : forward_axis;
@@ -157,6 +157,7 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
   Convolve &v = p.v;
   v.threads = threads_for(2 * used * size * c.images * c.out_size[0] * c.out_size[1], c.threads);
   v.x = packing_of(back ? c.y : c.x, c, back ? c.out_size : c.in_size, back ? c.out_channels : c.in_channels, back ? c.bo : c.bi);
+  if (half && v.x.side > 32) v.x.pieces = v.x.side / 32;
   const int64_t *result = back ? c.in_size : c.out_size;
   v.y = back ? c.x : c.y, v.images = c.images, v.height = result[0], v.width = result[1];
   v.channels = back ? c.in_channels : c.out_channels, v.in = back ? c.bo : c.bi, v.out = back ? c.bi : c.bo;
@@ -165,7 +166,7 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
   v.first_row = rows.first, v.last_row = rows.last, v.first_col = cols.first;
 
   const int64_t width = cols.outputs() + cols.reach;
-  const int64_t row_floats = conv_blocks(v.x) * v.x.side * width * rows.base.size() * cols.base.size() + beside;
+  const int64_t row_floats = conv_blocks(v.x) * v.x.side * width * rows.base.size() * cols.base.size() / (half ? 2 : 1) + beside;
   const Panel panel = plan_panel(c.images, rows.outputs(), rows.reach, row_floats, used * size, v.threads,
                                  elements && !in_turn ? 1 : INT32_MAX);
   v.strip = panel.strip, v.images_at_once = panel.images, v.reach = rows.reach, v.in_turn = in_turn;
@@ -266,7 +267,7 @@ void plan_outer(OuterPlan &p, const Conv &c) {
 // Both gradients on the panels of dx. False where these do not hold all that dvalues reads of dy.
 bool plan_backward(ConvBackward &b, MultiplyPlan &dx, OuterPlan &dvalues, const Conv &for_dx, const Conv &for_dvalues) {
   begin_outer(dvalues, for_dvalues);
-  plan_multiply(dx, for_dx, row_floats_of_x(dvalues));
+  plan_multiply(dx, for_dx, row_floats_of_x(dvalues), false);
   Convolve &v = dx.v;
   ConvOuter &m = dvalues.m;
   b.dy_base = dx.rows.base[0];
