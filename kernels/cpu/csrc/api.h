@@ -123,6 +123,7 @@ struct HalfKernels {
   void (*multiply)(const Multiply &);  // any number of tokens
   void (*outer)(const Outer &);
   void (*convolve)(const Convolve &);
+  void (*conv_outer)(const ConvOuter &);
 };
 
 extern const Kernels generic_kernels;

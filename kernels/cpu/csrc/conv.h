@@ -1,9 +1,10 @@
 // What Python passes for a convolution, and the plan that conv_library.cpp makes of it for the kernels.
 //
-// A panel holds some images, or a strip of rows of one, packed as [block of channels][view][pixel][channel]: float32 with
-// zeros around it (bfloat16 for HalfKernels, blocks of 64 and 128 channels cut into 32). A view is the tensor with every step-th row and column. The pixels that a tap reads for a run of
-// outputs then follow each other, so that an entry of the index is one offset into the panel, whatever the stride, the
-// dilation and the padding, and the micro-kernels are those of the linear layer. There are two layouts:
+// A panel holds some images, or a strip of rows of one, packed as [block of channels][view][pixel][channel]: float32
+// with zeros around it (bfloat16 for HalfKernels, blocks of 64 and 128 channels cut into 32). A view is the tensor with
+// every step-th row and column. The pixels that a tap reads for a run of outputs then follow each other, so that an
+// entry of the index is one offset into the panel, whatever the stride, the dilation and the padding, and the micro-
+// kernels are those of the linear layer. There are two layouts:
 //
 //   by rows   a run is a row of outputs. One copy: a view for each phase of the stride, shifted by the tap.
 //   in turn   for short rows. A view for each column of the kernel holds the very columns that it reads, and the

@@ -1,6 +1,7 @@
 // The exported functions of the convolution: plan, lend scratch memory, dispatch. For the baseline.
 #include <new>
 
+#include "conv_plan_outer.h"
 #include "conv_runs.h"
 
 namespace {
@@ -50,6 +51,17 @@ int multiply_elements(const Conv &c) {
 }
 
 int outer(const Conv &c) {
+  if (const HalfKernels *half = half_kernels_for(c)) {
+    OuterPlan p;
+    if (plan_outer_half(p, c)) {
+      ConvOuter &m = p.m;
+      Scratch scratch(2 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
+      if (!scratch.memory) return 1;
+      m.scratch = (float *)scratch.memory;
+      half->conv_outer(m);
+      return 0;
+    }
+  }
   OuterPlan p;
   plan_outer(p, c);
   ConvOuter &m = p.m;
