@@ -33,6 +33,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "library.cpp": [],
     "conv_library.cpp": [],
+    "places.cpp": [],
     "openmp.cpp": [],
     "generic.cpp": [],
     "avx2.cpp": AVX2,
@@ -165,6 +166,12 @@ if bdist_wheel is not None:
         def get_tag(self) -> tuple[str, str, str]:
             """Return the tag of the file name."""
             return "py3", "none", super().get_tag()[2]
+
+        def write_wheelfile(self, *arguments: object, **named: object) -> None:
+            """Write what is missing before all is packed; then take out what the builder's umask left in the modes."""
+            super().write_wheelfile(*arguments, **named)
+            for path in Path(self.bdist_dir).rglob("*"):
+                path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
 
     commands["bdist_wheel"] = PlatformWheel
 

@@ -171,6 +171,9 @@ def sweep(library_file: Path, seeds: int) -> None:
                 run_linear(random_case(seed, **given), seed % 11 + 1, check=seed % len(LEVELS) == turn)
             for seed, given in enumerate(conv_cases(seeds // 4)):
                 run_conv(conv_case(seed, **given), seed % 9 + 1, check=seed % len(LEVELS) == turn)
+        for seed in range(turn, seeds, len(LEVELS)):  # the same on all of them
+            library.release_scratch()
+            run_places(seed)
         print(f"{name}: {calls} inputs", flush=True)
         total += calls
     print(f"{total} inputs, no report of the sanitizers")
@@ -197,6 +200,40 @@ def run_linear(case: Case, pairs: int, *, check: bool) -> None:
         cpu.dx(case.dy, case.values, index, grid.in_features)
         cpu.dvalues(case.dy, case.x, index, block, case.values.dtype)
         cpu.backward(case.dy, case.x, case.values, index)
+
+
+def run_places(seed: int) -> None:
+    """Call what works on lists of places, legal ones and others, and compare the results."""
+    import torch
+    from sparsekern.kernels.cpu import places
+    from sparsekern.kernels.eager import places as eager
+
+    from tests.kernels.eager.test_places import drawn, index_of
+
+    rows, cols, count = seed % 37 + 1, seed * 7 % 90 + 1, seed * 13 % 400
+    cells = rows * cols
+    keys, present = drawn(seed, count, cells), drawn(seed + 1, cells // 3, cells).unique()
+    for name in ("distinct", "first_occurrences"):
+        assert torch.equal(getattr(places, name)(keys, present, cells), getattr(eager, name)(keys, present, cells))
+    assert torch.equal(places.find(present, keys - 1, cells), eager.find(present, keys - 1, cells))
+    left_out = torch.arange(0, count, seed % 5 + 1)
+    assert torch.equal(places.leave_out_(keys.clone(), left_out), eager.leave_out_(keys.clone(), left_out))
+    row, col = places.places_of(torch.cat([present, keys[:1]]), cols)
+    assert places.are_legal(row, col, rows, cols) == eager.are_legal(row, col, rows, cols)
+    row, col, ascending = row[: present.shape[0]], col[: present.shape[0]], seed % 2 == 0
+    assert places.are_legal(row, col, rows, cols)
+    mine, theirs = (index_of(row.shape[0], rows, cols) for _ in range(2))
+    for kernels, index in ((places, mine), (eager, theirs)):
+        kernels.orders_(index, row, col, by_slot=False, ascending=ascending)
+    assert all(map(torch.equal, mine, theirs))
+    too_small = index_of(row.shape[0], max(1, rows - 1), cols)
+    places.orders_(too_small, row, col, by_slot=True, ascending=ascending)  # refuses, and asks the others
+    for name in ("lowest", "highest"):
+        scores = keys.float() / cells
+        assert torch.equal(getattr(places, name)(scores, count // 3), getattr(eager, name)(scores, count // 3))
+    edges = drawn(seed, seed % 50 + 1, 9).double().cumsum(0) + 1
+    queries = torch.linspace(0, 0.999, count, dtype=torch.float64) * edges[-1]
+    assert torch.equal(places.search(edges, queries), eager.search(edges, queries))
 
 
 def run_conv(case: ConvCase, pairs: int, *, check: bool) -> None:

@@ -1,5 +1,5 @@
 """What a user does wrong ends in the exact exception and one sentence; on the command line in exit code 2 and nothing
-overwritten. The tables are in ``bad_input_cases.py`` and ``bad_commands.py``."""
+overwritten. The tables are in ``bad_layers.py``, ``bad_models.py`` and ``bad_commands.py``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
@@ -21,9 +23,11 @@ from sparsekern.recipes import Config
 from sparsekern.recipes.data import load
 from sparsekern.recipes.folder import create
 from tests.bad_commands import COMMANDS
-from tests.bad_input_cases import Case, cases
+from tests.bad_input_parts import Case
+from tests.bad_layers import layer_cases
+from tests.bad_models import model_cases
 
-CASES = list(cases())
+CASES = [*layer_cases(), *model_cases()]
 
 
 def test_there_are_150_cases_and_no_name_is_twice():
@@ -82,6 +86,18 @@ def fill(place: Path) -> None:
     for name, data in (("run", load().describe()), ("moved", {"name": "elsewhere"}), ("cut-metrics", {})):
         create(place / name, config, data, {})
     (place / "cut-metrics" / "metrics.jsonl").write_text('{"netw\n{}\n')
+    create(place / "grid" / "set", config, {}, {})
+    (place / "grid" / "plan.json").write_text("{}")
+    save_file({"fc.weight": torch.ones(8, 8)}, place / "w.safetensors")
+    (place / "full.pt").mkdir()
+    create(place / "first-format", config, load().describe(), {})
+    text = (place / "first-format" / "config.json").read_text()
+    (place / "first-format" / "config.json").write_text(text.replace('"format_version": 3', '"format_version": 1'))
+    create(place / "cut-results", config, load().describe(), {})
+    (place / "cut-results" / "results.json").write_text('{"format_version": 3, "config": {}}')
+    (place / "no-plan").mkdir()
+    (place / "no-plan" / "plan.json").write_text('{"format_version": 3}')
+    create(place / "odd-data", config, "digits", {})
     for name, content in (("junk", "{"), ("newer", '{"format_version": 99}'), ("odd", '{"format_version": 3}')):
         (place / name).mkdir()
         (place / name / "config.json").write_text(content)

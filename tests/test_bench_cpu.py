@@ -1,61 +1,29 @@
-"""The race on a CPU: its cases, answers, ratios, goals, tables, and what it writes into the README."""
+"""The race on a CPU: its cases, contestants and answers, and how it runs."""
 
 from __future__ import annotations
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
-from bench import bench_linear, race, readme
+from bench import readme
 from bench.cpu import contestants, peers, run
-from bench.cpu.cases import LARGE, SMALL, WIDE, Case, cases, quick_cases
+from bench.cpu.cases import LARGE, WIDE, cases, quick_cases
 from bench.cpu.clock import Stopwatch
 from bench.cpu.contestants import DENSE, OURS
-from bench.cpu.goals import GOALS, findings
-from bench.cpu.results import COMMITTED, Race, case_of, circumstances, rows_of, write_rows
+from bench.cpu.goals import findings
+from bench.cpu.results import Race, case_of, circumstances, write_rows
 from bench.cpu.scene import MOVED, make_scene
-from bench.cpu.table import case_table, goal_table, losing, milliseconds, times
 from bench.gpu.clock import Timing
-from bench.gpu.contestants import SPARSE, Contestant
+from bench.gpu.contestants import Contestant
 from bench.gpu.peers import NotSupported
 from bench.gpu.results import read_rows
 from bench.gpu.scene import Judge
 from sparsekern.topology import random
+from tests.bench_rows import HEAD, TINY, made_up
 from tests.oracle import dense_weight, stored_blocks
-
-HEAD = Case("step", "fp32", *WIDE, 32, 0.9)
-TINY = Case("step", "fp32", 24, 64, 128, 16, 0.75)
-
-
-def made_up(case: Case = HEAD, **ms: float) -> list[dict]:
-    """Return the rows of a case in which each contestant took the milliseconds given for it."""
-    kinds = {"sparsekern": OURS, "SparseLinear": OURS, "avx2": OURS, "linear": DENSE, "onednn": DENSE}
-    names = {
-        "linear": "F.linear",
-        "onednn": "oneDNN",
-        "csr": "torch-csr",
-        "bsr": "torch-bsr",
-        "avx2": "sparsekern-avx2",
-    }
-    timings = {names.get(name, name): Timing([0.9 * t, t, 1.2 * t]) for name, t in ms.items()}
-    taking_part = {
-        names.get(name, name): Contestant(name, kinds.get(name, SPARSE), lambda: None, lambda _: {}) for name in ms
-    }
-    elements = round((1 - case.sparsity) * case.in_features * case.out_features)
-    common = {"device": "a processor", "path": "avx512", "torch": "2", "commit": "abc", "date": "2026-11-21"}
-    return [{**row, **common} for row in rows_of(case, elements, taking_part, timings)]
-
-
-def text_of(table) -> str:
-    console = Console(width=250)
-    with console.capture() as captured:
-        console.print(table)
-    return captured.get()
-
 
 # Cases.
 
@@ -276,180 +244,3 @@ def test_a_row_says_on_what_it_was_measured():
     here = circumstances()
     assert here["torch"] == torch.__version__ and here["device"] and here["path"] and len(here["date"]) == 10
     assert json.loads(json.dumps(here)) == here and {"commit", "python", "scipy", "sparsekern"} <= set(here)
-
-
-# Goals and tables.
-
-
-@pytest.mark.parametrize(("ours", "said"), [(2.0, "reached aim"), (2.4, "reached must"), (2.6, "MISSED")])
-def test_goals_are_judged(ours, said):
-    found = Race(made_up(sparsekern=ours, linear=50.0, onednn=20.0, SparseLinear=2 * ours))
-    judged = [f for f in findings(found) if f.measured is not None]
-    by_name = {(f.goal.what, f.goal.contestant): f for f in judged}
-    dense = by_name["best dense", "sparsekern"]
-    assert dense.measured == pytest.approx(20.0 / ours)
-    assert (dense.verdict, dense.must, dense.aim) == (said, 8, 9.5)
-    assert by_name["F.linear", "sparsekern"].measured == pytest.approx(50.0 / ours)
-    assert by_name["autograd / the kernels alone", "SparseLinear"].verdict == "MISSED"
-    others = [f for f in findings(found) if f.case != HEAD]
-    assert {f.verdict for f in others} == {"not measured"}
-    assert {id(f.goal) for f in findings(found)} == {id(goal) for goal in GOALS}
-
-
-def test_the_tables_show_losing_cells_and_missed_goals():
-    slow = HEAD._replace(sparsity=0.5)
-    found = Race(
-        made_up(sparsekern=2.0, SparseLinear=2.1, linear=20.0, onednn=19.0, csr=9.0)
-        + made_up(slow, sparsekern=20.0, linear=19.99, onednn=21.0, csr=90.0)
-    )
-    text = text_of(case_table(found))
-    winning, lost = (next(line for line in text.splitlines() if f" {s} " in line) for s in ("90%", "50%"))
-    assert "LOSES" in lost and "LOSES" not in winning and losing(found) == [slow]
-    assert "0.99" in lost and "1.00" not in lost  # never rounded up to a draw
-    assert "9.5" in winning and "4.5 torch-csr" in winning and "95%" in winning
-    goals = text_of(goal_table(found, "another processor"))
-    assert "MISSED 1 of 2" in goals and "50% 0.99/1.9!" in goals and "90% 9.5/8*" in goals
-    assert "they were set on an AMD EPYC" in goals and "set on" not in text_of(goal_table(found, "AMD EPYC 9"))
-
-
-def test_figures_as_text():
-    assert [times(r) for r in (None, 0.999, 0.5, 1.0, 9.94, 9.96, 28.4)] == [
-        "-",
-        "0.99",
-        "0.50",
-        "1.0",
-        "9.9",
-        "10",
-        "28",
-    ]
-    assert [milliseconds(t) for t in (0.0123, 1.234, 12.34, 99.96, 123.4)] == ["0.012", "1.23", "12.3", "100", "123"]
-
-
-# The command line.
-
-
-def test_the_options():
-    assert race.options(["--quick"]).quick and not race.options([]).quick
-    assert race.options(["--out", "a.jsonl"]).out == Path("a.jsonl")
-
-
-@pytest.mark.parametrize("argv", [["--show", "no such file"], ["--show", "README.md", "--quick"], ["--fast"]])
-def test_options_that_make_no_sense(argv, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        race.options(argv)
-    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
-
-
-def test_quick_runs_the_quick_cases_writes_them_and_shows_them(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("bench.cpu.cases.quick_cases", lambda: [TINY])
-    monkeypatch.setattr("bench.cpu.cases.cases", lambda cores: [])
-    monkeypatch.setattr(run, "SECONDS", 0.0)
-    out = tmp_path / "quick.jsonl"
-    assert race.main(["--quick", "--out", str(out)]) == 0
-    captured = capsys.readouterr()
-    assert "fwd+bwd fp32 24x64x128 b16" in captured.out and f"written: {out}" in captured.out
-    assert TINY.key in captured.err
-    assert {case_of(row) for row in read_rows(out)} == {TINY}
-    assert race.main(["--show", str(out)]) == 0 and "written" not in capsys.readouterr().out
-    assert race.main(["--out", str(tmp_path / "none.jsonl")]) == 0 and "nothing was measured" in capsys.readouterr().out
-
-
-def test_a_wrong_answer_fails_the_command(tmp_path, capsys):
-    rows = made_up(sparsekern=2.0, linear=4.0)
-    rows.append({**rows[0], "contestant": "liar", "refused": "y is off"})
-    del rows[-1]["ms"]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    assert race.main(["--show", str(tmp_path / "rows.jsonl")]) == 1
-    assert "liar refused: y is off" in capsys.readouterr().out
-
-
-def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
-    assert race.main(["--quick"]) == race.NEEDED and "pip install -e '.[bench]'" in capsys.readouterr().err
-
-
-# pytest-benchmark.
-
-
-class OneCall:
-    """What stands in for the fixture of pytest-benchmark."""
-
-    group = ""
-
-    def __call__(self, call) -> None:
-        assert torch.get_num_threads() == 1
-        call()
-
-
-def test_the_benchmarks_of_pytest_check_before_they_time(monkeypatch):
-    benchmark = OneCall()
-    bench_linear.test_linear(benchmark, TINY, "F.linear")
-    assert benchmark.group == TINY.key
-    assert {case for case, _ in bench_linear.CONTESTANTS} == set(quick_cases())
-
-    def liar(scene, op):
-        dense = contestants.f_linear(scene, op)
-        return Contestant("liar", DENSE, dense.run, lambda r: {k: -v for k, v in dense.answer(r).items()})
-
-    monkeypatch.setattr(bench_linear, "makers", lambda case: {"liar": liar})
-    with pytest.raises(AssertionError, match="of its norm"):
-        bench_linear.checked(TINY, "liar")
-    monkeypatch.undo()
-    with pytest.raises(pytest.skip.Exception, match="torch-csr"):
-        bench_linear.checked(TINY._replace(block=1), "torch-bsr")
-
-
-# The README.
-
-
-def test_the_readme_shows_the_committed_results(capsys):
-    assert readme.main(["--check"]) == 0, capsys.readouterr().err
-    assert {row["torch"] for row in read_rows(COMMITTED)}
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """Two files as options: results and a README."""
-    few = HEAD._replace(op="fwd", tokens=1)
-    rows = [
-        *made_up(sparsekern=2.0, SparseLinear=2.1, linear=20.0, onednn=19.0, csr=9.0),
-        *made_up(HEAD._replace(block=1), sparsekern=40.0, SparseLinear=41.0, linear=20.0, csr=30.0),
-        *made_up(few, sparsekern=0.02, linear=0.2, onednn=0.1),
-        *made_up(Case("step", "fp32", *SMALL, 32, 0.99), sparsekern=0.5, linear=10.0),
-    ]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    (tmp_path / "README.md").write_text(f"above\n{readme.BEGIN}\n(the last run)\n{readme.END}\nbelow\n")
-    return [
-        *("--results", str(tmp_path / "rows.jsonl"), "--conv-results", str(tmp_path / "conv.jsonl")),
-        *("--readme", str(tmp_path / "README.md")),
-    ]
-
-
-def test_the_readme_is_written_and_checked(files, tmp_path, capsys):
-    page = tmp_path / "README.md"
-    assert readme.main([*files, "--check"]) == 1 and "run: python -m bench.readme" in capsys.readouterr().err
-    assert "the last run" in page.read_text()  # --check writes nothing
-    assert readme.main(files) == 0 and readme.main([*files, "--check"]) == 0
-    text = page.read_text()
-    assert text.startswith("above\n") and text.endswith("below\n") and "the last run" not in text
-    assert "| 90 % | 2 | 2.1 | 19 | 10 | 9.5 | 4.5 |" in text
-    assert "| 90 % | 40 | 41 | 20 | **0.50** | **0.50** | **0.75** |" in text
-    assert "| 32x32, forward | 5.0 | - | - | - | - |" in text
-    assert "| 32x32, 128 x 1024 x 1024 | - | - | - | - | 20 |" in text and "2 threads" not in text
-    assert "In 1 of 4 measured cases another contestant is faster." in text
-    assert "a processor, avx512, PyTorch 2, 2026-11-21, commit abc" in text
-    page.write_text(text.replace("| 90 % | 2 |", "| 90 % | 1 |"))
-    assert readme.main([*files, "--check"]) == 1
-
-
-def test_a_readme_without_marks_or_results_of_two_machines_are_refused(files, tmp_path, capsys):
-    page, rows = tmp_path / "README.md", tmp_path / "rows.jsonl"
-    for text in ("nothing", readme.END + readme.BEGIN, f"{readme.BEGIN}{readme.END}{readme.BEGIN}"):
-        page.write_text(text)
-        assert readme.main(files) == 2 and "once each" in capsys.readouterr().err and page.read_text() == text
-    page.write_text(f"{readme.BEGIN}{readme.END}")
-    write_rows(rows, [*read_rows(rows), {**read_rows(rows)[0], "device": "another"}])
-    assert readme.main(files) == 2 and "2 machines" in capsys.readouterr().err
-    rows.unlink()
-    assert readme.main(files) == 2 and "no rows" in capsys.readouterr().err
-    assert readme.main(["--readme", str(tmp_path / "none.md")]) == 2

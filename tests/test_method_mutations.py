@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from sparsekern.kernels.eager import places
 
 import sparsekern as sk
 from sparsekern.ops import conv2d_answers, conv2d_marginals, marginals
@@ -22,6 +23,7 @@ from sparsekern.topology import absent, pairs
 from sparsekern.training import books, candidates, followers, growth, gse, masked, projection, sampling, scores
 from sparsekern.training.schedules import Schedule
 from tests import test_methods_conv2d as t_conv
+from tests.kernels.eager import test_places as t_places
 from tests.ops import test_conv2d_answers as t_answers
 from tests.ops import test_conv2d_marginals as t_conv_marginals
 from tests.ops import test_marginals as t_marginals
@@ -95,10 +97,10 @@ MUTATIONS: dict[str, Mutation] = {
         t_scores.test_protect_last_by_hand,
     ),
     "all near ties are chosen": (
-        scores._smallest,
+        places._smallest,
         "chosen = upper < last",
         "chosen = upper <= last",
-        partial(t_scores.test_lowest_of_many, "near ties", 700, torch.float32),
+        partial(t_places.test_lowest_of_many, "near ties", 700, torch.float32),
     ),
     "a choice grows the first places": (
         sk.training.GradientMethod.choose,
@@ -138,8 +140,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "GSE scores blocks that are there": (
         sk.GSE._draw,
-        "without(drawn.unique(), present.long())",
-        "drawn.unique()",
+        "distinct_absent(drawn, present, grid.cells)",
+        "distinct_absent(drawn, present[:0], grid.cells)",
         t_gse.test_with_replacement_the_wasted_draws_are_not_made_up_for,
     ),
     "GraBo draws by squares": (
@@ -162,26 +164,26 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "the joint distribution is not of rank one": (
         pairs.sample_pairs,
-        "return row * width + col",
-        "return row * width + (col + row) % width",
+        "torch.add(row * width, col, out=some)",
+        "torch.add(row * width, (col + row) % width, out=some)",
         t_pairs.test_the_joint_distribution_has_rank_one,
     ),
     "a draw in order keeps the first": (
-        absent.sample_ascending,
-        "sample_distinct(distinct.shape[0], spare, generator), False)",
-        "torch.arange(count, distinct.shape[0]), False)",
+        absent._sample_ascending,
+        "sample_distinct(keys.shape[0], spare, generator).sort().values",
+        "torch.arange(count, keys.shape[0])",
         partial(t_absent.test_every_ascending_number_and_pair_is_as_likely_as_any_other, 200, 30),
     ),
     "repeated draws are kept": (
-        absent.first_occurrences,
+        places.first_occurrences,
         "ordered[1:] != ordered[:-1]",
         "ordered[1:] >= ordered[:-1]",
-        t_pairs.test_as_many_as_the_weights_leave_within_reach,
+        t_places.test_first_occurrences_by_hand,
     ),
     "signs do not look at dy": (
         marginals.token_signs,
-        "(some < 0)",
-        "(some < -torch.inf)",
+        "(dy < 0)",
+        "(dy < -torch.inf)",
         partial(t_marginals.test_signs_are_fair_and_independent_in_pairs, True),
     ),
     "blocks are guided by absolute values": (
@@ -234,8 +236,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "free slots count as blocks": (
         books.Books.note,
-        "topology.blocks()",
-        "topology.slots",
+        "stored_blocks(layer.index)",
+        "layer.topology.slots",
         t_books.test_by_hand,
     ),
     "scores are divided by K": (

@@ -100,7 +100,7 @@ def test_a_wheel_holds_the_library_and_no_source_and_its_layers_run_on_it(source
 
     lines = (tmp_path / "calls").read_text().splitlines()
     flags = {Path(name).name: line for line in lines for name in line.split() if name.endswith(".cpp")}
-    baseline = {"library.cpp", "conv_library.cpp", "openmp.cpp", "generic.cpp"}
+    baseline = {"library.cpp", "conv_library.cpp", "places.cpp", "openmp.cpp", "generic.cpp"}
     assert set(flags) == baseline | {"avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"}
     for name, line in flags.items():
         assert "fast-math" not in line and "-O3" in line and "-fopenmp" in line
@@ -165,6 +165,29 @@ def test_the_source_distribution_is_the_same_whenever_and_by_whomever_it_is_made
         members = archive.getmembers()
     assert {(member.mtime, member.uid, member.uname) for member in members} == {(1700000000, 0, "")}
     assert f"{members[0].name}/kernels/cpu/csrc/api.h" in {member.name for member in members}
+
+
+def test_the_wheel_is_the_same_whenever_and_by_whomever_it_is_made(source):
+    made = []
+    for time, mask in ((10**9, 0o022), (1.5 * 10**9, 0o077)):
+        for path in source.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            os.utime(path, (time, time))
+        env = os.environ | NO_COMPILER | {"SOURCE_DATE_EPOCH": "1700000000"}
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "bdist_wheel"],
+            cwd=source,
+            env=env,
+            check=True,
+            capture_output=True,
+            umask=mask,
+        )
+        (wheel,) = (source / "dist").iterdir()
+        made.append(wheel.read_bytes())
+        for name in ("dist", "build", "sparsekern.egg-info"):
+            shutil.rmtree(source / name)
+
+    assert made[0] == made[1]
 
 
 def test_an_editable_install_without_a_compiler_leaves_no_older_library(source, tmp_path):

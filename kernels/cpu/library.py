@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 5
+ABI = 6
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

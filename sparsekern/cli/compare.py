@@ -13,32 +13,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from sparsekern.cli.expand import given, option
 from sparsekern.cli.live import Live
-from sparsekern.cli.run_options import (
-    Augment,
-    BatchSize,
-    Data,
-    Dense,
-    Device,
-    Epochs,
-    Json,
-    Quiet,
-    Rate,
-    Recipe,
-    Seeds,
-    UpdateEvery,
-    Width,
-    WidthMultiplier,
-    absolute,
-    given,
-    of_recipe,
-    option,
-)
+from sparsekern.cli.run_options import Json, Quiet, absolute, of_recipe, takes_run_options
 from sparsekern.cli.shell import CtrlC, error_console, explained
 from sparsekern.cli.table import thread_count
-from sparsekern.recipes.compare import PICTURE, PLAN, TABLE, compare, default_folder, plan_for
+from sparsekern.recipes.compare import PICTURE, TABLE, compare, default_folder, is_finished, plan_for
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.contestants import Contestant
+from sparsekern.recipes.folder import PLAN
 from sparsekern.report.comparison import HEADINGS, table_cells
 from sparsekern.training import METHODS, PRESETS
 
@@ -49,7 +32,9 @@ QUICK = {"seeds": 1, "epochs": 1}
 """What ``--quick`` says where nothing else is said."""
 
 
+@takes_run_options
 def compare_methods(
+    *,
     method: Annotated[
         list[str] | None,
         option(
@@ -66,18 +51,7 @@ def compare_methods(
     block_size: Annotated[
         list[int] | None, option("Side of the blocks. Repeat it for more.", of_recipe("block_size"))
     ] = None,
-    recipe: Recipe = None,
-    data: Data = None,
-    width: Width = None,
-    width_multiplier: WidthMultiplier = None,
-    augment: Augment = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    rate: Rate = None,
-    update_every: UpdateEvery = None,
-    seeds: Seeds = None,
-    device: Device = None,
-    dense: Dense = None,
+    values: dict[str, Any],
     quick: Annotated[bool, typer.Option("--quick", help="One seed and one epoch, unless others are given.")] = False,
     out: Annotated[
         Path | None, option("Folder of the comparison. If it holds one, that goes on.", "runs/<date-time>-compare")
@@ -91,19 +65,8 @@ def compare_methods(
     twin is trained once. Called again with the same --out, it goes on where it stopped and skips what is finished;
     methods, sparsities and block sizes may be added then.
     """
-    values = given(
-        recipe=recipe,
-        data=absolute(data),
-        width=width,
-        width_multiplier=width_multiplier,
-        augment=augment,
-        epochs=epochs,
-        batch_size=batch_size,
-        rate=rate,
-        update_every=update_every,
-        seeds=seeds,
-        device=device,
-    )
+    dense = values.pop("dense", None)
+    values |= given(data=absolute(values.get("data")))
     errors = error_console()
     folder = out or default_folder(datetime.now())
     with (
@@ -121,6 +84,8 @@ def compare_methods(
             block_size or (),
             dense,
         )
+        if is_finished(plan, folder):
+            errors.print(f"{folder} is finished: nothing is left to train. This is what came out")
         content = compare(plan, folder, live)
     if as_json:
         typer.echo(json.dumps(content | {"folder": str(folder)}))

@@ -89,7 +89,11 @@ def _check(
         raise ValueError(f"target is {target}; BSR tensors need a file of torch.save: let the name end in .pt")
     if target.suffix not in (".safetensors", *TORCH_NAMES):
         raise ValueError(f"target is {target}; the name must end in .safetensors, .pt or .pth")
-    if target.is_dir() or (target.exists() and not force):
+    if not target.parent.is_dir():
+        raise ValueError(f"target is {target}, whose folder does not exist; make the folder, or choose another name")
+    if target.is_dir():
+        raise ValueError(f"target is {target}, which is a folder; choose another name")
+    if target.exists() and not force:
         raise ValueError(f"target is {target}, which exists; choose another name, or --force")
 
 

@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from sparsekern.cli.expand import expanded
 from sparsekern.recipes.config import STOP
 from sparsekern.recipes.options import OPTIONS, Option
 from sparsekern.training import AGENT, METHODS
+from sparsekern.transforms import transform
 
 PANEL = "Options of methods"
 
+WRAPPERS: dict[str, Callable[..., Any]] = {"agent": AGENT, "transform": transform}
+"""What takes the options of a part, whose names begin with that of the part."""
+
 
 def takes_method_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every option of the table; it receives those that were given as one dictionary ``options``.
-
-    Typer reads a command's signature: what this returns has one in which the options stand in place of ``options``.
-    """
-    signature = inspect.signature(command, eval_str=True)
-    before = [parameter for parameter in signature.parameters.values() if parameter.name != "options"]
-    table = [_parameter(option) for option in OPTIONS.values()]
-
-    @functools.wraps(command)
-    def with_options(**given: Any) -> None:
-        values = {name: given.pop(name) for name in OPTIONS}
-        command(**given, options={name: value for name, value in values.items() if value is not None})
-
-    everything = [*before, *table]
-    with_options.__signature__ = signature.replace(parameters=everything)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in everything}
-    return with_options
+    """Give a command every option of the table; it receives those that were given as one dictionary ``options``."""
+    return expanded(command, "options", {option.name: _annotation(option) for option in OPTIONS.values()})
 
 
-def _parameter(option: Option) -> inspect.Parameter:
+def _annotation(option: Option) -> Any:
     text = f"{option.text} [{option.owners}]"
     if option.choices:
         text = f"{option.text.removesuffix('.')}: {', '.join(option.choices)}. [{option.owners}]"
     shown = typer.Option(help=text.replace("[", r"\["), show_default=_default(option), rich_help_panel=PANEL)
-    return inspect.Parameter(
-        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[option.kind | None, shown]
-    )
+    return Annotated[option.kind | None, shown]
 
 
 def _default(option: Option) -> str | bool:
     """Return the default that the constructors have, or False where it is no plain value."""
     if option.name == "stop":
         return f"{STOP:g}"
-    if option.part == "agent":
-        own = inspect.signature(AGENT).parameters.get(option.name.removeprefix("agent_"))
+    if option.part in WRAPPERS:
+        own = inspect.signature(WRAPPERS[option.part]).parameters.get(option.name.removeprefix(f"{option.part}_"))
         return False if own is None or own.default is None else str(own.default)
     defaults = {name: _of_constructor(option.name, name) for name in option.methods}
     plain = {name: str(value) for name, value in defaults.items() if value is not None}

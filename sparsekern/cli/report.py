@@ -43,7 +43,7 @@ def report(
         account, sizes, where = _measured(record, timed=timed)
         results = results_so_far(record, sizes)
         table = None if results is None else result_cells(results)
-        words = [] if results is None else notes(results).split("\n")
+        words = [] if results is None else [": ".join(line.split(maxsplit=1)) for line in notes(results).split("\n")]
         text = render(page_of(record, results, table, words, account, where))
         try:
             write_text(page, text)
@@ -80,6 +80,8 @@ def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str,
     if record.checkpoint is None:
         return None, None, ""
     try:
+        if "image_shape" not in record.data:
+            raise ValueError("the run is of a version that did not note the shape of its images")
         account, sizes = measure(record.config, record.data, record.checkpoint, timed=timed)
     except ValueError as error:
         record.missing.append(f"Sizes and times of the layers: {error}.")

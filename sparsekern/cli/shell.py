@@ -68,24 +68,26 @@ def stopped(saved: bool) -> str:
 class CtrlC:
     """Turns the first Ctrl-C into a request, which the loop reads between two steps; a second one ends at once.
 
-    A KeyboardInterrupt in the middle of a step would leave weights and optimizer state of different steps.
+    A KeyboardInterrupt in the middle of a step would leave weights and optimizer state of different steps. SIGTERM,
+    which batch systems send some time before they kill, is such a request too.
     """
 
     def __init__(self) -> None:
         self._asked = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def asked(self) -> bool:
         """Return whether Ctrl-C was pressed."""
         return self._asked
 
     def __enter__(self) -> CtrlC:
-        self._previous = signal.signal(signal.SIGINT, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

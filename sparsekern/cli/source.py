@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsekern.recipes import checkpoint
-from sparsekern.recipes.folder import CONFIG
+from sparsekern.recipes.folder import CONFIG, check_run
+
+WAYS = "a file of weights, a checkpoint folder or a run folder"
 
 
 def weights_file(path: Path, network: str, seed: int) -> Path:
@@ -15,7 +17,7 @@ def weights_file(path: Path, network: str, seed: int) -> Path:
         ValueError: there is none.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give a file of weights, a checkpoint folder or a run folder")
+        raise ValueError(f"{path} does not exist; give {WAYS}")
     if path.is_file():
         return path
     folder: Path | None = path
@@ -24,6 +26,8 @@ def weights_file(path: Path, network: str, seed: int) -> Path:
         if folder is None:
             seeds = ", ".join(str(number) for number in saved_seeds(path)) or "none"
             raise ValueError(f"seed is {seed}, which has no checkpoint in {path}; those that have one: {seeds}")
+    elif not any(path.glob("*.safetensors")):
+        check_run("the source", path, WAYS)
     assert folder is not None
     file = folder / f"{network}.safetensors"
     if not file.is_file():

@@ -11,55 +11,28 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sparsekern.cli.expand import given, option
 from sparsekern.cli.listing import recipe_table, recipe_values
 from sparsekern.cli.live import Live
 from sparsekern.cli.method_options import takes_method_options
-from sparsekern.cli.run_options import (
-    MLP,
-    Augment,
-    BatchSize,
-    Data,
-    Dense,
-    Device,
-    Epochs,
-    Quiet,
-    Rate,
-    Recipe,
-    Seeds,
-    UpdateEvery,
-    Width,
-    WidthMultiplier,
-    absolute,
-    given,
-    of_recipe,
-    option,
-)
+from sparsekern.cli.run_options import MLP, Quiet, absolute, of_recipe, takes_run_options
 from sparsekern.cli.shell import CtrlC, error_console, explained
 from sparsekern.cli.table import notes, result_table
 from sparsekern.recipes import Config, resume, start
-from sparsekern.recipes.folder import CONFIG, PICTURE, default_folder, read_config
+from sparsekern.recipes.folder import CONFIG, PICTURE, RESULTS, SPECTRAL, default_folder, read_config
 from sparsekern.recipes.keeping import Keeping
 from sparsekern.training import METHODS, PRESETS
 
 
 @takes_method_options
+@takes_run_options
 def train(
-    recipe: Recipe = None,
-    data: Data = None,
+    *,
     sparsity: Annotated[float | None, option("Fraction of the hidden weights that is absent.", MLP.sparsity)] = None,
     block_size: Annotated[int | None, option("Side of the blocks.", of_recipe("block_size"))] = None,
     method: Annotated[str | None, option(f"How blocks move: {', '.join(METHODS)}.", MLP.method)] = None,
     preset: Annotated[str | None, option(f"A publication's method and options: {', '.join(PRESETS)}.", "none")] = None,
-    width: Width = None,
-    width_multiplier: WidthMultiplier = None,
-    augment: Augment = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    rate: Rate = None,
-    update_every: UpdateEvery = None,
-    seeds: Seeds = None,
-    device: Device = None,
-    dense: Dense = None,
+    values: dict[str, Any],
     sparse: Annotated[bool | None, option("Train the sparse network.", "sparse", "--sparse/--no-sparse")] = None,
     out: Annotated[
         Path | None, option("Folder for everything the run writes.", "runs/<date-time>-<method>-<sparsity>")
@@ -78,7 +51,6 @@ def train(
     list_: Annotated[bool, typer.Option("--list", help="Show the recipes and where they come from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the list, as JSON.")] = False,
     quiet: Quiet = False,
-    *,
     options: dict[str, Any],
 ) -> None:
     """Train a block-sparse network and its dense twin side by side, and compare them.
@@ -88,24 +60,13 @@ def train(
     if list_:
         _show_recipes(as_json=as_json)
         return
-    values = given(
-        recipe=recipe,
-        data=absolute(data),
+    values |= given(
+        data=absolute(values.get("data")),
         sparsity=sparsity,
         block_size=block_size,
         method=method,
         preset=preset,
         options=options or None,
-        width=width,
-        width_multiplier=width_multiplier,
-        augment=augment,
-        epochs=epochs,
-        batch_size=batch_size,
-        rate=rate,
-        update_every=update_every,
-        seeds=seeds,
-        device=device,
-        dense=dense,
         sparse=sparse,
     )
     keeping = given(save_every=save_every, keep=keep)
@@ -118,7 +79,10 @@ def train(
     ):
         if resume_ is not None:
             _check_agreement(resume_, values, out)
+            finished = (resume_ / RESULTS).is_file()
             results = resume(resume_, live, **keeping)
+            if finished:
+                errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
         else:
             config = Config(**values)
             folder = out or default_folder(config, datetime.now())
@@ -129,8 +93,9 @@ def train(
     else:
         Console().print(result_table(results))
         typer.echo(notes(results))
-        picture = f", and the picture {folder / PICTURE}" if results["config"]["sparse"] else ""
-        typer.echo(f"{folder}: config, metrics, checkpoints{picture}")
+        drawn = [str(folder / name) for name in (PICTURE, SPECTRAL) if (folder / name).is_file()]
+        pictures = f", and the picture{'s' * (len(drawn) > 1)} {' and '.join(drawn)}" if drawn else ""
+        typer.echo(f"{folder}: config, metrics, checkpoints{pictures}")
 
 
 def _show_recipes(*, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
@@ -39,6 +40,9 @@ class PlainErrors(TyperGroup):
         return code
 
 
+CHOICE = re.compile("'([^']*)' is not one of (.*)")
+"""What typer says of a text that is none of those there are: the text, and those in quotes."""
+
 KINDS = {"integer": "a whole number", "number": "a number", "float": "a number"}
 """What the words of typer, older and newer, are called here."""
 
@@ -54,8 +58,11 @@ def sentence(error: Any, arguments: Sequence[str] = ()) -> str:
     kind = next((kind for word, kind in KINDS.items() if word in text), None)
     names = error.param.opts if getattr(error, "param", None) is not None else []
     given = [value for name in names for value in _values(name, arguments)]
+    if names and (choice := CHOICE.search(text)) is not None:
+        kind, given = "one of " + choice[2].replace("'", ""), [choice[1]]
     if kind is not None and given:
         text = f"{names[0]} is {given[0]!r}; it must be {kind}"
+    text = text.replace(". Choose from:", ", which is one of")
     command = "sparsekern" if error.ctx is None else error.ctx.command_path
     text = text.replace(". Did you mean", "; did you mean")
     text += "" if text.endswith("?") else ";"

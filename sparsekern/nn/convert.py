@@ -74,14 +74,17 @@ def sparse_state(
     found: dict[str, tuple[Topology, Tensor]] = {}
     for name, layer in stored_layers(state).items():
         if chosen(name):
-            found[name] = _cut(_known(layer), sparsity, block)
+            _check_block(name, _known(layer).topology.grid, block)
+            found[name] = _cut(layer, sparsity, block)
     for name in [key.removesuffix(".weight") for key, tensor in state.items() if _is_weight(key, tensor)]:
         name = "" if name == "weight" else name
         if chosen(name):
             weight = state[_key(name, "weight")]
             if block is None:
                 raise ValueError("block_size is missing; dense weights must be told how to be cut")
-            found[name] = _choose(weight, _grid(weight, block), sparsity)
+            grid = _grid(weight, block)
+            _check_block(name, grid, block)
+            found[name] = _choose(weight, grid, sparsity)
     if not found:
         raise ValueError("nothing to convert: the file has no weight of a linear layer or convolution that is chosen")
     return _put(state, found)
@@ -98,6 +101,15 @@ def _grid(weight: Tensor, block: tuple[int, int]) -> Grid:
     if weight.dim() == 2:
         return Grid(weight.shape[0], weight.shape[1], block)
     return conv_grid(weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3]), block)
+
+
+def _check_block(name: str, grid: Grid, block: tuple[int, int] | None) -> None:
+    """Raise ValueError if a block would be more than the whole of a layer, most of it padding that is stored."""
+    if block is not None and block[0] > grid.group_out and block[1] > grid.tap_in:
+        raise ValueError(
+            f"block_size is {block[0]}x{block[1]}, larger than layer {name!r} of {grid.group_out} x "
+            f"{grid.tap_in}; choose smaller blocks, or leave the layer as it is"
+        )
 
 
 def _choose(weight: Tensor, grid: Grid, sparsity: float | None) -> tuple[Topology, Tensor]:
@@ -128,9 +140,14 @@ def _to_bsr(layer: StoredLayer) -> Tensor:
     if grid.kernel is not None:
         return to_dense(topology, layer.values)
     if grid.has_edge:
+        fits = [
+            max(side for side in range(1, most + 1) if size % side == 0)
+            for size, most in zip((grid.out_features, grid.in_features), grid.block, strict=True)
+        ]
         raise ValueError(
-            f"layer {layer.name!r} is {grid.out_features} x {grid.in_features} in blocks of {grid.block}, which do not "
-            "divide it, and torch's BSR needs that; convert to sparse with a block_size that does first"
+            f"layer {layer.name!r} is {grid.out_features} x {grid.in_features} in blocks of {grid.block[0]}x"
+            f"{grid.block[1]}, which do not divide it, and torch's BSR needs that; convert it first to sparse, keeping "
+            f"zeros, with a block_size that does, such as {fits[0]}x{fits[1]}"
         )
     order = topology.keys().argsort(stable=True)[: topology.blocks()]
     row, col = topology.row[order].long(), topology.col[order].long()

@@ -78,10 +78,15 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
             save_file(whole, aside, metadata={"format": "pt", **entry})
             _sort_metadata(aside)
 
+    def begin(aside: Path) -> None:
+        aside.touch()  # where that fails the system says why; safetensors tells of a file of its own
+        write(aside)
+
     try:
-        replace(path, write)
+        replace(path, begin)
     except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as who writes likes it
-        raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"{path} cannot be written: {why}; choose another name or folder") from None
 
 
 def _sort_metadata(path: Path) -> None:

@@ -33,9 +33,13 @@ def sum_powers(side: Tensor, power: int) -> Tensor:
 
 def parts(side: Tensor) -> tuple[Tensor, ...]:
     """Cut the first axis so that a temporary of each part is small: no copy of all, and on a CPU in its cache."""
-    numbers = 2**18 if side.device.type == "cpu" else 2**24
-    pieces: tuple[Tensor, ...] = side.split(max(1, numbers // max(1, side.shape[1:].numel())))
+    pieces: tuple[Tensor, ...] = side.split(max(1, part_numbers(side) // max(1, side.shape[1:].numel())))
     return pieces
+
+
+def part_numbers(side: Tensor) -> int:
+    """Return how many numbers a part of a tensor has at most."""
+    return 2**18 if side.device.type == "cpu" else 2**24
 
 
 def sums_of_blocks(sums: Tensor, length: int) -> Tensor:
@@ -58,9 +62,14 @@ def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Ten
         hash_out: ``(O,)`` of 0 and 1, independent and equally likely, float32 or float64.
         hash_in: ``(I,)``, likewise.
     """
-    signs = token_signs(dy, x, hash_out, hash_in)
     acc = accumulate_dtype(x.dtype)
-    return torch.cat([(signs.to(side.dtype) @ side).to(acc) for side in (dy, x)])
+    total = torch.zeros(dy.shape[1] + x.shape[1], dtype=acc, device=x.device)
+    tokens = max(1, part_numbers(x) // max(1, total.shape[0]))
+    for some_dy, some_x in zip(dy.split(tokens), x.split(tokens), strict=True):  # then each is in the cache
+        signs = token_signs(some_dy, some_x, hash_out, hash_in).to(x.dtype)
+        total[: dy.shape[1]] += (signs @ some_dy).to(acc)
+        total[dy.shape[1] :] += (signs @ some_x).to(acc)
+    return total
 
 
 def token_signs(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
@@ -68,6 +77,6 @@ def token_signs(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Ten
 
     The parity of how many of the entries in question the hash holds; counted in floats, which are exact to 2**24.
     """
-    count = torch.cat([(some < 0).to(hash_out.dtype) @ hash_out for some in parts(dy)])
-    count += torch.cat([(some > 0).to(hash_in.dtype) @ hash_in for some in parts(x)])
+    count = (dy < 0).to(hash_out.dtype) @ hash_out
+    count += (x > 0).to(hash_in.dtype) @ hash_in
     return 1 - 2 * count.remainder(2)

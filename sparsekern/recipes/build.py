@@ -86,19 +86,25 @@ def _transformed(
     dense: Callable[[Width], nn.Module], transform: str, config: Config, image: torch.Tensor, seed: int
 ) -> nn.Module:
     recipe = find(config.recipe)
+    given = config.part("transform")
     if config.sparsity == 0:
         raise ValueError("sparsity is 0, which transform turns into the dense network: give one above 0")
-    return sk.transforms.transform(
-        dense,
-        transform,
-        config.sparsity,
-        image,
-        block_size=config.block_size,
-        ignore=recipe.kept_dense,
-        distribution=recipe.distribution if transform == "wide" else "uniform",
-        pool=_pool(config) or 1.0,
-        seed=seed,
-    )
+    room: dict[str, Any] = {"max_gib": float(given["transform_max_gib"])} if "transform_max_gib" in given else {}
+    try:
+        return sk.transforms.transform(
+            dense,
+            transform,
+            config.sparsity,
+            image,
+            block_size=config.block_size,
+            ignore=recipe.kept_dense,
+            distribution=recipe.distribution if transform == "wide" else "uniform",
+            pool=_pool(config) or 1.0,
+            seed=seed,
+            **room,
+        )
+    except ValueError as error:  # it names its own argument, the user gave an option
+        raise ValueError(str(error).replace("max_gib", "transform_max_gib")) from None
 
 
 def build_method(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> Method:
@@ -117,7 +123,7 @@ def build_method(config: Config, model: nn.Module, optimizer: torch.optim.Optimi
     arguments: dict[str, Any] = {"update_every": config.update_every, "seed": seed}
     if (pool := _pool(config)) is not None:
         arguments["sparsity"] = config.sparsity
-        if config.part("transform"):  # the FLOPs decide what remains
+        if "transform" in config.part("transform"):  # the FLOPs decide what remains
             grids = [(layer.topology.elements(), layer.grid.numel) for layer in sk.sparse_layers(model).values()]
             arguments["sparsity"] = 1 - sum(n for n, _ in grids) / pool / sum(n for _, n in grids)
     for name, value in config.part("method").items():
@@ -139,7 +145,12 @@ def build_agent(config: Config, model: nn.Module, optimizer: torch.optim.Optimiz
     if not options.get("agent"):
         return None
     arguments = {name.removeprefix("agent_"): value for name, value in options.items() if name != "agent"}
-    return AGENT(model, optimizer, method=method, **arguments)
+    try:
+        return AGENT(model, optimizer, method=method, **arguments)
+    except ValueError as error:
+        if str(error).split()[0] in arguments:  # of its argument; the user gave an option
+            raise ValueError(f"agent_{error}") from None
+        raise
 
 
 def _pool(config: Config) -> float | None:

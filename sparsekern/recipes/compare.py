@@ -13,14 +13,14 @@ from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.contestants import Contestant
 from sparsekern.recipes.cost import training_cost
 from sparsekern.recipes.data import Dataset, load
-from sparsekern.recipes.folder import CONFIG, RESULTS, is_new, read_config, read_json, write_json
+from sparsekern.recipes.folder import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json
 from sparsekern.recipes.lock import locked
 from sparsekern.recipes.run import Interrupted, Observer, check, resume, start
 from sparsekern.recipes.scores import score_rows
 from sparsekern.report.comparison import draw_comparison, markdown
 from sparsekern.training import METHODS
 
-PLAN, TABLE, PICTURE, COST = "plan.json", "comparison", "comparison.png", "cost.json"
+TABLE, PICTURE, COST = "comparison", "comparison.png", "cost.json"
 
 DENSE = "dense"
 """Name of the cell of the dense twin, which is the same for all methods, sparsities and blocks."""
@@ -80,7 +80,7 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Plan:
+    def from_json(cls, values: Any) -> Plan:
         """Read what :meth:`to_json` returned.
 
         Raises:
@@ -102,7 +102,7 @@ class CompareObserver(Observer):
     """What a comparison tells while it goes on, beside what its runs tell."""
 
     def cell(self, name: str, config: Config, number: int, total: int) -> None:
-        """The run of a cell begins, or goes on; it is that many of all."""
+        """The run of a cell begins, or goes on; it is that many of all. Not called of one that is finished."""
 
 
 def default_folder(now: datetime) -> Path:
@@ -117,7 +117,9 @@ def read_plan(folder: Path) -> Plan | None:
         ValueError: the folder holds something else, or the plan is damaged.
     """
     if (folder / PLAN).is_file():
-        return Plan.from_json(read_json(folder / PLAN)["plan"])
+        return Plan.from_json(read_json(folder / PLAN).get("plan"))
+    if folder.is_file():
+        raise ValueError(f"out is {folder}, which is a file; choose the name of a folder for --out")
     if folder.exists() and not is_new(folder, PLAN):
         raise ValueError(f"out is {folder}, which holds no comparison and is not empty; choose another --out")
     return None
@@ -199,7 +201,8 @@ def _train(
 ) -> dict[str, Any]:
     finished, failed = [], []
     for number, (name, config) in enumerate(cells.items()):
-        observer.cell(name, config, number, len(cells))
+        if not _is_finished(folder / name):
+            observer.cell(name, config, number, len(cells))
         try:
             _run(folder / name, config, data, observer)
         except Interrupted:
@@ -227,8 +230,17 @@ def _check(folder: Path, name: str, config: Config, data: Dataset) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
+def is_finished(plan: Plan, folder: Path) -> bool:
+    """Return whether all runs of a comparison are, so that nothing is left to train."""
+    return all(_is_finished(folder / name) for name in plan.cells())
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / COST).is_file()
+
+
 def _run(folder: Path, config: Config, data: Dataset, observer: Observer) -> None:
-    if (folder / COST).is_file():
+    if _is_finished(folder):
         return
     if (folder / CONFIG).is_file():
         resume(folder, observer)
@@ -240,7 +252,7 @@ def _run(folder: Path, config: Config, data: Dataset, observer: Observer) -> Non
 
 def _write_table(plan: Plan, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Write the table of the cells that are finished, as JSON and as Markdown."""
-    results = {name: read_json(folder / name / RESULTS) for name in names}
+    results = {name: read_results(folder / name) for name in names}
     costs = {name: read_json(folder / name / COST)["cost"] for name in names}
     some = results[names[0]]
     content = {

@@ -16,7 +16,13 @@ from sparsekern.topology import check_sparsity
 from sparsekern.training import METHODS, PRESETS, Method
 
 FORMAT_VERSION = 3
-"""Of every JSON file in a run folder."""
+"""Of every JSON file in a run folder. Older ones are read, see :data:`ADDED`."""
+
+ADDED: dict[int, dict[str, Any]] = {
+    2: {"recipe": "mlp", "width_multiplier": 1.0, "augment": "none"},
+    3: {"preset": None, "options": {}},
+}
+"""The entries of a configuration that each format added, with what a run without them did."""
 
 SMALL_DATA = 10_000
 """Training images up to which a data set counts as small, and gets more epochs by default."""
@@ -148,9 +154,9 @@ class Config:
 
     @property
     def method_title(self) -> str:
-        """How blocks move, in words, such as "gse, distribution grabo"."""
-        given = (f"{name} {str(value).lower()}" for name, value in self.options.items())
-        return ", ".join((self.preset or self.method, *given))
+        """How blocks move, in words, such as "gse, distribution grabo"; without what is only recorded."""
+        given = {name: value for name, value in self.options.items() if OPTIONS[name].part != "record"}
+        return ", ".join((self.preset or self.method, *(_words(name, value) for name, value in given.items())))
 
     @property
     def network_title(self) -> str:
@@ -197,6 +203,28 @@ class Config:
             wrong = ", ".join(name if name.isidentifier() else repr(name) for name in sorted(names ^ values.keys()))
             raise ValueError(f"the configuration has other entries than this version of sparsekern knows: {wrong}")
         return cls(**values)
+
+
+def _words(name: str, value: Value) -> str:
+    """Return an option in words: "drop fraction 0.1"; one that is on by its name alone, one that is off with a no."""
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value}"
+
+
+def upgraded(values: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return a configuration of an older format as one of today's; ``sparse`` came while the format was 3 already.
+
+    Args:
+        values: what :meth:`Config.to_json` returned then.
+        version: the format of the file.
+    """
+    missing: dict[str, Any] = {"sparse": True}
+    for number, entries in ADDED.items():
+        if number > version:
+            missing |= entries
+    return missing | dict(values)
 
 
 def _name_of(method: type[Method]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sparsekern.nn.durable import aside, replace
-from sparsekern.recipes.config import FORMAT_VERSION, Config
+from sparsekern.recipes.config import FORMAT_VERSION, Config, upgraded
 from sparsekern.recipes.keeping import Keeping
 from sparsekern.recipes.lock import LOCK
 
@@ -17,6 +18,9 @@ DEFAULT = Keeping()
 
 CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.json", "summary.png"
 SPECTRAL = "spectral.png"
+
+PLAN = "plan.json"
+"""What the folder of a comparison has, whose runs are folders in it."""
 
 
 def default_folder(config: Config, now: datetime) -> Path:
@@ -59,13 +63,53 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     Raises:
         ValueError: there is no run in the folder, or its configuration is damaged.
     """
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"resume is {folder}, which has no {CONFIG}; give the folder of a run")
+    check_run("resume", folder)
     content = read_json(folder / CONFIG)
     try:
+        if not isinstance(content["data"], dict):
+            raise TypeError
         return Config.from_json(content["config"]), content["data"]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{folder / CONFIG} is not the configuration of a run; start a new run") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / CONFIG} cannot be used: {error}; use the version that wrote it, or start a new run"
+        ) from None
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the results of a finished run.
+
+    Raises:
+        ValueError: they are damaged, or of a newer format version.
+    """
+    content = read_json(folder / RESULTS)
+    if not all(isinstance(content.get(name), dict) for name in ("config", "data", "environment", "networks")):
+        raise ValueError(f"{folder / RESULTS} is damaged; delete it and resume the run, whose checkpoints make it anew")
+    return content
+
+
+def check_run(name: str, folder: Path, wanted: str = "the folder of a run") -> None:
+    """Check that a folder is that of a run.
+
+    Args:
+        name: of the argument that names the folder.
+        folder: to check.
+        wanted: what may be given.
+
+    Raises:
+        ValueError: it is not; the text says what it is, and what to give.
+    """
+    if (folder / CONFIG).is_file():
+        return
+    if (folder / PLAN).is_file():
+        runs = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+        such = f", such as {runs[0]}" if runs else ""
+        raise ValueError(
+            f"{name} is {folder}, which is a comparison; give one of the runs in it{such}. All of them go on by: "
+            f"sparsekern compare --out {shlex.quote(str(folder))}"
+        )
+    raise ValueError(f"{name} is {folder}, which has no {CONFIG}; give {wanted}")
 
 
 def read_keeping(folder: Path) -> Keeping:
@@ -87,22 +131,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote.
+    """Read what :func:`write_json` wrote, now or when the format was an older one.
 
     Raises:
-        ValueError: not JSON, or of another format version.
+        ValueError: not JSON, or of a newer format version.
     """
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is missing or damaged; start a new run") from None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}; this code reads {FORMAT_VERSION}: use the version of sparsekern "
-            "that wrote it"
+            f"{path} has format version {version}; this code reads 1 to {FORMAT_VERSION}: use the version of "
+            "sparsekern that wrote it"
         )
     result: dict[str, Any] = content
+    if isinstance(result.get("config"), dict):
+        result["config"] = upgraded(result["config"], version)
     return result
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekern.training import METHODS
-from sparsekern.training.agent import ESTIMATES
-from sparsekern.training.agent import SCOPES as AGENT_SCOPES
+from sparsekern.training.agent_checks import ESTIMATES
+from sparsekern.training.agent_checks import SCOPES as AGENT_SCOPES
 from sparsekern.training.candidates import GROUPS
 from sparsekern.training.gse import DISTRIBUTIONS
 from sparsekern.training.probabilities import OPTIMIZERS
@@ -146,6 +146,13 @@ _ALL = (
         part="transform",
     ),
     Option(
+        "transform_max_gib",
+        float,
+        "GiB that the weights of the transform wide may take while the network builds.",
+        ALL,
+        part="transform",
+    ),
+    Option(
         "spectral",
         bool,
         "Measure at each update how well the blocks connect each layer (spectral gaps of their graphs).",
@@ -187,9 +194,10 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
                 f"{'has' if len(option.methods) == 1 else 'have'} it: choose that, or drop the option"
             )
         option.check(value)
-    given = [name for name in options if OPTIONS[name].part == "agent" and name != "agent"]
-    if given and not options.get("agent"):
-        raise ValueError(f"{given[0]} is {options[given[0]]}, but agent is off; turn it on, or drop the option")
+    for name, value in options.items():
+        whole = OPTIONS[name].part  # what the option is of; it is an option too
+        if name.startswith(f"{whole}_") and not options.get(whole):
+            raise ValueError(f"{name} is {value}, but {whole} is off; turn it on, or drop the option")
     return {name: options[name] for name in OPTIONS if name in options}
 
 

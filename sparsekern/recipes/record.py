@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsekern.recipes import checkpoint
 from sparsekern.recipes.config import Config
-from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, read_config, read_json
+from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, check_run, read_config, read_json, read_results
 
 NEEDED = {"network", "seed", "epoch", "test_accuracy", "loss", "ms_per_step"}
 """What a row must have to be shown."""
@@ -59,10 +59,9 @@ def read_record(folder: Path) -> Record:
     Raises:
         ValueError: there is no run in the folder, or its ``config.json``, metrics or results are damaged.
     """
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"run is {folder}, which has no {CONFIG}; give the folder of a run")
+    check_run("run", folder)
     config, data = read_config(folder)
-    results = read_json(folder / RESULTS) if (folder / RESULTS).is_file() else None
+    results = read_results(folder) if (folder / RESULTS).is_file() else None
     missing: list[str] = []
     rows = _read_rows(folder / METRICS, missing)
     if results is None:

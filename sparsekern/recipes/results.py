@@ -53,7 +53,9 @@ def _network(rows: Sequence[Row], name: str, sizes: dict[str, int]) -> dict[str,
 
 
 def _seconds(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the time of all steps of a training: the mean over seeds, and each."""
+    """Return the time of all steps of a training: the mean over seeds, and each; None of rows of an older format."""
+    if any("seconds" not in row for row in rows):
+        return {"mean": None, "by_seed": None}
     by_seed: dict[int, float] = {}
     for row in rows:
         by_seed[row["seed"]] = by_seed.get(row["seed"], 0.0) + row["seconds"]

@@ -19,6 +19,7 @@ from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.data import Dataset, load
 from sparsekern.recipes.folder import (
+    CONFIG,
     DEFAULT,
     METRICS,
     PICTURE,
@@ -29,6 +30,7 @@ from sparsekern.recipes.folder import (
     read_config,
     read_json,
     read_keeping,
+    read_results,
     write_json,
 )
 from sparsekern.recipes.history import History
@@ -37,6 +39,9 @@ from sparsekern.recipes.learner import Learner
 from sparsekern.recipes.lock import locked
 from sparsekern.recipes.picture import draw_graphs, draw_summary
 from sparsekern.recipes.results import summarise
+
+RESUMED = 3
+"""The oldest format of a run folder whose training goes on bit for bit: before it steps were timed otherwise."""
 
 
 class Observer:
@@ -91,20 +96,26 @@ def resume(folder: Path, observer: Observer, **keeping: Any) -> dict[str, Any]:
         The content of ``results.json``.
 
     Raises:
-        ValueError: the folder is not that of a run, its data have changed, or another process trains in it.
+        ValueError: the folder is not that of a run, the run is unfinished and of an old format, its data have changed,
+            or another process trains in it.
         Interrupted: the observer asked to stop.
     """
     config, described = read_config(folder)
+    kept = replace(read_keeping(folder), **keeping)
     if (folder / RESULTS).is_file():
-        return read_json(folder / RESULTS)
+        return read_results(folder)
+    if (version := read_json(folder / CONFIG)["format_version"]) < RESUMED:
+        raise ValueError(
+            f"{folder} has format version {version}, of which this code reads unfinished runs but cannot go on with "
+            "them: finish it with the version of sparsekern that began it, or start a new run"
+        )
     data = load(config.data)
     if data.describe() != described:
         raise ValueError(f"the data of {folder} have changed since it began; restore them, or start a new run")
     check(config, data)
-    kept = replace(read_keeping(folder), **keeping)
     with locked(folder):
         if (folder / RESULTS).is_file():  # whoever held the lock before has finished
-            return read_json(folder / RESULTS)
+            return read_results(folder)
         return _train(config, data, folder, observer, kept)
 
 
@@ -141,7 +152,7 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keep
         draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
         draw_graphs(folder / SPECTRAL, results, rows)
     write_json(folder / RESULTS, results)  # last: it says that the run is finished
-    return read_json(folder / RESULTS)
+    return read_results(folder)
 
 
 class _Seed:

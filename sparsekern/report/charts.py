@@ -68,7 +68,7 @@ def layer_chart(lines: Mapping[str, Sequence[float]], what: str) -> str:
     axes.set_ylabel("%")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0.5, len(epochs) + 0.5)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max((max(line) for line in lines.values()), default=0) or 1)  # a level line stands clear
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     return _svg(figure)

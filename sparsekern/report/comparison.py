@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +71,18 @@ def draw_comparison(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> N
     panels = figure.subplots(1, max(1, len(blocks)), sharey=True, squeeze=False)[0]
     for axes, block in zip(panels, blocks, strict=False):
         _draw_twin(axes, rows)
+        ticks = sorted({row["sparsity"] for row in rows if row["block_size"] == block})
         for number, method in enumerate(methods):
-            mine = [row for row in rows if (row["method"], row["block_size"]) == (method, block)]
-            _draw_method(axes, method, number, len(methods), sorted(mine, key=lambda row: row["sparsity"]))
-        ticks = sorted({100 * row["sparsity"] for row in rows if row["block_size"] == block})
-        axes.set_xticks(range(len(ticks)), [f"{tick:.4g}" for tick in ticks])
+            mine = {row["sparsity"]: row for row in rows if (row["method"], row["block_size"]) == (method, block)}
+            places = {place: mine[sparsity] for place, sparsity in enumerate(ticks) if sparsity in mine}
+            _draw_method(axes, method, number, len(methods), places)
+        axes.set_xticks(range(len(ticks)), [f"{100 * tick:.4g}" for tick in ticks])
+        axes.set_xlim(-0.5, len(ticks) - 0.5)  # one sparsity: all points stand near its tick
         axes.set_title(f"blocks of {block} x {block}", fontsize=11)
         axes.set_xlabel("sparsity of the hidden layers (%)")
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("test accuracy (%): mean and deviation over seeds")
+    several = any(row["test_accuracy"]["standard_deviation"] is not None for row in rows)
+    panels[0].set_ylabel("test accuracy (%)" + ": mean and deviation over seeds" * several)
     handles: dict[str, Any] = {}
     for axes in panels:
         lines, labels = axes.get_legend_handles_labels()
@@ -97,13 +100,16 @@ def _draw_twin(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
             axes.axhspan(mean - deviation, mean + deviation, color="#777777", alpha=0.15, linewidth=0)
 
 
-def _draw_method(axes: Axes, method: str, number: int, of: int, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw one method; its points stand a little beside those of the others, so that all error bars are seen."""
+def _draw_method(axes: Axes, method: str, number: int, of: int, rows: Mapping[int, dict[str, Any]]) -> None:
+    """Draw one method, a row at each place.
+
+    Its points stand a little beside those of the others, so that all error bars are seen.
+    """
     aside = 0.3 * (number - (of - 1) / 2) / max(1, of)
     axes.errorbar(
-        [place + aside for place in range(len(rows))],
-        [100 * row["test_accuracy"]["mean"] for row in rows],
-        [100 * (row["test_accuracy"]["standard_deviation"] or 0) for row in rows],
+        [place + aside for place in rows],
+        [100 * row["test_accuracy"]["mean"] for row in rows.values()],
+        [100 * (row["test_accuracy"]["standard_deviation"] or 0) for row in rows.values()],
         color=COLOURS[number % len(COLOURS)],
         marker=MARKERS[number % len(MARKERS)],
         markersize=6,

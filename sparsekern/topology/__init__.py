@@ -14,8 +14,10 @@ from sparsekern.topology.index import (
     mask_index_,
     ordered_keys,
     rebuild_,
+    stored_blocks,
 )
-from sparsekern.topology.pairs import are_absent, row_weights, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology.pairs import are_absent, distinct_absent, row_weights, sample_absent_pairs, sample_pairs
+from sparsekern.topology.places import places_for
 from sparsekern.topology.reblocking import reblock
 from sparsekern.topology.seeds import generator_for
 from sparsekern.topology.tied import check_multiple, check_tied, one_tap, tie
@@ -40,6 +42,7 @@ __all__ = [
     "check_tied",
     "conv_grid",
     "dense_block_norms",
+    "distinct_absent",
     "empty_index",
     "from_keys",
     "from_mask",
@@ -50,6 +53,7 @@ __all__ = [
     "mask_index_",
     "one_tap",
     "ordered_keys",
+    "places_for",
     "random",
     "reblock",
     "rebuild_",
@@ -58,8 +62,8 @@ __all__ = [
     "sample_absent_pairs",
     "sample_distinct",
     "sample_pairs",
+    "stored_blocks",
     "tie",
     "to_dense",
     "with_capacity",
-    "without",
 ]

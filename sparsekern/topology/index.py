@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.topology.grid import Grid
+from sparsekern.topology.places import places_for
 from sparsekern.topology.topology import Topology
 
 
@@ -61,29 +62,22 @@ def rebuild_(index: Index, topology: Topology, *, ascending: bool = False) -> No
     Raises:
         ValueError: at 1x1, an index that shares its tensors with another topology.
     """
-    grid, used = topology.grid, topology.used()
-    if grid.block == (1, 1) and (index.row_col is not topology.col or index.col_row is not topology.row):
+    by_slot = topology.grid.block == (1, 1)
+    if by_slot and (index.row_col is not topology.col or index.col_row is not topology.row):
         raise ValueError("at 1x1 an index shares row and col with its topology; build a new one for another topology")
-    for major, minor, majors, minors, ptr, other, slot in (
-        (topology.row, topology.col, grid.rows, grid.cols, index.row_ptr, index.row_col, index.row_slot),
-        (topology.col, topology.row, grid.cols, grid.rows, index.col_ptr, index.col_row, index.col_slot),
-    ):
-        key = torch.where(used, major * minors + minor, grid.cells)  # free slots last
-        if ascending and major is topology.row:
-            order = torch.arange(topology.slots, dtype=torch.int32, device=key.device)
-        else:
-            key, order = key.sort(stable=True)
-        starts = torch.arange(majors + 1, dtype=torch.int32, device=key.device) * minors
-        ptr.copy_(torch.searchsorted(key, starts, out_int32=True))
-        slot[: topology.slots].copy_(order)
-        if grid.block != (1, 1):
-            other[: topology.slots].copy_(key.remainder_(minors))
+    kernels = places_for(topology.row, topology.col, *index)
+    kernels.orders_(index, topology.row, topology.col, by_slot=by_slot, ascending=ascending)
+
+
+def stored_blocks(index: Index) -> int:
+    """Return how many blocks an index holds (waits for the device)."""
+    return int(index.row_ptr[-1])
 
 
 def ordered_keys(index: Index, topology: Topology) -> Tensor:
     """Return what ``topology.sorted_keys()`` does, from the order that its index has already: without a sort."""
-    blocks = int(index.row_ptr[-1])
-    return topology.keys().index_select(0, index.row_slot[:blocks])
+    slots = index.row_slot[: stored_blocks(index)]
+    return topology.row.index_select(0, slots).mul_(topology.grid.cols).add_(topology.col.index_select(0, slots))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.topology.grid import Grid
+from sparsekern.topology.places import places_for
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,15 @@ class Topology:
             if tensor.is_floating_point() or tensor.is_complex():
                 raise ValueError(f"{name} is {tensor.dtype}; it must hold integers")
         for name, tensor, count in (("row", row, self.grid.rows), ("col", col, self.grid.cols)):
-            outside = (tensor < -1) | (tensor >= count)
-            if bool(outside.any()):  # found here, before int32 wraps it into the grid
-                at = int(outside.int().argmax())
+            if tensor.numel() and (int(tensor.min()) < -1 or int(tensor.max()) >= count):  # before int32 wraps it
+                at = int(((tensor < -1) | (tensor >= count)).int().argmax())
                 raise ValueError(
                     f"{name} is {int(tensor[at])} for slot {int(slots[at])}; it must be 0 to {count - 1}, or -1 if free"
                 )
         slots = slots.long()
         if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.slots):
             raise ValueError(f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}")
-        named = torch.zeros_like(self.row, dtype=torch.bool).index_fill_(0, slots, True)
-        if int(named.sum()) != slots.numel():
+        if not bool((slots[1:] > slots[:-1]).all()) and slots.unique().shape != slots.shape:
             raise ValueError("a slot is named twice among those to move; each can go to one place only")
         new = Topology(
             self.grid,
@@ -117,6 +116,8 @@ class Topology:
             )
         if self.slots == 0:
             raise ValueError("the topology has no slots; it needs at least one")
+        if places_for(self.row, self.col).are_legal(self.row, self.col, grid.rows, grid.cols):
+            return
         free = (self.row == -1) & (self.col == -1)
         inside = (self.row >= 0) & (self.row < grid.rows) & (self.col >= 0) & (self.col < grid.cols)
         wrong = ~(free | inside)
@@ -128,13 +129,12 @@ class Topology:
             )
         keys, slots = self.keys().sort(stable=True)
         same = (keys[1:] == keys[:-1]) & (keys[1:] < grid.cells)
-        if bool(same.any()):
-            at = int(same.int().argmax())
-            first, second = int(slots[at]), int(slots[at + 1])
-            raise ValueError(
-                f"slots {first} and {second} are both at block ({int(self.row[first])}, {int(self.col[first])}); "
-                "each block is stored once"
-            )
+        at = int(same.int().argmax())
+        first, second = int(slots[at]), int(slots[at + 1])
+        raise ValueError(
+            f"slots {first} and {second} are both at block ({int(self.row[first])}, {int(self.col[first])}); "
+            "each block is stored once"
+        )
 
 
 def from_keys(grid: Grid, keys: Tensor, *, checked: bool = False) -> Topology:

@@ -11,21 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparsekern.nn import sparse_layers
+from sparsekern.training.agent_checks import check_options, check_parts
 from sparsekern.training.base import Method, loss_of, stepped
 from sparsekern.training.correction import Correction
 from sparsekern.training.extra import ExtraCost
 from sparsekern.training.followers import OnMove
-from sparsekern.training.gradient import is_finite
-from sparsekern.training.passes import Randomness, extra_passes, without_gradients
+from sparsekern.training.passes import Randomness, perturbed
 from sparsekern.training.prepass import pass_over
+from sparsekern.training.scores import is_finite
 from sparsekern.training.snapshot import Snapshot
 from sparsekern.training.weighting import from_losses, smoothed
 
 AGENT_STATE_VERSION = 1
-
-ESTIMATES = ("losses", "gradients")
-SCOPES = ("global", "layer")
 
 
 class AGENT:
@@ -90,20 +87,8 @@ class AGENT:
         every: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        _check(model, optimizer, method)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma is {gamma}; it must be in [0, 1]")
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha is {alpha}; it must be in (0, 1]")
-        for name, choice, known in (("estimate", estimate, ESTIMATES), ("scope", scope, SCOPES)):
-            if choice not in known:
-                raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
-        for name, value in (("batches", batches), ("every", every)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more, or None")
-        if estimate == "losses" and (scope == "layer" or every is not None):
-            what = "scope is 'layer'" if scope == "layer" else f"every is {every}"
-            raise ValueError(f"{what}, but the losses of batches give one c after a pass; use estimate='gradients'")
+        check_parts(model, optimizer, method)
+        check_options(gamma, alpha, estimate, scope, batches, every)
         self.model, self.optimizer, self.method = model, optimizer, method
         self.gamma, self.alpha, self.estimate, self.scope = gamma, alpha, estimate, scope
         self.batches, self.every = batches, every
@@ -152,7 +137,7 @@ class AGENT:
             The loss of the present weights, detached and not scaled.
         """
         if perturb is not None:
-            closure = self._perturbed(closure, perturb)
+            closure = perturbed(self.model, closure, perturb)
         if not self._is_active():
             return self._host_backward(closure, scaler)
         if self.every is not None and not self._ready:
@@ -310,11 +295,6 @@ class AGENT:
         (loss if scaler is None else scaler.scale(loss)).backward()
         return loss.detach()
 
-    def _perturbed(self, closure: Callable[..., Tensor], perturb: Callable[[], Any]) -> Callable[[], Tensor]:
-        with extra_passes(self.model), without_gradients(self.model):
-            batch = perturb()
-        return lambda: closure(batch)
-
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if stepped(optimizer):
             self.since += 1
@@ -327,16 +307,3 @@ class AGENT:
 
     def _mean_c(self) -> float:
         return sum(self.c.values()) / len(self.c)
-
-
-def _check(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method | None) -> None:
-    """Raise an error if the parts do not belong together."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
-    if method is None:
-        return
-    if not isinstance(method, Method):
-        raise TypeError(f"method is a {type(method).__name__}; it must be a sparsekern.Method, or None")
-    layers = sparse_layers(model)
-    if method.optimizer is not optimizer or {*map(id, layers.values())} != {*map(id, method.layers.values())}:
-        raise ValueError("method is of another model or optimizer; build both of the same two")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse, sparse_layers
-from sparsekern.topology import generator_for
+from sparsekern.topology import generator_for, stored_blocks
 from sparsekern.training.books import Books
 from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.schedules import Schedule, whole_stop
-from sparsekern.training.scores import block_norms, protect_last
+from sparsekern.training.scores import block_norms, is_finite, protect_last
 from sparsekern.training.tied import Units
 
 STATE_VERSION = 1
@@ -148,7 +148,8 @@ class Method:
         """
         parts = Units(layer.topology, None, 0) if parts is None else parts
         scores = block_norms(layer)
-        if not bool(torch.isfinite(scores[layer.topology.used()]).all()):
+        full = stored_blocks(layer.index) == layer.topology.slots
+        if not is_finite(scores if full else scores[layer.topology.used()]):
             raise ValueError(
                 f"values of {name!r} hold NaN or infinity at step {self.steps}, so its blocks have no order of "
                 "strength: lower the learning rate, or clip the gradients"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.nn import BlockSparse
+from sparsekern.topology import stored_blocks
 from sparsekern.training.coverage import Coverage
 from sparsekern.training.followers import Move
 
@@ -33,10 +34,9 @@ class Books:
 
     def note(self, name: str, move: Move) -> None:
         """Enter a move that was made."""
-        topology = self._layers[name].topology
-        grown = move.row >= 0
-        self.churn[name] = move.slots.numel() / max(1, topology.blocks())
-        self._coverage[name].add((move.row * topology.grid.cols + move.col)[grown])
+        layer = self._layers[name]
+        self.churn[name] = move.slots.numel() / max(1, stored_blocks(layer.index))
+        self._coverage[name].add(move.row * layer.grid.cols + move.col)
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers that :meth:`sparsekern.training.Method.metrics` names; waits for the device."""

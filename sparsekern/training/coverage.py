@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsekern.topology import Topology, generator_for, sample_distinct
+from sparsekern.topology import Topology, generator_for, places_for, sample_distinct
 
 LEAST = 4096
 """Places that are watched at least: the standard error of the rate is then below 0.8 %."""
@@ -34,15 +34,15 @@ class Coverage:
             places = torch.arange(cells, device="cpu")
         else:
             places = sample_distinct(cells, watched, generator_for(seed, name, "watched")).sort().values
-        self.places = places.int()
+        self.places, self._cells = places.int(), cells
         self.seen = torch.zeros(watched, dtype=torch.bool, device="cpu")
         self.add(topology.sorted_keys())
 
     def add(self, keys: Tensor) -> None:
-        """Note that these places hold a block; keys in any order, on any device."""
+        """Note that these places hold a block; keys in any order, on any device. One below 0 is no place."""
         keys = keys.to("cpu", torch.int32)
-        at = torch.searchsorted(self.places, keys).clamp(max=self.places.shape[0] - 1)
-        self.seen[at[self.places[at] == keys]] = True
+        at = places_for(self.places, keys).find(self.places, keys, self._cells)
+        self.seen[at[at >= 0]] = True
 
     def rate(self) -> float:
         """Return the fraction of watched places that ever held a block."""

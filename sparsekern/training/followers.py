@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.nn import BlockSparse, sparse_layers
-from sparsekern.topology import Grid
+from sparsekern.topology import Grid, places_for
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
 
 OnMove = str | Callable[[Tensor, Tensor], None]
@@ -29,8 +29,8 @@ class Move(NamedTuple):
 
 def to_places(slots: Tensor, keys: Tensor, grid: Grid) -> Move:
     """Return the move of ``slots (k,)`` to the cells ``keys (k,)``; key -1 frees the slot."""
-    row, col = torch.div(keys, grid.cols, rounding_mode="floor"), torch.where(keys < 0, -1, keys % grid.cols)
-    return Move(slots, row.int(), col.int())
+    keys = keys.int()
+    return Move(slots, *places_for(keys).places_of(keys, grid.cols))
 
 
 class Followers:
@@ -114,9 +114,9 @@ class Followers:
         states = slot_state(self.optimizer, layer.values, name)
         layer.move_(*move, checked=True)
         slots = move.slots.long()
-        kept = layer.topology.used().index_fill(0, slots, False)
         for key, tensor, fresh in states:
             if self.grown_state == "mean_v" and key in SECOND_MOMENTS:
+                kept = layer.topology.used().index_fill(0, slots, False)
                 tensor[slots] = mean_of_kept(tensor, kept, layer.topology.real())
             else:
                 tensor.index_fill_(0, slots, fresh)

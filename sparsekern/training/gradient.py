@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import are_absent, generator_for, ordered_keys
+from sparsekern.topology import are_absent, generator_for, ordered_keys, stored_blocks
 from sparsekern.training.armed import Answer, ArmedProbes
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import as_on_first_rank
 from sparsekern.training.followers import Move, to_places
 from sparsekern.training.growth import Offer, share_out
-from sparsekern.training.scores import highest, lowest, part_of
+from sparsekern.training.scores import highest, is_finite, lowest, norms_of, part_of
 
 
 class GradientMethod(Method):
@@ -107,8 +107,8 @@ class GradientMethod(Method):
     def score_candidates(self, name: str, answer: Answer) -> None:
         """Score a layer's candidates by the norms of their gradients."""
         keys = self._keys[name]
-        norms = torch.linalg.vector_norm(answer.value[: keys.shape[0]], dim=(1, 2))
-        self._offers[name] = Offer(keys.to(norms.device).long(), as_on_first_rank(norms, self.process_group))
+        norms = norms_of(answer.value[: keys.shape[0]])
+        self._offers[name] = Offer(keys.to(norms.device), as_on_first_rank(norms, self.process_group))
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
         """Return empty places and their scores: at least the best ``count`` if there are so many.
@@ -117,11 +117,11 @@ class GradientMethod(Method):
         """
         offer = self._offers.get(name)
         if offer is None or not bool(offer.scores.any()):
-            nothing = torch.empty(0, dtype=torch.int64, device=layer.row.device)
+            nothing = torch.empty(0, dtype=torch.int32, device=layer.row.device)
             return Offer(nothing, nothing.to(self.dtype(layer)))
         if self._versions.get(name) == _version(layer):
             return offer
-        empty = are_absent(offer.keys, ordered_keys(layer.index, layer.topology).long())
+        empty = are_absent(offer.keys, ordered_keys(layer.index, layer.topology), layer.grid.cells)
         return Offer(offer.keys[empty], offer.scores[empty])  # somebody else may have moved blocks
 
     # When probes are armed and read.
@@ -227,10 +227,13 @@ class GradientMethod(Method):
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and as many of the places with the highest scores."""
         strength = self.strength(name, layer)
-        count = min(part_of(layer.topology.blocks(), fraction), int(torch.isfinite(strength).sum()))
+        slots = lowest(strength, part_of(stored_blocks(layer.index), fraction))
+        count = slots.shape[0]
         offer = self.offer(name, layer, count)
         best = highest(offer.scores, count)
-        return to_places(lowest(strength, best.shape[0]), offer.keys[best], layer.grid)
+        if best.shape[0] < count:
+            slots = lowest(strength, best.shape[0])
+        return to_places(slots, offer.keys[best], layer.grid)
 
     def choose_all(self, fraction: float) -> dict[str, Move]:
         """Return the moves of all layers: each for itself, or with ``scope="global"`` in competition."""
@@ -240,7 +243,7 @@ class GradientMethod(Method):
 
     def _choose_globally(self, fraction: float) -> dict[str, Move]:
         layers = dict(self._trained())
-        total = part_of(sum(layer.topology.blocks() for layer in layers.values()), fraction)
+        total = part_of(sum(stored_blocks(layer.index) for layer in layers.values()), fraction)
         strengths = {name: self.strength(name, layer) for name, layer in layers.items()}
         offers = {name: self.offer(name, layer, min(total, layer.topology.slots)) for name, layer in layers.items()}
         return share_out(layers, strengths, offers, total)
@@ -285,11 +288,3 @@ class GradientMethod(Method):
 def _version(layer: BlockSparse) -> tuple[int, int]:
     """Return numbers that change whenever somebody writes into the places of the blocks."""
     return layer.row._version, layer.col._version
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity; without a temporary of its size."""
-    if tensor.numel() == 0:
-        return True
-    low, high = tensor.aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))

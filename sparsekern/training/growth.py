@@ -15,7 +15,7 @@ from sparsekern.training.scores import ascending, descending, highest, lowest
 
 
 class Offer(NamedTuple):
-    """Empty places of one layer: distinct int64 keys ``(n,)``, ascending, and their scores ``(n,)``."""
+    """Empty places of one layer: distinct int32 keys ``(n,)``, ascending, and their scores ``(n,)``."""
 
     keys: Tensor
     scores: Tensor

@@ -17,12 +17,12 @@ from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import (
     Grid,
+    distinct_absent,
     ordered_keys,
     row_weights,
     sample_absent,
     sample_absent_pairs,
     sample_pairs,
-    without,
 )
 from sparsekern.training.armed import Answer
 from sparsekern.training.distributed import as_on_first_rank
@@ -104,7 +104,7 @@ class GSE(GradientMethod):
     def prepare(self, stage: int) -> None:
         """Draw the candidates, if they do not depend on what is heard."""
         if self.distribution == "uniform":
-            self._keys = {name: self._draw(name, layer, None).int() for name, layer in self._trained()}
+            self._keys = {name: self._draw(name, layer, None) for name, layer in self._trained()}
 
     def ask(self, stage: int, name: str, layer: BlockSparse) -> Probe:
         """Ask for the gradients of the candidates; in the first of two stages, what to draw them by."""
@@ -129,26 +129,26 @@ class GSE(GradientMethod):
         for name, answer in answers.items():
             layer = self.layers[name]
             sums = as_on_first_rank(answer.value, self.process_group).cpu()
-            self._keys[name] = self._draw(name, layer, weights(layer.grid, self.distribution, sums)).int()
+            self._keys[name] = self._draw(name, layer, weights(layer.grid, self.distribution, sums))
         return 1
 
     def _draw(self, name: str, layer: BlockSparse, guide: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return candidates, ascending, on the CPU."""
+        """Return candidates, distinct and ascending, on the CPU."""
         grid, present = layer.grid, ordered_keys(layer.index, layer.topology).cpu()
         count = math.ceil(self.subset_factor * present.shape[0] - 1e-9)
         generator = self.generator(name, "candidates")
         if guide is not None and not bool(row_weights(*guide).any()):
-            return present[:0].long()  # the layer took no part
+            return present[:0]  # the layer took no part
         if self.with_replacement:
             if guide is None:
-                drawn = torch.randint(grid.cells, (count,), generator=generator, device="cpu")
+                drawn = torch.randint(grid.cells, (count,), generator=generator, dtype=torch.int32, device="cpu")
             else:
                 drawn = sample_pairs(*guide, count, generator)
-            return without(drawn.unique(), present.long())
+            return distinct_absent(drawn, present, grid.cells)
         count = min(count, grid.cells - present.shape[0])
         if guide is None:
             return sample_absent(present, grid.cells, count, generator, ordered=True)
-        return sample_absent_pairs(present, *guide, count, generator).sort().values
+        return distinct_absent(sample_absent_pairs(present, *guide, count, generator), present[:0], grid.cells)
 
 
 def weights(grid: Grid, distribution: str, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,3 +102,10 @@ def scale_of(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tenso
     """Return by what gradients are scaled, ``()``; does not wait for the device."""
     one = torch.ones((), device=device)
     return one if scaler is None else scaler.scale(one)
+
+
+def perturbed(model: nn.Module, closure: Callable[[Any], Tensor], perturb: Callable[[], Any]) -> Callable[[], Tensor]:
+    """Return the closure of a batch that ``perturb`` makes now, by passes that leave no trace in the model."""
+    with extra_passes(model), without_gradients(model):
+        batch = perturb()
+    return lambda: closure(batch)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparsekern.training.base import loss_of
 from sparsekern.training.distributed import ranks, sum_over_ranks
 from sparsekern.training.extra import ExtraCost
-from sparsekern.training.gradient import is_finite
 from sparsekern.training.passes import Randomness, extra_passes, scale_of, without_gradients
+from sparsekern.training.scores import is_finite
 from sparsekern.training.snapshot import Snapshot
 
 
@@ -54,8 +54,7 @@ def pass_over(
         ValueError: no batch came.
     """
     compare = snapshot.taken
-    if not compare:
-        snapshot.take()
+    snapshot.allocate()  # not taken before the pass is over: one that fails leaves nothing to compare with
     for mean in snapshot.mean.values():
         mean.zero_()
     noted: list[Tensor] = []  # of each batch (size, size * new, size * old)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import ordered_keys
+from sparsekern.topology import ordered_keys, stored_blocks
 from sparsekern.training.armed import Answer
 from sparsekern.training.distributed import as_on_first_rank, ranks
 from sparsekern.training.followers import Move, to_places
@@ -183,13 +183,13 @@ class RigL(GradientMethod):
             return super().offer(name, layer, count)
         scores = scores.index_fill_(0, ordered_keys(layer.index, layer.topology).long(), -torch.inf)
         best = highest(scores, count)
-        return Offer(best, scores[best])
+        return Offer(best.int(), scores[best])
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and the best empty places; with ``regrow`` their own are among these."""
         if not self.regrow or name not in self._grid_scores:
             return super().choose(name, layer, fraction, generator)
-        slots = lowest(self.strength(name, layer), part_of(layer.topology.blocks(), fraction))
+        slots = lowest(self.strength(name, layer), part_of(stored_blocks(layer.index), fraction))
         theirs = self._grid_scores[name][layer.topology.keys()[slots].long()]
         offer = self.offer(name, layer, slots.shape[0])
         best = highest(torch.cat([theirs, offer.scores]), slots.shape[0])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import Topology
+from sparsekern.topology import Topology, places_for, stored_blocks
 
 
 def part_of(blocks: int, fraction: float) -> int:
@@ -19,10 +19,27 @@ def part_of(blocks: int, fraction: float) -> int:
 
 def block_norms(layer: BlockSparse) -> Tensor:
     """Return the Frobenius norm ``(Z,)`` of every stored block; infinity for a free slot, so that none is dropped."""
-    norms: Tensor = torch.linalg.vector_norm(
-        layer.values.detach(), dim=(1, 2), dtype=accumulate_dtype(layer.values.dtype)
-    )
-    return norms.masked_fill(~layer.topology.used(), torch.inf)
+    norms = norms_of(layer.values.detach())
+    if stored_blocks(layer.index) < layer.topology.slots:
+        norms.masked_fill_(~layer.topology.used(), torch.inf)
+    return norms
+
+
+def norms_of(blocks: Tensor) -> Tensor:
+    """Return the Frobenius norms ``(Z,)`` of blocks ``(Z, bo, bi)``."""
+    dtype = accumulate_dtype(blocks.dtype)
+    if blocks.shape[1:] == (1, 1):
+        return blocks.flatten().to(dtype).abs()  # nothing to add up, and no square that underflows
+    norms: Tensor = torch.linalg.vector_norm(blocks, dim=(1, 2), dtype=dtype)
+    return norms
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity; without a temporary of its size."""
+    if tensor.numel() == 0:
+        return True
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def ascending(scores: Tensor) -> Tensor:
@@ -49,7 +66,15 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
     Fewer are returned when fewer are finite (waits for the device).
     """
-    return _smallest(_bits(scores), min(count, int(torch.isfinite(scores).sum())))
+    return places_for(scores).lowest(scores, count)
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Return the positions ``(k,)`` of the ``count`` highest scores, ascending; ties go to the lower position.
+
+    Scores of minus infinity are never chosen, so fewer may be returned (waits for the device).
+    """
+    return places_for(scores).highest(scores, count)
 
 
 def protect_last(topology: Topology, scores: Tensor) -> Tensor:
@@ -68,53 +93,3 @@ def protect_last(topology: Topology, scores: Tensor) -> Tensor:
         best.scatter_reduce_(0, place.clamp(min=0).long(), torch.where(free, -1, rank), "amax")
         protected[by_score[best[best >= 0]]] = True
     return scores.masked_fill_(protected, torch.inf)
-
-
-def highest(scores: Tensor, count: int) -> Tensor:
-    """Return the positions ``(k,)`` of the ``count`` highest scores, ascending; ties go to the lower position.
-
-    Scores of minus infinity are never chosen, so fewer may be returned (waits for the device).
-    """
-    contenders = _contenders(scores, count)
-    scores = scores[contenders]
-    most = torch.iinfo(torch.int64 if scores.element_size() == 8 else torch.int32).max
-    order = _bits(scores).clamp_(min=-1).neg_().add_(most - 1)  # minus infinity comes last
-    return contenders[_smallest(order, min(count, int((scores > -torch.inf).sum())))]
-
-
-def _smallest(numbers: Tensor, count: int) -> Tensor:
-    """Return the positions of the ``count`` smallest integers, none negative, ascending; the first of equal ones.
-
-    Linear: their upper bits are counted, and only numbers that agree with the last one there are sorted.
-    """
-    if count == 0 or numbers.shape[0] <= count:
-        return torch.arange(min(count, numbers.shape[0]), device=numbers.device)
-    upper = numbers >> (
-        51 if numbers.element_size() == 8 else 20
-    )  # of a float: its exponent, and what 12 bits hold more
-    below = torch.bincount(upper).cumsum(0)
-    last = torch.searchsorted(below, count)  # the first value of the upper bits with so many numbers up to it
-    edge = (upper == last).nonzero().squeeze(1)
-    chosen = upper < last
-    del upper
-    few = numbers[edge].sort(stable=True).indices[: count - int(chosen.sum())]
-    return chosen.index_fill_(0, edge[few], True).nonzero().squeeze(1)
-
-
-STRIDE = 17
-"""Of the scores that :func:`_contenders` looks at; a prime, so that a grid's columns all have their turn."""
-
-
-def _contenders(scores: Tensor, count: int) -> Tensor:
-    """Return positions, ascending, among which the ``count`` highest scores are: not many more where these are few.
-
-    RigL at 1x1 has millions of scores, and sorting them all would cost more than computing them.
-    """
-    rank = 2 * count // STRIDE + 64  # of the bound in the sample: about twice as many scores as wanted are above it
-    if rank * STRIDE * 4 <= scores.shape[0]:
-        sample = scores[::STRIDE]
-        bound = sample[descending(sample)[rank]]
-        above = (scores >= bound).nonzero().squeeze(1)
-        if above.shape[0] >= count:
-            return above
-    return torch.arange(scores.shape[0], device=scores.device)

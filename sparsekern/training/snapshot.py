@@ -78,8 +78,7 @@ class Snapshot:
         """
         if self.taken and self._fixed and not all(self._is_here(name) for name in self.layers):
             raise ValueError("blocks moved, but AGENT knows of no method; give the one that moves them, method=...")
-        if not self.taken:
-            self._allocate()
+        self.allocate()
         for name, parameter in self.parameters.items():
             self.values[name].copy_(parameter)
         for name, (_, layer) in self.layers.items():
@@ -89,7 +88,10 @@ class Snapshot:
         self._moved.clear()
         self.taken = True
 
-    def _allocate(self) -> None:
+    def allocate(self) -> None:
+        """Make room for values and the mean, which is zero; nothing is taken by that. Does nothing if there is room."""
+        if self.values:
+            return
         for name, p in self.parameters.items():
             self.values[name] = torch.empty_like(p, requires_grad=False)
             self.mean[name] = torch.zeros_like(p, dtype=accumulate_dtype(p.dtype), requires_grad=False)
@@ -175,8 +177,7 @@ class Snapshot:
         shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         if {name: tuple(v.shape) for name, v in state["values"].items()} != shapes:
             raise ValueError("the state is of other parameters; build model and AGENT as those that were saved")
-        if not self.taken:
-            self._allocate()
+        self.allocate()
         for mine, saved in ((self.values, state["values"]), (self.mean, state["mean"]), (self._same, state["same"])):
             for name, tensor in mine.items():
                 tensor.copy_(saved[name])

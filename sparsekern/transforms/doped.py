@@ -7,7 +7,7 @@ import copy
 from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
-from sparsekern.transforms.init import check_init, draw_, draw_as_paper_, draw_bias_, draw_dense_, output_variance
+from sparsekern.transforms.init import check_init, draw_, draw_bias_, draw_dense_, wanted_variance
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.sizes import doped_rank
 from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin, twin_grid
@@ -67,6 +67,7 @@ def sparse_doped(
     check_init(init)
     if sparsity == 0:
         return copy.deepcopy(layer)
+    variance = wanted_variance(layer, init)
     ins, outs = features(layer)
     rank = doped_rank(layer.weight[0].numel(), outs, sparsity)
     inner = dense_twin(layer, ins, rank, bias=False)
@@ -76,11 +77,7 @@ def sparse_doped(
     (blocks,) = match_blocks([grid], [1], pool * (total - beside))
     sparse = sparse_twin(layer, blocks, grid.block, layer=layer, seed=seed, name=f"{name}.sparse".lstrip("."))
     share = beside / total
-    variance = output_variance(layer) if init == "variance" else None
-    if variance is None:
-        draw_as_paper_(sparse)
-    else:
-        draw_(sparse, variance * (1 - share))
+    draw_(sparse, None if variance is None else variance * (1 - share))
     draw_dense_(inner, variance, seed, f"{name}.inner")
     draw_dense_(outer, None if variance is None else share, seed, f"{name}.outer")
     for part in (inner, outer):

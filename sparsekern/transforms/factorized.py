@@ -8,10 +8,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
-from sparsekern.transforms.init import check_init, draw_, draw_as_paper_, draw_bias_, moments, output_variance
+from sparsekern.transforms.init import check_init, draw_, draw_bias_, moments, wanted_variance
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.sizes import factorized_features
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin, twin_grid
+from sparsekern.transforms.twins import Dense, check, dense_twin, features, norm_of, sparse_twin, twin_grid
 
 
 class SparseFactorized(nn.Module):
@@ -70,6 +70,7 @@ def sparse_factorized(
     check_init(init)
     if sparsity == 0:
         return copy.deepcopy(layer)
+    variance = wanted_variance(layer, init)
     ins, outs = features(layer)
     taps = layer.weight[0, 0].numel()
     multiple = max(twin_grid(layer, block_size, layer).block)
@@ -84,16 +85,12 @@ def sparse_factorized(
         sparse_twin(twin, counts[part], grids[part].block, layer=layer, seed=seed, name=f"{name}.{part}".lstrip("."))
         for part, twin in twins.items()
     )
-    norm: nn.Module = nn.Identity()
-    if isinstance(layer, nn.Conv2d):
-        norm = nn.BatchNorm2d(between, device=layer.weight.device, dtype=layer.weight.dtype)
-    made, variance = activation(), output_variance(layer)
-    if init == "paper":
-        draw_as_paper_(inner)
-        draw_as_paper_(outer)
-    else:
-        draw_(inner, variance)
+    norm, made = norm_of(layer, between), activation()
+    after = None
+    if variance is not None:
         square, _ = moments(made, 1.0 if isinstance(layer, nn.Conv2d) else variance)
-        draw_(outer, variance / square if square else 0.0)
+        after = variance / square if square else 0.0
+    draw_(inner, variance)
+    draw_(outer, after)
     draw_bias_(outer, layer)
     return SparseFactorized(inner, norm, made, outer).train(layer.training)

@@ -13,7 +13,7 @@ import copy
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.init import fan_in
@@ -61,21 +61,26 @@ def variance_before(activation: nn.Module, wanted: float) -> float:
     return math.sqrt(low * high)
 
 
-@torch.no_grad()
-def draw_(layer: BlockSparse, variance: float) -> None:
-    """Draw normal values such that inputs of mean square 1 give outputs of that variance, bias not counted."""
-    inputs = fan_in(layer.topology).clamp(min=1).double()
-    _draw(layer, (variance / inputs).sqrt()[layer.row.clamp(min=0).long()].view(-1, 1, 1))
+def wanted_variance(layer: nn.Linear | nn.Conv2d, init: str) -> float | None:
+    """Return what the output of a dense layer's replacement is to vary by; None where it is drawn as the paper does."""
+    return output_variance(layer) if init == "variance" else None
 
 
 @torch.no_grad()
-def draw_as_paper_(layer: BlockSparse) -> None:
-    """Draw Kaiming's normal values, ``2 / fan_out`` of the full shape, for the stored blocks."""
-    grid = layer.grid
-    _draw(layer, torch.tensor(math.sqrt(2 / (grid.out_features * grid.taps)), dtype=torch.float64, device="cpu"))
+def draw_(layer: BlockSparse, variance: float | None) -> None:
+    """Draw normal values.
 
-
-def _draw(layer: BlockSparse, std: Tensor) -> None:
+    Args:
+        layer: whose stored blocks are drawn.
+        variance: of its outputs, bias not counted, for inputs of mean square 1. None: Kaiming's values as in the
+            paper, ``2 / fan_out`` of the full shape.
+    """
+    if variance is None:
+        fan_out = layer.grid.out_features * layer.grid.taps
+        std = torch.tensor(math.sqrt(2 / fan_out), dtype=torch.float64, device="cpu")
+    else:
+        inputs = fan_in(layer.topology).clamp(min=1).double()
+        std = (variance / inputs).sqrt()[layer.row.clamp(min=0).long()].view(-1, 1, 1)
     generator = generator_for(layer.seed, layer.name, "values")
     drawn = torch.randn(layer.values.shape, generator=generator, dtype=torch.float64, device="cpu")
     drawn *= std.to(drawn.device)

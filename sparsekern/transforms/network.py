@@ -55,6 +55,7 @@ def transform(
     pool: float = 1.0,
     init: str = "variance",
     seed: int = 0,
+    max_gib: float = 8.0,
 ) -> nn.Module:
     """Return a sparse network that takes as many FLOPs as a dense one, by a Sparse-IFT transform.
 
@@ -84,6 +85,8 @@ def transform(
         init: ``"variance"``: each layer's output varies as that of its dense twin. ``"paper"``: as the paper's code
             draws; of ``"wide"``: the wide network's own initial values, masked.
         seed: decides initial values and topology.
+        max_gib: GiB that the weights of the ``"wide"`` network may take while it builds: they grow as
+            ``1 / (1 - s)``.
 
     Raises:
         ValueError: an option out of range; ``"wide"`` of a network that is built already; a function whose network
@@ -112,6 +115,7 @@ def transform(
         assert not isinstance(model, nn.Module)
         check(next(iter(chosen.values())), sparsity, pool)
         width = wide_width(sparsity, _block(block_size, next(iter(chosen.values()))))
+        _check_room(dense, chosen, sparsity, width, max_gib)
         wide = _built(model, width, seed)
         work = _wide_work(dense, wide, twins, sample_input, chosen, match)
         counts = _counts(wide, chosen, work, block_size, distribution, pool)
@@ -130,6 +134,20 @@ def _built(build: Build, width: Width, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for(seed, "transform").initial_seed())
         return build(width)
+
+
+def _check_room(dense: nn.Module, chosen: dict[str, Dense], sparsity: float, width: Width, max_gib: float) -> None:
+    """Raise ValueError if the wide network is too large to be dense for a moment; what is not chosen grows one way."""
+    if not max_gib > 0:
+        raise ValueError(f"max_gib is {max_gib}; it must be a number above 0")
+    wider = {id(layer.weight): width.multiplier**2 for layer in chosen.values()}
+    gib = sum(p.nbytes * wider.get(id(p), width.multiplier) for p in dense.parameters()) / 2**30
+    if gib > max_gib:
+        raise ValueError(
+            f"sparsity is {sparsity:g}, for which wide makes the network {width.multiplier:.3g} times as wide: dense, "
+            f"as it is while it builds, its weights take {gib:.3g} GiB, and max_gib is {max_gib:g}; choose a lower "
+            "sparsity, a smaller network, or a larger max_gib"
+        )
 
 
 def _block(block_size: int | tuple[int, int] | None, layer: Dense) -> int | tuple[int, int]:

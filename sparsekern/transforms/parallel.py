@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.transforms.branches import sum_of_branches
-from sparsekern.transforms.init import check_init, draw_, draw_as_paper_, draw_bias_, output_variance, variance_before
+from sparsekern.transforms.init import check_init, draw_, draw_bias_, variance_before, wanted_variance
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.sizes import parallel_branches
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin, twin_grid
+from sparsekern.transforms.twins import Dense, check, dense_twin, features, norm_of, sparse_twin, twin_grid
 
 
 class SparseParallel(nn.Module):
@@ -76,6 +76,7 @@ def sparse_parallel(
     check_init(init)
     if sparsity == 0:
         return copy.deepcopy(layer)
+    variance = wanted_variance(layer, init)
     count = parallel_branches(sparsity)
     if count == 1:
         raise ValueError(f"sparsity {sparsity} makes one branch; Sparse Parallel needs two: 1/3 or more")
@@ -85,15 +86,11 @@ def sparse_parallel(
     (blocks,) = match_blocks([grid], [1], pool * layer.weight.numel())
     branches = sparse_twin(twin, blocks, grid.block, layer=layer, seed=seed, name=f"{name}.branches".lstrip("."))
     made = activation()
-    wanted = variance_before(made, output_variance(layer) / count) if init == "variance" else 1.0
-    norm: nn.Module = nn.Identity()
-    if isinstance(layer, nn.Conv2d):
-        norm = nn.BatchNorm2d(count * outs, device=layer.weight.device, dtype=layer.weight.dtype)
-        nn.init.constant_(norm.weight, wanted**0.5)
-        wanted = output_variance(layer)  # the norm divides by whatever it is
-    if init == "paper":
-        draw_as_paper_(branches)
-    else:
-        draw_(branches, wanted)
+    norm = norm_of(layer, count * outs)
+    before = None if variance is None else variance_before(made, variance / count)
+    if isinstance(norm, nn.BatchNorm2d):
+        nn.init.constant_(norm.weight, 1.0 if before is None else before**0.5)
+        before = variance  # the norm divides by whatever it is
+    draw_(branches, before)
     draw_bias_(branches, layer)
     return SparseParallel(branches, norm, made, count).train(layer.training)

@@ -49,6 +49,13 @@ def dense_twin(layer: Dense, ins: int, outs: int, *, pointwise: bool = False, bi
     return nn.Conv2d(**(arguments | {"in_channels": ins, "out_channels": outs, "bias": bias}), **placed)
 
 
+def norm_of(layer: Dense, features: int) -> nn.Module:
+    """Return batch norm for so many features in the likeness of a convolution; of a linear layer an identity."""
+    if isinstance(layer, nn.Linear):
+        return nn.Identity()
+    return nn.BatchNorm2d(features, device=layer.weight.device, dtype=layer.weight.dtype)
+
+
 def twin_grid(twin: Dense, block_size: int | tuple[int, int] | None, layer: Dense) -> Grid:
     """Return the grid of a twin; without a block size, that of the device of ``layer``."""
     device = layer.weight.device

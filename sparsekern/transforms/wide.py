@@ -6,7 +6,7 @@ import copy
 
 from torch import nn
 
-from sparsekern.transforms.init import check_init, draw_, draw_as_paper_, draw_bias_, output_variance
+from sparsekern.transforms.init import check_init, draw_, draw_bias_, wanted_variance
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.sizes import wide_width
 from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin, twin_grid
@@ -48,6 +48,7 @@ def sparse_wide(
     check_init(init)
     if sparsity == 0:
         return copy.deepcopy(layer)
+    variance = wanted_variance(layer, init)
     ins, outs = features(layer)
     width = wide_width(sparsity, twin_grid(layer, block_size, layer).block)
     sizes = (width(ins) if widen_in else ins, width(outs) if widen_out else outs)
@@ -55,9 +56,6 @@ def sparse_wide(
     grid = twin_grid(twin, block_size, layer)
     (blocks,) = match_blocks([grid], [1], pool * layer.weight.numel())
     wide = sparse_twin(twin, blocks, grid.block, layer=layer, seed=seed, name=name)
-    if init == "paper":
-        draw_as_paper_(wide)
-    else:
-        draw_(wide, output_variance(layer))
+    draw_(wide, variance)
     draw_bias_(wide, layer)
     return wide.train(layer.training)

@@ -38,7 +38,13 @@ def test_the_table_and_the_progress(finished):
 def test_a_second_call_shows_the_same(finished):
     folder, result = finished
     again = invoke("--out", folder, "--quiet")
-    assert (again.exit_code, again.stdout, again.stderr) == (0, result.stdout, "")
+    assert (again.exit_code, again.stdout) == (0, result.stdout)
+    assert again.stderr == f"{folder} is finished: nothing is left to train. This is what came out\n"
+
+
+def test_what_is_finished_is_not_announced_again(finished):
+    result = invoke("--out", finished[0])
+    assert "run " not in result.stderr
 
 
 def test_json_is_alone_on_stdout(finished):

@@ -66,7 +66,8 @@ def test_json_says_what_was_written(source, tmp_path):
         (["t.safetensors", "--to=bsr"], "BSR tensors need a file of torch.save"),
         (["t.onnx", "--to=dense"], "the name must end in .safetensors, .pt or .pth"),
         (["s.safetensors", "--to=dense"], "which exists; choose another name, or --force"),
-        (["none/t.safetensors", "--to=dense"], "cannot be written"),
+        (["none/t.safetensors", "--to=dense"], "whose folder does not exist; make the folder, or choose another name"),
+        ([".", "--to=dense"], "the name must end in .safetensors"),
     ],
 )
 def test_an_error_is_one_line_and_writes_nothing(source, tmp_path, options, message):

@@ -61,7 +61,7 @@ def test_a_dense_file(tmp_path):
     [
         (lambda p: None, "does not exist; give a file of weights"),
         (lambda p: p.touch(), "is empty"),
-        (lambda p: p.mkdir(), "it has those of: none"),
+        (lambda p: p.mkdir(), "has no config.json; give a file of weights"),
         (
             lambda p: torch.save({"values": torch.ones(1), "row": torch.ones(1), "col": torch.ones(1)}, p),
             "they must be",

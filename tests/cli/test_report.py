@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -39,7 +40,14 @@ def test_the_page_of_a_finished_run(finished):
     assert result.stdout == f"{page}: open it in a browser\n"
     text = page.read_text()
     assert text.startswith(MARK) and len(text) < 2_000_000
-    for words in ("Finished: 1 seed, 2 epochs each.", "hidden2", "time, ms", "test accuracy", "update 3"):
+    for words in (
+        "Finished: 1 seed, 2 epochs each.",
+        "hidden2",
+        "time, ms",
+        "test accuracy",
+        "update 3",
+        "<li>accuracy: after the last epoch",
+    ):
         assert words in text
     assert "cannot show" not in text
 
@@ -95,3 +103,18 @@ def test_a_disk_that_is_full(finished, tmp_path, monkeypatch):
     result = invoke(finished, "--out", tmp_path / "page.html", "--no-measure")
     assert result.exit_code == 2 and "no room left on the disk; free some" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_the_first_format_has_a_page(finished, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(finished, folder)
+    for name in ("config.json", "results.json"):
+        content = json.loads((folder / name).read_text())
+        for entry in ("recipe", "width_multiplier", "augment", "preset", "options", "sparse"):
+            del content["config"][entry]
+        del content["data"]["image_shape"]
+        (folder / name).write_text(json.dumps(content | {"format_version": 1}))
+    (folder / "report.html").unlink(missing_ok=True)
+    result = invoke(folder)
+    assert result.exit_code == 0, result.output
+    assert "did not note the shape of its images" in result.stdout and "hidden2" in (folder / "report.html").read_text()

@@ -45,6 +45,14 @@ def test_a_defect_keeps_its_traceback():
         raise RuntimeError("shapes do not match")
 
 
+def test_a_batch_system_that_is_about_to_kill_asks_too():
+    before = signal.getsignal(signal.SIGTERM)
+    with CtrlC() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.asked() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_the_first_ctrl_c_asks_and_the_second_stops():
     before = signal.getsignal(signal.SIGINT)
     with CtrlC() as interrupt:

@@ -69,7 +69,13 @@ def test_resuming_a_finished_run_prints_the_table_again(finished):
     folder, result = finished
     again = invoke("--resume", folder)
     assert (again.exit_code, again.stdout) == (0, result.stdout)
-    assert again.stderr == ""
+    assert again.stderr == f"{folder} is finished: nothing is left to train. This is what came out\n"
+
+
+def test_resuming_a_finished_run_checks_its_options_all_the_same(finished):
+    for option, rule in (("--keep=0", "keep is 0; it must be"), ("--save-every=x", "save_every is 'x'; it must be")):
+        result = invoke("--resume", finished[0], option)
+        assert result.exit_code == 2 and rule in result.stderr and result.stdout == ""
 
 
 def test_json_is_alone_on_stdout(finished):
@@ -143,7 +149,7 @@ def test_another_recipe(no_picture, tmp_path):
 def test_a_preset_with_an_option(no_picture, tmp_path):
     arguments = [*TINY, "--no-dense", "--preset=gse-grabo", "--drop-fraction=0.1", "--quiet"]
     result = invoke(*arguments, "--out", tmp_path / "run")
-    assert result.exit_code == 0 and "(gse-grabo, drop_fraction 0.1)" in " ".join(result.stdout.split())
+    assert result.exit_code == 0 and "(gse-grabo, drop fraction 0.1)" in " ".join(result.stdout.split())
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert (config["method"], config["preset"], config["options"]) == ("gse", "gse-grabo", {"drop_fraction": 0.1})
     assert invoke("--resume", tmp_path / "run", *arguments).exit_code == 0
@@ -221,8 +227,9 @@ def test_a_transform_with_spectral_measures(tmp_path):
     options = ("--transform", "wide", "--sparsity", "0.75", "--spectral", "--width", "64", "--block-size", "8")
     result = invoke(*options, "--epochs", "1", "--seeds", "1", "--update-every", "4", "--out", str(folder))
     assert result.exit_code == 0, result.output
-    assert "set, transform wide, spectral true" in " ".join(result.stdout.split())
+    assert "(set, transform wide)," in " ".join(result.stdout.split())
     assert (folder / "spectral.png").stat().st_size > 10_000
+    assert f"and the pictures {folder / 'summary.png'} and {folder / 'spectral.png'}" in " ".join(result.stdout.split())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     sparse = next(row for row in rows if row["network"] == "sparse")
     assert sparse["spectral"][0]["step"] == 1 and sparse["spectral"][-1]["step"] > 1

@@ -14,6 +14,8 @@ from sparsekern.cli.usage import USAGE, sentence
         (["train", "--epochs", "ten"], "--epochs is 'ten'; it must be a whole number; "),
         (["train", "--epochs=ten"], "--epochs is 'ten'; it must be a whole number; "),
         (["train", "--rate", "1", "--rate", "fast"], "--rate is 'fast'; it must be a number; "),
+        (["convert", "a", "b", "--to", "dens"], "--to is 'dens'; it must be one of dense, sparse, bsr; "),
+        (["convert", "a", "b"], "missing option '--to', which is one of dense, sparse, bsr; "),
         (["train", "--epoch", "1"], "no such option: --epoch"),
         (["trian"], "no such command 'trian'"),
         (["report"], "missing argument 'RUN'"),

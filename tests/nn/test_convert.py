@@ -69,6 +69,17 @@ def test_sparse_layers_are_cut_anew():
     assert dense_state(fewer)["0.weight"].square().sum() > norms / 2 and kept.blocks() == 4
 
 
+def test_the_way_out_of_blocks_that_do_not_divide_works():
+    state = layer(0).state_dict()
+    cut = sparse_state(state, sparsity=None, block=(2, 2))
+    assert torch.equal(bsr_state(cut)["weight"].to_dense(), dense_state(state)["weight"])
+
+
+def test_blocks_that_stick_out_one_way_are_no_error():
+    cut = sparse_state({"weight": torch.ones(3, 32)}, sparsity=None, block=(16, 16))
+    assert cut["values"].shape == (2, 16, 16)
+
+
 def test_a_layer_of_zeros_keeps_a_block():
     free = torch.full((3,), -1, dtype=torch.int32)
     source = nn.Sequential(layer(0, blocks=3))
@@ -84,10 +95,24 @@ def test_a_layer_of_zeros_keeps_a_block():
     ("state", "convert", "message"),
     [
         (dict(layer(0).state_dict()), dense_state, "does not say how large layer '' is, as older ones do not; load it"),
-        (layer(0).state_dict(), bsr_state, r"is 14 x 10 in blocks of \(4, 3\), which do not divide it"),
+        (
+            layer(0).state_dict(),
+            bsr_state,
+            "is 14 x 10 in blocks of 4x3, which do not divide it, .* first to sparse, .*, such as 2x2$",
+        ),
         ({"a": torch.ones(3)}, lambda s: sparse_state(s, sparsity=0.5, block=(1, 1)), "nothing to convert"),
         ({"weight": torch.ones(3, 3)}, lambda s: sparse_state(s, sparsity=0.5, block=None), "block_size is missing"),
         ({"weight": torch.ones(3, 3)}, lambda s: sparse_state(s, sparsity=0.99, block=(3, 3)), "every layer needs"),
+        (
+            {"a.weight": torch.ones(3, 5)},
+            lambda s: sparse_state(s, sparsity=None, block=(9, 6)),
+            "block_size is 9x6, larger than layer 'a' of 3 x 5; choose smaller blocks",
+        ),
+        (
+            {"weight": torch.ones(3, 8, 3, 3)},
+            lambda s: sparse_state(s, sparsity=0.5, block=(16, 16)),
+            "block_size is 16x16, larger than layer '' of 3 x 8",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(state, convert, message):

@@ -4,7 +4,7 @@ from torch import nn
 
 from sparsekern import SparseLinear, sparse_layers
 from sparsekern.analysis import profile
-from sparsekern.recipes.build import build, build_method
+from sparsekern.recipes.build import build, build_agent, build_method
 from sparsekern.recipes.config import Config
 from sparsekern.topology import allocate
 from sparsekern.training import METHODS, PRESETS
@@ -159,6 +159,33 @@ def test_candidates_of_a_transform_end_at_its_flops(transform):
     assert all(abs(n - 2 * m) <= 1 for n, m in zip(stored, wanted, strict=True))
     method = build_method(config, model, torch.optim.SGD(model.parameters(), lr=0.1), steps=10, seed=0)
     assert method.budget.ratio * sum(stored) == pytest.approx(sum(wanted), abs=1)
+
+
+def test_a_transform_that_needs_more_memory_than_allowed():
+    config = Config(sparsity=0.999, options={"transform": "wide"})
+    with pytest.raises(ValueError, match=r"31.6 times as wide: .* GiB, and transform_max_gib is 8; choose a lower"):
+        build("sparse", config, SHAPE, 3, seed=0)
+    config = Config(width=64, block_size=8, sparsity=0.75, options={"transform": "wide", "transform_max_gib": 1e-6})
+    with pytest.raises(ValueError, match="transform_max_gib is 1e-06"):
+        build("sparse", config, SHAPE, 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("agent_gamma", 7.0, r"agent_gamma is 7.0; it must be in \[0, 1\]"),
+        ("agent_alpha", 0.0, "agent_alpha is 0.0; it must be in"),
+        ("agent_batches", 0, "agent_batches is 0; it must be 1 or more$"),
+        ("agent_every", 5, "agent_every is 5, but the losses of batches give one c after a pass; estimate must"),
+        ("agent_scope", "layer", "agent_scope is 'layer', but the losses"),
+    ],
+)
+def test_what_is_wrong_for_agent_names_the_option(option, value, text):
+    config = Config(width=64, block_size=8, options={"agent": True, option: value}).resolved(100, 1)
+    model = build("sparse", config, SHAPE, 3, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=text):
+        build_agent(config, model, optimizer, build_method(config, model, optimizer, 10, 0))
 
 
 def test_a_transform_of_no_sparsity():

@@ -179,7 +179,7 @@ def test_a_folder_with_something_else(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(ValueError, match="holds no comparison and is not empty; choose another --out"):
         plan_for(tmp_path, {})
-    with pytest.raises(ValueError, match="holds no comparison"):
+    with pytest.raises(ValueError, match="x, which is a file; choose the name of a folder for --out"):
         plan_for(tmp_path / "x", {})
     (tmp_path / "x").rename(tmp_path / "plan.json.unfinished")
     assert read_plan(tmp_path) is None  # what a kill may leave

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from sparsekern.recipes.config import Config, usable_device
+from sparsekern.recipes.config import Config, upgraded, usable_device
 
 
 def test_the_default_is_what_the_readme_promises():
@@ -165,4 +165,39 @@ def test_options_by_who_takes_them():
 def test_the_title_of_the_method():
     assert Config().method_title == "set"
     assert Config(preset="gse-grabo", options={"scope": "layer"}).method_title == "gse-grabo, scope layer"
-    assert Config(method="rigl", options={"regrow": True}).method_title == "rigl, regrow true"
+    assert Config(method="rigl", options={"regrow": True}).method_title == "rigl, regrow"
+    assert Config(options={"drop_fraction": 0.1, "agent": False}).method_title == "set, drop fraction 0.1, no agent"
+    assert Config(options={"spectral": True, "agent": True}).method_title == "set, agent", "a record changes no method"
+
+
+OLD = {
+    1: '{"data": null, "sparsity": 0.8, "block_size": 16, "method": "set", "width": 1024, "epochs": 20, '
+    '"batch_size": 64, "rate": 0.001, "update_every": 43, "seeds": 5, "device": "cpu", "dense": true}',
+    2: '{"recipe": "resnet20", "data": "c.tar.gz", "sparsity": 0.8, "block_size": 16, "method": "rigl", "width": null, '
+    '"width_multiplier": 2.0, "augment": "crop-flip", "epochs": 3, "batch_size": 128, "rate": 0.1, "update_every": 99, '
+    '"seeds": 1, "device": "cpu", "dense": false}',
+    3: '{"recipe": "mlp", "data": null, "sparsity": 0.8, "block_size": 16, "method": "gse", "preset": "gse-grabo", '
+    '"options": {"drop_fraction": 0.1}, "width": 64, "width_multiplier": 1.0, "augment": "none", "epochs": 2, '
+    '"batch_size": 64, "rate": 0.001, "update_every": 5, "seeds": 1, "device": "cpu", "dense": true}',
+}
+"""What each format wrote at its beginning."""
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_older_formats_are_read_and_mean_what_they_did(version):
+    old = json.loads(OLD[version])
+    config = Config.from_json(upgraded(old, version))
+    assert {name: getattr(config, name) for name in old} == old and config.sparse
+    if version == 1:
+        assert (config.recipe, config.augment, config.preset, config.options) == ("mlp", "none", None, {})
+    if version == 2:
+        assert (config.augment, config.width_multiplier, config.preset) == ("crop-flip", 2.0, None)
+    if version == 3:
+        assert (config.preset, config.options) == ("gse-grabo", {"drop_fraction": 0.1})
+
+
+def test_what_a_format_has_is_not_made_up():
+    old = json.loads(OLD[3])
+    del old["options"]
+    with pytest.raises(ValueError, match="other entries than this version of sparsekern knows: options"):
+        Config.from_json(upgraded(old, 3))

@@ -23,6 +23,28 @@ def test_config_and_back(tmp_path):
     assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["format_version"] == 3
 
 
+def test_a_run_of_the_first_format_is_read(tmp_path):
+    options = {"data": None, "sparsity": 0.8, "block_size": 8, "method": "set", "width": 64, "epochs": 4}
+    options |= {"batch_size": 64, "rate": 1e-3, "update_every": 8, "seeds": 1, "device": "cpu", "dense": True}
+    content = {"format_version": 1, "config": options, "data": {"name": "digits"}, "environment": {}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config, data = read_config(tmp_path)
+    assert (config.width, config.recipe, data) == (64, "mlp", {"name": "digits"}) and read_keeping(
+        tmp_path
+    ) == Keeping()
+
+
+def test_a_comparison_is_no_run(tmp_path):
+    write_json(tmp_path / "plan.json", {"plan": {}})
+    with pytest.raises(
+        ValueError, match="is a comparison; give one of the runs in it. All of them go on by: sparsekern"
+    ):
+        read_config(tmp_path)
+    create(tmp_path / "set-s0.9", Config(), {}, {})
+    with pytest.raises(ValueError, match=r"such as .*set-s0.9. All of them go on by: sparsekern compare --out "):
+        read_config(tmp_path)
+
+
 def test_nothing_is_overwritten(tmp_path):
     create(tmp_path, Config(), {}, {})
     with pytest.raises(ValueError, match=r"not empty; resume it with --resume, or choose another --out"):
@@ -48,10 +70,13 @@ def test_a_folder_without_a_run(tmp_path):
         pytest.param("[" * 10**5, "missing or damaged", id="deep"),
         ("[]", "missing or damaged"),
         ("{}", "missing or damaged"),
-        ('{"format_version": 99}', "has format version 99; this code reads 3"),
+        ('{"format_version": 99}', "has format version 99; this code reads 1 to 3"),
+        ('{"format_version": 0}', "has format version 0"),
+        ('{"format_version": "3"}', "has format version 3"),
         ('{"format_version": 3}', "not the configuration of a run"),
         ('{"format_version": 3, "config": [], "data": {}}', "not the configuration of a run"),
-        ('{"format_version": 3, "config": {"width": 0}, "data": {}}', "other entries"),
+        ('{"format_version": 3, "config": {"width": 0}, "data": {}}', "other entries.*or start a new run"),
+        ('{"format_version": 3, "config": {}, "data": "digits"}', "not the configuration of a run"),
     ],
 )
 def test_a_damaged_configuration_is_described(tmp_path, content, message):

@@ -123,6 +123,7 @@ def test_goes_on_bit_for_bit(data, network):
     losses = run(learner, 4)
     other = Learner(network, CONFIG, data, seed=0)
     other.model.load_state_dict(model)
+    del state["graphs"]  # as in the first checkpoints
     other.load_state_dict(state)
     assert run(other, 4) == losses
     assert all(

@@ -37,7 +37,8 @@ def test_a_run_that_is_not_finished(folder):
 
 def test_a_finished_run(folder):
     save(folder, history={"frames": []})
-    write_json(folder / "results.json", {"environment": {"device": "another"}})
+    others = {"config": CONFIG.to_json(), "data": {}, "networks": {}}
+    write_json(folder / "results.json", {"environment": {"device": "another"}, **others})
     record = read_record(folder)
     assert record.results["environment"] == record.environment == {"device": "another"}
     assert record.missing == []

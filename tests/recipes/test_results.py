@@ -74,3 +74,9 @@ def test_nothing_timed():
 def test_without_the_twin():
     result = summarise([r for r in ROWS if r["network"] == "sparse"], {"sparse": SIZES["sparse"]})
     assert "comparison" not in result and list(result["networks"]) == ["sparse"]
+
+
+def test_rows_of_an_older_format_say_no_seconds():
+    row = {"network": "sparse", "seed": 0, "epoch": 1, "test_accuracy": 0.5, "ms_per_step": 2.0}
+    found = summarise([row], {"sparse": {"stored_parameters": 1, "training_bytes": 4}})
+    assert found["networks"]["sparse"]["seconds"] == {"mean": None, "by_seed": None}

@@ -53,3 +53,13 @@ def test_many_layers_have_a_median(monkeypatch):
 def test_the_same_chart_is_the_same_text():
     charts = {layer_chart({"a": [1, 2]}, "churn") for _ in range(2)}
     assert len(charts) == 1
+
+
+@pytest.mark.parametrize(("line", "top"), [([70.0, 70.0], 75.6), ([0.0, 0.0], 1.0)])
+def test_a_level_line_does_not_lie_on_the_frame(monkeypatch, line, top):
+    from matplotlib.axes import Axes
+
+    limits, set_ylim = [], Axes.set_ylim
+    monkeypatch.setattr(Axes, "set_ylim", lambda axes, *at, **how: limits.append(at) or set_ylim(axes, *at, **how))
+    layer_chart({"a": line}, "kept")
+    assert limits[-1] == (0, pytest.approx(top))

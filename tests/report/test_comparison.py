@@ -78,3 +78,21 @@ def test_the_picture(tmp_path, monkeypatch):
 def test_few_rows(tmp_path, rows):
     draw_comparison(tmp_path / "x.png", "", rows)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_failed_leaves_its_place_empty(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda axes, x, y, yerr, **how: drawn.append(x) or errorbar(axes, x, y, yerr, **how)
+    )
+    rows = [row("static", 0.9, 16), row("static", 0.95, 16), row("set", 0.95, 16)]
+    draw_comparison(tmp_path / "x.svg", "", rows)
+    assert [[round(x) for x in places] for places in drawn] == [[0, 1], [1]]
+
+
+@pytest.mark.parametrize(("deviation", "said"), [(None, False), (0.1, True)])
+def test_the_axis_speaks_of_seeds_where_there_are_several(tmp_path, deviation, said):
+    draw_comparison(tmp_path / "x.svg", "", [row("set", 0.9, 16, deviation=deviation)])
+    assert ("mean and deviation over seeds" in (tmp_path / "x.svg").read_text()) == said

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsekern.topology import generator_for, sample_absent, sample_distinct
-from sparsekern.topology.absent import sample_ascending
 from tests.memory import allocations
 
 
@@ -76,7 +75,7 @@ def test_every_pair_is_as_likely_as_any_other() -> None:
     assert_uniform([seen[pair] for pair in combinations(range(8), 2)], draws, 2 / (73 * 72))
 
 
-# Ascending: independent draws by exponential gaps, of which the distinct ones are kept.
+# Ascending: draws with replacement, of which the distinct ones are kept.
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
@@ -84,36 +83,36 @@ def test_every_pair_is_as_likely_as_any_other() -> None:
 def test_ascending_numbers_are_distinct_and_in_range(population: int, seed: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, population))
 
-    drawn = sample_ascending(population, count, seeded(seed))
+    drawn = sample_absent(keys(), population, count, seeded(seed), ordered=True)
 
-    assert drawn.dtype == torch.int64 and drawn.shape == (count,) and bool((drawn.diff() > 0).all())
+    assert drawn.dtype == torch.int32 and drawn.shape == (count,) and bool((drawn.diff() > 0).all())
     assert count == 0 or 0 <= int(drawn[0]) <= int(drawn[-1]) < population
 
 
-@pytest.mark.parametrize(("population", "count"), [(30, 4), (84, 5), (85, 5), (200, 30), (200, 1)])
+@pytest.mark.parametrize(("population", "count"), [(30, 6), (30, 7), (200, 30), (200, 1), (200, 120)])
 def test_every_ascending_number_and_pair_is_as_likely_as_any_other(population: int, count: int) -> None:
-    """84 is the last population that is shuffled for 5, and 85 the first that is not."""
+    """7 of 30 is shuffled, 6 is not."""
     generator, draws = seeded(), 6000
-    drawn = torch.stack([sample_ascending(population, count, generator) for _ in range(draws)])
+    drawn = torch.stack([sample_absent(keys(), population, count, generator, ordered=True) for _ in range(draws)])
 
     assert_uniform(drawn.flatten().bincount(minlength=population).tolist(), draws, count / population)
-    seen = torch.zeros(draws, population).scatter_(1, drawn, 1.0)[:, :: population // 10]
+    seen = torch.zeros(draws, population).scatter_(1, drawn.long(), 1.0)[:, :: population // 10]
     together = (seen.T @ seen)[torch.ones(seen.shape[1], seen.shape[1]).triu(1).bool()].tolist()
     assert_uniform(together, draws, count * (count - 1) / (population * (population - 1)))
 
 
 def test_an_ascending_draw_that_found_too_few_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One number for all gaps but the last: the first draw holds hardly any distinct ones."""
-    healthy, calls = torch.rand, []
+    """The same number every time: the first draw holds one distinct one."""
+    healthy, calls = torch.randint, []
 
-    def rand(size: int, **options: Any) -> Tensor:
+    def randint(high: int, size: tuple[int], **options: Any) -> Tensor:
         calls.append(size)
-        gaps = healthy(size, **options)
-        return gaps.mul_(1e-9).index_fill_(0, torch.tensor([size - 1]), 0.5) if len(calls) == 1 else gaps
+        drawn = healthy(high, size, **options)
+        return drawn.fill_(7) if len(calls) == 1 else drawn
 
-    monkeypatch.setattr(torch, "rand", rand)
-    drawn = sample_ascending(10_000, 100, seeded())
-    assert len(calls) == 2 and drawn.unique().shape == (100,)
+    monkeypatch.setattr(torch, "randint", randint)
+    drawn = sample_absent(keys(), 10_000, 100, seeded(), ordered=True)
+    assert len(calls) >= 2 and drawn.unique().shape == (100,)
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
@@ -139,7 +138,7 @@ def test_absent_cells_by_hand() -> None:
     drawn = sample_absent(keys(0, 3, 4, 7), 8, 4, seeded())
 
     assert sorted(drawn.tolist()) == [1, 2, 5, 6]
-    assert drawn.dtype == torch.int64
+    assert drawn.dtype == torch.int32
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)

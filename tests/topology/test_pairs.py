@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsekern.topology import generator_for, row_weights, sample_absent_pairs, sample_pairs, without
+from sparsekern.topology import (
+    are_absent,
+    distinct_absent,
+    generator_for,
+    pairs,
+    row_weights,
+    sample_absent_pairs,
+    sample_pairs,
+)
 
 ROWS, COLS = torch.tensor([1.0, 0.0, 3.0, 2.0]), torch.tensor([5.0, 1.0, 0.0, 2.0, 2.0])
 JOINT = ROWS[:, None] * COLS / (ROWS.sum() * COLS.sum())
@@ -52,7 +60,7 @@ def test_a_draw_that_is_rounded_up_stays_in_its_group(monkeypatch):
 
 
 def test_the_test_notices_another_distribution():
-    draws = 60_000
+    draws = 200_000
     counts = torch.bincount(sample_pairs(ROWS, COLS + 0.1, draws, generator_for(0)), minlength=20).view(4, 5)
     expected = draws * JOINT[JOINT > 0]
     statistic = float(((counts[JOINT > 0] - expected) ** 2 / expected).sum())
@@ -102,7 +110,14 @@ def test_memory_does_not_grow_with_the_grid():
 
 
 @pytest.mark.parametrize("present", [[], [3], [0, 2, 9]])
-def test_without(present):
-    keys = torch.tensor([9, 3, 4, 0, 3])
-    expected = [k for k in keys.tolist() if k not in present]
-    assert without(keys, torch.tensor(present, dtype=torch.int64)).tolist() == expected
+def test_keys_that_are_absent(present):
+    keys, there = torch.tensor([9, 3, 4, 0, 3], dtype=torch.int32), torch.tensor(present, dtype=torch.int32)
+    expected = [k not in present for k in keys.tolist()]
+    assert are_absent(keys.long(), there, 10).tolist() == expected
+    assert distinct_absent(keys, there, 10).tolist() == sorted({k for k in keys.tolist() if k not in present})
+
+
+def test_draws_in_chunks_are_as_many_as_asked_for(monkeypatch):
+    monkeypatch.setattr(pairs, "CHUNK", 1000)
+    counts = torch.bincount(sample_pairs(ROWS, COLS, 2500, generator_for(0)), minlength=20)
+    assert int(counts.sum()) == 2500 and not counts.view(4, 5)[JOINT == 0].any()

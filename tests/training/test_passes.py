@@ -12,6 +12,7 @@ from sparsekern.training.passes import (
     Randomness,
     extra_passes,
     keep_norm_statistics,
+    perturbed,
     scale_of,
     without_gradients,
     without_sync,
@@ -84,3 +85,19 @@ def test_a_scale():
     cpu = torch.device("cpu")
     assert scale_of(None, cpu) == 1
     assert scale_of(torch.amp.GradScaler("cpu", init_scale=8.0), cpu) == 8
+
+
+def test_a_perturbed_batch_is_made_at_once_and_leaves_no_trace():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = []
+
+    def perturb():
+        made.append(torch.ones(4, 3))
+        model(made[-1]).sum().backward()
+        return made[-1]
+
+    closure = perturbed(model, lambda batch: batch.sum(), perturb)
+    assert len(made) == 1 and float(closure()) == 12 and float(closure()) == 12 and len(made) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())

@@ -12,12 +12,12 @@ import sparsekern as sk
 from sparsekern.transforms.init import (
     check_init,
     draw_,
-    draw_as_paper_,
     draw_bias_,
     draw_dense_,
     moments,
     output_variance,
     variance_before,
+    wanted_variance,
 )
 
 
@@ -63,7 +63,7 @@ def test_each_output_has_the_variance_whatever_it_stores():
 
 def test_phantoms_stay_zero():
     layer = sk.SparseLinear(13, 11, block_size=8, sparsity=0)
-    for draw in (lambda one: draw_(one, 1.0), draw_as_paper_):
+    for draw in (lambda one: draw_(one, 1.0), lambda one: draw_(one, None)):
         draw(layer)
         stored = layer.values.count_nonzero()
         assert stored == 13 * 11 and torch.equal(layer.to_dense().weight != 0, torch.ones(11, 13, dtype=torch.bool))
@@ -71,7 +71,7 @@ def test_phantoms_stay_zero():
 
 def test_the_paper_draws_for_the_full_shape():
     conv = sk.SparseConv2d(128, 256, 3, sparsity=0.75, block_size=16)
-    draw_as_paper_(conv)
+    draw_(conv, None)
     assert float(conv.values.detach().var()) == pytest.approx(2 / (256 * 9), rel=0.02)
     inner = nn.Conv2d(64, 48, 3)
     draw_dense_(inner, None, 0, "inner")
@@ -110,7 +110,12 @@ def test_a_default_device_does_not_change_the_draw():
     drawn = []
     for device in ("cpu", "meta"):
         with torch.device(device):
-            draw_as_paper_(layer)
+            draw_(layer, None)
             draw_bias_(layer, dense)
         drawn.append((layer.values.clone(), layer.bias.clone()))
     assert torch.equal(drawn[0][0], drawn[1][0]) and torch.equal(drawn[0][1], drawn[1][1])
+
+
+def test_what_a_replacement_is_to_vary_by():
+    layer = nn.Linear(8, 4)
+    assert wanted_variance(layer, "variance") == output_variance(layer) and wanted_variance(layer, "paper") is None

@@ -219,3 +219,21 @@ def test_options_out_of_range(options, message):
 def test_the_activation_is_passed_on():
     model = transform(resnet20(10), "factorized", 0.5, IMAGE, block_size=16, activation=nn.SiLU)
     assert all(type(m.activation) is nn.SiLU for m in model.modules() if isinstance(m, SparseFactorized))
+
+
+def test_a_network_that_is_too_large_while_it_is_dense():
+    def build(width):
+        hidden = width(64)
+        return nn.Sequential(
+            nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 4)
+        )
+
+    # at 0.75 twice as wide: the middle 4 * 64 * 64, everything else twice 8 * 64 + 64 + 64 + 4 * 64 + 4
+    gib = 4 * (4 * 4096 + 2 * (512 + 64 + 64 + 256 + 4)) / 2**30
+    transform(build, "wide", 0.75, torch.zeros(1, 8), block_size=8, max_gib=gib)
+    with pytest.raises(
+        ValueError, match=r"sparsity is 0.75, for which wide makes the network 2 times as wide.*max_gib"
+    ):
+        transform(build, "wide", 0.75, torch.zeros(1, 8), block_size=8, max_gib=gib * 0.999)
+    with pytest.raises(ValueError, match="max_gib is 0; it must be a number above 0"):
+        transform(build, "wide", 0.75, torch.zeros(1, 8), block_size=8, max_gib=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekern.transforms.twins import check, dense_twin, features, sparse_twin, twin_grid
+from sparsekern.transforms.twins import check, dense_twin, features, norm_of, sparse_twin, twin_grid
 
 
 def test_what_no_transform_fits():
@@ -44,3 +44,9 @@ def test_default_blocks_are_those_of_the_layers():
     )
     conv = nn.Conv2d(16, 64, 3)
     assert twin_grid(conv, None, conv).block == (32, 16)
+
+
+def test_convolutions_have_a_norm():
+    assert type(norm_of(nn.Linear(4, 4), 7)) is nn.Identity
+    norm = norm_of(nn.Conv2d(4, 4, 1, dtype=torch.float64), 7)
+    assert type(norm) is nn.BatchNorm2d and (norm.num_features, norm.weight.dtype) == (7, torch.float64)

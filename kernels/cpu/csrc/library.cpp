@@ -24,7 +24,7 @@ struct Arena {
 
 namespace {
 
-const int ABI = 5;  // raised with every change of api.h or of a signature below; library.py asks for it
+const int ABI = 6;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
 
 constexpr int ARENAS = 64;  // calls at the same time that keep their scratch; more allocate and free
 Arena arenas[ARENAS];

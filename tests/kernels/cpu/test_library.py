@@ -219,15 +219,17 @@ def test_the_structures_agree_with_the_header() -> None:
 
 
 def test_no_memory_for_the_scratch_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_open", lambda: (Fake(""), ""))
     case = random_case(0, block=(16, 16), tokens=7, dtype=torch.float32)
+    index = case.index
+    monkeypatch.setattr(library, "_open", lambda: (Fake(""), ""))
+    library.load.cache_clear()
 
     with pytest.raises(MemoryError, match="sk_multiply finds no memory for its scratch"):
-        cpu.fwd(case.x, case.values, None, case.index, case.grid.out_features)
+        cpu.fwd(case.x, case.values, None, index, case.grid.out_features)
     with pytest.raises(MemoryError, match="sk_outer finds no memory for its scratch"):
-        cpu.dvalues(case.dy, case.x, case.index, (16, 16), torch.float32)
+        cpu.dvalues(case.dy, case.x, index, (16, 16), torch.float32)
     with pytest.raises(MemoryError, match="sk_backward finds no memory for its scratch"):
-        cpu.backward(case.dy, case.x, case.values, case.index)
+        cpu.backward(case.dy, case.x, case.values, index)
 
 
 TOO_LITTLE = """

@@ -1,0 +1,271 @@
+// What an update of the topology does with places, in whole numbers: sorting, selecting, looking up. Compiled for the
+// baseline. Every function gives what kernels/eager/places.py gives; time and scratch are linear in its lists.
+#include <cstring>
+
+#include "library.h"
+
+namespace {
+
+constexpr int NO_MEMORY = 1, REFUSED = 2;  // what the functions return; 0 where all is well
+
+int bits_of(int64_t bound) {
+  int bits = 1;
+  while (bits < 62 && int64_t(1) << bits < bound) bits++;
+  return bits;
+}
+
+// Counts become the positions at which each value begins.
+void starts_from(int32_t *counts, int64_t n) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const int32_t count = counts[i];
+    counts[i] = sum;
+    sum += count;
+  }
+}
+
+bool inside(int32_t place, int64_t places) { return uint32_t(place) < uint64_t(places); }
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Both orders of an index by counting, free slots last. `row_col` and `col_row` may be null. With `ascending` the slots
+// are in the order of the row lists already, free ones last. Refuses places outside the grid.
+int sk_orders(const int32_t *row, const int32_t *col, int64_t slots, int64_t rows, int64_t cols, int64_t ascending, int32_t *row_ptr,
+              int32_t *row_slot, int32_t *row_col, int32_t *col_ptr, int32_t *col_slot, int32_t *col_row) {
+  Scratch scratch((rows + cols + slots + 1) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  int32_t *by_row = (int32_t *)scratch.memory, *by_col = by_row + rows, *some = by_col + cols;
+  std::memset(by_row, 0, (rows + cols) * 4);
+  int32_t used = 0;
+  for (int64_t z = 0; z < slots; z++) {
+    if (row[z] < 0) continue;
+    if (!inside(row[z], rows) || !inside(col[z], cols)) return REFUSED;
+    by_row[row[z]]++, by_col[col[z]]++, used++;
+  }
+  starts_from(by_row, rows);
+  starts_from(by_col, cols);
+  std::memcpy(row_ptr, by_row, rows * 4);
+  std::memcpy(col_ptr, by_col, cols * 4);
+  row_ptr[rows] = col_ptr[cols] = used;
+  if (ascending) {
+    for (int64_t z = 0; z < slots; z++) row_slot[z] = int32_t(z);
+  } else {  // by column, then by row without changing the order of a row's
+    int32_t last = used;
+    for (int64_t z = 0; z < slots; z++) {
+      if (row[z] < 0) row_slot[last++] = int32_t(z);
+      else some[by_col[col[z]]++] = int32_t(z);
+    }
+    for (int32_t e = 0; e < used; e++) row_slot[by_row[row[some[e]]]++] = some[e];
+    std::memcpy(by_col, col_ptr, cols * 4);
+  }
+  for (int32_t e = 0; e < used; e++) col_slot[by_col[col[row_slot[e]]]++] = row_slot[e];
+  std::memcpy(col_slot + used, row_slot + used, (slots - used) * 4);
+  if (row_col)
+    for (int64_t e = 0; e < slots; e++) row_col[e] = e < used ? col[row_slot[e]] : 0;
+  if (col_row)
+    for (int64_t e = 0; e < slots; e++) col_row[e] = e < used ? row[col_slot[e]] : 0;
+  return 0;
+}
+
+// Refuses places of which one is outside the grid, half free, or there twice.
+int sk_check(const int32_t *row, const int32_t *col, int64_t slots, int64_t rows, int64_t cols) {
+  Scratch scratch((rows + 1 + cols + slots) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  int32_t *next = (int32_t *)scratch.memory, *seen = next + rows + 1, *some = seen + cols;
+  std::memset(next, 0, (rows + 1) * 4);
+  std::memset(seen, 255, cols * 4);
+  for (int64_t z = 0; z < slots; z++) {
+    if (row[z] == -1 && col[z] == -1) continue;
+    if (!inside(row[z], rows) || !inside(col[z], cols)) return REFUSED;
+    next[row[z]]++;
+  }
+  starts_from(next, rows + 1);
+  for (int64_t z = 0; z < slots; z++)
+    if (row[z] >= 0) some[next[row[z]]++] = col[z];
+  int32_t e = 0;
+  for (int32_t r = 0; r < rows; r++) {
+    for (; e < next[r]; e++) {
+      if (seen[some[e]] == r) return REFUSED;
+      seen[some[e]] = r;
+    }
+  }
+  return 0;
+}
+
+// The different ones of some keys from 0 to below `bound`, ascending, but for those in an ascending list. Keys are put
+// into parts of their range; within a part a key is a bit. How many they are is written to `found`.
+int sk_distinct(const int32_t *keys, int64_t count, const int32_t *present, int64_t length, int64_t bound, int32_t *into, int64_t *found) {
+  const int half = (bits_of(bound) + 1) / 2;
+  const int64_t parts = (bound >> half) + 1, words = ((int64_t(1) << half) + 63) / 64;
+  Scratch scratch(words * 8 + (parts + count) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  uint64_t *bits = (uint64_t *)scratch.memory;
+  int32_t *next = (int32_t *)(bits + words), *some = next + parts;
+  std::memset(bits, 0, words * 8);
+  std::memset(next, 0, parts * 4);
+  for (int64_t i = 0; i < count; i++) {
+    if (!inside(keys[i], bound)) return REFUSED;
+    next[keys[i] >> half]++;
+  }
+  starts_from(next, parts);
+  const int32_t lower = (int32_t(1) << half) - 1;
+  for (int64_t i = 0; i < count; i++) some[next[keys[i] >> half]++] = keys[i] & lower;
+  int64_t taken = 0, n = 0;
+  for (int64_t part = 0, k = 0; part < parts; part++) {
+    for (; k < next[part]; k++) bits[some[k] >> 6] |= uint64_t(1) << (some[k] & 63);
+    for (; taken < length && present[taken] >> half == part; taken++) {
+      const int32_t key = present[taken] & lower;
+      bits[key >> 6] &= ~(uint64_t(1) << (key & 63));
+    }
+    for (int64_t w = 0; w < words; w++) {
+      for (; bits[w]; bits[w] &= bits[w] - 1) into[n++] = int32_t(part << half | w << 6 | __builtin_ctzll(bits[w]));
+    }
+  }
+  *found = n;
+  return 0;
+}
+
+// Closes the gaps that numbers at some positions, which ascend, leave behind.
+int sk_leave_out(int32_t *numbers, int64_t count, const int64_t *positions, int64_t out) {
+  for (int64_t o = 0; o < out; o++) {
+    const int64_t first = positions[o] + 1, last = o + 1 < out ? positions[o + 1] : count;
+    std::memmove(numbers + first - o - 1, numbers + first, (last - first) * 4);
+  }
+  return 0;
+}
+
+// Positions of the `count` lowest numbers (floats of 0 or more as they lie in memory), ascending; the first of equal ones.
+// Or of the highest ones. Infinite ones are never taken: of the lowest those above zero, of the highest those below.
+// How many there were is written behind the `wanted` positions.
+int sk_select(const int32_t *bits, int64_t count, int64_t highest, int64_t wanted, int64_t *positions) {
+  constexpr int32_t INFINITE = 0x7F800000;
+  constexpr int DIGITS[] = {11, 10, 10};  // of 31 bits, from above
+  const auto key = [&](int64_t i) { return highest ? (bits[i] < 0 ? -1 : INT32_MAX - bits[i]) : bits[i] < INFINITE ? bits[i] : -1; };
+  int64_t *found = positions + wanted;
+  int32_t edge = 0;       // the upper bits of the last number that is taken
+  int64_t left = wanted;  // numbers still to find among those that agree with it
+  for (int d = 0, shift = 31; d < 3; d++) {
+    const int32_t above = shift;
+    shift -= DIGITS[d];
+    int32_t counts[2][2048] = {};  // two, or one number after an equal one waits for its count
+    int64_t seen = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const int32_t k = key(i);
+      if (k < 0 || (d && k >> above != edge)) continue;
+      counts[i & 1][(k >> shift) & ((1 << DIGITS[d]) - 1)]++;
+      seen++;
+    }
+    if (!d && seen < left) wanted = left = seen;
+    if (!left) return *found = 0;
+    int32_t digit = 0;
+    for (; left > counts[0][digit] + counts[1][digit]; digit++) left -= counts[0][digit] + counts[1][digit];
+    edge = edge << DIGITS[d] | digit;
+  }
+  int64_t n = 0;
+  for (int64_t i = 0; i < count && n < wanted; i++) {
+    const int32_t k = key(i);
+    const bool equal = k == edge && left > 0;
+    left -= equal;
+    positions[n] = i;
+    n += equal || (k >= 0 && k < edge);
+  }
+  *found = n;
+  return 0;
+}
+
+// Where each key is in an ascending list of distinct numbers from 0 to below `bound`, or -1.
+int sk_find(const int32_t *list, int64_t length, int64_t bound, const int32_t *keys, int64_t count, int32_t *positions) {
+  int shift = 0;
+  while ((bound >> shift) > length) shift++;  // about a number or two for each value of the upper bits
+  const int64_t values = (bound >> shift) + 1;
+  Scratch scratch((values + 1) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  int32_t *first = (int32_t *)scratch.memory;
+  std::memset(first, 0, (values + 1) * 4);
+  for (int64_t i = 0; i < length; i++) {
+    if (!inside(list[i], bound)) return REFUSED;
+    first[list[i] >> shift]++;
+  }
+  starts_from(first, values + 1);
+  for (int64_t i = 0; i < count; i++) {
+    positions[i] = -1;
+    if (!inside(keys[i], bound)) continue;
+    const int64_t value = keys[i] >> shift;
+    for (int32_t e = first[value]; e < first[value + 1] && list[e] <= keys[i]; e++)
+      if (list[e] == keys[i]) positions[i] = e;
+  }
+  return 0;
+}
+
+// Keeps a key the first time that it comes by, unless it is in an ascending list; all from 0 to below `bound`.
+// Key after key within a part of their range that is small enough for the cache.
+int sk_first(const int32_t *keys, int64_t count, const int32_t *present, int64_t length, int64_t bound, uint8_t *keep) {
+  const int half = (bits_of(bound) + 1) / 2;
+  const int64_t width = int64_t(1) << half, parts = (bound >> half) + 1;
+  Scratch scratch((parts + width + 2 * count) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  int32_t *next = (int32_t *)scratch.memory, *seen = next + parts, *lower = seen + width, *from = lower + count;
+  std::memset(next, 0, parts * 4);
+  std::memset(seen, 255, width * 4);
+  for (int64_t i = 0; i < count; i++) {
+    if (!inside(keys[i], bound)) return REFUSED;
+    next[keys[i] >> half]++;
+  }
+  starts_from(next, parts);
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t at = next[keys[i] >> half]++;
+    lower[at] = keys[i] & int32_t(width - 1), from[at] = int32_t(i);
+  }
+  int64_t taken = 0;
+  for (int32_t part = 0, e = 0; part < parts; part++) {
+    for (; taken < length && present[taken] >> half == part; taken++) seen[present[taken] & (width - 1)] = part;
+    for (; e < next[part]; e++) {
+      keep[from[e]] = seen[lower[e]] != part;
+      seen[lower[e]] = part;
+    }
+  }
+  return 0;
+}
+
+// The places of keys; -1 for a negative one. Keys of one row in succession are divided once.
+int sk_places(const int32_t *keys, int64_t count, int64_t cols, int32_t *row, int32_t *col) {
+  int32_t r = 0;
+  int64_t first = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (keys[i] < 0) {
+      row[i] = col[i] = -1;
+      continue;
+    }
+    if (keys[i] < first || keys[i] >= first + cols) r = keys[i] / int32_t(cols), first = r * cols;
+    row[i] = r, col[i] = int32_t(keys[i] - first);
+  }
+  return 0;
+}
+
+// For each query the first of some ascending edges that is above it, as torch.searchsorted(right=True).
+// Queries are from 0 to below the last edge; a search begins at the first edge of a part of that range.
+int sk_search(const double *edges, int64_t count, const double *queries, int64_t asked, int32_t *found) {
+  const int64_t parts = 2 * count;
+  const double scale = parts / edges[count - 1];
+  Scratch scratch((parts + 1) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  int32_t *first = (int32_t *)scratch.memory;
+  for (int64_t part = 0, e = 0; part <= parts; part++) {
+    while (e < count && edges[e] * scale < part) e++;
+    first[part] = int32_t(e);
+  }
+  for (int64_t i = 0; i < asked; i++) {
+    const double at = queries[i] * scale;
+    int64_t e = first[at > 0 ? at < parts ? int64_t(at) : parts : 0];
+    while (e < count && edges[e] <= queries[i]) e++;
+    while (e > 0 && edges[e - 1] > queries[i]) e--;
+    found[i] = int32_t(e);
+  }
+  return 0;
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,49 @@
+"""What AGENT accepts: the ranges of its options, and parts that belong together."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sparsekern.nn import sparse_layers
+from sparsekern.training.base import Method
+
+ESTIMATES = ("losses", "gradients")
+SCOPES = ("global", "layer")
+
+
+def check_options(
+    gamma: float, alpha: float, estimate: str, scope: str, batches: int | None, every: int | None
+) -> None:
+    """Raise ValueError if an option of :class:`~sparsekern.training.agent.AGENT` is out of range, or two disagree."""
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}; it must be in [0, 1]")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must be in (0, 1]")
+    for name, choice, known in (("estimate", estimate, ESTIMATES), ("scope", scope, SCOPES)):
+        if choice not in known:
+            raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
+    for name, value in (("batches", batches), ("every", every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
+    if estimate == "losses" and (scope == "layer" or every is not None):
+        what = "scope is 'layer'" if scope == "layer" else f"every is {every}"
+        raise ValueError(f"{what}, but the losses of batches give one c after a pass; estimate must be gradients")
+
+
+def check_parts(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method | None) -> None:
+    """Raise an error if model, optimizer and method do not belong together.
+
+    Raises:
+        TypeError: one is of another kind.
+        ValueError: the method is of another model or optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+    if method is None:
+        return
+    if not isinstance(method, Method):
+        raise TypeError(f"method is a {type(method).__name__}; it must be a sparsekern.Method, or None")
+    layers = sparse_layers(model)
+    if method.optimizer is not optimizer or {*map(id, layers.values())} != {*map(id, method.layers.values())}:
+        raise ValueError("method is of another model or optimizer; build both of the same two")
