@@ -164,13 +164,13 @@ def sweep(library_file: Path, seeds: int) -> None:
             library.release_scratch()
             real(which, arguments)
 
-        parts = ("linear", "scores", "conv2d")
+        parts = ("linear", "scores", "conv2d", "conv2d_scores")
         patches = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in parts)
-        with next(patches), next(patches), next(patches):
+        with next(patches), next(patches), next(patches), next(patches):
             for seed, given in enumerate(cases(seeds)):
                 run_linear(random_case(seed, **given), seed % 11 + 1, check=seed % len(LEVELS) == turn)
             for seed, given in enumerate(conv_cases(seeds // 4)):
-                run_conv(conv_case(seed, **given), check=seed % len(LEVELS) == turn)
+                run_conv(conv_case(seed, **given), seed % 9 + 1, check=seed % len(LEVELS) == turn)
         for seed in range(turn, seeds, len(LEVELS)):  # the same on all of them
             library.release_scratch()
             run_places(seed)
@@ -236,16 +236,21 @@ def run_places(seed: int) -> None:
     assert torch.equal(places.search(edges, queries), eager.search(edges, queries))
 
 
-def run_conv(case: ConvCase, *, check: bool) -> None:
+def run_conv(case: ConvCase, pairs: int, *, check: bool) -> None:
     """The same for a convolution."""
     from sparsekern.kernels import cpu
 
     from tests.oracle_conv2d import check_conv
+    from tests.oracle_conv2d_scores import check_conv_sketch
+    from tests.oracle_scores import signs
 
     index, block, shape = case.index, case.grid.block, case.shape
+    u, v = signs(pairs, case.grid.out_features, 1), signs(pairs, case.grid.in_features, 2)
+    sketch = cpu.conv2d_sketch(case.dy, case.x, u, v, block, shape)
     cpu.conv2d_all_block_norms(case.dy, case.x, block, shape)
     if check:
         check_conv(cpu, case)
+        check_conv_sketch(case, sketch, u, v)
     else:
         cpu.conv2d_fwd(case.x, case.values, case.bias, index, shape)
         cpu.conv2d_dx(case.dy, case.values, index, shape, case.size)

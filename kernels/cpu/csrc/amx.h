@@ -102,7 +102,8 @@ inline void product_tile(const HalfRow &row, int64_t tokens, const float *bias, 
 
 // M x N tiles of one block over a panel. Registers: sums 0 to 3, dy 4 and 5, x 6 and 7.
 template <int M, int N>
-INLINE void amx_outer(const Half *dy, const Half *x, int64_t tokens, int64_t bo, int64_t bi, float *out, bool add) {
+INLINE void amx_outer(const Half *dy, const Half *x, int64_t x_piece, int64_t tokens, int64_t bo, int64_t bi, float *out,
+                      bool add) {
   const int64_t step = bi * 4;
   memory_is_written();
   if (add) {
@@ -121,7 +122,7 @@ INLINE void amx_outer(const Half *dy, const Half *x, int64_t tokens, int64_t bo,
     _tile_loadd(6, x, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (N == 2) {
-      _tile_loadd(7, x + 16 * tokens, 64);
+      _tile_loadd(7, x + x_piece, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (M == 2) {
@@ -190,11 +191,11 @@ inline int64_t outer_group(const HalfGroup &group) {
   float *out = group.out + group.slot[0] * bo * bi;
   for (int64_t o = 0; o < bo; o += 32) {
     for (int64_t i = 0; i < bi; i += 32) {
-      const Half *left = group.dy + o * 32, *right = x + i * group.tokens;
+      const Half *left = group.dy + o * 32, *right = x + i / 16 * group.x_piece;
       float *to = out + o * bi + i;
-      if (bo == 16) amx_outer<1, 2>(left, right, group.tokens, bo, bi, to, group.add);
-      else if (bi == 16) amx_outer<2, 1>(left, right, group.tokens, bo, bi, to, group.add);
-      else amx_outer<2, 2>(left, right, group.tokens, bo, bi, to, group.add);
+      if (bo == 16) amx_outer<1, 2>(left, right, group.x_piece, group.tokens, bo, bi, to, group.add);
+      else if (bi == 16) amx_outer<2, 1>(left, right, group.x_piece, group.tokens, bo, bi, to, group.add);
+      else amx_outer<2, 2>(left, right, group.x_piece, group.tokens, bo, bi, to, group.add);
     }
   }
   return 1;

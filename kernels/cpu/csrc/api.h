@@ -122,6 +122,8 @@ struct HalfKernels {
   const char *name;
   void (*multiply)(const Multiply &);  // any number of tokens
   void (*outer)(const Outer &);
+  void (*convolve)(const Convolve &);
+  void (*conv_outer)(const ConvOuter &);
 };
 
 extern const Kernels generic_kernels;

@@ -18,6 +18,7 @@ struct HalfGroup {          // the entries that are left of one block row
   const Half *dy;           // [token / 32][bo][32], of this block row
   const Half *x;            // [bi / 16][token / 2][16][2]; block b at x + b * x_block
   int64_t x_block;
+  int64_t x_piece;          // from 16 numbers of a block to the next 16
   const int32_t *other, *slot;
   float *out;
   int64_t count, tokens, bo, bi;

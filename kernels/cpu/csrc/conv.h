@@ -1,9 +1,10 @@
 // What Python passes for a convolution, and the plan that conv_library.cpp makes of it for the kernels.
 //
-// A panel holds some images, or a strip of rows of one, packed as [block of channels][view][pixel][channel]: float32 with
-// zeros around it. A view is the tensor with every step-th row and column. The pixels that a tap reads for a run of
-// outputs then follow each other, so that an entry of the index is one offset into the panel, whatever the stride, the
-// dilation and the padding, and the micro-kernels are those of the linear layer. There are two layouts:
+// A panel holds some images, or a strip of rows of one, packed as [block of channels][view][pixel][channel]: float32
+// with zeros around it (bfloat16 for HalfKernels, blocks of 64 and 128 channels cut into 32). A view is the tensor with
+// every step-th row and column. The pixels that a tap reads for a run of outputs then follow each other, so that an
+// entry of the index is one offset into the panel, whatever the stride, the dilation and the padding, and the micro-
+// kernels are those of the linear layer. There are two layouts:
 //
 //   by rows   a run is a row of outputs. One copy: a view for each phase of the stride, shifted by the tap.
 //   in turn   for short rows. A view for each column of the kernel holds the very columns that it reads, and the
@@ -48,12 +49,17 @@ struct Packing {
   const uint8_t *wanted;               // by view and block: whether an entry reads it; what none reads is not packed
   const int64_t *row_base, *col_base;  // view v has rows row_step * m + row_base[v]; columns likewise, m from 0 on
   int64_t cols;                        // packed columns of a view
+  int64_t pieces;                      // into which the channels of a block are cut, each a block here; 1 but in bfloat16
   int64_t row_pitch, image_pitch, view_pitch, plane;
   int32_t dtype;
 };
 
 inline int64_t conv_blocks(const Packing &p) { return p.groups * blocks_of(p.channels / p.groups, p.side); }
 inline int64_t conv_floats(const Packing &p) { return round_up(conv_blocks(p) * p.plane * p.side, LINE); }
+
+// In bfloat16, for each thread: a panel, with what the last tile reads beyond it, and the sums of a tile.
+inline int64_t half_panel_floats(const Packing &p) { return round_up(conv_blocks(p) * p.plane * p.side / 2, LINE) + HALF_TILE; }
+inline int64_t half_thread_floats(const Packing &p) { return half_panel_floats(p) + HALF_TILE; }
 
 // 1x1: the entries in the order in which the kernels of conv_elements.h read them: (strip of STRIP rows, chunk of channels,
 // row). Those of a row in a chunk are a run; run k goes from start[k] to start[k + 1].

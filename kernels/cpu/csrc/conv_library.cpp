@@ -1,14 +1,26 @@
 // The exported functions of the convolution: plan, lend scratch memory, dispatch. For the baseline.
 #include <new>
 
+#include "conv_plan_outer.h"
 #include "conv_runs.h"
 
 namespace {
 
+// Null: float32 tiles, of what is packed as float32.
+const HalfKernels *half_kernels_for(const Conv &c) { return c.dtype == BFLOAT16 ? half_kernels() : nullptr; }
+
 int multiply(const Conv &c) {
+  const HalfKernels *half = half_kernels_for(c);
   MultiplyPlan p;
-  plan_multiply(p, c, 0);
+  plan_multiply(p, c, 0, half != nullptr);
   Convolve &v = p.v;
+  if (half) {
+    Scratch scratch(4 * (round_up(v.used * c.bo * c.bi / 2, LINE) + v.threads * half_thread_floats(v.x)));
+    if (!scratch.memory) return 1;
+    v.scratch = (float *)scratch.memory;
+    half->convolve(v);
+    return 0;
+  }
   const int64_t transposed = c.transposed ? 0 : round_up(v.used * c.bo * c.bi, LINE);
   Scratch scratch(4 * (transposed + v.threads * (conv_floats(v.x) + ASIDE)));
   if (!scratch.memory) return 1;
@@ -19,7 +31,7 @@ int multiply(const Conv &c) {
 
 int multiply_elements(const Conv &c) {
   MultiplyPlan p;
-  plan_multiply(p, c, 0);
+  plan_multiply(p, c, 0, false);
   Convolve &v = p.v;
   const int64_t lanes = lanes_read(v.x, p.rows, p.cols, 128, v.in_turn);
   const RunsPlan plan(v.subgrids, v.channels, v.used, v.x.channels, c.groups, lanes);
@@ -39,6 +51,17 @@ int multiply_elements(const Conv &c) {
 }
 
 int outer(const Conv &c) {
+  if (const HalfKernels *half = half_kernels_for(c)) {
+    OuterPlan p;
+    if (plan_outer_half(p, c)) {
+      ConvOuter &m = p.m;
+      Scratch scratch(2 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
+      if (!scratch.memory) return 1;
+      m.scratch = (float *)scratch.memory;
+      half->conv_outer(m);
+      return 0;
+    }
+  }
   OuterPlan p;
   plan_outer(p, c);
   ConvOuter &m = p.m;
@@ -67,6 +90,7 @@ bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
 
 int backward(const ConvGradients &c) {
   if (of_elements(c.dx)) return multiply_elements(c.dx) || outer_elements(c.dvalues);  // they pack differently
+  if (half_kernels_for(c.dx)) return multiply(c.dx) || outer(c.dvalues);
   ConvBackward b = {};
   MultiplyPlan dx;
   OuterPlan dvalues;

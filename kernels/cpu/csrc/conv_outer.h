@@ -4,7 +4,7 @@
 //
 // A thread owns a range of entries, and images are added in order: results are the same to the bit however many there are.
 #pragma once
-#include "conv_pack.h"
+#include "conv_share.h"
 #include "outer.h"
 
 namespace {
@@ -77,22 +77,6 @@ INLINE void add_rows(const ConvOuter &m, const Share &mine, const float *xs, con
              images - n < m.few_images ? images - n : m.few_images, rows, add || n, ahead);
 }
 
-// Called by all threads at the end: phantom elements, in which a NaN may have met the filling, and free slots.
-INLINE void clear_phantom(const ConvOuter &m, const Share &mine) {
-  const int64_t bo = m.dy.side, bi = m.x.side, used = m.order.ptr[m.order.rows];
-  const int64_t rows_left = m.dy.channels / m.dy.groups % bo, cols_left = m.x.channels / m.x.groups % bi;
-  int64_t row = mine.row;
-  for (int64_t e = mine.first; e < mine.last; e++) {
-    while (m.order.ptr[row + 1] <= e) row++;
-    float *out = m.out + m.order.slot[e] * bo * bi;
-    if (rows_left && row % m.row_blocks == m.row_blocks - 1) std::memset(out + rows_left * bi, 0, (bo - rows_left) * bi * 4);
-    if (cols_left && m.order.other[e] % m.col_blocks == m.col_blocks - 1)
-      for (int64_t o = 0; o < bo; o++) std::memset(out + o * bi + cols_left, 0, (bi - cols_left) * 4);
-  }
-#pragma omp for schedule(static)
-  for (int64_t e = used; e < m.order.slots; e++) std::memset(m.out + m.order.slot[e] * bo * bi, 0, bo * bi * 4);
-}
-
 // What a call holds: packed panels of x and of dy.
 struct ConvPanels {
   float *x, *dy;
@@ -106,16 +90,9 @@ INLINE ConvPanels conv_panels_in(float *scratch, const ConvOuter &m) {
 }
 
 void conv_outer(const ConvOuter &m) {
-  const int64_t strips = (m.rows + m.strip - 1) / m.strip, panels = (m.images + m.images_at_once - 1) / m.images_at_once * strips;
+  const int64_t panels = outer_panels(m);
   const ConvPanels s = conv_panels_in(m.scratch, m);
   const int threads = m.threads;
-  struct Part {
-    int64_t n0, n1, y0, rows;
-  };
-  const auto part_at = [&](int64_t p) -> Part {
-    const int64_t n0 = p / strips * m.images_at_once, y0 = p % strips * m.strip;
-    return {n0, n0 + m.images_at_once < m.images ? n0 + m.images_at_once : m.images, y0, m.rows - y0 < m.strip ? m.rows - y0 : m.strip};
-  };
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -126,18 +103,18 @@ void conv_outer(const ConvOuter &m) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
         const int64_t p = p0 + q / 2;
-        const Part part = part_at(p);
-        if (q & 1) pack_images(m.x, part.n0, part.n1, part.y0, part.rows + m.reach, s.x + (p - p0) * s.x_panel);
-        else pack_images(m.dy, part.n0, part.n1, part.y0, part.rows, s.dy + (p - p0) * s.dy_panel);
+        const ConvPart part = outer_part_at(m, p);
+        if (q & 1) pack_images(m.x, part.n0, part.n1, part.m0, part.m1 - part.m0 + m.reach, s.x + (p - p0) * s.x_panel);
+        else pack_images(m.dy, part.n0, part.n1, part.m0, part.m1 - part.m0, s.dy + (p - p0) * s.dy_panel);
       }
       if (threads == 1 && p1 < panels) {
-        const Part next = part_at(p1);
-        ahead = first_then(ahead_of(m.dy, next.n0, next.n1, next.y0, next.rows),
-                           ahead_of(m.x, next.n0, next.n1, next.y0, next.rows + m.reach));
+        const ConvPart next = outer_part_at(m, p1);
+        ahead = first_then(ahead_of(m.dy, next.n0, next.n1, next.m0, next.m1 - next.m0),
+                           ahead_of(m.x, next.n0, next.n1, next.m0, next.m1 - next.m0 + m.reach));
       }
       for (int64_t p = p0; p < p1; p++) {
-        const Part part = part_at(p);
-        add_rows(m, mine, s.x + (p - p0) * s.x_panel, s.dy + (p - p0) * s.dy_panel, part.n1 - part.n0, part.rows, p > 0, ahead);
+        const ConvPart part = outer_part_at(m, p);
+        add_rows(m, mine, s.x + (p - p0) * s.x_panel, s.dy + (p - p0) * s.dy_panel, part.n1 - part.n0, part.m1 - part.m0, p > 0, ahead);
       }
 #pragma omp barrier
     }

@@ -76,8 +76,10 @@ INLINE void pack_row(const Packing &p, int64_t pixel, Columns has, int64_t base,
   }
 }
 
-// Packs `rows` rows of every view from row_step * m0 + row_base on, of images [first, last).
-INLINE void pack_images(const Packing &p, int64_t first, int64_t last, int64_t m0, int64_t rows, float *out) {
+// Packs `rows` rows of every view from row_step * m0 + row_base on, of images [first, last): one after the other by
+// pack(pixel, has, base, wanted, the pixel of the panel at which it begins).
+template <class Pack>
+INLINE void pack_images_by(const Packing &p, int64_t first, int64_t last, int64_t m0, int64_t rows, const Pack &pack) {
   for (int64_t n = first; n < last; n++) {
     for (int64_t v = 0; v < p.row_views; v++) {
       for (int64_t r = 0; r < rows; r++) {
@@ -86,13 +88,18 @@ INLINE void pack_images(const Packing &p, int64_t first, int64_t last, int64_t m
           const int64_t at = (v * p.col_views + u) * p.view_pitch + (n - first) * p.image_pitch + r * p.row_pitch;
           const int64_t pixel = (n * p.height + row) * p.width, base = p.col_base[u];
           const uint8_t *wanted = p.wanted + (v * p.col_views + u) * conv_blocks(p);
-          const Columns has = columns_of(p, row >= 0 && row < p.height, base);
-          if (p.side == 1) pack_lane_row(p, pixel, has, base, wanted, out + at);
-          else pack_row(p, pixel, has, base, wanted, out + at * p.side);
+          pack(pixel, columns_of(p, row >= 0 && row < p.height, base), base, wanted, at);
         }
       }
     }
   }
+}
+
+INLINE void pack_images(const Packing &p, int64_t first, int64_t last, int64_t m0, int64_t rows, float *out) {
+  pack_images_by(p, first, last, m0, rows, [&](int64_t pixel, Columns has, int64_t base, const uint8_t *wanted, int64_t at) {
+    if (p.side == 1) pack_lane_row(p, pixel, has, base, wanted, out + at);
+    else pack_row(p, pixel, has, base, wanted, out + at * p.side);
+  });
 }
 
 // Asks for the tensor's memory that is packed next, some lines at a time, while the last panel is multiplied.

@@ -46,7 +46,7 @@ void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel,
 Packing packing_of(const void *data, const Conv &c, const int64_t *size, int64_t channels, int64_t side) {
   Packing p = {};
   p.data = data, p.height = size[0], p.width = size[1], p.channels = channels, p.groups = c.groups, p.side = side;
-  p.dtype = c.dtype;
+  p.dtype = c.dtype, p.pieces = 1;
   return p;
 }
 
@@ -94,7 +94,7 @@ void forward_offsets(Lists &l, const Conv &c, Packing &p, const Axis &rows, cons
       const int64_t col = c.order.other[e];
       const Tap tap = taps[col / col_blocks];
       const int64_t block = r / row_blocks * col_blocks + col % col_blocks;
-      l.offset[e] = int32_t(tap.pixel + block * p.plane);
+      l.offset[e] = int32_t(tap.pixel + block * p.pieces * p.plane);
       l.wanted[tap.view * blocks + block] = 1;
     }
   }
@@ -121,7 +121,7 @@ void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const
             int64_t &e = next[column];
             for (; e < c.order.ptr[column + 1] && c.order.other[e] < (g + 1) * row_blocks; e++) {
               const int64_t row = c.order.other[e];
-              l.offset.push_back(int32_t(tap.pixel + row * p.plane));
+              l.offset.push_back(int32_t(tap.pixel + row * p.pieces * p.plane));
               l.slot.push_back(c.order.slot[e]);
               l.wanted[tap.view * blocks + row] = 1;
             }
@@ -144,8 +144,8 @@ struct MultiplyPlan {
   MultiplyPlan(const MultiplyPlan &) = delete;
 };
 
-// `beside`: floats that are packed with each row of a panel for another product.
-void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
+// `beside`: floats that are packed with each row of a panel for another product. `half`: for HalfKernels.
+void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
   const bool back = c.transposed, elements = c.bo == 1 && c.bi == 1;
   const int64_t used = c.order.ptr[c.order.rows], size = int64_t(c.bo) * c.bi;
   const auto axis = back ? backward_axis : forward_axis;
@@ -157,6 +157,7 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
   Convolve &v = p.v;
   v.threads = threads_for(2 * used * size * c.images * c.out_size[0] * c.out_size[1], c.threads);
   v.x = packing_of(back ? c.y : c.x, c, back ? c.out_size : c.in_size, back ? c.out_channels : c.in_channels, back ? c.bo : c.bi);
+  if (half && v.x.side > 32) v.x.pieces = v.x.side / 32;
   const int64_t *result = back ? c.in_size : c.out_size;
   v.y = back ? c.x : c.y, v.images = c.images, v.height = result[0], v.width = result[1];
   v.channels = back ? c.in_channels : c.out_channels, v.in = back ? c.bo : c.bi, v.out = back ? c.bi : c.bo;
@@ -165,7 +166,7 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
   v.first_row = rows.first, v.last_row = rows.last, v.first_col = cols.first;
 
   const int64_t width = cols.outputs() + cols.reach;
-  const int64_t row_floats = conv_blocks(v.x) * v.x.side * width * rows.base.size() * cols.base.size() + beside;
+  const int64_t row_floats = conv_blocks(v.x) * v.x.side * width * rows.base.size() * cols.base.size() / (half ? 2 : 1) + beside;
   const Panel panel = plan_panel(c.images, rows.outputs(), rows.reach, row_floats, used * size, v.threads,
                                  elements && !in_turn ? 1 : INT32_MAX);
   v.strip = panel.strip, v.images_at_once = panel.images, v.reach = rows.reach, v.in_turn = in_turn;
@@ -195,104 +196,6 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside) {
   }
   expect_large(v.y, v.images * v.height * v.width * v.channels * itemsize(c.dtype));
   if (elements) v.slack = round_up(cols.reach + 8 * LINE, LINE);
-}
-
-// The gradient of the weight, and what its addresses point into.
-struct OuterPlan {
-  ConvOuter m = {};
-  Axis rows, cols, dy_rows, dy_cols;
-  Lists l, of_dy;
-
-  OuterPlan() = default;
-  OuterPlan(const OuterPlan &) = delete;
-};
-
-// What does not depend on the panels.
-void begin_outer(OuterPlan &p, const Conv &c) {
-  const bool elements = c.bo == 1 && c.bi == 1;
-  p.rows = forward_axis(c, 0, false), p.cols = forward_axis(c, 1, elements);
-  p.dy_rows.base = p.dy_cols.base = {0};
-  ConvOuter &m = p.m;
-  const int64_t rows_out = c.out_size[0], width_out = c.out_size[1], size = int64_t(c.bo) * c.bi;
-  m.threads = threads_for(2 * c.order.ptr[c.order.rows] * size * c.images * rows_out * width_out, c.threads);
-  m.x = packing_of(c.x, c, c.in_size, c.in_channels, c.bi);
-  m.dy = packing_of(c.y, c, c.out_size, c.out_channels, c.bo);
-  m.out = c.values, m.order = c.order, m.images = c.images, m.rows = rows_out, m.cols = width_out, m.reach = p.rows.reach;
-  m.row_blocks = blocks_of(c.out_channels / c.groups, c.bo), m.col_blocks = blocks_of(c.in_channels / c.groups, c.bi);
-  expect_large(m.out, c.order.slots * size * 4);
-}
-
-// Rows are added some 256 pixels at a time; several images only where each is shorter than that. Then the order of the
-// sums is that of the pixels, whatever the panel.
-int64_t width_of_x(const OuterPlan &p) { return p.m.cols + p.cols.reach; }
-int64_t few_rows(const OuterPlan &p) { return std::max<int64_t>(256 / width_of_x(p), 1); }
-void add_at_once(OuterPlan &p, int64_t strip) {
-  p.m.few_images = std::max<int64_t>(few_rows(p) / p.m.rows, 1);
-  const int64_t pieces = blocks_of(strip, few_rows(p));
-  p.m.short_strip = p.m.few_images > 1 ? p.m.rows : blocks_of(strip, pieces);
-}
-
-// Floats of a packed row of x, in all of its views.
-int64_t row_floats_of_x(const OuterPlan &p) {
-  return conv_blocks(p.m.x) * p.m.x.side * width_of_x(p) * p.rows.base.size() * p.cols.base.size();
-}
-
-// Panels of which all threads pack some before they part; those stay in their L2 caches. One thread packs the next panel
-// when it is done with the last.
-void plan_panels_at_once(ConvOuter &m, int64_t panels) {
-  const int64_t floats = conv_floats(m.x) + conv_floats(m.dy);
-  m.panels_at_once = m.threads == 1 ? 1 : std::min(panels, std::max<int64_t>(m.threads * half_of_l2() * 3 / 2 / floats, m.threads));
-}
-
-void plan_outer(OuterPlan &p, const Conv &c) {
-  begin_outer(p, c);
-  ConvOuter &m = p.m;
-  const bool elements = c.bo == 1 && c.bi == 1;
-  const int64_t row_floats = row_floats_of_x(p) + conv_blocks(m.dy) * c.bo * m.cols, used = c.order.ptr[c.order.rows];
-  const int64_t most = elements ? INT32_MAX : std::max<int64_t>(few_rows(p) / m.rows, 1);
-  const Panel panel = plan_panel(c.images, m.rows, p.rows.reach, row_floats, elements ? half_of_l2() : used * c.bo * c.bi, 1, most);
-  add_at_once(p, panel.strip);
-  m.strip = panel.strip, m.images_at_once = panel.images;
-  lay_out(m.x, p.rows, p.cols, panel, width_of_x(p), elements);
-  lay_out(m.dy, p.dy_rows, p.dy_cols, panel, m.cols, elements);
-  plan_panels_at_once(m, (c.images + panel.images - 1) / panel.images * ((m.rows + panel.strip - 1) / panel.strip));
-  if (elements) m.panels_at_once = 1, p.l.want_all(m.x);
-  else forward_offsets(p.l, c, m.x, p.rows, p.cols);
-  p.of_dy.want(m.dy);
-  for (int64_t r = 0; r < c.order.rows; r++) p.of_dy.wanted[r] = c.order.ptr[r] < c.order.ptr[r + 1];
-  m.offset = p.l.offset.data();
-}
-
-// Both gradients on the panels of dx. False where these do not hold all that dvalues reads of dy.
-bool plan_backward(ConvBackward &b, MultiplyPlan &dx, OuterPlan &dvalues, const Conv &for_dx, const Conv &for_dvalues) {
-  begin_outer(dvalues, for_dvalues);
-  plan_multiply(dx, for_dx, row_floats_of_x(dvalues));
-  Convolve &v = dx.v;
-  ConvOuter &m = dvalues.m;
-  b.dy_base = dx.rows.base[0];
-  const int64_t strips = (v.last_row - v.first_row + v.strip - 1) / v.strip;
-  const int64_t first_strip = std::min(v.first_row + v.strip, strips == 1 ? m.rows : v.last_row), beyond = m.rows - v.last_row;
-  // The first strip has rows of dy from 0 on, the last one those up to the end.
-  if (dx.rows.base.size() != 1 || v.first_row + b.dy_base > 0 || b.dy_base > 0 || v.reach + b.dy_base < 0 || first_strip <= 0 ||
-      v.last_row + v.reach + b.dy_base < m.rows)
-    return false;
-  int64_t view = 0, views = dx.cols.base.size();
-  while (view < views && (dx.cols.base[view] > 0 || v.x.cols + dx.cols.base[view] < m.cols)) view++;
-  if (view == views) return false;
-  b.dy_at = view * v.x.view_pitch - dx.cols.base[view];
-  const Panel panel = {v.strip + std::max<int64_t>(v.first_row, 0) + std::max<int64_t>(beyond, 0), v.images_at_once};
-  add_at_once(dvalues, panel.strip);
-  lay_out(m.x, dvalues.rows, dvalues.cols, panel, width_of_x(dvalues), false);
-  forward_offsets(dvalues.l, for_dvalues, m.x, dvalues.rows, dvalues.cols);
-  m.offset = dvalues.l.offset.data();
-  const int64_t blocks = conv_blocks(v.x);
-  for (int64_t r = 0; r < m.order.rows; r++)
-    if (m.order.ptr[r] < m.order.ptr[r + 1]) dx.l.wanted[view * blocks + r] = 1;
-  m.dy = v.x;
-  v.threads = m.threads;
-  plan_panels_at_once(m, (v.images + v.images_at_once - 1) / v.images_at_once * strips);
-  b.dx = v, b.dvalues = m;
-  return true;
 }
 
 }  // namespace

@@ -40,11 +40,12 @@ INLINE void pack_seen(const Conv &c, const int64_t *at, int64_t channel, int64_t
 
 void conv_sketch(const ConvSketch &m) {
   const Conv &c = m.conv;
-  const int64_t tokens = c.images * c.out_size[0] * c.out_size[1], group_out = c.out_channels / c.groups, group_in = c.in_channels / c.groups;
+  const int64_t tokens = c.images * c.out_size[0] * c.out_size[1];
+  const int64_t group_out = c.out_channels / c.groups, group_in = c.in_channels / c.groups;
   const Matrix dy = {c.y, tokens, c.out_channels, c.out_channels, 1, c.dtype};
   sketch_in_panels(
-      m.plan, {1, group_out, c.bo, m.u}, {c.kernel[0] * c.kernel[1], group_in, c.bi, m.v}, c.groups, tokens, m.pairs, m.out, m.scratch,
-      c.threads,
+      m.plan, {1, group_out, c.bo, m.u}, {c.kernel[0] * c.kernel[1], group_in, c.bi, m.v}, c.groups, tokens, m.pairs, m.out,
+      m.scratch, c.threads,
       [&](int64_t group, int64_t first, int64_t count, int64_t channel, int64_t wide, float *lanes) {
         pack_lanes<PROJECTED>(columns(dy, group * group_out + channel, wide), first, count, lanes);
       },

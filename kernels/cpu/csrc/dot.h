@@ -56,14 +56,15 @@ inline void product_tile(const HalfRow &row, int64_t tokens, const float *bias, 
 
 // R rows and C vectors of one block over a panel.
 template <int C, int R>
-INLINE void dot_outer(const Half *dy, const Half *x, int64_t tokens, int64_t bo, int64_t bi, float *out, bool add) {
+INLINE void dot_outer(const Half *dy, const Half *x, int64_t x_piece, int64_t tokens, int64_t bo, int64_t bi, float *out,
+                      bool add) {
   __m512 acc[R][C];
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int c = 0; c < C; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * bi + c * 16) : _mm512_setzero_ps();
   for (int64_t t = 0; t < tokens; t += 32, dy += 32 * bo) {
     for (int64_t l = 0; l < 32; l += 2, x += 32) {
       __m512i xt[C];
-      UNROLL for (int c = 0; c < C; c++) xt[c] = vector_at(x + c * 16 * tokens);
+      UNROLL for (int c = 0; c < C; c++) xt[c] = vector_at(x + c * x_piece);
       UNROLL for (int r = 0; r < R; r++) {
         const __m512i d = pair_at(dy + r * 32 + l);
         UNROLL for (int c = 0; c < C; c++) acc[r][c] = dot(acc[r][c], d, xt[c]);
@@ -78,12 +79,14 @@ inline int64_t outer_group(const HalfGroup &group) {
   const Half *x = group.x + group.other[0] * group.x_block;
   float *out = group.out + group.slot[0] * bo * bi;
   if (bi == 16) {
-    for (int64_t o = 0; o < bo; o += 16) dot_outer<1, 16>(group.dy + o * 32, x, group.tokens, bo, bi, out + o * bi, group.add);
+    for (int64_t o = 0; o < bo; o += 16)
+      dot_outer<1, 16>(group.dy + o * 32, x, group.x_piece, group.tokens, bo, bi, out + o * bi, group.add);
     return 1;
   }
   for (int64_t o = 0; o < bo; o += 8)
     for (int64_t i = 0; i < bi; i += 32)
-      dot_outer<2, 8>(group.dy + o * 32, x + i * group.tokens, group.tokens, bo, bi, out + o * bi + i, group.add);
+      dot_outer<2, 8>(group.dy + o * 32, x + i / 16 * group.x_piece, group.x_piece, group.tokens, bo, bi, out + o * bi + i,
+                      group.add);
   return 1;
 }
 

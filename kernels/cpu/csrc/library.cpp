@@ -128,6 +128,7 @@ Level by_name(const char *name) {
 }  // namespace
 
 const Kernels &kernels() { return *live.kernels; }
+const HalfKernels *half_kernels() { return live.half; }
 
 void expect_large(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)

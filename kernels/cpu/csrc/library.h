@@ -3,6 +3,7 @@
 #include "api.h"
 
 const Kernels &kernels();  // of the chosen instruction set
+const HalfKernels *half_kernels();  // null if it has none of its own for bfloat16
 
 struct Arena;
 

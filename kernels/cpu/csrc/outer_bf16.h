@@ -37,7 +37,7 @@ void outer_bf16(const Outer &m) {
         for (int64_t e = mine.first; e < mine.last;) {
           while (m.order.ptr[row + 1] <= e) row++;
           const int64_t stop = m.order.ptr[row + 1] < mine.last ? m.order.ptr[row + 1] : mine.last;
-          const HalfGroup group = {dy + row * count * m.bo, x, count * m.bi, m.order.other + e, m.order.slot + e, m.out,
+          const HalfGroup group = {dy + row * count * m.bo, x, count * m.bi, count * 16, m.order.other + e, m.order.slot + e, m.out,
                                    stop - e, count, m.bo, m.bi, p > 0};
           e += outer_group(group);
         }

@@ -6,6 +6,7 @@
 // panel or the number of threads: results are the same to the bit.
 #pragma once
 #include "pack.h"
+#include "threads.h"
 
 namespace {
 
@@ -102,11 +103,6 @@ template <int IN> PanelProduct by_width(int64_t out) {
 
 PanelProduct product_of(const Multiply &m) {
   return m.in == 16 ? by_width<16>(m.out) : m.in == 32 ? by_width<32>(m.out) : m.in == 64 ? by_width<64>(m.out) : by_width<128>(m.out);
-}
-
-// Few panels are shared: each is cut into groups of block rows.
-INLINE int64_t groups_of(int64_t panels, int64_t threads) {
-  return threads > 1 && (panels < 2 * threads || panels % threads) ? 2 * threads : 1;
 }
 
 void multiply(const Multiply &m) {

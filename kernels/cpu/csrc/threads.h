@@ -16,4 +16,9 @@ inline long thread_count() { return omp_get_num_threads(); }
 inline long thread_number() { return 0; }
 inline long thread_count() { return 1; }
 #endif
+
+// Few panels are shared: each is cut into groups of block rows.
+inline long groups_of(long panels, long threads) {
+  return threads > 1 && (panels < 2 * threads || panels % threads) ? 2 * threads : 1;
+}
 }  // namespace

@@ -87,6 +87,18 @@ def test_strides_and_dilations(
         check_conv(cpu, with_block(block, images=2, **given))
 
 
+@pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 32)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("size", [(7, 8), (5, 40), (9, 19)])
+def test_bfloat16_of_any_stride_and_size(
+    block: tuple[int, int], stride: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Where it has instructions of its own their tiles read 16 or 32 pixels at a time, and blocks in pieces of 32."""
+    given = {"stride": stride, "height": size[0], "width": size[1], "padding": (2, 1, 0, 3), "dilation": (2, 1)}
+    for images, blocks in ((1, 3), (6, 30)):
+        check_conv(cpu, with_block(block, images=images, blocks=blocks, dtype=torch.bfloat16, **given))
+
+
 @pytest.mark.parametrize("block", [(1, 1), (16, 16)])
 @pytest.mark.parametrize("kernel", [(1, 1), (1, 3), (5, 1), (2, 2), (7, 7)])
 def test_kernels(block: tuple[int, int], kernel: tuple[int, int]) -> None:
@@ -183,7 +195,10 @@ def test_negated_views_keep_their_sign() -> None:
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 16), (32, 32)])
-@pytest.mark.parametrize("given", [{"images": 1}, {"images": 7}, {"images": 7, "stride": (2, 2)}])
+@pytest.mark.parametrize(
+    "given",
+    [{"images": 1}, {"images": 7}, {"images": 7, "stride": (2, 2)}, {"images": 7, "dtype": torch.bfloat16}],
+)
 @pytest.mark.parametrize("width", [4, 20])
 def test_threads_do_not_change_a_bit(
     block: tuple[int, int], given: dict[str, object], width: int, threads: Callable[[int], None]
@@ -195,10 +210,11 @@ def test_threads_do_not_change_a_bit(
         assert_same(case, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [(1, 1), (16, 32)])
 @pytest.mark.parametrize("width", [6, 25])
-def test_an_image_gets_the_same_bits_in_any_batch(block: tuple[int, int], width: int) -> None:
-    case = with_block(block, images=9, width=width)
+def test_an_image_gets_the_same_bits_in_any_batch(block: tuple[int, int], width: int, dtype: torch.dtype) -> None:
+    case = with_block(block, images=9, width=width, dtype=dtype)
     y, dx, _ = results(case)
     for n in (0, 4, 8):
         one = replace(case, x=case.x[n : n + 1], dy=case.dy[n : n + 1])
@@ -221,9 +237,12 @@ def test_the_order_of_slots_changes_no_bit(block: tuple[int, int], generator: to
 @pytest.mark.parametrize("block", [(1, 1), (16, 32)])
 @pytest.mark.parametrize("width", [6, 25])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
-def test_a_nan_stays_in_the_windows_that_see_it(block: tuple[int, int], width: int, stride: tuple[int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_stays_in_the_windows_that_see_it(
+    block: tuple[int, int], width: int, stride: tuple[int, int], dtype: torch.dtype
+) -> None:
     """In a corner: what follows it in memory is another row or image."""
-    case = with_block(block, width=width, stride=stride, blocks=36 if block != (1, 1) else 300)
+    case = with_block(block, width=width, stride=stride, blocks=36 if block != (1, 1) else 300, dtype=dtype)
     y, dx, dvalues = results(case)
     x, dy = case.x.clone(memory_format=torch.channels_last), case.dy.clone(memory_format=torch.channels_last)
     x[1, :, 0, -1] = dy[1, :, 0, -1] = NAN
