@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -29,6 +32,13 @@ INTEGER_POISON = 0x5A
 
 def pytest_configure() -> None:
     """One thread: a second one that waits for a busy core makes an op on small tensors a hundred times slower."""
+    if "TRITON_INTERPRET" in os.environ and find_spec("triton") is not None:
+        triton, numpy = (Version(version(name)) for name in ("triton", "numpy"))
+        if triton < Version("3.7") and numpy >= Version("2.4"):
+            raise pytest.UsageError(
+                f"the interpreter of Triton {triton} fails with NumPy {numpy}, which makes no number of an array: "
+                "pip install 'numpy<2.4', or a newer Triton"
+            )
     torch.set_num_threads(1)
     # PyTorch notes its constructors at the first use of a default device: let it be these, not poisoned ones.
     with torch.device("cpu"):

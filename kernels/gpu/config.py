@@ -154,5 +154,5 @@ def log2_ceil(number: int) -> int:
 @functools.cache
 def package_data(name: str) -> Any:
     """Return a JSON file of the folder ``configs``, or None when there is no such file."""
-    file = resources.files("sparsekern.kernels.gpu").joinpath("configs", name)
+    file = resources.files("sparsekern.kernels.gpu") / "configs" / name
     return json.loads(file.read_text()) if file.is_file() else None

@@ -93,7 +93,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _title(record: Record) -> str:
     config, side = record.config, record.config.block_size
-    unit = "single weights" if side == 1 else f"blocks of {side} x {side}"
+    unit = "single weights" if side == 1 else f"blocks of {side}\u00a0x\u00a0{side}"  # on one line
     sparse = f"{100 * config.sparsity:.4g} % sparse in {unit} ({config.method_title})" if config.sparse else "dense"
     twin = ", beside its dense twin" if config.sparse and config.dense else ""
     return f"{record.data.get('name', 'data')}: {config.network_title}, {sparse}{twin}"
@@ -162,8 +162,8 @@ def _charts(record: Record) -> list[str]:
         return found
 
     return [
-        curve_chart(curves("test_accuracy", 100), "test accuracy (%)", legend="lower right"),
-        curve_chart(curves("loss", 1), "training loss", legend="upper right", log=True),
+        curve_chart(curves("test_accuracy", 100), "test accuracy (%)"),
+        curve_chart(curves("loss", 1), "training loss", log=True),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sparsekern.report.plots import COLOURS, Curves, draw_curves, scale_by_factors
 
@@ -19,22 +19,19 @@ FEW = 6
 """Lines up to which each has a colour and a name."""
 
 
-def curve_chart(
-    curves: Sequence[Curves], what: str, *, legend: Literal["lower right", "upper right"], log: bool = False
-) -> str:
+def curve_chart(curves: Sequence[Curves], what: str, *, log: bool = False) -> str:
     """Return the chart of one quantity of several networks: mean and range over seeds, by epoch.
 
     Args:
         curves: of at least one epoch.
         what: the quantity, as the title.
-        legend: where the names stand.
         log: whether the scale is logarithmic, where there is more than one epoch.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
-    draw_curves(axes, curves, what, legend=legend)
+    draw_curves(axes, curves, what)
     if log and max(len(seed) for curve in curves for seed in curve.by_seed) > 1:
         scale_by_factors(axes)
     return _svg(figure)

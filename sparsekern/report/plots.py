@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from sparsekern.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, panels
 
@@ -67,8 +67,8 @@ def draw_training(
     figure = Figure(figsize=(16, height), dpi=110, layout="constrained")
     figure.suptitle(f"{title}\n{subtitle}", fontsize=13)
     left, middle, before, after = figure.subplots(1, 4, width_ratios=(1.15, 1.15, 1, 1))
-    draw_curves(left, accuracy, "test accuracy (%)", legend="lower right")
-    draw_curves(middle, loss, "training loss", legend="upper right")
+    draw_curves(left, accuracy, "test accuracy (%)")
+    draw_curves(middle, loss, "training loss")
     if max(len(curve) for network in loss for curve in network.by_seed) > 1:
         scale_by_factors(middle)
     _draw_blocks(before, block_map, at_start=True)
@@ -89,9 +89,7 @@ def scale_by_factors(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.4)))
 
 
-def draw_curves(
-    axes: Axes, curves: Sequence[Curves], what: str, *, legend: Literal["lower right", "upper right"]
-) -> None:
+def draw_curves(axes: Axes, curves: Sequence[Curves], what: str) -> None:
     """Draw the mean over seeds, a band from the lowest to the highest, and the names in the colours of the lines.
 
     Seeds may differ in length, as in a run that is not finished: a later epoch is the mean of fewer.
@@ -112,7 +110,7 @@ def draw_curves(
     longest = max(len(curve) for network in curves for curve in network.by_seed)
     axes.set_xlim(0.5, longest + 0.5)
     axes.grid(alpha=0.25)
-    axes.legend(loc=legend, labelcolor="linecolor", frameon=False, fontsize=11)
+    axes.legend(loc="best", labelcolor="linecolor", frameon=False, fontsize=11)
 
 
 def _draw_blocks(axes: Axes, block_map: BlockMap, *, at_start: bool) -> None:

@@ -55,7 +55,9 @@ def test_the_page_of_a_run():
     model, history = trained()
     results = results_so_far(record(history=history), SIZES)
     page = page_of(record(), results, (["", "sparse"], [["x", "1"]]), ["a note"], summary(model), "measured here")
-    assert page.title == "digits: MLP of width 32, 75 % sparse in blocks of 8 x 8 (set), beside its dense twin"
+    assert (
+        page.title == "digits: MLP of width 32, 75 % sparse in blocks of 8\u00a0x\u00a08 (set), beside its dense twin"
+    )
     assert page.status == "Not finished: 2 seeds, 2 epochs each; seed 2 has done epoch 2."
     assert page.summary == (
         "The sparse network classifies 60.00 % of the test images rightly, its dense twin 60.00 %. It stores 4.00 "

@@ -13,9 +13,7 @@ def words(svg):
 
 
 def test_the_curves_of_networks():
-    svg = curve_chart(
-        [Curves("sparse", [[1, 2, 3], [2, 3]]), Curves("dense", [[3, 4, 5]])], "loss", legend="upper right"
-    )
+    svg = curve_chart([Curves("sparse", [[1, 2, 3], [2, 3]]), Curves("dense", [[3, 4, 5]])], "loss")
     assert {"sparse", "dense", "epoch", "loss: mean and range of 2 seeds"} <= set(words(svg))
     assert "data-width" in svg and not re.search(r'<svg[^>]* width="', svg), "the page gives the size"
     assert "metadata" not in svg
@@ -26,13 +24,13 @@ def test_seeds_of_unequal_length_are_averaged_where_they_are(monkeypatch):
 
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **how: drawn.append(list(y)) or plot(axes, x, y, **how))
-    curve_chart([Curves("sparse", [[1.0, 2.0, 3.0], [3.0, 4.0]])], "loss", legend="upper right")
+    curve_chart([Curves("sparse", [[1.0, 2.0, 3.0], [3.0, 4.0]])], "loss")
     assert drawn == [[2.0, 3.0, 3.0]]
 
 
 @pytest.mark.parametrize("log", [True, False])
 def test_one_epoch_is_a_dot(log):
-    assert "epoch" in words(curve_chart([Curves("sparse", [[1.0]])], "loss", legend="upper right", log=log))
+    assert "epoch" in words(curve_chart([Curves("sparse", [[1.0]])], "loss", log=log))
 
 
 def test_a_few_layers_have_a_line_and_a_name_each():

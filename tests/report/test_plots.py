@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsekern.report.plots import BlockMap, Curves, draw_training, scale_by_factors
+from sparsekern.report.plots import BlockMap, Curves, draw_curves, draw_training, scale_by_factors
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -132,3 +132,17 @@ def test_pyplot_and_its_global_state_are_not_needed(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_the_names_stand_where_no_line_is():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
+    draw_curves(axes, [Curves("sparse", [[20.0, 28.0]]), Curves("dense", [[50.0, 80.0]])], "test accuracy (%)")
+    figure.draw_without_rendering()
+    box = axes.get_legend().get_window_extent()
+    for line in axes.lines:
+        points = axes.transData.transform(line.get_xydata())
+        along = [points[0] + share / 50 * (points[1] - points[0]) for share in range(51)]
+        assert not any(box.contains(*point) for point in along)

@@ -35,6 +35,7 @@ import torch
 import sparsekern.recipes.run
 from sparsekern.cli.main import application
 from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, Metrics
+from sparsekern.recipes.lock import LOCK
 from sparsekern.training import METHODS
 
 TIMES = {
@@ -173,7 +174,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: path.read_bytes() for name, path in names.items() if "damaged-" not in name}
     found["metrics"] = [without_times(json.loads(line)) for line in (folder / METRICS).read_text().splitlines()]
     found["results"] = without_times(json.loads((folder / RESULTS).read_text()))
-    found["files"] = sorted(path.name for path in folder.iterdir())
+    # A lock that a process leaves which is killed after it has written the results: it locks nothing.
+    found["files"] = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
     return found
 
 
