@@ -5,8 +5,8 @@ where it grows by two. ``step`` is forward, backward and SGD with momentum on a 
 all that an update adds to the two steps of its cycle: drawing candidates, the probe in the backward, choosing, moving.
 RigL's update and the dense step are beside it, up to the width at which they would take too long.
 
-Operations and bytes are linear at any number of tokens. Time is as long as activations stay in one cache: with 64
-tokens those of 16384 features are 4 MiB each and leave an L2 cache, with 16 they do not. So both are measured.
+Operations and bytes are linear at any number of tokens. Of 64 tokens the activations of 16384 features are 4 MiB and
+leave an L2 cache, of 16 they do not: so both are measured.
 
 One JSON line a time; lines with ``exponent`` are slopes of log time against log width, by least squares. A picture is
 written beside the file.

@@ -61,7 +61,14 @@ int sk_orders(const int32_t *row, const int32_t *col, int64_t slots, int64_t row
     for (int32_t e = 0; e < used; e++) row_slot[by_row[row[some[e]]]++] = some[e];
     std::memcpy(by_col, col_ptr, cols * 4);
   }
-  for (int32_t e = 0; e < used; e++) col_slot[by_col[col[row_slot[e]]]++] = row_slot[e];
+  if (ascending) {
+    for (int32_t z = 0; z < used; z++) col_slot[by_col[col[z]]++] = z;
+  } else {
+    for (int32_t e = 0; e < used; e++) {
+      const int32_t slot = row_slot[e];
+      col_slot[by_col[col[slot]]++] = slot;
+    }
+  }
   std::memcpy(col_slot + used, row_slot + used, (slots - used) * 4);
   if (row_col)
     for (int64_t e = 0; e < slots; e++) row_col[e] = e < used ? col[row_slot[e]] : 0;
@@ -147,22 +154,31 @@ int sk_select(const int32_t *bits, int64_t count, int64_t highest, int64_t wante
   int64_t *found = positions + wanted;
   int32_t edge = 0;       // the upper bits of the last number that is taken
   int64_t left = wanted;  // numbers still to find among those that agree with it
+  Scratch scratch((count + 1) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  int32_t *some = (int32_t *)scratch.memory;  // keys that agree with it
+  int64_t those = 0;
+  for (int64_t i = 0; i < count; i++) {
+    some[those] = key(i);
+    those += some[those] >= 0;
+  }
+  if (those < left) wanted = left = those;
   for (int d = 0, shift = 31; d < 3; d++) {
-    const int32_t above = shift;
     shift -= DIGITS[d];
-    int32_t counts[2][2048] = {};  // two, or one number after an equal one waits for its count
-    int64_t seen = 0;
-    for (int64_t i = 0; i < count; i++) {
-      const int32_t k = key(i);
-      if (k < 0 || (d && k >> above != edge)) continue;
-      counts[i & 1][(k >> shift) & ((1 << DIGITS[d]) - 1)]++;
-      seen++;
-    }
-    if (!d && seen < left) wanted = left = seen;
+    const int32_t mask = (1 << DIGITS[d]) - 1;
+    int32_t counts[4][2048] = {};  // several, or a number after one of the same digit waits for its count
+    for (int64_t i = 0; i < those; i++) counts[i & 3][(some[i] >> shift) & mask]++;
     if (!left) return *found = 0;
     int32_t digit = 0;
-    for (; left > counts[0][digit] + counts[1][digit]; digit++) left -= counts[0][digit] + counts[1][digit];
+    for (int32_t n; left > (n = counts[0][digit] + counts[1][digit] + counts[2][digit] + counts[3][digit]); digit++) left -= n;
     edge = edge << DIGITS[d] | digit;
+    int64_t n = 0;
+    for (int64_t i = 0; i < those; i++) {
+      const int32_t k = some[i];
+      some[n] = k;
+      n += ((k >> shift) & mask) == digit;
+    }
+    those = n;
   }
   int64_t n = 0;
   for (int64_t i = 0; i < count && n < wanted; i++) {
