@@ -87,7 +87,9 @@ class Topology:
         slots = slots.long()
         if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.slots):
             raise ValueError(f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}")
-        if not bool((slots[1:] > slots[:-1]).all()) and slots.unique().shape != slots.shape:
+        named = torch.zeros_like(self.row, dtype=torch.bool)
+        ascending = bool((slots[1:] > slots[:-1]).all())
+        if not ascending and int(named.index_fill_(0, slots, True).count_nonzero()) != slots.numel():
             raise ValueError("a slot is named twice among those to move; each can go to one place only")
         new = Topology(
             self.grid,
