@@ -44,6 +44,8 @@ def orders_(index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending:
     into = (index.row_ptr, index.row_slot, others[0], index.col_ptr, index.col_slot, others[1])
     if _run("sk_orders", _flat(row), _flat(col), row.shape[0], rows, cols, int(ascending), *into) == REFUSED:
         eager.orders_(index, row, col, by_slot=by_slot, ascending=ascending)  # an order of its own for what is illegal
+    else:  # a backward whose forward read the former index must notice
+        torch.autograd.graph.increment_version([tensor for tensor in into if tensor is not None])
 
 
 def are_legal(row: Tensor, col: Tensor, rows: int, cols: int) -> bool:

@@ -11,9 +11,11 @@ from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Topology:
     """The places of the blocks. Holds the tensors it is given, so a layer's topology is a view of its buffers.
+
+    Two are equal when they are the same object: ``torch.equal`` compares places, and waits for the device.
 
     Args:
         grid: the grid of ``R x C`` cells.

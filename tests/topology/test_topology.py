@@ -22,6 +22,12 @@ def five_slots() -> Topology:
     return Topology(GRID, ints(0, 1, -1, 3, 3), ints(0, 2, -1, 0, 3))
 
 
+def test_equal_is_the_same_object() -> None:
+    """Not a comparison of tensors, of which Python 3.13 asks a truth value that they do not have."""
+    topology = Topology(GRID, ints(0), ints(0))
+    assert topology == topology and topology != Topology(GRID, topology.row, topology.col)
+
+
 # Numbers.
 
 

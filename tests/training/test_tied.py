@@ -43,4 +43,5 @@ def test_spread_moves_all_taps():
 def test_elsewhere_a_unit_is_a_slot():
     layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
     parts, norms, move = units(layer), block_norms(layer), Move(torch.tensor([1]), ints(0), ints(0))
-    assert parts.topology == layer.topology and parts.norms(norms) is norms and parts.spread(move) is move
+    assert parts.topology.row is layer.row and parts.topology.col is layer.col
+    assert parts.norms(norms) is norms and parts.spread(move) is move

@@ -38,6 +38,18 @@ def test_orders(rows: int, cols: int, blocks: int, free: int, ascending: bool, b
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_autograd_notices_that_an_index_is_rewritten(by_slot: bool) -> None:
+    """The library writes behind PyTorch's back: a backward would read the new index where it needs the former."""
+    row, col = some_places(4, 5, 9, 1)
+    index = index_of(10, 4, 5)
+    before = [tensor._version for tensor in index]
+    places.orders_(index, row, col, by_slot=by_slot, ascending=False)
+    kept = {"row_col", "col_row"} if by_slot else set()  # at 1x1 these are row and col, which others write
+    for name, tensor, version in zip(index._fields, index, before, strict=True):
+        assert (tensor._version > version) == (name not in kept), name
+
+
 def test_orders_do_not_write_by_places_outside_the_grid() -> None:
     """They are refused by the library, and ordered as by the eager kernels."""
     row, col = ints(0, 7, 1), ints(1, 0, -9)
