@@ -82,7 +82,7 @@ def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"bias is {bias.dtype} but values are {values.dtype}; they must be the same")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
 def _has_autocast(device_type: str) -> bool:
     """Return whether autocast knows a device: to ask of the meta device whether it is on is an error.
 
