@@ -71,7 +71,8 @@ def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
     if not (x.is_floating_point() and values.is_floating_point()):
         raise TypeError(f"input is {x.dtype} and values are {values.dtype}; both must be real floating point")
     device_type = x.device.type
-    autocast = _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    # The meta device has no autocast; torch.amp.is_autocast_available says so, but PyTorch 2.11 cannot compile it.
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and torch.float64 not in (x.dtype, values.dtype):
         return  # autocast casts the input, and the kernels round what they read of the values
     if x.dtype != values.dtype:
@@ -80,15 +81,6 @@ def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.dtype != values.dtype:
         raise TypeError(f"bias is {bias.dtype} but values are {values.dtype}; they must be the same")
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
-def _has_autocast(device_type: str) -> bool:
-    """Return whether autocast knows a device: to ask of the meta device whether it is on is an error.
-
-    PyTorch 2.11 cannot compile the question.
-    """
-    return torch.amp.is_autocast_available(device_type)
 
 
 def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
