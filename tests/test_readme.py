@@ -131,4 +131,8 @@ def test_the_claim_is_what_the_tables_say():
         f"(1x1) are {single['90 %']} times as fast at 90 % and slower, {single['50 %']} times, at 50 %",
     ):
         assert words in claim
+    convolutions = re.findall(r"^\| \d\S+->\d+ k3(?: s2)?, 32x32 \|.*\|$", README, re.MULTILINE)
+    at_90 = sorted((line.split("|")[4].strip() for line in convolutions), key=float)
+    assert len(at_90) == 5
+    assert f"3x3, as ResNets have them, are {at_90[0]} to {at_90[-1]} times as fast at 90 %" in claim
     assert float(single["50 %"]) < 1 < float(blocks["50 %"])
