@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def test_the_layout_names_what_is_there():
         if p.is_dir() and p.name not in ("__pycache__", "kernels")
     }
     assert named == there | {"kernels/", "tests/", "bench/"}
+
+
+def test_whole_networks_are_as_fast_as_their_results_say():
+    rows = [json.loads(line) for line in (ROOT / "bench/results/end_to_end.jsonl").read_text().splitlines()]
+    resnet, vgg = (
+        {row["sparsity"]: row for row in rows if row["network"] == name and row["threads"] == 2}
+        for name in ("resnet18-cifar", "vgg16-small")
+    )
+    text = " ".join(README.partition("A whole training step")[2].partition("\n\n")[0].split())
+    assert f"is {resnet[0.9]['vs_dense']:.1f} times as fast at 90 %" in text
+    assert f"in blocks of 16, {vgg[0.9]['vs_dense']:.1f} times, and slower at 50 %" in text and vgg[0.5]["vs_dense"] < 1
+    assert sum(resnet[0.9]["shares"][part] for part in ("batch norm", "relu")) == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_the_claim_is_what_the_tables_say():
