@@ -142,7 +142,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     slopes = {case_of(row): row["exponent"] for row in rows if "exponent" in row}
     times = [row for row in rows if "ms" in row]
     blocks = sorted({row["block"] for row in times})
-    figure = Figure(figsize=(6 * len(blocks), 5.5), dpi=90, layout="constrained")
+    figure = Figure(figsize=(6 * len(blocks), 6.5), dpi=90, layout="constrained")
     for axes, block in zip(figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0], blocks, strict=True):
         for case in dict.fromkeys(case_of(row) for row in times if row["block"] == block):
             mine = [row for row in times if case_of(row) == case and row["ms"] > 0]
@@ -156,7 +156,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         axes.set_title(f"blocks of {block} x {block}")
         axes.set_xlabel(f"width; {times[0]['per_feature']} (in + out) elements")
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.supylabel("milliseconds")
     figure.savefig(path)
 

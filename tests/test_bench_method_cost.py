@@ -22,7 +22,8 @@ def test_a_rehearsal_has_a_line_for_each_method(capsys):
     assert all(row["step_ms"] > 0 and row["percent"] == row["percent"] for row in rows)
     assert rows[1]["bound"] == 3.0 and "bound" not in rows[0]
     committed = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    assert [set(row) for row in committed] == [set(row) for row in rows]
+    assert [row["threads"] for row in committed] == [2] * len(rows) + [1] * len(rows)
+    assert [set(row) for row in committed] == 2 * [set(row) for row in rows]
 
 
 def test_a_cycle_ends_in_an_update():
