@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 
 import sparsekern as sk
 from tests.memory import allocations
+from tests.saved import through_a_file
 from tests.training.agent_models import ESTIMATES, METHODS, batches, loss_of, make, same, sgd, train
 
 
@@ -103,11 +103,9 @@ def test_killed_and_resumed_bit_for_bit(kind, options):
     assert all(c > 0 for c in through[2].c.values())
     first = build()
     run(first, range(10))
-    saved = io.BytesIO()
-    torch.save([part.state_dict() for part in first], saved)
-    saved.seek(0)
+    saved = through_a_file(first)
     second = build()
-    for part, state in zip(second, torch.load(saved, weights_only=True), strict=True):
+    for part, state in zip(second, saved, strict=True):
         part.load_state_dict(state)
     run(second, range(10, 16))
     assert same(second[0], through[0])

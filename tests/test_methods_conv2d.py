@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,7 @@ from sparsekern.topology import generator_for
 from sparsekern.training.gse import DISTRIBUTIONS, weights
 from sparsekern.training.scores import part_of
 from tests.oracle_conv2d import conv_blocks, dense_gradients
+from tests.saved import through_a_file
 from tests.topology.test_pairs import chi_square_quantile
 
 F64 = torch.float64
@@ -187,11 +187,9 @@ def test_killed_and_resumed_bit_for_bit(name, at):
     if name != "SET" and name != "VRPGE" and at != 4:
         stages = first[2].stages()
         assert (first[0][2].probe is not None) == (at % 4 >= 4 - stages)
-    saved = io.BytesIO()
-    torch.save([part.state_dict() for part in first], saved)
-    saved.seek(0)
+    saved = through_a_file(first)
     train(*second, range(1))  # what is there before must not matter
-    for part, loaded in zip(second, torch.load(saved, weights_only=True), strict=True):
+    for part, loaded in zip(second, saved, strict=True):
         part.load_state_dict(loaded)
     train(*second, range(at, 14))
     for a, b in zip(state(*second), state(*through), strict=True):

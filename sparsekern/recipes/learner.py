@@ -164,10 +164,8 @@ class Learner:
         """Go on where :meth:`state_dict` was taken; the model's own state is loaded before."""
         self.epoch, self.batch, self.steps = state["epoch"], state["batch"], state["steps"]
         self._loss_sum, self._seconds = state["loss_sum"], state["seconds"]
-        self._milliseconds, self._graphs = (
-            list(state["milliseconds"]),
-            list(state.get("graphs", [])),
-        )  # older ones have none
+        self._milliseconds = list(state["milliseconds"])
+        self._graphs = list(state.get("graphs", []))  # older states have none
         self.optimizer.load_state_dict(state["optimizer"])
         if self._outer is not None:
             self._outer.load_state_dict(state["method"])

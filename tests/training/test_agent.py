@@ -200,13 +200,7 @@ def test_a_convolution_and_a_frozen_layer_and_a_part_that_is_not_used():
     idle = model["idle"].values.detach().clone()
     data = [torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     loss = lambda x: model["out"](model["conv"](x).flatten(1)).square().mean()  # noqa: E731
-    for _ in range(2):
-        agent.refresh(data, loss)
-        for x in data:
-            agent.backward(lambda x=x: loss(x))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            agent.step()
+    train(model, optimizer, agent, 2, data, loss=loss)
     assert agent.c[""] > 0 and torch.equal(
         model["idle"].values[agent.snapshot._same["idle.values"]], idle[agent.snapshot._same["idle.values"]]
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.training import METHODS, Method, Move
+from tests.saved import through_a_file
 
 
 def make(seed: int = 0) -> nn.Sequential:
@@ -52,11 +52,9 @@ def test_saved_loaded_and_continued_bit_for_bit(name):
     train(*through, range(20))
     first = build(0)
     train(*first, range(10))
-    saved = io.BytesIO()
-    torch.save([part.state_dict() for part in first], saved)
-    saved.seek(0)
+    saved = through_a_file(first)
     second = build(1)
-    for part, state in zip(second, torch.load(saved, weights_only=True), strict=True):
+    for part, state in zip(second, saved, strict=True):
         part.load_state_dict(state)
     train(*second, range(10, 20))
     assert equal(bits(second[0]), bits(through[0]))

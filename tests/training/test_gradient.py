@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sparsekern as sk
 from sparsekern.training import GradientMethod
 from sparsekern.training.gradient import is_finite
+from tests.saved import through_a_file
 
 METHODS = {
     "RigL": (sk.RigL, {"scoring": "exact"}),
@@ -222,14 +222,11 @@ def test_killed_and_resumed_bit_for_bit(name, at):
         for part in batch(7).chunk(parts)[: parts - 1]:
             (first(part).square().mean() / parts).backward()
         loose = [None if p.grad is None else p.grad.clone() for p in first.parameters()]
-    saved = io.BytesIO()
-    torch.save([part.state_dict() for part in (first, optimizer, method)], saved)
+    saved = through_a_file((first, optimizer, method))
 
     second = make(1)
     optimizer, method = build(name, second, seed=0)
-    saved.seek(0)
-    states = torch.load(saved, weights_only=True)
-    for part, loaded in zip((method, second, optimizer), [states[2], *states[:2]], strict=True):
+    for part, loaded in zip((method, second, optimizer), [saved[2], *saved[:2]], strict=True):
         part.load_state_dict(loaded)
     start = at
     if middle:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.topology import to_dense
 from sparsekern.training.sampling import score_gradient
+from tests.saved import through_a_file
 
 
 def make(block: int = 4, norm: bool = False, dropout: float = 0.0, dtype=torch.float32) -> nn.Sequential:
@@ -298,11 +298,9 @@ def test_killed_and_resumed_bit_for_bit(options):
     run(through, range(18))
     first = build()
     run(first, range(7))
-    saved = io.BytesIO()
-    torch.save([part.state_dict() for part in first], saved)
-    saved.seek(0)
+    saved = through_a_file(first)
     second = build()
-    for part, state in zip(second, torch.load(saved, weights_only=True), strict=True):
+    for part, state in zip(second, saved, strict=True):
         part.load_state_dict(state)
     run(second, range(7, 18))
     for a, b in zip(second[0].state_dict().values(), through[0].state_dict().values(), strict=True):
