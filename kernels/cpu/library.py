@@ -12,7 +12,6 @@ import functools
 import os
 import struct
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from torch import Tensor
 ABI = 6
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
-NO_MEMORY = 1
-"""What a function returns that finds none for its scratch; 0 where all is well."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -263,12 +260,7 @@ def threads() -> int:
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:
-    """Run one of the kernels of the library; see :func:`run`."""
-    run(name, ctypes.byref(arguments))
-
-
-def run(name: str, *arguments: Any) -> int:
-    """Run one function of the library and return what it does; ctypes lets other Python threads run meanwhile.
+    """Run one function of the library; ctypes lets other Python threads run meanwhile.
 
     Raises:
         MemoryError: no memory for the scratch.
@@ -276,10 +268,8 @@ def run(name: str, *arguments: Any) -> int:
     library, reason = load()
     if library is None:
         raise RuntimeError(reason)
-    result = int(getattr(library, name)(*arguments))
-    if result == NO_MEMORY:
+    if getattr(library, name)(ctypes.byref(arguments)):
         raise MemoryError(f"{name} finds no memory for its scratch")
-    return result
 
 
 def takes_bfloat16() -> bool:

@@ -10,7 +10,7 @@ import ctypes
 
 import torch
 from sparsekern.kernels.contract import Index
-from sparsekern.kernels.cpu import library
+from sparsekern.kernels.cpu.library import load
 from sparsekern.kernels.eager import places as eager
 from torch import Tensor
 
@@ -28,13 +28,13 @@ __all__ = [
     "takes",
 ]
 
-REFUSED = 2
-"""What a function of ``csrc/places.cpp`` returns where a number lies outside the range that it was said to have."""
+NO_MEMORY, REFUSED = 1, 2
+"""Of ``csrc/places.cpp``; the second where a number lies outside the range that it was said to have."""
 
 
 def takes(*lists: Tensor) -> bool:
     """Return whether these functions can read such lists: plain tensors on a CPU where the library is."""
-    return all(type(a) is Tensor and a.device.type == "cpu" for a in lists) and library.load()[0] is not None
+    return all(type(a) is Tensor and a.device.type == "cpu" for a in lists) and load()[0] is not None
 
 
 def orders_(index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending: bool) -> None:
@@ -129,8 +129,18 @@ def _must(name: str, *arguments: Tensor | int) -> None:
 
 
 def _run(name: str, *arguments: Tensor | int | None) -> int:
-    """Run a function of the library on whole numbers and addresses; returns 0 or :data:`REFUSED`."""
-    return library.run(name, *map(_plain, arguments))
+    """Run a function of the library and return 0 or :data:`REFUSED`.
+
+    Raises:
+        MemoryError: no memory for the scratch.
+    """
+    library, reason = load()
+    if library is None:
+        raise RuntimeError(reason)
+    result = int(getattr(library, name)(*map(_plain, arguments)))
+    if result == NO_MEMORY:
+        raise MemoryError(f"{name} finds no memory for its scratch")
+    return result
 
 
 def _plain(argument: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:

@@ -23,9 +23,9 @@ def test_both_have_all_functions() -> None:
 
 def test_the_native_ones_are_taken_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.zeros(3, dtype=torch.int32)
-    monkeypatch.setattr(cpu.library, "load", lambda: (object(), ""))
+    monkeypatch.setattr(cpu, "load", lambda: (object(), ""))
     assert places_for(numbers, numbers) is cpu
     assert places_for(numbers, numbers.to("meta")) is eager
-    monkeypatch.setattr(cpu.library, "load", lambda: (None, ""))
+    monkeypatch.setattr(cpu, "load", lambda: (None, ""))
     assert places_for(numbers) is eager
     assert library.load is not cpu.load

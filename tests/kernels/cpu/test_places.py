@@ -128,7 +128,7 @@ def test_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places.takes(ints(1), torch.zeros(2))
     assert not places.takes(ints(1), torch.zeros(2, device="meta"))
     assert not places.takes(torch.nn.Parameter(torch.zeros(2)))  # a subclass may be anything
-    monkeypatch.setattr(library, "load", lambda: (None, "there is none"))
+    monkeypatch.setattr(places, "load", lambda: (None, "there is none"))
     assert not places.takes(ints(1))
     with pytest.raises(RuntimeError, match="there is none"):
         places.are_legal(ints(1), ints(1), 2, 2)
@@ -137,9 +137,9 @@ def test_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def __getattr__(self, name: str) -> object:
-            return lambda *_: library.NO_MEMORY
+            return lambda *_: places.NO_MEMORY
 
-    monkeypatch.setattr(library, "load", lambda: (Full(), ""))
+    monkeypatch.setattr(places, "load", lambda: (Full(), ""))
     with pytest.raises(MemoryError, match="sk_check finds no memory for its scratch"):
         places.are_legal(ints(1), ints(1), 2, 2)
 
