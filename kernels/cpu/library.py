@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 6
+ABI = 7
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -80,6 +80,7 @@ class Multiply(ctypes.Structure):
         ("transposed", ctypes.c_int32),
         ("values_dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("past", ctypes.c_int32),
         ("panel", ctypes.c_int64),
         ("plan", ElementPlan),
         ("groups", ctypes.c_int64),

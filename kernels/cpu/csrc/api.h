@@ -47,6 +47,7 @@ struct Multiply {
   int32_t transposed;    // dx: values are read as they are stored
   int32_t values_dtype;  // of float32 values the HalfKernels take what bfloat16 can hold
   int32_t threads;
+  int32_t past;          // y is written past the caches: see writes_past() of library.cpp
   int64_t panel;         // tokens that are packed at a time
   ElementPlan plan;      // 1x1
   int64_t groups;        // bfloat16: of block rows, each at most so many entries; see product_bf16.h

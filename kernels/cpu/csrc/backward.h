@@ -29,7 +29,7 @@ void backward(const Backward &b) {
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t q = 0; q < (p1 - p0) * groups; q++) {
         const int64_t p = p0 + q / groups, g = q % groups, count = tokens_of(d, p);
-        const Row row = {nullptr, count * m.in, nullptr, nullptr, nullptr, 0, size, m.out};
+        const Row row = {nullptr, count * m.in, nullptr, nullptr, nullptr, 0, size, m.out, false};
         product(m, row, s.dy + (p - p0) * s.dy_panel, p * d.panel, count, m.order.rows * g / groups,
                 m.order.rows * (g + 1) / groups, m.values, nullptr, aside);
       }
@@ -37,6 +37,7 @@ void backward(const Backward &b) {
 #pragma omp barrier
     }
     clear_rest(d, mine);
+    fence();
   }
 }
 

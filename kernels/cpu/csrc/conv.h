@@ -95,6 +95,7 @@ struct Convolve {
   int32_t in, out;               // sides of a block: the one that is summed over, the one along y
   int32_t transposed;            // dx: values are read as they are stored
   int32_t in_turn, dtype, threads;
+  int32_t past;                  // y is written past the caches: see writes_past() of library.cpp
   int64_t slack;                 // 1x1: floats behind a panel, which are read and thrown away
   float *scratch;
 };

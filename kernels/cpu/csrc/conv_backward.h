@@ -64,6 +64,7 @@ void conv_backward(const ConvBackward &b) {
 #pragma omp barrier
     }
     clear_phantom(m, mine);
+    fence();
   }
 }
 

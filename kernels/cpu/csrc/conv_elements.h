@@ -78,6 +78,7 @@ void convolve_elements(const Convolve &c) {
         }
       }
     }
+    fence();
   }
 }
 

@@ -32,9 +32,14 @@ struct Place {  // of a tile's outputs in y
 // A tile that was written aside, to the rows of y of outputs t and on of a panel in turn; those beside the subgrid are not.
 INLINE void scatter(const Place &p, int64_t t, int64_t count, int64_t channel, int64_t width, const float *from, int64_t step) {
   const int64_t wide = p.c.images_at_once * p.turn;
+  const bool past = p.c.past && width % LINE == 0;
   int64_t y = p.y0 + t / wide, n = p.n0 + t % wide / p.turn, x = p.c.first_col + t % p.turn;
   for (int64_t j = 0; j < count; j++) {
-    if (n < p.n1 && x >= p.s.x0 && x < p.s.x1) write_row(p.c.y, p.at(n, y, x) + channel, p.c.dtype, from + j * step, width);
+    if (n < p.n1 && x >= p.s.x0 && x < p.s.x1) {
+      const int64_t at = p.at(n, y, x) + channel;
+      if (past) for (int64_t c = 0; c < width; c += VL) store_past((float *)p.c.y + at + c, load(from + j * step + c));
+      else write_row(p.c.y, at, p.c.dtype, from + j * step, width);
+    }
     if (++x == p.c.first_col + p.turn) {
       x = p.c.first_col;
       if (++n == p.n0 + p.c.images_at_once) n = p.n0, y++;

@@ -194,7 +194,9 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
       p.bias[o / group_out * v.group_blocks * c.bo + o % group_out] = c.bias[o];
     v.bias = p.bias.data();
   }
-  expect_large(v.y, v.images * v.height * v.width * v.channels * itemsize(c.dtype));
+  const int64_t bytes = v.images * v.height * v.width * v.channels * itemsize(c.dtype);
+  expect_large(v.y, bytes);
+  v.past = c.dtype == FLOAT32 && writes_past(v.y, v.channels / c.groups, bytes, v.threads);
   if (elements) v.slack = round_up(cols.reach + 8 * LINE, LINE);
 }
 

@@ -25,7 +25,8 @@ void conv_panel(const Convolve &c, const Subgrid &s, const float *packed, int64_
     const int64_t start = s.ptr[r], block = r % c.group_blocks, left = group_channels - block * c.out;
     const int64_t channel = r / c.group_blocks * group_channels + block * c.out, channels = left < c.out ? left : c.out;
     const bool whole = channels == c.out && c.dtype == FLOAT32;
-    Row row = {nullptr, IN, nullptr, c.offset + start, c.transposed ? c.slot + start : nullptr, s.ptr[r + 1] - start, size, c.out};
+    Row row = {nullptr, IN, nullptr, c.offset + start, c.transposed ? c.slot + start : nullptr, s.ptr[r + 1] - start, size,
+               c.out, whole && c.past && (!c.in_turn || in_place)};
     for (int64_t o = 0; o < channels; o += step) {
       const int64_t width = channels - o < step ? channels - o : step;
       const float *b = c.bias ? c.bias + r * c.out + o : nullptr;
@@ -111,6 +112,7 @@ void convolve(const Convolve &c) {
       }
       convolve_panel(c, product, part, panel, g, groups, c.transposed ? c.values : w, aside, ahead);
     }
+    fence();
   }
 }
 

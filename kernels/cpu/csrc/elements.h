@@ -15,7 +15,8 @@
 namespace {
 
 // Writes some outputs of a panel, given as [output][lane], to rows of y.
-template <int T> NOINLINE void store_lanes(const Matrix &y, int64_t t0, int64_t count, int64_t feature, int64_t width, const float *lanes) {
+template <int T>
+NOINLINE void store_lanes(const Matrix &y, bool past, int64_t t0, int64_t count, int64_t feature, int64_t width, const float *lanes) {
   for (int64_t t = 0; t < count; t += VL) {  // all outputs of these tokens: lines of y far apart are slow to come by
     for (int64_t f = 0; f < width; f += VL) {
       Vector a[VL];
@@ -23,7 +24,8 @@ template <int T> NOINLINE void store_lanes(const Matrix &y, int64_t t0, int64_t 
       transpose(a);
       if (y.dtype == FLOAT32 && t + VL <= count && f + VL <= width) {
         float *to = (float *)y.data + (t0 + t) * y.row_stride + feature + f;
-        UNROLL for (int l = 0; l < VL; l++) store(to + l * y.row_stride, a[l]);
+        if (past && VL % LINE == 0) UNROLL for (int l = 0; l < VL; l++) store_past(to + l * y.row_stride, a[l]);
+        else UNROLL for (int l = 0; l < VL; l++) store(to + l * y.row_stride, a[l]);
         continue;
       }
       float square[VL * VL];
@@ -92,11 +94,12 @@ template <int T> void multiply_lanes(const Multiply &m) {
               for (const Run *last = a.runs + *end++; run < last; run++)
                 add_run<T>(a, run->first, run->count, x + (c << plan.shift) * T, y + run->row * T);
             }
-            store_lanes<T>(m.y, t0 + p, count, r0, r1 - r0, y);
+            store_lanes<T>(m.y, m.past, t0 + p, count, r0, r1 - r0, y);
           }
         }
       }
     }
+    fence();
   }
 }
 

@@ -24,7 +24,7 @@ struct Arena {
 
 namespace {
 
-const int ABI = 6;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
+const int ABI = 7;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
 
 constexpr int ARENAS = 64;  // calls at the same time that keep their scratch; more allocate and free
 Arena arenas[ARENAS];
@@ -139,6 +139,13 @@ void expect_large(void *data, int64_t bytes) {
 #endif
 }
 
+// Whether a float32 output is to be written past the caches. What leaves the L2 caches before it is read gains nothing by
+// passing through them, and to fetch its lines only to overwrite them takes longer than the products at high sparsity.
+bool writes_past(const void *data, int64_t stride, int64_t bytes, int threads) {
+  const int64_t l2 = 2 * 4 * half_of_l2();
+  return (uintptr_t)data % (4 * LINE) == 0 && stride % LINE == 0 && bytes > threads * l2;
+}
+
 int threads_for(int64_t flops, int threads) {
   if (forked || flops < (int64_t(1) << 20)) return 1;  // too little to wake anyone up for
   return threads < 1 ? 1 : threads;
@@ -222,6 +229,7 @@ int sk_multiply(Multiply *m) {
   Scratch scratch(floats * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
+  m->past = m->y.dtype == FLOAT32 && writes_past(m->y.data, m->y.row_stride, m->y.rows * m->y.row_stride * 4, m->threads);
   const Kernels &k = *live.kernels;
   (half ? live.half->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(*m);
   return 0;
@@ -272,6 +280,7 @@ int sk_backward(Backward *b) {
   Scratch scratch((plan_superpanel(d) + d.threads * ASIDE) * 4);
   if (!scratch.memory) return 1;
   d.scratch = scratch.memory;
+  m.past = m.y.dtype == FLOAT32 && writes_past(m.y.data, m.y.row_stride, m.y.rows * m.y.row_stride * 4, d.threads);
   live.kernels->backward(*b);
   return 0;
 }

@@ -11,8 +11,10 @@ namespace {
 
 template <int C, int R>
 INLINE void outer_tile(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
-                       const float *next, int64_t next_step) {
+                       const float *next, int64_t next_step, const float *next_out) {
   Vector acc[R][C];
+  // The next tile adds to what may lie far off.
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C * VL; c += LINE) __builtin_prefetch(next_out + r * bi + c, 1, 3);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = add ? load(out + r * bi + c * VL) : Vector{};
   for (int64_t t = 0; t < tokens; t++) {
     __builtin_prefetch(next + t * next_step, 0, 3);
@@ -29,12 +31,13 @@ INLINE void outer_tile(const float *dy, int64_t bo, const float *x, int64_t bi, 
 // A whole block; the tiles share the work of asking for the next block of x.
 template <int C, int R>
 void outer_block(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
-                 const float *next) {
+                 const float *next, const float *next_out) {
   const int64_t tiles = (bo / R) * (bi / (C * VL)), step = bi / tiles > 0 ? bi / tiles : 1;
   int64_t q = 0;
   for (int64_t o = 0; o < bo; o += R)
     for (int64_t i = 0; i < bi; i += C * VL, q++)
-      outer_tile<C, R>(dy + o, bo, x + i, bi, tokens, out + o * bi + i, add, next + q * tokens * step % (tokens * bi), step);
+      outer_tile<C, R>(dy + o, bo, x + i, bi, tokens, out + o * bi + i, add, next + q * tokens * step % (tokens * bi), step,
+                       i + C * VL < bi ? out + o * bi + i + C * VL : o + R < bo ? out + (o + R) * bi : next_out);
 }
 
 // What a call holds beside its output: panels of x and dy, packed.
@@ -74,15 +77,16 @@ INLINE void add_panels(const Outer &m, const Superpanel &s, const Share &mine, i
     for (int64_t e = mine.first; e < mine.last; e++) {
       while (m.order.ptr[row + 1] <= e) row++;
       const float *block = x + m.order.other[e] * count * m.bi, *g = dy + row * count * m.bo;
-      const float *next = x + m.order.other[e + 1 < mine.last ? e + 1 : e] * count * m.bi;
+      const int64_t ahead = e + 1 < mine.last ? e + 1 : e;
+      const float *next = x + m.order.other[ahead] * count * m.bi, *next_out = m.out + m.order.slot[ahead] * size;
       float *out = m.out + m.order.slot[e] * size;
 #if VL == 16
       if (m.bi == 16) {
-        outer_block<1, 16>(g, m.bo, block, m.bi, count, out, p > 0, next);
+        outer_block<1, 16>(g, m.bo, block, m.bi, count, out, p > 0, next, next_out);
         continue;
       }
 #endif
-      outer_block<2, OUTER_ROWS>(g, m.bo, block, m.bi, count, out, p > 0, next);
+      outer_block<2, OUTER_ROWS>(g, m.bo, block, m.bi, count, out, p > 0, next, next_out);
     }
   }
 }

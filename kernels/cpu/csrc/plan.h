@@ -25,11 +25,9 @@ int64_t plan_superpanel(Outer &m) {
   const int64_t x_width = blocks_of(m.x.cols, m.bi) * m.bi, dy_width = blocks_of(m.dy.cols, m.bo) * m.bo;
   // Each panel reads and writes all blocks of the thread once: when they leave the cache, long panels pay for it.
   const bool large = bytes > (int64_t(4) << 20);
-  const int64_t wide = x_width > dy_width ? x_width : dy_width;
-  m.panel = large ? (tokens < 256 ? tokens : 256) : panel_tokens(tokens, wide, 48, 256, 1);
+  m.panel = large ? (tokens < 256 ? tokens : 256) : panel_tokens(tokens, x_width + dy_width, 48, 256, 1);
   const int64_t panels = (tokens + m.panel - 1) / m.panel;
-  m.panels_at_once = (int64_t(3) << 20) / ((x_width + dy_width) * m.panel);
-  if (m.panels_at_once < m.threads) m.panels_at_once = m.threads;
+  m.panels_at_once = m.threads == 1 ? 1 : 2 * m.threads;
   if (m.panels_at_once > panels) m.panels_at_once = panels;
   return m.panels_at_once * m.panel * (x_width + dy_width);
 }

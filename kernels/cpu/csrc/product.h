@@ -17,6 +17,7 @@ struct Row {           // what a tile reads: the entries of one block row
   const int32_t *other, *slot;  // slot is null for the former
   int64_t count, size;          // entries; bo * bi
   int64_t out;                  // side along y: the stride of w[k]
+  bool past;                    // y is written past the caches
 };
 
 template <int IN, int C, int R> void tile(const Row &row, float *y, int64_t y_stride, const float *bias) {
@@ -41,7 +42,11 @@ template <int IN, int C, int R> void tile(const Row &row, float *y, int64_t y_st
       }
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(y + r * y_stride + c * VL, acc[r][c]);
+  if (C * VL % LINE == 0 && row.past) {  // whole lines
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store_past(y + r * y_stride + c * VL, acc[r][c]);
+  } else {
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(y + r * y_stride + c * VL, acc[r][c]);
+  }
 }
 
 typedef void (*Tile)(const Row &, float *, int64_t, const float *);
@@ -71,6 +76,7 @@ void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, 
     row.slot = m.transposed ? m.order.slot + start : nullptr;
     int64_t features = m.y.cols - r * m.out < m.out ? m.y.cols - r * m.out : m.out;
     bool direct = features == m.out && m.y.dtype == FLOAT32;
+    row.past = direct && m.past;
     for (int64_t n = 0; n < features; n += step) {
       row.w = (m.transposed ? w : w + start * row.size) + n;
       for (int64_t i = 0, t = 0; i < pieces; i++) {
@@ -132,10 +138,11 @@ void multiply(const Multiply &m) {
       int64_t p = q / groups, g = q % groups, t0 = p * m.panel;
       int64_t count = m.x.rows - t0 < m.panel ? m.x.rows - t0 : m.panel;
       if (p != held) pack_panel(m.x, t0, count, m.in, panel), held = p;
-      Row row = {nullptr, count * m.in, nullptr, nullptr, nullptr, 0, size, m.out};
+      Row row = {nullptr, count * m.in, nullptr, nullptr, nullptr, 0, size, m.out, false};
       product(m, row, panel, t0, count, m.order.rows * g / groups, m.order.rows * (g + 1) / groups, source,
               m.bias ? bias : nullptr, aside);
     }
+    fence();
   }
 }
 

@@ -73,7 +73,7 @@ void project(const Features &f, int64_t pairs, int64_t group, float *lanes, floa
 INLINE void add_projections(const float *left, const float *right, int64_t rows, int64_t count, float *out, bool add) {
   for (int64_t o = 0; o < rows && o < GROUP; o += OUTER_ROWS)
     for (int64_t i = 0; i < GROUP; i += 2 * VL)
-      outer_tile<2, OUTER_ROWS>(left + o, GROUP, right + i, GROUP, count, out + o * GROUP + i, add, right, 0);
+      outer_tile<2, OUTER_ROWS>(left + o, GROUP, right + i, GROUP, count, out + o * GROUP + i, add, right, 0, out);
 }
 
 // Of all tokens, a panel at a time; see sketch_plan() of api.h. pack_left and pack_right take the group (of a convolution),

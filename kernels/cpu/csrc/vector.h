@@ -4,7 +4,7 @@
 #pragma once
 #include <cstring>
 #include "api.h"
-#if defined(WITH_AVX)
+#if defined(WITH_AVX) || defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -22,6 +22,25 @@ typedef uint16_t Halves __attribute__((vector_size(VL * 2), aligned(2), may_alia
 
 INLINE Vector load(const float *p) { return *(const Unaligned *)p; }
 INLINE void store(float *p, Vector v) { *(Unaligned *)p = v; }
+
+// Past the caches: a line is not fetched to be overwritten, nor does it drive out what is read again. p is at a multiple of
+// VL floats, and a line is written at once; fence() comes before anyone else may read it.
+INLINE void store_past(float *p, Vector v) {
+#if VL == 16
+  _mm512_stream_ps(p, (__m512)v);
+#elif VL == 8
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  *(Vector *)p = v;
+#endif
+}
+INLINE void fence() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
 INLINE Vector all(float x) { return x - Vector{}; }
 
 // bfloat16: the upper half of a float, rounded to nearest even; NaN stays NaN.
