@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cpu.results import circumstances, rounded, write_rows
 from bench.cpu.table import milliseconds, times
 from bench.gpu.results import ROOT, Row
-from sparsekern import sparsify_
+from sparsekern import keep_freed_memory, sparsify_
 from sparsekern.recipes.catalogue import find
 
 NETWORKS = ("resnet18-cifar", "vgg16-small")
@@ -172,4 +172,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

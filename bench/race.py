@@ -121,4 +121,7 @@ def print_tables(console: Any, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    from sparsekern import keep_freed_memory
+
+    keep_freed_memory()  # the contestants alike; what it is for says its docstring
     sys.exit(main())

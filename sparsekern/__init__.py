@@ -34,6 +34,7 @@ _use_kernels_beside_package()
 del _use_kernels_beside_package
 
 from sparsekern import ops, topology, transforms  # noqa: E402  the finder must be in place first
+from sparsekern.kernels.cpu.memory import keep_freed_memory  # noqa: E402
 from sparsekern.nn import SparseConv2d, SparseLinear, densify, load_, refresh_, save, sparse_layers, sparsify_  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.report import summary  # noqa: E402
@@ -54,6 +55,7 @@ __all__ = [
     "Static",
     "backend",
     "densify",
+    "keep_freed_memory",
     "load_",
     "ops",
     "preset",

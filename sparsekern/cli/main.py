@@ -32,9 +32,12 @@ def main() -> None:
         sys.exit(2)
     import torch
 
+    from sparsekern import keep_freed_memory
+
     # AdamW's moments of weights that get no gradient sink below 1e-38 after some 600 steps. Arithmetic on such numbers
     # is so slow on a CPU that a dense step takes twice as long, which would flatter the sparse network.
     torch.set_flush_denormal(True)
+    keep_freed_memory()  # as any training loop should: both networks train faster
     application()(prog_name="sparsekern")
 
 

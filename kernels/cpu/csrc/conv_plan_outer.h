@@ -30,10 +30,10 @@ void begin_outer(OuterPlan &p, const Conv &c, bool by_tap) {
   expect_large(m.out, c.order.slots * size * 4);
 }
 
-// Rows are added some 256 pixels at a time; several images only where each is shorter than that. Then the order of the
+// Rows are added some 128 pixels at a time; several images only where each is shorter than that. Then the order of the
 // sums is that of the pixels, whatever the panel.
 int64_t width_of_x(const OuterPlan &p) { return p.m.cols + p.cols.reach; }
-int64_t few_rows(const OuterPlan &p) { return std::max<int64_t>(256 / width_of_x(p), 1); }
+int64_t few_rows(const OuterPlan &p) { return std::max<int64_t>(128 / width_of_x(p), 1); }
 void add_at_once(OuterPlan &p, int64_t strip) {
   p.m.few_images = std::max<int64_t>(few_rows(p) / p.m.rows, 1);
   const int64_t pieces = blocks_of(strip, few_rows(p));

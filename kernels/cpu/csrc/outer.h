@@ -30,14 +30,26 @@ INLINE void outer_tile(const float *dy, int64_t bo, const float *x, int64_t bi, 
 
 // A whole block; the tiles share the work of asking for the next block of x.
 template <int C, int R>
-void outer_block(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
-                 const float *next, const float *next_out) {
+INLINE void outer_part(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
+                       const float *next, const float *next_out) {
   const int64_t tiles = (bo / R) * (bi / (C * VL)), step = bi / tiles > 0 ? bi / tiles : 1;
   int64_t q = 0;
   for (int64_t o = 0; o < bo; o += R)
     for (int64_t i = 0; i < bi; i += C * VL, q++)
       outer_tile<C, R>(dy + o, bo, x + i, bi, tokens, out + o * bi + i, add, next + q * tokens * step % (tokens * bi), step,
                        i + C * VL < bi ? out + o * bi + i + C * VL : o + R < bo ? out + (o + R) * bi : next_out);
+}
+
+// Of a long panel some tokens at a time: every tile goes through x and dy, which stay in the L1 cache so.
+template <int C, int R>
+void outer_block(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
+                 const float *next, const float *next_out) {
+  const int64_t most = bi > 32 ? 64 : 128, parts = (tokens + most - 1) / most;
+  for (int64_t i = 0; i < parts; i++) {
+    const int64_t from = tokens * i / parts, to = tokens * (i + 1) / parts;
+    const bool last = i + 1 == parts;
+    outer_part<C, R>(dy + from * bo, bo, x + from * bi, bi, to - from, out, add || i, last ? next : x + to * bi, last ? next_out : out);
+  }
 }
 
 // What a call holds beside its output: panels of x and dy, packed.

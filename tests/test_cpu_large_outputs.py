@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("instructions")
 
 TOKENS, SOME = 1100, 110
 WIDE = (2048, 2064, 2056)
-"""Features, 9 MB of float32. Whole blocks; at the edge a whole cache line; half a line, which goes through the caches."""
+"""Features, 9 MB of float32: whole blocks; a whole cache line at the edge; half a line, and so all by the caches."""
 
 
 def layer(block: tuple[int, int], out_features: int, in_features: int, dtype: torch.dtype) -> Case:
