@@ -1,6 +1,6 @@
 // Both gradients of a layer: the panels of dy that dx reads are those of dvalues, so that they are packed once.
 //
-//   a superpanel:  pack dy and x | dx = dy W, the next free thread | dvalues += dy' x, every thread its entries |
+//   a superpanel:  pack dy and x | dx = dy W, every thread the panels it packed | dvalues += dy' x, every thread its entries |
 //
 // Every sum has the order that it has in product.h and outer.h: the results are theirs to the bit.
 #pragma once
@@ -26,7 +26,7 @@ void backward(const Backward &b) {
       const int64_t p1 = p0 + d.panels_at_once < panels ? p0 + d.panels_at_once : panels;
       pack_both(d, s, p0, p1);
       const int64_t groups = groups_of(p1 - p0, threads);
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(static) nowait
       for (int64_t q = 0; q < (p1 - p0) * groups; q++) {
         const int64_t p = p0 + q / groups, g = q % groups, count = tokens_of(d, p);
         const Row row = {nullptr, count * m.in, nullptr, nullptr, nullptr, 0, size, m.out, false};

@@ -1,6 +1,6 @@
 // Both gradients of a convolution: the panels of dy that dx reads are those of dvalues, so that they are packed once.
 //
-//   some panels:  pack dy and x | dx = dy * W', the next free thread | dvalues += dy' x, every thread its entries |
+//   some panels:  pack dy and x | dx = dy * W', every thread the panels it packed | dvalues += dy' x, every thread its entries |
 //
 // Every sum has the order that it has in conv_product.h and conv_outer.h: the results are theirs to the bit.
 #pragma once
@@ -35,7 +35,7 @@ void conv_backward(const ConvBackward &b) {
     Ahead ahead;
     for (int64_t p0 = 0; p0 < panels; p0 += m.panels_at_once) {
       const int64_t p1 = p0 + m.panels_at_once < panels ? p0 + m.panels_at_once : panels;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
       for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
         const int64_t p = p0 + q / 2;
         const ConvPart part = part_at(c, p), of_dy = rows_of_dy(b, p);
@@ -49,7 +49,7 @@ void conv_backward(const ConvBackward &b) {
                            ahead_of(m.x, next.n0, next.n1, of_dy.m0, of_dy.m1 - of_dy.m0 + m.reach));
       }
       const int64_t groups = groups_of(p1 - p0, threads);
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(static) nowait
       for (int64_t q = 0; q < (p1 - p0) * groups; q++) {
         const int64_t p = p0 + q / groups;
         convolve_panel(c, product, part_at(c, p), s.dy + (p - p0) * s.dy_panel, q % groups, groups, c.values, aside, ahead);

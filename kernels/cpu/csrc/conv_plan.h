@@ -196,7 +196,7 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
   }
   const int64_t bytes = v.images * v.height * v.width * v.channels * itemsize(c.dtype);
   expect_large(v.y, bytes);
-  v.past = c.dtype == FLOAT32 && writes_past(v.y, v.channels / c.groups, bytes, v.threads);
+  v.past = c.dtype == FLOAT32 && writes_past(v.y, v.channels / c.groups * 4, bytes, v.threads);
   if (elements) v.slack = round_up(cols.reach + 8 * LINE, LINE);
 }
 

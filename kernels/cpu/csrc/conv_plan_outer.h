@@ -45,11 +45,8 @@ int64_t row_floats_of_x(const OuterPlan &p) {
   return conv_blocks(p.m.x) * p.m.x.side * width_of_x(p) * p.rows.base.size() * p.cols.base.size();
 }
 
-// Panels of which all threads pack some before they part; those stay in their L2 caches. One thread packs the next panel
-// when it is done with the last.
-void plan_panels_at_once(ConvOuter &m, int64_t panels, int64_t floats) {
-  m.panels_at_once = m.threads == 1 ? 1 : std::min(panels, std::max<int64_t>(m.threads * half_of_l2() * 3 / 2 / floats, m.threads));
-}
+// Panels of which all threads pack some before they part. One thread packs the next panel when it is done with the last.
+int64_t panels_at_once(int64_t panels, int threads) { return threads == 1 ? 1 : std::min<int64_t>(panels, 2 * threads); }
 
 // Blocks of dy that an entry reads.
 void want_rows(OuterPlan &p, const Order &order) {
@@ -69,8 +66,8 @@ void plan_outer(OuterPlan &p, const Conv &c) {
   lay_out(m.x, p.rows, p.cols, panel, width_of_x(p), elements);
   lay_out(m.dy, p.dy_rows, p.dy_cols, panel, m.cols, elements);
   const int64_t panels = blocks_of(c.images, panel.images) * blocks_of(m.rows, panel.strip);
-  plan_panels_at_once(m, panels, conv_floats(m.x) + conv_floats(m.dy));
-  if (elements) m.panels_at_once = 1, p.l.want_all(m.x);
+  m.panels_at_once = elements ? 1 : panels_at_once(panels, m.threads);
+  if (elements) p.l.want_all(m.x);
   else forward_offsets(p.l, c, m.x, p.rows, p.cols);
   want_rows(p, c.order);
   m.offset = p.l.offset.data();
@@ -96,7 +93,7 @@ bool plan_outer_half(OuterPlan &p, const Conv &c) {
   }
   m.x.pieces = c.bi / 16;
   const int64_t panels = blocks_of(c.images, panel.images) * blocks_of(m.rows, panel.strip);
-  plan_panels_at_once(m, panels, (conv_floats(m.x) + conv_floats(m.dy)) / 2);
+  m.panels_at_once = panels_at_once(panels, m.threads);
   forward_offsets(p.l, c, m.x, p.rows, p.cols);
   want_rows(p, c.order);
   m.offset = p.l.offset.data();
@@ -130,7 +127,7 @@ bool plan_backward(ConvBackward &b, MultiplyPlan &dx, OuterPlan &dvalues, const 
     if (m.order.ptr[r] < m.order.ptr[r + 1]) dx.l.wanted[view * blocks + r] = 1;
   m.dy = v.x;
   v.threads = m.threads;
-  plan_panels_at_once(m, blocks_of(v.images, v.images_at_once) * strips, conv_floats(m.x) + conv_floats(m.dy));
+  m.panels_at_once = panels_at_once(blocks_of(v.images, v.images_at_once) * strips, m.threads);
   b.dx = v, b.dvalues = m;
   return true;
 }

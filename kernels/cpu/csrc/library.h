@@ -18,8 +18,8 @@ class Scratch {
   Arena *arena = nullptr;
 };
 
-// `stride`: floats between rows, or between groups of channels: all of them begin at a cache line.
-bool writes_past(const void *data, int64_t stride, int64_t bytes, int threads);
+// `step`: bytes between rows, or between groups of channels: all of them begin at a cache line.
+bool writes_past(const void *data, int64_t step, int64_t bytes, int threads);
 
 // A fresh output of this size comes from the system page by page: asks for large ones before they are touched.
 void expect_large(void *data, int64_t bytes);

@@ -69,9 +69,9 @@ INLINE int64_t tokens_of(const Outer &m, int64_t panel) {
   return left < m.panel ? left : m.panel;
 }
 
-// Called by all threads: panels [p0, p1) of both. All are packed when it returns.
+// Called by all threads: panels [p0, p1) of both, in shares as OpenMP deals them. All are packed when it returns.
 INLINE void pack_both(const Outer &m, const Superpanel &s, int64_t p0, int64_t p1) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
   for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
     const int64_t p = p0 + q / 2, t0 = p * m.panel, count = tokens_of(m, p);
     if (q & 1) pack_panel(m.x, t0, count, m.bi, s.x + (p - p0) * s.x_panel);

@@ -35,10 +35,9 @@ int64_t plan_superpanel(Outer &m) {
 // bfloat16: the same.
 int64_t plan_half(Outer &m) {
   const int64_t width = blocks_of(m.x.cols, m.bi) * m.bi + blocks_of(m.dy.cols, m.bo) * m.bo, tokens = m.x.rows;
-  m.panel = round_up(tokens < 512 ? tokens : 512, HALF_TOKENS);
+  m.panel = round_up(tokens < 256 ? tokens : 256, HALF_TOKENS);
   const int64_t panels = (tokens + m.panel - 1) / m.panel;
-  m.panels_at_once = (int64_t(6) << 20) / (width * m.panel);
-  if (m.panels_at_once < m.threads) m.panels_at_once = m.threads;
+  m.panels_at_once = m.threads == 1 ? 1 : 2 * m.threads;
   if (m.panels_at_once > panels) m.panels_at_once = panels;
   return m.panels_at_once * m.panel * width / 2;
 }
