@@ -58,7 +58,7 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
     p.shift = 9, run = 32;
   } else if (gradient || density > 0.18) {  // the most lanes, and chunks that the L1 cache holds at least half of
     p.lanes = lanes_for(tokens, 128);
-    p.shift = 7, run = 8;
+    p.shift = density > 0.35 && features * p.lanes <= 2 * IN_L2 ? 6 : 7, run = 8;
   } else {  // the L2 cache serves as many entries as there are
     p.lanes = lanes_for(tokens, 64);
     p.shift = features * p.lanes <= IN_L2 ? 16 : 9, run = 8;
@@ -70,7 +70,7 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
   if (p.tokens < p.lanes) p.tokens = p.lanes;
   // A panel that leaves the L2 cache is read once a strip: long strips, of which the part of y (or dy) fills a quarter.
   const bool long_strips = tokens > NARROW && features * p.lanes > 2 * IN_L2;
-  p.strip = long_strips ? IN_L2 / p.lanes : p.chunks == 1 ? 64 : 128;
+  p.strip = long_strips ? IN_L2 / p.lanes : p.shift == 6 ? 32 : p.chunks == 1 ? 64 : 128;  // 6: all of it in the L1 cache
   while (p.strip > LINE && (mean * p.strip > IN_L2 || p.strip * 2 * threads > order.rows)) p.strip /= 2;
   p.strips = int64_t(IN_L2 / (mean * p.strip + 1));
   const int64_t share = order.rows / (p.strip * 4 * threads);  // of pieces, so that threads end together
