@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int SLOTS_AHEAD = 32;  // blocks that have moved lie anywhere: so many entries before its turn a slot is asked for
+
 constexpr int SHORT = 64;  // entries from which on the length of a run matters little
 
 struct Run {        // the entries of one row in one chunk
@@ -43,6 +45,7 @@ NOINLINE void arrange(const Order &order, int64_t start, int64_t stop, const Ele
   uint16_t *__restrict feature = a.feature;
   float *__restrict number = a.number;
   int32_t *__restrict noted = a.slot;
+  const int32_t used = order.ptr[order.rows];
   Run *run = a.runs;
   int32_t *end = a.ends, n = 0;
   for (int64_t r0 = start; r0 < stop; r0 += plan.strip) {
@@ -57,7 +60,9 @@ NOINLINE void arrange(const Order &order, int64_t start, int64_t stop, const Ele
         int32_t e = a.next[r];
         const int32_t last = order.ptr[r0 + r + 1], first = n;
         for (; e < last; e++, n++) {
-          const int32_t slot = slots[e], column = other[slot];
+          const int32_t slot = slots[e], column = other[slot], far = slots[e + SLOTS_AHEAD < used ? e + SLOTS_AHEAD : e];
+          __builtin_prefetch(other + far, 0, 3);
+          if (!GRADIENT) __builtin_prefetch(values + far, 0, 3);
           if (column >= limit) {
             __builtin_prefetch(slots + e + LINE, 0, 3);
             __builtin_prefetch(other + slot + LINE, 0, 3);

@@ -180,8 +180,13 @@ template <int T> void outer_lanes(const Outer &m) {
           add_sums(partial, held, total);
         }
         total = a.number;
-        for (const Run *run = a.runs; run < runs_end; run++)
-          for (int64_t i = 0; i < run->count; i++) m.out[a.slot[run->first + i]] = *total++;
+        const int64_t entries = m.order.ptr[stop] - m.order.ptr[start];
+        for (const Run *run = a.runs; run < runs_end; run++) {
+          for (int64_t e = run->first; e < run->first + run->count; e++) {
+            __builtin_prefetch(m.out + a.slot[e + SLOTS_AHEAD < entries ? e + SLOTS_AHEAD : e], 1, 3);
+            m.out[a.slot[e]] = *total++;
+          }
+        }
       }
     }
 #pragma omp for schedule(static)
