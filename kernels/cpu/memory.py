@@ -15,11 +15,12 @@ def keep_freed_memory() -> bool:
     Otherwise glibc gives memory back to the system when large tensors are freed, that of 32 MiB and more each time, and
     the next ones are cleared anew, page by page. Of the steps of a sparse layer whose kernels took 5.4 ms some took 8.4
     so; a dense layer of the same size loses as much, of 85. An allocator such as jemalloc or tcmalloc, which PyTorch
-    recommends for CPUs, has the same effect. It holds for all allocations of the process, so it is for programs to
-    call, early on: ``sparsekern train`` and the benchmarks do.
+    recommends for CPUs, keeps memory anyway; this is for the C library's own. It holds for the whole process, but for
+    allocations of more than 64 MiB on other threads than the first, so it is for programs to call, early on:
+    ``sparsekern train``, ``bench.race`` and ``bench.end_to_end`` do.
 
     Returns:
-        Whether it took effect: False without glibc.
+        Whether glibc took it: False on other systems.
     """
     if not sys.platform.startswith("linux"):
         return False

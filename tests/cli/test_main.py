@@ -51,12 +51,13 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys, absent, 
     assert f"needs {named}; run: pip install 'sparsekern[demo]'" in capsys.readouterr().err
 
 
-def test_tiny_numbers_are_flushed(monkeypatch):
-    flushed = []
-    monkeypatch.setattr(torch, "set_flush_denormal", flushed.append)
-    monkeypatch.setattr(module, "application", lambda: lambda prog_name: flushed.append(prog_name))
+def test_tiny_numbers_are_flushed_and_freed_memory_is_kept(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: done.append(("flush", on)))
+    monkeypatch.setattr(sparsekern, "keep_freed_memory", lambda: done.append("keep"))
+    monkeypatch.setattr(module, "application", lambda: lambda prog_name: done.append(prog_name))
     main()
-    assert flushed == [True, "sparsekern"]
+    assert done == [("flush", True), "keep", "sparsekern"]
 
 
 def test_without_typer_nothing_is_imported_that_needs_it():

@@ -1,6 +1,6 @@
 // Both gradients of a layer: the panels of dy that dx reads are those of dvalues, so that they are packed once.
 //
-//   a superpanel:  pack dy and x | dx = dy W, every thread the panels it packed | dvalues += dy' x, every thread its entries |
+//   a superpanel:  pack dy and x | dx = dy W, mostly every thread those it packed | dvalues += dy' x, every thread its entries |
 //
 // Every sum has the order that it has in product.h and outer.h: the results are theirs to the bit.
 #pragma once

@@ -147,7 +147,7 @@ bool writes_past(const void *data, int64_t step, int64_t bytes, int threads) {
   return (uintptr_t)data % line == 0 && step % line == 0 && bytes > threads * 8 * half_of_l2();
 }
 
-bool writes_past(const Matrix &y, int threads) {
+static bool writes_past(const Matrix &y, int threads) {
   return y.dtype == FLOAT32 && writes_past(y.data, y.row_stride * 4, y.rows * y.row_stride * 4, threads);
 }
 

@@ -1,4 +1,5 @@
-// The stored blocks of dy' x: a tile of R rows and C vectors of a block stays in registers over a panel of tokens.
+// The stored blocks of dy' x: a tile of R rows and C vectors of a block stays in registers over a panel of tokens,
+// or some of it.
 //
 //   acc[r][c] += dy[t][o + r] * x[t][i + c]
 //

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstring>
 #include "api.h"
-#if defined(WITH_AVX) || defined(__SSE__)
+#if defined(WITH_AVX)
 #include <immintrin.h>
 #endif
 
@@ -24,20 +24,19 @@ INLINE Vector load(const float *p) { return *(const Unaligned *)p; }
 INLINE void store(float *p, Vector v) { *(Unaligned *)p = v; }
 
 // Past the caches: a line is not fetched to be overwritten, nor does it drive out what is read again. p is at a multiple of
-// VL floats, and a line is written at once; fence() comes before anyone else may read it.
+// VL floats, and a line is written at once (so not where two vectors do not fill one); fence() comes before anyone else
+// may read it.
 INLINE void store_past(float *p, Vector v) {
 #if VL == 16
   _mm512_stream_ps(p, (__m512)v);
 #elif VL == 8
   _mm256_stream_ps(p, (__m256)v);
-#elif defined(__SSE__)
-  _mm_stream_ps(p, (__m128)v);
 #else
-  *(Vector *)p = v;
+  store(p, v);
 #endif
 }
 INLINE void fence() {
-#if defined(__SSE__)
+#if VL >= 8
   _mm_sfence();
 #endif
 }
