@@ -149,7 +149,7 @@ def readers(base: Path) -> list[Reader]:
     return [
         Reader("npz", lambda f: load(str(f / "a.npz")), "a.npz", npz),
         Reader("idx", lambda f: load(str(f)), "train-images-idx3-ubyte", (images,)),
-        Reader("idx.gz", lambda f: load(str(f)), "train-images-idx3-ubyte.gz", (gzip.compress(images),)),
+        Reader("idx.gz", lambda f: load(str(f)), "train-images-idx3-ubyte.gz", (gzip.compress(images, mtime=0),)),
         Reader("cifar", lambda f: load(str(f)), "train", batches),
         Reader(
             "tar", lambda f: load(str(f / "a.tar.gz")), "a.tar.gz", (_tar(batches[0], "w:gz"), _tar(batches[0], "w"))
