@@ -45,9 +45,6 @@ int64_t row_floats_of_x(const OuterPlan &p) {
   return conv_blocks(p.m.x) * p.m.x.side * width_of_x(p) * p.rows.base.size() * p.cols.base.size();
 }
 
-// Panels of which all threads pack some before they part. One thread packs the next panel when it is done with the last.
-int64_t panels_at_once(int64_t panels, int threads) { return threads == 1 ? 1 : std::min<int64_t>(panels, 2 * threads); }
-
 // Blocks of dy that an entry reads.
 void want_rows(OuterPlan &p, const Order &order) {
   p.of_dy.want(p.m.dy);

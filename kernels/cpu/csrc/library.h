@@ -26,6 +26,13 @@ void expect_large(void *data, int64_t bytes);
 
 int threads_for(int64_t flops, int threads);
 
+// Panels of an outer product of which all threads pack some before they part. One thread packs the next panel when it is
+// done with the last.
+inline int64_t panels_at_once(int64_t panels, int threads) {
+  const int64_t most = threads == 1 ? 1 : 2 * threads;
+  return panels < most ? panels : most;
+}
+
 // Floats that fill half of the L2 cache.
 int64_t half_of_l2();
 

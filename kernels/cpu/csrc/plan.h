@@ -27,8 +27,7 @@ int64_t plan_superpanel(Outer &m) {
   const bool large = bytes > (int64_t(4) << 20);
   m.panel = large ? (tokens < 256 ? tokens : 256) : panel_tokens(tokens, x_width + dy_width, 48, 256, 1);
   const int64_t panels = (tokens + m.panel - 1) / m.panel;
-  m.panels_at_once = m.threads == 1 ? 1 : 2 * m.threads;
-  if (m.panels_at_once > panels) m.panels_at_once = panels;
+  m.panels_at_once = panels_at_once(panels, m.threads);
   return m.panels_at_once * m.panel * (x_width + dy_width);
 }
 
@@ -37,8 +36,7 @@ int64_t plan_half(Outer &m) {
   const int64_t width = blocks_of(m.x.cols, m.bi) * m.bi + blocks_of(m.dy.cols, m.bo) * m.bo, tokens = m.x.rows;
   m.panel = round_up(tokens < 256 ? tokens : 256, HALF_TOKENS);
   const int64_t panels = (tokens + m.panel - 1) / m.panel;
-  m.panels_at_once = m.threads == 1 ? 1 : 2 * m.threads;
-  if (m.panels_at_once > panels) m.panels_at_once = panels;
+  m.panels_at_once = panels_at_once(panels, m.threads);
   return m.panels_at_once * m.panel * width / 2;
 }
 
