@@ -117,6 +117,11 @@ class Config:
                 raise ValueError(f"{name} is {value!r}; it must be true or false")
         if not self.networks:
             raise ValueError("dense and sparse are false, which leaves nothing to train; drop one of them")
+        if self.options and not self.sparse:
+            raise ValueError(
+                f"{', '.join(self.options)} would change nothing: only the dense twin is trained; "
+                f"drop {'it' if len(self.options) == 1 else 'them'}, or train the sparse network too"
+            )
         if self.device is not None:
             _check_device(self.device)
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.training.agent_checks import check_options, check_parts
-from sparsekern.training.base import Method, loss_of, stepped
+from sparsekern.training.base import Method, stepped
+from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.correction import Correction
 from sparsekern.training.extra import ExtraCost
 from sparsekern.training.followers import OnMove
@@ -291,9 +292,7 @@ class AGENT:
     def _host_backward(self, closure: Callable[[], Tensor], scaler: torch.amp.GradScaler | None) -> Tensor:
         if self.method is not None:
             return self.method.backward(closure, scaler=scaler)
-        loss = loss_of(closure)
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        return loss.detach()
+        return backpropagate(loss_of(closure), scaler)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if stepped(optimizer):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology import generator_for, stored_blocks
 from sparsekern.training.books import Books
+from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.schedules import Schedule, whole_stop
 from sparsekern.training.scores import block_norms, is_finite, protect_last
@@ -195,9 +196,7 @@ class Method:
         Returns:
             The loss, detached and not scaled.
         """
-        loss = loss_of(closure)
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        return loss.detach()
+        return backpropagate(loss_of(closure), scaler)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -289,25 +288,3 @@ def stepped(optimizer: torch.optim.Optimizer) -> bool:
     # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is None or not bool(found_inf)
-
-
-def loss_of(closure: Callable[[], Tensor]) -> Tensor:
-    """Return what a closure computes.
-
-    Raises:
-        TypeError: it is no function.
-        ValueError: it computes something else than a tensor of one number, or, where gradients are wanted, one from
-            which none flow.
-    """
-    if not callable(closure):
-        raise TypeError(
-            f"closure is a {type(closure).__name__}; it must be a function that computes the loss, such as "
-            "lambda: loss_fn(model(x), y)"
-        )
-    loss = closure()
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
-        raise ValueError(f"the closure returned a loss of {what}; it must return a tensor of one number")
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise ValueError("the closure returned a loss that requires no grad; compute it from the model's output")
-    return loss

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparsekern.training.base import loss_of
+from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.distributed import ranks, sum_over_ranks
 from sparsekern.training.extra import ExtraCost
 from sparsekern.training.passes import extra_passes, parallel_modules, scale_of, without_gradients
@@ -89,8 +89,7 @@ class Correction:
         snapshot = self._snapshot
         with extra_passes(self._model), snapshot.swapped(), without_gradients(self._model):
             with self._cost.counted("snapshot"):
-                loss = loss_of(closure)
-                (loss if scaler is None else scaler.scale(loss)).backward()
+                backpropagate(loss_of(closure), scaler)
             found = {name: p.grad for name, p in snapshot.parameters.items()}
         residual = {}
         for name, gradient in found.items():

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sparsekern.nn import lend_index
 from sparsekern.topology import Index, empty_index, mask_index_
-from sparsekern.training.base import loss_of
 from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates
+from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.followers import Move
 from sparsekern.training.passes import Randomness, keep_norm_statistics, without_sync
 
@@ -91,6 +91,6 @@ def masked_passes(
             loss = loss_of(closure)
             part = loss / masks.shape[0] if every else loss
             with without_sync(model) if extra else nullcontext():
-                (part if scaler is None else scaler.scale(part)).backward()
+                backpropagate(part, scaler)
             losses.append(loss.detach())
     return torch.stack(losses[::-1])

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparsekern.training.base import loss_of
+from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.distributed import ranks, sum_over_ranks
 from sparsekern.training.extra import ExtraCost
 from sparsekern.training.passes import Randomness, extra_passes, scale_of, without_gradients
@@ -63,8 +63,7 @@ def pass_over(
             closure = partial(loss, batch)
             randomness = Randomness(model)
             with cost.counted("batch"):
-                new = loss_of(closure)
-                (new if scaler is None else scaler.scale(new)).backward()
+                new = backpropagate(loss_of(closure), scaler)
             size = _rows(batch) if _add_gradients(snapshot, _rows(batch), scaler) else 0
             old = torch.zeros_like(new)
             if compare:
@@ -72,7 +71,7 @@ def pass_over(
                 with snapshot.swapped(), torch.no_grad(), cost.counted("compared batch"):
                     old = loss_of(closure)
             # One that overflowed has no size, and must not make a NaN of the sums over ranks.
-            pair = torch.stack([new.detach(), old]).double() * size if size else new.new_zeros(2, dtype=torch.float64)
+            pair = torch.stack([new, old]).double() * size if size else new.new_zeros(2, dtype=torch.float64)
             noted.append(torch.cat([pair.new_tensor([size]), pair]))
     if not noted:
         raise ValueError("batches is empty; give some of the training set, a few dozen batches or more")

@@ -116,6 +116,7 @@ def test_the_default_folder(no_picture, tmp_path, monkeypatch):
         (["--data", "nothing.npz"], "which does not exist"),
         (["--resume", "nothing"], "error: resume is nothing, which has no config.json"),
         (["--width", "16"], "every layer needs at least one"),
+        (["--no-sparse", "--agent"], "error: agent would change nothing: only the dense twin is trained; drop it"),
         (["--recipe", "resent20"], "recipe is 'resent20', which there is not; did you mean resnet20"),
         (["--recipe", "resnet20", "--width", "16"], "recipe resnet20 has none; give a width_multiplier"),
         (["--recipe", "vgg16"], "images of 8 x 8; recipe vgg16 needs 32 x 32 or more"),

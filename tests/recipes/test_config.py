@@ -142,6 +142,13 @@ def test_nothing_to_train():
         Config(dense=False, sparse=False)
 
 
+def test_options_of_a_network_that_is_not_trained():
+    with pytest.raises(ValueError, match="^agent would change nothing: only the dense twin is trained; drop it, or"):
+        Config(sparse=False, options={"agent": True})
+    with pytest.raises(ValueError, match="^(agent, spectral|spectral, agent) would change nothing: .* drop them, or"):
+        Config(sparse=False, options={"agent": True, "spectral": True})
+
+
 def test_the_preset_names_the_method():
     config = Config(preset="gse-imagenet")
     assert config.method == "gse" and Config(preset="rigl", method="rigl").method == "rigl"

@@ -131,20 +131,6 @@ def test_backward_returns_the_loss_detached_and_not_scaled():
     assert model[0].values.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("closure", "text"),
-    [
-        (lambda: torch.ones(3), r"a loss of shape \(3,\)"),
-        (lambda: 1.0, "a loss of type float"),
-        (lambda: None, "NoneType"),
-    ],
-)
-def test_a_closure_without_a_loss(closure, text):
-    model = make()
-    with pytest.raises(ValueError, match=text + ".*it must return a tensor of one number"):
-        sk.Static(model, torch.optim.SGD(model.parameters())).backward(closure)
-
-
 def test_repr():
     model = make()
     method = sk.SET(model, torch.optim.SGD(model.parameters()), update_every=5, stop=50)
