@@ -11,77 +11,32 @@ from sparsekern.kernels import cpu
 from torch import Tensor
 
 from sparsekern.topology import Grid, Topology, build_index, mask_index
+from tests.kernels.cpu.linear_calls import (
+    DTYPES,
+    RECTANGLES,
+    SQUARES,
+    TOKENS,
+    backward,
+    check_backward_is_dx_and_dvalues,
+    dvalues,
+    dx,
+    fwd,
+    ints,
+    large_case,
+    small_case,
+    with_block,
+)
 from tests.oracle import (
     DY_LAYOUTS,
     X_LAYOUTS,
-    Case,
     check_dvalues,
     check_dx,
     check_kernels,
     check_y,
     random_case,
-    with_slots_reordered,
 )
 
 pytestmark = pytest.mark.usefixtures("instructions")
-
-NAN = float("nan")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SQUARES = ((1, 1), (16, 16), (32, 32), (64, 64), (128, 128))
-RECTANGLES = ((16, 32), (32, 16), (64, 16), (16, 128), (128, 32), (64, 128))
-PLAIN = {"dtype": torch.float32, "x_layout": "contiguous", "dy_layout": "contiguous"}
-TOKENS = (0, 1, 2, 8, 9, 15, 16, 17, 100, 300)
-
-
-def ints(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
-def fwd(case: Case) -> Tensor:
-    return cpu.fwd(case.x, case.values, case.bias, case.index, case.grid.out_features)
-
-
-def dx(case: Case) -> Tensor:
-    return cpu.dx(case.dy, case.values, case.index, case.grid.in_features)
-
-
-def dvalues(case: Case, dtype: torch.dtype | None = None) -> Tensor:
-    return cpu.dvalues(case.dy, case.x, case.index, case.grid.block, dtype or case.values.dtype)
-
-
-def backward(case: Case) -> tuple[Tensor, Tensor]:
-    return cpu.backward(case.dy, case.x, case.values, case.index)
-
-
-def check_backward_is_dx_and_dvalues(case: Case) -> None:
-    """To the bit, and the same in a call that finds the scratch of another one."""
-    expected = dx(case), dvalues(case)
-    for _ in range(2):
-        found = backward(case)
-        assert [t.dtype for t in found] == [case.dy.dtype, case.values.dtype]
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-
-
-def small_case(**given: object) -> Case:
-    """5 x 4 blocks of 16 x 32 with an edge on both sides, 9 of them stored, and 2 free slots."""
-    settings = {"rows": 5, "cols": 4, "out_features": 70, "in_features": 125, "blocks": 9, "free": 2, "tokens": 7}
-    settings |= {"block": (16, 32), "dtype": torch.float32, "bias": True}
-    settings |= {"x_layout": "contiguous", "dy_layout": "contiguous"}
-    return random_case(0, **{**settings, **given})
-
-
-def large_case(block: tuple[int, int], **given: object) -> Case:
-    """Enough work for several threads, panels of tokens and groups of block rows, with an edge on both sides."""
-    out_features, in_features = (97, 105) if block == (1, 1) else (299, 307)
-    rows, cols = -(-out_features // block[0]), -(-in_features // block[1])
-    settings = {"rows": rows, "cols": cols, "out_features": out_features, "in_features": in_features}
-    settings |= {"blocks": max(1, rows * cols // 2), "free": 3, "dtype": torch.float32, "tokens": 300}
-    settings |= {"bias": True, "x_layout": "contiguous", "dy_layout": "contiguous"}
-    return random_case(1, block=block, **{**settings, **given})
-
-
-def with_block(block: tuple[int, int], **given: object) -> Case:
-    return small_case(block=block, out_features=5 * block[0], in_features=4 * block[1], **given)
 
 
 # Against the oracle.
@@ -266,147 +221,6 @@ def test_negated_views_keep_their_sign(block: tuple[int, int]) -> None:
     assert torch.equal(dx(same), dx(case))
     assert torch.equal(dvalues(same), dvalues(case))
     assert torch.equal(backward(same)[0], dx(case)) and torch.equal(backward(same)[1], dvalues(case))
-
-
-# What must not leak.
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
-@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
-def test_a_nan_in_one_token_stays_in_that_token(block: tuple[int, int], tokens: int) -> None:
-    case = with_block(block, blocks=20, tokens=tokens)
-    x, dy = case.x.clone(), case.dy.clone()
-    x[2, :] = dy[4, :] = NAN
-    broken = replace(case, x=x, dy=dy)
-
-    assert torch.equal(fwd(broken).isnan().any(1).nonzero().flatten(), torch.tensor([2]))
-    assert torch.equal(dx(broken).isnan().any(1).nonzero().flatten(), torch.tensor([4]))
-    assert torch.equal(fwd(broken)[3:], fwd(case)[3:])
-    assert torch.equal(dx(broken)[:4], dx(case)[:4])
-    assert torch.equal(backward(broken)[0].isnan(), dx(broken).isnan())
-
-
-@pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("side", [1, 16])
-def test_a_nan_in_x_reaches_only_the_rows_that_read_it(side: int, tokens: int) -> None:
-    """Block column 0 is read by block row 0 alone, block column 1 by block row 1."""
-    index = build_index(Topology(Grid(2 * side, 2 * side, (side, side)), ints(0, 1), ints(0, 1)))
-    values, x = torch.ones(2, side, side), torch.ones(tokens, 2 * side)
-    x[:, 0] = NAN
-    reached = torch.arange(2 * side) < side
-
-    assert torch.equal(cpu.fwd(x, values, None, index, 2 * side).isnan(), reached.expand(tokens, -1))
-    assert torch.equal(cpu.dx(x, values, index, 2 * side).isnan(), reached.expand(tokens, -1))
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
-@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
-def test_a_nan_in_a_free_slot_reaches_nothing(block: tuple[int, int], tokens: int) -> None:
-    case = with_block(block, tokens=tokens)
-    values = case.values.clone()
-    values[case.row < 0] = NAN
-    broken = replace(case, values=values)
-
-    assert torch.equal(fwd(broken), fwd(case))
-    assert torch.equal(dx(broken), dx(case))
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
-def test_what_the_phantom_part_holds_changes_nothing(tokens: int) -> None:
-    """The contract asks that it be finite; layers keep it at zero."""
-    case = small_case(blocks=20, tokens=tokens)
-    values = case.values.clone()
-    values[case.row == 4, 6:, :] = 1e30  # 70 = 4 * 16 + 6
-    values[case.col == 3, :, 29:] = -1e30  # 125 = 3 * 32 + 29
-    broken = replace(case, values=values)
-
-    assert torch.equal(fwd(broken), fwd(case))
-    assert torch.equal(dx(broken), dx(case))
-
-
-@pytest.mark.parametrize("poisoned", ["dy", "x", "both"])
-@pytest.mark.parametrize("number", [NAN, float("inf")])
-@pytest.mark.parametrize("count", [1, 3])
-def test_dvalues_of_phantom_elements_and_free_slots_are_zero_whatever_dy_and_x_hold(
-    poisoned: str, number: float, count: int, threads: Callable[[int], None]
-) -> None:
-    threads(count)
-    case = small_case(blocks=20, tokens=300)
-    if poisoned in ("dy", "both"):
-        case = replace(case, dy=torch.full_like(case.dy, number))
-    if poisoned in ("x", "both"):
-        case = replace(case, x=torch.full_like(case.x, number))
-
-    for grad in (dvalues(case), backward(case)[1]):
-        assert not grad[case.row < 0].any()
-        assert not grad[case.row == 4, 6:, :].any()
-        assert not grad[case.col == 3, :, 29:].any()
-        assert grad[(case.row == 0) & (case.col == 0)].isfinite().logical_not().all()
-
-
-# Order.
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [(1, 1), (16, 16), (32, 64), (128, 128)])
-def test_one_two_and_three_threads_and_repeated_calls_agree_to_the_bit(
-    block: tuple[int, int], dtype: torch.dtype, threads: Callable[[int], None]
-) -> None:
-    for tokens in (3, 12, 17, 300):
-        case = large_case(block, dtype=dtype, tokens=tokens)
-        for kernel in (fwd, dx, dvalues):
-            threads(1)
-            expected = kernel(case)
-            for count in (1, 2, 3, 2):
-                threads(count)
-                assert torch.equal(kernel(case), expected), f"{kernel.__name__}, {tokens} tokens, {count} threads"
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("block", [*SQUARES, (128, 16), (16, 64)])
-def test_both_gradients_at_once_are_those_of_one_after_the_other(
-    block: tuple[int, int], count: int, threads: Callable[[int], None]
-) -> None:
-    threads(count)
-    for dtype in DTYPES:
-        for tokens in (1, 17, 300):
-            check_backward_is_dx_and_dvalues(large_case(block, dtype=dtype, tokens=tokens))
-
-
-@pytest.mark.parametrize("dy_layout", DY_LAYOUTS)
-def test_both_gradients_at_once_of_any_strides(dy_layout: str) -> None:
-    for x_layout in X_LAYOUTS:
-        check_backward_is_dx_and_dvalues(small_case(tokens=40, x_layout=x_layout, dy_layout=dy_layout))
-
-
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("sides", [(30, 16395), (16395, 30)])
-def test_more_tokens_than_are_packed_at_once(
-    sides: tuple[int, int], count: int, threads: Callable[[int], None]
-) -> None:
-    """Several panels are packed at a time, and that several times."""
-    threads(count)
-    out_features, in_features = sides
-    size = {"rows": -(-out_features // 16), "cols": -(-in_features // 16), "blocks": 300, "free": 1, "tokens": 500}
-    case = random_case(3, block=(16, 16), out_features=out_features, in_features=in_features, **size, **PLAIN)
-
-    check_backward_is_dx_and_dvalues(case)
-    check_dx(case, dx(case))
-    check_dvalues(case, dvalues(case), torch.float32)
-
-
-@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
-def test_the_order_of_the_slots_does_not_matter(block: tuple[int, int], generator: torch.Generator) -> None:
-    """Not even to the last bit: sums run in the order of the index, not of the slots."""
-    for tokens in (3, 40):
-        case = with_block(block, tokens=tokens)
-        order = torch.randperm(11, generator=generator)
-        shuffled = with_slots_reordered(case, order)
-
-        check_kernels(cpu, shuffled)
-        assert torch.equal(fwd(shuffled), fwd(case))
-        assert torch.equal(dx(shuffled), dx(case))
-        assert torch.equal(dvalues(shuffled), dvalues(case)[order])
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
