@@ -1,10 +1,20 @@
 // The exported functions of the convolution: plan, lend scratch memory, dispatch. For the baseline.
 #include <new>
 
+#include "conv_parts.h"
 #include "conv_plan_outer.h"
 #include "conv_runs.h"
 
 namespace {
+
+// What runs out of memory in its lists is told like what finds none for its scratch.
+template <class F> int guarded(F run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+}
 
 // Null: float32 tiles, of what is packed as float32.
 const HalfKernels *half_kernels_for(const Conv &c) { return c.dtype == BFLOAT16 ? half_kernels() : nullptr; }
@@ -50,6 +60,17 @@ int multiply_elements(const Conv &c) {
   return 0;
 }
 
+int outer_part(const Conv &c) {
+  OuterPlan p;
+  plan_outer(p, c);
+  ConvOuter &m = p.m;
+  Scratch scratch(4 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
+  if (!scratch.memory) return 1;
+  m.scratch = (float *)scratch.memory;
+  kernels().conv_outer(m);
+  return 0;
+}
+
 int outer(const Conv &c) {
   if (const HalfKernels *half = half_kernels_for(c)) {
     OuterPlan p;
@@ -62,14 +83,11 @@ int outer(const Conv &c) {
       return 0;
     }
   }
-  OuterPlan p;
-  plan_outer(p, c);
-  ConvOuter &m = p.m;
-  Scratch scratch(4 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
-  if (!scratch.memory) return 1;
-  m.scratch = (float *)scratch.memory;
-  kernels().conv_outer(m);
-  return 0;
+  return by_parts(c, [&](int64_t first, int64_t last, float *values, int threads) {
+    Conv part = of_images(c, first, last, threads);
+    part.values = values;
+    return guarded([&] { return outer_part(part); });
+  });
 }
 
 int outer_elements(const Conv &c) {
@@ -88,19 +106,29 @@ int outer_elements(const Conv &c) {
 
 bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
 
-int backward(const ConvGradients &c) {
-  if (of_elements(c.dx)) return multiply_elements(c.dx) || outer_elements(c.dvalues);  // they pack differently
-  if (half_kernels_for(c.dx)) return multiply(c.dx) || outer(c.dvalues);
+int backward_part(const Conv &for_dx, const Conv &for_dvalues, bool past) {
   ConvBackward b = {};
   MultiplyPlan dx;
   OuterPlan dvalues;
-  if (!plan_backward(b, dx, dvalues, c.dx, c.dvalues)) return multiply(c.dx) || outer(c.dvalues);
+  if (!plan_backward(b, dx, dvalues, for_dx, for_dvalues)) return multiply(for_dx) || outer_part(for_dvalues);
+  b.dx.past = past;
   ConvOuter &m = b.dvalues;
   Scratch scratch(4 * (m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)) + m.threads * ASIDE));
   if (!scratch.memory) return 1;
   m.scratch = (float *)scratch.memory;
   kernels().conv_backward(b);
   return 0;
+}
+
+int backward(const ConvGradients &c) {
+  if (of_elements(c.dx)) return multiply_elements(c.dx) || outer_elements(c.dvalues);  // they pack differently
+  if (half_kernels_for(c.dx)) return multiply(c.dx) || outer(c.dvalues);
+  const bool past = writes_past(c.dx);
+  return by_parts(c.dvalues, [&](int64_t first, int64_t last, float *values, int threads) {
+    Conv dvalues = of_images(c.dvalues, first, last, threads);
+    dvalues.values = values;
+    return guarded([&] { return backward_part(of_images(c.dx, first, last, threads), dvalues, past); });
+  });
 }
 
 int sketch(ConvSketch &m) {
@@ -115,15 +143,6 @@ int sketch(ConvSketch &m) {
   m.scratch = scratch.memory;
   kernels().conv_sketch(m);
   return 0;
-}
-
-// What runs out of memory in its lists is told like what finds none for its scratch.
-template <class F> int guarded(F run) {
-  try {
-    return run();
-  } catch (const std::bad_alloc &) {
-    return 1;
-  }
 }
 
 }  // namespace

@@ -43,6 +43,21 @@ void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel,
   p.plane = p.row_views * p.col_views * p.view_pitch;
 }
 
+int threads_of(const Conv &c) {
+  const int64_t products = c.order.ptr[c.order.rows] * c.bo * c.bi * c.images * c.out_size[0] * c.out_size[1];
+  return threads_for(2 * products, c.threads);
+}
+
+// Of a product: y, or dx.
+int64_t bytes_written(const Conv &c) {
+  const int64_t *size = c.transposed ? c.in_size : c.out_size;
+  return c.images * size[0] * size[1] * (c.transposed ? c.in_channels : c.out_channels) * itemsize(c.dtype);
+}
+bool writes_past(const Conv &c) {
+  const int64_t channels = (c.transposed ? c.in_channels : c.out_channels) / c.groups;
+  return c.dtype == FLOAT32 && ::writes_past(c.transposed ? c.x : c.y, channels * 4, bytes_written(c), threads_of(c));
+}
+
 Packing packing_of(const void *data, const Conv &c, const int64_t *size, int64_t channels, int64_t side) {
   Packing p = {};
   p.data = data, p.height = size[0], p.width = size[1], p.channels = channels, p.groups = c.groups, p.side = side;
@@ -155,7 +170,7 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
   const Axis &rows = p.rows, &cols = p.cols;
 
   Convolve &v = p.v;
-  v.threads = threads_for(2 * used * size * c.images * c.out_size[0] * c.out_size[1], c.threads);
+  v.threads = threads_of(c);
   v.x = packing_of(back ? c.y : c.x, c, back ? c.out_size : c.in_size, back ? c.out_channels : c.in_channels, back ? c.bo : c.bi);
   if (half && v.x.side > 32) v.x.pieces = v.x.side / 32;
   const int64_t *result = back ? c.in_size : c.out_size;
@@ -194,9 +209,8 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
       p.bias[o / group_out * v.group_blocks * c.bo + o % group_out] = c.bias[o];
     v.bias = p.bias.data();
   }
-  const int64_t bytes = v.images * v.height * v.width * v.channels * itemsize(c.dtype);
-  expect_large(v.y, bytes);
-  v.past = c.dtype == FLOAT32 && writes_past(v.y, v.channels / c.groups * 4, bytes, v.threads);
+  expect_large(v.y, bytes_written(c));
+  v.past = writes_past(c);
   if (elements) v.slack = round_up(cols.reach + 8 * LINE, LINE);
 }
 

@@ -22,7 +22,7 @@ void begin_outer(OuterPlan &p, const Conv &c, bool by_tap) {
   p.dy_rows.base = p.dy_cols.base = {0};
   ConvOuter &m = p.m;
   const int64_t rows_out = c.out_size[0], width_out = c.out_size[1], size = int64_t(c.bo) * c.bi;
-  m.threads = threads_for(2 * c.order.ptr[c.order.rows] * size * c.images * rows_out * width_out, c.threads);
+  m.threads = threads_of(c);
   m.x = packing_of(c.x, c, c.in_size, c.in_channels, c.bi);
   m.dy = packing_of(c.y, c, c.out_size, c.out_channels, c.bo);
   m.out = c.values, m.order = c.order, m.images = c.images, m.rows = rows_out, m.cols = width_out, m.reach = p.rows.reach;
