@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 7
+ABI = 8
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -81,6 +81,7 @@ class Multiply(ctypes.Structure):
         ("values_dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("past", ctypes.c_int32),
+        ("wanted", ctypes.c_void_p),
         ("panel", ctypes.c_int64),
         ("plan", ElementPlan),
         ("groups", ctypes.c_int64),
@@ -103,6 +104,8 @@ class Outer(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("panel", ctypes.c_int64),
         ("panels_at_once", ctypes.c_int64),
+        ("wanted_dy", ctypes.c_void_p),
+        ("wanted_x", ctypes.c_void_p),
         ("plan", ElementPlan),
         ("scratch", ctypes.c_void_p),
     )

@@ -48,6 +48,7 @@ struct Multiply {
   int32_t values_dtype;  // of float32 values the HalfKernels take what bfloat16 can hold
   int32_t threads;
   int32_t past;          // y is written past the caches: see writes_past() of library.cpp
+  const uint8_t *wanted; // by block of x: whether an entry reads it; what none reads is not packed
   int64_t panel;         // tokens that are packed at a time
   ElementPlan plan;      // 1x1
   int64_t groups;        // bfloat16: of block rows, each at most so many entries; see product_bf16.h
@@ -65,6 +66,7 @@ struct Outer {
   int32_t threads;
   int64_t panel;         // tokens that are packed at a time
   int64_t panels_at_once;
+  const uint8_t *wanted_dy, *wanted_x;  // by block, as in Multiply
   ElementPlan plan;      // 1x1
   char *scratch;
 };

@@ -74,7 +74,7 @@ void multiply_few(const Multiply &m) {
       Matrix part = m.x;
       part.data = (char *)part.data + first * m.in * part.col_stride * (part.dtype == FLOAT32 ? 4 : 2);
       part.cols = (last * m.in < m.x.cols ? last * m.in : m.x.cols) - first * m.in;
-      pack_panel(part, 0, m.x.rows, m.in, packed + first * m.x.rows * m.in);
+      pack_panel(part, 0, m.x.rows, m.in, m.wanted + first, packed + first * m.x.rows * m.in);
     }
 #pragma omp barrier
 #pragma omp for schedule(dynamic, some)

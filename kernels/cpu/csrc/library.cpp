@@ -24,7 +24,7 @@ struct Arena {
 
 namespace {
 
-const int ABI = 7;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
+const int ABI = 8;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
 
 constexpr int ARENAS = 64;  // calls at the same time that keep their scratch; more allocate and free
 Arena arenas[ARENAS];
@@ -231,9 +231,11 @@ int sk_multiply(Multiply *m) {
     floats = (m->transposed ? 0 : round_up(used * size, LINE)) + (m->bias ? round_up(m->order.rows * m->out, LINE) : 0) +
              m->threads * round_up(width * m->panel + ASIDE, LINE);
   }
-  Scratch scratch(floats * 4);
+  const int64_t cols = elements ? 0 : blocks_of(m->x.cols, m->in);
+  Scratch scratch((floats + wanted_floats(cols)) * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
+  if (!elements) m->wanted = wanted_cols(m->order, cols, (uint8_t *)(scratch.memory + floats * 4));
   m->past = writes_past(m->y, m->threads);
   const Kernels &k = *live.kernels;
   (half ? live.half->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(*m);
@@ -254,9 +256,10 @@ int sk_outer(Outer *m) {
   } else {
     floats = half ? plan_half(*m) : plan_superpanel(*m);
   }
-  Scratch scratch(floats * 4);
+  Scratch scratch((floats + (elements ? 0 : wanted_floats(*m))) * 4);
   if (!scratch.memory) return 1;
   m->scratch = scratch.memory;
+  if (!elements) find_wanted(*m, scratch.memory + floats * 4);
   (half ? live.half->outer : elements ? live.kernels->outer_elements : live.kernels->outer)(*m);
   return 0;
 }
@@ -282,9 +285,11 @@ int sk_backward(Backward *b) {
   d.threads = threads_for(2 * work(d.order.ptr[d.order.rows] * size, d.x.rows), d.threads);
   expect_large(m.y.data, m.y.rows * m.y.row_stride * itemsize(m.y.dtype));
   expect_large(d.out, d.order.slots * size * 4);
-  Scratch scratch((plan_superpanel(d) + d.threads * ASIDE) * 4);
+  const int64_t floats = plan_superpanel(d) + d.threads * ASIDE;
+  Scratch scratch((floats + wanted_floats(d)) * 4);
   if (!scratch.memory) return 1;
   d.scratch = scratch.memory;
+  find_wanted(d, scratch.memory + floats * 4);
   m.past = writes_past(m.y, d.threads);
   live.kernels->backward(*b);
   return 0;

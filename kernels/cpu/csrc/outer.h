@@ -75,8 +75,8 @@ INLINE void pack_both(const Outer &m, const Superpanel &s, int64_t p0, int64_t p
 #pragma omp for schedule(static)
   for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
     const int64_t p = p0 + q / 2, t0 = p * m.panel, count = tokens_of(m, p);
-    if (q & 1) pack_panel(m.x, t0, count, m.bi, s.x + (p - p0) * s.x_panel);
-    else pack_panel(m.dy, t0, count, m.bo, s.dy + (p - p0) * s.dy_panel);
+    if (q & 1) pack_panel(m.x, t0, count, m.bi, m.wanted_x, s.x + (p - p0) * s.x_panel);
+    else pack_panel(m.dy, t0, count, m.bo, m.wanted_dy, s.dy + (p - p0) * s.dy_panel);
   }
 }
 

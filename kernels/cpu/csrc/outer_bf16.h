@@ -26,8 +26,8 @@ void outer_bf16(const Outer &m) {
       for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
         const int64_t p = p0 + q / 2, t0 = p * m.panel, left = tokens - t0;
         const int64_t count = left < m.panel ? round_up(left, HALF_TOKENS) : m.panel;
-        if (q & 1) pack_pairs(m.x, t0, count, m.bi, xs + (p - p0) * x_panel);
-        else pack_turned(m.dy, t0, count, m.bo, dys + (p - p0) * dy_panel);
+        if (q & 1) pack_pairs(m.x, t0, count, m.bi, m.wanted_x, xs + (p - p0) * x_panel);
+        else pack_turned(m.dy, t0, count, m.bo, m.wanted_dy, dys + (p - p0) * dy_panel);
       }
       const Unit unit(32);
       for (int64_t p = p0; p < p1; p++) {

@@ -4,14 +4,15 @@
 
 namespace {
 
-// x[first .. first + count) -> out[block][token][side]: the last block is filled up with zeros.
+// x[first .. first + count) -> out[block][token][side]: the blocks that are wanted, the last one filled up with zeros.
 // Some tokens at a time: rows of x are read side by side, and what is written for a block is longer than a line or two.
-INLINE void pack_panel(const Matrix &x, int64_t first, int64_t count, int64_t side, float *out) {
+INLINE void pack_panel(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, float *out) {
   constexpr int64_t AT_ONCE = 8;
   const int64_t blocks = blocks_of(x.cols, side), whole = x.col_stride == 1 ? x.cols / side : 0;
   for (int64_t t0 = 0; t0 < count; t0 += AT_ONCE) {
     const int64_t t1 = t0 + AT_ONCE < count ? t0 + AT_ONCE : count;
     for (int64_t b = 0; b < whole; b++) {
+      if (!wanted[b]) continue;
       for (int64_t t = t0; t < t1; t++) {
         float *to = out + (b * count + t) * side;
         const int64_t from = (first + t) * x.row_stride + b * side;
@@ -19,6 +20,7 @@ INLINE void pack_panel(const Matrix &x, int64_t first, int64_t count, int64_t si
       }
     }
     for (int64_t b = whole; b < blocks; b++) {
+      if (!wanted[b]) continue;
       for (int64_t t = t0; t < t1; t++) {
         float *to = out + (b * count + t) * side;
         for (int64_t c = 0; c < side; c++) {

@@ -37,12 +37,13 @@ INLINE const Half *piece_of(const Matrix &x, int64_t t, int64_t b, int64_t side,
   return copy;
 }
 
-// x[first .. first + count) -> out[block][token][side]; a side of more than 32 is cut into pieces of 32, each a block here.
-INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t side, Half *out) {
+// x[first .. first + count) -> out[block][token][side], what is wanted; a side of more than 32 is cut into pieces of 32, each a block here.
+INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, Half *out) {
   const int64_t piece = side < 32 ? side : 32, pieces = blocks_of(x.cols, side) * side / piece;
   Half copy[32];
   for (int64_t t = 0; t < count; t++) {
     for (int64_t b = 0; b < pieces; b++) {
+      if (!wanted[b * piece / side]) continue;
       const Half *from = piece_of(x, first + t, b, piece, copy);
       Half *to = out + (b * count + t) * piece;
       if (piece == 32) store_pairs(to, load_pairs(from));
@@ -52,11 +53,12 @@ INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t sid
 }
 
 // x[first .. first + count) -> out[feature / 16][token / 2][16][2].
-INLINE void pack_pairs(const Matrix &x, int64_t first, int64_t count, int64_t side, Half *out) {
+INLINE void pack_pairs(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, Half *out) {
   const int64_t pieces = blocks_of(x.cols, side) * side / 16;
   Half low[16], high[16];
   for (int64_t t = 0; t < count; t += 2) {
     for (int64_t b = 0; b < pieces; b++) {
+      if (!wanted[b * 16 / side]) continue;
       const Half *even = piece_of(x, first + t, b, 16, low), *odd = piece_of(x, first + t + 1, b, 16, high);
       store_pairs(out + (b * count + t) * 16, pairs(*(const Halves *)even, *(const Halves *)odd));
     }
@@ -64,11 +66,12 @@ INLINE void pack_pairs(const Matrix &x, int64_t first, int64_t count, int64_t si
 }
 
 // x[first .. first + count) -> out[block][token / 32][side][32].
-INLINE void pack_turned(const Matrix &x, int64_t first, int64_t count, int64_t side, Half *out) {
+INLINE void pack_turned(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, Half *out) {
   const int64_t blocks = blocks_of(x.cols, side);
   Half copies[32][MOST_SIDE];
   for (int64_t t = 0; t < count; t += 32) {
     for (int64_t b = 0; b < blocks; b++) {
+      if (!wanted[b]) continue;
       const Half *rows[32];
       for (int64_t l = 0; l < 32; l++) rows[l] = piece_of(x, first + t + l, b, side, copies[l]);
       Half *to = out + (b * count + t) * side;

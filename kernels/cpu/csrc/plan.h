@@ -1,11 +1,32 @@
 // How products are cut into panels, pieces and groups, and the scratch that they take: pure functions of sizes and caches.
 #pragma once
+#include <cstring>
+
 #include "library.h"
 
 namespace {
 
 // What a product takes, in operations: with few tokens the time is that of reading (or writing) the blocks.
 int64_t work(int64_t values, int64_t tokens) { return 2 * values * (tokens < 8 ? 8 : tokens); }
+
+// Which blocks of x, by block column, and of dy, by block row, an entry reads: a byte each, at the end of the scratch.
+int64_t wanted_floats(int64_t cols) { return round_up(cols, 4) / 4; }
+
+const uint8_t *wanted_cols(const Order &order, int64_t cols, uint8_t *wanted) {
+  std::memset(wanted, 0, cols);
+  for (int64_t e = 0; e < order.ptr[order.rows]; e++) wanted[order.other[e]] = 1;
+  return wanted;
+}
+
+int64_t wanted_floats(const Outer &m) { return wanted_floats(blocks_of(m.x.cols, m.bi) + m.order.rows); }
+
+void find_wanted(Outer &m, char *memory) {
+  const int64_t cols = blocks_of(m.x.cols, m.bi);
+  uint8_t *rows = (uint8_t *)memory + cols;
+  m.wanted_x = wanted_cols(m.order, cols, (uint8_t *)memory);
+  for (int64_t r = 0; r < m.order.rows; r++) rows[r] = m.order.ptr[r] < m.order.ptr[r + 1];
+  m.wanted_dy = rows;
+}
 
 // Tokens a panel: a packed panel fills half of the L2 cache, and every thread gets one.
 int64_t panel_tokens(int64_t tokens, int64_t features, int64_t least, int64_t most, int threads) {

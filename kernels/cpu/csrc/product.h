@@ -137,7 +137,7 @@ void multiply(const Multiply &m) {
     for (int64_t q = 0; q < panels * groups; q++) {
       int64_t p = q / groups, g = q % groups, t0 = p * m.panel;
       int64_t count = m.x.rows - t0 < m.panel ? m.x.rows - t0 : m.panel;
-      if (p != held) pack_panel(m.x, t0, count, m.in, panel), held = p;
+      if (p != held) pack_panel(m.x, t0, count, m.in, m.wanted, panel), held = p;
       Row row = {nullptr, count * m.in, nullptr, nullptr, nullptr, 0, size, m.out, false};
       product(m, row, panel, t0, count, m.order.rows * g / groups, m.order.rows * (g + 1) / groups, source,
               m.bias ? bias : nullptr, aside);

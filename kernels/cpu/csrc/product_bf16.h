@@ -92,7 +92,7 @@ void multiply_bf16(const Multiply &m) {
       const int64_t p = q / m.groups, t0 = p * m.panel;
       const int64_t count = m.x.rows - t0 < m.panel ? m.x.rows - t0 : m.panel, filled = round_up(count, HALF_TOKENS);
       const int64_t first = group_start(m, q % m.groups), last = group_start(m, q % m.groups + 1);
-      if (p != held) pack_rows(m.x, t0, filled, m.in, panel), held = p;
+      if (p != held) pack_rows(m.x, t0, filled, m.in, m.wanted, panel), held = p;
       const int64_t e0 = m.order.ptr[first], e1 = m.order.ptr[last];
       if (!m.shared)
         for (int64_t e = e0; e < e1; e++) pack_entry(m, e, e1, group + (e - e0) * size);
