@@ -28,12 +28,16 @@ def dvalues(case: ConvCase, first: int = 0, last: int | None = None) -> Tensor:
 
 def test_few_blocks_are_summed_by_parts_and_many_are_not() -> None:
     """3 images have no halves, so that what they give is the sum of nothing else."""
-    few, many = images(6), images(6, blocks=36)
-    assert torch.equal(dvalues(few), dvalues(few, 0, 3) + dvalues(few, 3))
+    few, elements, many = images(6), images(6, blocks=100, block=(1, 1)), images(6, blocks=36)
+    for case in (few, elements):
+        assert torch.equal(dvalues(case), dvalues(case, 0, 3) + dvalues(case, 3))
     assert not torch.equal(dvalues(many), dvalues(many, 0, 3) + dvalues(many, 3))
 
 
-@pytest.mark.parametrize("given", [{}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"stride": (2, 2)}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"stride": (2, 2)}, {"block": (1, 1), "blocks": 300}],
+)
 @pytest.mark.parametrize("count", [2, 3, 8, 17])
 def test_any_number_of_images_and_threads(count: int, given: dict[str, object], threads: Callable[[int], None]) -> None:
     case = images(count, **given)

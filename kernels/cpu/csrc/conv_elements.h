@@ -82,33 +82,34 @@ void convolve_elements(const Convolve &c) {
   }
 }
 
-INLINE Vector part_of(const float *p, int64_t count) {
-  Vector v = {};
-  std::memcpy(&v, p, count * 4);
-  return v;
+// The first lanes of a vector, zeros for the rest: whatever lies there, NaN too.
+INLINE Bits first_lanes(int64_t count) {
+  Bits mask;
+  for (int l = 0; l < VL; l++) mask[l] = l < count ? ~0u : 0u;
+  return mask;
 }
+INLINE Vector only(Bits mask, Vector v) { return (Vector)((Bits)v & mask); }
 
-// Adds some lanes to the runs of a strip in one chunk: AT_ONCE vectors, or one that may be a part.
-template <int AT_ONCE>
-INLINE void add_lanes(const ElementRuns &runs, const int32_t *start, int64_t rows, const float *x, const float *dy, int64_t step, int64_t count) {
+// Adds N vectors of lanes to the runs of a strip in one chunk; PART: of the last one only what the mask says.
+template <int N, bool PART>
+void add_lanes(const ElementRuns &runs, const int32_t *start, int64_t rows, const float *x, const float *dy, int64_t step, Bits mask) {
   for (int64_t r = 0; r < rows; r++, dy += step) {
     const int64_t stop = start[r + 1];
     if (start[r] == stop) continue;
-    Vector g[AT_ONCE];
-    UNROLL for (int v = 0; v < AT_ONCE; v++) g[v] = AT_ONCE > 1 ? load(dy + v * VL) : part_of(dy, count);
+    Vector g[N];
+    UNROLL for (int v = 0; v < N; v++) g[v] = load(dy + v * VL);
+    if (PART) g[N - 1] = only(mask, g[N - 1]);
     for (int64_t e0 = start[r]; e0 < stop; e0 += VL) {
       const int64_t n = stop - e0 < VL ? stop - e0 : VL;
       Vector partial[VL] = {};
       for (int64_t l = 0; l < n; l++) {
         const float *line = x + runs.offset[e0 + l];
-        if (AT_ONCE > 1) {
-          Vector acc = {}, more = {};  // two chains, or each addition waits for the last
-          UNROLL for (int v = 0; v + 1 < AT_ONCE; v += 2) {
-            acc += g[v] * load(line + v * VL);
-            more += g[v + 1] * load(line + (v + 1) * VL);
-          }
-          partial[l] = acc + more;
-        } else partial[l] = g[0] * part_of(line, count);
+        Vector sum[2] = {};  // two chains, or each addition waits for the last
+        UNROLL for (int v = 0; v < N; v++) {
+          const Vector lanes = load(line + v * VL);
+          sum[v & 1] += g[v] * (PART && v == N - 1 ? only(mask, lanes) : lanes);
+        }
+        partial[l] = sum[0] + sum[1];
       }
       float line[VL];
       store(line, sums(partial));
@@ -117,8 +118,21 @@ INLINE void add_lanes(const ElementRuns &runs, const int32_t *start, int64_t row
   }
 }
 
+typedef void (*AddLanes)(const ElementRuns &, const int32_t *, int64_t, const float *, const float *, int64_t, Bits);
+
+template <bool PART, int N> struct FillLanes {
+  static void into(AddLanes *table) { table[N] = add_lanes<N, PART>, FillLanes<PART, N - 1>::into(table); }
+};
+template <bool PART> struct FillLanes<PART, 0> {
+  static void into(AddLanes *) {}
+};
+struct LanesTable {  // by the number of vectors
+  AddLanes whole[LANES_HELD + 1] = {}, part[LANES_HELD + 1] = {};
+  LanesTable() { FillLanes<false, LANES_HELD>::into(whole), FillLanes<true, LANES_HELD>::into(part); }
+};
+
 void conv_outer_elements(const ConvOuter &m) {
-  constexpr int64_t T = LANES_HELD * VL;
+  static const LanesTable table;
   const int64_t x_panel = conv_floats(m.x), used = m.order.ptr[m.order.rows], strips_out = blocks_of(m.order.rows, STRIP);
   const int64_t strips = (m.rows + m.strip - 1) / m.strip, panels = (m.images + m.images_at_once - 1) / m.images_at_once * strips;
   float *x = m.scratch, *dy = x + x_panel, *number = m.runs.number;
@@ -146,13 +160,14 @@ void conv_outer_elements(const ConvOuter &m) {
         const int64_t r0 = s * STRIP, some = m.order.rows - r0 < STRIP ? m.order.rows - r0 : STRIP;
         const int32_t *start = m.runs.start + r0 * m.runs.chunks;
         const float *g = dy + r0 * m.dy.plane;
-        int64_t t = 0;
-        for (; t + T <= length; t += T)
-          for (int64_t k = 0; k < m.runs.chunks; k++)
-            add_lanes<LANES_HELD>(m.runs, start + k * STRIP, some, x + t, g + t, m.dy.plane, T);
-        for (; t < length; t += VL)
-          for (int64_t k = 0; k < m.runs.chunks; k++)
-            add_lanes<1>(m.runs, start + k * STRIP, some, x + t, g + t, m.dy.plane, length - t < VL ? length - t : VL);
+        const int64_t vectors = blocks_of(length, VL), rest = length % VL, pieces = blocks_of(vectors, LANES_HELD);
+        const Bits mask = first_lanes(rest);
+        for (int64_t j = 0, t = 0; j < pieces; j++) {
+          const int64_t wide = vectors / pieces + (j < vectors % pieces);
+          const AddLanes add = (rest && j + 1 == pieces ? table.part : table.whole)[wide];
+          for (int64_t k = 0; k < m.runs.chunks; k++) add(m.runs, start + k * STRIP, some, x + t, g + t, m.dy.plane, mask);
+          t += wide * VL;
+        }
       }
     }
 #pragma omp for schedule(static)

@@ -90,18 +90,26 @@ int outer(const Conv &c) {
   });
 }
 
-int outer_elements(const Conv &c) {
+int outer_elements_part(const Conv &c) {
   OuterPlan p;
   plan_outer(p, c);
   ConvOuter &m = p.m;
   const RunsPlan plan(1, m.order.rows, c.order.ptr[c.order.rows], m.x.channels, c.groups, lanes_read(m.x, p.rows, p.cols, 256, true));
   const int64_t lists = plan.floats(true);
-  Scratch scratch(4 * (lists + conv_floats(m.x) + conv_floats(m.dy)));
+  Scratch scratch(4 * (lists + conv_floats(m.x) + conv_floats(m.dy) + LINE));  // the last vector may read beyond
   if (!scratch.memory) return 1;
   m.runs = plan.in((float *)scratch.memory, true), m.scratch = (float *)scratch.memory + lists;
   arrange_runs(plan, m.runs, c.order.ptr, nullptr, m.threads, ForwardEntries(c, m.x, p.rows, p.cols));
   kernels().conv_outer_elements(m);
   return 0;
+}
+
+int outer_elements(const Conv &c) {
+  return by_parts(c, [&](int64_t first, int64_t last, float *values, int threads) {
+    Conv part = of_images(c, first, last, threads);
+    part.values = values;
+    return guarded([&] { return outer_elements_part(part); });
+  });
 }
 
 bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
