@@ -7,7 +7,7 @@
 #include "conv_product_bf16.h"
 #include "outer_bf16.h"
 #include "product_bf16.h"
-const HalfKernels amx_kernels = {"amx", multiply_bf16, outer_bf16, convolve_bf16, conv_outer_bf16};
+const HalfKernels amx_kernels = {"amx", multiply_bf16, outer_bf16, convolve_bf16, conv_outer_bf16, 5};
 #elif defined(WITH_AVX)
-const HalfKernels amx_kernels = {"amx", nullptr, nullptr, nullptr, nullptr};
+const HalfKernels amx_kernels = {"amx", nullptr, nullptr, nullptr, nullptr, 0};
 #endif

@@ -127,6 +127,7 @@ struct HalfKernels {
   void (*outer)(const Outer &);
   void (*convolve)(const Convolve &);
   void (*conv_outer)(const ConvOuter &);
+  int most_packed;  // pixels for two that there are: with more filling conv_outer is slower than in float32
 };
 
 extern const Kernels generic_kernels;

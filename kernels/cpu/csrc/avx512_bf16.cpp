@@ -7,7 +7,7 @@
 #include "conv_product_bf16.h"
 #include "outer_bf16.h"
 #include "product_bf16.h"
-const HalfKernels avx512_bf16_kernels = {"avx512_bf16", multiply_bf16, outer_bf16, convolve_bf16, conv_outer_bf16};
+const HalfKernels avx512_bf16_kernels = {"avx512_bf16", multiply_bf16, outer_bf16, convolve_bf16, conv_outer_bf16, 3};
 #elif defined(WITH_AVX)
-const HalfKernels avx512_bf16_kernels = {"avx512_bf16", nullptr, nullptr, nullptr, nullptr};
+const HalfKernels avx512_bf16_kernels = {"avx512_bf16", nullptr, nullptr, nullptr, nullptr, 0};
 #endif

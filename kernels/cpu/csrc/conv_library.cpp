@@ -74,7 +74,7 @@ int outer_part(const Conv &c) {
 int outer(const Conv &c) {
   if (const HalfKernels *half = half_kernels_for(c)) {
     OuterPlan p;
-    if (plan_outer_half(p, c)) {
+    if (plan_outer_half(p, c, half->most_packed)) {
       ConvOuter &m = p.m;
       Scratch scratch(2 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
       if (!scratch.memory) return 1;

@@ -71,7 +71,7 @@ void plan_outer(OuterPlan &p, const Conv &c) {
 }
 
 // In bfloat16: see conv_outer_bf16.h. False where too much of a panel would be filling.
-bool plan_outer_half(OuterPlan &p, const Conv &c) {
+bool plan_outer_half(OuterPlan &p, const Conv &c, int most_packed) {
   begin_outer(p, c, true);
   ConvOuter &m = p.m;
   const int64_t row_floats = (row_floats_of_x(p) + conv_blocks(m.dy) * c.bo * m.cols) / 2;
@@ -80,7 +80,7 @@ bool plan_outer_half(OuterPlan &p, const Conv &c) {
   if (panel.images > unit) panel.images -= panel.images % unit;
   else if (panel.strip == m.rows && unit * (m.rows + p.rows.reach) * row_floats <= half_of_l2()) panel.images = std::min(unit, c.images);
   const int64_t pixels = panel.images * m.cols, pitch = round_up(pixels, HALF_TOKENS);
-  if (2 * pitch > 3 * pixels) return false;
+  if (2 * pitch > most_packed * pixels) return false;
   m.strip = panel.strip, m.images_at_once = panel.images;
   lay_out(m.x, p.rows, p.cols, panel, m.cols, true);
   lay_out(m.dy, p.dy_rows, p.dy_cols, panel, m.cols, true);
