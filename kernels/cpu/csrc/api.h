@@ -51,8 +51,8 @@ struct Multiply {
   const uint8_t *wanted; // by block of x: whether an entry reads it; what none reads is not packed
   int64_t panel;         // tokens that are packed at a time
   ElementPlan plan;      // 1x1
-  int64_t groups;        // bfloat16: of block rows, each at most so many entries; see product_bf16.h
-  int64_t group_entries;
+  int64_t groups;        // bfloat16: of block rows; see product_bf16.h
+  int64_t group_entries; // at most so many of a group, or of a block row, are packed just before their use; 0: all at first
   int32_t shared;        // bfloat16: the whole weight is packed first
   char *scratch;
 };

@@ -226,10 +226,7 @@ int sk_multiply(Multiply *m) {
   } else if (few) {
     floats = blocks_of(m->x.cols, m->in) * m->in * m->x.rows;
   } else {
-    const int64_t width = blocks_of(m->x.cols, m->in) * m->in;
-    m->panel = panel_tokens(m->x.rows, width, MOST_ROWS, 256, m->threads);
-    floats = (m->transposed ? 0 : round_up(used * size, LINE)) + (m->bias ? round_up(m->order.rows * m->out, LINE) : 0) +
-             m->threads * round_up(width * m->panel + ASIDE, LINE);
+    floats = plan_product(*m);
   }
   const int64_t cols = elements ? 0 : blocks_of(m->x.cols, m->in);
   Scratch scratch((floats + wanted_floats(cols)) * 4);

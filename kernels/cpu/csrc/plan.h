@@ -1,5 +1,6 @@
 // How products are cut into panels, pieces and groups, and the scratch that they take: pure functions of sizes and caches.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
 #include "library.h"
@@ -38,6 +39,21 @@ int64_t panel_tokens(int64_t tokens, int64_t features, int64_t least, int64_t mo
   panels = (panels + threads - 1) / threads * threads;
   panel = (tokens + panels - 1) / panels;
   return panel < 1 ? 1 : panel;
+}
+
+// The panels of a product. Where one holds all tokens, block rows are transposed just before their use. Returns the floats.
+int64_t plan_product(Multiply &m) {
+  const int64_t width = blocks_of(m.x.cols, m.in) * m.in, size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
+  m.panel = panel_tokens(m.x.rows, width, MOST_ROWS, 256, m.threads);
+  m.group_entries = 0;
+  if (!m.transposed && panel_tokens(m.x.rows, width, MOST_ROWS, 256, 1) == m.x.rows) {
+    m.panel = m.x.rows;
+    for (int64_t r = 0; r < m.order.rows; r++)
+      m.group_entries = std::max<int64_t>(m.group_entries, m.order.ptr[r + 1] - m.order.ptr[r]);
+  }
+  const bool at_first = !m.transposed && !m.group_entries;
+  return (at_first ? round_up(used * size, LINE) : 0) + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0) +
+         m.threads * round_up(width * m.panel + ASIDE + m.group_entries * size, LINE);
 }
 
 // The panels of an outer product, and how many are packed at a time. Returns the floats that they take.

@@ -63,12 +63,12 @@ template <int IN, int C> struct Tiles {  // by the number of tokens
   Tiles() { by_rows[0] = nullptr, Fill<IN, C, MOST>::into(by_rows); }
 };
 
-// One panel of tokens times the block rows [first, last).
+// One panel of tokens times the block rows [first, last); w: the transposed blocks of these, or all values.
 template <int IN, int C>
 void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, int64_t count, int64_t first, int64_t last,
                    const float *w, const float *bias, float *aside) {
   static const Tiles<IN, C> tiles;
-  const int64_t step = C * VL, most = Tiles<IN, C>::MOST, pieces = (count + most - 1) / most;
+  const int64_t step = C * VL, most = Tiles<IN, C>::MOST, pieces = (count + most - 1) / most, before = m.order.ptr[first];
   for (int64_t r = first; r < last; r++) {
     int64_t start = m.order.ptr[r];
     row.count = m.order.ptr[r + 1] - start;
@@ -78,7 +78,7 @@ void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, 
     bool direct = features == m.out && m.y.dtype == FLOAT32;
     row.past = direct && m.past;
     for (int64_t n = 0; n < features; n += step) {
-      row.w = (m.transposed ? w : w + start * row.size) + n;
+      row.w = (m.transposed ? w : w + (start - before) * row.size) + n;
       for (int64_t i = 0, t = 0; i < pieces; i++) {
         int64_t rows = count / pieces + (i < count % pieces);
         row.x = packed + t * IN;
@@ -111,27 +111,39 @@ PanelProduct product_of(const Multiply &m) {
   return m.in == 16 ? by_width<16>(m.out) : m.in == 32 ? by_width<32>(m.out) : m.in == 64 ? by_width<64>(m.out) : by_width<128>(m.out);
 }
 
+// Entries [first, last) transposed. The hardware does not prefetch across blocks.
+INLINE void transpose_entries(const Multiply &m, int64_t first, int64_t last, float *to) {
+  const int64_t size = int64_t(m.in) * m.out;
+  for (int64_t e = first; e < last; e++, to += size) {
+    const float *next = m.values + m.order.slot[e + 1 < last ? e + 1 : e] * size;
+    for (int64_t i = 0; i < size; i += LINE) __builtin_prefetch(next + i, 0, 2);
+    transpose_block(m.values + m.order.slot[e] * size, m.out, m.in, to);
+  }
+}
+
 void multiply(const Multiply &m) {
   const PanelProduct product = product_of(m);
   const int64_t size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
   const int64_t panels = (m.x.rows + m.panel - 1) / m.panel, packed = blocks_of(m.x.cols, m.in) * m.in * m.panel;
-  // The scratch: transposed blocks (forward), the bias filled up, and for each thread its panel and its tile.
-  float *w = (float *)m.scratch, *bias = w + (m.transposed ? 0 : round_up(used * size, LINE));
+  // The scratch: transposed blocks (forward), the bias filled up, and for each thread its panel, its tile, and in place of
+  // all transposed blocks those of a row, where there is but one panel to use them.
+  const bool by_row = m.group_entries > 0, at_first = !m.transposed && !by_row;
+  float *w = (float *)m.scratch, *bias = w + (at_first ? round_up(used * size, LINE) : 0);
   float *mine = bias + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0);
-  const int64_t stride = round_up(packed + ASIDE, LINE);
+  const int64_t stride = round_up(packed + ASIDE + m.group_entries * size, LINE);
   if (m.bias)
     for (int64_t i = 0; i < m.order.rows * m.out; i++) bias[i] = i < m.y.cols ? m.bias[i] : 0.f;
   const int threads = m.threads;
   const int64_t groups = groups_of(panels, threads);  // every thread packs a panel for itself
-  const float *source = m.transposed ? m.values : w;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (!m.transposed) {
-#pragma omp for schedule(static)
-      for (int64_t e = 0; e < used; e++) transpose_block(m.values + m.order.slot[e] * size, m.out, m.in, w + e * size);
+    if (at_first) {
+      const int64_t me = thread_number(), all_of_us = thread_count(), first = used * me / all_of_us;
+      transpose_entries(m, first, used * (me + 1) / all_of_us, w + first * size);
+#pragma omp barrier
     }
-    float *panel = mine + thread_number() * stride, *aside = panel + packed;
+    float *panel = mine + thread_number() * stride, *aside = panel + packed, *turned = aside + ASIDE;
     int64_t held = -1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t q = 0; q < panels * groups; q++) {
@@ -139,8 +151,12 @@ void multiply(const Multiply &m) {
       int64_t count = m.x.rows - t0 < m.panel ? m.x.rows - t0 : m.panel;
       if (p != held) pack_panel(m.x, t0, count, m.in, m.wanted, panel), held = p;
       Row row = {nullptr, count * m.in, nullptr, nullptr, nullptr, 0, size, m.out, false};
-      product(m, row, panel, t0, count, m.order.rows * g / groups, m.order.rows * (g + 1) / groups, source,
-              m.bias ? bias : nullptr, aside);
+      const int64_t first = m.order.rows * g / groups, last = m.order.rows * (g + 1) / groups, step = by_row ? 1 : last - first;
+      for (int64_t r = first; r < last; r += step) {
+        const float *blocks = m.transposed ? m.values : by_row ? turned : w + m.order.ptr[r] * size;
+        if (by_row) transpose_entries(m, m.order.ptr[r], m.order.ptr[r + 1], turned);
+        product(m, row, panel, t0, count, r, r + step, blocks, m.bias ? bias : nullptr, aside);
+      }
     }
     fence();
   }
