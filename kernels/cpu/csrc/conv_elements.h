@@ -50,12 +50,10 @@ void convolve_elements(const Convolve &c) {
       const int64_t p = q / groups, g = q % groups;
       const ConvPart part = part_at(c, p);
       if (p != held) pack_images(c.x, part.n0, part.n1, part.m0, part.m1 - part.m0 + c.reach, panel), held = p;
-      for (int64_t i = 0; i < c.subgrids; i++) {
-        const Subgrid &s = c.subgrid[i];
-        const int64_t y0 = s.y0 > part.m0 ? s.y0 : part.m0, y1 = s.y1 < part.m1 ? s.y1 : part.m1;
+      for_subgrids(c, part, [&](const Subgrid &s, int64_t y0, int64_t y1) {
         const int64_t length = (y1 - y0) * c.x.row_pitch, vectors = blocks_of(length, VL), pieces = blocks_of(vectors, MOST);
         const Place place = {c, s, part.n0, part.n1, y0, c.x.cols};
-        for (int64_t j = 0, t = 0; y0 < y1 && j < pieces; j++) {
+        for (int64_t j = 0, t = 0; j < pieces; j++) {
           const int64_t count = vectors / pieces + (j < vectors % pieces), wide = count * VL;
           const float *x = panel + (y0 - part.m0) * c.x.row_pitch + t;
           for (int64_t o = strips_out * g / groups * STRIP; o < strips_out * (g + 1) / groups * STRIP; o += STRIP) {
@@ -76,7 +74,7 @@ void convolve_elements(const Convolve &c) {
           }
           t += wide;
         }
-      }
+      });
     }
     fence();
   }

@@ -19,6 +19,15 @@ INLINE ConvPart part_at(const Convolve &c, int64_t panel) {
           m0 + c.strip < c.last_row ? m0 + c.strip : c.last_row};
 }
 
+// run(subgrid, its first row in a panel, the row behind its last), where there is any.
+template <class F> INLINE void for_subgrids(const Convolve &c, const ConvPart &p, const F &run) {
+  for (int64_t i = 0; i < c.subgrids; i++) {
+    const Subgrid &s = c.subgrid[i];
+    const int64_t y0 = s.y0 > p.m0 ? s.y0 : p.m0, y1 = s.y1 < p.m1 ? s.y1 : p.m1;
+    if (y0 < y1 && s.x0 < s.x1) run(s, y0, y1);
+  }
+}
+
 struct Place {  // of a tile's outputs in y
   const Convolve &c;
   const Subgrid &s;

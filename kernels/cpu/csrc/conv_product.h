@@ -75,12 +75,9 @@ ConvPanel conv_product_of(const Convolve &c) {
 INLINE void convolve_panel(const Convolve &c, ConvPanel product, const ConvPart &p, const float *panel, int64_t g, int64_t groups,
                            const float *w, float *aside, Ahead &ahead) {
   const int64_t blocks = c.x.groups * c.group_blocks;
-  for (int64_t i = 0; i < c.subgrids; i++) {
-    const Subgrid &s = c.subgrid[i];
-    const int64_t y0 = s.y0 > p.m0 ? s.y0 : p.m0, y1 = s.y1 < p.m1 ? s.y1 : p.m1;
-    if (y0 < y1 && s.x0 < s.x1)
-      product(c, s, panel, p.n0, p.n1, p.m0, y0, y1, blocks * g / groups, blocks * (g + 1) / groups, w, aside, ahead);
-  }
+  for_subgrids(c, p, [&](const Subgrid &s, int64_t y0, int64_t y1) {
+    product(c, s, panel, p.n0, p.n1, p.m0, y0, y1, blocks * g / groups, blocks * (g + 1) / groups, w, aside, ahead);
+  });
 }
 
 void convolve(const Convolve &c) {

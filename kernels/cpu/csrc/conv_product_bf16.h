@@ -93,12 +93,9 @@ void convolve_bf16(const Convolve &c) {
                        });
         held = p;
       }
-      for (int64_t i = 0; i < c.subgrids; i++) {
-        const Subgrid &s = c.subgrid[i];
-        const int64_t y0 = s.y0 > part.m0 ? s.y0 : part.m0, y1 = s.y1 < part.m1 ? s.y1 : part.m1;
-        if (y0 < y1 && s.x0 < s.x1)
-          conv_panel_bf16(c, s, panel, part, y0, y1, blocks * g / groups, blocks * (g + 1) / groups, w, aside);
-      }
+      for_subgrids(c, part, [&](const Subgrid &s, int64_t y0, int64_t y1) {
+        conv_panel_bf16(c, s, panel, part, y0, y1, blocks * g / groups, blocks * (g + 1) / groups, w, aside);
+      });
     }
   }
 }
