@@ -131,6 +131,21 @@ def conv_cases(seeds: int) -> Iterator[dict[str, Any]]:
             "group_out": 16,
             "blocks": 4,
         }
+    for images in (2, 16, 17):  # two parts of the images
+        for block, dtype in (((1, 1), dtypes[0]), ((16, 32), dtypes[0]), ((16, 32), dtypes[1])):
+            yield {
+                "block": block,
+                "dtype": dtype,
+                "height": 20,
+                "width": 23,
+                "kernel": (3, 3),
+                "dilation": (1, 1),
+                "images": images,
+                "groups": 1,
+                "group_in": 35,
+                "group_out": 33,
+                "blocks": 500 // block[0] ** 2 + 2,
+            }
 
 
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
@@ -255,6 +270,7 @@ def run_conv(case: ConvCase, pairs: int, *, check: bool) -> None:
         cpu.conv2d_fwd(case.x, case.values, case.bias, index, shape)
         cpu.conv2d_dx(case.dy, case.values, index, shape, case.size)
         cpu.conv2d_dvalues(case.dy, case.x, index, block, shape, case.values.dtype)
+        cpu.conv2d_backward(case.dy, case.x, case.values, index, shape)
 
 
 def main() -> int:

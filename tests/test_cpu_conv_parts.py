@@ -36,7 +36,7 @@ def test_few_blocks_are_summed_by_parts_and_many_are_not() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"stride": (2, 2)}, {"block": (1, 1), "blocks": 300}],
+    [{}, {"dtype": torch.float16}, {"dtype": torch.bfloat16}, {"stride": (2, 2)}, {"block": (1, 1), "blocks": 1500}],
 )
 @pytest.mark.parametrize("count", [2, 3, 8, 17])
 def test_any_number_of_images_and_threads(count: int, given: dict[str, object], threads: Callable[[int], None]) -> None:

@@ -30,7 +30,7 @@ from tests.oracle import (
     with_slots_reordered,
 )
 
-pytestmark = pytest.mark.usefixtures("instructions")
+pytestmark = pytest.mark.usefixtures("instructions", "poisoned_memory")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,7 +21,7 @@ from tests.kernels.cpu.linear_calls import (
     with_block,
 )
 
-pytestmark = pytest.mark.usefixtures("instructions")
+pytestmark = pytest.mark.usefixtures("instructions", "poisoned_memory")
 
 
 @pytest.mark.parametrize("tokens", [7, 40])

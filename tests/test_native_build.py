@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -127,6 +128,17 @@ def test_a_compiler_without_the_newer_instructions_builds_the_library_without_th
     library = ctypes.CDLL(str(tmp_path / "there/sparsekern/kernels/cpu/_sparsekern_cpu.so"))
     assert not library.sk_use(b"amx") and not library.sk_use(b"avx512_bf16")
     assert library.sk_use(b"generic")
+
+
+def test_openmp_is_asked_only_for_what_openmp_cpp_answers_where_the_compiler_is_clang():
+    """Another clause would make it call functions that are not there: the build would be one without threads."""
+    known = re.compile(
+        r"#pragma omp (parallel( for)? num_threads\(threads\)( schedule\(dynamic, 1\))?"
+        r"|for schedule\((static|dynamic, \w+)\)( nowait)?|barrier)"
+    )
+    sources = sorted((ROOT / "kernels/cpu/csrc").glob("*.*"))
+    asked = [line.strip() for file in sources for line in file.read_text().splitlines() if "#pragma omp" in line]
+    assert len(asked) > 40 and [line for line in asked if not known.fullmatch(line)] == []
 
 
 @needs_compiler

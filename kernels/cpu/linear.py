@@ -1,10 +1,11 @@
 """The block-sparse linear layer on the native library. Axes and edge cases: :mod:`sparsekern.kernels.contract`.
 
 Beside inputs and outputs a call holds the scratch of the library (packed panels of tokens; in the forward one
-transposed float32 copy of the stored blocks, or of a block row where one panel holds all tokens), which it keeps for
-the next call, and a float32 copy of values or of their gradient where these are of another dtype. At 1x1 the scratch is 16 MiB of packed tokens (or one panel, where that
-is more) and, a thread, the copy of some rows: 128 Ki entries of 6 to 10 bytes, or those of 16 rows; 12 bytes for each
-of these rows and each chunk of features; and up to 128 Ki numbers of y or dy.
+transposed float32 copy of the stored blocks, or for each thread of a block row, where one panel holds all tokens),
+which it keeps for the next call, and a float32 copy of values or of their gradient where these are of another dtype. At
+1x1 the scratch is 16 MiB of packed tokens (or one panel, where that is more) and, a thread, the copy of some rows: 128
+Ki entries of 6 to 10 bytes, or those of 16 rows; 12 bytes for each of these rows and each chunk of features; and up to
+128 Ki numbers of y or dy.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Plan:
         alone = replace(self.base, dense=False)
         cells = {}
         if self.dense:
-            cells[DENSE] = replace(self.base, sparse=False)
+            cells[DENSE] = replace(self.base, sparse=False, options={})
         for block_size in self.block_sizes:
             for sparsity in self.sparsities:
                 for contestant in self.contestants:

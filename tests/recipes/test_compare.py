@@ -57,6 +57,11 @@ def without_times(content):
     return [{key: value for key, value in row.items() if key not in times} for row in content["rows"]]
 
 
+def test_the_twin_takes_no_options():
+    base = Config(options={"agent": True})
+    assert Plan(base, TWO, (0.5,), (8,)).cells()["dense"].options == {}
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

@@ -52,7 +52,7 @@ struct Multiply {
   int64_t panel;         // tokens that are packed at a time
   ElementPlan plan;      // 1x1
   int64_t groups;        // bfloat16: of block rows; see product_bf16.h
-  int64_t group_entries; // at most so many of a group, or of a block row, are packed just before their use; 0: all at first
+  int64_t group_entries; // the most of a group, or of a block row, where that is packed just before its use; else 0
   int32_t shared;        // bfloat16: the whole weight is packed first
   char *scratch;
 };
@@ -127,7 +127,7 @@ struct HalfKernels {
   void (*outer)(const Outer &);
   void (*convolve)(const Convolve &);
   void (*conv_outer)(const ConvOuter &);
-  int most_packed;  // pixels for two that there are: with more filling conv_outer is slower than in float32
+  int most_packed;  // pixels that conv_outer may pack for every two real ones: with more of them float32 is faster
 };
 
 extern const Kernels generic_kernels;

@@ -18,7 +18,7 @@ void backward(const Backward &b) {
   float *tiles = s.dy + d.panels_at_once * s.dy_panel;  // one a thread
   const int threads = d.threads;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     const Share mine = my_share(d.order);
     float *aside = tiles + thread_number() * ASIDE;

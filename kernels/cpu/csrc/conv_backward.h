@@ -28,7 +28,7 @@ void conv_backward(const ConvBackward &b) {
   const int threads = m.threads;
   const int64_t panels = panels_of(c);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     const Share mine = my_share(m.order);
     float *aside = tiles + thread_number() * ASIDE;

@@ -40,7 +40,7 @@ void convolve_elements(const Convolve &c) {
   const int threads = c.threads;
   const int64_t groups = groups_of(panels, threads);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     float *panel = c.scratch + thread_number() * packed;
     float lanes[STRIP * T], tokens[VL * T];
@@ -136,7 +136,7 @@ void conv_outer_elements(const ConvOuter &m) {
   float *x = m.scratch, *dy = x + x_panel, *number = m.runs.number;
   const int threads = m.threads;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t e = 0; e < used; e++) number[e] = 0.f;

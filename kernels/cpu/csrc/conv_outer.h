@@ -94,7 +94,7 @@ void conv_outer(const ConvOuter &m) {
   const ConvPanels s = conv_panels_in(m.scratch, m);
   const int threads = m.threads;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     const Share mine = my_share(m.order);
     Ahead ahead;

@@ -5,6 +5,7 @@
 // the same to the bit however many there are. Compiled for the baseline alone.
 #pragma once
 #include "conv_plan.h"
+#include "threads.h"
 
 namespace {
 
@@ -37,12 +38,18 @@ template <class F> int by_parts(const Conv &c, const F &run) {
   if (!others.memory) return 1;
   float *sums = (float *)others.memory;
   const int threads = threads_of(c);
-  const bool apart = parts % threads == 0;
-  int failed = 0;
-#pragma omp parallel for num_threads(threads) if (apart && threads > 1) schedule(static) reduction(| : failed)
+  int failed[PARTS] = {};
+  const auto run_part = [&](int64_t q, int its_threads) {
+    failed[q] = run(c.images * q / parts, c.images * (q + 1) / parts, q ? sums + (q - 1) * blocks : c.values, its_threads);
+  };
+  if (threads == 1 || parts % threads) {
+    for (int64_t q = 0; q < parts; q++) run_part(q, threads);
+  } else {
+#pragma omp parallel num_threads(threads)
+    for (int64_t q = thread_number(); q < parts; q += thread_count()) run_part(q, 1);
+  }
   for (int64_t q = 0; q < parts; q++)
-    failed |= run(c.images * q / parts, c.images * (q + 1) / parts, q ? sums + (q - 1) * blocks : c.values, apart ? 1 : threads);
-  if (failed) return 1;
+    if (failed[q]) return 1;
   for (int64_t e = 0; e < c.order.ptr[c.order.rows]; e++) {
     float *out = c.values + c.order.slot[e] * size;
     for (int64_t q = 1; q < parts; q++) {

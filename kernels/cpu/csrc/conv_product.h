@@ -87,7 +87,7 @@ void convolve(const Convolve &c) {
   const int threads = c.threads;
   const int64_t panels = panels_of(c), groups = groups_of(panels, threads);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     if (!c.transposed) {
 #pragma omp for schedule(static)

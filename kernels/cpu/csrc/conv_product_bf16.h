@@ -71,7 +71,7 @@ void convolve_bf16(const Convolve &c) {
   const int threads = c.threads;
   const int64_t panels = panels_of(c), groups = groups_of(panels, threads);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t e = 0; e < c.used; e++) {

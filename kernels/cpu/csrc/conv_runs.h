@@ -42,7 +42,7 @@ struct RunsPlan {
 template <class Each>
 void arrange_runs(const RunsPlan &p, const ElementRuns &runs, const int32_t *first, const float *values, int threads, const Each &each) {
   const int64_t strips = p.strips();
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < p.subgrids * strips; i++) {
     const int64_t q = i / strips, r0 = i % strips * STRIP, count = p.chunks * STRIP;
     const int64_t rows = p.rows - r0 < STRIP ? p.rows - r0 : STRIP;

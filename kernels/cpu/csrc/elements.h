@@ -69,7 +69,7 @@ template <int T> void multiply_lanes(const Multiply &m) {
   const int threads = m.threads;
   float *packed = (float *)m.scratch;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     float *mine = packed + plan.tokens * features + thread_number() * thread_floats(plan, false);
     float *y = mine;
@@ -141,7 +141,7 @@ template <int T> void outer_lanes(const Outer &m) {
   const int threads = m.threads;
   float *packed = (float *)m.scratch;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     float *mine = packed + plan.tokens * features + thread_number() * thread_floats(plan, true);
     float *dy = mine;

@@ -26,7 +26,7 @@ template <int L> void multiply_narrow(const Multiply &m) {
   const int threads = m.threads;
   float *packed = (float *)m.scratch;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     float *y = packed + m.x.cols * L + thread_number() * strip * (2 * L + 1), *out = y + strip * L;
     int32_t *next = (int32_t *)(out + strip * L);
@@ -68,7 +68,7 @@ void outer_narrow(const Outer &m) {
   const int threads = m.threads;
   float *x = (float *)m.scratch, *dy = x + m.x.cols * L;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     pack_narrow<L>(m.x, x);
     pack_narrow<L>(m.dy, dy);

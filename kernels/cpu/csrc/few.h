@@ -66,7 +66,7 @@ void multiply_few(const Multiply &m) {
   const int64_t strips = blocks_of(m.x.cols, m.in), rows = m.order.rows, some = rows / (8 * threads) + 1;
   float *packed = (float *)m.scratch;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     const int64_t me = thread_number(), all_of_us = thread_count();
     const int64_t first = strips * me / all_of_us, last = strips * (me + 1) / all_of_us;

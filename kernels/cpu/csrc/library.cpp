@@ -46,7 +46,9 @@ void *allocate(size_t bytes) {
 Scratch::Scratch(size_t bytes) {
   std::lock_guard<std::mutex> guard(lock);
   for (Arena &a : arenas) {
-    if (!a.busy && (!arena || a.size > arena->size)) arena = &a;  // the largest idle one
+    // The smallest idle one that is large enough, else the largest.
+    const bool fits = a.size >= bytes, better = !arena || (arena->size >= bytes ? fits && a.size < arena->size : a.size > arena->size);
+    if (!a.busy && better) arena = &a;
   }
   if (!arena) {
     memory = (char *)allocate(bytes);

@@ -1,6 +1,9 @@
 // Clang's OpenMP on GNU's runtime. PyTorch brings libgomp; what clang compiles calls libomp, whose threads would be a
 // second team on the same cores. The calls that clang makes for this library are few: they are answered here, by libgomp.
 // Their signatures are those of LLVM's kmp.h, which clang cannot change. GCC compiles this file to nothing.
+//
+// Regions nest (conv_parts.h), and a thread's number is that in its region: also where that has one thread. So none has an
+// `if` clause, for which clang calls the body itself, within the region around it.
 #if defined(__clang__) && defined(_OPENMP) && defined(__linux__)
 #include <cstdarg>
 #include <cstdint>
@@ -87,10 +90,6 @@ void __kmpc_fork_call(void *, int32_t count, Region region, ...) {
   asked = 0;
   GOMP_parallel(run, &c, threads, 0);
 }
-
-// A region on one thread: clang calls its body between these two.
-void __kmpc_serialized_parallel(void *, int32_t) { asked = 0; }
-void __kmpc_end_serialized_parallel(void *, int32_t) {}
 
 void __kmpc_barrier(void *, int32_t) { GOMP_barrier(); }
 

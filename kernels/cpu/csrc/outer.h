@@ -109,7 +109,7 @@ void outer(const Outer &m) {
   const Superpanel s = superpanel_in(m.scratch, m);
   const int threads = m.threads;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     const Share mine = my_share(m.order);
     for (int64_t p0 = 0; p0 < panels; p0 += m.panels_at_once) {

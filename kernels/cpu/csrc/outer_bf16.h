@@ -17,7 +17,7 @@ void outer_bf16(const Outer &m) {
   Half *xs = (Half *)m.scratch, *dys = xs + m.panels_at_once * x_panel;
   const int threads = m.threads;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     const Share mine = my_share(m.order);
     for (int64_t p0 = 0; p0 < panels; p0 += m.panels_at_once) {

@@ -37,30 +37,34 @@ INLINE const Half *piece_of(const Matrix &x, int64_t t, int64_t b, int64_t side,
   return copy;
 }
 
-// x[first .. first + count) -> out[block][token][side], what is wanted; a side of more than 32 is cut into pieces of 32, each a block here.
+// x[first .. first + count) -> out[block][token][side]: the blocks that are wanted. A side of more than 32 is cut into pieces of 32, each a block here.
 INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, Half *out) {
-  const int64_t piece = side < 32 ? side : 32, pieces = blocks_of(x.cols, side) * side / piece;
+  const int64_t piece = side < 32 ? side : 32, pieces = side / piece, blocks = blocks_of(x.cols, side);
   Half copy[32];
   for (int64_t t = 0; t < count; t++) {
-    for (int64_t b = 0; b < pieces; b++) {
-      if (!wanted[b * piece / side]) continue;
-      const Half *from = piece_of(x, first + t, b, piece, copy);
-      Half *to = out + (b * count + t) * piece;
-      if (piece == 32) store_pairs(to, load_pairs(from));
-      else *(Halves *)to = *(const Halves *)from;
+    for (int64_t b = 0; b < blocks; b++) {
+      if (!wanted[b]) continue;
+      for (int64_t p = b * pieces; p < (b + 1) * pieces; p++) {
+        const Half *from = piece_of(x, first + t, p, piece, copy);
+        Half *to = out + (p * count + t) * piece;
+        if (piece == 32) store_pairs(to, load_pairs(from));
+        else *(Halves *)to = *(const Halves *)from;
+      }
     }
   }
 }
 
 // x[first .. first + count) -> out[feature / 16][token / 2][16][2].
 INLINE void pack_pairs(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, Half *out) {
-  const int64_t pieces = blocks_of(x.cols, side) * side / 16;
+  const int64_t pieces = side / 16, blocks = blocks_of(x.cols, side);
   Half low[16], high[16];
   for (int64_t t = 0; t < count; t += 2) {
-    for (int64_t b = 0; b < pieces; b++) {
-      if (!wanted[b * 16 / side]) continue;
-      const Half *even = piece_of(x, first + t, b, 16, low), *odd = piece_of(x, first + t + 1, b, 16, high);
-      store_pairs(out + (b * count + t) * 16, pairs(*(const Halves *)even, *(const Halves *)odd));
+    for (int64_t b = 0; b < blocks; b++) {
+      if (!wanted[b]) continue;
+      for (int64_t p = b * pieces; p < (b + 1) * pieces; p++) {
+        const Half *even = piece_of(x, first + t, p, 16, low), *odd = piece_of(x, first + t + 1, p, 16, high);
+        store_pairs(out + (p * count + t) * 16, pairs(*(const Halves *)even, *(const Halves *)odd));
+      }
     }
   }
 }

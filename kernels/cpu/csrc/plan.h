@@ -47,9 +47,10 @@ int64_t plan_product(Multiply &m) {
   m.panel = panel_tokens(m.x.rows, width, MOST_ROWS, 256, m.threads);
   m.group_entries = 0;
   if (!m.transposed && panel_tokens(m.x.rows, width, MOST_ROWS, 256, 1) == m.x.rows) {
-    m.panel = m.x.rows;
-    for (int64_t r = 0; r < m.order.rows; r++)
-      m.group_entries = std::max<int64_t>(m.group_entries, m.order.ptr[r + 1] - m.order.ptr[r]);
+    int64_t longest = 0;
+    for (int64_t r = 0; r < m.order.rows; r++) longest = std::max<int64_t>(longest, m.order.ptr[r + 1] - m.order.ptr[r]);
+    // Threads share the block rows, of which there must be enough, and each has room for the longest.
+    if (m.threads == 1 || (m.order.rows >= 4 * m.threads && m.threads * longest <= used)) m.panel = m.x.rows, m.group_entries = longest;
   }
   const bool at_first = !m.transposed && !m.group_entries;
   return (at_first ? round_up(used * size, LINE) : 0) + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0) +

@@ -136,7 +136,7 @@ void multiply(const Multiply &m) {
   const int threads = m.threads;
   const int64_t groups = groups_of(panels, threads);  // every thread packs a panel for itself
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     if (at_first) {
       const int64_t me = thread_number(), all_of_us = thread_count(), first = used * me / all_of_us;

@@ -77,7 +77,7 @@ void multiply_bf16(const Multiply &m) {
   const int threads = m.threads;
   const int64_t together = m.shared ? m.groups : 1;  // a thread takes a whole panel, or one group of it
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     if (m.shared) {
 #pragma omp for schedule(static)

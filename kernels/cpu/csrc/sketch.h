@@ -85,7 +85,7 @@ void sketch_in_panels(const SketchPlan &p, const Features &left_of, const Featur
   const int64_t piece = p.panel * GROUP, left_stride = groups * left_groups * piece, right_stride = groups * right_groups * piece;
   float *left = (float *)scratch, *right = left + pairs * left_stride, *mine = right + pairs * right_stride;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
   {
     float *lanes = mine + thread_number() * sketch_floats(pairs), *aside = lanes + STRIP_FEATURES * PROJECTED;
     for (int64_t t0 = 0; t0 < tokens; t0 += p.panel) {
