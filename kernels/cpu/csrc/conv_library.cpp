@@ -1,20 +1,9 @@
 // The exported functions of the convolution: plan, lend scratch memory, dispatch. For the baseline.
-#include <new>
-
 #include "conv_parts.h"
 #include "conv_plan_outer.h"
 #include "conv_runs.h"
 
 namespace {
-
-// What runs out of memory in its lists is told like what finds none for its scratch.
-template <class F> int guarded(F run) {
-  try {
-    return run();
-  } catch (const std::bad_alloc &) {
-    return 1;
-  }
-}
 
 // Null: float32 tiles, of what is packed as float32.
 const HalfKernels *half_kernels_for(const Conv &c) { return c.dtype == BFLOAT16 ? half_kernels() : nullptr; }
@@ -83,11 +72,7 @@ int outer(const Conv &c) {
       return 0;
     }
   }
-  return by_parts(c, [&](int64_t first, int64_t last, float *values, int threads) {
-    Conv part = of_images(c, first, last, threads);
-    part.values = values;
-    return guarded([&] { return outer_part(part); });
-  });
+  return by_parts(c, [](const Conv &part, int64_t, int64_t) { return outer_part(part); });
 }
 
 int outer_elements_part(const Conv &c) {
@@ -105,11 +90,7 @@ int outer_elements_part(const Conv &c) {
 }
 
 int outer_elements(const Conv &c) {
-  return by_parts(c, [&](int64_t first, int64_t last, float *values, int threads) {
-    Conv part = of_images(c, first, last, threads);
-    part.values = values;
-    return guarded([&] { return outer_elements_part(part); });
-  });
+  return by_parts(c, [](const Conv &part, int64_t, int64_t) { return outer_elements_part(part); });
 }
 
 bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
@@ -132,10 +113,8 @@ int backward(const ConvGradients &c) {
   if (of_elements(c.dx)) return multiply_elements(c.dx) || outer_elements(c.dvalues);  // they pack differently
   if (half_kernels_for(c.dx)) return multiply(c.dx) || outer(c.dvalues);
   const bool past = writes_past(c.dx);
-  return by_parts(c.dvalues, [&](int64_t first, int64_t last, float *values, int threads) {
-    Conv dvalues = of_images(c.dvalues, first, last, threads);
-    dvalues.values = values;
-    return guarded([&] { return backward_part(of_images(c.dx, first, last, threads), dvalues, past); });
+  return by_parts(c.dvalues, [&](const Conv &dvalues, int64_t first, int64_t last) {
+    return backward_part(of_images(c.dx, first, last, dvalues.threads), dvalues, past);
   });
 }
 

@@ -4,6 +4,8 @@
 // they share nothing until the end. How many parts there are is for the sizes to say and not for the threads: the sums are
 // the same to the bit however many there are. Compiled for the baseline alone.
 #pragma once
+#include <new>
+
 #include "conv_plan.h"
 #include "threads.h"
 
@@ -29,18 +31,30 @@ Conv of_images(Conv c, int64_t first, int64_t last, int threads) {
   return c;
 }
 
-// Runs run(first image, last image, where the gradient goes, threads) for each part, and adds up. Returns 0, or 1 when there
-// is no memory; `run` returns such a number, and throws nothing.
+// What runs out of memory in its lists is told like what finds none for its scratch.
+template <class F> int guarded(F run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+}
+
+// Runs run(part, its first image, the image behind its last) for each part, and adds up what they write to their `values`.
+// Returns 0, or 1 when there is no memory, as `run` does.
 template <class F> int by_parts(const Conv &c, const F &run) {
   const int64_t parts = parts_of(c), size = int64_t(c.bo) * c.bi, blocks = c.order.slots * size;
-  if (parts == 1) return run(0, c.images, c.values, c.threads);
+  if (parts == 1) return run(c, 0, c.images);
   Scratch others(4 * (parts - 1) * blocks);
   if (!others.memory) return 1;
   float *sums = (float *)others.memory;
   const int threads = threads_of(c);
   int failed[PARTS] = {};
   const auto run_part = [&](int64_t q, int its_threads) {
-    failed[q] = run(c.images * q / parts, c.images * (q + 1) / parts, q ? sums + (q - 1) * blocks : c.values, its_threads);
+    const int64_t first = c.images * q / parts, last = c.images * (q + 1) / parts;
+    Conv part = of_images(c, first, last, its_threads);
+    if (q) part.values = sums + (q - 1) * blocks;
+    failed[q] = guarded([&] { return run(part, first, last); });
   };
   if (threads == 1 || parts % threads) {
     for (int64_t q = 0; q < parts; q++) run_part(q, threads);
