@@ -6,17 +6,12 @@ import torch
 from sparsekern.kernels import cpu
 from torch import Tensor
 
-from tests.oracle import (
-    Case,
-    random_case,
-)
+from tests.oracle import Case, random_case
 
 NAN = float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SQUARES = ((1, 1), (16, 16), (32, 32), (64, 64), (128, 128))
-RECTANGLES = ((16, 32), (32, 16), (64, 16), (16, 128), (128, 32), (64, 128))
 PLAIN = {"dtype": torch.float32, "x_layout": "contiguous", "dy_layout": "contiguous"}
-TOKENS = (0, 1, 2, 8, 9, 15, 16, 17, 100, 300)
 
 
 def ints(*numbers: int) -> Tensor:
