@@ -30,8 +30,25 @@ def _use_kernels_beside_package() -> None:
     sys.meta_path.insert(0, KernelsBesidePackage)  # before an editable install's own finder
 
 
+def _let_ctrl_c_end_a_command_that_starts() -> None:
+    """Give Ctrl-C the system's own effect while the command imports PyTorch; its ``main`` gives it back to Python.
+
+    Python's would be a traceback out of the import, or nothing where that swallows a KeyboardInterrupt.
+    """
+    import signal
+    import sys
+    from pathlib import Path
+
+    script, *_ = getattr(sys, "argv", None) or [""]
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if script == "-m" else []
+    is_command = Path(script).stem == __name__ or module == [__name__]
+    if is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 _use_kernels_beside_package()
-del _use_kernels_beside_package
+_let_ctrl_c_end_a_command_that_starts()
+del _use_kernels_beside_package, _let_ctrl_c_end_a_command_that_starts
 
 from sparsekern import ops, topology, transforms  # noqa: E402  the finder must be in place first
 from sparsekern.kernels.cpu.memory import keep_freed_memory  # noqa: E402

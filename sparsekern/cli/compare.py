@@ -16,7 +16,7 @@ from rich.table import Table
 from sparsekern.cli.expand import given, option
 from sparsekern.cli.live import Live
 from sparsekern.cli.run_options import Json, Quiet, absolute, of_recipe, takes_run_options
-from sparsekern.cli.shell import CtrlC, error_console, explained
+from sparsekern.cli.shell import CtrlC, check_one_process, error_console, explained
 from sparsekern.cli.table import thread_count
 from sparsekern.recipes.compare import PICTURE, TABLE, compare, default_folder, is_finished, plan_for
 from sparsekern.recipes.config import Config
@@ -74,6 +74,7 @@ def compare_methods(
         CtrlC() as interrupt,
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):
+        check_one_process()
         contestants = [Contestant.parse(text) for text in method or ()]
         contestants += [Contestant.parse(text, preset=True) for text in preset or ()]
         plan = plan_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -38,7 +39,10 @@ def main() -> None:
     # is so slow on a CPU that a dense step takes twice as long, which would flatter the sparse network.
     torch.set_flush_denormal(True)
     keep_freed_memory()  # as any training loop should: both networks train faster
-    application()(prog_name="sparsekern")
+    command = application()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # until here Ctrl-C ended the process: sparsekern/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    command(prog_name="sparsekern")
 
 
 def application() -> typer.Typer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,25 @@ def _way_out(error: Exception, how_to_go_on: Callable[[bool], str]) -> str | Non
         where = "a file" if error.filename is None else error.filename
         return f"{where} cannot be used ({error.strerror or error}); check the path, the permissions and the disk"
     return str(error) if isinstance(error, ValueError) else None
+
+
+def check_one_process() -> None:
+    """Stop on every rank if a launcher such as torchrun started several processes; the first rank says why.
+
+    Raises:
+        ValueError: on the first rank.
+        typer.Exit: on the others, without a word and with code 0: a launcher ends all ranks when one of them fails,
+            and the first might not have spoken yet.
+    """
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not ranks.isdecimal() or int(ranks) <= 1:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise typer.Exit
+    raise ValueError(
+        f"WORLD_SIZE is {ranks}: a launcher started {ranks} processes, and each would train all of the run; start "
+        "sparsekern without torchrun, or train by a loop of your own with the sparse layers and methods under DDP"
+    )
 
 
 def stopped(saved: bool) -> str:

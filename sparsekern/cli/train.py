@@ -16,7 +16,7 @@ from sparsekern.cli.listing import recipe_table, recipe_values
 from sparsekern.cli.live import Live
 from sparsekern.cli.method_options import takes_method_options
 from sparsekern.cli.run_options import MLP, Quiet, absolute, of_recipe, takes_run_options
-from sparsekern.cli.shell import CtrlC, error_console, explained
+from sparsekern.cli.shell import CtrlC, check_one_process, error_console, explained
 from sparsekern.cli.table import notes, result_table
 from sparsekern.recipes import Config, resume, start
 from sparsekern.recipes.folder import CONFIG, PICTURE, RESULTS, SPECTRAL, default_folder, read_config
@@ -77,6 +77,7 @@ def train(
         CtrlC() as interrupt,
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):
+        check_one_process()
         if resume_ is not None:
             _check_agreement(resume_, values, out)
             finished = (resume_ / RESULTS).is_file()

@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -72,3 +74,38 @@ sys.meta_path.insert(0, Refuse)
 import sparsekern.cli.main
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("command", [["-m", "sparsekern"], [str(Path(sys.executable).parent / "sparsekern")]])
+def test_ctrl_c_while_pytorch_is_imported_ends_the_command_without_a_traceback(tmp_path, command):
+    """A module named ``torch`` stands before the real one and presses Ctrl-C in the middle of its import."""
+    if not command[0].startswith("-") and not Path(command[0]).is_file():
+        pytest.skip("the script sparsekern is not installed beside this interpreter")
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    done = subprocess.run(
+        [sys.executable, *command, "info"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_is_python_s_own_again_when_a_command_runs(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+    monkeypatch.setattr(module, "application", lambda: lambda prog_name: seen.append(signal.getsignal(signal.SIGINT)))
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.default_int_handler]
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
+    script = "import signal, sparsekern; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "True"

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from sparsekern.cli.shell import INTERRUPTED, USAGE_ERROR, CtrlC, error_console, explained
+from sparsekern.cli.main import application
+from sparsekern.cli.shell import INTERRUPTED, USAGE_ERROR, CtrlC, check_one_process, error_console, explained
 from sparsekern.recipes import Interrupted
 
 
@@ -62,3 +64,25 @@ def test_the_first_ctrl_c_asks_and_the_second_stops():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("command", [["train", "--quiet"], ["compare", "--method", "set"]])
+def test_under_a_launcher_of_many_processes_the_first_rank_says_why_and_nothing_is_trained(
+    monkeypatch, tmp_path, command
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank, code in (("0", USAGE_ERROR), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        result = CliRunner().invoke(application(), command)
+        assert result.exit_code == code and result.stdout == ""
+        said.append(result.stderr)
+    assert said[0].startswith("error: WORLD_SIZE is 2: a launcher started 2 processes") and said[0].count("\n") == 1
+    assert said[1] == "" and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ranks", ["1", "", "many"])
+def test_one_process_of_a_launcher_may_train(monkeypatch, ranks):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    check_one_process()
