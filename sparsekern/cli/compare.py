@@ -10,13 +10,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from sparsekern.cli.expand import given, option
 from sparsekern.cli.live import Live
 from sparsekern.cli.run_options import Json, Quiet, absolute, of_recipe, takes_run_options
-from sparsekern.cli.shell import CtrlC, check_one_process, error_console, explained
+from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
 from sparsekern.cli.table import thread_count
 from sparsekern.recipes.compare import PICTURE, TABLE, compare, default_folder, is_finished, plan_for
 from sparsekern.recipes.config import Config
@@ -89,14 +88,14 @@ def compare_methods(
             errors.print(f"{folder} is finished: nothing is left to train. This is what came out")
         content = compare(plan, folder, live)
     if as_json:
-        typer.echo(json.dumps(content | {"folder": str(folder)}))
+        say(json.dumps(content | {"folder": str(folder)}))
     else:
-        console = Console()
+        console = PlainConsole()
         if not console.is_terminal:
             console.width = WIDTH
         console.print(comparison_table(content))
-        typer.echo(_notes(content))
-        typer.echo(f"{folder}: {TABLE}.json, {TABLE}.md, the picture {folder / PICTURE}, a folder for each run")
+        say(_notes(content))
+        say(f"{folder}: {TABLE}.json, {TABLE}.md, the picture {folder / PICTURE}, a folder for each run")
 
 
 def comparison_table(content: dict[str, Any]) -> Table:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsekern.cli.inspect import describe_state
-from sparsekern.cli.shell import error_console, explained, stopped
+from sparsekern.cli.shell import error_console, explained, say, stopped
 from sparsekern.cli.source import weights_file
 from sparsekern.nn.convert import State, bsr_state, dense_state, sparse_state
 from sparsekern.nn.files import read_state, write_state
@@ -69,10 +69,10 @@ def convert(
         write_state(target, new)
         found = {"file": str(target), "file_bytes": target.stat().st_size, **describe_state(new)}
     if as_json:
-        typer.echo(json.dumps(found))
+        say(json.dumps(found))
     else:
         kinds = f"{len(found['layers'])} sparse layers, {len(found['tensors'])} other tensors"
-        typer.echo(f"{target}: {kinds}, {found['file_bytes']:,} bytes")
+        say(f"{target}: {kinds}, {found['file_bytes']:,} bytes")
 
 
 def _check(

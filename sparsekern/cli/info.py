@@ -13,6 +13,7 @@ import torch
 import typer
 
 import sparsekern
+from sparsekern.cli.shell import say
 from sparsekern.cli.table import thread_count
 from sparsekern.kernels.cpu.library import load
 from sparsekern.ops.backends import BACKENDS, DEVICE_TYPES
@@ -29,7 +30,7 @@ def info(
     Worth a look after installing, and worth pasting into a bug report.
     """
     found = {"versions": _versions(), "devices": _devices(), "backends": {name: _live(name) for name in BACKENDS}}
-    typer.echo(json.dumps(found) if as_json else _as_text(found))
+    say(json.dumps(found) if as_json else _as_text(found))
 
 
 def _versions() -> dict[str, str | None]:

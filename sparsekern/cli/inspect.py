@@ -9,17 +9,22 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sparsekern.cli.shell import error_console, explained, stopped
+from sparsekern.cli.shell import PlainConsole, error_console, explained, say, stopped
 from sparsekern.cli.source import saved_seeds, weights_file
 from sparsekern.nn.files import FORMAT_VERSION, read_state
 from sparsekern.nn.loading import STORED
 from sparsekern.nn.stored import StoredLayer, stored_layers
 from sparsekern.recipes import checkpoint
 from sparsekern.recipes.folder import CONFIG, read_config
+from sparsekern.report.text import printable
+
+HEADINGS = ("tensor", "shape", "blocks", "of size", "sparse", "dtype", "bytes")
+
+GAP = 2
+"""Letters between two columns."""
 
 
 def inspect(
@@ -40,7 +45,7 @@ def inspect(
         if run is not None:
             found["run"] = run
     if as_json:
-        typer.echo(json.dumps(found))
+        say(json.dumps(found))
     else:
         _print(found)
 
@@ -93,34 +98,53 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    console = Console()
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("tensor", overflow="fold")
-    for heading in ("shape", "blocks", "of size", "sparse", "dtype", "bytes"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in found["layers"]:
-        sparsity = "?" if row["sparsity"] is None else f"{100 * row['sparsity']:.2f} %"
-        free = f" + {row['slots'] - row['blocks']} free" if row["slots"] > row["blocks"] else ""
-        shape = "?" if row["shape"] is None else _times(row["shape"])
-        name = row["name"] or "(the layer)"
-        table.add_row(
-            name,
-            shape,
-            f"{row['blocks']:,}{free}",
-            _times(row["block_size"]),
-            sparsity,
-            row["dtype"],
-            f"{row['bytes']:,}",
-        )
+    console = PlainConsole()
+    rows = [_layer_cells(row) for row in found["layers"]]
     for row in found["tensors"]:
-        table.add_row(row["name"], _times(row["shape"]), "", "", "", row["dtype"], f"{row['bytes']:,}")
+        rows.append([printable(row["name"]), _times(row["shape"]), "", "", "", row["dtype"], f"{row['bytes']:,}"])
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column(HEADINGS[0], no_wrap=True)
+    for heading in HEADINGS[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    names, *others = ([len(cell) for cell in column] for column in zip(HEADINGS, *rows, strict=True))
+    used = sum(max(column) + GAP for column in others)
+    parts = [len(part) for row in rows for part in row[0].split(".")]
+    room = max(console.width - used, max(parts, default=0) + 1, len(HEADINGS[0]))
+    console.width = max(
+        console.width, used + min(room, max(names))
+    )  # a narrow terminal breaks lines, which loses nothing
+    for name, *cells in rows:
+        table.add_row(in_parts(name, room), *cells)
     version = "no sparse layer" if found["format_version"] is None else f"format version {found['format_version']}"
-    typer.echo(f"{found['file']}: {found['file_bytes']:,} bytes, {version}")
+    say(f"{found['file']}: {found['file_bytes']:,} bytes, {version}")
     if "run" in found:
         config = found["run"]["config"]
-        typer.echo(f"run: recipe {config['recipe']}, {config['method']}, sparsity {config['sparsity']:g}")
+        say(f"run: recipe {config['recipe']}, {config['method']}, sparsity {config['sparsity']:g}")
     console.print(table)
-    typer.echo(f"{found['stored_weights']:,} weights in blocks; {found['bytes']:,} bytes in all tensors")
+    say(f"{found['stored_weights']:,} weights in blocks; {found['bytes']:,} bytes in all tensors")
+
+
+def _layer_cells(row: dict[str, Any]) -> list[str]:
+    free = f" + {row['slots'] - row['blocks']} free" if row["slots"] > row["blocks"] else ""
+    return [
+        printable(row["name"]) or "(the layer)",
+        "?" if row["shape"] is None else _times(row["shape"]),
+        f"{row['blocks']:,}{free}",
+        _times(row["block_size"]),
+        "?" if row["sparsity"] is None else f"{100 * row['sparsity']:.2f} %",
+        row["dtype"],
+        f"{row['bytes']:,}",
+    ]
+
+
+def in_parts(name: str, width: int) -> str:
+    """Return a dotted name in lines of at most ``width`` letters, broken at its dots; a longer part stays whole."""
+    lines = [""]
+    for part in name.replace(".", ".\n").split("\n"):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _times(shape: list[int]) -> str:

@@ -27,13 +27,13 @@ class Live(CompareObserver):
     def __init__(self, console: Console, should_stop: Callable[[], bool], *, quiet: bool) -> None:
         self._console, self._asked, self._quiet = console, should_stop, quiet
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TextColumn("{task.percentage:3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             console=console,
             transient=True,
             disable=quiet or not console.is_terminal,

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from sparsekern.cli.info import cpu_model
-from sparsekern.cli.shell import error_console, explained
+from sparsekern.cli.shell import error_console, explained, say
 from sparsekern.cli.table import notes, result_cells, thread_count
 from sparsekern.recipes.folder import write_text
 from sparsekern.recipes.page import page_of, results_so_far, values_of
@@ -52,11 +52,11 @@ def report(
                 f"out is {page}, which cannot be written ({error.strerror}); choose another --out"
             ) from None
     if as_json:
-        typer.echo(json.dumps(values_of(record, results, account) | {"page": str(page)}))
+        say(json.dumps(values_of(record, results, account) | {"page": str(page)}))
     else:
         for text in record.missing:
-            typer.echo(f"note: {text}")
-        typer.echo(f"{page}: open it in a browser")
+            say(f"note: {text}")
+        say(f"{page}: open it in a browser")
 
 
 def check_target(page: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every command that trains does around its work: Ctrl-C, exit codes, errors of one line."""
+"""What every command does around its work: what it prints and where, Ctrl-C, exit codes, errors of one line."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from sparsekern.recipes import Interrupted
+from sparsekern.report.text import printable
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -23,9 +25,25 @@ NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILE
 """What PyTorch says when there is not enough memory, on a CPU and on CUDA."""
 
 
+class PlainConsole(Console):
+    """Prints text as it is, tables too: no markup, no names of emoji, and nothing that a terminal would obey."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the text, printable; rich calls this for every string that it prints."""
+        return super().render_str(printable(text), **options)
+
+
 def error_console() -> Console:
     """Return the console for progress and errors: stdout holds the results alone."""
-    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    return PlainConsole(stderr=True, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print lines of results on stdout, whatever is in them."""
+    typer.echo(printable(text))
 
 
 @contextmanager

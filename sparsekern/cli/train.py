@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from sparsekern.cli.expand import given, option
 from sparsekern.cli.listing import recipe_table, recipe_values
 from sparsekern.cli.live import Live
 from sparsekern.cli.method_options import takes_method_options
 from sparsekern.cli.run_options import MLP, Quiet, absolute, of_recipe, takes_run_options
-from sparsekern.cli.shell import CtrlC, check_one_process, error_console, explained
+from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
 from sparsekern.cli.table import notes, result_table
 from sparsekern.recipes import Config, resume, start
 from sparsekern.recipes.folder import CONFIG, PICTURE, RESULTS, SPECTRAL, default_folder, read_config
@@ -90,20 +89,20 @@ def train(
             results = start(config, folder, live, Keeping(**keeping))
     assert folder is not None
     if as_json:
-        typer.echo(json.dumps(results | {"folder": str(folder)}))
+        say(json.dumps(results | {"folder": str(folder)}))
     else:
-        Console().print(result_table(results))
-        typer.echo(notes(results))
+        PlainConsole().print(result_table(results))
+        say(notes(results))
         drawn = [str(folder / name) for name in (PICTURE, SPECTRAL) if (folder / name).is_file()]
         pictures = f", and the picture{'s' * (len(drawn) > 1)} {' and '.join(drawn)}" if drawn else ""
-        typer.echo(f"{folder}: config, metrics, checkpoints{pictures}")
+        say(f"{folder}: config, metrics, checkpoints{pictures}")
 
 
 def _show_recipes(*, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(recipe_values()))
+        say(json.dumps(recipe_values()))
     else:
-        Console().print(recipe_table())
+        PlainConsole().print(recipe_table())
 
 
 def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:

@@ -10,6 +10,8 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
+from sparsekern.report.text import printable
+
 USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])
 """The parent of all errors of usage, which typer does not export."""
 
@@ -33,7 +35,7 @@ class PlainErrors(TyperGroup):
         except USAGE as error:
             if not standalone_mode:
                 raise
-            print(f"error: {sentence(error, arguments)}", file=sys.stderr)
+            print(printable(f"error: {sentence(error, arguments)}"), file=sys.stderr)
             sys.exit(2)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparsekern.report.plots import COLOURS, Curves, draw_curves, scale_by_factors
+from sparsekern.report.text import draw_as_written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,6 +77,7 @@ def _svg(figure: Figure) -> str:
     import matplotlib
 
     figure.patch.set_alpha(0)
+    draw_as_written(figure)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sparsekern"}):
         figure.savefig(file, format="svg", metadata={"Date": None})

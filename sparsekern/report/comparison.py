@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsekern.report.plots import COLOURS
+from sparsekern.report.plots import COLOURS, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def draw_comparison(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> N
         handles |= dict(zip(labels, lines, strict=True))
     if handles:
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _draw_twin(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 from sparsekern.report.blocks import DROPPED, EMPTY, GROWN, KEPT
 from sparsekern.report.html_style import SCRIPT, STYLE
 from sparsekern.report.scales import bars, stack
+from sparsekern.report.text import escape
 
 MARK = "<!doctype html><!-- sparsekern report -->"
 """The beginning of every page, by which it is told from any other file."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsekern.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, panels
+from sparsekern.report.text import draw_as_written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0b6e99", "#c4570c", "#5b8c2a", "#7a4fa3", "#b8860b", "#b03060", "#2a9d8f", "#444444")
 """One a curve; the first four told apart also without colour vision, all by their labels."""
@@ -73,6 +75,12 @@ def draw_training(
         scale_by_factors(middle)
     _draw_blocks(before, block_map, at_start=True)
     _draw_blocks(after, block_map, at_start=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, its text drawn as it is written; the suffix of the path gives the format."""
+    draw_as_written(figure)
     figure.savefig(path)
 
 

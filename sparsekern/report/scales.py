@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from sparsekern.report.text import escape
 
 PARTS = ("#0b6e99", "#5fa8c7", "#a9d0e0", "#1d3f5e")
 """Colours of the parts of a stacked bar, in turn."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsekern.report.plots import save_figure
+
 TITLES = {
     "ramanujan_gap": "Ramanujan gap",
     "weighted_gap": "weighted spectral gap",
@@ -52,7 +54,7 @@ def draw_spectral(path: Path, title: str, records: Sequence[Mapping[str, Any]]) 
     if not shown:
         words = "No measure is defined: fewer than three blocks in a block row or column."
         figure.text(0.5, 0.5, words, ha="center")
-        figure.savefig(path)
+        save_figure(figure, path)
         return
     colours = colormaps["viridis"].resampled(max(2, len(names)))
     for axes, measure in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
@@ -69,4 +71,4 @@ def draw_spectral(path: Path, title: str, records: Sequence[Mapping[str, Any]]) 
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
     else:
         figure.supxlabel(f"{len(names)} layers, the first ones dark and the last ones bright", fontsize=10)
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -6,6 +6,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import sparsekern as sk
+from sparsekern.cli.inspect import in_parts
 from sparsekern.cli.main import application
 from tests.nn.test_block_sparse import layer
 
@@ -74,3 +75,37 @@ def test_an_error_is_one_line_and_no_traceback(tmp_path, make, message):
     result = invoke(tmp_path / "the file", "--json")
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_names_are_shown_as_they_are_and_never_obeyed(tmp_path):
+    names = ["[/nope]", "[red]weight", "a\x1b[2Jb", "b\x1b]52;c;aGk=\x07"]
+    torch.save({name: torch.zeros(2) for name in names}, tmp_path / "m.pt")
+    result = invoke(tmp_path / "m.pt")
+    assert result.exit_code == 0 and "\x1b" not in result.stdout and "\x07" not in result.stdout
+    for shown in ("[/nope]", "[red]weight", r"a\x1b[2Jb", r"b\x1b]52;c;aGk=\x07"):
+        assert shown in result.stdout
+    assert {row["name"] for row in json.loads(invoke(tmp_path / "m.pt", "--json").stdout)["tensors"]} == set(names)
+
+
+@pytest.mark.parametrize("width", [80, 72, 30])
+def test_names_are_broken_at_their_dots_alone(tmp_path, width):
+    torch.save({"encoder.layers.11.self_attention.output.bias": torch.zeros(1024, 1024)}, tmp_path / "m.pt")
+    text = CliRunner().invoke(application(), ["inspect", str(tmp_path / "m.pt")], env={"COLUMNS": str(width)}).stdout
+    lines = [line.split("  ")[0].strip() for line in text.split("\n")]
+    parts = [line for line in lines if line and not line.startswith(("tensor", "\u2500", "0 weights", str(tmp_path)))]
+    assert "".join(parts) == "encoder.layers.11.self_attention.output.bias"
+    assert all(part.endswith(".") for part in parts[:-1]) and "self_attention." in "\n".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "lines"),
+    [
+        ("hidden1.bias", 20, ["hidden1.bias"]),
+        ("hidden1.bias", 11, ["hidden1.", "bias"]),
+        ("a.b.c.d", 4, ["a.b.", "c.d"]),
+        ("averylongname.b", 4, ["averylongname.", "b"]),
+        ("", 4, [""]),
+    ],
+)
+def test_lines_of_a_name(name, width, lines):
+    assert in_parts(name, width).split("\n") == lines

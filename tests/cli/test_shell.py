@@ -8,7 +8,16 @@ import typer
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
-from sparsekern.cli.shell import INTERRUPTED, USAGE_ERROR, CtrlC, check_one_process, error_console, explained
+from sparsekern.cli.shell import (
+    INTERRUPTED,
+    USAGE_ERROR,
+    CtrlC,
+    PlainConsole,
+    check_one_process,
+    error_console,
+    explained,
+    say,
+)
 from sparsekern.recipes import Interrupted
 
 
@@ -86,3 +95,23 @@ def test_under_a_launcher_of_many_processes_the_first_rank_says_why_and_nothing_
 def test_one_process_of_a_launcher_may_train(monkeypatch, ranks):
     monkeypatch.setenv("WORLD_SIZE", ranks)
     check_one_process()
+
+
+def test_foreign_text_is_printed_and_not_obeyed(capsys):
+    from rich.table import Table
+
+    name = "[red]a[/nope]\x1b[2J :smile:"
+    shown = r"[red]a[/nope]\x1b[2J :smile:"
+    say(name)
+    table = Table(name, title=name)
+    table.add_row(name)
+    PlainConsole(width=90).print(table)
+    error_console().print(name)
+    written = capsys.readouterr()
+    assert written.out.count(shown) == 4 and written.err == f"{shown}\n"
+
+
+@pytest.mark.parametrize("command", ["inspect \x1b[2J", "train --data \x1b[2J", "train --\x1b[2J", "\x1b[2J"])
+def test_no_error_carries_an_escape_sequence(capfd, command):
+    result = CliRunner().invoke(application(), command.split())
+    assert result.exit_code == 2 and "\x1b" not in result.output and r"\x1b[2" in result.output
