@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.nn.init import draw_bias, draw_values
+from sparsekern.nn.init import check_scale, draw_bias, draw_values
 from sparsekern.nn.loading import LAYER_VERSION, adapt, describe
 from sparsekern.nn.weight import WeightInfo
 from sparsekern.ops import Probe
@@ -47,11 +47,11 @@ class BlockSparse(nn.Module):
     Args:
         grid: cuts the weight into blocks.
         topology: places of the blocks, or None to draw them.
-        tie_taps, blocks, capacity, init, seed, name, device, dtype: as in :class:`SparseConv2d`.
+        tie_taps, blocks, capacity, init, init_scale, seed, name, device, dtype: as in :class:`SparseConv2d`.
 
     Raises:
         TypeError: values of a dtype that cannot train.
-        ValueError: an unknown ``init``, or a topology that is not one.
+        ValueError: an unknown ``init``, an ``init_scale`` out of range, or a topology that is not one.
     """
 
     _version = LAYER_VERSION
@@ -76,6 +76,7 @@ class BlockSparse(nn.Module):
         blocks: int,
         capacity: int | None,
         init: str,
+        init_scale: float,
         seed: int | None,
         name: str,
         device: torch.device | str | None,
@@ -84,11 +85,13 @@ class BlockSparse(nn.Module):
         super().__init__()
         if topology is None and init not in INITS:
             raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
+        check_scale(init_scale)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; it must be a real floating point type, such as torch.float32")
         self.grid = grid
         self.tie_taps = tie_taps
         self.init = init if topology is None else "given"
+        self.init_scale = init_scale
         # As in torch, construction may read the global generator; afterwards nothing does.
         self.seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
         self.name = name
@@ -219,10 +222,10 @@ class BlockSparse(nn.Module):
         topology = self._places()
         with torch.no_grad():
             generator = generator_for(self.seed, self.name, "values")
-            self.values.copy_(draw_values(topology, self.values.dtype, generator))
+            self.values.copy_(draw_values(topology, self.values.dtype, generator, self.init_scale))
             if self.bias is not None:
                 generator = generator_for(self.seed, self.name, "bias")
-                self.bias.copy_(draw_bias(topology, self.bias.dtype, generator))
+                self.bias.copy_(draw_bias(topology, self.bias.dtype, generator, self.init_scale))
         self.refresh_()
 
     def refresh_(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sparsekern.topology import Topology
+from sparsekern.topology.arguments import check_number
 
 
 def fan_in(topology: Topology) -> Tensor:
@@ -16,31 +19,40 @@ def fan_in(topology: Topology) -> Tensor:
     return torch.zeros(grid.rows, dtype=torch.int64, device=row.device).index_add_(0, row, inputs)
 
 
-def draw_values(topology: Topology, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Draw ``values (Z, bo, bi)`` on the CPU, uniform in ``+-1 / sqrt(fan_in)`` with the *actual* fan-in.
+def check_scale(scale: float) -> None:
+    """Raise ValueError unless an ``init_scale`` is a finite number above 0; TypeError if it is no number."""
+    rule = "a number above 0 that multiplies initial values: 1 for PyTorch's rule"
+    check_number("init_scale", scale, rule)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"init_scale is {scale}; it must be {rule}")
 
-    That is the rule of :class:`torch.nn.Linear` and :class:`torch.nn.Conv2d`; with all blocks present it is the same
-    distribution. Free slots and phantom elements are zero.
+
+def draw_values(topology: Topology, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """Draw ``values (Z, bo, bi)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)`` with the *actual* fan-in.
+
+    At a scale of 1 that is the rule of :class:`torch.nn.Linear` and :class:`torch.nn.Conv2d`, of variance
+    ``1 / (3 fan_in)``; with all blocks present it is the same distribution. Free slots and phantom elements are zero.
 
     Args:
         topology: on the CPU.
         dtype: of the result; drawn in float32 (float64 for float64).
         generator: a CPU generator.
+        scale: multiplies the bound.
     """
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     values = torch.empty(topology.slots, *topology.grid.block, dtype=drawn, device="cpu")
     values.uniform_(-1, 1, generator=generator)
-    bound = fan_in(topology).clamp(min=1).to(drawn).rsqrt()
+    bound = fan_in(topology).clamp(min=1).to(drawn).rsqrt() * scale
     values *= bound[topology.row.clamp(min=0).long()].view(-1, 1, 1)
     real = topology.real()
     return (values if real is None else values.masked_fill_(~real, 0)).to(dtype)
 
 
-def draw_bias(topology: Topology, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Draw ``(out_features,)`` on the CPU, uniform in ``+-1 / sqrt(fan_in)`` of each output."""
+def draw_bias(topology: Topology, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """Draw ``(out_features,)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)`` of each output."""
     grid = topology.grid
     real_rows = grid.real_rows(torch.arange(grid.rows, device="cpu"))  # the last of each group may have fewer
-    bound = fan_in(topology).clamp(min=1).double().rsqrt().repeat_interleave(real_rows)
+    bound = fan_in(topology).clamp(min=1).double().rsqrt().repeat_interleave(real_rows) * scale
     drawn = torch.empty(grid.out_features, dtype=torch.float64, device="cpu")
     drawn.uniform_(-1, 1, generator=generator)
     return (drawn * bound).to(dtype)

@@ -30,6 +30,7 @@ class SparseLinear(BlockSparse):
         blocks: number of blocks, instead of ``sparsity``.
         capacity: number of slots, at least ``blocks``; the rest are free, for methods whose layers grow.
         init: ``"balanced"`` (all block rows alike, all block columns alike) or ``"random"``.
+        init_scale: times the initial values and biases, which are uniform in ``+-1 / sqrt(fan_in)``, as in PyTorch.
         topology: places of the blocks, instead of a drawn one; see :mod:`sparsekern.topology`.
         seed: with ``name`` it decides topology and values. Default: drawn from torch's global generator.
         name: the layer's name in the model, so that layers of one seed differ.
@@ -60,6 +61,7 @@ class SparseLinear(BlockSparse):
         blocks: int | None = None,
         capacity: int | None = None,
         init: str = "balanced",
+        init_scale: float = 1.0,
         topology: Topology | None = None,
         seed: int | None = None,
         name: str = "",
@@ -86,6 +88,7 @@ class SparseLinear(BlockSparse):
             blocks=blocks,
             capacity=capacity,
             init=init,
+            init_scale=init_scale,
             seed=seed,
             name=name,
             device=device,

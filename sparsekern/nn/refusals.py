@@ -8,14 +8,19 @@ STEM_CHANNELS = 3
 """A convolution of so few input channels is a network's stem: little work, and no block of channels to leave out."""
 
 
-def left_dense(module: nn.Module) -> str | None:
-    """Return why blocks would be no use in the layer ``module``, which then stays dense without an error; or None."""
+def left_dense(module: nn.Module, stem_width: int | None = None) -> str | None:
+    """Return why blocks would be no use in the layer ``module``, which then stays dense without an error; or None.
+
+    Args:
+        module: a layer.
+        stem_width: block columns that a stem's input channels must fill to be made sparse; None: none is.
+    """
     if not isinstance(module, nn.Conv2d):
         return None
     if module.groups > 1 and module.in_channels == module.groups:
         return "depthwise"
     if 0 < module.in_channels <= STEM_CHANNELS:  # a lazy one does not know yet
-        return "stem"
+        return "stem" if stem_width is None or stem_width > module.in_channels else None
     return None
 
 

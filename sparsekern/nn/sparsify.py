@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import nn
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.conv2d import SparseConv2d, conv_arguments, layer_grid
 from sparsekern.nn.densify import sparse_layers
+from sparsekern.nn.init import check_scale
 from sparsekern.nn.linear import SparseLinear, linear_grid
 from sparsekern.nn.refusals import left_dense, refusal
 from sparsekern.nn.select import Selector, check_model, flatten, matches, select
 from sparsekern.nn.swap import swap_
-from sparsekern.topology import Grid, allocate
+from sparsekern.topology import Grid, allocate, block_pair
+from sparsekern.topology.arguments import check_number
 
 logger = logging.getLogger("sparsekern")
 
@@ -34,13 +37,16 @@ def sparsify_(
     ignore: Selector = (),
     distribution: str = "uniform",
     init: str = "balanced",
+    init_scale: float = 1.0,
+    capacity: float | Mapping[str, float] = 1.0,
+    stems: bool = False,
     seed: int = 0,
     tie_taps: bool = False,
 ) -> nn.Module:
     """Replace the linear layers and convolutions of a model by sparse ones, in place; build the optimizer afterwards.
 
     :class:`SparseLinear` and :class:`SparseConv2d` take their places. Depthwise convolutions, and stems of three input
-    channels or fewer, stay dense whatever ``targets`` says: blocks of channels are no use there.
+    channels or fewer, stay dense whatever ``targets`` says: blocks of channels are no use there (but see ``stems``).
 
     With ``init="balanced"`` or ``"random"`` places *and values* are drawn anew, as for training from scratch. To start
     from trained weights use ``init="norm"``: it keeps the blocks of largest norm, with their values.
@@ -56,9 +62,15 @@ def sparsify_(
             than its channels.
         targets: which layers.
         ignore: which of them to leave dense.
-        distribution: how the blocks are shared out: ``"uniform"``, ``"er"`` or ``"erk"``;
+        distribution: how the blocks are shared out: ``"uniform"``, ``"er"``, ``"er-matrix"`` or ``"erk"``;
             :func:`sparsekern.topology.allocate`.
         init: ``"balanced"``, ``"random"`` or ``"norm"``.
+        init_scale: times the initial values, whose variance at 1 is ``1 / (3 fan_in)``, as in PyTorch; ``3 ** 0.5``
+            makes it ``1 / fan_in``. Not with ``init="norm"``.
+        capacity: slots of a layer for each of its blocks, 1 or more: the rest are free, for methods whose layers
+            compete for blocks (``scope="global"``), and take memory like blocks. Or ``{selector: capacity}`` with
+            string selectors, where the first match counts and other layers have no free slot.
+        stems: make stems sparse too, in blocks of no more columns than they have input channels: 1x1 in most.
         seed: with the layer's name it decides topology and values, so that all ranks agree.
         tie_taps: in convolutions a block of channels is stored in all taps or in none; the number of blocks is
             rounded to that.
@@ -80,17 +92,26 @@ def sparsify_(
     check_model(model)
     if init not in ("balanced", "random", "norm"):
         raise ValueError(f"init is {init!r}; it must be one of balanced, random, norm")
-    layers = choose_layers(model, targets, ignore)
+    check_scale(init_scale)
+    if init == "norm" and init_scale != 1:
+        raise ValueError(f"init_scale is {init_scale}, but init='norm' keeps the values there are; leave one out")
+    stem_width = block_pair(block_size)[1] if stems and block_size is not None else None
+    layers = choose_layers(model, targets, ignore, stem_width)
     counts = _counts(model, layers, sparsity, block_size, distribution)
+    factors = _factors(model, layers, capacity)
     for name, (grid, blocks) in counts.items():
-        if tie_taps:
-            blocks = grid.taps * min(max(1, round(blocks / grid.taps)), grid.cells // grid.taps)
-        swap_(model, name, _sparse_twin(layers[name], grid, blocks, init, seed, name, tie_taps))
-        logger.info("%s: %d of %d blocks", name, blocks, grid.cells)
+        unit = grid.taps if tie_taps else 1  # blocks that are stored together
+        parts = min(max(1, round(blocks / unit)), grid.cells // unit)
+        room = min(math.ceil(parts * factors[name] - 1e-9), grid.cells // unit)
+        options = {"blocks": parts * unit, "capacity": room * unit, "seed": seed, "name": name}
+        swap_(model, name, _sparse_twin(layers[name], grid, init, init_scale, tie_taps, options))
+        logger.info("%s: %d of %d blocks", name, parts * unit, grid.cells)
     return model
 
 
-def choose_layers(model: nn.Module, targets: Selector, ignore: Selector) -> dict[str, nn.Linear | nn.Conv2d]:
+def choose_layers(
+    model: nn.Module, targets: Selector, ignore: Selector, stem_width: int | None = None
+) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that :func:`sparsify_` would replace, by name; it says what raises ValueError."""
     if isinstance(model, (nn.Linear, nn.Conv2d)):
         kind = "Linear" if isinstance(model, nn.Linear) else "Conv2d"
@@ -104,7 +125,7 @@ def choose_layers(model: nn.Module, targets: Selector, ignore: Selector) -> dict
             kinds = ", ".join(sorted({type(m).__name__ for m in found.values()}))
             raise ValueError(f"targets: {single!r} matches only {kinds}; it must match an nn.Linear or nn.Conv2d")
         for name, module in dense.items():
-            if (why := left_dense(module)) is not None:
+            if (why := left_dense(module, stem_width)) is not None:
                 logger.info("%s: stays dense (%s)", name, why)
             elif name not in ignored:
                 layers[name] = module
@@ -143,6 +164,23 @@ def _counts(
     return {name: counts[name] for name in layers}
 
 
+def _factors(
+    model: nn.Module, layers: dict[str, nn.Linear | nn.Conv2d], capacity: float | Mapping[str, float]
+) -> dict[str, float]:
+    """Return how many slots each layer gets for each of its blocks."""
+    by_pattern = capacity if isinstance(capacity, Mapping) else {"*": capacity}
+    rule = "a number of slots for each block, 1 or more, or {selector: number}"
+    for pattern, factor in by_pattern.items():
+        check_number("capacity", factor, rule)
+        if not (math.isfinite(factor) and factor >= 1):
+            raise ValueError(f"capacity is {factor}; it must be {rule}")
+        select(model, pattern, "capacity")  # names the nearest names when nothing matches
+    return {
+        name: next((factor for pattern, factor in by_pattern.items() if matches(pattern, layer, name)), 1.0)
+        for name, layer in layers.items()
+    }
+
+
 def grid_of(layer: nn.Linear | nn.Conv2d, block_size: int | tuple[int, int] | None) -> Grid:
     """Return the grid of a dense layer's sparse twin; without a block size, that of the device's default."""
     if isinstance(layer, nn.Linear):
@@ -152,12 +190,13 @@ def grid_of(layer: nn.Linear | nn.Conv2d, block_size: int | tuple[int, int] | No
 
 
 def _sparse_twin(
-    layer: nn.Linear | nn.Conv2d, grid: Grid, blocks: int, init: str, seed: int, name: str, tie_taps: bool
+    layer: nn.Linear | nn.Conv2d, grid: Grid, init: str, init_scale: float, tie_taps: bool, options: dict[str, Any]
 ) -> BlockSparse:
     if init == "norm" and layer.weight.is_meta:
-        raise ValueError(f"{name!r} is on the meta device and has no weight; init='norm' needs one")
-    options: dict[str, Any] = {"block_size": grid.block, "blocks": blocks, "seed": seed, "name": name}
-    placed: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype, "init": init}
+        raise ValueError(f"{options['name']!r} is on the meta device and has no weight; init='norm' needs one")
+    options["block_size"] = grid.block
+    placed: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    placed |= {"init": init, "init_scale": init_scale}
     new: BlockSparse
     if isinstance(layer, nn.Linear):
         if init == "norm":

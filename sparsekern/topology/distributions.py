@@ -8,16 +8,20 @@ from collections.abc import Sequence
 from sparsekern.topology.arguments import check_number
 from sparsekern.topology.grid import Grid
 
-DISTRIBUTIONS = ("uniform", "er", "erk")
+DISTRIBUTIONS = ("uniform", "er", "er-matrix", "erk")
 
 
 def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "uniform") -> list[int]:
     """Return the number of blocks of each layer, of whose ``grids`` together ``round((1 - sparsity) * cells)``.
 
-    ``uniform`` gives all layers the same density. ``er`` (Erdos-Renyi; Mocanu et al. 2018) gives a layer blocks in
-    proportion to ``R + C``, a convolution in each tap. ``erk`` (Evci et al. 2020, section 3) is the same for linear
-    layers; a convolution gets them in proportion to ``R + CB + (kh + kw) / sqrt(bo * bi)``, its kernel counted in the
-    unit of the rest: elements at 1x1, as in the paper.
+    ``uniform`` gives all layers the same density. The others are the same for linear layers, which get blocks in
+    proportion to ``R + C`` (Erdos-Renyi; Mocanu et al. 2018), and differ for convolutions of ``taps = kh * kw``:
+
+    * ``er`` (Evci et al. 2020, section 3): ``taps * (R + CB)``, for each tap as for a linear layer.
+    * ``er-matrix`` (the code of Heddes et al. 2024): ``R + taps * CB``, as for the matrix ``Cout x (taps * Cin)``.
+    * ``erk`` (Evci et al. 2020, section 3): ``R + CB + (kh + kw) / sqrt(bo * bi)``, the kernel counted in the unit of
+      the rest: elements at 1x1, as in the paper.
+
     What a layer cannot hold goes to the others in the same proportion. Every layer keeps at least one block.
 
     Raises:
@@ -41,7 +45,9 @@ def share(grid: Grid, distribution: str) -> float:
     """Return the number that a layer's blocks are in proportion to; see :func:`allocate`."""
     if distribution == "uniform":
         return float(grid.cells)
-    if distribution == "er" or grid.kernel is None:
+    if distribution == "er-matrix" or grid.kernel is None:
+        return float(grid.rows + grid.cols)
+    if distribution == "er":
         return float((grid.rows + grid.tap_cols) * grid.taps)
     return grid.rows + grid.tap_cols + sum(grid.kernel) / math.sqrt(grid.block[0] * grid.block[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -20,6 +21,8 @@ from sparsekern.training.distributed import as_on_first_rank
 from sparsekern.training.followers import Move, to_places
 from sparsekern.training.growth import Offer, share_out
 from sparsekern.training.scores import highest, is_finite, lowest, norms_of, part_of
+
+_log = logging.getLogger("sparsekern")
 
 
 class GradientMethod(Method):
@@ -64,6 +67,8 @@ class GradientMethod(Method):
                 )
         if score_tokens is not None and score_tokens < 1:
             raise ValueError(f"score_tokens is {score_tokens}; it must be 1 or more, or None for all tokens")
+        if self.scope == "global":
+            self._warn_of_no_room()
         self.score_tokens = score_tokens
         self.process_group = process_group
         self._stage: int | None = None
@@ -75,6 +80,22 @@ class GradientMethod(Method):
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; it only grows
         self._versions: dict[str, tuple[int, int]] = {}  # of the places when candidates were drawn
         self._offers: dict[str, Offer] = {}  # scored candidates
+
+    def _warn_of_no_room(self) -> None:
+        """Warn if layers are to compete for blocks and none could take any.
+
+        No error: the weakest blocks of all layers may be exchanged within each, or there may be one layer only. And no
+        warning of single layers: in a competition that goes on, as after loading, some have won all their slots.
+        """
+        layers = self._trained()
+        if len(layers) > 1 and all(stored_blocks(layer.index) == layer.topology.slots for _, layer in layers):
+            could = [name for name, layer in layers if layer.topology.slots < layer.grid.cells]
+            if could:
+                _log.warning(
+                    "scope is 'global', but no layer has a free slot, so each keeps its number of blocks: %s. For "
+                    "layers that compete, build the model with sparsify_(..., capacity=1.25), or use scope='layer'",
+                    ", ".join(could),
+                )
 
     # What a subclass says.
 

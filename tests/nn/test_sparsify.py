@@ -105,7 +105,7 @@ ERRORS = [
     (dict(sparsity={"*": 0.5, "5": 0.5}), "sparsity: '5' matches no module"),
     (dict(sparsity=0.99), r"sparsity 0.99 leaves 1 of 52 blocks for 3 layer\(s\)"),
     (dict(sparsity={"4": 0.9, "*": 0.5}), r"sparsity 0.9 leaves 0 of 4 blocks for 1 layer\(s\)"),
-    (dict(distribution="ERK"), "distribution is 'ERK'; it must be one of uniform, er, erk"),
+    (dict(distribution="ERK"), "distribution is 'ERK'; it must be one of uniform, er, er-matrix, erk"),
     (dict(block_size=(8, 0)), r"block_size is \(8, 0\)"),
 ]
 
@@ -211,3 +211,82 @@ def test_convolutions_on_the_meta_device():
     assert torch.equal(model[1].row, other[1].row)
     model[1].reset_parameters()
     assert torch.equal(model[1].values, other[1].values)
+
+
+def slots(model: nn.Module) -> dict[str, int]:
+    return {name: layer.topology.slots for name, layer in sk.sparse_layers(model).items()}
+
+
+def test_capacity_is_a_factor_of_the_blocks_and_never_more_than_the_grid():
+    """Blocks are 4, 8 and 1 of 16, 32 and 4; a factor of 1.25 is rounded up, and one of 5 fills every grid."""
+    assert slots(sk.sparsify_(mlp(), 0.75, 8, capacity=1.25)) == {"0": 5, "2": 10, "4": 2}
+    assert slots(sk.sparsify_(mlp(), 0.75, 8, capacity=5)) == {"0": 16, "2": 32, "4": 4}
+    model = sk.sparsify_(mlp(), 0.75, 8, capacity={"2": 2, "re:[02]": 1.5})
+    assert slots(model) == {"0": 6, "2": 16, "4": 1} and blocks(model) == {"0": 4, "2": 8, "4": 1}
+
+
+def test_free_slots_change_no_value():
+    x = torch.randn(5, 16)
+    plain, roomy = sk.sparsify_(mlp(), 0.5, 8), sk.sparsify_(mlp(), 0.5, 8, capacity=1.5)
+    for name, layer in sk.sparse_layers(plain).items():
+        assert torch.equal(layer.topology.sorted_keys(), roomy.get_submodule(name).topology.sorted_keys())
+    roomy.load_state_dict(plain.state_dict())
+    assert torch.equal(plain(x), roomy(x)) and slots(roomy) == {"0": 12, "2": 24, "4": 3}
+
+
+def test_capacity_with_tied_taps_and_from_trained_weights():
+    conv = nn.Sequential(nn.Conv2d(16, 16, 3))
+    layer = sk.sparsify_(conv, 0.5, 8, tie_taps=True, capacity=1.3)[0]
+    assert (layer.topology.blocks(), layer.topology.slots) == (18, 27), "three of the four channel blocks, in nine taps"
+    layer = sk.sparsify_(mlp(), 0.5, 8, init="norm", capacity=1.5)[0]
+    assert (layer.topology.blocks(), layer.topology.slots) == (8, 12)
+
+
+def test_init_scale_multiplies_values_and_biases():
+    plain, scaled = sk.sparsify_(mlp(), 0.5, 8), sk.sparsify_(mlp(), 0.5, 8, init_scale=3**0.5)
+    for name in ("0", "2", "4"):
+        a, b = plain.get_submodule(name), scaled.get_submodule(name)
+        assert torch.allclose(a.values * 3**0.5, b.values, rtol=1e-6) and b.values.abs().max() > 0
+        assert a.bias is None or torch.allclose(a.bias * 3**0.5, b.bias, rtol=1e-6)
+    wide = sk.sparsify_(nn.Sequential(nn.Linear(1024, 1024)), 0.9, 1, init_scale=3**0.5)[0]
+    fan_in = torch.bincount(wide.row, minlength=1024)[wide.row.long()]
+    assert abs(float((wide.values.detach().flatten().square() * fan_in).mean()) - 1) < 0.01, "variance 1 / fan_in"
+    wide.reset_parameters()
+    assert abs(float((wide.values.detach().flatten().square() * fan_in).mean()) - 1) < 0.01, "and again"
+
+
+def test_stems_are_sparse_where_blocks_are_no_wider_than_their_channels():
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, groups=16))
+
+    assert list(blocks(sk.sparsify_(network(), 0.5, 1))) == ["1"]
+    assert list(blocks(sk.sparsify_(network(), 0.5, 1, stems=True))) == ["0", "1"]
+    assert list(blocks(sk.sparsify_(network(), 0.5, (16, 3), stems=True))) == ["0", "1"]
+    assert list(blocks(sk.sparsify_(network(), 0.5, 4, stems=True))) == ["1"], "a block would be mostly padding"
+    assert list(blocks(sk.sparsify_(network(), 0.5, stems=True))) == ["1"], "the default is 16 or more"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity": 0.5}, "capacity is 0.5; it must be a number of slots for each block, 1 or more"),
+        ({"capacity": float("nan")}, "capacity is nan"),
+        ({"capacity": float("inf")}, "capacity is inf"),
+        ({"capacity": {"0": 0}}, "capacity is 0;"),
+        ({"capacity": {"fc": 2}}, "capacity: 'fc' matches no module"),
+        ({"init_scale": 0}, "init_scale is 0; it must be a number above 0"),
+        ({"init_scale": float("inf")}, "init_scale is inf"),
+        ({"init": "norm", "init_scale": 2}, "init_scale is 2, but init='norm'"),
+    ],
+)
+def test_room_and_scale_out_of_range_change_nothing(options, message):
+    model = mlp()
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        sk.sparsify_(model, 0.5, 8, **options)
+    assert not sk.sparse_layers(model)
+
+
+@pytest.mark.parametrize("options", [{"capacity": "2"}, {"init_scale": "2"}])
+def test_room_and_scale_that_are_no_numbers(options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} is '2'; it must be a number"):
+        sk.sparsify_(mlp(), 0.5, 8, **options)

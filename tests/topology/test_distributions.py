@@ -66,6 +66,24 @@ def test_erk_is_er_for_linear_layers() -> None:
     assert allocate(grids, 0.9, "erk") == allocate(grids, 0.9, "er")
 
 
+def test_er_of_the_unfolded_matrix_by_hand() -> None:
+    """Matrices of 8 x 36 and 8 x 8 elements at 0.75: 88 of 352 in proportion to 8 + 36 and 8 + 8.
+
+    ``er`` counts the first one's nine taps of 4 channels: 9 * (8 + 4) = 108 to 16.
+    """
+    grids = [conv_grid(4, 8, (3, 3), (1, 1), 1), cells(8, 8)]
+
+    assert allocate(grids, 0.75, "er-matrix") == [65, 23]  # 64.53 and 23.47: the larger remainder first
+    assert allocate(grids, 0.75, "er") == [77, 11]  # 76.6 and 11.4
+    assert share(conv_grid(4, 8, (3, 3), (2, 4), 2), "er-matrix") == 4 + 9
+
+
+def test_the_matrix_of_a_linear_layer_is_the_layer() -> None:
+    grids = [cells(20, 20), cells(10, 40), cells(3, 3)]
+
+    assert allocate(grids, 0.9, "er-matrix") == allocate(grids, 0.9, "er")
+
+
 def test_uniform_is_the_default() -> None:
     grids = [cells(20, 20), cells(10, 40), cells(3, 3)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -105,3 +107,47 @@ def test_a_default_device_plays_no_part():
         found = share_out(layers, STRENGTHS, OFFERS, 4)
     for name in layers:
         assert all(torch.equal(a, b) for a, b in zip(found[name], wanted[name], strict=True))
+
+
+def three_layers(capacity: float) -> nn.Module:
+    """30 - 60 - 40 - 10 at 80 %: Erdos-Renyi gives the three layers 345, 383 and 192 elements."""
+    model = nn.Sequential(nn.Linear(30, 60), nn.ReLU(), nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 10))
+    return sk.sparsify_(model, 0.8, 1, distribution="er-matrix", capacity=capacity)
+
+
+def counts(model: nn.Module) -> list[int]:
+    return [layer.topology.blocks() for layer in sk.sparse_layers(model).values()]
+
+
+@pytest.mark.parametrize(("capacity", "moves"), [(1.0, False), (1.25, True)])
+def test_layers_need_free_slots_to_compete_and_a_warning_says_so(capacity, moves, caplog):
+    model = three_layers(capacity)
+    assert counts(model) == [345, 383, 192]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING):
+        method = sk.GSE(model, optimizer, update_every=1, scope="global", stop=20)
+    said = "scope is 'global', but no layer has a free slot, so each keeps its number of blocks: 0, 2, 4. For layers"
+    assert [said in record.message for record in caplog.records if record.levelname == "WARNING"] == (
+        [] if moves else [True]
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        x = torch.randn(64, 30, generator=generator)
+        nn.functional.cross_entropy(model(x), x[:, :10].argmax(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.step()
+    assert method.updates > 5 and sum(counts(model)) == 920 and (counts(model) != [345, 383, 192]) == moves
+
+
+@pytest.mark.parametrize("case", ["one layer", "full grids", "room in one", "scope"])
+def test_no_warning_where_layers_compete_or_cannot(case, caplog):
+    model = three_layers({"one layer": 1, "full grids": 1, "room in one": {"2": 1.1}, "scope": 1}[case])
+    if case == "one layer":
+        model = model[:1]
+    if case == "full grids":
+        model = sk.sparsify_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0, 1)
+    scope = "layer" if case == "scope" else "global"
+    with caplog.at_level(logging.WARNING):
+        sk.GSE(model, torch.optim.SGD(model.parameters(), lr=0.1), scope=scope)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
