@@ -15,6 +15,7 @@ from sparsekern.recipes.cost import training_cost
 from sparsekern.recipes.data import Dataset, load
 from sparsekern.recipes.folder import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json
 from sparsekern.recipes.lock import locked
+from sparsekern.recipes.picture import draw_or_warn
 from sparsekern.recipes.run import Interrupted, Observer, check, resume, start
 from sparsekern.recipes.scores import score_rows
 from sparsekern.report.comparison import draw_comparison, markdown
@@ -213,7 +214,8 @@ def _train(
         finished.append(name)
         content = _write_table(plan, folder, finished)
     if finished:
-        draw_comparison(folder / PICTURE, f"{content['data']['name']}, {plan.base.network_title}", content["rows"])
+        title = f"{content['data']['name']}, {plan.base.network_title}"
+        draw_or_warn(folder / PICTURE, lambda path: draw_comparison(path, title, content["rows"]))
     if failed:
         raise ValueError(f"{len(failed)} of {len(cells)} runs failed (the others are in {folder}). {'; '.join(failed)}")
     return content

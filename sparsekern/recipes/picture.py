@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsekern.recipes.config import Config
 from sparsekern.report.plots import BlockMap, Curves, draw_training
 from sparsekern.report.spectral import draw_spectral
+
+logger = logging.getLogger("sparsekern")
+
+
+def draw_or_warn(path: Path, draw: Callable[[Path], object]) -> None:
+    """Draw a picture of results that are written already: what goes wrong is told, and ends nothing."""
+    try:
+        draw(path)
+    except Exception as error:  # whatever it is, the training is done
+        logger.warning("%s is not drawn (%s: %s); the results are complete", path, type(error).__name__, error)
 
 
 def draw_summary(

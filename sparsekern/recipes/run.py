@@ -37,7 +37,7 @@ from sparsekern.recipes.history import History
 from sparsekern.recipes.keeping import Clock, Keeping, best_step
 from sparsekern.recipes.learner import Learner
 from sparsekern.recipes.lock import locked
-from sparsekern.recipes.picture import draw_graphs, draw_summary
+from sparsekern.recipes.picture import draw_graphs, draw_or_warn, draw_summary
 from sparsekern.recipes.results import summarise
 
 RESUMED = 3
@@ -103,7 +103,7 @@ def resume(folder: Path, observer: Observer, **keeping: Any) -> dict[str, Any]:
     config, described = read_config(folder)
     kept = replace(read_keeping(folder), **keeping)
     if (folder / RESULTS).is_file():
-        return read_results(folder)
+        return _finished(config, folder)
     if (version := read_json(folder / CONFIG)["format_version"]) < RESUMED:
         raise ValueError(
             f"{folder} has format version {version}, of which this code reads unfinished runs but cannot go on with "
@@ -115,7 +115,7 @@ def resume(folder: Path, observer: Observer, **keeping: Any) -> dict[str, Any]:
     check(config, data)
     with locked(folder):
         if (folder / RESULTS).is_file():  # whoever held the lock before has finished
-            return read_results(folder)
+            return _finished(config, folder)
         return _train(config, data, folder, observer, kept)
 
 
@@ -148,11 +148,32 @@ def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keep
         "environment": environment(config),
         **summarise(rows, finished[0]["sizes"]),
     }
-    if config.sparse:
-        draw_summary(folder / PICTURE, results, rows, finished[0]["map"])
-        draw_graphs(folder / SPECTRAL, results, rows)
-    write_json(folder / RESULTS, results)  # last: it says that the run is finished
+    write_json(folder / RESULTS, results)  # it says that the run is finished
+    _draw(config, folder, results, rows, finished[0]["map"])
     return read_results(folder)
+
+
+def _draw(
+    config: Config, folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], block_map: dict[str, Any] | None
+) -> None:
+    """Draw the pictures of a finished run that are not there."""
+    if not config.sparse or block_map is None:
+        return
+    if not (folder / PICTURE).exists():
+        draw_or_warn(folder / PICTURE, lambda path: draw_summary(path, results, rows, block_map))
+    if not (folder / SPECTRAL).exists():
+        draw_or_warn(folder / SPECTRAL, lambda path: draw_graphs(path, results, rows))
+
+
+def _finished(config: Config, folder: Path) -> dict[str, Any]:
+    """Return the results of a finished run, and draw its pictures if it was killed before they were."""
+    results = read_results(folder)
+    if config.sparse and not (folder / PICTURE).exists():
+        saved = [checkpoint.restore(checkpoint.seed_folder(folder, seed)) for seed in range(config.seeds)]
+        states = [found[1] for found in saved if found is not None and found[1]["finished"]]
+        if len(states) == config.seeds:
+            _draw(config, folder, results, [row for state in states for row in state["rows"]], states[0]["map"])
+    return results
 
 
 class _Seed:

@@ -375,3 +375,39 @@ def test_the_environment_names_the_kernels_of_convolutions(monkeypatch):
     for recipe in ("mlp", "resnet20", "simplevit-tiny"):
         environment(Config(recipe=recipe).resolved(100, 3))
     assert asked == ["linear", "conv2d", "linear"]
+
+
+def test_what_goes_wrong_with_a_picture_ends_no_training_and_resuming_draws_it(tmp_path, monkeypatch, caplog):
+    def broken(path, results, rows, block_map):
+        assert (tmp_path / "results.json").is_file(), "the results come first"
+        raise RuntimeError("a formula")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsekern.recipes.run.draw_summary", broken)
+        results = start(CONFIG, tmp_path, Observer())
+    assert "summary.png is not drawn (RuntimeError: a formula); the results are complete" in caplog.text
+    assert not (tmp_path / "summary.png").exists()
+    drawn = []
+    monkeypatch.setattr("sparsekern.recipes.run.draw_summary", lambda path, *what: drawn.append((path, *what)))
+    assert resume(tmp_path, Observer()) == results
+    ((path, read, rows, block_map),) = drawn
+    assert path == tmp_path / "summary.png" and read == results and rows == rows_of(tmp_path, timed=True)
+    assert block_map["layer"] == "hidden1"
+    shutil.rmtree(
+        tmp_path / "checkpoints"
+    )  # of what is gone no picture can be made, and the results are read all the same
+    assert resume(tmp_path, Observer()) == results and len(drawn) == 1
+
+
+def test_data_whose_name_is_a_broken_formula(tmp_path):
+    generator = numpy.random.default_rng(0)
+    parts = {
+        f"{part}_{what}": generator.integers(0, 256 if what == "images" else 2, (8, 6, 6) if what == "images" else 8)
+        for part in ("train", "test")
+        for what in ("images", "labels")
+    }
+    data = tmp_path / r"$\frac{1}{$ [red]<b>.npz"
+    numpy.savez(data, **{name: value.astype("uint8") for name, value in parts.items()})
+    config = Config(data=str(data), width=16, block_size=8, sparsity=0.5, epochs=1, batch_size=8, seeds=1, device="cpu")
+    start(config, tmp_path / "run", Observer())
+    assert {"results.json", "summary.png"} < {path.name for path in (tmp_path / "run").iterdir()}
