@@ -27,6 +27,7 @@ from sparsekern.topology import (
     to_dense,
     with_capacity,
 )
+from sparsekern.topology.arguments import check_whole
 
 INITS = {"balanced": balanced, "random": random}
 """How an initial topology is drawn, by name."""
@@ -99,7 +100,7 @@ class BlockSparse(nn.Module):
         self._lent: Index | None = None  # see lend_index
         self._lost = False  # a given topology that went through the meta device
         self._blocks = blocks
-        self._capacity = blocks if capacity is None else capacity
+        self._capacity = blocks if capacity is None else check_whole("capacity", capacity)
         if topology is None and device is not None and torch.device(device).type == "meta":
             placed = torch.empty(self._capacity, dtype=torch.int32, device="meta")
             topology = Topology(grid, placed, torch.empty_like(placed))

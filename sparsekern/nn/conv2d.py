@@ -23,6 +23,7 @@ from sparsekern.topology import (
     conv_grid,
     one_tap,
 )
+from sparsekern.topology.arguments import check_whole, whole_pair
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -105,7 +106,7 @@ class SparseConv2d(BlockSparse):
         else:
             if blocks is None:
                 blocks = blocks_of(grid, sparsity, tie_taps)
-            check_count(grid, blocks)
+            blocks = check_count(grid, blocks)
             if tie_taps:
                 check_multiple(grid, blocks)
         super().__init__(
@@ -121,6 +122,7 @@ class SparseConv2d(BlockSparse):
             device=device,
             dtype=dtype,
         )
+        in_channels, out_channels, groups = grid.tap_in * grid.groups, grid.out_features, grid.groups
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = kernel, steps, spacing
         self.padding = padding if isinstance(padding, str) else (around[0], around[2])
@@ -227,10 +229,10 @@ def layer_grid(
     """Return the grid of a convolution; without a block size, that of the device's default."""
     if block_size is not None:
         return conv_grid(in_channels, out_channels, kernel, block_pair(block_size), groups)
-    usual = default_block_size(device)
+    usual, groups = default_block_size(device), check_whole("groups", groups)
     sides = tuple(
-        min(usual, max(16, 1 << (channels // max(1, groups) - 1).bit_length()))
-        for channels in (out_channels, in_channels)
+        min(usual, max(16, 1 << (check_whole(name, channels) // max(1, groups) - 1).bit_length()))
+        for name, channels in (("out_channels", out_channels), ("in_channels", in_channels))
     )
     return conv_grid(in_channels, out_channels, kernel, (sides[0], sides[1]), groups)
 
@@ -255,12 +257,10 @@ def pair(name: str, size: int | tuple[int, int], least: int = 1) -> tuple[int, i
         TypeError: neither.
         ValueError: a number below ``least``.
     """
-    both = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(both) != 2 or not all(isinstance(one, int) and not isinstance(one, bool) for one in both):
-        raise TypeError(f"{name} is {size!r}; it must be an int or a pair of ints")
+    both = whole_pair(name, size)
     if min(both) < least:
         raise ValueError(f"{name} is {size}; it must be {least} or more each way")
-    return both[0], both[1]
+    return both
 
 
 def four_sides(

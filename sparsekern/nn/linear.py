@@ -81,7 +81,7 @@ class SparseLinear(BlockSparse):
             grid = linear_grid(out_features, in_features, block_size, device)
             if blocks is None:
                 (blocks,) = allocate([grid], sparsity)
-            check_count(grid, blocks)
+            blocks = check_count(grid, blocks)
         super().__init__(
             grid,
             topology,
@@ -94,10 +94,9 @@ class SparseLinear(BlockSparse):
             device=device,
             dtype=dtype,
         )
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features, self.out_features = grid.in_features, grid.out_features
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(grid.out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()

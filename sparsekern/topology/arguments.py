@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from numbers import Real
 from typing import Any
 
+import torch
 
-def check_whole(name: str, value: Any) -> None:
-    """Raise TypeError unless ``value``, of the argument ``name``, is a whole number.
 
-    Those of numpy and tensors of one integer are; True is not.
+def check_whole(name: str, value: Any) -> int:
+    """Return ``value``, of the argument ``name``, as Python's int; raise TypeError unless it is a whole number.
+
+    Integers of numpy and tensors of one integer are whole numbers; True is not.
     """
+    if not isinstance(value, bool) and getattr(value, "dtype", None) is not torch.bool:
+        with contextlib.suppress(TypeError, RuntimeError):  # a tensor without data raises RuntimeError
+            return operator.index(value)
+    raise TypeError(f"{name} is {value!r}; it must be a whole number")
+
+
+def whole_pair(name: str, value: Any, rule: str = "an int or a pair of ints") -> tuple[int, int]:
+    """Return ``value``, of the argument ``name``, as two of Python's ints; a single whole number counts for both.
+
+    Raises:
+        TypeError: neither a whole number nor a tuple or list of two; ``rule`` says what it must be.
+    """
+    sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     try:
-        operator.index(value)
-    except TypeError:
-        whole = False
-    else:
-        whole = type(value) is not bool
-    if not whole:
-        raise TypeError(f"{name} is {value!r}; it must be a whole number")
+        first, second = (check_whole(name, side) for side in sides)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it must be {rule}") from None
+    return first, second
 
 
 def check_number(name: str, value: object, rule: str) -> None:

@@ -16,14 +16,19 @@ ROUNDS = 12
 """Rounds of swaps in :func:`balanced`; each offers every block a new partner once."""
 
 
-def check_count(grid: Grid, blocks: int) -> None:
-    """Raise ValueError unless ``blocks`` is between 1 and the number of cells; TypeError if it is no whole number."""
-    check_whole("blocks", blocks)
+def check_count(grid: Grid, blocks: int) -> int:
+    """Return ``blocks`` as Python's int; raise ValueError unless it is between 1 and the number of cells.
+
+    Raises:
+        TypeError: ``blocks`` is no whole number.
+    """
+    blocks = check_whole("blocks", blocks)
     if not 1 <= blocks <= grid.cells:
         raise ValueError(
             f"{blocks} blocks were asked for in a grid of {grid.rows} x {grid.cols} blocks of {grid.block}; "
             f"it must be 1 to {grid.cells}: change the sparsity or the block size"
         )
+    return blocks
 
 
 def random(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsekern.topology.arguments import check_whole
+from sparsekern.topology.arguments import check_whole, whole_pair
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
-            size = getattr(self, name)
-            check_whole(name, size)
+            size = check_whole(name, getattr(self, name))
+            object.__setattr__(self, name, size)  # an int of numpy has no place in an op's schema
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be 1 or more")
+        object.__setattr__(self, "groups", check_whole("groups", self.groups))
+        object.__setattr__(self, "block", tuple(check_whole("block_size", side) for side in self.block))
+        if self.kernel is not None:
+            object.__setattr__(self, "kernel", tuple(check_whole("kernel_size", side) for side in self.kernel))
         if min(self.kernel or (1,)) < 1:
             raise ValueError(f"kernel_size is {self.kernel}; it must be 1 or more each way")
         if self.groups < 1:
@@ -141,9 +145,9 @@ def conv_grid(
     Raises:
         ValueError: as :class:`Grid`, or ``in_channels`` is not a multiple of ``groups``.
     """
-    check_whole("groups", groups)
+    groups = check_whole("groups", groups)
+    in_channels, out_channels = check_whole("in_channels", in_channels), check_whole("out_channels", out_channels)
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        check_whole(name, channels)
         if channels < 1:
             raise ValueError(f"{name} is {channels}; it must be 1 or more")
         if groups >= 1 and channels % groups:
@@ -153,18 +157,9 @@ def conv_grid(
 
 
 def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``(out, in)`` from ``block_size``, an int or a pair; :class:`Grid` checks that they are 1 or more.
+    """Return ``(out, in)`` from ``block_size``, a whole number or a pair; :class:`Grid` checks that they are 1 or more.
 
     Raises:
-        TypeError: neither an int nor a pair of ints.
+        TypeError: neither a whole number nor a pair of them.
     """
-    pair = (
-        (block_size, block_size)
-        if isinstance(block_size, int)
-        else tuple(block_size)
-        if isinstance(block_size, (tuple, list))
-        else (block_size,)
-    )
-    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
-        raise TypeError(f"block_size is {block_size!r}; it must be an int or a pair of ints (out, in)")
-    return pair
+    return whole_pair("block_size", block_size, "an int or a pair of ints (out, in)")
