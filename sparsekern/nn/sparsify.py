@@ -99,13 +99,16 @@ def sparsify_(
     layers = choose_layers(model, targets, ignore, stem_width)
     counts = _counts(model, layers, sparsity, block_size, distribution)
     factors = _factors(model, layers, capacity)
+    twins: dict[str, BlockSparse] = {}  # all are built before any takes its place
     for name, (grid, blocks) in counts.items():
         unit = grid.taps if tie_taps else 1  # blocks that are stored together
         parts = min(max(1, round(blocks / unit)), grid.cells // unit)
         room = min(math.ceil(parts * factors[name] - 1e-9), grid.cells // unit)
         options = {"blocks": parts * unit, "capacity": room * unit, "seed": seed, "name": name}
-        swap_(model, name, _sparse_twin(layers[name], grid, init, init_scale, tie_taps, options))
-        logger.info("%s: %d of %d blocks", name, parts * unit, grid.cells)
+        twins[name] = _sparse_twin(layers[name], grid, init, init_scale, tie_taps, options)
+    for name, twin in twins.items():
+        swap_(model, name, twin)
+        logger.info("%s: %d of %d blocks", name, twin._blocks, twin.grid.cells)
     return model
 
 

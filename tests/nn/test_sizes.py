@@ -47,9 +47,12 @@ def test_convolution(kind):
 def test_sparsify_on_layers_of_numpy_sizes():
     """nn.Linear keeps the numpy integer; a tensor as a size works in nn.Linear too."""
     model = nn.Sequential(
-        nn.Linear(8, 64), nn.Linear(np.array([8, 8]).prod(), 64), nn.Linear(torch.tensor(64), 32), nn.Unflatten(1, (32, 1, 1)),
+        nn.Linear(8, 64),
+        nn.Linear(np.array([8, 8]).prod(), 64),
+        nn.Linear(torch.tensor(64), 32),
+        nn.Unflatten(1, (32, 1, 1)),
         nn.Conv2d(np.int64(32), np.int64(16), (np.int64(1), np.int64(1))),
-    )  # fmt: skip
+    )
     sk.sparsify_(model, 0.5, 8)
     assert len(sk.sparse_layers(model)) == 4
     assert type(model[1].in_features) is type(model[2].in_features) is int

@@ -119,6 +119,18 @@ def test_errors_change_nothing(options, text):
     assert repr(model) == before
 
 
+def test_what_is_found_wrong_in_the_last_layer_has_not_replaced_the_first():
+    """NaN has no order of strength: that is found out only while the sparse layer is built."""
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model[4].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the weight holds NaN"):
+        sk.sparsify_(model, 0.5, 8, init="norm")
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert torch.equal(model[0].weight, before["0.weight"])
+
+
 def test_twice():
     model = sk.sparsify_(mlp(), 0.5, 8, ignore=["0", "4"])
     with pytest.raises(ValueError, match=r"nothing is left to make sparse \(sparse already: 2\)"):
