@@ -1,12 +1,15 @@
-"""States as a checkpoint brings them back."""
+"""States as a checkpoint brings them back, and what a killed writer leaves."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparsekern.nn.atomic_files import _machine
 
 
 def through_a_file(parts: Iterable[Any]) -> list[dict[str, Any]]:
@@ -16,3 +19,8 @@ def through_a_file(parts: Iterable[Any]) -> list[dict[str, Any]]:
     file.seek(0)
     states: list[dict[str, Any]] = torch.load(file, weights_only=True)
     return states
+
+
+def leftover(folder: Path, number: int = 0) -> Path:
+    """Return the path of a private folder that a writer left in a folder when it was killed."""
+    return folder / f".{_machine()}-{number:016x}.unfinished"

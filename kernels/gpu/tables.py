@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -99,15 +100,16 @@ def write(problem: Problem, config: Config) -> None:
     if folder is None:
         return
     path = folder / f"{problem.arch}.json"
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
     with _writing:
         table = _user_table(problem.arch) or {"measured": {}, "configs": {}}
         table["measured"] = tune.circumstances()
         table["configs"][problem.key] = asdict(config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-            aside.replace(path)
+            with tempfile.TemporaryDirectory(dir=folder) as private:  # nothing is there yet: no link is followed
+                unfinished = Path(private, path.name)
+                unfinished.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+                unfinished.replace(path)
         except OSError as error:
             _log.warning("%s is not written: %s. Set SPARSEKERN_CACHE to a folder that can be", path, error)
 

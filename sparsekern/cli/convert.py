@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -93,7 +94,7 @@ def _check(
         raise ValueError(f"target is {target}, whose folder does not exist; make the folder, or choose another name")
     if target.is_dir():
         raise ValueError(f"target is {target}, which is a folder; choose another name")
-    if target.exists() and not force:
+    if os.path.lexists(target) and not force:
         raise ValueError(f"target is {target}, which exists; choose another name, or --force")
 
 

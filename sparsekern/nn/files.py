@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekern.nn.durable import replace
+from sparsekern.nn.atomic_files import replace
 from sparsekern.nn.loading import LAYER_VERSION, STORED, described_grid
 from sparsekern.nn.torch_files import first_line, read_torch
 
@@ -53,7 +53,8 @@ def sparse_names(state: Mapping[str, Tensor]) -> list[str]:
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a state as safetensors, or with ``torch.save`` if the name ends in ``.pt`` or ``.pth``.
 
-    The file is there whole or not at all. What the state's metadata say about sparse layers is kept.
+    The file is there whole or not at all; an older file, or a symbolic link, is replaced. What the state's metadata say
+    about sparse layers is kept.
 
     Raises:
         ValueError: the file cannot be written.
@@ -78,12 +79,8 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
             save_file(whole, aside, metadata={"format": "pt", **entry})
             _sort_metadata(aside)
 
-    def begin(aside: Path) -> None:
-        aside.touch()  # where that fails the system says why; safetensors tells of a file of its own
-        write(aside)
-
     try:
-        replace(path, begin)
+        replace(path, write)
     except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as who writes likes it
         why = getattr(error, "strerror", None) or first_line(error)
         raise ValueError(f"{path} cannot be written: {why}; choose another name or folder") from None

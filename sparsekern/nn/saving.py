@@ -18,7 +18,8 @@ from sparsekern.topology import Grid, Topology, conv_grid, to_dense
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the weights of a model as safetensors, or with ``torch.save`` if ``path`` ends in ``.pt`` or ``.pth``.
 
-    The file is there whole or not at all. It says what matrices the blocks are of, so it can be converted
+    The file is there whole or not at all, also if several processes write it: the last one wins. A symbolic link of
+    that name is replaced, not followed. The file says what matrices the blocks are of, so it can be converted
     (``sparsekern convert``) and loaded without the code of the model.
 
     Raises:

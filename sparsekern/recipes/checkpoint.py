@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from sparsekern.nn import load_
-from sparsekern.nn.durable import sync
+from sparsekern.nn.atomic_files import make_folder, make_parents, refuse_link, remove_folder, remove_leftovers
 from sparsekern.nn.files import write_state
 from sparsekern.nn.torch_files import read_torch
 
 logger = logging.getLogger("sparsekern")
 
-ASIDE, DELETED, DAMAGED = ".unfinished", ".deleted", "damaged-"
-"""A folder that is being written, one that is being deleted, and how the name of a damaged one begins."""
+DAMAGED = "damaged-"
+"""How the name of a damaged checkpoint begins."""
 
 STATE = "state.pt"
 STATE_VERSION = 2
@@ -60,22 +60,23 @@ def save(
         state: tensors and plain values only.
         keep: number of newest checkpoints that stay.
         best: step of one that stays beside them.
+
+    Raises:
+        ValueError: a symbolic link is in the place of the folder.
     """
-    aside, final = folder / ASIDE, _folder(folder, step)
+    final = _folder(folder, step)
+    _refuse_links(folder)
     if final.exists():
         return final
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name, model in models.items():
-        write_state(aside / f"{name}.safetensors", model.state_dict())
-    sums = {path.name: _checksum(path) for path in aside.iterdir()}
-    torch.save({"version": STATE_VERSION, "sha256": sums, **state}, aside / STATE)
-    for path in (*aside.iterdir(), aside):
-        sync(path)
-    aside.rename(final)
-    for path in (folder, folder.parent, folder.parent.parent):  # the two above are new with the first checkpoint
-        sync(path)
+    make_parents(folder)
+
+    def fill(unfinished: Path) -> None:
+        for name, model in models.items():
+            write_state(unfinished / f"{name}.safetensors", model.state_dict())
+        sums = {path.name: _checksum(path) for path in unfinished.iterdir()}
+        torch.save({"version": STATE_VERSION, "sha256": sums, **state}, unfinished / STATE)
+
+    make_folder(final, fill)
     tidy(folder, keep, best)
     return final
 
@@ -87,13 +88,16 @@ def latest(folder: Path) -> Path | None:
 
 
 def tidy(folder: Path, keep: int = 1, best: int | None = None) -> None:
-    """Delete what a killed run left unfinished, and all checkpoints but the newest ``keep`` and the ``best``."""
-    shutil.rmtree(folder / ASIDE, ignore_errors=True)
-    shutil.rmtree(folder / DELETED, ignore_errors=True)
+    """Delete what a killed run left unfinished, and all checkpoints but the newest ``keep`` and the ``best``.
+
+    Raises:
+        ValueError: a symbolic link is in the place of the folder.
+    """
+    _refuse_links(folder)
+    remove_leftovers(folder)
     for path in _all(folder)[:-keep]:
         if best is None or path != _folder(folder, best):
-            path.rename(folder / DELETED)  # at once: half a checkpoint never has a checkpoint's name
-            shutil.rmtree(folder / DELETED)
+            remove_folder(path)
 
 
 def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -103,9 +107,10 @@ def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     results.
 
     Raises:
-        ValueError: all there are are damaged.
+        ValueError: all there are are damaged, or a symbolic link is in the place of the folder.
         NewerVersion: the newest is of a newer version.
     """
+    _refuse_links(folder)
     damaged: list[tuple[Path, ValueError]] = []
     for path in reversed(_all(folder)):
         try:
@@ -117,12 +122,19 @@ def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         for bad, why in damaged:
             logger.warning("%s; going on from %s", why, path.name)
-            shutil.rmtree(folder / (DAMAGED + bad.name), ignore_errors=True)
+            with suppress(FileNotFoundError):
+                remove_folder(folder / (DAMAGED + bad.name))
             bad.rename(folder / (DAMAGED + bad.name))
         return path, state
     if damaged:
         raise ValueError(f"{damaged[0][1]}; there is no older checkpoint: delete {folder} to train this seed anew")
     return None
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise ValueError if the folder of a seed, or that of all seeds, is a symbolic link."""
+    for path in (folder.parent, folder):
+        refuse_link(path)
 
 
 def _folder(folder: Path, step: int) -> Path:

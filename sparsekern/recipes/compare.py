@@ -8,12 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sparsekern.nn.atomic_files import refuse_link
 from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import Config, usable_device
 from sparsekern.recipes.contestants import Contestant
 from sparsekern.recipes.cost import training_cost
 from sparsekern.recipes.data import Dataset, load
-from sparsekern.recipes.folder import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json
+from sparsekern.recipes.folder import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text
 from sparsekern.recipes.lock import locked
 from sparsekern.recipes.picture import draw_or_warn
 from sparsekern.recipes.run import Interrupted, Observer, check, resume, start
@@ -121,7 +122,7 @@ def read_plan(folder: Path) -> Plan | None:
         return Plan.from_json(read_json(folder / PLAN).get("plan"))
     if folder.is_file():
         raise ValueError(f"out is {folder}, which is a file; choose the name of a folder for --out")
-    if folder.exists() and not is_new(folder, PLAN):
+    if folder.exists() and not is_new(folder):
         raise ValueError(f"out is {folder}, which holds no comparison and is not empty; choose another --out")
     return None
 
@@ -224,6 +225,7 @@ def _train(
 def _check(folder: Path, name: str, config: Config, data: Dataset) -> None:
     """Raise ValueError if a cell cannot be trained, or its run is of other options."""
     try:
+        refuse_link(folder)
         if not (folder / CONFIG).is_file():
             check(config, data)
         elif read_config(folder)[0] != config:
@@ -264,7 +266,7 @@ def _write_table(plan: Plan, folder: Path, names: Sequence[str]) -> dict[str, An
         "rows": score_rows(results, costs),
     }
     write_json(folder / f"{TABLE}.json", content)
-    (folder / f"{TABLE}.md").write_text(markdown(content["rows"]))
+    write_text(folder / f"{TABLE}.md", markdown(content["rows"]))
     return read_json(folder / f"{TABLE}.json")
 
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sparsekern.nn.durable import aside, replace
+from sparsekern.nn.atomic_files import append, is_private, make_parents, replace
 from sparsekern.recipes.config import FORMAT_VERSION, Config, upgraded
 from sparsekern.recipes.keeping import Keeping
 from sparsekern.recipes.lock import LOCK
@@ -42,19 +42,19 @@ def create(
         ValueError: there is something in the folder, or it cannot be made.
     """
     try:
-        if folder.is_dir() and not is_new(folder, CONFIG):
+        if folder.is_dir() and not is_new(folder):
             way_out = "resume it with --resume, or " if (folder / CONFIG).is_file() else ""
             raise ValueError(f"out is {folder}, which is not empty; {way_out}choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_parents(folder)
     except OSError as error:
         raise ValueError(f"out is {folder}, which cannot be made ({error.strerror}); choose another --out") from None
     content = {"config": config.to_json(), "data": data, "environment": environment, "keeping": keeping.to_json()}
     write_json(folder / CONFIG, content)
 
 
-def is_new(folder: Path, first: str) -> bool:
-    """Return whether a folder holds nothing but a lock, and what a kill leaves while ``first`` is written."""
-    return folder.is_dir() and not {path.name for path in folder.iterdir()} - {aside(folder / first).name, LOCK}
+def is_new(folder: Path) -> bool:
+    """Return whether a folder holds nothing but a lock, and what writers that were killed leave."""
+    return folder.is_dir() and all(path.name == LOCK or is_private(path.name) for path in folder.iterdir())
 
 
 def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -166,8 +166,7 @@ class Metrics:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row at the end."""
-        with self.path.open("a") as file:
-            file.write(_line(row))
+        append(self.path, _line(row))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sparsekern.nn.atomic_files import NO_FOLLOW, make_parents, refuse_link
 
 LOCK = ".lock"
 """Name of the lock file. One that a killed process left behind locks nothing."""
@@ -18,54 +19,34 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made if it is not there.
 
     Raises:
-        ValueError: another process holds it, or the folder cannot be written.
+        ValueError: another process holds it, the folder cannot be written, or the lock file is a symbolic link.
     """
+    from filelock import FileLock, Timeout
+
+    path = folder / LOCK
+    refuse_link(path)
+    owner, lock = _owner(path), FileLock(path, timeout=0.1, poll_interval=0.01)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = _take(folder / LOCK)
+        make_parents(folder)
+        lock.acquire()
+        _note_owner(path)
+    except Timeout:
+        raise ValueError(
+            f"the folder {folder} is in use by another process{owner}; wait for it, or stop it first"
+        ) from None
     except OSError as error:
         raise ValueError(f"the folder {folder} cannot be written ({error.strerror}); choose another one") from None
-    if handle is None:
-        raise ValueError(
-            f"the folder {folder} is in use by another process{_owner(folder / LOCK)}; wait for it, or stop it first"
-        )
     try:
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()} on {platform.node()}".encode())
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(handle)
+        path.unlink(missing_ok=True)  # while it is held: who waits for this file notices that it is gone
+        lock.release()
 
 
-def _take(path: Path) -> int | None:
-    """Return a locked handle of the file; None if another process holds it."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if not _lock(handle):
-            os.close(handle)
-            return None
-        try:
-            if os.path.samestat(os.stat(path), os.fstat(handle)):
-                return handle
-        except FileNotFoundError:
-            pass
-        os.close(handle)  # its owner deleted it in between: a lock of that file keeps nobody out
-
-
-def _lock(handle: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+def _note_owner(path: Path) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_TRUNC | NO_FOLLOW)
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(f"{os.getpid()} on {platform.node()}")
 
 
 def _owner(path: Path) -> str:

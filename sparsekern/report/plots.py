@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsekern.nn.atomic_files import replace
 from sparsekern.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, panels
 from sparsekern.report.text import draw_as_written
 
@@ -81,7 +82,7 @@ def draw_training(
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure, its text drawn as it is written; the suffix of the path gives the format."""
     draw_as_written(figure)
-    figure.savefig(path)
+    replace(path, figure.savefig)
 
 
 def scale_by_factors(axes: Axes) -> None:

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 from sparsekern import SparseLinear
 from sparsekern.recipes import checkpoint
+from tests.saved import leftover
 
 
 def names(folder):
@@ -139,10 +141,12 @@ def test_every_file_and_folder_is_synced_before_and_after_the_rename(tmp_path, m
     monkeypatch.setattr(os, "fsync", lambda h: (done.append(os.readlink(f"/proc/self/fd/{h}")), fsync(h)))
     monkeypatch.setattr(type(tmp_path), "rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
     checkpoint.save(folder, 1, {"dense": nn.Linear(3, 2)}, {})
-    at, aside = done.index("rename"), folder / checkpoint.ASIDE
-    assert {str(aside / "state.pt"), str(aside / "dense.safetensors"), str(aside)} <= set(done[:at])
-    assert done[at - 1] == str(aside), "the folder after its files"
-    assert done[at + 1 :] == [str(folder), str(folder.parent), str(tmp_path)]
+    at = done.index("rename")
+    unfinished = done[at - 1]
+    assert Path(unfinished).parent.parent == folder
+    assert sorted(done[at - 3 : at - 1]) == [f"{unfinished}/dense.safetensors", f"{unfinished}/state.pt"]
+    assert done[at + 1 :] == [str(folder)]
+    assert done[:2] == [str(tmp_path), str(folder.parent)], "the two above are new with the first checkpoint"
 
 
 def test_weights_that_do_not_load_are_described(tmp_path):
@@ -160,8 +164,8 @@ def test_what_a_kill_left_is_tidied_away(tmp_path):
     """Between the rename and the end of the deletion of the older one, or in the middle of writing."""
     checkpoint.save(tmp_path, 5, {}, {"a": 1})
     (tmp_path / "step-00000004").mkdir()
-    for half in (checkpoint.ASIDE, checkpoint.DELETED):
-        (tmp_path / half).mkdir()
+    for number in range(2):
+        leftover(tmp_path, number).mkdir()
     checkpoint.tidy(tmp_path)
     assert names(tmp_path) == ["step-00000005"]
     checkpoint.tidy(tmp_path / "none")

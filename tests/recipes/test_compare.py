@@ -13,6 +13,7 @@ from sparsekern.recipes.config import Config
 from sparsekern.recipes.contestants import Contestant
 from sparsekern.recipes.learner import Learner
 from sparsekern.recipes.lock import locked
+from tests.saved import leftover
 
 VALUES = {"width": 32, "epochs": 2, "batch_size": 400, "seeds": 2, "update_every": 2, "device": "cpu"}
 CELLS = ["dense", "static-s0.5-b8", "gse-scope-global-s0.5-b8"]
@@ -186,7 +187,8 @@ def test_a_folder_with_something_else(tmp_path):
         plan_for(tmp_path, {})
     with pytest.raises(ValueError, match="x, which is a file; choose the name of a folder for --out"):
         plan_for(tmp_path / "x", {})
-    (tmp_path / "x").rename(tmp_path / "plan.json.unfinished")
+    (tmp_path / "x").unlink()
+    leftover(tmp_path).mkdir()
     assert read_plan(tmp_path) is None  # what a kill may leave
 
 

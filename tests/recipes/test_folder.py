@@ -8,6 +8,7 @@ from sparsekern.recipes.config import Config
 from sparsekern.recipes.folder import Metrics, create, default_folder, read_config, read_json, read_keeping, write_json
 from sparsekern.recipes.keeping import Keeping
 from sparsekern.recipes.lock import locked
+from tests.saved import leftover
 
 
 def test_the_default_name_says_what_and_when():
@@ -103,7 +104,8 @@ def test_metrics_begin_with_the_rows_of_the_checkpoints(tmp_path):
 
 
 def test_a_run_killed_at_its_first_file_can_begin_again(tmp_path):
-    (tmp_path / "config.json.unfinished").write_text('{"form')
+    (half := leftover(tmp_path)).mkdir()
+    (half / "content.json").write_text('{"form')
     create(tmp_path, Config(), {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

@@ -1,3 +1,4 @@
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -60,14 +61,14 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_a_file_that_its_owner_deleted_in_between_is_not_taken_for_the_lock(tmp_path, monkeypatch):
-    take, deleted = lock._lock, []
+    flock, deleted = fcntl.flock, []
 
-    def first_deleted(handle):
+    def first_deleted(*arguments):
         if not deleted:
             deleted.append((tmp_path / LOCK).unlink())
-        return take(handle)
+        return flock(*arguments)
 
-    monkeypatch.setattr(lock, "_lock", first_deleted)
+    monkeypatch.setattr(fcntl, "flock", first_deleted)
     with locked(tmp_path):
         assert deleted and (tmp_path / LOCK).is_file()
         with pytest.raises(ValueError, match="in use"), locked(tmp_path):

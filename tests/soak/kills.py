@@ -34,6 +34,7 @@ import torch
 
 import sparsekern.recipes.run
 from sparsekern.cli.main import application
+from sparsekern.nn.atomic_files import is_private
 from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, Metrics
 from sparsekern.recipes.lock import LOCK
 from sparsekern.training import METHODS
@@ -174,8 +175,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: path.read_bytes() for name, path in names.items() if "damaged-" not in name}
     found["metrics"] = [without_times(json.loads(line)) for line in (folder / METRICS).read_text().splitlines()]
     found["results"] = without_times(json.loads((folder / RESULTS).read_text()))
-    # A lock that a process leaves which is killed after it has written the results: it locks nothing.
-    found["files"] = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    # A lock and an empty private folder stay of a process that is killed after it has written the results.
+    names = (path.name for path in folder.iterdir())
+    found["files"] = sorted(name for name in names if name != LOCK and not is_private(name))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -328,3 +329,15 @@ def test_where_the_tables_of_the_user_are(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "c")
     assert tables.cache_folder() == tmp_path / "c" / ".cache" / "sparsekern"
+
+
+def test_a_link_in_place_of_the_users_table_is_replaced_and_not_followed(folder: Path, tmp_path: Path) -> None:
+    folder.mkdir(parents=True)
+    (victim := tmp_path / "victim").write_text("mine")
+    for name in ("sm_90.json", f"sm_90.{os.getpid()}.tmp"):
+        (folder / name).symlink_to(victim)
+
+    tables.write(PROBLEM, USERS)
+
+    assert victim.read_text() == "mine" and not (folder / "sm_90.json").is_symlink()
+    assert json.loads((folder / "sm_90.json").read_text())["configs"] == {PROBLEM.key: asdict(USERS)}
