@@ -180,11 +180,17 @@ MUTATIONS: dict[str, Mutation] = {
         "ordered[1:] >= ordered[:-1]",
         t_places.test_first_occurrences_by_hand,
     ),
-    "signs do not look at dy": (
+    "signs are the same in every batch": (
         marginals.token_signs,
-        "(dy < 0)",
-        "(dy < -torch.inf)",
-        partial(t_marginals.test_signs_are_fair_and_independent_in_pairs, True),
+        "_mixed(_content(dy) ^ _mixed(_content(x)))",
+        "0",
+        partial(t_marginals.test_the_sketch_is_unbiased_where_tokens_have_few_patterns_of_signs, [1] * 12),
+    ),
+    "tokens of a batch share their sign": (
+        marginals.token_signs,
+        "counter * GOLDEN",
+        "counter * 0",
+        partial(t_marginals.test_signs_are_fair_and_independent_in_pairs, "random"),
     ),
     "blocks are guided by absolute values": (
         marginals.magnitudes,

@@ -38,7 +38,7 @@ def answer(
     if kind == "magnitudes":
         return conv2d_marginals.magnitudes(dy, x, block, sizes).to(dtype)
     if kind == "signed_sums":
-        return conv2d_marginals.signed_sums(dy, x, args[0], args[1], sizes).to(dtype)
+        return conv2d_marginals.signed_sums(dy, x, args[0], sizes).to(dtype)
     shape = pack_shape(sizes)
     if kind == "candidates":
         blocks: Tensor = torch.ops.sparsekern.conv2d_dvalues.default(dy, x, args, bo, bi, shape, dtype, backend)

@@ -8,13 +8,14 @@ never laid out: which pixels a tap sees follows from the shape. Groups see windo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from sparsekern.kernels.contract import ConvShape, accumulate_dtype
-from sparsekern.ops.marginals import sum_powers, sums_of_blocks
+from sparsekern.ops.marginals import sum_powers, sums_of_blocks, token_signs
 
 Box = tuple[slice, slice, slice]
 
@@ -32,34 +33,22 @@ def magnitudes(dy: Tensor, x: Tensor, block: tuple[int, int], shape: ConvShape) 
     return torch.cat([sums_of_blocks(out, block[0]).flatten(), sums_of_blocks(windows, block[1]).flatten()])
 
 
-def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor, shape: ConvShape) -> Tensor:
+def signed_sums(dy: Tensor, x: Tensor, seed: Tensor, shape: ConvShape) -> Tensor:
     """Return ``(Cout + groups * kh * kw * Cin / groups,)``: sums over tokens of ``s dy`` and of ``s`` times the window.
 
     One random sign a token, the same for all groups; see :func:`sparsekern.ops.marginals.signed_sums`.
 
     Args:
         dy, x: as above.
-        hash_out: ``(Cout,)`` of 0 and 1.
-        hash_in: ``(groups * kh * kw * Cin / groups,)``, likewise, in (group, tap, channel) order.
+        seed: ``()`` int64, random.
         shape: of the convolution.
     """
-    signs, acc = token_signs(dy, x, hash_out, hash_in, shape), accumulate_dtype(x.dtype)
-    out = (signs.to(dy.dtype).flatten() @ dy.permute(0, 2, 3, 1).flatten(0, 2)).to(acc)
-    windows = _sum_windows(signs.to(x.dtype), x.permute(0, 2, 3, 1), shape).to(acc)
+    acc, size = accumulate_dtype(x.dtype), (dy.shape[0], *dy.shape[2:])
+    positions, pixels = dy.permute(0, 2, 3, 1).flatten(0, 2), x.permute(0, 2, 3, 1)
+    signs = token_signs(positions, pixels.flatten(0, 2), seed, math.prod(size)).to(x.dtype)
+    out = (signs @ positions).to(acc)
+    windows = _sum_windows(signs.view(size), pixels, shape).to(acc)
     return torch.cat([out, windows.view(shape.taps, shape.groups, shape.group_in).transpose(0, 1).flatten()])
-
-
-def token_signs(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor, shape: ConvShape) -> Tensor:
-    """Return the signs ``(N, Ho, Wo)``, -1 or 1; the arguments are those of :func:`signed_sums`."""
-    count = (dy < 0).permute(0, 2, 3, 1).to(hash_out.dtype) @ hash_out
-    positive = (x > 0).permute(0, 2, 3, 1).to(hash_in.dtype)
-    by_tap = hash_in.view(shape.groups, shape.taps, shape.group_in).transpose(1, 2).flatten(0, 1)  # (Cin, taps)
-    for taps in _some_taps(shape):
-        held = positive @ by_tap[:, taps]  # (N, H, W, some taps)
-        for place, tap in enumerate(range(taps.start, taps.stop)):
-            there, here = _seen(shape, tap, (dy.shape[2], dy.shape[3]), (x.shape[2], x.shape[3]))
-            count[there] += held[..., place][here]
-    return 1 - 2 * count.remainder(2)
 
 
 def _sum_windows(weights: Tensor, pixels: Tensor, shape: ConvShape) -> Tensor:

@@ -39,7 +39,7 @@ def answer(
     if kind == "magnitudes":
         return marginals.magnitudes(dy, x, block).to(dtype)
     if kind == "signed_sums":
-        return marginals.signed_sums(dy, x, args[0], args[1]).to(dtype)
+        return marginals.signed_sums(dy, x, args[0]).to(dtype)
     return scores.sketch(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
 
 

@@ -11,6 +11,12 @@ from torch.nn.functional import pad
 
 from sparsekern.kernels.contract import accumulate_dtype
 
+GOLDEN = -7046029254386353131
+"""2**64 over the golden ratio, as int64: the step of SplitMix64's counter."""
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes, to read a float's bits."""
+
 
 def magnitudes(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
     """Return ``(R + C,)``: how much block rows see of dy and block columns of x, summed over tokens.
@@ -48,35 +54,53 @@ def sums_of_blocks(sums: Tensor, length: int) -> Tensor:
     return blocks.sum(-1)
 
 
-def signed_sums(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
+def signed_sums(dy: Tensor, x: Tensor, seed: Tensor) -> Tensor:
     """Return ``(O + I,)``: the sums over tokens of ``s dy`` and ``s x``, with one random sign a token for both.
 
     The product of an entry of each is an unbiased estimate of an element of G (the sketch of Alon, Matias and Szegedy,
-    with which GraEst draws). The sign of a token is a hash of where its x is positive and its dy negative: so it needs
-    no random numbers in the backward, and depends neither on how a batch is split nor, but for entries around zero, on
-    rounding. Tokens that differ there have signs that are independent in pairs.
+    with which GraEst draws), also of sums over several backwards: see :func:`token_signs`.
 
     Args:
         dy: ``(T, O)``.
         x: ``(T, I)``.
-        hash_out: ``(O,)`` of 0 and 1, independent and equally likely, float32 or float64.
-        hash_in: ``(I,)``, likewise.
+        seed: ``()`` int64, random.
     """
     acc = accumulate_dtype(x.dtype)
     total = torch.zeros(dy.shape[1] + x.shape[1], dtype=acc, device=x.device)
     tokens = max(1, part_numbers(x) // max(1, total.shape[0]))
-    for some_dy, some_x in zip(dy.split(tokens), x.split(tokens), strict=True):  # then each is in the cache
-        signs = token_signs(some_dy, some_x, hash_out, hash_in).to(x.dtype)
-        total[: dy.shape[1]] += (signs @ some_dy).to(acc)
-        total[dy.shape[1] :] += (signs @ some_x).to(acc)
+    signs = token_signs(dy, x, seed, x.shape[0]).to(x.dtype)
+    for some, some_dy, some_x in zip(signs.split(tokens), dy.split(tokens), x.split(tokens), strict=True):
+        total[: dy.shape[1]] += (some @ some_dy).to(acc)
+        total[dy.shape[1] :] += (some @ some_x).to(acc)
     return total
 
 
-def token_signs(dy: Tensor, x: Tensor, hash_out: Tensor, hash_in: Tensor) -> Tensor:
-    """Return the signs ``(T,)``, -1 or 1; the arguments are those of :func:`signed_sums`.
+def token_signs(dy: Tensor, x: Tensor, seed: Tensor, tokens: int) -> Tensor:
+    """Return independent, fair signs ``(tokens,)``, -1 or 1, int64.
 
-    The parity of how many of the entries in question the hash holds; counted in floats, which are exact to 2**24.
+    A counter hashed with a key. The key is a hash of the seed and of all bits of dy and x, so that backwards of other
+    batches have other signs without a state that counts them: were they the same in every batch, the products between
+    batches would not cancel. Only batches that are equal to the bit share theirs.
+
+    Args:
+        dy: ``(T, O)``.
+        x: ``(T, I)``, or of a convolution the pixels ``(P, I)``.
+        seed: ``()`` int64.
+        tokens: how many signs.
     """
-    count = (dy < 0).to(hash_out.dtype) @ hash_out
-    count += (x > 0).to(hash_in.dtype) @ hash_in
-    return 1 - 2 * count.remainder(2)
+    key = _mixed(seed ^ _mixed(_content(dy) ^ _mixed(_content(x))))
+    counter = torch.arange(tokens, dtype=torch.int64, device=x.device)
+    return torch.where(_mixed(counter * GOLDEN + key) < 0, -1, 1)
+
+
+def _content(side: Tensor) -> Tensor:
+    """Return a hash ``()`` of the bits of a tensor and of where they are on its first axis."""
+    bits = side.view(INTEGERS[side.element_size()]).sum(1, dtype=torch.int64)
+    return _mixed(torch.arange(bits.shape[0], dtype=torch.int64, device=bits.device) * GOLDEN + bits).sum()
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """Return the finaliser of SplitMix64 (Steele, Lea and Flood 2014) of int64 ``z``: all bits depend on all of its."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # int64 has no logical shift, hence the masks
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return z ^ ((z >> 31) & ((1 << 33) - 1))

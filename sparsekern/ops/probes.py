@@ -85,13 +85,13 @@ class Probe(NamedTuple):
         return cls("magnitudes", _zeros((grid.rows + grid.groups * grid.cols,), dtype, device), ())
 
     @classmethod
-    def signed_sums(cls, grid: Grid, hash_out: Tensor, hash_in: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
+    def signed_sums(cls, grid: Grid, seed: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:
         """Ask for the sums of dy and x over tokens with random signs: ``(out + groups * in,)``.
 
-        The hashes ``(out,)`` and ``(groups * in,)`` are random zeros and ones, as in the modules named above.
+        The seed ``()``, int64, decides the signs: :func:`sparsekern.ops.marginals.token_signs`.
         """
         shape = (grid.out_features + grid.groups * grid.in_features,)
-        return cls("signed_sums", _zeros(shape, dtype, hash_out.device), (hash_out, hash_in))
+        return cls("signed_sums", _zeros(shape, dtype, seed.device), (seed,))
 
     def of_tokens(self, tokens: int) -> Probe:
         """Return a probe that asks the same of only so many tokens of each backward; 0 for all.

@@ -18,7 +18,8 @@ class Budget:
         candidates: by the names of the layers.
         sparsity: fraction of the layers' elements that is to be absent; None: half of what is stored remains.
         scope: ``"global"``, one budget; or ``"layer"``, one each: the same fraction of each layer's candidates.
-        costs: by the name of a layer, the cost of one element; 1 for the others.
+        costs: by the name of a layer, the cost of one element; 1 for the others. Or ``"units"``: every unit costs the
+            same, whatever it holds.
         floor: the lowest probability.
         projection: how to project.
 
@@ -35,11 +36,17 @@ class Budget:
         candidates: dict[str, Candidates],
         sparsity: float | None,
         scope: str,
-        costs: dict[str, float] | None,
+        costs: dict[str, float] | str | None,
         floor: float,
         projection: str,
     ) -> None:
-        weights = dict.fromkeys(candidates, 1.0) | (costs or {})
+        if isinstance(costs, str) and costs != "units":
+            raise ValueError(f"costs is {costs!r}; it must be 'units', or numbers by the names of layers")
+        self._alike = costs == "units"
+        if isinstance(costs, str):  # what an element of a layer costs on average
+            weights = {name: layer.count / float(layer.costs().sum()) for name, layer in candidates.items()}
+        else:
+            weights = dict.fromkeys(candidates, 1.0) | (costs or {})
         unknown = weights.keys() - candidates.keys()
         if unknown:
             raise ValueError(f"costs names {', '.join(sorted(unknown))}; the layers are {', '.join(candidates)}")
@@ -76,7 +83,10 @@ class Budget:
 
     def refresh(self) -> None:
         """Count the costs anew, after candidates moved: blocks at an edge hold fewer elements."""
-        costs = [self._weights[name] * layer.costs() for name, layer in self._candidates.items()]
+        costs = [
+            torch.ones_like(layer.costs()) if self._alike else self._weights[name] * layer.costs()
+            for name, layer in self._candidates.items()
+        ]
         together = torch.cat([c.to(costs[0].device) for c in costs])
         if not hasattr(self, "_scale"):
             self._scale = float(together.mean())  # numbers near 1, whatever the blocks

@@ -45,8 +45,8 @@ class GSE(GradientMethod):
 
     * ``"grabo"``: ``f_I = |x_I|``, ``g_J = |dy_J|``, the bound ``|G_JI| <= |dy_J| |x_I|``. At 1x1 sums of absolute
       values (the paper's), for blocks Frobenius norms.
-    * ``"graest"``: ``f_I = |sum s x_I|``, ``g_J = |sum s dy_J|`` with a random sign s for each token, the same for x
-      and dy: an unbiased estimate of G_JI before the norm is taken.
+    * ``"graest"``: ``f_I = |sum s x_I|``, ``g_J = |sum s dy_J|`` with an independent random sign s for each token, the
+      same for x and dy: an unbiased estimate of G_JI before the norm is taken.
 
     A convolution is a linear layer on the windows, every output position a token: ``x_I`` is what a tap sees of some
     channels, and in a convolution of several groups a place is one of its own group.
@@ -61,7 +61,8 @@ class GSE(GradientMethod):
         distribution: ``"uniform"``, ``"grabo"`` or ``"graest"``.
         subset_factor: gamma, |S| over the blocks of the layer.
         with_replacement: draw pairs independently, as the paper does, so that repeated and present ones are wasted and
-            S is smaller. Otherwise S has the size it is meant to have.
+            S is smaller; and all empty places of a layer at least half full, as the authors' code does. Otherwise S
+            has the size it is meant to have.
         options: the arguments of :class:`GradientMethod` and :class:`Method`.
 
     Raises:
@@ -113,12 +114,8 @@ class GSE(GradientMethod):
         device, grid = layer.row.device, layer.grid
         if self.distribution == "grabo":
             return Probe.magnitudes(grid, dtype=self.dtype(layer), device=device)
-        generator = self.generator(name, "signs")
-        hashes = (
-            torch.randint(2, (n,), generator=generator, dtype=self.dtype(layer), device="cpu").to(device)
-            for n in (grid.out_features, grid.groups * grid.in_features)
-        )
-        return Probe.signed_sums(grid, *hashes, dtype=self.dtype(layer))
+        seed = torch.randint(2**62, (), generator=self.generator(name, "signs"), device="cpu")
+        return Probe.signed_sums(grid, seed.to(device), dtype=self.dtype(layer))
 
     def hear(self, stage: int, answers: dict[str, Answer]) -> int | None:
         """Score the candidates, or draw them."""
@@ -140,6 +137,8 @@ class GSE(GradientMethod):
         if guide is not None and not bool(row_weights(*guide).any()):
             return present[:0]  # the layer took no part
         if self.with_replacement:
+            if 2 * present.shape[0] >= grid.cells:
+                return sample_absent(present, grid.cells, grid.cells - present.shape[0], generator, ordered=True)
             if guide is None:
                 drawn = torch.randint(grid.cells, (count,), generator=generator, dtype=torch.int32, device="cpu")
             else:

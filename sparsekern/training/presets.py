@@ -44,6 +44,7 @@ _VRPGE = {
     "floor": 0.0,
     "refill": 0.0,
     "scope": "global",
+    "costs": "units",
     "weight_step": "one",
 }
 _GSE = {"update_every": 1000, "drop_fraction": 0.2, "scope": "global", "with_replacement": True}

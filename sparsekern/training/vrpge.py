@@ -64,7 +64,8 @@ class VRPGE(Method):
         refill: probability of a candidate that an update moves to a new empty place, because it had fallen to the
             floor; 0 for no such moves. Default: half the first one. Only for ``group="block"``.
         costs: by the name of a layer, what one of its elements costs, such as the output positions of a convolution:
-            the budget then counts operations. 1 where nothing is said.
+            the budget then counts operations. 1 where nothing is said. Or ``"units"``, as in the paper, whose budget
+            counts filters: every unit costs the same, and ``sparsity`` is the fraction of them that is left out.
         projection: ``"sort"``, the faster; or ``"bisection"``, which holds less beside the units: for 1x1 blocks.
         weight_step: ``"one"``: the weights see the first mask; ``"all"``: the mean over all masks, a backward each.
         unsampled: what the optimizer does to values that no mask of the step held: ``"lazy"``, nothing, neither decay
@@ -107,7 +108,7 @@ class VRPGE(Method):
         score_clip: float | None = 3.0,
         floor: float = 0.0,
         refill: float | None = None,
-        costs: dict[str, float] | None = None,
+        costs: dict[str, float] | str | None = None,
         projection: str = "sort",
         weight_step: str = "one",
         unsampled: str = "lazy",

@@ -37,7 +37,7 @@ CASES = [
     (dict(probe=Probe.norms(GRID, ROW, COL)._replace(tensor=torch.zeros(2))), ValueError, r"'norms'.*\(3,\)"),
     (dict(probe=Probe.candidates(COARSE, ROW[:1], COL[:1] * 0)), ValueError, r"'candidates'.*\(1, 4, 4\)"),
     (dict(probe=Probe.magnitudes(COARSE)), ValueError, r"'magnitudes' has shape \(4,\); .* \(5,\)"),
-    (dict(probe=Probe.signed_sums(Grid(8, 8, (4, 4)), torch.ones(8), torch.ones(8))), ValueError, r"must be \(20,\)"),
+    (dict(probe=Probe.signed_sums(Grid(8, 8, (4, 4)), torch.tensor(1))), ValueError, r"must be \(20,\)"),
     (dict(probe=Probe.all_norms(GRID, device="meta")), ValueError, "input is on cpu but the probe on meta"),
 ]  # fmt: skip
 

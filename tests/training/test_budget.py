@@ -47,6 +47,36 @@ def test_costs_make_operations_of_elements():
     assert s[:8].max() < s[8:].min(), "the dear ones lose more"
 
 
+def filters(costs, sparsities=(0.0, 0.0, 0.0)) -> Budget:
+    """The filters of three convolutions, of 144, 144 and 576 elements."""
+    sizes = ((16, 16), (16, 32), (64, 64))
+    layers = [
+        sk.SparseConv2d(*size, 3, block_size=1, sparsity=s, seed=0) for size, s in zip(sizes, sparsities, strict=True)
+    ]
+    return Budget({str(i): Candidates(m, "row") for i, m in enumerate(layers)}, 0.5, "global", costs, 0.0, "sort")
+
+
+def test_with_units_that_cost_the_same_no_filter_pays_for_its_size():
+    """Equal wishes get equal probabilities; counted by elements small filters push the large ones out."""
+    found = filters("units")
+    s = found.project(torch.full((112,), 0.9))
+    assert torch.allclose(s, torch.full_like(s, 0.5)) and found.ratio == 0.5
+    assert found.top(torch.linspace(1, 0, 112)).sum() == 56, "half of the filters, of whatever layer"
+    by_elements = filters(None).project(torch.full((112,), 0.9))
+    assert by_elements[:48].min() > by_elements[48:].max() + 0.2
+    assert float(by_elements[:48].sum() * 144 + by_elements[48:].sum() * 576) == pytest.approx(
+        (48 * 144 + 64 * 576) / 2
+    )
+
+
+def test_units_of_layers_that_store_a_part_of_their_blocks():
+    """A quarter and three quarters stored: the filters of a whole layer would be 4 and 4/3 times those candidates."""
+    found = filters("units", (0.75, 0.25, 0.0))
+    assert found.ratio == pytest.approx(0.5 * (16 * 4 + 32 * 4 / 3 + 64) / 112, rel=1e-3)
+    found.refresh()
+    assert torch.allclose(found.project(torch.ones(112)), torch.tensor(found.ratio))
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -54,6 +84,7 @@ def test_costs_make_operations_of_elements():
         ({"sparsity": 1.5}, "sparsity is 1.5"),
         ({"costs": {"c": 1.0}}, "costs names c; the layers are a, b"),
         ({"costs": {"a": 0.0}}, "costs of 'a' is 0.0; it must be above 0"),
+        ({"costs": "filters"}, "costs is 'filters'; it must be 'units', or numbers by the names of layers"),
         ({"floor": 0.6}, "floor is 0.6; it must be 0 to 0.5, the fraction of the candidates that may remain"),
     ],
 )

@@ -163,6 +163,20 @@ def test_with_replacement_the_wasted_draws_are_not_made_up_for():
     assert abs(sum(sizes) / 50 - expected) < 0.02 * blocks
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(("blocks", "all_of_them"), [(436, False), (437, True), (600, True)])
+def test_of_a_layer_that_is_half_full_all_empty_places_are_candidates(blocks, all_of_them, distribution):
+    """gse.md 2.6d: as in the authors' code. Of 874 places; drawn with replacement some are missed, without none."""
+    module, method = build(
+        block=(1, 1), blocks=blocks, with_replacement=True, distribution=distribution, update_every=2
+    )
+    run(module, method, 1)
+    keys = method._keys[""]
+    present = module.topology.keys()
+    absent = torch.tensor([key for key in range(874) if key not in set(present.tolist())], dtype=torch.int32)
+    assert torch.equal(keys, absent) == all_of_them and torch.isin(keys, absent).all()
+
+
 @pytest.mark.parametrize("replacement", [False, True])
 @pytest.mark.parametrize("distribution", ["grabo", "graest"])
 def test_guided_candidates_follow_the_joint_distribution(distribution, replacement):
