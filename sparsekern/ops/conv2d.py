@@ -95,7 +95,9 @@ def _run_conv2d(
     return chosen.conv2d_fwd(channels_last(x), values, bias, Index(*index), unpack_shape(shape))
 
 
-def _run_dx(dy: Tensor, values: Tensor, index: list[Tensor], shape: list[int], size: list[int], backend: str) -> Tensor:
+def _run_dx(
+    dy: Tensor, values: Tensor, index: list[Tensor], shape: list[int], size: list[int], backend: str, *probe: Any
+) -> Tensor:
     chosen = backend_for(backend, "conv2d", dy, _block(values))
     return chosen.conv2d_dx(channels_last(dy), values, Index(*index), unpack_shape(shape), (size[0], size[1]))
 
@@ -124,7 +126,9 @@ def _fake_conv2d(x: Tensor, values: Tensor, bias: Any, index: Any, shape: list[i
     return _new_images(x, sizes.out_channels, *sizes.output_size(x.shape[2], x.shape[3]))
 
 
-def _fake_dx(dy: Tensor, values: Tensor, index: Any, shape: list[int], size: list[int], backend: str) -> Tensor:
+def _fake_dx(
+    dy: Tensor, values: Tensor, index: Any, shape: list[int], size: list[int], backend: str, *probe: Any
+) -> Tensor:
     return _new_images(dy, unpack_shape(shape).in_channels, size[0], size[1])
 
 
@@ -155,22 +159,25 @@ class _Conv2d(torch.autograd.Function):
         backend: str,
         probe_tokens: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, values, *index, *probe_args)
+        ctx.save_for_backward(x, values, probe, *index, *probe_args)
         ctx.backend, ctx.kind, ctx.shape, ctx.probe_tokens = backend, kind, shape, probe_tokens
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.probe_dtype = None if probe is None else probe.dtype
         return below_autograd(
             _conv2d, x, values, bias, list(index), shape, probe, kind, list(probe_args), backend, probe_tokens
         )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, values, *rest = ctx.saved_tensors
+        x, values, probe, *rest = ctx.saved_tensors
         index, probe_args = rest[:6], rest[6:]
         bo, bi = _block(values)
         dy = channels_last(dy)  # once for all that read it
         need_x, need_values, need_bias, need_probe = ctx.needs_input_grad[:4]
         dx = dvalues = dbias = dprobe = None
+        if need_probe and torch.is_grad_enabled():  # as in the linear op
+            asked = probe, ctx.kind, probe_args, ctx.probe_tokens
+            dx = _conv2d_dx(dy, values, index, ctx.shape, list(x.shape[2:]), ctx.backend, *asked) if need_x else None
+            need_x = False
         if need_x and need_values:
             dx, dvalues = _conv2d_backward(dy, x, values, index, ctx.shape, ctx.backend)
         elif need_x:
@@ -180,31 +187,49 @@ class _Conv2d(torch.autograd.Function):
         if need_bias:
             dbias = dy.sum((0, 2, 3), dtype=ctx.bias_dtype)
         if need_probe:
-            asked = ctx.kind, dy, x, probe_args, (bo, bi), ctx.shape, ctx.probe_dtype, ctx.backend, ctx.probe_tokens
-            dprobe = conv2d_answers.answer(*asked)
+            dprobe = conv2d_answers.answer(
+                ctx.kind, dy, x, probe_args, (bo, bi), ctx.shape, probe.dtype, ctx.backend, ctx.probe_tokens
+            )
         return dx, dvalues, dbias, dprobe, None, None, None, None, None, None
 
 
 class _Conv2dDx(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, dy: Tensor, values: Tensor, index: Tensors, shape: list[int], size: list[int], backend: str
+        ctx: Any,
+        dy: Tensor,
+        values: Tensor,
+        probe: Tensor | None,
+        index: Tensors,
+        shape: list[int],
+        size: list[int],
+        backend: str,
+        kind: str,
+        probe_args: Tensors,
+        probe_tokens: int,
     ) -> Tensor:
-        ctx.save_for_backward(dy, values, *index)
-        ctx.backend, ctx.shape = backend, shape
+        ctx.save_for_backward(dy, values, probe, *index, *probe_args)
+        ctx.backend, ctx.kind, ctx.shape, ctx.probe_tokens = backend, kind, shape, probe_tokens
         return below_autograd(_conv2d_dx, dy, values, list(index), shape, size, backend)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        dy, values, *index = ctx.saved_tensors
+        dy, values, probe, *rest = ctx.saved_tensors
+        index, probe_args = rest[:6], rest[6:]
         bo, bi = _block(values)
         g = channels_last(g)
-        ddy = dvalues = None
-        if ctx.needs_input_grad[0]:
-            ddy = _conv2d(g, values, None, index, ctx.shape, None, "", [], ctx.backend)
-        if ctx.needs_input_grad[1]:
+        need_dy, need_values, need_probe = ctx.needs_input_grad[:3]
+        ddy = dvalues = dprobe = None
+        if need_dy:
+            asked = probe, ctx.kind, probe_args, ctx.backend, ctx.probe_tokens
+            ddy = _conv2d(g, values, None, index, ctx.shape, *asked)
+        if need_values:
             dvalues = _conv2d_dvalues(dy, g, index, bo, bi, ctx.shape, values.dtype, ctx.backend)
-        return ddy, dvalues, None, None, None, None
+        if need_probe:
+            dprobe = conv2d_answers.answer(
+                ctx.kind, dy, g, probe_args, (bo, bi), ctx.shape, probe.dtype, ctx.backend, ctx.probe_tokens
+            )
+        return ddy, dvalues, dprobe, None, None, None, None, None, None, None
 
 
 class _Conv2dDvalues(torch.autograd.Function):
@@ -260,11 +285,22 @@ def _conv2d_autograd(
 
 
 def _dx_autograd(
-    dy: Tensor, values: Tensor, index: list[Tensor], shape: list[int], size: list[int], backend: str
+    dy: Tensor,
+    values: Tensor,
+    index: list[Tensor],
+    shape: list[int],
+    size: list[int],
+    backend: str,
+    probe: Tensor | None = None,
+    kind: str = "",
+    probe_args: list[Tensor] | None = None,
+    probe_tokens: int = 0,
 ) -> Tensor:
     backend = resolve(backend, "conv2d", dy, _block(values))
-    if wants_grad(dy, values):
-        dx: Tensor = _Conv2dDx.apply(dy, values, tuple(index), shape, size, backend)
+    if wants_grad(dy, values, probe):
+        dx: Tensor = _Conv2dDx.apply(
+            dy, values, probe, tuple(index), shape, size, backend, kind, tuple(probe_args or ()), probe_tokens
+        )
         return dx
     return below_autograd(_conv2d_dx, dy, values, index, shape, size, backend)
 
@@ -299,7 +335,8 @@ _conv2d: Callable[..., Tensor] = define(
 )
 _conv2d_dx: Callable[..., Tensor] = define(
     "conv2d_dx",
-    "(Tensor dy, Tensor values, Tensor[] index, int[] shape, SymInt[] size, str backend) -> Tensor",
+    "(Tensor dy, Tensor values, Tensor[] index, int[] shape, SymInt[] size, str backend, "
+    "Tensor? probe=None, str probe_kind='', Tensor[]? probe_args=None, SymInt probe_tokens=0) -> Tensor",
     fake=_fake_dx,
     run=_run_dx,
     autograd=_dx_autograd,

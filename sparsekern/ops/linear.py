@@ -7,6 +7,9 @@ Three ops, closed under differentiation, so that derivatives of any order exist:
     linear_dvalues  dW = dy' x on W     ddy = linear(x, G)          dx = linear_dx(dy, G)
 
 A fourth, ``linear_backward``, is the last two at once, for a backward that is not differentiated itself.
+
+A probe is a part of W that is zero, so the ops that multiply by W take it: the gradient of a loss that contains dx
+reaches W through ``linear_dx`` too, and what is stored of it and what a probe hears of it are the same.
 """
 
 from __future__ import annotations
@@ -90,7 +93,7 @@ def _run_linear(
     return chosen.fwd(x, values, bias, Index(*index), out_features)
 
 
-def _run_dx(dy: Tensor, values: Tensor, index: list[Tensor], in_features: int, backend: str) -> Tensor:
+def _run_dx(dy: Tensor, values: Tensor, index: list[Tensor], in_features: int, backend: str, *probe: Any) -> Tensor:
     return backend_for(backend, "linear", dy, _block(values)).dx(dy, values, Index(*index), in_features)
 
 
@@ -109,7 +112,7 @@ def _fake_linear(x: Tensor, values: Tensor, bias: Any, index: Any, out_features:
     return x.new_empty(x.shape[0], out_features)
 
 
-def _fake_dx(dy: Tensor, values: Tensor, index: Any, in_features: int, backend: str) -> Tensor:
+def _fake_dx(dy: Tensor, values: Tensor, index: Any, in_features: int, backend: str, *probe: Any) -> Tensor:
     return dy.new_empty(dy.shape[0], in_features)
 
 
@@ -138,21 +141,24 @@ class _Linear(torch.autograd.Function):
         backend: str,
         probe_tokens: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, values, *index, *probe_args)
+        ctx.save_for_backward(x, values, probe, *index, *probe_args)
         ctx.backend, ctx.kind, ctx.probe_tokens = backend, kind, probe_tokens
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.probe_dtype = None if probe is None else probe.dtype
         return below_autograd(
             _linear, x, values, bias, list(index), out_features, probe, kind, list(probe_args), backend, probe_tokens
         )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, values, *rest = ctx.saved_tensors
+        x, values, probe, *rest = ctx.saved_tensors
         index, probe_args = rest[:6], rest[6:]
         bo, bi = _block(values)
         need_x, need_values, need_bias, need_probe = ctx.needs_input_grad[:4]
-        dx = dvalues = None
+        dx = dvalues = dprobe = None
+        if need_probe and torch.is_grad_enabled():  # a derivative of dx reaches the probe as it does the values
+            asked = probe, ctx.kind, probe_args, ctx.probe_tokens
+            dx = _linear_dx(dy, values, index, x.shape[1], ctx.backend, *asked) if need_x else None
+            need_x = False
         if need_x and need_values:
             dx, dvalues = _linear_backward(dy, x, values, index, ctx.backend)
         elif need_x:
@@ -160,30 +166,48 @@ class _Linear(torch.autograd.Function):
         elif need_values:
             dvalues = _linear_dvalues(dy, x, index, bo, bi, values.dtype, ctx.backend)
         dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
-        dprobe = None
         if need_probe:
-            asked = ctx.kind, dy, x, probe_args, (bo, bi), ctx.probe_dtype, ctx.backend, ctx.probe_tokens
-            dprobe = linear_answers.answer(*asked)
+            dprobe = linear_answers.answer(
+                ctx.kind, dy, x, probe_args, (bo, bi), probe.dtype, ctx.backend, ctx.probe_tokens
+            )
         return dx, dvalues, dbias, dprobe, None, None, None, None, None, None
 
 
 class _LinearDx(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, values: Tensor, index: Tensors, in_features: int, backend: str) -> Tensor:
-        ctx.save_for_backward(dy, values, *index)
-        ctx.backend = backend
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        values: Tensor,
+        probe: Tensor | None,
+        index: Tensors,
+        in_features: int,
+        backend: str,
+        kind: str,
+        probe_args: Tensors,
+        probe_tokens: int,
+    ) -> Tensor:
+        ctx.save_for_backward(dy, values, probe, *index, *probe_args)
+        ctx.backend, ctx.kind, ctx.probe_tokens = backend, kind, probe_tokens
         return below_autograd(_linear_dx, dy, values, list(index), in_features, backend)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        dy, values, *index = ctx.saved_tensors
+        dy, values, probe, *rest = ctx.saved_tensors
+        index, probe_args = rest[:6], rest[6:]
         bo, bi = _block(values)
-        ddy = dvalues = None
-        if ctx.needs_input_grad[0]:
-            ddy = _linear(g, values, None, index, dy.shape[1], None, "", [], ctx.backend)
-        if ctx.needs_input_grad[1]:
+        need_dy, need_values, need_probe = ctx.needs_input_grad[:3]
+        ddy = dvalues = dprobe = None
+        if need_dy:
+            asked = probe, ctx.kind, probe_args, ctx.backend, ctx.probe_tokens
+            ddy = _linear(g, values, None, index, dy.shape[1], *asked)
+        if need_values:
             dvalues = _linear_dvalues(dy, g, index, bo, bi, values.dtype, ctx.backend)
-        return ddy, dvalues, None, None, None
+        if need_probe:
+            dprobe = linear_answers.answer(
+                ctx.kind, dy, g, probe_args, (bo, bi), probe.dtype, ctx.backend, ctx.probe_tokens
+            )
+        return ddy, dvalues, dprobe, None, None, None, None, None, None
 
 
 class _LinearDvalues(torch.autograd.Function):
@@ -230,10 +254,22 @@ def _linear_autograd(
     return below_autograd(_linear, x, values, bias, index, out_features, probe, kind, probe_args, backend, probe_tokens)
 
 
-def _dx_autograd(dy: Tensor, values: Tensor, index: list[Tensor], in_features: int, backend: str) -> Tensor:
+def _dx_autograd(
+    dy: Tensor,
+    values: Tensor,
+    index: list[Tensor],
+    in_features: int,
+    backend: str,
+    probe: Tensor | None = None,
+    kind: str = "",
+    probe_args: list[Tensor] | None = None,
+    probe_tokens: int = 0,
+) -> Tensor:
     backend = resolve(backend, "linear", dy, _block(values))
-    if wants_grad(dy, values):
-        dx: Tensor = _LinearDx.apply(dy, values, tuple(index), in_features, backend)
+    if wants_grad(dy, values, probe):
+        dx: Tensor = _LinearDx.apply(
+            dy, values, probe, tuple(index), in_features, backend, kind, tuple(probe_args or ()), probe_tokens
+        )
         return dx
     return below_autograd(_linear_dx, dy, values, index, in_features, backend)
 
@@ -268,7 +304,8 @@ _linear: Callable[..., Tensor] = define(
 )
 _linear_dx: Callable[..., Tensor] = define(
     "linear_dx",
-    "(Tensor dy, Tensor values, Tensor[] index, SymInt in_features, str backend) -> Tensor",
+    "(Tensor dy, Tensor values, Tensor[] index, SymInt in_features, str backend, "
+    "Tensor? probe=None, str probe_kind='', Tensor[]? probe_args=None, SymInt probe_tokens=0) -> Tensor",
     fake=_fake_dx,
     run=_run_dx,
     autograd=_dx_autograd,

@@ -57,6 +57,8 @@ def test_opcheck_with_a_probe(kind):
     args = list(arguments()["linear"])
     args[5:8] = [probe.tensor, probe.kind, list(probe.args)]
     assert set(opcheck(torch.ops.sparsekern.linear.default, tuple(args)).values()) == {"SUCCESS"}
+    through_dx = (*arguments()["linear_dx"], probe.tensor, probe.kind, list(probe.args))
+    assert set(opcheck(torch.ops.sparsekern.linear_dx.default, through_dx).values()) == {"SUCCESS"}
 
 
 # The forward op is tested so through the module, with its backward: tests/nn/test_linear.py.
