@@ -27,7 +27,13 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"init_scale is {scale}; it must be {rule}")
 
 
-def draw_values(topology: Topology, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+def draw_values(
+    topology: Topology,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    scale: float = 1.0,
+    within: Topology | None = None,
+) -> Tensor:
     """Draw ``values (Z, bo, bi)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)`` with the *actual* fan-in.
 
     At a scale of 1 that is the rule of :class:`torch.nn.Linear` and :class:`torch.nn.Conv2d`, of variance
@@ -38,11 +44,12 @@ def draw_values(topology: Topology, dtype: torch.dtype, generator: torch.Generat
         dtype: of the result; drawn in float32 (float64 for float64).
         generator: a CPU generator.
         scale: multiplies the bound.
+        within: of the layer, where ``topology`` is some of its blocks.
     """
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     values = torch.empty(topology.slots, *topology.grid.block, dtype=drawn, device="cpu")
     values.uniform_(-1, 1, generator=generator)
-    bound = fan_in(topology).clamp(min=1).to(drawn).rsqrt() * scale
+    bound = fan_in(within or topology).clamp(min=1).to(drawn).rsqrt() * scale
     values *= bound[topology.row.clamp(min=0).long()].view(-1, 1, 1)
     real = topology.real()
     return (values if real is None else values.masked_fill_(~real, 0)).to(dtype)

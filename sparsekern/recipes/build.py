@@ -14,7 +14,7 @@ from sparsekern.recipes.config import STOP, Config
 from sparsekern.recipes.models.layers import widened
 from sparsekern.recipes.options import OPTIONS
 from sparsekern.topology import generator_for
-from sparsekern.training import AGENT, METHODS, Method, preset
+from sparsekern.training import AGENT, METHODS, PRESETS, Method, preset
 from sparsekern.transforms import Width
 
 SAME = Width()
@@ -64,8 +64,8 @@ def build(network: str, config: Config, image_shape: tuple[int, int, int], class
                 model,
                 _stored_sparsity(config),
                 config.block_size,
-                ignore=recipe.kept_dense,
-                distribution=recipe.distribution,
+                ignore=config.kept_dense,
+                **({"distribution": recipe.distribution} | _layers(config)),
                 seed=seed,
             )
     if recipe.channels_last:
@@ -97,7 +97,7 @@ def _transformed(
             config.sparsity,
             image,
             block_size=config.block_size,
-            ignore=recipe.kept_dense,
+            ignore=config.kept_dense,
             distribution=recipe.distribution if transform == "wide" else "uniform",
             pool=_pool(config) or 1.0,
             seed=seed,
@@ -151,6 +151,14 @@ def build_agent(config: Config, model: nn.Module, optimizer: torch.optim.Optimiz
         if str(error).split()[0] in arguments:  # of its argument; the user gave an option
             raise ValueError(f"agent_{error}") from None
         raise
+
+
+def _layers(config: Config) -> dict[str, Any]:
+    """Return arguments of :func:`sparsekern.sparsify_` that the preset, or an option, has for the sparse layers."""
+    layers = {} if config.preset is None else dict(PRESETS[config.preset].layers)
+    if "capacity" in config.part("recipe"):
+        layers["capacity"] = config.part("recipe")["capacity"]
+    return layers
 
 
 def _pool(config: Config) -> float | None:

@@ -180,17 +180,37 @@ class Config:
         """Return the configuration with nothing left open, for a training set of that many images and channels."""
         recipe = find(self.recipe)
         epochs = self.epochs or recipe.epochs or (20 if images <= SMALL_DATA else 5)
-        moving = STOP * epochs * math.ceil(images / self.batch_size)
+        batches = math.ceil(images / self.batch_size)
+        usual = min(recipe.update_every, max(1, int(STOP * epochs * batches / 8)))
         return replace(
             self,
             epochs=epochs,
             augment=self.augment or (recipe.augmentation if channels > 1 else "none"),
-            update_every=self.update_every or self._of_preset() or min(recipe.update_every, max(1, int(moving / 8))),
+            update_every=self.update_every or self._of_preset(batches) or usual,
             device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
 
-    def _of_preset(self) -> int | None:
-        return None if self.preset is None else PRESETS[self.preset].options.get("update_every")
+    def _of_preset(self, batches: int) -> int | None:
+        """Return what the preset says of ``update_every``, in an epoch of that many batches."""
+        if self.preset is None:
+            return None
+        chosen = PRESETS[self.preset]
+        return batches if chosen.once_an_epoch else chosen.options.get("update_every")
+
+    @property
+    def kept_dense(self) -> tuple[str, ...]:
+        """Names of the layers that stay dense: the recipe's, but for those that the preset's publication makes sparse.
+
+        A recipe names its first such layer first.
+        """
+        names = find(self.recipe).kept_dense
+        dense = "ends" if self.preset is None else PRESETS[self.preset].dense
+        return {"ends": names, "first": names[:1], "none": ()}[dense]
+
+    @property
+    def sparse_title(self) -> str:
+        """Which layers are sparse, in words, such as "hidden layers"."""
+        return {0: "all layers", 1: "all layers but the first"}.get(len(self.kept_dense), "hidden layers")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads."""

@@ -15,6 +15,8 @@ from sparsekern.training.gse import DISTRIBUTIONS
 from sparsekern.training.probabilities import OPTIMIZERS
 from sparsekern.training.projection import PROJECTIONS
 from sparsekern.training.rigl import SCORINGS
+from sparsekern.training.schedules import ANNEALS
+from sparsekern.training.set import DROPS, GROWN_VALUES
 from sparsekern.transforms import TRANSFORMS
 
 Value = bool | int | float | str
@@ -111,11 +113,25 @@ _ALL = (
         high=1,
         fraction=True,
     ),
+    Option("anneal", str, "Whether the fraction falls along a cosine or stays.", MOVING, ANNEALS),
+    Option(
+        "offset", int, "Steps that the schedule does not count: at 1 an update follows the first one.", MOVING, low=0
+    ),
+    Option("drop", str, "Whether positive and negative blocks are dropped apart.", ("set",), DROPS),
+    Option("grown_values", str, "Values of grown blocks.", ("set",), GROWN_VALUES),
     Option("grown_state", str, "Optimizer state of a moved block.", MOVING, ("zero", "mean_v")),
     Option("keep_connected", bool, "Never drop the strongest block of a block row or column.", DROPPING),
     Option("min_age", int, "Updates during which a grown block is not dropped.", DROPPING),
     Option(
         "scope", str, "Whether layers keep their blocks or compete for them.", (*SCORED, "vrpge"), ("layer", "global")
+    ),
+    Option(
+        "capacity",
+        float,
+        "Slots of a layer for each of its blocks: what is free is for a global scope.",
+        SCORED,
+        low=1,
+        part="recipe",
     ),
     Option("score_tokens", int, "Score on so many tokens of a batch instead of all.", SCORED),
     Option("scoring", str, "How absent blocks are scored.", ("rigl",), SCORINGS),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology import generator_for, stored_blocks
+from sparsekern.topology.arguments import check_whole
 from sparsekern.training.books import Books
 from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.followers import Followers, Move, OnMove
@@ -46,6 +47,8 @@ class Method:
         start, stop: first step of an update, and the step from which on there is none (None: no end).
         drop_fraction: fraction of a layer's blocks that moves, in [0, 1]; falls to 0 along a cosine by ``stop``. Or a
             function of the step.
+        anneal, offset: ``"constant"`` for a fraction that does not fall; steps by which all of this is later.
+            :class:`~sparsekern.training.Schedule`.
         grown_state: optimizer state of a moved block: ``"zero"`` or ``"mean_v"``; :class:`Followers`.
         scope: ``"layer"``: every layer keeps its number of blocks. ``"global"``, in methods that score by gradients:
             all layers compete for blocks, and one with free slots (``capacity=``) may gain some.
@@ -75,6 +78,8 @@ class Method:
         start: int = 0,
         stop: float | None = None,
         drop_fraction: float | Callable[[int], float] = 0.3,
+        anneal: str = "cosine",
+        offset: int = 0,
         grown_state: str = "zero",
         scope: str = "layer",
         keep_connected: bool = False,
@@ -94,9 +99,10 @@ class Method:
         if scope not in self.scopes:
             known = ", ".join(repr(s) for s in self.scopes)
             raise ValueError(f"scope is {scope!r}; for {type(self).__name__} it must be {known}")
+        check_whole("min_age", min_age)
         if min_age < 0:
             raise ValueError(f"min_age is {min_age}; it must be 0 or more updates")
-        self.schedule = Schedule(update_every, start, whole_stop(stop), drop_fraction)
+        self.schedule = Schedule(update_every, start, whole_stop(stop), drop_fraction, anneal, offset)
         self.followers = Followers(self.layers, optimizer, grown_state)
         self.followers.check()
         self.optimizer = optimizer
@@ -139,6 +145,9 @@ class Method:
                     moves[name] = move
         return moves
 
+    def fill(self, name: str, move: Move) -> None:
+        """Set the values of blocks that have just moved, which are zero; here they stay so."""
+
     def strength(self, name: str, layer: BlockSparse, parts: Units | None = None) -> Tensor:
         """Return the Frobenius norm ``(Z,)`` of every block, or ``(U,)`` of every unit; infinity where none may go.
 
@@ -177,6 +186,7 @@ class Method:
             self.followers.check_move(name, move)
         for name, move in moves.items():
             self.followers.move(name, move)
+            self.fill(name, move)
             self.books.note(name, move)
             if self.min_age:
                 self._born[name].index_fill_(0, move.slots.long(), self.updates)

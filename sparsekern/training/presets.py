@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsekern.topology.arguments import check_whole
 from sparsekern.training.base import Method
 from sparsekern.training.gse import GSE
 from sparsekern.training.rigl import RigL
@@ -21,16 +23,23 @@ class Preset:
 
     Attributes:
         method: the class.
-        until: fraction of the training after which no block moves; None: to the end, without the cosine. The methods'
-            cosine ends there.
+        until: fraction of the training after which no block moves. The methods' cosine ends there.
         options: its arguments.
         source: where they are from.
+        layers: arguments of :func:`sparsekern.sparsify_` with which the publication's layers are built, where they
+            matter to the method: ``sk.sparsify_(model, 0.9, 1, **PRESETS["gse"].layers)``. All but the competition of
+            ``scope="global"``, which needs the free slots of ``capacity``, goes on without them.
+        dense: which layers stay dense there: ``"ends"``, the first and the last, ``"first"``, or ``"none"``.
+        once_an_epoch: whether an update follows every epoch, so that ``update_every`` has to be given.
     """
 
     method: type[Method]
-    until: float | None
+    until: float
     options: dict[str, Any]
     source: str
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    dense: str = "ends"
+    once_an_epoch: bool = False
 
 
 # What has a probability is a filter; nothing is stored anew, for all filters are stored at the start.
@@ -48,14 +57,32 @@ _VRPGE = {
     "weight_step": "one",
 }
 _GSE = {"update_every": 1000, "drop_fraction": 0.2, "scope": "global", "with_replacement": True}
+# All layers are sparse, of variance 1 / fan_in; a layer may gain a quarter.
+_GSE_LAYERS = {"distribution": "er-matrix", "init_scale": 3**0.5, "capacity": 1.25, "stems": True}
+# Their code counts steps from 0: the first update is that of the first batch.
+_EVCI = {"update_every": 100, "drop_fraction": 0.3, "offset": 1}
+
+
+def _gse(source: str, **options: Any) -> Preset:
+    return Preset(GSE, 0.6, _GSE | options, f"Heddes et al. 2024{source}", _GSE_LAYERS, "none")
+
 
 PRESETS = {
-    "set": Preset(SET, None, {"drop_fraction": 0.3}, "Mocanu et al. 2018: 30 %, after every epoch (give update_every)"),
+    "set-mocanu": Preset(
+        SET,
+        1.0,
+        {"drop_fraction": 0.3, "anneal": "constant", "drop": "signs", "grown_values": "random"},
+        "Mocanu et al. 2018, SET's own paper: 30 % of each sign, after every epoch but the last",
+        dense="none",
+        once_an_epoch=True,
+    ),
+    "set-rigl": Preset(SET, 0.75, _EVCI, "SET as Evci et al. 2020 (RigL) compare it", dense="first"),
     "rigl": Preset(
         RigL,
         0.75,
-        {"update_every": 100, "drop_fraction": 0.3, "regrow": True, "skip_step": True},
+        _EVCI | {"regrow": True, "skip_step": True},
         "Evci et al. 2020: ResNet-50 and Wide ResNet",
+        dense="first",
     ),
     "rigl-sparse-ift": Preset(
         RigL,
@@ -69,14 +96,11 @@ PRESETS = {
         {"update_every": 500, "drop_fraction": 0.3, "regrow": True},
         "Thangarasa et al. 2023, Sparse-IFT: GPT",
     ),
-    "gse": Preset(GSE, 0.6, _GSE, "Heddes et al. 2024, the authors' code for CIFAR: uniform, the recommended one"),
-    "gse-grabo": Preset(GSE, 0.6, _GSE | {"distribution": "grabo"}, "Heddes et al. 2024: guided by bounds"),
-    "gse-graest": Preset(GSE, 0.6, _GSE | {"distribution": "graest"}, "Heddes et al. 2024: guided by estimates"),
-    "gse-imagenet": Preset(
-        GSE,
-        0.6,
-        _GSE | {"subset_factor": 2.0},
-        "Heddes et al. 2024: ImageNet's subset factor; the rest is CIFAR's, ImageNet's is not published",
+    "gse": _gse(", the authors' code for CIFAR: uniform, the recommended one"),
+    "gse-grabo": _gse(": guided by bounds", distribution="grabo"),
+    "gse-graest": _gse(": guided by estimates", distribution="graest"),
+    "gse-imagenet": _gse(
+        ": ImageNet's subset factor; the rest is CIFAR's, ImageNet's is not published", subset_factor=2.0
     ),
     "vrpge": Preset(VRPGE, 300 / 340, _VRPGE, "Zhou et al. 2021: 300 epochs, then 40 with the chosen filters"),
     "vrpge-code": Preset(
@@ -91,6 +115,9 @@ PRESETS = {
 def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, **options: Any) -> Method:
     """Return a method with the values of a publication.
 
+    The layers are as the model has them. What a publication's layers are like, :data:`PRESETS` says (``layers``,
+    ``dense``); where a method differs from its publication, the page on methods in ``docs`` says.
+
     Args:
         name: a key of :data:`PRESETS`, which says what the values are and where they are from.
         model, optimizer: as for :class:`Method`.
@@ -98,16 +125,25 @@ def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, ste
         options: arguments that differ, such as ``update_every`` or ``allow_dense_scores``; of VR-PGE ``sparsity``.
 
     Raises:
-        ValueError: an unknown name, or what the method raises.
+        TypeError: ``steps`` is no whole number.
+        ValueError: an unknown name, ``steps`` below 1, no ``update_every`` where that is the steps of an epoch, or what
+            the method raises.
 
     Example:
-        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> layers = sk.training.PRESETS["gse"].layers
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16, **layers)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> sk.preset("gse", model, optimizer, steps=10_000)
         GSE(1 layers, update_every=..., start=..., stop=..., step 0, 0 updates)
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
+    check_whole("steps", steps)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be the optimizer steps of the whole training, 1 or more")
     chosen = PRESETS[name]
-    stop = None if chosen.until is None else chosen.until * steps
-    return chosen.method(model, optimizer, **({"stop": stop} | chosen.options | options))
+    if chosen.once_an_epoch and "update_every" not in options:
+        raise ValueError(
+            f"update_every is missing: {name} updates after every epoch; give the optimizer steps of one epoch"
+        )
+    return chosen.method(model, optimizer, **({"stop": chosen.until * steps} | chosen.options | options))

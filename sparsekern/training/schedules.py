@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from sparsekern.topology.arguments import check_number, check_whole
 
+ANNEALS = ("cosine", "constant")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -17,22 +19,32 @@ class Schedule:
         update_every: steps between updates, 1 or more.
         start: first step at which an update may happen.
         stop: no update happens at this step or later; None for no end.
-        drop_fraction: a number in [0, 1], or a function of the step. A number falls to 0 along a cosine by ``stop``
-            (RigL, equation in section 3 of Evci et al. 2020); without ``stop`` it stays.
+        drop_fraction: a number in [0, 1], or a function of the step.
+        anneal: what becomes of a number. ``"cosine"``: it falls to 0 along half a cosine from ``start`` to ``stop``
+            (RigL, equation in section 3 of Evci et al. 2020, where ``start`` is 0); without ``stop`` it stays.
+            ``"constant"``: it stays.
+        offset: steps that are not counted: all of the above, the function's apart, is so much later. At 1 an update
+            follows the first step, for those who count steps from 0.
 
     Raises:
         TypeError: not a number, or one that is not whole where it must be.
-        ValueError: a number out of range.
+        ValueError: a number out of range, or an unknown ``anneal``.
     """
 
     update_every: int
     start: int
     stop: int | None
     drop_fraction: float | Callable[[int], float]
+    anneal: str = "cosine"
+    offset: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("update_every", "start"):
+        for name in ("update_every", "start", "offset"):
             check_whole(name, getattr(self, name))
+        if self.anneal not in ANNEALS:
+            raise ValueError(f"anneal is {self.anneal!r}; it must be one of {', '.join(ANNEALS)}")
+        if self.offset < 0:
+            raise ValueError(f"offset is {self.offset}; it must be 0 or more optimizer steps")
         if self.update_every < 1:
             raise ValueError(f"update_every is {self.update_every}; it must be 1 or more optimizer steps")
         if self.start < 0:
@@ -44,7 +56,8 @@ class Schedule:
 
     def due(self, step: int) -> bool:
         """Return whether an update happens after optimizer step ``step`` (the first step is 1)."""
-        return step >= max(1, self.start) and self.before_stop(step) and step % self.update_every == 0
+        counted = step - self.offset
+        return step >= 1 and counted >= self.start and self.before_stop(step) and counted % self.update_every == 0
 
     def due_since(self, seen: int, step: int) -> bool:
         """Return whether an update became due after step ``seen`` and may still happen at step ``step``."""
@@ -52,21 +65,22 @@ class Schedule:
 
     def before_stop(self, step: int) -> bool:
         """Return whether updates may still happen after optimizer step ``step``."""
-        return self.stop is None or step < self.stop
+        return self.stop is None or step - self.offset < self.stop
 
     def fraction(self, step: int) -> float:
         """Return the fraction of blocks to move after optimizer step ``step``."""
         if callable(self.drop_fraction):
             return _check_fraction(self.drop_fraction(step))
-        return self.drop_fraction * self.cosine(step)
+        return self.drop_fraction * (1.0 if self.anneal == "constant" else self.cosine(step))
 
     def cosine(self, step: int) -> float:
-        """Return what falls from 1 to 0 at ``stop``, as half a cosine; 1 without one."""
+        """Return what falls from 1 at ``start`` to 0 at ``stop``, as half a cosine; 1 before, and without a stop."""
         if self.stop is None:
             return 1.0
-        if step >= self.stop:
+        if not self.before_stop(step):
             return 0.0
-        return (1 + math.cos(math.pi * step / self.stop)) / 2
+        counted = max(0, step - self.offset - self.start)
+        return (1 + math.cos(math.pi * counted / (self.stop - self.start))) / 2
 
 
 def whole_stop(stop: float | None) -> int | None:

@@ -1,19 +1,26 @@
 """SET: drop the weakest blocks, grow as many at random.
 
 Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
-science", Nature Communications 2018; with the drop fraction along a cosine, as in Evci et al. 2020.
+science", Nature Communications 2018. By default in the form in which Evci et al. 2020 (RigL) compare it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import ordered_keys, sample_absent
+from sparsekern.nn.init import draw_values
+from sparsekern.topology import Topology, generator_for, ordered_keys, sample_absent
 from sparsekern.training.base import Method
 from sparsekern.training.followers import Move, to_places
 from sparsekern.training.scores import lowest, part_of
-from sparsekern.training.tied import units
+from sparsekern.training.tied import Units, units
+
+DROPS = ("norm", "signs")
+GROWN_VALUES = ("zero", "random")
 
 
 class SET(Method):
@@ -22,7 +29,18 @@ class SET(Method):
     At an update ``floor(drop_fraction * blocks)`` blocks of smallest Frobenius norm go to places drawn uniformly among
     those that were empty, so a dropped block never returns in the same update. They restart from zero.
 
-    Takes the arguments of :class:`Method`.
+    That is SET as RigL's paper compares it, as most later papers do. SET of its own paper is
+    ``drop="signs", grown_values="random", anneal="constant"``, once an epoch: ``preset("set-mocanu")``.
+
+    Args:
+        drop: ``"norm"``: the weakest blocks of all. ``"signs"``: that fraction of the positive and of the negative
+            ones, each the weakest; a block of several elements has the sign of their sum.
+        grown_values: ``"zero"``, or ``"random"``: drawn like a layer's initial values. A copy that follows restarts
+            from zero in any case.
+        options: the arguments of :class:`Method`.
+
+    Raises:
+        ValueError: an unknown ``drop`` or ``grown_values``, or what :class:`Method` raises.
 
     Example:
         >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
@@ -34,6 +52,21 @@ class SET(Method):
         0.5
     """
 
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        drop: str = "norm",
+        grown_values: str = "zero",
+        **options: Any,
+    ) -> None:
+        for name, choice, known in (("drop", drop, DROPS), ("grown_values", grown_values, GROWN_VALUES)):
+            if choice not in known:
+                raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
+        super().__init__(model, optimizer, **options)
+        self.drop, self.grown_values = drop, grown_values
+
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and as many empty places; tied taps go together, by their common norm."""
         parts = units(layer)
@@ -41,6 +74,35 @@ class SET(Method):
         present = topology.sorted_keys() if parts.slots is not None else ordered_keys(layer.index, topology)
         blocks = present.shape[0]
         strength = self.strength(name, layer, parts)
-        slots = lowest(strength, min(part_of(blocks, fraction), topology.grid.cells - blocks))
+        if self.drop == "signs":
+            slots = _weakest_of_each_sign(layer, parts, strength, fraction)
+            if slots.shape[0] > topology.grid.cells - blocks:
+                slots = slots[lowest(strength[slots], topology.grid.cells - blocks)]
+        else:
+            slots = lowest(strength, min(part_of(blocks, fraction), topology.grid.cells - blocks))
         keys = sample_absent(present, topology.grid.cells, slots.shape[0], generator, ordered=True)
         return parts.spread(to_places(slots, keys, topology.grid))
+
+    @torch.no_grad()
+    def fill(self, name: str, move: Move) -> None:
+        """Set the values of blocks that have just moved."""
+        if self.grown_values == "zero":
+            return
+        layer = self.layers[name]
+        whole = Topology(layer.grid, layer.row.cpu(), layer.col.cpu())
+        moved = Topology(layer.grid, move.row.cpu(), move.col.cpu())
+        generator = generator_for(self.seed, type(self).__name__, name, self.steps, "values")
+        drawn = draw_values(moved, layer.values.dtype, generator, layer.init_scale, whole)
+        layer.values.index_copy_(0, move.slots.long(), drawn.to(layer.values.device))
+
+
+def _weakest_of_each_sign(layer: BlockSparse, parts: Units, strength: Tensor, fraction: float) -> Tensor:
+    """Return the weakest of the positive units and of the negative ones, that fraction of each, ascending."""
+    sums = layer.values.detach().sum((1, 2), dtype=strength.dtype)
+    positive = parts.sums(sums) >= 0
+    used = parts.topology.used()
+    chosen = [
+        lowest(strength.masked_fill(~side, torch.inf), part_of(int(side.sum()), fraction))
+        for side in (positive & used, ~positive & used)
+    ]
+    return torch.cat(chosen).sort().values

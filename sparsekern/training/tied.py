@@ -27,6 +27,10 @@ class Units(NamedTuple):
         whole: Tensor = norms if self.slots is None else norms[self.slots].norm(dim=1)
         return whole
 
+    def sums(self, numbers: Tensor) -> Tensor:
+        """Return the sum ``(U,)`` of a number for each slot ``(Z,)`` over those of each unit."""
+        return numbers if self.slots is None else numbers[self.slots].sum(1)
+
     def spread(self, move: Move) -> Move:
         """Return the move of all blocks of the units that move."""
         if self.slots is None:

@@ -59,7 +59,7 @@ def test_json_is_alone_on_stdout(finished):
     [
         (["--method", "sett"], "error: method is 'sett'; it must be one of static, set"),
         (["--method", "set:masks=3"], "error: masks is 3, but method set has no such option; vrpge has it"),
-        (["--preset", "gsee"], "error: preset is 'gsee'; it must be one of set, rigl"),
+        (["--preset", "gsee"], "error: preset is 'gsee'; it must be one of set-mocanu, set-rigl"),
         (["--sparsity", "90"], "error: sparsity is 90.0; it is the fraction absent"),
         (["--block-size", "1"], "error: rigl-s0.9-b1: 'hidden1' has 1x1 blocks"),
         (["--recipe", "resent20"], "did you mean resnet20"),

@@ -14,6 +14,9 @@ CONFIG = Config(width=64, block_size=8, sparsity=0.75)
 SHAPE = (1, 4, 5)
 
 
+LAYERS = (nn.Linear, nn.Conv2d)
+
+
 def test_hidden_layers_are_sparse_and_the_ends_are_the_twins():
     sparse, dense = (build(name, CONFIG, SHAPE, 3, seed=1) for name in ("sparse", "dense"))
     kinds = {name: type(module) for name, module in sparse.named_children()}
@@ -97,7 +100,32 @@ def test_every_preset_by_its_name(name):
     options = {"allow_dense_scores": True} if PRESETS[name].method is METHODS["rigl"] else {}
     model, method = method_of(method=None, preset=name, options=options)
     assert type(method) is PRESETS[name].method and method.seed == 1
-    assert (model.hidden1.sparsity == 0.75) == (method.pool == 1)
+    if method.pool > 1:
+        assert model.hidden1.sparsity < 0.75
+    elif name.startswith("gse"):  # layers of several sizes get several sparsities
+        assert sum(m.topology.blocks() for m in method.layers.values()) == 40  # of 24 + 64 + 64 + 8 places
+    else:
+        assert model.hidden1.sparsity == 0.75
+    first, last = name != "set-mocanu" and not name.startswith("gse"), name.startswith(("vrpge", "rigl-sparse-ift"))
+    assert (isinstance(model.input, nn.Linear), isinstance(model.output, nn.Linear)) == (first, last)
+
+
+def test_the_layers_of_a_preset():
+    """GSE's have free slots, another variance, and a sparse stem at 1x1; the wish of an option counts for more."""
+    _, method = method_of(method=None, preset="gse")
+    assert all(layer.init_scale == 3**0.5 for layer in method.layers.values())
+    assert [layer.topology.slots for layer in method.layers.values()] == [12, 15, 15, 8]  # of 9, 12, 12 and 7 blocks
+    _, method = method_of(method=None, preset="gse", options={"capacity": 1.0})
+    assert [layer.topology.slots for layer in method.layers.values()] == [9, 12, 12, 7]
+    _, method = method_of(method="gse", options={"capacity": 1.5, "scope": "global"})
+    assert [layer.topology.slots for layer in method.layers.values()] == [24, 24]
+    for preset, names in (("rigl", ["conv1"]), ("gse", []), (None, ["conv1", "fc"])):
+        config = Config(recipe="resnet20", preset=preset, block_size=1, sparsity=0.9)
+        dense = [n for n, m in build("sparse", config, (3, 32, 32), 10, 0).named_modules() if type(m) in LAYERS]
+        assert dense == names == list(config.kept_dense)
+        assert config.sparse_title == {"rigl": "all layers but the first", "gse": "all layers"}.get(
+            preset, "hidden layers"
+        )
 
 
 def test_options_reach_the_method():

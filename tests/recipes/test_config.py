@@ -33,7 +33,7 @@ def test_the_default_is_what_the_readme_promises():
         ("rate", 0.0, "above 0"),
         ("rate", float("inf"), "above 0"),
         ("method", "sett", "one of static, set"),
-        ("preset", "gsee", "one of set, rigl"),
+        ("preset", "gsee", "one of set-mocanu, set-rigl"),
         ("options", [], "a dictionary"),
         ("data", 3, "a path"),
         ("dense", 1, "true or false"),
@@ -154,6 +154,7 @@ def test_the_preset_names_the_method():
     assert config.method == "gse" and Config(preset="rigl", method="rigl").method == "rigl"
     assert config.resolved(50_000, 3).update_every == 1000
     assert Config(preset="gse", update_every=7).resolved(50_000, 3).update_every == 7
+    assert Config(preset="set-mocanu", batch_size=64).resolved(1000, 3).update_every == 16, "an epoch"
     with pytest.raises(ValueError, match="preset is 'gse', whose method is gse, but method is 'set'"):
         Config(preset="gse", method="set")
 

@@ -39,7 +39,7 @@ def test_the_slug_names_the_preset():
     ("text", "preset", "message"),
     [
         ("sett", False, "method is 'sett'; it must be one of static, set"),
-        ("gsee", True, "preset is 'gsee'; it must be one of set, rigl"),
+        ("gsee", True, "preset is 'gsee'; it must be one of set-mocanu, set-rigl"),
         ("set:masks=3", False, "masks is 3, but method set has no such option; vrpge has it"),
         ("set:depth=3", False, "'depth' is no option of a method; set has drop_fraction"),
         ("vrpge:masks=some", False, "masks is 'some'; it must be a whole number"),

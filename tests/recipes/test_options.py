@@ -67,7 +67,12 @@ def test_options_come_in_the_order_of_the_table():
             "masks is 3, but method set has no such option; vrpge has it: choose that, or drop the option",
         ),
         ("vrpge", "min_age", 3, "min_age is 3, but method vrpge has no such option; set, rigl, gse have it"),
-        ("set", "mask", 3, "'mask' is no option of a method; set has drop_fraction, start, stop, grown_state, keep_c"),
+        (
+            "set",
+            "mask",
+            3,
+            "'mask' is no option of a method; set has drop_fraction, start, stop, anneal, offset, drop, ",
+        ),
         ("static", "mask", 3, "'mask' is no option of a method; static has "),
         ("gse", "distribution", "graboo", "distribution is 'graboo'; it must be one of uniform, grabo, graest"),
         ("vrpge", "masks", 2.5, "masks is 2.5; it must be a whole number"),

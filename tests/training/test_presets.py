@@ -13,7 +13,7 @@ from sparsekern.training.presets import PRESETS, preset
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("name", PRESETS)
 def test_it_moves_blocks(name, block):
-    """VR-PGE once, at its end; the others at every update."""
+    """VR-PGE once, at its end; the others at every update, those of RigL's authors from the first step on."""
     layer = sk.SparseLinear(48, 48, sparsity=0.7, block_size=block, seed=0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     more = {"rigl": {"allow_dense_scores": True}, "vrpge": {"sparsity": 0.85, "stop": 6}}.get(name.split("-")[0], {})
@@ -26,14 +26,18 @@ def test_it_moves_blocks(name, block):
         optimizer.step()
         optimizer.zero_grad()
         moved.append(method.step())
-    assert moved == [False, False, not name.startswith("vrpge"), False, False, True]
+    if name in ("rigl", "set-rigl"):
+        assert moved == [True, False, False, True, False, False]
+    else:
+        assert moved == [False, False, not name.startswith("vrpge"), False, False, True]
     assert not torch.equal(before, layer.topology.keys())
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "stop", "every", "fraction"),
     [
-        ("set", sk.SET, None, 100, 0.3),
+        ("set-mocanu", sk.SET, 100_000, 390, 0.3),
+        ("set-rigl", sk.SET, 75_000, 100, 0.3),
         ("rigl", sk.RigL, 75_000, 100, 0.3),
         ("rigl-sparse-ift", sk.RigL, 75_000, 100, 0.3),
         ("rigl-sparse-ift-gpt", sk.RigL, 80_000, 500, 0.3),
@@ -47,7 +51,8 @@ def test_it_moves_blocks(name, block):
 )
 def test_its_values(name, kind, stop, every, fraction):
     layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
-    method = preset(name, layer, torch.optim.SGD(layer.parameters()), steps=100_000)
+    needed = {"update_every": every} if PRESETS[name].once_an_epoch else {}
+    method = preset(name, layer, torch.optim.SGD(layer.parameters()), steps=100_000, **needed)
     schedule = method.schedule
     assert type(method) is kind and (schedule.stop, schedule.update_every) == (stop, every)
     assert schedule.fraction(0) == fraction and PRESETS[name].source
@@ -56,6 +61,8 @@ def test_its_values(name, kind, stop, every, fraction):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
+        ("set-mocanu", {"drop": "signs", "grown_values": "random"}),
+        ("set-rigl", {"drop": "norm", "grown_values": "zero"}),
         ("rigl", {"regrow": True, "scoring": "auto", "scope": "layer", "score_tokens": None}),
         ("gse", {"distribution": "uniform", "subset_factor": 1.0, "with_replacement": True, "scope": "global"}),
         ("gse-grabo", {"distribution": "grabo", "subset_factor": 1.0}),
@@ -67,7 +74,8 @@ def test_its_values(name, kind, stop, every, fraction):
 )
 def test_its_other_values(name, values):
     layer = sk.SparseLinear(16, 16, sparsity=0.5, block_size=4, seed=0)
-    method = preset(name, layer, torch.optim.SGD(layer.parameters()), steps=1000)
+    needed = {"update_every": 10} if PRESETS[name].once_an_epoch else {}
+    method = preset(name, layer, torch.optim.SGD(layer.parameters()), steps=1000, **needed)
     assert {value: getattr(method, value) for value in values} == values
     if name.startswith("vrpge"):
         assert (method.probabilities.rate, method.probabilities.clip) == (12e-3, 3.0)
@@ -83,5 +91,64 @@ def test_options_override_and_names_are_checked():
     layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
     optimizer = torch.optim.SGD(layer.parameters())
     assert preset("gse", layer, optimizer, steps=10, scope="layer", stop=7).schedule.stop == 7
-    with pytest.raises(ValueError, match="preset is 'gsee'; it must be one of set, rigl"):
+    with pytest.raises(ValueError, match="preset is 'gsee'; it must be one of set-mocanu, set-rigl, rigl"):
         preset("gsee", layer, optimizer, steps=10)
+    with pytest.raises(ValueError, match=r"preset is \['gse'\]; it must be one of"):
+        preset(["gse"], layer, optimizer, steps=10)
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "text"),
+    [
+        (0, ValueError, "steps is 0; it must be the optimizer steps of the whole training, 1 or more"),
+        (-5, ValueError, "steps is -5;"),
+        (1e4, TypeError, "steps is 10000.0; it must be a whole number"),
+        (float("nan"), TypeError, "steps is nan"),
+        ("10", TypeError, "steps is '10'"),
+        (None, TypeError, "steps is None"),
+        (True, TypeError, "steps is True"),
+    ],
+)
+def test_the_steps_of_the_training_are_a_whole_number(steps, error, text):
+    layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
+    with pytest.raises(error, match=text):
+        preset("rigl", layer, torch.optim.SGD(layer.parameters()), steps=steps)
+
+
+def test_an_update_an_epoch_needs_the_steps_of_one():
+    layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
+    optimizer = torch.optim.SGD(layer.parameters())
+    with pytest.raises(ValueError, match="update_every is missing: set-mocanu updates after every epoch; give the"):
+        preset("set-mocanu", layer, optimizer, steps=50)
+    schedule = preset("set-mocanu", layer, optimizer, steps=50, update_every=10).schedule
+    assert [step for step in range(51) if schedule.due(step)] == [10, 20, 30, 40], "not after the last epoch"
+    assert schedule.fraction(40) == 0.3
+
+
+def test_the_first_update_of_rigl_sees_the_first_batch_and_no_step_is_made():
+    """Their code counts steps from 0, where the cosine is at its highest."""
+    layer = sk.SparseLinear(16, 16, block_size=4, sparsity=0.5, seed=0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    method = preset("rigl", layer, optimizer, steps=1000)
+    before, places = layer.values.detach().clone(), layer.topology.keys().clone()
+    layer(torch.randn(8, 16, generator=generator_for(0))).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(layer.values, before) and method.schedule.fraction(1) == 0.3
+    assert method.step()
+    moved = layer.topology.keys() != places
+    assert 0 < moved.sum() <= 2 and torch.equal(layer.values[~moved], before[~moved])
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("gse")])
+def test_the_layers_of_gse_compete_and_have_the_authors_variance(name, caplog):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Flatten(), torch.nn.Linear(64, 64))
+    sk.sparsify_(model, 0.9, 1, **PRESETS[name].layers)
+    conv, linear = model[0], model[2]
+    # 453 of 4528 elements in proportion to 16 + 27 and 64 + 64; a quarter more slots
+    assert [(m.topology.blocks(), m.topology.slots) for m in (conv, linear)] == [(114, 143), (339, 424)]
+    fan_in = torch.bincount(linear.row.clamp(min=0)[linear.topology.used()], minlength=64).double()
+    squares = linear.values.detach().double().flatten().square()
+    scaled = (squares[:339] * fan_in[linear.row[:339].long()]).mean()
+    assert abs(float(scaled) - 1) < 5 * (4 / 5 / 339) ** 0.5, "variance 1 / fan_in; of squares of a uniform one 4/5"
+    preset(name, model, torch.optim.SGD(model.parameters(), lr=0.1), steps=10_000)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

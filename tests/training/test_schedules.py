@@ -17,6 +17,8 @@ def test_due_steps():
     assert due(start=7, stop=12) == [9]
     assert due(stop=0) == []
     assert due(update_every=1, stop=3) == [1, 2]
+    assert due(offset=1) == [1, 4, 7, 10, 13] and due(offset=4) == [4, 7, 10, 13]
+    assert due(offset=1, start=3, stop=10) == [4, 7, 10], "as if the steps were counted from 0"
 
 
 def test_due_since():
@@ -39,8 +41,23 @@ def test_the_cosine_by_hand():
     ]
 
 
+def test_the_cosine_begins_at_the_start():
+    """0.4 / 2 * (1 + cos(pi (t - 60) / 40)): with ``start`` it would otherwise begin at 0.14."""
+    schedule = Schedule(1, 60, 100, 0.4)
+    values = {0: 0.4, 60: 0.4, 70: 0.2 * (1 + 2**-0.5), 80: 0.2, 90: 0.2 * (1 - 2**-0.5), 100: 0}
+    assert {t: schedule.fraction(t) for t in values} == pytest.approx(values)
+    later = Schedule(1, 60, 100, 0.4, offset=3)
+    assert [later.fraction(t + 3) for t in values] == [schedule.fraction(t) for t in values]
+    assert later.before_stop(102) and not later.before_stop(103)
+
+
 def test_without_an_end_the_fraction_stays():
     assert {Schedule(1, 0, None, 0.4).fraction(t) for t in (0, 10, 10**6)} == {0.4}
+
+
+def test_a_constant_fraction():
+    schedule = Schedule(10, 0, 100, 0.4, "constant")
+    assert {schedule.fraction(t) for t in (0, 10, 99)} == {0.4} and not schedule.due(100) and schedule.due(90)
 
 
 def test_a_function_of_the_step():
@@ -58,11 +75,20 @@ def test_a_function_of_the_step():
         (dict(start=5, stop=4), "stop is 4, before start = 5"),
         (dict(drop_fraction=1.5), r"drop_fraction is 1.5; it must be in \[0, 1\]"),
         (dict(drop_fraction=-0.1), "drop_fraction is -0.1"),
+        (dict(drop_fraction=float("nan")), "drop_fraction is nan"),
+        (dict(anneal="linear"), "anneal is 'linear'; it must be one of cosine, constant"),
+        (dict(offset=-1), "offset is -1; it must be 0 or more optimizer steps"),
     ],
 )
 def test_errors(options, text):
     with pytest.raises(ValueError, match=text):
         Schedule(**({"update_every": 1, "start": 0, "stop": None, "drop_fraction": 0.3} | options))
+
+
+@pytest.mark.parametrize("name", ["update_every", "start", "offset"])
+def test_steps_that_are_not_whole(name):
+    with pytest.raises(TypeError, match=f"{name} is 1.5; it must be a whole number"):
+        Schedule(**({"update_every": 1, "start": 0, "stop": None, "drop_fraction": 0.3} | {name: 1.5}))
 
 
 def test_the_cosine_alone():

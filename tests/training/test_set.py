@@ -142,3 +142,76 @@ def test_a_method_that_parts_tied_taps_is_stopped_before_anything_moves():
     with pytest.raises(ValueError, match="taps; with tie_taps=True it must be all or none"):
         method.update()
     assert torch.equal(module.row, before)
+
+
+def signed(block: int = 1, **options) -> tuple[sk.SparseLinear, sk.SET]:
+    """Ten blocks: 1 2 3 4 5 6 and -1.5 -2.5 -3.5 -10, in a row of 40 places."""
+    module = sk.SparseLinear(40 * block, block, block_size=block, blocks=10, bias=False, seed=0)
+    with torch.no_grad():
+        numbers = torch.tensor([1, -1.5, 2, -2.5, 3, -3.5, 4, 5, 6, -10])
+        module.values.copy_((numbers / block).view(-1, 1, 1).expand_as(module.values))
+    return module, sk.SET(module, torch.optim.SGD(module.parameters(), lr=0.1), drop="signs", **options)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize(
+    ("fraction", "dropped"), [(0.2, [0]), (0.34, [0, 1, 2]), (0.5, [0, 1, 2, 3, 4]), (0.75, [0, 1, 2, 3, 4, 5, 6])]
+)
+def test_the_weakest_of_each_sign_are_dropped(fraction, dropped, block):
+    """Of six positive ones 1, 2, 3, 4 and of four negative ones 0, 1, 2, 3, rounding down for each sign."""
+    module, method = signed(block)
+    move = method.choose("", module, fraction, generator_for(0))
+    assert move.slots.tolist() == dropped and len(set(move.col.tolist())) == len(dropped)
+    assert not torch.isin(move.col, module.col).any()
+
+
+def test_signs_with_little_room_with_free_slots_and_with_tied_taps():
+    module = sk.SparseLinear(12, 1, block_size=1, blocks=10, capacity=11, bias=False, seed=0)
+    with torch.no_grad():
+        module.values.copy_(torch.tensor([1, -1.5, 2, -2.5, 3, -3.5, 4, 5, 6, -10, 0]).view(-1, 1, 1))
+    method = sk.SET(module, torch.optim.SGD(module.parameters(), lr=0.1), drop="signs")
+    assert method.choose("", module, 0.5, generator_for(0)).slots.tolist() == [0, 1], "two places are empty"
+    conv = sk.SparseConv2d(8, 8, (1, 2), block_size=2, sparsity=0.5, tie_taps=True, seed=0)
+    method = sk.SET(conv, torch.optim.SGD(conv.parameters(), lr=0.1), drop="signs", drop_fraction=0.5)
+    assert method.update()
+    check_tied(conv.topology)
+
+
+def test_grown_blocks_may_have_random_values():
+    module = sk.SparseLinear(32, 32, block_size=4, sparsity=0.5, seed=0, init_scale=2.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    method = sk.SET(module, optimizer, grown_values="random", drop_fraction=0.25)
+    module(torch.ones(1, 32)).sum().backward()
+    optimizer.step()
+    before, places = module.values.detach().clone(), module.topology.keys().clone()
+    assert method.update()
+    moved = module.topology.keys() != places
+    assert moved.sum() == 8 and torch.equal(module.values[~moved], before[~moved])
+    grown = module.values[moved].detach()
+    bound = 2 / (4 * torch.bincount(module.row, minlength=8)).sqrt()[module.row[moved].long()].view(-1, 1, 1)
+    assert (grown != 0).all() and (grown.abs() <= bound).all() and (grown.abs() > 0.9 * bound).any()
+    assert not optimizer.state[module.values]["momentum_buffer"][moved].any()
+    other = sk.SparseLinear(32, 32, block_size=4, sparsity=0.5, seed=0, init_scale=2.0)
+    other.load_state_dict(module.state_dict())
+    method.steps = 1
+    assert method.update() and not torch.equal(module.values[moved], grown), "other numbers at another step"
+
+
+def test_random_values_stay_within_the_matrix():
+    module = sk.SparseLinear(7, 5, block_size=4, blocks=2, seed=0)
+    method = sk.SET(module, torch.optim.SGD(module.parameters(), lr=0.1), grown_values="random", drop_fraction=1.0)
+    assert method.update()
+    assert module.values.any() and not module.values[~module.topology.real()].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"drop": "sign"}, "drop is 'sign'; it must be one of norm, signs"),
+        ({"grown_values": "zeros"}, "grown_values is 'zeros'; it must be one of zero, random"),
+    ],
+)
+def test_unknown_ways(options, text):
+    module = layer()
+    with pytest.raises(ValueError, match=text):
+        sk.SET(module, torch.optim.SGD(module.parameters(), lr=0.1), **options)
