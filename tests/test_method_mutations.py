@@ -223,7 +223,7 @@ MUTATIONS: dict[str, Mutation] = {
         t_growth.test_layers_of_other_block_sizes_compare_by_element,
     ),
     "state stays where a block moved": (
-        followers.Followers.move,
+        followers.Followers._move,
         "tensor.index_fill_(0, slots, fresh)",
         "pass",
         partial(t_gradient.test_what_moves, "GSE"),

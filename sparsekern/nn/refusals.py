@@ -1,8 +1,8 @@
-"""Dense layers that must stay dense, and why: replacing them would be silently wrong."""
+"""Dense layers that must stay dense, and sharded ones that must be gathered: going on would be silently wrong."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 STEM_CHANNELS = 3
 """A convolution of so few input channels is a network's stem: little work, and no block of channels to leave out."""
@@ -48,3 +48,15 @@ def refusal(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) -> str |
         if len(uses) > 1:
             return f"its {kind} is shared: {', '.join(uses)}"
     return None
+
+
+def check_whole(name: str, tensor: Tensor, instead: str = "moving sharded blocks is not supported, use DDP") -> None:
+    """Raise NotImplementedError if a layer's tensor is spread over ranks, as ``fully_shard`` leaves it.
+
+    Args:
+        name: of the layer.
+        tensor: one of its tensors.
+        instead: what is not supported, and the way out.
+    """
+    if hasattr(tensor, "device_mesh"):
+        raise NotImplementedError(f"values of {name!r} are a DTensor; {instead}")

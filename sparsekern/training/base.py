@@ -16,6 +16,7 @@ from sparsekern.topology.arguments import check_whole
 from sparsekern.training.books import Books
 from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.followers import Followers, Move, OnMove
+from sparsekern.training.optimizer_state import unwrapped
 from sparsekern.training.schedules import Schedule, whole_stop
 from sparsekern.training.scores import block_norms, is_finite, protect_last
 from sparsekern.training.tied import Units
@@ -86,16 +87,10 @@ class Method:
         min_age: int = 0,
         seed: int = 0,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        optimizer = unwrapped(optimizer)
         self.layers = sparse_layers(model)
         if not self.layers:
             raise ValueError("the model has no sparse layer; call sparsekern.sparsify_ first")
-        for name, layer in self.layers.items():
-            if hasattr(layer.values, "device_mesh"):
-                raise NotImplementedError(
-                    f"values of {name!r} are a DTensor; moving sharded blocks is not supported, use DDP"
-                )
         if scope not in self.scopes:
             known = ", ".join(repr(s) for s in self.scopes)
             raise ValueError(f"scope is {scope!r}; for {type(self).__name__} it must be {known}")
@@ -180,19 +175,23 @@ class Method:
         began = time.perf_counter()
         fraction = self.schedule.fraction(self.steps)
         self.books.open()
+        self.followers.check()  # what blocks are chosen by must be there
         moves = {name: move for name, move in self.choose_all(fraction).items() if move.slots.numel()}
-        self.followers.check()  # everything, before the first layer moves
+        self.followers.check_moves(moves)  # everything, before the first layer moves
+        self.followers.move(moves)
         for name, move in moves.items():
-            self.followers.check_move(name, move)
-        for name, move in moves.items():
-            self.followers.move(name, move)
             self.fill(name, move)
             self.books.note(name, move)
             if self.min_age:
                 self._born[name].index_fill_(0, move.slots.long(), self.updates)
         self.updates += 1
+        self.settle(moves)
         self.seconds += time.perf_counter() - began
+        self.followers.tell(moves)
         return bool(moves)
+
+    def settle(self, moves: dict[str, Move]) -> None:
+        """Adapt what a subclass keeps beside the followers to moves that were made; nothing by default."""
 
     def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sparsekern.nn import BlockSparse, sparse_layers
+from sparsekern.nn import BlockSparse, check_whole, sparse_layers
 from sparsekern.topology import Grid, places_for
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
 
@@ -92,24 +92,70 @@ class Followers:
             self._twins[name].append(twin)
 
     def check(self) -> None:
-        """Raise ValueError if the optimizer misses a layer or keeps a state that cannot follow."""
+        """Raise an error if the optimizer misses a layer or keeps a state that cannot follow.
+
+        Raises:
+            ValueError: so.
+            NotImplementedError: values are sharded.
+        """
         for name, layer in self.layers.items():
+            check_whole(name, layer.values)
             if layer.values.requires_grad:
                 slot_state(self.optimizer, layer.values, name)
 
-    def check_move(self, name: str, move: Move) -> None:
-        """Raise ValueError if a move is not legal, or a copy of the model no longer has the model's blocks."""
-        layer = self.layers[name]
-        layer.moved(*move)
-        for twin in self._twins[name]:
-            if not _same_blocks(twin, layer):
-                raise ValueError(
-                    f"{name!r} has other blocks in a copy that follows the model; load both from the same checkpoint"
-                )
+    @torch.no_grad()
+    def check_moves(self, moves: dict[str, Move]) -> None:
+        """Raise whatever :meth:`move` could raise, with nothing changed.
+
+        Raises:
+            ValueError: a move is not legal, the optimizer or a state cannot follow, a copy of the model no longer has
+                the model's blocks, or a tensor that follows cannot be written in place.
+            NotImplementedError: values are sharded.
+        """
+        self.check()
+        for name, move in moves.items():
+            layer = self.layers[name]
+            layer.moved(*move)
+            for twin in self._twins[name]:
+                check_whole(name, twin.values)
+                if not _same_blocks(twin, layer):
+                    raise ValueError(
+                        f"{name!r} has other blocks in a copy that follows the model; load both from the same "
+                        "checkpoint"
+                    )
+            slots = layer.values.shape[0]
+            for what, tensor in self._written(name):
+                if tensor.dim() == 0 or tensor.shape[0] != slots:
+                    raise ValueError(f"{what} of {name!r} has shape {tuple(tensor.shape)}; it had {slots} slots before")
+                try:  # nothing is written, but everything that forbids to write speaks
+                    tensor.index_fill_(0, torch.empty(0, dtype=torch.int64, device=tensor.device), 0)
+                except Exception as error:
+                    why = str(error).splitlines()[0]
+                    raise ValueError(
+                        f"{what} of {name!r} cannot be written in place where blocks move: {why}; keep it an ordinary "
+                        "strided tensor"
+                    ) from error
+
+    def _written(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield what a move of a layer's blocks writes into, and what it is called."""
+        for layer, whose in ((self.layers[name], ""), *((twin, " of a copy") for twin in self._twins[name])):
+            for key in ("values", "row", "col"):
+                yield f"{key}{whose}", getattr(layer, key)
+            if layer.values.grad is not None:
+                yield f"the gradient{whose}", layer.values.grad
+        for key, tensor, _ in slot_state(self.optimizer, self.layers[name].values, name):
+            yield f"the optimizer's {key!r}", tensor
+        for tensor, on_move in self._tensors[name]:
+            if on_move == "zero":
+                yield "a follower", tensor
 
     @torch.no_grad()
-    def move(self, name: str, move: Move) -> None:
-        """Move blocks of one layer, with all that follows them. :meth:`check` and :meth:`check_move` come before."""
+    def move(self, moves: dict[str, Move]) -> None:
+        """Move blocks of layers, by name, with all that follows them. :meth:`check_moves` comes before."""
+        for name, move in moves.items():
+            self._move(name, move)
+
+    def _move(self, name: str, move: Move) -> None:
         layer = self.layers[name]
         states = slot_state(self.optimizer, layer.values, name)
         layer.move_(*move, checked=True)
@@ -121,14 +167,29 @@ class Followers:
             else:
                 tensor.index_fill_(0, slots, fresh)
         for tensor, on_move in self._tensors[name]:
-            if callable(on_move):
-                on_move(tensor, slots)
-            elif on_move == "zero":
+            if on_move == "zero":
                 tensor.index_fill_(0, slots.to(tensor.device), 0)
         for twin in self._twins[name]:
             twin.move_(*(t.to(twin.row.device) for t in move), checked=True)
 
+    @torch.no_grad()
+    def tell(self, moves: dict[str, Move]) -> None:
+        """Call the functions that were registered, after everything has moved; all of them, then raise the first error.
+
+        A function may raise what it likes, and so must not stand between two writes.
+        """
+        failed: Exception | None = None
+        for name, move in moves.items():
+            for tensor, on_move in self._tensors[name]:
+                if callable(on_move):
+                    try:
+                        on_move(tensor, move.slots.long())
+                    except Exception as error:
+                        failed = failed or error
+        if failed is not None:
+            raise failed
+
 
 def _same_blocks(a: BlockSparse, b: BlockSparse) -> bool:
     """Return whether two layers, on whatever devices, hold the same places in the same slots."""
-    return torch.equal(a.row.to(b.row), b.row) and torch.equal(a.col.to(b.col), b.col)
+    return a.grid == b.grid and torch.equal(a.row.to(b.row), b.row) and torch.equal(a.col.to(b.col), b.col)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.training.trial import Layout, Refusal, a_what, is_one_value, trial_layout
 
 SECOND_MOMENTS = (
     *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "v"),
-    *("row_var", "col_var", "variance"),  # Adafactor
+    *("row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col"),  # Adafactor, PyTorch's and others
 )
 """Names under which optimizers keep the size of past gradients, for ``grown_state="mean_v"``."""
 
@@ -24,6 +26,30 @@ class SlotState(NamedTuple):
     fresh: float
 
 
+WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer")
+"""Classes that hand every step on to another optimizer and keep nothing themselves: accelerate's and Lightning's."""
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that makes the steps: the argument, or the one that a launcher's wrapper hands them on to.
+
+    Raises:
+        TypeError: not a :class:`torch.optim.Optimizer`, nor such a wrapper of one.
+    """
+    while any(kind.__name__ in WRAPPERS for kind in type(optimizer).__mro__):
+        parts = vars(optimizer)
+        inner = parts.get("optimizer", parts.get("_optimizer"))
+        shared = isinstance(inner, torch.optim.Optimizer) and (
+            optimizer.state is inner.state and optimizer.param_groups is inner.param_groups
+        )
+        if not shared:
+            break
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+    return optimizer
+
+
 def param_group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any] | None:
     """Return the group of the optimizer that holds this very parameter, or None."""
     for group in optimizer.param_groups:
@@ -32,20 +58,25 @@ def param_group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
     return None
 
 
-def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> list[SlotState]:
+def slot_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, *, part_of: Tensor | None = None
+) -> list[SlotState]:
     """Return the state tensors that must be reset where a block moves.
 
-    A state is matched by its axes, not its shape: Adafactor's are ``(Z, bo, 1)``. Numbers and 0-dimensional tensors,
-    such as step counters, belong to the whole parameter and stay.
+    A state is matched by its axes, not its shape: Adafactor's are ``(Z, bo, 1)``. Numbers and tensors of one element,
+    such as step counters, belong to the whole parameter and stay. What PyTorch's own optimizers keep, and how it
+    begins, is known; any other is tried (:func:`~sparsekern.training.trial.trial_layout`), once a size.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.
         parameter: ``values (Z, ...)`` of a layer.
         name: the layer's name, for the error.
+        part_of: the values that ``parameter`` holds some slots of.
 
     Raises:
         ValueError: the parameter is not in the optimizer, or a state cannot be split by slots.
     """
+    kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "LBFGS keeps flat vectors over all parameters, which cannot follow moving blocks; use an optimizer with "
@@ -54,8 +85,8 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
     inner = next((key for key, part in vars(optimizer).items() if _holds_optimizer(part)), None)
     if inner is not None:
         raise ValueError(
-            f"{type(optimizer).__name__} keeps its state in another optimizer ({inner!r}), where it would not follow "
-            "moving blocks; use a plain optimizer"
+            f"{kind} keeps its state in another optimizer ({inner!r}), where it would not follow moving blocks; use a "
+            "plain optimizer"
         )
     group = param_group(optimizer, parameter)
     if group is None:
@@ -63,22 +94,59 @@ def slot_state(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -
             f"values of {name!r} are not in this optimizer. Build it after sparsify_, from model.parameters(); a model "
             "whose sparse layers are spread over several optimizers is not supported"
         )
+    layout = None if _is_known(optimizer) else _tried(optimizer, group, parameter if part_of is None else part_of, name)
     found = []
     for key, state in optimizer.state.get(parameter, {}).items():
-        if state is None or isinstance(state, (int, float, bool, str)):
+        if not isinstance(state, Tensor) and is_one_value(state):
             continue
-        if isinstance(state, Tensor) and state.dim() == 0:
+        if type(state) not in (Tensor, nn.Parameter):
+            raise _refused(kind, f"keeps {key!r} for {{}}, {a_what(state)}, which cannot be reset by slots", name)
+        if state.dim() == 0 or (layout is not None and key in layout.whole):
             continue
-        if isinstance(state, Tensor) and _is_by_slot(state, parameter):
-            found.append(SlotState(key, state, fresh_value(optimizer, key, group)))
-            continue
-        what = f"of shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"a {type(state).__name__}"
-        raise ValueError(
-            f"{type(optimizer).__name__} keeps {key!r} for values of {name!r}, {what}, which has no axis of "
-            f"{parameter.shape[0]} slots: moving blocks would leave it wrong. Use an optimizer with one state entry a "
-            "weight, such as SGD or AdamW"
+        if layout is not None and key not in layout.fresh:
+            raise _refused(
+                kind, f"keeps {key!r} for {{}}, which it did not in its first steps: how it begins is unknown", name
+            )
+        by_slot = layout is not None or _is_by_slot(state, parameter)
+        if not by_slot or state.shape[0] != parameter.shape[0]:
+            raise _refused(
+                kind,
+                f"keeps {key!r} for {{}}, of shape {tuple(state.shape)}, which has no axis of {parameter.shape[0]} "
+                "slots: moving blocks would leave it wrong",
+                name,
+            )
+        found.append(
+            SlotState(key, state, _known_fresh(optimizer, key, group) if layout is None else layout.fresh[key])
         )
     return found
+
+
+def _is_known(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether it is one of PyTorch's own, and none that derives from it."""
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+_layouts: WeakKeyDictionary[torch.optim.Optimizer, dict[tuple[Any, ...], Layout | str]] = WeakKeyDictionary()
+
+
+def _tried(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, name: str) -> Layout:
+    """Return the layout of an optimizer's state for a parameter, from a trial or from one before."""
+    layouts = _layouts.setdefault(optimizer, {})
+    key = (parameter.shape, parameter.dtype, parameter.device, id(group))
+    if key not in layouts:
+        try:
+            layouts[key] = trial_layout(optimizer, group, parameter)
+        except Refusal as refusal:
+            layouts[key] = str(refusal)
+    layout = layouts[key]
+    if isinstance(layout, str):
+        raise _refused(type(optimizer).__name__, layout, name)
+    return layout
+
+
+def _refused(kind: str, what: str, name: str) -> ValueError:
+    what = what.replace("{}", f"values of {name!r}")
+    return ValueError(f"{kind} {what}. Use an optimizer with one state entry a weight, such as SGD or AdamW")
 
 
 def _holds_optimizer(part: Any) -> bool:
@@ -95,8 +163,8 @@ def _is_by_slot(state: Tensor, parameter: Tensor) -> bool:
     return state.dim() == 1 or (state.dim() == parameter.dim() and all(s in (1, p) for s, p in later))
 
 
-def fresh_value(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
-    """Return what an untouched entry holds; zero in all but two optimizers."""
+def _known_fresh(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
+    """Return what an untouched entry holds in one of PyTorch's own optimizers; zero in all but two."""
     if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
         return float(group.get("initial_accumulator_value", 0.0))
     if isinstance(optimizer, torch.optim.Rprop) and key == "step_size":

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.training.optimizer_state import fresh_value, param_group, slot_state
+from sparsekern.training.optimizer_state import param_group, slot_state
 
 
 class _Away(NamedTuple):
@@ -63,25 +63,21 @@ class StandIns:
         optimizer = self.optimizer
         while self._away:
             parameter, stand_in, slots, name = self._away.pop()
-            states = slot_state(optimizer, stand_in, name)  # of the stand-in: the group still holds it
-            group = param_group(optimizer, stand_in)
+            # of the stand-in: the group still holds it
+            fresh = {key: value for key, _, value in slot_state(optimizer, stand_in, name, part_of=parameter)}
             self._replace(stand_in, parameter)
             parameter.index_copy_(0, slots, stand_in)
             after = optimizer.state.pop(stand_in, None)
             if after is None:
                 continue
             whole: dict[str, Any] = optimizer.state[parameter]
-            by_slot = {key: tensor for key, tensor, _ in states}
             for key, value in after.items():
-                if key not in by_slot:
+                if key not in fresh:
                     whole[key] = value
                     continue
                 if key not in whole:  # the optimizer's first step has made it
-                    assert group is not None
                     shape = (parameter.shape[0], *value.shape[1:])
-                    whole[key] = torch.full(
-                        shape, fresh_value(optimizer, key, group), dtype=value.dtype, device=value.device
-                    )
+                    whole[key] = torch.full(shape, fresh[key], dtype=value.dtype, device=value.device)
                 whole[key].index_copy_(0, slots, value)
 
     def _replace(self, old: Tensor, new: Tensor) -> None:

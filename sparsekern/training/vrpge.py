@@ -196,11 +196,20 @@ class VRPGE(Method):
     def update(self) -> bool:
         """Move candidates whose probability is at the floor to new empty places; returns whether any moved."""
         self._refilled = {}
-        moved = super().update()
-        if self._refilled:
+        return super().update()
+
+    def settle(self, moves: dict[str, Move]) -> None:
+        """Give refilled units a fresh probability; at the end, note that the choice is made."""
+        if self._ending is not None:
+            for name, layer in self.layers.items():
+                left, freed = layer.topology.blocks(), moves[name].slots.numel() if name in moves else 0
+                self.books.churn[name] = 1 - left / max(1, left + freed)
+            self.finished = True
+            self._masked.clear()
+            self._masks = None
+        elif self._refilled:
             self.budget.refresh()
             self.probabilities.restart(self._refilled, self.refill)
-        return moved
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return which candidates go to which new places, or, at the end, which slots become free."""
@@ -228,17 +237,10 @@ class VRPGE(Method):
         if self.finished:
             return False
         self._ending = self.budget.top(self.probabilities.value)
-        before = {name: layer.topology.blocks() for name, layer in self.layers.items()}
         try:
-            moved = super().update()
+            return super().update()
         finally:
             self._ending = None
-        for name, layer in self.layers.items():
-            self.books.churn[name] = 1 - layer.topology.blocks() / max(1, before[name])
-        self.finished = True
-        self._masked.clear()
-        self._masks = None
-        return moved
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -47,7 +47,7 @@ def test_a_move_resets_the_moved_slots_and_nothing_else(make):
     before = copy.deepcopy(optimizer.state[net[0].values])
     values, bias = net[0].values.detach().clone(), net[0].bias.detach().clone()
     bias_state = copy.deepcopy(optimizer.state[net[0].bias])
-    followers.move("0", Move(SLOTS, *absent(net[0], 2)))
+    followers.move({"0": Move(SLOTS, *absent(net[0], 2))})
     kept = [0, 2, 4, 5]
     assert (net[0].values[SLOTS] == 0).all() and torch.equal(net[0].values[kept], values[kept])
     for key, state in optimizer.state[net[0].values].items():
@@ -68,7 +68,7 @@ def test_mean_v_starts_the_second_moment_at_the_mean_of_the_others():
     train(net, optimizer)
     state = optimizer.state[net[0].values]
     mean = state["exp_avg_sq"][[0, 2, 4]].mean()  # slot 5 is free
-    Followers({"0": net[0]}, optimizer, "mean_v").move("0", Move(SLOTS, *absent(net[0], 2)))
+    Followers({"0": net[0]}, optimizer, "mean_v").move({"0": Move(SLOTS, *absent(net[0], 2))})
     torch.testing.assert_close(state["exp_avg_sq"][SLOTS], mean.expand(2, 4, 2))
     assert (state["exp_avg"][SLOTS] == 0).all()
 
@@ -77,7 +77,7 @@ def test_mean_v_of_adafactor():
     net = model()
     optimizer = torch.optim.Adafactor(net.parameters())
     train(net, optimizer)
-    Followers({"0": net[0]}, optimizer, "mean_v").move("0", Move(SLOTS, *absent(net[0], 2)))
+    Followers({"0": net[0]}, optimizer, "mean_v").move({"0": Move(SLOTS, *absent(net[0], 2))})
     state = optimizer.state[net[0].values]
     assert (state["row_var"][SLOTS] > 0).all() and (state["col_var"][SLOTS] > 0).all()
 
@@ -92,7 +92,7 @@ def test_why_mean_v_exists():
         for step in range(3001):
             net[0].values.grad = torch.ones_like(net[0].values)
             if step == 3000:
-                followers.move("0", Move(SLOTS, *absent(net[0], 2)))
+                followers.move({"0": Move(SLOTS, *absent(net[0], 2))})
                 net[0].values.grad = torch.ones_like(net[0].values)
                 before = net[0].values.detach().clone()
             optimizer.step()
@@ -111,7 +111,10 @@ def test_registered_tensors():
     followers.add_tensor("0", zeroed, "zero")
     followers.add_tensor("0", kept, "keep")
     followers.add_tensor("0", custom, lambda tensor, slots: tensor.index_fill_(0, slots, 7))
-    followers.move("0", Move(SLOTS, *absent(net[0], 2)))
+    moves = {"0": Move(SLOTS, *absent(net[0], 2))}
+    followers.move(moves)
+    assert (custom == 1).all(), "functions come last"
+    followers.tell(moves)
     assert zeroed.sum(dim=(1, 2)).tolist() == [8, 0, 8, 0, 8, 8]
     assert kept.tolist() == [1] * 6
     assert custom[:, 0].tolist() == [1, 7, 1, 7, 1, 1]
@@ -190,14 +193,96 @@ class TestErrors:
     def test_a_place_that_is_taken(self):
         net, followers = self.followers()
         with pytest.raises(ValueError, match="both at block"):
-            followers.check_move("0", Move(SLOTS, net[0].row[[0, 2]], net[0].col[[0, 2]]))
+            followers.check_moves({"0": Move(SLOTS, net[0].row[[0, 2]], net[0].col[[0, 2]])})
 
     def test_a_copy_that_went_another_way(self):
         net, followers = self.followers()
         ema = copy.deepcopy(net)
         followers.add_model(ema)
         move = Move(SLOTS, *absent(net[0], 2))
-        followers.check_move("0", move)
+        followers.check_moves({"0": move})
         ema[0].move_(*move)
         with pytest.raises(ValueError, match="'0' has other blocks in a copy that follows the model"):
-            followers.check_move("0", move)
+            followers.check_moves({"0": move})
+
+
+class TestAllOrNothing:
+    """Whatever forbids a write is found before the first layer moves."""
+
+    def nets(self):
+        net = nn.Sequential(
+            *(sk.SparseLinear(8, 8, block_size=(4, 2), blocks=5, seed=0, name=str(i)) for i in range(2))
+        )
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        train(net, optimizer)
+        return net, optimizer, sk.SET(net, optimizer, update_every=1, drop_fraction=0.5)
+
+    def refused(self, net, method, match, kind=ValueError):
+        before, updates = copy.deepcopy(net.state_dict()), method.updates
+        with pytest.raises(kind, match=match):
+            method.update()
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        assert method.updates == updates
+
+    def test_a_follower_that_cannot_be_written(self):
+        net, _, method = self.nets()
+        with torch.inference_mode():
+            frozen = torch.ones(5)
+        method.follow(frozen, layer="1")
+        self.refused(
+            net, method, "a follower of '1' cannot be written in place where blocks move: Inplace update to inf"
+        )
+
+    def test_a_follower_that_lost_its_slots(self):
+        net, _, method = self.nets()
+        tensor = torch.ones(5)
+        method.follow(tensor, layer="1")
+        tensor.resize_(3)
+        self.refused(net, method, r"a follower of '1' has shape \(3,\); it had 5 slots before")
+
+    def test_a_state_that_cannot_be_written(self):
+        net, optimizer, method = self.nets()
+        with torch.inference_mode():
+            state = torch.zeros_like(net[1].values)
+        optimizer.state[net[1].values]["momentum_buffer"] = state
+        self.refused(net, method, "the optimizer's 'momentum_buffer' of '1' cannot be written in place")
+
+    def test_a_copy_of_sharded_values(self):
+        net, _, method = self.nets()
+        ema = copy.deepcopy(net)
+        method.follow(ema)
+        ema[1].values.device_mesh = None
+        self.refused(net, method, "values of '1' are a DTensor", NotImplementedError)
+
+    def test_a_copy_of_other_blocks_at_the_same_places(self):
+        net, _, method = self.nets()
+        other = nn.Sequential(
+            *(sk.SparseLinear(16, 8, block_size=4, topology=None, blocks=5, seed=0, name=str(i)) for i in range(2))
+        )
+        for twin, layer in zip(other, net, strict=True):
+            twin.row.copy_(layer.row)
+            twin.col.copy_(layer.col)
+        with pytest.raises(ValueError, match="'0' has other blocks in the copy"):
+            method.follow(other)
+
+    def test_functions_are_called_last_and_all_of_them(self):
+        net, _, method = self.nets()
+        seen, rows = [], {}
+
+        def fails(tensor, slots):
+            seen.append("fails")
+            raise KeyError("mine")
+
+        def notes(tensor, slots):
+            seen.append("notes")
+            rows.update({name: layer.row.clone() for name, layer in method.layers.items()})
+
+        method.follow(torch.ones(5), layer="0", on_move=fails)
+        method.follow(torch.ones(5), layer="1", on_move=notes)
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(KeyError, match="mine"):
+            method.update()
+        assert seen == ["fails", "notes"] and method.updates == 1
+        for name, layer in method.layers.items():
+            assert torch.equal(rows[name], layer.row) and not torch.equal(before[f"{name}.row"], layer.row)
+            layer.topology.validate()
