@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping
+
+from torch import nn
 
 STEM_CHANNELS = 3
 """A convolution of so few input channels is a network's stem: little work, and no block of channels to leave out."""
@@ -50,13 +52,15 @@ def refusal(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) -> str |
     return None
 
 
-def check_whole(name: str, tensor: Tensor, instead: str = "moving sharded blocks is not supported, use DDP") -> None:
-    """Raise NotImplementedError if a layer's tensor is spread over ranks, as ``fully_shard`` leaves it.
+def check_whole(
+    layers: Mapping[str, nn.Module], instead: str = "moving sharded blocks is not supported, use DDP"
+) -> None:
+    """Raise NotImplementedError if the values of a layer are spread over ranks, as ``fully_shard`` leaves them.
 
     Args:
-        name: of the layer.
-        tensor: one of its tensors.
+        layers: sparse ones, by name.
         instead: what is not supported, and the way out.
     """
-    if hasattr(tensor, "device_mesh"):
-        raise NotImplementedError(f"values of {name!r} are a DTensor; {instead}")
+    for name, layer in layers.items():
+        if hasattr(layer.values, "device_mesh"):
+            raise NotImplementedError(f"values of {name!r} are a DTensor; {instead}")

@@ -98,8 +98,8 @@ class Followers:
             ValueError: so.
             NotImplementedError: values are sharded.
         """
+        check_whole(self.layers)
         for name, layer in self.layers.items():
-            check_whole(name, layer.values)
             if layer.values.requires_grad:
                 slot_state(self.optimizer, layer.values, name)
 
@@ -117,7 +117,7 @@ class Followers:
             layer = self.layers[name]
             layer.moved(*move)
             for twin in self._twins[name]:
-                check_whole(name, twin.values)
+                check_whole({name: twin})
                 if not _same_blocks(twin, layer):
                     raise ValueError(
                         f"{name!r} has other blocks in a copy that follows the model; load both from the same "
