@@ -16,6 +16,7 @@ NEEDED = {
     "numpy": "numpy",
     "matplotlib": "matplotlib",
     "PIL": "pillow",
+    "pydantic": "pydantic",
     "safetensors": "safetensors",
     "sklearn": "scikit-learn",
 }

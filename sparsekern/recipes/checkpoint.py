@@ -21,6 +21,7 @@ from sparsekern.nn import load_
 from sparsekern.nn.atomic_files import make_folder, make_parents, refuse_link, remove_folder, remove_leftovers
 from sparsekern.nn.files import write_state
 from sparsekern.nn.torch_files import read_torch
+from sparsekern.recipes.formats import State, checked
 
 logger = logging.getLogger("sparsekern")
 
@@ -167,6 +168,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / Path(str(name)).name
         if not path.is_file() or _checksum(path) != checksum:
             raise ValueError(f"{path} is {'damaged' if path.is_file() else 'missing'}")
+    checked(State, state, checkpoint / STATE)
     result: dict[str, Any] = state
     return result
 

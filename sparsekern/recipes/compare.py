@@ -15,6 +15,7 @@ from sparsekern.recipes.contestants import Contestant
 from sparsekern.recipes.cost import training_cost
 from sparsekern.recipes.data import Dataset, load
 from sparsekern.recipes.folder import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text
+from sparsekern.recipes.formats import CostFile, checked
 from sparsekern.recipes.lock import locked
 from sparsekern.recipes.picture import draw_or_warn
 from sparsekern.recipes.run import Interrupted, Observer, check, resume, start
@@ -257,7 +258,7 @@ def _run(folder: Path, config: Config, data: Dataset, observer: Observer) -> Non
 def _write_table(plan: Plan, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Write the table of the cells that are finished, as JSON and as Markdown."""
     results = {name: read_results(folder / name) for name in names}
-    costs = {name: read_json(folder / name / COST)["cost"] for name in names}
+    costs = {name: _cost(folder / name / COST) for name in names}
     some = results[names[0]]
     content = {
         "plan": plan.to_json(),
@@ -268,6 +269,13 @@ def _write_table(plan: Plan, folder: Path, names: Sequence[str]) -> dict[str, An
     write_json(folder / f"{TABLE}.json", content)
     write_text(folder / f"{TABLE}.md", markdown(content["rows"]))
     return read_json(folder / f"{TABLE}.json")
+
+
+def _cost(path: Path) -> dict[str, int]:
+    content = read_json(path)
+    checked(CostFile, content, path, "delete it, and the next call makes it anew")
+    cost: dict[str, int] = content["cost"]
+    return cost
 
 
 def _union(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from sparsekern.recipes.augment import AUGMENTATIONS
 from sparsekern.recipes.catalogue import RECIPES, find
+from sparsekern.recipes.formats import LARGEST
 from sparsekern.recipes.options import OPTIONS, Value, check_options
 from sparsekern.topology import check_sparsity
 from sparsekern.training import METHODS, PRESETS, Method
@@ -89,12 +90,16 @@ class Config:
     sparse: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("recipe", "method", "preset", "augment"):
+            if not isinstance(value := getattr(self, name), (str, type(None))):
+                raise ValueError(f"{name} is {value!r}; it must be a name")
         self._ask_recipe()
         for name in ("block_size", "width", "epochs", "batch_size", "update_every", "seeds"):
             value = getattr(self, name)
             optional = name in ("epochs", "update_every", "width")
-            if not (optional and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of 1 or more")
+            if not (optional and value is None) and (type(value) is not int or not 1 <= value <= LARGEST):
+                bounds = "1 or more" if type(value) is not int or value < 1 else f"1 to {LARGEST}"
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of {bounds}")
         for name in ("sparsity", "rate", "width_multiplier"):
             if type(value := getattr(self, name)) not in (int, float):
                 raise ValueError(f"{name} is {value!r}; it must be a number")

@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsekern.nn.atomic_files import append, is_private, make_parents, replace
 from sparsekern.recipes.config import FORMAT_VERSION, Config, upgraded
+from sparsekern.recipes.formats import ConfigFile, Results, checked
 from sparsekern.recipes.keeping import Keeping
 from sparsekern.recipes.lock import LOCK
 
@@ -18,6 +19,9 @@ DEFAULT = Keeping()
 
 CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.json", "summary.png"
 SPECTRAL = "spectral.png"
+
+RESOLVED = ("epochs", "update_every", "augment", "device")
+"""Options that a run has decided, whatever was left open at its start."""
 
 PLAN = "plan.json"
 """What the folder of a comparison has, whose runs are folders in it."""
@@ -65,16 +69,16 @@ def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
     """
     check_run("resume", folder)
     content = read_json(folder / CONFIG)
+    checked(ConfigFile, content, folder / CONFIG, "start a new run")
     try:
-        if not isinstance(content["data"], dict):
-            raise TypeError
-        return Config.from_json(content["config"]), content["data"]
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder / CONFIG} is not the configuration of a run; start a new run") from None
+        config = Config.from_json(content["config"])
+        if open_ := [name for name in RESOLVED if getattr(config, name) is None]:
+            raise ValueError(f"{' and '.join(open_)} must not be null")
     except ValueError as error:
         raise ValueError(
             f"{folder / CONFIG} cannot be used: {error}; use the version that wrote it, or start a new run"
         ) from None
+    return config, content["data"]
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -84,8 +88,12 @@ def read_results(folder: Path) -> dict[str, Any]:
         ValueError: they are damaged, or of a newer format version.
     """
     content = read_json(folder / RESULTS)
-    if not all(isinstance(content.get(name), dict) for name in ("config", "data", "environment", "networks")):
-        raise ValueError(f"{folder / RESULTS} is damaged; delete it and resume the run, whose checkpoints make it anew")
+    way_out = "delete it and resume the run, whose checkpoints make it anew"
+    checked(Results, content, folder / RESULTS, way_out)
+    try:
+        Config.from_json(content["config"])
+    except ValueError as error:
+        raise ValueError(f"{folder / RESULTS} is damaged: config: {error}; {way_out}") from None
     return content
 
 

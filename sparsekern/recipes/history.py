@@ -5,6 +5,7 @@ It is part of a checkpoint's state, so a run that was killed and resumed has the
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,9 @@ class History:
     Args:
         method: moves the blocks of the model that is filmed.
         state: of an earlier :meth:`state_dict`, to go on from; None to begin here.
+
+    Raises:
+        ValueError: the state is of other layers.
     """
 
     def __init__(self, method: Method, state: dict[str, Any] | None = None) -> None:
@@ -83,6 +87,10 @@ class History:
         self._frames: list[dict[str, Any]] = [] if state is None else list(state["frames"])
         self._every = 1 if state is None else state["every"]
         self._updates = method.updates
+        if state is not None and {name: tuple(about["shape"]) for name, about in state["layers"].items()} != {
+            name: view.shape for name, view in self._views.items()
+        }:
+            raise ValueError("the block maps are of other layers than those of the run")
         if state is None:
             self._frames.append(self._frame())
 
@@ -135,7 +143,11 @@ class Frame:
 
 
 def film(state: dict[str, Any], layer: str) -> tuple[Tensor, list[Frame]]:
-    """Return the film of a layer from :meth:`History.state_dict`: the image ``(H, W)`` of the start, and the frames."""
+    """Return the film of a layer from :meth:`History.state_dict`: the image ``(H, W)`` of the start, and the frames.
+
+    Raises:
+        ValueError: an image is not one of the shape that the state tells.
+    """
     shape = tuple(state["layers"][layer]["shape"])
     frames = [
         Frame(frame["step"], frame["update"], frame["blocks"][layer], *_unpacked(frame["images"][layer], (2, *shape)))
@@ -150,4 +162,12 @@ def _packed(images: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.frombuffer(bytearray(zlib.decompress(packed.numpy().tobytes())), dtype=torch.uint8).view(shape)
+    size = math.prod(shape)
+    reader = zlib.decompressobj()
+    try:
+        pixels = reader.decompress(packed.numpy().tobytes(), size + 1)  # however large it says that it is
+    except zlib.error as error:
+        raise ValueError(f"a block map is damaged: {error}") from None
+    if len(pixels) != size:
+        raise ValueError(f"a block map is damaged: it has not the {size} pixels of its shape")
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(shape)

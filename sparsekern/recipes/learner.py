@@ -21,6 +21,7 @@ from sparsekern.recipes.build import build, build_agent, build_method
 from sparsekern.recipes.catalogue import find
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.data import Dataset
+from sparsekern.recipes.optimizers import load_optimizer
 from sparsekern.topology import generator_for
 
 WARM_UP = 5
@@ -161,12 +162,24 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; the model's own state is loaded before."""
+        """Go on where :meth:`state_dict` was taken; the model's own state is loaded before.
+
+        Raises:
+            ValueError: the state is not one of this training.
+        """
+        epoch, batch, epochs = state["epoch"], state["batch"], self.total_steps // self.batches
+        if not (batch < self.batches and epoch * self.batches + batch == state["steps"] <= self.total_steps):
+            raise ValueError(
+                f"{self.network}: step {state['steps']} is not batch {batch} of {self.batches} after {epoch} of "
+                f"{epochs} epochs"
+            )
+        if (state["method"] is None) != (self._outer is None):
+            raise ValueError(f"{self.network}: the state of the method is {'' if self._outer is None else 'not '}there")
         self.epoch, self.batch, self.steps = state["epoch"], state["batch"], state["steps"]
         self._loss_sum, self._seconds = state["loss_sum"], state["seconds"]
         self._milliseconds = list(state["milliseconds"])
         self._graphs = list(state.get("graphs", []))  # older states have none
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self._outer is not None:
             self._outer.load_state_dict(state["method"])
 

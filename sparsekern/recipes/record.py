@@ -10,9 +10,7 @@ from typing import Any
 from sparsekern.recipes import checkpoint
 from sparsekern.recipes.config import Config
 from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, check_run, read_config, read_json, read_results
-
-NEEDED = {"network", "seed", "epoch", "test_accuracy", "loss", "ms_per_step"}
-"""What a row must have to be shown."""
+from sparsekern.recipes.formats import Row, checked
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,12 @@ def _read_rows(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not row.keys() >= NEEDED:
-                raise KeyError
-        except (ValueError, KeyError, AttributeError):
+            checked(Row, row, f"{path}, line {number}", "remove the line, or resume the run")
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is damaged; remove the line, or resume the run") from None
+                way_out = "remove the line, or resume the run"
+                cause = str(error) if way_out in str(error) else f"{path}, line {number} is damaged; {way_out}"
+                raise ValueError(cause) from None
             missing.append(f"The last line of {path.name} was not written to its end.")
             break
         rows.append(row)

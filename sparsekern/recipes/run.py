@@ -127,6 +127,9 @@ def check(config: Config, data: Dataset) -> None:
 
 def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keeping: Keeping) -> dict[str, Any]:
     saved = [checkpoint.restore(checkpoint.seed_folder(folder, seed)) for seed in range(config.seeds)]
+    for seed, found in enumerate(saved):
+        if found is not None:
+            _check_state(*found, config, seed)
     before = [row for found in saved if found is not None for row in found[1]["rows"]]
     metrics = Metrics(folder / METRICS, before)
     observer.begin(config, math.ceil(data.train_images.shape[0] / config.batch_size), before)
@@ -176,6 +179,29 @@ def _finished(config: Config, folder: Path) -> dict[str, Any]:
     return results
 
 
+def _check_state(path: Path, state: dict[str, Any], config: Config, seed: int) -> None:
+    """Check that the state of a checkpoint is one of this run.
+
+    Raises:
+        ValueError: rows or networks are not those of the run at this place.
+    """
+    finished, networks = state["finished"], set(config.networks)
+    parts: dict[str, Any] = state.get("sizes" if finished else "learners", {})
+    done = {name: (config.epochs or 0) if finished else part["epoch"] for name, part in parts.items()}
+    rows = sorted((row["network"], row["epoch"]) for row in state["rows"])
+    wrong = None
+    if parts.keys() != networks:
+        wrong = f"it is of other networks than {', '.join(config.networks)}"
+    elif {row["seed"] for row in state["rows"]} - {seed}:
+        wrong = f"it has rows of another seed than {seed}"
+    elif rows != sorted((name, epoch) for name, epochs in done.items() for epoch in range(1, epochs + 1)):
+        wrong = "its rows are not those of the epochs done"
+    elif finished and config.sparse and state.get("map") is None:
+        wrong = "it has no block map"
+    if wrong is not None:
+        raise ValueError(f"{path / checkpoint.STATE} is damaged: {wrong}; delete {path} to go on from an older one")
+
+
 class _Seed:
     """The training of one seed, from the checkpoint and its state that were ``found`` if there are any."""
 
@@ -197,9 +223,12 @@ class _Seed:
         if found is not None:
             path, state = found
             self.rows = list(state["rows"])
-            for name, learner in self.learners.items():
-                checkpoint.load_model(path, name, learner.model)
-                learner.load_state_dict(state["learners"][name])
+            try:
+                for name, learner in self.learners.items():
+                    checkpoint.load_model(path, name, learner.model)
+                    learner.load_state_dict(state["learners"][name])
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}; delete it to go on from an older one") from None
         method = self.learners["sparse"].method if config.sparse else None
         film = None if found is None else found[1].get("history")
         self.history = None if method is None else History(method, film)

@@ -10,6 +10,11 @@ from sparsekern.recipes import checkpoint
 from tests.saved import leftover
 
 
+def state(**more):
+    """The least that the state of a run holds, and more."""
+    return {"rows": [], "finished": False} | more
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -19,31 +24,31 @@ def test_one_checkpoint_stays_and_loads(tmp_path):
     folder = checkpoint.seed_folder(tmp_path, 4)
     assert folder == tmp_path / "checkpoints" / "seed-4"
     assert checkpoint.latest(folder) is None
-    checkpoint.save(folder, 9, {"sparse": sparse, "dense": dense}, {"a": 1})
-    last = checkpoint.save(folder, 10, {"sparse": sparse, "dense": dense}, {"a": 2, "tensor": torch.arange(3)})
+    checkpoint.save(folder, 9, {"sparse": sparse, "dense": dense}, state(a=1))
+    last = checkpoint.save(folder, 10, {"sparse": sparse, "dense": dense}, state(a=2, tensor=torch.arange(3)))
     assert names(folder) == ["step-00000010"] and checkpoint.latest(folder) == last
     assert names(last) == ["dense.safetensors", "sparse.safetensors", "state.pt"]
-    state = checkpoint.load_state(last)
-    assert state["a"] == 2 and state["tensor"].tolist() == [0, 1, 2]
+    found = checkpoint.load_state(last)
+    assert found["a"] == 2 and found["tensor"].tolist() == [0, 1, 2]
     other = SparseLinear(32, 32, block_size=8, sparsity=0.5)
     checkpoint.load_model(last, "sparse", other)
     assert torch.equal(other.dense_weight(), sparse.dense_weight())
 
 
 def test_the_same_step_is_written_once(tmp_path):
-    first = checkpoint.save(tmp_path, 5, {}, {"a": 1})
-    assert checkpoint.save(tmp_path, 5, {}, {"a": 2}) == first
+    first = checkpoint.save(tmp_path, 5, {}, state(a=1))
+    assert checkpoint.save(tmp_path, 5, {}, state(a=2)) == first
     assert checkpoint.load_state(first)["a"] == 1
 
 
 def test_a_crash_while_writing_leaves_the_older_one(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 5, {}, {"a": 1})
+    checkpoint.save(tmp_path, 5, {}, state(a=1))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
-            checkpoint.save(tmp_path, 6, {}, {"a": 2})
+            checkpoint.save(tmp_path, 6, {}, state(a=2))
     assert checkpoint.load_state(checkpoint.latest(tmp_path))["a"] == 1
-    checkpoint.save(tmp_path, 7, {}, {"a": 3})
+    checkpoint.save(tmp_path, 7, {}, state(a=3))
     assert names(tmp_path) == ["step-00000007"], "what the crash left is gone"
 
 
@@ -79,7 +84,7 @@ def test_a_state_cannot_run_code(tmp_path, monkeypatch):
 
 def test_a_state_of_a_newer_version_is_refused(tmp_path):
     """Not passed over: the older one beside it would be of no use to the version that wrote this one."""
-    checkpoint.save(tmp_path, 5, {}, {"a": 1})
+    checkpoint.save(tmp_path, 5, {}, state(a=1))
     (tmp_path / "step-00000006").mkdir()
     torch.save({"version": 99}, tmp_path / "step-00000006" / "state.pt")
     with pytest.raises(checkpoint.NewerVersion, match="has version 99; this code reads 2: resume with the version of"):
@@ -88,7 +93,7 @@ def test_a_state_of_a_newer_version_is_refused(tmp_path):
 
 
 def test_a_state_of_version_1_is_read(tmp_path):
-    torch.save({"version": 1, "rows": []}, tmp_path / "state.pt")
+    torch.save({"version": 1} | state(), tmp_path / "state.pt")
     assert checkpoint.load_state(tmp_path)["rows"] == []
 
 
@@ -114,13 +119,13 @@ def flip(path):
 def test_a_run_goes_on_from_the_one_before_if_the_newest_is_damaged(tmp_path, caplog, name, damage):
     """As a power cut leaves it on a disk that lies about syncing."""
     for step in (5, 6):
-        checkpoint.save(tmp_path, step, {"dense": nn.Linear(3, 2)}, {"a": step}, keep=2)
+        checkpoint.save(tmp_path, step, {"dense": nn.Linear(3, 2)}, state(a=step), keep=2)
     damage(tmp_path / "step-00000006" / name)
-    path, state = checkpoint.restore(tmp_path)
-    assert (path.name, state["a"]) == ("step-00000005", 5)
+    path, found = checkpoint.restore(tmp_path)
+    assert (path.name, found["a"]) == ("step-00000005", 5)
     assert f"{name} is " in caplog.text and "going on from step-00000005" in caplog.text
     assert names(tmp_path) == ["damaged-step-00000006", "step-00000005"], "step 6 can be written again"
-    assert checkpoint.save(tmp_path, 6, {}, {"a": 6}) == checkpoint.latest(tmp_path)
+    assert checkpoint.save(tmp_path, 6, {}, state(a=6)) == checkpoint.latest(tmp_path)
 
 
 def test_nothing_to_restore(tmp_path):
@@ -162,7 +167,7 @@ def test_weights_that_do_not_load_are_described(tmp_path):
 
 def test_what_a_kill_left_is_tidied_away(tmp_path):
     """Between the rename and the end of the deletion of the older one, or in the middle of writing."""
-    checkpoint.save(tmp_path, 5, {}, {"a": 1})
+    checkpoint.save(tmp_path, 5, {}, state(a=1))
     (tmp_path / "step-00000004").mkdir()
     for number in range(2):
         leftover(tmp_path, number).mkdir()
@@ -173,7 +178,7 @@ def test_what_a_kill_left_is_tidied_away(tmp_path):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_damage_is_one_clear_error_or_harmless(tmp_path, seed):
-    last = checkpoint.save(tmp_path, 5, {}, {"a": 1, "text": "x" * 50})
+    last = checkpoint.save(tmp_path, 5, {}, state(a=1, text="x" * 50))
     content = bytearray((last / "state.pt").read_bytes())
     generator = torch.Generator().manual_seed(seed)
     for place in torch.randint(len(content), (8,), generator=generator).tolist():
@@ -188,7 +193,7 @@ def test_random_damage_is_one_clear_error_or_harmless(tmp_path, seed):
 
 
 def test_text_in_place_of_a_state(tmp_path):
-    last = checkpoint.save(tmp_path, 5, {}, {"a": 1})
+    last = checkpoint.save(tmp_path, 5, {}, state(a=1))
     (last / "state.pt").write_text("junk")
     with pytest.raises(ValueError, match=r"state.pt is damaged, or no torch.save file of plain tensors: .*"):
         checkpoint.load_state(last)

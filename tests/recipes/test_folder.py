@@ -10,6 +10,14 @@ from sparsekern.recipes.keeping import Keeping
 from sparsekern.recipes.lock import locked
 from tests.saved import leftover
 
+DATA = {"name": "x", "train_images": 9, "test_images": 3}
+RESOLVED = Config(device="cpu").resolved(9, 1).to_json()
+
+
+def damaged(**entries):
+    """A config.json that is valid but for the given entries."""
+    return json.dumps({"format_version": 3, "config": RESOLVED, "data": DATA} | entries)
+
 
 def test_the_default_name_says_what_and_when():
     now = datetime(2026, 11, 20, 9, 5, 1)
@@ -18,21 +26,19 @@ def test_the_default_name_says_what_and_when():
 
 
 def test_config_and_back(tmp_path):
-    config = Config(epochs=3)
-    create(tmp_path / "a" / "b", config, {"name": "x"}, {"torch": "1"})
-    assert read_config(tmp_path / "a" / "b") == (config, {"name": "x"})
+    config = Config(epochs=3).resolved(9, 1)
+    create(tmp_path / "a" / "b", config, DATA, {"torch": "1"})
+    assert read_config(tmp_path / "a" / "b") == (config, DATA)
     assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["format_version"] == 3
 
 
 def test_a_run_of_the_first_format_is_read(tmp_path):
     options = {"data": None, "sparsity": 0.8, "block_size": 8, "method": "set", "width": 64, "epochs": 4}
     options |= {"batch_size": 64, "rate": 1e-3, "update_every": 8, "seeds": 1, "device": "cpu", "dense": True}
-    content = {"format_version": 1, "config": options, "data": {"name": "digits"}, "environment": {}}
+    content = {"format_version": 1, "config": options, "data": DATA, "environment": {}}
     (tmp_path / "config.json").write_text(json.dumps(content))
     config, data = read_config(tmp_path)
-    assert (config.width, config.recipe, data) == (64, "mlp", {"name": "digits"}) and read_keeping(
-        tmp_path
-    ) == Keeping()
+    assert (config.width, config.recipe, data) == (64, "mlp", DATA) and read_keeping(tmp_path) == Keeping()
 
 
 def test_a_comparison_is_no_run(tmp_path):
@@ -74,10 +80,14 @@ def test_a_folder_without_a_run(tmp_path):
         ('{"format_version": 99}', "has format version 99; this code reads 1 to 3"),
         ('{"format_version": 0}', "has format version 0"),
         ('{"format_version": "3"}', "has format version 3"),
-        ('{"format_version": 3}', "not the configuration of a run"),
-        ('{"format_version": 3, "config": [], "data": {}}', "not the configuration of a run"),
-        ('{"format_version": 3, "config": {"width": 0}, "data": {}}', "other entries.*or start a new run"),
-        ('{"format_version": 3, "config": {}, "data": "digits"}', "not the configuration of a run"),
+        ('{"format_version": 3}', "is damaged: config: field required; start a new run"),
+        ('{"format_version": 3, "config": [], "data": {}}', "is damaged: config: input should be a valid dictionary"),
+        (damaged(config={"width": 0}), "other entries.*or start a new run"),
+        (damaged(data="digits"), "is damaged: data: input should be a valid dictionary"),
+        (damaged(data=DATA | {"train_images": "9"}), "is damaged: data.train_images: input should be a valid integer"),
+        (damaged(config=RESOLVED | {"epochs": None}), "cannot be used: epochs must not be null"),
+        (damaged(config=RESOLVED | {"augment": None, "device": None}), "augment and device must not be null"),
+        (damaged(config=RESOLVED | {"width": 10**30}), "width is 10+; it must be a whole number of 1 to 2147483647"),
     ],
 )
 def test_a_damaged_configuration_is_described(tmp_path, content, message):
