@@ -1,6 +1,13 @@
 """Numbers about models: what they store and compute."""
 
-from sparsekern.analysis.account import Account, account, state_bytes, stored_parameters, training_bytes
+from sparsekern.analysis.account import (
+    Account,
+    account,
+    network_sparsity,
+    state_bytes,
+    stored_parameters,
+    training_bytes,
+)
 from sparsekern.analysis.profile import LayerProfile, Profile, profile
 from sparsekern.analysis.spectral import Spectral, spectral
 from sparsekern.analysis.timing import race, time_layer
@@ -11,6 +18,7 @@ __all__ = [
     "Profile",
     "Spectral",
     "account",
+    "network_sparsity",
     "profile",
     "race",
     "spectral",

@@ -156,3 +156,19 @@ def stored_parameters(model: nn.Module) -> int:
         if isinstance(layer, BlockSparse):
             total += layer.topology.elements() - layer.values.numel()
     return total
+
+
+def network_sparsity(model: nn.Module) -> float:
+    """Return the fraction absent of all weights of a model, dense layers and embeddings included; 0 without any.
+
+    Weights are parameters of two axes or more, however often they are used, and the matrices of sparse layers. So a
+    model whose sparse layers lack 90 % has less than that, according to what stays dense.
+    """
+    stored = whole = 0
+    matrices = {id(layer.values): layer for layer in model.modules() if isinstance(layer, BlockSparse)}
+    for parameter in model.parameters():
+        if (layer := matrices.get(id(parameter))) is not None:
+            stored, whole = stored + layer.topology.elements(), whole + layer.grid.numel
+        elif parameter.dim() > 1:
+            stored, whole = stored + parameter.numel(), whole + parameter.numel()
+    return 1 - stored / whole if whole else 0.0

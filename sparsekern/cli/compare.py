@@ -24,7 +24,7 @@ from sparsekern.recipes.folder import PLAN
 from sparsekern.report.comparison import HEADINGS, table_cells
 from sparsekern.training import METHODS, PRESETS
 
-WIDTH = 120
+WIDTH = 132
 """Columns of the table where there is no terminal."""
 
 QUICK = {"seeds": 1, "epochs": 1}
@@ -115,6 +115,7 @@ def _notes(content: dict[str, Any]) -> str:
     seeds = base["seeds"]
     spread = "one seed" if seeds == 1 else f"mean over {seeds} seeds ± standard deviation"
     return (
+        "sparsity  of the sparse layers, as asked for; overall: of all weights of the network\n"
         f"accuracy  after the last epoch, {spread}; to dense: difference in points\n"
         f"seconds   all steps of a training, on {environment['device']}, {thread_count(environment['threads'])}\n"
         "FLOPs     matrix products of a training, at stored elements; scores of updates included\n"

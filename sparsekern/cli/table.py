@@ -10,6 +10,9 @@ from sparsekern.recipes import Config
 
 MIB = 2**20
 
+DENSE = ("", "", ", first and last layer dense")
+"""What stays dense, by how many layers do; where it is one, the words for the sparse ones say it."""
+
 BUSY = 3
 """An epoch this many times slower than the median one is worth a note."""
 
@@ -21,8 +24,8 @@ def result_table(results: dict[str, Any]) -> Table:
     sparse = "dense"
     if "sparse" in networks:
         sparse = (
-            f"hidden layers {100 * networks['sparse']['sparsity']:.1f} % sparse in blocks of {config['block_size']} "
-            f"({titles.method_title}), first and last layer dense"
+            f"{titles.sparse_title} {100 * networks['sparse']['sparsity']:.1f} % sparse in blocks of "
+            f"{config['block_size']} ({titles.method_title}){DENSE[len(titles.kept_dense)]}"
         )
     table = Table(title=f"{results['data']['name']}, {titles.network_title}: {sparse}", title_justify="left")
     heading, rows = result_cells(results)
@@ -39,6 +42,7 @@ def result_cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for label, show, compare in (
         ("test accuracy", _accuracy, _gap),
+        ("overall sparsity", _absent, lambda comparison: ""),
         ("stored parameters", lambda n: f"{n['stored_parameters']:,}", _parameters),
         ("training state", lambda n: f"{n['training_bytes'] / MIB:.1f} MiB", _bytes),
         ("median time a step", lambda n: _milliseconds(n["ms_per_step"]), _time),
@@ -58,6 +62,11 @@ def _accuracy(network: dict[str, Any]) -> str:
     deviation = accuracy["standard_deviation"]
     spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
     return f"{100 * accuracy['mean']:.2f}{spread} %"
+
+
+def _absent(network: dict[str, Any]) -> str:
+    share = network.get("network_sparsity")  # older runs have none
+    return "not recorded" if share is None else f"{100 * share:.1f} %"
 
 
 def _milliseconds(spread: dict[str, float | None]) -> str:

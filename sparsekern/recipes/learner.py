@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from sparsekern.analysis import spectral, stored_parameters, training_bytes
+from sparsekern.analysis import network_sparsity, spectral, stored_parameters, training_bytes
 from sparsekern.nn import sparse_layers
 from sparsekern.recipes.augment import augmented
 from sparsekern.recipes.build import build, build_agent, build_method
@@ -135,9 +135,10 @@ class Learner:
             row["spectral"] = self._graphs
         return row | (self._outer.metrics() if self._outer is not None else {})
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, float]:
         """Return what the network stores, after its first step."""
         return {
+            "network_sparsity": network_sparsity(self.model),
             "stored_parameters": stored_parameters(self.model),
             "training_bytes": self.training_bytes(),
         }

@@ -116,14 +116,21 @@ def _sentence(results: dict[str, Any]) -> str:
     name, first = next(iter(networks.items()))
     accuracy = f"The {name} network classifies {100 * first['test_accuracy']['mean']:.2f} % of the test images rightly"
     if comparison is None:
-        return f"{accuracy} and stores {first['stored_parameters']:,} numbers."
+        return f"{accuracy} and stores {first['stored_parameters']:,} numbers{_absent(networks)}."
     text = (
         f"{accuracy}, its dense twin {100 * networks['dense']['test_accuracy']['mean']:.2f} %. "
-        f"It stores {_times(comparison['parameters_dense_over_sparse'], 'fewer', 'more')} numbers, needs "
+        f"It stores {_times(comparison['parameters_dense_over_sparse'], 'fewer', 'more')} numbers"
+        f"{_absent(networks)}, needs "
         f"{_times(comparison['bytes_dense_over_sparse'], 'less', 'more')} memory to train"
     )
     ratio = comparison["time_sparse_over_dense"]["median"]
     return text + ("." if ratio is None else f", and a training step is {_times(1 / ratio, 'faster', 'slower')}.")
+
+
+def _absent(networks: dict[str, Any]) -> str:
+    """Return how sparse the whole network is, in brackets; nothing where no sparse one was trained."""
+    share = networks.get("sparse", {}).get("network_sparsity")  # older runs have none
+    return "" if share is None else f" ({100 * share:.1f} % of all weights are absent)"
 
 
 def _times(ratio: float, better: str, worse: str) -> str:

@@ -67,7 +67,7 @@ def _title(config: dict[str, Any], data: str, sparse: str) -> str:
     side, twin = config["block_size"], " beside its dense twin" if config["dense"] else ""
     titles = Config.from_json(config)
     network, method = titles.network_title, titles.method_title
-    return f"{data}: {network}, hidden layers {sparse} (blocks of {side} x {side}; {method}){twin}"
+    return f"{data}: {network}, {titles.sparse_title} {sparse} (blocks of {side} x {side}; {method}){twin}"
 
 
 def _subtitle(config: dict[str, Any], networks: dict[str, Any]) -> str:

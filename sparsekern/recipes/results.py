@@ -10,14 +10,14 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def summarise(rows: Sequence[Row], sizes: dict[str, dict[str, int]]) -> dict[str, Any]:
+def summarise(rows: Sequence[Row], sizes: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Return accuracy, sizes and times of the networks, and their comparison if the dense twin was trained.
 
     Accuracies are fractions, those of the last epoch (never the best one: that would choose by the test set).
 
     Args:
         rows: of ``metrics.jsonl``: all seeds, all epochs.
-        sizes: ``stored_parameters`` and ``training_bytes`` by network.
+        sizes: ``network_sparsity``, ``stored_parameters`` and ``training_bytes`` by network.
     """
     result: dict[str, Any] = {"networks": {name: _network(rows, name, sizes[name]) for name in sizes}}
     if sizes.keys() == {"sparse", "dense"}:
@@ -35,7 +35,7 @@ def summarise(rows: Sequence[Row], sizes: dict[str, dict[str, int]]) -> dict[str
     return result
 
 
-def _network(rows: Sequence[Row], name: str, sizes: dict[str, int]) -> dict[str, Any]:
+def _network(rows: Sequence[Row], name: str, sizes: dict[str, float]) -> dict[str, Any]:
     mine = [row for row in rows if row["network"] == name]
     last = max(row["epoch"] for row in mine)
     final = [row["test_accuracy"] for row in mine if row["epoch"] == last]

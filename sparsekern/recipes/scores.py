@@ -35,6 +35,7 @@ def _row(name: str, result: dict[str, Any], cost: dict[str, int], twin: dict[str
         "name": name,
         "method": "dense" if dense else config.method_title,
         "sparsity": None if dense else config.sparsity,
+        "network_sparsity": network.get("network_sparsity"),  # older runs have none
         "block_size": None if dense else config.block_size,
         "test_accuracy": _mean(accuracies),
         "gap_to_dense": gaps,

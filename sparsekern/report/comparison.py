@@ -11,7 +11,18 @@ from sparsekern.report.plots import COLOURS, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEADINGS = ("method", "sparsity", "block", "accuracy (%)", "to dense", "seconds", "ms/step", "FLOPs", "peak MiB")
+HEADINGS = (
+    "method",
+    "sparsity",
+    "overall",
+    "block",
+    "accuracy (%)",
+    "to dense",
+    "seconds",
+    "ms/step",
+    "FLOPs",
+    "peak MiB",
+)
 
 MARKERS = "osD^vP*X"
 
@@ -22,6 +33,7 @@ def table_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         (
             row["method"],
             "" if row["sparsity"] is None else f"{100 * row['sparsity']:.4g} %",
+            _overall(row),
             "" if row["block_size"] is None else str(row["block_size"]),
             _spread(row["test_accuracy"], 100, 2),
             "" if row["gap_to_dense"] is None else f"{100 * row['gap_to_dense']['mean']:+.2f}",
@@ -32,6 +44,11 @@ def table_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         )
         for row in rows
     ]
+
+
+def _overall(row: dict[str, Any]) -> str:
+    known = row["sparsity"] is not None and row.get("network_sparsity") is not None
+    return f"{100 * row['network_sparsity']:.1f} %" if known else ""
 
 
 def _spread(numbers: dict[str, Any], scale: float, digits: int) -> str:
@@ -79,7 +96,7 @@ def draw_comparison(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> N
         axes.set_xticks(range(len(ticks)), [f"{100 * tick:.4g}" for tick in ticks])
         axes.set_xlim(-0.5, len(ticks) - 0.5)  # one sparsity: all points stand near its tick
         axes.set_title(f"blocks of {block} x {block}", fontsize=11)
-        axes.set_xlabel("sparsity of the hidden layers (%)")
+        axes.set_xlabel("sparsity of the sparse layers (%)")
         axes.grid(alpha=0.25)
     several = any(row["test_accuracy"]["standard_deviation"] is not None for row in rows)
     panels[0].set_ylabel("test accuracy (%)" + ": mean and deviation over seeds" * several)

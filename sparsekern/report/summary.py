@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsekern.analysis import Account, account, profile, time_layer
+from sparsekern.analysis import Account, account, network_sparsity, profile, time_layer
 from sparsekern.nn import BlockSparse
 
 MIB = 2**20
@@ -23,11 +23,14 @@ class Summary:
         milliseconds: ``{name: (sparse, dense)}`` of forward and backward, where they were measured.
         dense_flops: ``{name: FLOPs}`` of a training step of the dense layer beside: of the same shape, or of the dense
             network given.
+        network_sparsity: fraction absent of all weights of the model
+            (:func:`~sparsekern.analysis.account.network_sparsity`).
     """
 
     rows: list[Account]
     milliseconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     dense_flops: dict[str, int] = field(default_factory=dict)
+    network_sparsity: float = 0.0
 
     def __str__(self) -> str:
         timed = bool(self.milliseconds)
@@ -42,6 +45,12 @@ class Summary:
         ]
         text.insert(1, "-" * len(text[0]))
         text.insert(-1, "-" * len(text[0]))
+        sparse = [row for row in self.rows if row.block is not None]
+        if sparse:
+            share = 1 - sum(row.elements for row in sparse) / sum(row.numel for row in sparse)
+            text.append(
+                f"sparse layers: {share:.1%} absent; all weights of the network: {self.network_sparsity:.1%} absent"
+            )
         return "\n".join(line.rstrip() for line in text)
 
     def _cells(self, row: Account, timed: bool) -> list[str]:
@@ -131,7 +140,7 @@ def summary(
         rows.append(account(name, layer, 1 if sample_input is None else tokens.get(name, 0), optimizer))
         if measure and name in inputs and isinstance(layer, BlockSparse):
             milliseconds[name] = time_layer(layer, inputs[name])
-    return Summary(rows, milliseconds, _dense_flops(rows, dense, sample_input))
+    return Summary(rows, milliseconds, _dense_flops(rows, dense, sample_input), network_sparsity(model))
 
 
 def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Tensor | None) -> dict[str, int]:

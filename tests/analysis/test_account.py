@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.analysis import account, state_bytes, stored_parameters, training_bytes
+from sparsekern.analysis import account, network_sparsity, state_bytes, stored_parameters, training_bytes
+from sparsekern.recipes.models import resnet50
 from sparsekern.topology import Grid, Topology, conv_grid
 
 # 5 x 7 in blocks of 2 x 4: 3 x 2 blocks. Stored: (0, 0) whole, 8 elements; (2, 1): 1 x 3. One slot is free.
@@ -97,3 +98,23 @@ def test_a_dense_convolution_says_why_it_is_dense():
     found = account("stem", nn.Conv2d(3, 8, 5), tokens=7)
     assert (found.elements, found.shape, found.note, found.flops) == (600, (8, 3, 5, 5), "stem", 6 * 7 * 600)
     assert account("conv", nn.Conv2d(8, 8, 5)).note == "" == account("fc", nn.Linear(3, 3)).note
+
+
+def test_the_sparsity_of_a_network_counts_all_its_weights():
+    """A layer of 11 of 35 elements; an embedding of 20 that is a head too, counted once; a stem of 12; no biases."""
+    model = nn.Sequential(layer(), nn.Embedding(4, 5), nn.Linear(5, 4), nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3))
+    model[2].weight = model[1].weight
+    assert network_sparsity(model) == pytest.approx(24 / (35 + 20 + 12))
+    assert network_sparsity(model[0]) == pytest.approx(24 / 35) and network_sparsity(nn.ReLU()) == 0
+    roomy = sk.SparseLinear(16, 16, block_size=4, blocks=4, capacity=9)
+    assert network_sparsity(roomy) == 0.75, "free slots are absent"
+
+
+def test_resnet_50_at_90_per_cent_is_less_sparse_with_dense_ends():
+    """The figures of the paper's network: the head alone has 2 of its 25 million weights."""
+    for dense, whole in ((["conv1", "fc"], 0.8274), (["conv1"], 0.8996)):
+        with torch.device("meta"):
+            model = resnet50(num_classes=1000, in_channels=3)
+            sk.sparsify_(model, 0.9, 32, ignore=dense, distribution="erk")
+        model.to_empty(device="cpu")
+        assert network_sparsity(model) == pytest.approx(whole, abs=1e-4)

@@ -8,8 +8,9 @@ from sparsekern.cli.table import notes, result_table
 from sparsekern.recipes import Config
 
 
-def network(mean, deviation, parameters, size, ms):
+def network(mean, deviation, parameters, size, ms, absent=0.0):
     return {
+        "network_sparsity": absent,
         "test_accuracy": {"mean": mean, "standard_deviation": deviation, "by_seed": []},
         "stored_parameters": parameters,
         "training_bytes": size,
@@ -23,7 +24,7 @@ RESULTS = {
     "data": {"name": "digits", "test_images": 359},
     "environment": {"device": "CPU", "threads": 2, "kernels": "eager"},
     "networks": {
-        "sparse": network(0.9789, 0.0021, 288522, 4.4 * 2**20, 8.0),
+        "sparse": network(0.9789, 0.0021, 288522, 4.4 * 2**20, 8.0, 0.8682),
         "dense": network(0.9812, 0.0016, 2176010, 33.2 * 2**20, 7.0),
     },
     "comparison": {
@@ -97,6 +98,21 @@ def test_the_network_is_named():
     assert "digits, MLP of width 2048: hidden layers 87.5 % sparse" in " ".join(shown(results, width=200).split())
     results["config"] = Config(recipe="resnet20", width_multiplier=2).to_json()
     assert "digits, ResNet-20, 2 times as wide: hidden layers" in " ".join(shown(results, width=200).split())
+
+
+def test_the_sparsity_of_the_whole_network_stands_beside_the_nominal_one():
+    words = " ".join(shown(RESULTS, width=200).split())
+    assert "87.5 % sparse in blocks of 16 (set), first and last layer dense" in words
+    assert "overall sparsity │ 86.8 % │ 0.0 % │" in words
+    results = copy.deepcopy(RESULTS)
+    results["config"] = Config(preset="gse").to_json()
+    assert "all layers 87.5 % sparse in blocks of 16 (gse) ┏" in " ".join(shown(results, width=200).split())
+    results["config"] = Config(preset="rigl").to_json()
+    assert "all layers but the first 87.5 % sparse in blocks of 16 (rigl) ┏" in " ".join(
+        shown(results, width=200).split()
+    )
+    del results["networks"]["sparse"]["network_sparsity"]
+    assert "overall sparsity │ not recorded │ 0.0 % │" in " ".join(shown(results, width=200).split())
 
 
 def test_fits_a_narrow_terminal():

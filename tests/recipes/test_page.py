@@ -27,8 +27,8 @@ def row(network, seed, epoch):
 
 ROWS = [row(network, seed, epoch) for seed in (0, 1) for epoch in (1, 2) for network in ("sparse", "dense")]
 SIZES = {
-    "sparse": {"stored_parameters": 10, "training_bytes": 40},
-    "dense": {"stored_parameters": 40, "training_bytes": 80},
+    "sparse": {"network_sparsity": 0.7, "stored_parameters": 10, "training_bytes": 40},
+    "dense": {"network_sparsity": 0.0, "stored_parameters": 40, "training_bytes": 80},
 }
 
 
@@ -61,7 +61,8 @@ def test_the_page_of_a_run():
     assert page.status == "Not finished: 2 seeds, 2 epochs each; seed 2 has done epoch 2."
     assert page.summary == (
         "The sparse network classifies 60.00 % of the test images rightly, its dense twin 60.00 %. It stores 4.00 "
-        "times fewer numbers, needs 2.00 times less memory to train, and a training step is 1.50 times faster."
+        "times fewer numbers (70.0 % of all weights are absent), needs 2.00 times less memory to train, and a training "
+        "step is 1.50 times faster."
     )
     assert len(page.charts) == 2 and len(page.moves) == 3 and "median" not in page.moves[0]
     (film,) = page.films
@@ -130,9 +131,9 @@ def test_a_network_that_is_slower_and_larger():
     results["comparison"]["time_sparse_over_dense"]["median"] = 2.0
     sentence = page_of(record(), results, None, [], None, "").summary
     assert (
-        "4.00 times more numbers, needs 2.00 times more memory to train, and a training step is 2.00 times slower."
-        in sentence
-    )
+        "4.00 times more numbers (0.0 % of all weights are absent), needs 2.00 times more memory to train, and a "
+        "training step is 2.00 times slower."
+    ) in sentence
     results["comparison"]["time_sparse_over_dense"]["median"] = None
     assert page_of(record(), results, None, [], None, "").summary.endswith("more memory to train.")
 

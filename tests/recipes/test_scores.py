@@ -12,6 +12,7 @@ def result(accuracies, seconds, **config):
         "test_accuracy": {"by_seed": accuracies},
         "seconds": {"by_seed": seconds},
         "ms_per_step": {"median": 2.5},
+        "network_sparsity": 0.625,
         "stored_parameters": 7,
         "training_bytes": 70,
     }
@@ -35,6 +36,7 @@ def test_by_hand():
     )
     assert (gse["name"], gse["method"]) == ("gse-s0.9-b16", "gse, distribution grabo")
     assert (gse["sparsity"], gse["block_size"], gse["ms_per_step"], gse["training_flops"]) == (0.9, 16, 2.5, 10)
+    assert gse["network_sparsity"] == 0.625
     assert gse["test_accuracy"]["mean"] == pytest.approx(0.83) and gse["test_accuracy"]["by_seed"] == [0.85, 0.81]
     assert gse["test_accuracy"]["standard_deviation"] == pytest.approx(0.04 / 2**0.5)
     assert gse["gap_to_dense"]["mean"] == pytest.approx(-0.02)

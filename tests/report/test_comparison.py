@@ -13,6 +13,7 @@ def row(method, sparsity=None, block_size=None, accuracy=0.5, deviation=0.01, ga
     return {
         "method": method,
         "sparsity": sparsity,
+        "network_sparsity": 0.0 if sparsity is None else sparsity - 0.05,
         "block_size": block_size,
         "test_accuracy": numbers(accuracy, deviation),
         "gap_to_dense": None if gap is None else numbers(gap),
@@ -33,14 +34,18 @@ ROWS = [row("dense", accuracy=0.9)] + [
 
 def test_the_cells():
     dense, sparse = table_cells(ROWS)[:2]
-    assert dense == ("dense", "", "", "90.00 ± 1.00", "", "12.3 ± 0.5", "3.00", "1.23T", "3.0")
-    assert sparse == ("static", "90 %", "1", "80.00 ± 1.00", "-10.00", "12.3 ± 0.5", "3.00", "1.23T", "3.0")
+    assert dense == ("dense", "", "", "", "90.00 ± 1.00", "", "12.3 ± 0.5", "3.00", "1.23T", "3.0")
+    assert sparse == ("static", "90 %", "85.0 %", "1", "80.00 ± 1.00", "-10.00", "12.3 ± 0.5", "3.00", "1.23T", "3.0")
     assert len(HEADINGS) == len(dense)
 
 
 @pytest.mark.parametrize(("flops", "text"), [(2e15, "2P"), (999e9, "999G"), (1.5e6, "1.5M")])
 def test_large_numbers_are_short(flops, text):
-    assert table_cells([{**ROWS[1], "training_flops": flops, "ms_per_step": None}])[0][6:8] == ("", text)
+    assert table_cells([{**ROWS[1], "training_flops": flops, "ms_per_step": None}])[0][7:9] == ("", text)
+
+
+def test_a_run_that_does_not_say_how_sparse_the_whole_network_is():
+    assert table_cells([{**ROWS[1], "network_sparsity": None}])[0][1:3] == ("90 %", "")
 
 
 def test_markdown():

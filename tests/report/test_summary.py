@@ -25,8 +25,19 @@ def test_the_table_by_hand():
 def test_columns_line_up_and_the_total_adds_up():
     lines = str(sk.summary(model())).splitlines()
     assert len({len(lines[i]) for i in (0, 1, 3, 5)}) == 1
-    parameters = [int(line.split("%")[1].split()[0].replace(",", "")) for line in lines if "%" in line]
+    parameters = [int(line.split("%")[1].split()[0].replace(",", "")) for line in lines[:-1] if "%" in line]
     assert parameters[-1] == sum(parameters[:-1]) == 16 * 64 + 64 + 1024 + 64 + 640 + 10
+
+
+def test_the_sparsity_of_the_network_stands_beside_that_of_its_sparse_layers():
+    """1024 of 4096 are stored; of all 16 * 64 + 4096 + 640 weights 2688."""
+    net = model()
+    assert str(sk.summary(net)).splitlines()[-1] == (
+        "sparse layers: 75.0% absent; all weights of the network: 53.3% absent"
+    )
+    net.append(nn.Embedding(10, 288))  # which no row of the table shows
+    assert sk.summary(net).network_sparsity == pytest.approx(3072 / 8640)
+    assert "absent" not in str(sk.summary(nn.Sequential(nn.Linear(4, 4))))
 
 
 def test_with_a_batch_flops_are_counted_and_sparse_layers_timed():
@@ -113,7 +124,7 @@ def test_the_flops_of_the_dense_network_stand_beside():
     text = str(summary)
     assert text.splitlines()[0].count("dense MFLOP") == 1
     total = f"{18 * (8192 + 16384 + 1280) / 1e6:.2f}"
-    assert text.splitlines()[-1].split()[3:5] == [total, total]
+    assert text.splitlines()[-2].split()[3:5] == [total, total]
     assert sk.summary(model()).dense_flops["2"] == 6 * 64 * 64  # without one, those of the layer's own shape
 
 
