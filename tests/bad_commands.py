@@ -93,7 +93,10 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("train --resume {place}/first-format", ("has format version 1", "finish it with the version", "start a new run")),
     ("train --resume {place}/cut-results", ("results.json is damaged", "delete it and resume the run")),
     ("report {place}/cut-results", ("results.json is damaged", "delete it and resume the run")),
-    ("report {place}/odd-data", ("config.json is not the configuration of a run", "start a new run")),
+    (
+        "report {place}/odd-data",
+        ("config.json is damaged: data: input should be a valid dictionary", "start a new run"),
+    ),
     ("compare --out {place}/no-plan", ("the plan of the comparison is damaged", "choose another --out")),
     ("train --resume {place}/grid", ("which is a comparison", "such as {place}/grid/set", "sparsekern compare --out")),
     ("report {place}/grid", ("run is {place}/grid", "which is a comparison", "give one of the runs")),

@@ -57,6 +57,38 @@ def layer_cases() -> Iterator[Case]:
     yield case("block size as a float", lambda: layer(block_size=8.0), TypeError, "block_size is 8.0", "int or a pair")
     yield case("three block sides", lambda: layer(block_size=(8, 8, 8)), TypeError, "(8, 8, 8)", "pair of ints")
     yield case("block size as a string", lambda: layer(block_size="8"), TypeError, "block_size is '8'", "int or a pair")
+    yield case("an init that is no name", lambda: layer(init=[]), ValueError, "init is []", "balanced, random")
+    yield case("a dtype by its name", lambda: layer(dtype="float32"), TypeError, "dtype is 'float32'", "torch.float32")
+    yield case("a convolution's dtype", lambda: conv(dtype=5), TypeError, "dtype is 5", "torch.float32")
+    yield case("a topology that is none", lambda: layer(topology=5), TypeError, "topology is a int", "or None to draw")
+    yield case(
+        "a convolution's topology", lambda: conv(topology="x"), TypeError, "topology is a str", "or None to draw"
+    )
+    yield case("a move in lists", lambda: layer().move_([0], [0], [0]), TypeError, "slots is a list", "a tensor (k,)")
+    yield case("a move to nowhere", lambda: layer().move_(ints(0), None, ints(0)), TypeError, "row is None", "a tensor")
+    yield case(
+        "from no dense layer", lambda: sk.SparseLinear.from_dense(None), TypeError, "linear is None", "an nn.Linear"
+    )
+    yield case(
+        "a convolution from a linear layer",
+        lambda: sk.SparseConv2d.from_dense(torch.nn.Linear(8, 8)),
+        TypeError,
+        "conv is a Linear",
+        "an nn.Conv2d",
+    )
+    yield case(
+        "a state that holds no tensors",
+        lambda: sk.load_(layer(), layer().state_dict() | {"row": [0]}),
+        ValueError,
+        "row is a list",
+        "must be a tensor",
+    )
+    yield case(
+        "a dense state that holds no tensors",
+        lambda: sk.load_(torch.nn.Linear(2, 2), {"weight": "w", "bias": "b"}),
+        ValueError,
+        "bias is a str, in the model a tensor",
+    )
     yield case("unknown init", lambda: layer(init="normal"), ValueError, "init is 'normal'", "balanced, random")
     yield case("values that cannot train", lambda: layer(dtype=torch.int32), TypeError, "torch.int32", "floating")
     yield case("an unknown device", lambda: layer(device="gpu"), RuntimeError, "gpu")

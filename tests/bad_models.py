@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,11 @@ from tests.bad_input_parts import (
     trained,
     without,
 )
+
+
+def agent(**options: Any) -> sk.AGENT:
+    made = model()
+    return sk.AGENT(made, torch.optim.SGD(made.parameters(), lr=0.1), method=None, **options)
 
 
 def model_cases() -> Iterator[Case]:
@@ -74,6 +80,29 @@ def model_cases() -> Iterator[Case]:
         "meta device",
         "init='norm'",
     )
+    yield case("a summary of no model", lambda: sk.summary(None), TypeError, "model is None", "torch.nn.Module")
+    yield case(
+        "a summary with an optimizer by its name",
+        lambda: sk.summary(model(), optimizer="adam"),
+        TypeError,
+        "optimizer is a str",
+        "torch.optim.Optimizer",
+    )
+    yield case("a summary beside nothing", lambda: sk.summary(model(), dense=1), TypeError, "dense is a int", "Module")
+    yield case("saving nothing", lambda: sk.save(None, "x.pt"), TypeError, "model is None", "torch.nn.Module")
+    yield case("saving nowhere", lambda: sk.save(model(), None), TypeError, "path is None", "name of a file")
+    yield case("loading nothing", lambda: sk.load_(model(), None), TypeError, "source is None", "a state dict")
+    yield case("loading into nothing", lambda: sk.load_(None, "x.pt"), TypeError, "model is None", "torch.nn.Module")
+    yield case(
+        "statistics of nothing", lambda: sk.recalibrate_norms(None, []), TypeError, "model is None", "torch.nn.Module"
+    )
+    yield case("gamma as a text", lambda: agent(gamma="x"), TypeError, "gamma is 'x'", "a number")
+    yield case("half a batch", lambda: agent(batches=0.5), TypeError, "batches is 0.5", "whole number")
+    yield case("a state of nothing", lambda: method().load_state_dict(None), TypeError, "state is None", "state_dict()")
+    yield case(
+        "AGENT's state of nothing", lambda: agent().load_state_dict([]), TypeError, "state is a list", "state_dict()"
+    )
+    yield case("following a text", lambda: method().follow("x", layer="0"), TypeError, "target is a str", "a tensor")
     yield case("a summary of nothing", lambda: sk.summary(nn.ReLU()), ValueError, "no sparse layer", "nothing to")
     yield case(
         "a summary of a wrong input", lambda: sk.summary(model(), torch.ones(2, 3)), ValueError, "in_features = 32"

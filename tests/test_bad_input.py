@@ -83,7 +83,8 @@ def fill(place: Path) -> None:
     (place / "full").mkdir()
     (place / "full" / "notes.txt").write_text("mine")
     config = Config(width=32, block_size=8, epochs=2, seeds=1, device="cpu").resolved(1438, 1)
-    for name, data in (("run", load().describe()), ("moved", {"name": "elsewhere"}), ("cut-metrics", {})):
+    digits = load().describe()
+    for name, data in (("run", digits), ("moved", digits | {"name": "elsewhere"}), ("cut-metrics", digits)):
         create(place / name, config, data, {})
     (place / "cut-metrics" / "metrics.jsonl").write_text('{"netw\n{}\n')
     create(place / "grid" / "set", config, {}, {})

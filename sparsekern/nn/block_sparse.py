@@ -27,10 +27,22 @@ from sparsekern.topology import (
     to_dense,
     with_capacity,
 )
-from sparsekern.topology.arguments import check_whole
+from sparsekern.topology.arguments import check_kind, check_whole
 
 INITS = {"balanced": balanced, "random": random}
 """How an initial topology is drawn, by name."""
+
+
+def check_given(topology: object, dtype: object) -> None:
+    """Check what a layer is given besides sizes.
+
+    Raises:
+        TypeError: the topology is none, or values of the dtype cannot train.
+    """
+    if topology is not None:
+        check_kind("topology", topology, Topology, "a sparsekern.topology.Topology, or None to draw one")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}; it must be a real floating point type, such as torch.float32")
 
 
 class BlockSparse(nn.Module):
@@ -51,7 +63,6 @@ class BlockSparse(nn.Module):
         tie_taps, blocks, capacity, init, init_scale, seed, name, device, dtype: as in :class:`SparseConv2d`.
 
     Raises:
-        TypeError: values of a dtype that cannot train.
         ValueError: an unknown ``init``, an ``init_scale`` out of range, or a topology that is not one.
     """
 
@@ -84,11 +95,9 @@ class BlockSparse(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if topology is None and init not in INITS:
+        if topology is None and (not isinstance(init, str) or init not in INITS):
             raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
         check_scale(init_scale)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}; it must be a real floating point type, such as torch.float32")
         self.grid = grid
         self.tie_taps = tie_taps
         self.init = init if topology is None else "given"

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparsekern import ops
 from sparsekern.kernels.contract import ConvShape
-from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.block_sparse import BlockSparse, check_given
 from sparsekern.nn.linear import default_block_size
 from sparsekern.topology import (
     Grid,
@@ -23,7 +23,7 @@ from sparsekern.topology import (
     conv_grid,
     one_tap,
 )
-from sparsekern.topology.arguments import check_whole, whole_pair
+from sparsekern.topology.arguments import check_kind, check_whole, whole_pair
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -89,6 +89,7 @@ class SparseConv2d(BlockSparse):
         name: str = "",
         tie_taps: bool = False,
     ) -> None:
+        check_given(topology, dtype)
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode is {padding_mode!r}; it must be one of {', '.join(PADDING_MODES)}")
         kernel, steps, spacing = (
@@ -154,6 +155,7 @@ class SparseConv2d(BlockSparse):
 
         The other arguments are those of the class. Device and dtype are the dense layer's.
         """
+        check_kind("conv", conv, nn.Conv2d, "an nn.Conv2d")
         weight = conv.weight.detach()
         if topology is None:
             kernel = (conv.kernel_size[0], conv.kernel_size[1])

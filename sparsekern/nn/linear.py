@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
-from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.block_sparse import BlockSparse, check_given
 from sparsekern.topology import (
     Grid,
     Topology,
@@ -15,6 +15,7 @@ from sparsekern.topology import (
     by_norm,
     check_count,
 )
+from sparsekern.topology.arguments import check_kind
 
 
 class SparseLinear(BlockSparse):
@@ -66,6 +67,7 @@ class SparseLinear(BlockSparse):
         seed: int | None = None,
         name: str = "",
     ) -> None:
+        check_given(topology, dtype)
         if topology is not None:
             grid, blocks = topology.grid, topology.slots
             if grid.kernel is not None or grid.groups != 1:
@@ -118,6 +120,7 @@ class SparseLinear(BlockSparse):
 
         The other arguments are those of the class. Device and dtype are the dense layer's.
         """
+        check_kind("linear", linear, nn.Linear, "an nn.Linear")
         weight = linear.weight.detach()
         if topology is None:
             grid = linear_grid(linear.out_features, linear.in_features, block_size, weight.device)

@@ -71,6 +71,9 @@ def adapt(
     if present and len(present) < len(STORED):
         absent = ", ".join(name for name in STORED if name not in present)
         return f"the checkpoint has {', '.join(present)} but not {absent}; blocks without their places mean nothing"
+    for name in (*STORED, "weight"):
+        if not isinstance(state_dict.get(prefix + name, topology.row), Tensor):
+            return f"the checkpoint's {name} is a {type(state_dict[prefix + name]).__name__}; it must be a tensor"
     try:
         if present:
             _fit(topology, state_dict, prefix, tie_taps, metadata or {})

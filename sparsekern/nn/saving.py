@@ -13,6 +13,7 @@ from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.files import metadata_of, read_state, sparse_names, with_metadata, write_state
 from sparsekern.nn.loading import STORED, adapt, source_grid
 from sparsekern.topology import Grid, Topology, conv_grid, to_dense
+from sparsekern.topology.arguments import check_kind
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -26,6 +27,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: the file cannot be written.
         ModuleNotFoundError: the package safetensors is not installed.
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    check_kind("path", path, (str, os.PathLike), "the name of a file")
     write_state(Path(path), model.state_dict())
 
 
@@ -54,6 +57,8 @@ def load_(
     Raises:
         ValueError: the file cannot be read, or does not fit; one sentence says why.
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    check_kind("source", source, (str, os.PathLike, Mapping), "the name of a file, or a state dict")
     if isinstance(source, Mapping):
         where, state = "the state", source
     else:
@@ -103,7 +108,7 @@ def _whole(module: nn.Linear | nn.Conv2d) -> Grid:
     return conv_grid(module.in_channels, module.out_channels, kernel, block, module.groups)
 
 
-def _differences(model: nn.Module, state: Mapping[str, Tensor], strict: bool) -> list[str]:
+def _differences(model: nn.Module, state: Mapping[str, Any], strict: bool) -> list[str]:
     """Return what ``load_state_dict`` would find wrong."""
     own: dict[str, Any] = dict(model.state_dict(keep_vars=True))  # a module's extra state is anything
     problems = []
@@ -115,6 +120,8 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor], strict: bool) ->
                 problems.append(f"it {what} {', '.join(shown[:5])}{more}")
     for key in sorted(own.keys() & state.keys()):
         mine, theirs = own[key], state[key]
-        if isinstance(mine, Tensor) and mine.shape != theirs.shape:
+        if isinstance(mine, Tensor) and not isinstance(theirs, Tensor):
+            problems.append(f"{key} is a {type(theirs).__name__}, in the model a tensor")
+        elif isinstance(mine, Tensor) and mine.shape != theirs.shape:
             problems.append(f"{key} has shape {tuple(theirs.shape)}, in the model {tuple(mine.shape)}")
     return problems

@@ -24,9 +24,9 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = folder / LOCK
-    refuse_link(path)
     owner, lock = _owner(path), FileLock(path, timeout=0.1, poll_interval=0.01)
     try:
+        refuse_link(path)
         make_parents(folder)
         lock.acquire()
         _note_owner(path)

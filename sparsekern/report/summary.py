@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.analysis import Account, account, network_sparsity, profile, time_layer
 from sparsekern.nn import BlockSparse
+from sparsekern.topology.arguments import check_kind
 
 MIB = 2**20
 
@@ -126,6 +128,9 @@ def summary(
         >>> table.rows[0].blocks, table.rows[0].flops / table.rows[0].dense_flops
         (4, 0.25)
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    check_kind("optimizer", optimizer, (torch.optim.Optimizer, NoneType), "a torch.optim.Optimizer, or None")
+    check_kind("dense", dense, (nn.Module, NoneType), "a torch.nn.Module, or None")
     layers: dict[str, nn.Module] = {
         name or "(model)": module
         for name, module in model.named_modules()

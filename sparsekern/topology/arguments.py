@@ -1,4 +1,4 @@
-"""Whether an argument is a number: what Python would else find out three calls deeper."""
+"""Whether an argument is a number, or of its class: what Python would else find out three calls deeper."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def whole_pair(name: str, value: Any, rule: str = "an int or a pair of ints") ->
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; it must be {rule}") from None
     return first, second
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
+    """Raise TypeError unless ``value``, of the argument ``name``, is of a class; ``rule`` says what it must be."""
+    if not isinstance(value, kind):
+        what = "None" if value is None else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {what}; it must be {rule}")
 
 
 def check_number(name: str, value: object, rule: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsekern.topology.arguments import check_kind
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
 
@@ -74,6 +75,8 @@ class Topology:
         Raises:
             ValueError: a slot or a place does not exist, or two blocks would be at one place.
         """
+        for name, tensor in (("slots", slots), ("row", row), ("col", col)):
+            check_kind(name, tensor, Tensor, "a tensor (k,) of integers")
         if not slots.shape == row.shape == col.shape or slots.dim() != 1:
             shapes = ", ".join(str(tuple(t.shape)) for t in (slots, row, col))
             raise ValueError(f"slots, row and col have shapes {shapes}; they must be (k,) all three")

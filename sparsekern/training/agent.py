@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsekern.topology.arguments import check_kind
 from sparsekern.training.agent_checks import check_options, check_parts
 from sparsekern.training.base import Method, stepped
 from sparsekern.training.closures import backpropagate, loss_of
@@ -270,6 +271,7 @@ class AGENT:
         Raises:
             ValueError: the state is of another version, other parameters or another method.
         """
+        check_kind("state", state, dict, "what state_dict() returned")
         if state.get("version") != AGENT_STATE_VERSION or "snapshot" not in state:
             raise ValueError(f"the state is none of AGENT's of version {AGENT_STATE_VERSION}")
         if (state["method"] is None) != (self.method is None) or state["c"].keys() != self.c.keys():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sparsekern.nn import sparse_layers
+from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.base import Method
 
 ESTIMATES = ("losses", "gradients")
@@ -16,6 +17,8 @@ def check_options(
     gamma: float, alpha: float, estimate: str, scope: str, batches: int | None, every: int | None
 ) -> None:
     """Raise ValueError if an option of :class:`~sparsekern.training.agent.AGENT` is out of range, or two disagree."""
+    for name, number in (("gamma", gamma), ("alpha", alpha)):
+        check_number(name, number, "a number")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma is {gamma}; it must be in [0, 1]")
     if not 0 < alpha <= 1:
@@ -24,7 +27,7 @@ def check_options(
         if choice not in known:
             raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
     for name, value in (("batches", batches), ("every", every)):
-        if value is not None and value < 1:
+        if value is not None and check_whole(name, value) < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     if estimate == "losses" and (scope == "layer" or every is not None):
         what = "scope is 'layer'" if scope == "layer" else f"every is {every}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology import generator_for, stored_blocks
-from sparsekern.topology.arguments import check_whole
+from sparsekern.topology.arguments import check_kind, check_whole
 from sparsekern.training.books import Books
 from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.followers import Followers, Move, OnMove
@@ -265,6 +265,7 @@ class Method:
         Raises:
             ValueError: the state is of another method, another version or other layers.
         """
+        check_kind("state", state, dict, "what state_dict() returned")
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"the state has version {state.get('version')}; this code reads {STATE_VERSION}")
         missing = self.state_dict().keys() - state.keys()

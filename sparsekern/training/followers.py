@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.nn import BlockSparse, check_whole, sparse_layers
 from sparsekern.topology import Grid, places_for
+from sparsekern.topology.arguments import check_kind
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
 
 OnMove = str | Callable[[Tensor, Tensor], None]
@@ -59,6 +60,7 @@ class Followers:
         """Let a tensor ``(Z, ...)`` follow the blocks of a layer."""
         if layer not in self.layers:
             raise ValueError(f"layer is {layer!r}; it must be one of {', '.join(self.layers)}")
+        check_kind("target", tensor, Tensor, "a tensor whose first axis is the layer's slots, or a copy of the model")
         slots = self.layers[layer].values.shape[0]
         if tensor.dim() == 0 or tensor.shape[0] != slots:
             raise ValueError(

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from sparsekern.topology.arguments import check_kind
+
 
 @torch.no_grad()
 def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> int:
@@ -26,6 +28,7 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> int:
     Raises:
         ValueError: no batch came, which would leave the statistics empty.
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     if not norms:
         return 0

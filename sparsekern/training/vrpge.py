@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import generator_for
+from sparsekern.topology.arguments import check_kind
 from sparsekern.training.base import Method
 from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates, Group
@@ -284,6 +285,7 @@ class VRPGE(Method):
         Raises:
             ValueError: as :meth:`Method.load_state_dict`, or other candidates.
         """
+        check_kind("state", state, dict, "what state_dict() returned")
         units = state.get("units", {})
         mine = {name: candidates.unit.shape for name, candidates in self.candidates.items()}
         same = {name: unit.shape for name, unit in units.items()} == mine
