@@ -18,11 +18,13 @@ import torch
 from sparsekern.kernels.eager import places
 
 import sparsekern as sk
-from sparsekern.ops import conv2d_answers, conv2d_marginals, marginals
+from sparsekern.ops import conv2d_answers, conv2d_marginals, linear_answers, marginals
 from sparsekern.topology import absent, pairs
 from sparsekern.training import books, candidates, followers, growth, gse, masked, projection, sampling, scores
+from sparsekern.training.armed import ArmedProbes
 from sparsekern.training.schedules import Schedule
 from tests import test_methods_conv2d as t_conv
+from tests import test_true_gradient as t_true
 from tests.kernels.eager import test_places as t_places
 from tests.ops import test_conv2d_answers as t_answers
 from tests.ops import test_conv2d_marginals as t_conv_marginals
@@ -63,6 +65,8 @@ def planted(function: Any, old: str, new: str) -> Iterator[None]:
     finally:
         function.__code__ = healthy
 
+
+GAN = "gan, to zero"
 
 Mutation = tuple[Any, str, str, Callable[[], object]]
 MUTATIONS: dict[str, Mutation] = {
@@ -228,11 +232,25 @@ MUTATIONS: dict[str, Mutation] = {
         "pass",
         partial(t_gradient.test_what_moves, "GSE"),
     ),
-    "an overflow in another layer is not noticed": (
-        sk.training.GradientMethod._forget_what_was_discarded,
-        "if gone or not self._gradients_are_finite():",
-        "if gone:",
+    "answers outlive gradients that were dropped": (
+        ArmedProbes._drop,
+        "self.probes[name].tensor.grad = None",
+        "pass",
         partial(t_gradient.test_a_skipped_step_leaves_no_trace, "GSE", False, "in the last layer only"),
+    ),
+    "answers outlive gradients that were set to zero": (
+        ArmedProbes._drop,
+        "dropped & left.anything",
+        "~left.anything",
+        partial(t_true.test_what_grows_is_largest_in_the_gradient_that_the_optimizer_takes, "linear", "GSE", GAN),
+    ),
+    "several parts of a gradient count as one": (
+        linear_answers.counted,
+        "norms.new_ones(1)",
+        "norms.new_zeros(1)",
+        partial(
+            t_true.test_what_grows_is_largest_in_the_gradient_that_the_optimizer_takes, "linear", "RigL", "siamese"
+        ),
     ),
     "the drop fraction does not fall": (
         Schedule.cosine,

@@ -93,6 +93,8 @@ def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
         wanted = tuple(probe.args[0].shape)
     elif probe.kind == "all_norms":
         wanted = rows_cols
+    elif probe.kind == "counted_norms":
+        wanted = (grid.rows * grid.cols + 1,)
     elif probe.kind == "sketch":
         wanted = (probe.args[0].shape[0], *rows_cols)
     elif probe.kind == "magnitudes":

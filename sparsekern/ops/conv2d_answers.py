@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsekern.kernels.contract import ConvShape
 from sparsekern.ops import conv2d_marginals, conv2d_scores
+from sparsekern.ops.linear_answers import counted
 from sparsekern.ops.shapes import channels_last, pack_shape, unpack_shape
 
 
@@ -47,6 +48,8 @@ def answer(
         return conv2d_scores.block_norms(dy, x, args[0], args[1], bo, bi, shape, backend).to(dtype)
     if kind == "all_norms":
         return conv2d_scores.all_block_norms(dy, x, bo, bi, shape, backend).to(dtype)
+    if kind == "counted_norms":
+        return counted(conv2d_scores.all_block_norms(dy, x, bo, bi, shape, backend).to(dtype))
     return conv2d_scores.sketch(dy, x, args[0], args[1], bo, bi, shape, backend).to(dtype)
 
 

@@ -36,11 +36,18 @@ def answer(
         return scores.block_norms(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
     if kind == "all_norms":
         return scores.all_block_norms(dy, x, bo, bi, backend).to(dtype)
+    if kind == "counted_norms":
+        return counted(scores.all_block_norms(dy, x, bo, bi, backend).to(dtype))
     if kind == "magnitudes":
         return marginals.magnitudes(dy, x, block).to(dtype)
     if kind == "signed_sums":
         return marginals.signed_sums(dy, x, args[0]).to(dtype)
     return scores.sketch(dy, x, args[0], args[1], bo, bi, backend).to(dtype)
+
+
+def counted(norms: Tensor) -> Tensor:
+    """Return norms ``(R, C)`` as ``(R * C + 1,)``, with a one behind: when answers add up, their number."""
+    return torch.cat([norms.flatten(), norms.new_ones(1)])
 
 
 def spread(dy: Tensor, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

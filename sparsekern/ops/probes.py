@@ -13,15 +13,16 @@ from torch import Tensor
 
 from sparsekern.topology import Grid, Topology, build_index
 
-KINDS = ("candidates", "norms", "all_norms", "sketch", "magnitudes", "signed_sums")
+KINDS = ("candidates", "norms", "all_norms", "counted_norms", "sketch", "magnitudes", "signed_sums")
 
 
 class Probe(NamedTuple):
     """What to ask of the gradient ``G = dy' x`` of the whole weight; after the backward the answer is ``tensor.grad``.
 
-    Make one with a class method; places that are not distinct ones of the grid raise ValueError. Norms of several
-    backwards do not add up to the norm of the sum: use one of the other kinds, which are linear in the tokens, where
-    gradients are accumulated or reduced over ranks.
+    Make one with a class method; places that are not distinct ones of the grid raise ValueError. A loss that contains a
+    derivative of the layer is heard whole. Norms do not add up to the norm of a sum: use one of the other kinds, which
+    are linear in the tokens, where gradients are accumulated or reduced over ranks, where a layer is called several
+    times, or a derivative of it is part of the loss; :meth:`counted_norms` tell whether that was so.
 
     With ``tokens`` above 0 the answer is that of so many tokens of each backward, evenly spread; :meth:`of_tokens`.
 
@@ -64,6 +65,16 @@ class Probe(NamedTuple):
     ) -> Probe:
         """Ask for the Frobenius norms of all blocks of G: ``(R, C)``, one number a block."""
         return cls("all_norms", _zeros((grid.rows, grid.cols), dtype, device), ())
+
+    @classmethod
+    def counted_norms(
+        cls, grid: Grid, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> Probe:
+        """Ask for the norms of all blocks of G, by rows, and then of how many parts of G they are: ``(R * C + 1,)``.
+
+        Each backward of each call of the layer is one part; with more than one, the norms are sums.
+        """
+        return cls("counted_norms", _zeros((grid.rows * grid.cols + 1,), dtype, device), ())
 
     @classmethod
     def sketch(cls, grid: Grid, u: Tensor, v: Tensor) -> Probe:

@@ -1,8 +1,9 @@
-"""Probes that are armed, and what they have heard so far."""
+"""Probes that are armed, and what they have heard of the gradients that the optimizer takes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,19 +13,25 @@ from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.training.distributed import sum_over_ranks
 
-STREAMED = ("norms", "all_norms")
-"""Kinds of probe whose answers do not add up."""
 
+class Left(NamedTuple):
+    """A gradient as the last backward left it: the tensor, its version, and whether there was anything in it."""
 
-class Answer(NamedTuple):
-    """What a layer's probe heard: the sum over backwards and ranks, and how many backwards of this rank it was."""
-
-    value: Tensor
-    backwards: int
+    gradient: weakref.ref[Tensor]
+    version: int
+    anything: Tensor
 
 
 class ArmedProbes:
     """The probes of some layers, by name, from :meth:`arm` to :meth:`disarm`.
+
+    An answer lives and dies with the gradient of the layer's values. It adds up over backwards as that does, and is
+    void where that was dropped in between, set to None or to zero: by ``zero_grad`` of the optimizer or the model, for
+    the second pass of SAM, after a bad batch. When the optimizer has made its step, :meth:`keep` takes the answers that
+    belong to it; what comes later belongs to the next one.
+
+    No tensor says that it was dropped, so hooks look before and after gradients accumulate, in armed steps only. They
+    wait for no device.
 
     Args:
         layers: by name.
@@ -33,57 +40,114 @@ class ArmedProbes:
     def __init__(self, layers: dict[str, BlockSparse]) -> None:
         self._layers = layers
         self.probes: dict[str, Probe] = {}
-        self._counters: dict[str, tuple[Tensor, int]] = {}  # of streamed probes: the zeros, and their version
+        self._kept: dict[str, Tensor | None] = {}  # of the last step that the optimizer made
+        self._left: dict[str, Left] = {}
+        self._looked: dict[str, int] = {}  # the backward that looked last
+        self._unsettled: set[str] = set()  # heard something since the last look
+        self._hooks: list[Any] = []
 
     def arm(self, name: str, probe: Probe) -> None:
         """Let a layer answer a probe from its next forward on."""
-        self.probes[name] = self._layers[name].probe = probe
-        self.clear(name)
+        layer = self._layers[name]
+        self.probes[name] = layer.probe = probe
+
+        def before(gradient: Tensor) -> None:
+            if layer.probe is probe:  # and not in an extra pass that no probe hears
+                self._look(name)
+
+        def after(values: Tensor) -> None:
+            gradient = values.grad
+            if layer.probe is probe and gradient is not None:
+                found = gradient.detach()
+                self._left[name] = Left(weakref.ref(gradient), gradient._version, found.any())
+
+        def hear(answer: Tensor) -> None:
+            self._look(name)  # the values may come later in this backward, or have come before
+            self._unsettled.add(name)
+
+        self._hooks += [
+            layer.values.register_hook(before),
+            layer.values.register_post_accumulate_grad_hook(after),
+            probe.tensor.register_hook(hear),
+        ]
 
     def disarm(self) -> None:
-        """Ask nothing any more."""
+        """Ask nothing any more, and forget what was heard."""
         for name in self.probes:
             self._layers[name].probe = None
-        self.probes, self._counters = {}, {}
+        for hook in self._hooks:
+            hook.remove()
+        self.probes, self._kept, self._left, self._looked = {}, {}, {}, {}
+        self._unsettled, self._hooks = set(), []
 
-    def clear(self, name: str) -> None:
-        """Let a probe have heard nothing."""
-        probe = self.probes[name]
-        probe.tensor.grad = None
-        if probe.kind in STREAMED:  # autograd adds in place to what is there: its version counts the backwards
-            zeros = torch.zeros(probe.tensor.shape, dtype=probe.tensor.dtype, device=probe.tensor.device)
-            self.resume(name, zeros, 0)
+    def _look(self, name: str) -> None:
+        """Drop what was heard before this backward, if its gradient was dropped."""
+        backward = torch._C._current_graph_task_id()
+        if self._looked.get(name) != backward:
+            self._looked[name] = backward
+            self._drop(name)
 
-    def resume(self, name: str, heard: Tensor, backwards: int) -> None:
-        """Let a probe have heard something in so many backwards."""
-        probe = self.probes[name]
-        probe.tensor.grad = heard
-        if probe.kind in STREAMED:
-            self._counters[name] = (heard, heard._version - backwards)
+    @torch.no_grad()
+    def _drop(self, name: str) -> None:
+        heard, gradient = self.probes[name].tensor.grad, self._layers[name].values.grad
+        if heard is None:
+            return
+        if gradient is None:
+            self.probes[name].tensor.grad = None
+            return
+        left = self._left.get(name)
+        if left is not None and left.gradient() is gradient and left.version == gradient._version:
+            return
+        # Something wrote into it: a clipping, an unscaling, or zero_grad(set_to_none=False).
+        dropped = ~gradient.any()
+        heard.masked_fill_(dropped if left is None else dropped & left.anything, 0)
 
-    def answers(self, group: dist.ProcessGroup | None) -> dict[str, Answer]:
-        """Return what all of them heard, summed over the ranks of a group."""
-        return {name: self._answer(name, group) for name in self.probes}
+    def settle(self) -> None:
+        """Drop the answers whose gradients were dropped since; before and after a step of the optimizer."""
+        for name in self._unsettled:
+            self._drop(name)
+        self._unsettled.clear()
 
-    def _answer(self, name: str, group: dist.ProcessGroup | None) -> Answer:
-        probe, backwards = self.probes[name].tensor, self.backwards(name)
-        heard = probe.grad
+    def keep(self) -> list[str]:
+        """Take the answers that belong to the step that the optimizer has made.
+
+        Returns:
+            The layers whose values had a gradient of which no probe heard.
+        """
+        self.settle()
+        deaf = []
+        for name, probe in self.probes.items():
+            heard, gradient = probe.tensor.grad, self._layers[name].values.grad
+            probe.tensor.grad = None
+            self._kept[name] = None if heard is None else heard.detach()
+            if heard is None and gradient is not None and bool(gradient.any()):
+                deaf.append(name)
+        return deaf
+
+    def answers(self, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+        """Return what all heard of the last step that the optimizer made, summed over the ranks of a group."""
+        return {name: sum_over_ranks(self._answer(name), group) for name in self.probes}
+
+    def _answer(self, name: str) -> Tensor:
+        heard, probe = self._kept.get(name), self.probes[name].tensor
         if heard is None:  # no backward came by; the other ranks may have heard one
-            heard = torch.zeros(probe.shape, dtype=probe.dtype, device=probe.device)
-        return Answer(sum_over_ranks(heard, group), backwards)
+            return torch.zeros(probe.shape, dtype=probe.dtype, device=probe.device)
+        return heard
 
-    def backwards(self, name: str) -> int:
-        """Return how many backwards a streamed probe has heard; 1 for the others, where it does not matter."""
-        if name not in self._counters:
-            return 1
-        counter, version = self._counters[name]
-        heard = self.probes[name].tensor.grad
-        return counter._version - version if heard is counter else 2  # create_graph adds into a new tensor
-
-    def heard(self) -> dict[str, tuple[Tensor, int]]:
-        """Return what was heard so far, on the CPU, and in how many backwards; for :meth:`resume`."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return on the CPU what was heard so far of the step that is under way, and what of the last one."""
+        heard = {name: probe.tensor.grad for name, probe in self.probes.items()}
         return {
-            name: (probe.tensor.grad.cpu(), self.backwards(name))
-            for name, probe in self.probes.items()
-            if probe.tensor.grad is not None
+            key: {name: answer.detach().cpu() for name, answer in answers.items() if answer is not None}
+            for key, answers in (("heard", heard), ("kept", self._kept))
         }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Let the probes that are armed have heard what :meth:`state_dict` says."""
+        for name, probe in self.probes.items():
+            heard, kept = (self._loaded(probe.tensor, state[key].get(name)) for key in ("heard", "kept"))
+            probe.tensor.grad, self._kept[name] = heard, kept
+
+    def _loaded(self, probe: Tensor, answer: Tensor | None) -> Tensor | None:
+        """Return an answer on the probe's device; that of candidates without what was appended to their number."""
+        return None if answer is None else answer[: probe.shape[0]].to(probe.device, copy=True)

@@ -15,7 +15,7 @@ from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import are_absent, generator_for, ordered_keys, stored_blocks
-from sparsekern.training.armed import Answer, ArmedProbes
+from sparsekern.training.armed import ArmedProbes
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import as_on_first_rank
 from sparsekern.training.followers import Move, to_places
@@ -32,9 +32,10 @@ class GradientMethod(Method):
     other where a method needs two stages; it hears the gradient in the backwards of that very step. So an update needs
     no pass of its own, and call :meth:`step` after *every* ``optimizer.step()``.
 
-    Answers add up over the backwards of a step and over ranks, as gradients do. Gradient scaling multiplies all of them
-    alike, and only their order counts. Those of a step that scaling skipped are thrown away: at the next
-    :meth:`step`, by the gradients that are gone or not finite. Answers that are not finite are asked for again.
+    Answers add up over the backwards of a step and over ranks, as gradients do, and die with them: what ``zero_grad``
+    drops before the optimizer's step counts for nothing, such as the first pass of SAM, the other loss of a GAN, or a
+    step that gradient scaling skipped. Scaling multiplies all of them alike, and only their order counts. Answers that
+    are not finite are asked for again.
 
     Args:
         score_tokens: score on so many tokens of each backward, evenly spread, instead of all: the cost of an update
@@ -76,6 +77,8 @@ class GradientMethod(Method):
         self._due = False
         self._heard = False
         self._armed = ArmedProbes(self.layers)
+        self._warned = False
+        optimizer.register_step_pre_hook(self._settle)
         self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending, int32 on the CPU
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; it only grows
         self._versions: dict[str, tuple[int, int]] = {}  # of the places when candidates were drawn
@@ -110,7 +113,7 @@ class GradientMethod(Method):
         """Return the probe of a layer for one stage, the same whenever it is asked for; None for none."""
         raise NotImplementedError
 
-    def hear(self, stage: int, answers: dict[str, Answer]) -> int | None:
+    def hear(self, stage: int, answers: dict[str, Tensor]) -> int | None:
         """Take the answers of one stage; return the stage to ask next, or None when the scores are complete."""
         raise NotImplementedError
 
@@ -125,10 +128,10 @@ class GradientMethod(Method):
         device = layer.row.device
         return Probe.candidates(layer.grid, row.to(device), col.to(device), dtype=self.dtype(layer), checked=True)
 
-    def score_candidates(self, name: str, answer: Answer) -> None:
+    def score_candidates(self, name: str, answer: Tensor) -> None:
         """Score a layer's candidates by the norms of their gradients."""
         keys = self._keys[name]
-        norms = norms_of(answer.value[: keys.shape[0]])
+        norms = norms_of(answer[: keys.shape[0]])
         self._offers[name] = Offer(keys.to(norms.device), as_on_first_rank(norms, self.process_group))
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
@@ -157,9 +160,8 @@ class GradientMethod(Method):
         began, spent = time.perf_counter(), self.seconds
         due = self.schedule.due_since(self._seen, self.steps)
         self._due = (due or self._due) and self.schedule.before_stop(self.steps)
-        self._seen = self.steps
+        apart, self._seen = max(1, self.steps - self._seen), self.steps
         if self._stage is not None and self.steps == self._armed_at:
-            self._forget_what_was_discarded()
             return False
         moved = False
         if self._stage is not None:
@@ -169,15 +171,19 @@ class GradientMethod(Method):
             if self._heard:  # ready, but the last update is past
                 self._heard = False
                 self._forget_scores()
-        if self._stage is None and (self._due or self._due_soon()):
+        if self._stage is None and (self._due or self._due_soon(apart)):
             self._arm(0)
         if self._stage is not None or moved:
             self.seconds = spent + time.perf_counter() - began
         return moved
 
-    def _due_soon(self) -> bool:
-        """Return whether an update becomes due before, or just when, all stages have been heard."""
-        return any(self.schedule.due(self.steps + ahead + 1) for ahead in range(self.stages()))
+    def _due_soon(self, apart: int = 1) -> bool:
+        """Return whether an update becomes due before, or just when, all stages have been heard.
+
+        Args:
+            apart: optimizer steps from one call of :meth:`step` to the next, should it be called less often.
+        """
+        return any(self.schedule.due(self.steps + ahead + 1) for ahead in range(self.stages() * apart))
 
     def update(self) -> bool:
         """Update the topology now; only :meth:`step` knows when the scores are there.
@@ -218,7 +224,7 @@ class GradientMethod(Method):
         assert self._stage is not None
         stage = self._stage
         answers = self._armed.answers(self.process_group)
-        if not all(is_finite(answer.value) for answer in answers.values()):
+        if not all(is_finite(answer) for answer in answers.values()):
             self._arm(stage)
             return
         self._disarm()
@@ -228,17 +234,21 @@ class GradientMethod(Method):
         else:
             self._arm(following)
 
-    def _forget_what_was_discarded(self) -> None:
-        """Clear the probes if the gradients of this step were thrown away, or will be because they are not finite."""
-        gradients = [layer.values.grad for _, layer in self._trained()]
-        gone = all(g is None for g in gradients) or not any(bool(g.any()) for g in gradients if g is not None)
-        if gone or not self._gradients_are_finite():
-            for name in self._armed.probes:
-                self._armed.clear(name)
+    def _settle(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._armed.settle()  # some optimizers drop gradients during their step
 
-    def _gradients_are_finite(self) -> bool:
-        gradients = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
-        return all(is_finite(gradient) for gradient in gradients)
+    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        before = self.steps
+        super()._count(optimizer, args, kwargs)
+        if self.steps > before and (deaf := self._armed.keep()) and not self._warned:
+            self._warned = True
+            _log.warning(
+                "%s heard nothing of the gradients of %s, and can grow nothing there: a captured graph (CUDA graphs, "
+                "torch.jit.trace) leaves out what it asks, and so do gradients that were assigned. Run the step before "
+                "an update without the graph, or use SET",
+                type(self).__name__,
+                ", ".join(deaf),
+            )
 
     def _trained(self) -> list[tuple[str, BlockSparse]]:
         return [(name, layer) for name, layer in self.layers.items() if layer.values.requires_grad]
@@ -286,7 +296,7 @@ class GradientMethod(Method):
             "armed_at": self._armed_at,
             "due": self._due,
             "keys": dict(self._keys),
-            "heard": self._armed.heard(),
+            **self._armed.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -300,10 +310,7 @@ class GradientMethod(Method):
         now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
         self._put(state["stage"])
         self.steps, self._versions = now, {}
-        for name, (heard, backwards) in state["heard"].items():
-            if name in self._armed.probes:
-                asked = self._armed.probes[name].tensor.shape[0]  # of candidates fewer, without what was appended
-                self._armed.resume(name, heard[:asked].to(self.layers[name].row.device, copy=True), backwards)
+        self._armed.load_state_dict(state)
 
 
 def _version(layer: BlockSparse) -> tuple[int, int]:

@@ -24,7 +24,6 @@ from sparsekern.topology import (
     sample_absent_pairs,
     sample_pairs,
 )
-from sparsekern.training.armed import Answer
 from sparsekern.training.distributed import as_on_first_rank
 from sparsekern.training.gradient import GradientMethod
 
@@ -117,7 +116,7 @@ class GSE(GradientMethod):
         seed = torch.randint(2**62, (), generator=self.generator(name, "signs"), device="cpu")
         return Probe.signed_sums(grid, seed.to(device), dtype=self.dtype(layer))
 
-    def hear(self, stage: int, answers: dict[str, Answer]) -> int | None:
+    def hear(self, stage: int, answers: dict[str, Tensor]) -> int | None:
         """Score the candidates, or draw them."""
         if stage == self.stages() - 1:
             for name, answer in answers.items():
@@ -125,7 +124,7 @@ class GSE(GradientMethod):
             return None
         for name, answer in answers.items():
             layer = self.layers[name]
-            sums = as_on_first_rank(answer.value, self.process_group).cpu()
+            sums = as_on_first_rank(answer, self.process_group).cpu()
             self._keys[name] = self._draw(name, layer, weights(layer.grid, self.distribution, sums))
         return 1
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import ordered_keys, stored_blocks
-from sparsekern.training.armed import Answer
 from sparsekern.training.distributed import as_on_first_rank, ranks
 from sparsekern.training.followers import Move, to_places
 from sparsekern.training.gradient import GradientMethod
@@ -36,11 +35,12 @@ class RigL(GradientMethod):
     How all empty places are scored:
 
     * ``"exact"``: the norms of all blocks of the gradient are streamed out of the backward, one number a block. Norms
-      do not add up, so this is for one backward a step (in which a layer is called once) and one rank.
+      do not add up, so this is for one rank, and one backward a step in which a layer is called once and the loss
+      contains no derivative of it.
     * ``"screen"``: in the step before, every block's gradient is projected on ``sketches`` random pairs of vectors, so
       many numbers a block, which do add up; their mean square estimates the squared norm with a relative deviation of
       about ``sqrt(8 / sketches)``. The best ``shortlist * k`` of these are then scored exactly, as in :class:`GSE`.
-    * ``"auto"``: exact on one rank, until a step has several backwards: from then on screen. The log says so.
+    * ``"auto"``: exact on one rank, until norms would have to be added in a step: from then on screen. The log says so.
 
     At 1x1 a block's gradient is one number, and adds up: exact always. But then there is a score for every element of
     the dense matrix, which this package otherwise never holds: ``allow_dense_scores`` says that it may.
@@ -126,7 +126,7 @@ class RigL(GradientMethod):
             ones = [torch.ones(1, n, dtype=dtype, device=device) for n in (grid.out_features, grid.in_features)]
             return Probe.sketch(grid, *ones) if last else None
         if not self._screen:
-            return Probe.all_norms(grid, dtype=dtype, device=device)
+            return Probe.counted_norms(grid, dtype=dtype, device=device)
         if last:
             return self.ask_candidates(name, layer)
         generator = self.generator(name, "sketch")
@@ -136,36 +136,39 @@ class RigL(GradientMethod):
         )
         return Probe.sketch(grid, u, v)
 
-    def hear(self, stage: int, answers: dict[str, Answer]) -> int | None:
+    def hear(self, stage: int, answers: dict[str, Tensor]) -> int | None:
         """Take the scores, or the shortlist; start to screen when norms were added up."""
-        backwards = max((answer.backwards for answer in answers.values()), default=0)
-        if backwards > 1:
-            if self.steps - self._armed_at == 1:  # not because step() was left out
-                self._no_more_streaming(backwards)
-            return 0
         last = stage == self.stages() - 1
         for name, answer in answers.items():
             layer = self.layers[name]
             if not last:
                 self._keys[name] = self._shortlist(layer, answer)
-            elif self._screen and not is_dense(layer):
+            elif is_dense(layer):  # the gradient itself
+                self._grid_scores[name] = as_on_first_rank(answer.abs_().flatten(), self.process_group)
+            elif self._screen:
                 self.score_candidates(name, answer)
+            elif (parts := int(answer[-1])) > 1:
+                self._forget_scores()
+                self._no_more_streaming(name, parts)
+                return 0
             else:
-                scores = answer.value.abs_().flatten()  # norms already, or the gradient itself
-                self._grid_scores[name] = as_on_first_rank(scores, self.process_group)
+                self._grid_scores[name] = answer[:-1]
         return None if last else 1
 
-    def _shortlist(self, layer: BlockSparse, answer: Answer) -> Tensor:
+    def _shortlist(self, layer: BlockSparse, answer: Tensor) -> Tensor:
         """Return the empty places of highest estimated norm, ascending, int32 on the CPU."""
-        squares = answer.value.square().mean(0).flatten()
+        squares = answer.square().mean(0).flatten()
         as_on_first_rank(squares, self.process_group)
         present = ordered_keys(layer.index, layer.topology).long()
         squares.index_fill_(0, present, -torch.inf)
         grown = max(1, part_of(present.shape[0], self.schedule.fraction(self.steps)))
         return highest(squares, math.ceil(self.shortlist * grown)).int().cpu()
 
-    def _no_more_streaming(self, backwards: int) -> None:
-        why = f"a step has {backwards} backwards, over which the norms of gradients do not add up"
+    def _no_more_streaming(self, name: str, parts: int) -> None:
+        why = (
+            f"the gradient of {name!r} comes in {parts} parts a step (several batches, calls of the layer, or a "
+            "derivative of it in the loss), and norms do not add up"
+        )
         if self.scoring == "exact":
             raise ValueError(f"scoring is 'exact', but {why}; use 'auto' or 'screen'")
         _log.warning("RigL screens its blocks by sketches from now on: %s", why)
