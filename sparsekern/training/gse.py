@@ -50,11 +50,8 @@ class GSE(GradientMethod):
     A convolution is a linear layer on the windows, every output position a token: ``x_I`` is what a tap sees of some
     channels, and in a convolution of several groups a place is one of its own group.
 
-    Unlike in the paper, whose code sees the batch twice, S is drawn from the batch before the one that scores it. What
-    else the authors' code does otherwise, and this does not: GraEst of a convolution takes one position's gradient for
-    all; signs repeat in every batch, so products between batches do not cancel; the hash behind them overflows, and
-    is not what it is said to be; the scoring pass moves the statistics of batch norm, forms the dense gradient and
-    masks it; only momentum SGD is handled.
+    Unlike in the paper, whose code sees the batch twice, S is drawn from the batch before the one that scores it.
+    ``docs/methods.md`` has a table of all that differs from the paper and from its code.
 
     Args:
         distribution: ``"uniform"``, ``"grabo"`` or ``"graest"``.

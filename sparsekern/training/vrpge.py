@@ -44,10 +44,8 @@ class VRPGE(Method):
     (:func:`~sparsekern.training.projection.project`). At ``stop``, or by :meth:`finish`, the likeliest units stay, the
     other slots become free, and training goes on with a fixed topology.
 
-    Where this differs from the released code (arXiv 2111.05685), which multiplies dense weights by masks: one backward
-    a step, as the paper says (``weight_step="all"`` has the code's); the scores are clipped apart from the weights;
-    the final network is that of the highest probabilities, not the best of ten samples; there are no masks outside
-    training; running statistics are those of the first mask only.
+    One backward a step is what the paper says (arXiv 2111.05685); ``weight_step="all"`` has its code's.
+    ``docs/methods.md`` has a table of all that differs from the paper and from its code.
 
     Args:
         model: whose sparse layers store the candidates; wrapped in DistributedDataParallel if it is to be.
