@@ -95,6 +95,7 @@ class Method:
             known = ", ".join(repr(s) for s in self.scopes)
             raise ValueError(f"scope is {scope!r}; for {type(self).__name__} it must be {known}")
         check_whole("min_age", min_age)
+        check_whole("seed", seed)
         if min_age < 0:
             raise ValueError(f"min_age is {min_age}; it must be 0 or more updates")
         self.schedule = Schedule(update_every, start, whole_stop(stop), drop_fraction, anneal, offset)

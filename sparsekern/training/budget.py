@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from sparsekern.topology import check_sparsity
+from sparsekern.topology.arguments import check_number
 from sparsekern.training.candidates import Candidates
 from sparsekern.training.projection import project
 from sparsekern.training.sampling import top_units
@@ -36,22 +40,27 @@ class Budget:
         candidates: dict[str, Candidates],
         sparsity: float | None,
         scope: str,
-        costs: dict[str, float] | str | None,
+        costs: Mapping[str, float] | str | None,
         floor: float,
         projection: str,
     ) -> None:
+        rule = "'units', or numbers by the names of layers"
         if isinstance(costs, str) and costs != "units":
-            raise ValueError(f"costs is {costs!r}; it must be 'units', or numbers by the names of layers")
+            raise ValueError(f"costs is {costs!r}; it must be {rule}")
+        if not (costs is None or isinstance(costs, (str, Mapping))):
+            raise TypeError(f"costs is {costs!r}; it must be {rule}")
+        check_number("floor", floor, "the lowest probability, in [0, 1]")
         self._alike = costs == "units"
         if isinstance(costs, str):  # what an element of a layer costs on average
             weights = {name: layer.count / float(layer.costs().sum()) for name, layer in candidates.items()}
         else:
-            weights = dict.fromkeys(candidates, 1.0) | (costs or {})
+            weights = dict.fromkeys(candidates, 1.0) | dict(costs or {})
         unknown = weights.keys() - candidates.keys()
         if unknown:
             raise ValueError(f"costs names {', '.join(sorted(unknown))}; the layers are {', '.join(candidates)}")
         for name, weight in weights.items():
-            if not weight > 0:
+            check_number(f"costs of {name!r}", weight, "a number above 0")
+            if not (math.isfinite(weight) and weight > 0):
                 raise ValueError(f"costs of {name!r} is {weight}; it must be above 0")
         self.floor, self._candidates, self._weights, self._projection = floor, candidates, weights, projection
         self._parts: dict[str, slice] = {}

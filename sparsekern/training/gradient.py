@@ -15,6 +15,7 @@ from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import are_absent, generator_for, ordered_keys, stored_blocks
+from sparsekern.topology.arguments import check_whole
 from sparsekern.training.armed import ArmedProbes
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import as_on_first_rank
@@ -66,6 +67,8 @@ class GradientMethod(Method):
                     f"{name!r} has tie_taps=True, but {type(self).__name__} moves every block by itself; "
                     "leave the taps untied, or use SET or VRPGE"
                 )
+        if score_tokens is not None:
+            check_whole("score_tokens", score_tokens)
         if score_tokens is not None and score_tokens < 1:
             raise ValueError(f"score_tokens is {score_tokens}; it must be 1 or more, or None for all tokens")
         if self.scope == "global":

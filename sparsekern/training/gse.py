@@ -24,6 +24,7 @@ from sparsekern.topology import (
     sample_absent_pairs,
     sample_pairs,
 )
+from sparsekern.topology.arguments import check_number
 from sparsekern.training.distributed import as_on_first_rank
 from sparsekern.training.gradient import GradientMethod
 
@@ -89,6 +90,7 @@ class GSE(GradientMethod):
         super().__init__(model, optimizer, **options)
         if distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}")
+        check_number("subset_factor", subset_factor, "a number above 0")
         if not (math.isfinite(subset_factor) and subset_factor > 0):
             raise ValueError(f"subset_factor is {subset_factor}; it must be a number above 0")
         self.distribution, self.subset_factor, self.with_replacement = distribution, subset_factor, with_replacement

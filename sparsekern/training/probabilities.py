@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsekern.topology.arguments import check_number
 from sparsekern.training.budget import Budget
 from sparsekern.training.distributed import ranks, sum_over_ranks
 from sparsekern.training.sampling import score_gradient
@@ -32,10 +34,13 @@ class Probabilities:
     def __init__(
         self, budget: Budget, device: torch.device, *, rate: float, optimizer: str, clip: float | None
     ) -> None:
-        if optimizer not in OPTIMIZERS:
+        if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
             raise ValueError(f"probability_optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
-        if not rate > 0:
-            raise ValueError(f"probability_rate is {rate}; it must be above 0")
+        check_number("probability_rate", rate, "a number above 0")
+        if not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"probability_rate is {rate}; it must be above 0, and finite")
+        if clip is not None:
+            check_number("score_clip", clip, "a number above 0, or None for no limit")
         if clip is not None and not clip > 0:
             raise ValueError(f"score_clip is {clip}; it must be above 0, or None for no limit")
         self.budget, self.rate, self.clip = budget, rate, clip

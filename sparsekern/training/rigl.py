@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import ordered_keys, stored_blocks
+from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.distributed import as_on_first_rank, ranks
 from sparsekern.training.followers import Move, to_places
 from sparsekern.training.gradient import GradientMethod
@@ -87,6 +88,8 @@ class RigL(GradientMethod):
         super().__init__(model, optimizer, **options)
         if scoring not in SCORINGS:
             raise ValueError(f"scoring is {scoring!r}; it must be one of {', '.join(SCORINGS)}")
+        check_whole("sketches", sketches)
+        check_number("shortlist", shortlist, "1 or more times what is grown")
         if sketches < 1:
             raise ValueError(f"sketches is {sketches}; it must be 1 or more")
         if not (math.isfinite(shortlist) and shortlist >= 1):

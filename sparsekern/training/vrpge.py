@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import generator_for
-from sparsekern.topology.arguments import check_kind
+from sparsekern.topology.arguments import check_kind, check_number, check_whole
 from sparsekern.training.base import Method
 from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates, Group
@@ -116,6 +116,7 @@ class VRPGE(Method):
     ) -> None:
         super().__init__(model, optimizer, update_every=update_every, **options)
         for name, value, least in (("masks", masks, 2), ("structure_every", structure_every, 1)):
+            check_whole(name, value)
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be {least} or more")
         for name, choice, known in (
@@ -139,6 +140,8 @@ class VRPGE(Method):
         self.probabilities = Probabilities(
             self.budget, device, rate=probability_rate, optimizer=probability_optimizer, clip=score_clip
         )
+        if refill is not None:
+            check_number("refill", refill, "a probability, in [0, 1]")
         self.refill = self.budget.ratio / 2 if refill is None else refill
         if not 0 <= self.refill <= 1:
             raise ValueError(f"refill is {refill}; it must be a probability, in [0, 1]")

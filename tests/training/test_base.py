@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -288,3 +289,23 @@ def test_an_evaluation_leaves_the_model_as_it_was(name):
     with method.evaluation():
         assert model(batch(0)).shape == before.shape
     assert torch.equal(model(batch(0)), before)
+
+
+def arguments(kind: type) -> list[str]:
+    """Return the names of a constructor's arguments, and of those it hands the rest to, that are no yes or no."""
+    signatures = [inspect.signature(cls.__init__).parameters for cls in kind.__mro__[:-1]]
+    kinds = {name: p.annotation for parameters in signatures for name, p in parameters.items()}
+    known = {"self", "model", "optimizer", "options", "process_group"}
+    return sorted(name for name, annotation in kinds.items() if name not in known and annotation != "bool")
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method, kind in METHODS.items() for name in arguments(kind)]
+)
+def test_arguments_of_a_wrong_type_are_named(method, name):
+    """An error of Python or torch from three calls deeper would not say which argument it was."""
+    model = sk.sparsify_(nn.Sequential(nn.Linear(16, 16)), 0.5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for value in ("x", [1], object()):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name} (is|of)\b.*(must be|are)"):
+            METHODS[method](model, optimizer, **{name: value})
