@@ -128,7 +128,7 @@ MUTATIONS: dict[str, Mutation] = {
         sk.RigL._shortlist,
         "squares.index_fill_(0, present, -torch.inf)",
         "pass",
-        t_rigl.test_screening_finds_most_of_the_best,
+        t_rigl.test_screening_does_not_look_at_places_that_hold_a_block,
     ),
     "a block that wins its place back goes": (
         sk.RigL.choose,

@@ -158,11 +158,10 @@ class BlockSparse(nn.Module):
         return topology
 
     def _allocate_index(self) -> None:
+        """Make the buffers of the index, for :meth:`refresh_` to fill."""
         index = empty_index(self.topology)
         for name in self._derived():
             self.register_buffer(name, getattr(index, name), persistent=False)
-        if not self.row.is_meta:
-            rebuild_(self.index, self.topology)
 
     def _derived(self) -> tuple[str, ...]:
         by_slot = self.grid.block == (1, 1)

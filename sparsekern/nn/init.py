@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,13 +11,25 @@ from torch import Tensor
 from sparsekern.topology import Topology
 from sparsekern.topology.arguments import check_number
 
+CHUNK = 2**16
+"""Slots that are looked at together: what is made of their places is many times as large as they are."""
+
+
+def _chunks(topology: Topology) -> Iterator[tuple[slice, Topology]]:
+    """Yield some slots after the other, and where they are."""
+    for start in range(0, topology.slots, CHUNK):
+        part = slice(start, start + CHUNK)
+        yield part, Topology(topology.grid, topology.row[part], topology.col[part])
+
 
 def fan_in(topology: Topology) -> Tensor:
     """Return ``(R,)`` int64: the stored inputs of each output of a block row."""
-    grid, used = topology.grid, topology.used()
-    row = topology.row.clamp(min=0).long()
-    inputs = torch.where(used, grid.real_cols(topology.col), 0).long()
-    return torch.zeros(grid.rows, dtype=torch.int64, device=row.device).index_add_(0, row, inputs)
+    grid = topology.grid
+    total = torch.zeros(grid.rows, dtype=torch.int64, device=topology.row.device)
+    for _, some in _chunks(topology):
+        inputs = torch.where(some.used(), grid.real_cols(some.col), 0).long()
+        total.index_add_(0, some.row.clamp(min=0), inputs)
+    return total
 
 
 def check_scale(scale: float) -> None:
@@ -50,9 +63,11 @@ def draw_values(
     values = torch.empty(topology.slots, *topology.grid.block, dtype=drawn, device="cpu")
     values.uniform_(-1, 1, generator=generator)
     bound = fan_in(within or topology).clamp(min=1).to(drawn).rsqrt() * scale
-    values *= bound[topology.row.clamp(min=0).long()].view(-1, 1, 1)
-    real = topology.real()
-    return (values if real is None else values.masked_fill_(~real, 0)).to(dtype)
+    for part, some in _chunks(topology):
+        values[part] *= bound.index_select(0, some.row.clamp(min=0)).view(-1, 1, 1)
+        if (real := some.real()) is not None:
+            values[part].masked_fill_(~real, 0)
+    return values.to(dtype)
 
 
 def draw_bias(topology: Topology, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:

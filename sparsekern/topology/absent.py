@@ -34,7 +34,7 @@ def sample_absent(
     present = present.int()
     if ordered and 4 * count + 64 < 3 * absent:
         return _sample_ascending(present, cells, count, generator)
-    ranks = sample_distinct(absent, count, generator).int().to(present.device)
+    ranks = sample_distinct(absent, count, generator).to(present.device)
     ranks = ranks.sort().values if ordered else ranks
     # A present key p has p - position(p) absent cells before it. The absent cell of rank j is therefore j plus the
     # number of present keys with at most j absent cells before them.
@@ -58,11 +58,11 @@ def _sample_ascending(present: Tensor, cells: int, count: int, generator: torch.
         if spare >= 0:
             break
     left_out = sample_distinct(keys.shape[0], spare, generator).sort().values
-    return kernels.leave_out_(keys, left_out.to(present.device))
+    return kernels.leave_out_(keys, left_out.long().to(present.device))
 
 
 def sample_distinct(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` distinct integers ``(count,)`` of ``range(population)``, int64 on the CPU, in random order.
+    """Draw ``count`` distinct integers ``(count,)`` of ``range(population)``, int32 on the CPU, in random order.
 
     The population is below 2**31.
 
@@ -75,11 +75,11 @@ def sample_distinct(population: int, count: int, generator: torch.Generator) -> 
     if not 0 <= count <= population:
         raise ValueError(f"{count} distinct integers were asked for out of {population}; it must be 0 to {population}")
     if population <= 4 * count + 64:
-        return torch.randperm(population, generator=generator, device="cpu")[:count]
-    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
-    nothing, kernels = drawn.int(), places_for(drawn)
+        return torch.randperm(population, generator=generator, dtype=torch.int32, device="cpu")[:count]
+    drawn = nothing = torch.empty(0, dtype=torch.int32, device="cpu")
     while drawn.shape[0] < count:
         more = 16 + (count - drawn.shape[0]) * 5 // 4
-        drawn = torch.cat([drawn, torch.randint(population, (more,), generator=generator, device="cpu")])
-        drawn = drawn[kernels.first_occurrences(drawn.int(), nothing, population)]
+        again = torch.randint(population, (more,), generator=generator, dtype=torch.int32, device="cpu")
+        drawn = torch.cat([drawn, again])
+        drawn = drawn[places_for(drawn).first_occurrences(drawn, nothing, population)]
     return drawn[:count]

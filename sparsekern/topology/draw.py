@@ -9,8 +9,12 @@ from sparsekern.topology.absent import sample_absent
 from sparsekern.topology.arguments import check_whole
 from sparsekern.topology.dense import dense_block_norms
 from sparsekern.topology.grid import Grid
+from sparsekern.topology.places import places_for
 from sparsekern.topology.tied import check_multiple, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys
+
+LARGE = 16 * 16
+"""Elements of a block from which on :func:`balanced` swaps blocks: that takes long, and 200 bytes for each of them."""
 
 ROUNDS = 12
 """Rounds of swaps in :func:`balanced`; each offers every block a new partner once."""
@@ -34,8 +38,8 @@ def check_count(grid: Grid, blocks: int) -> int:
 def random(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
     """Draw exactly ``blocks`` cells, every set equally likely. Rows and columns may stay empty."""
     check_count(grid, blocks)
-    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-    return from_keys(grid, sample_absent(nothing, grid.cells, blocks, generator).sort().values, checked=True)
+    keys = sample_absent(_no_keys(), grid.cells, blocks, generator)
+    return from_keys(grid, _ascending(keys, grid.cells), checked=True)
 
 
 def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
@@ -43,19 +47,83 @@ def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
 
     A random graph at high sparsity leaves block rows empty, and an empty block row is ``bo`` dead outputs.
 
-    Starts from a cyclic pattern under random row and column orders, then swaps the columns of random pairs of blocks
-    (which keeps all degrees) until the pattern is gone.
+    Draws cells uniformly, then moves random blocks of block rows that have too many to random ones that have too few,
+    and likewise between block columns; so no order of rows or columns is any likelier than another. Large blocks
+    (:data:`LARGE`), of which there are few, start from a cyclic pattern under random row and column orders instead,
+    whose random pairs of blocks swap columns until the pattern is gone.
     """
     check_count(grid, blocks)
-    if 2 * blocks > grid.cells:  # the complement of a balanced topology is balanced, and swaps find room in it
-        empty = _balanced_keys(grid, grid.cells - blocks, generator)
-        full = torch.ones(grid.cells, dtype=torch.bool, device="cpu")
-        full[empty] = False
-        return from_keys(grid, full.nonzero().squeeze(1), checked=True)
-    return from_keys(grid, _balanced_keys(grid, blocks, generator).sort().values, checked=True)
+    draw = _swapped_keys if grid.block[0] * grid.block[1] >= LARGE else _levelled_keys
+    if 2 * blocks <= grid.cells:
+        return from_keys(grid, _ascending(draw(grid, blocks, generator), grid.cells), checked=True)
+    # The complement of a balanced topology is balanced, and blocks find room in it.
+    empty = _ascending(draw(grid, grid.cells - blocks, generator), grid.cells)
+    every = torch.arange(grid.cells, dtype=torch.int32, device="cpu")
+    return from_keys(grid, places_for(every).leave_out_(every, empty.long()), checked=True)
 
 
-def _balanced_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor:
+def _no_keys() -> Tensor:
+    return torch.empty(0, dtype=torch.int32, device="cpu")
+
+
+def _ascending(keys: Tensor, cells: int) -> Tensor:
+    """Return distinct keys ``(n,)`` in order, int32: by counting, where the native library is."""
+    keys = keys.int()
+    return places_for(keys).distinct(keys, _no_keys(), cells)
+
+
+def _levelled_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor:
+    """Draw the keys ``(blocks,)`` of a balanced topology, in any order; in time and memory linear in the blocks."""
+    rows, cols, cells = grid.rows, grid.cols, grid.cells
+    keys = sample_absent(_no_keys(), cells, blocks, generator, ordered=True)
+    keys = _transposed(_level_(keys, rows, cols, generator), rows, cols)
+    keys = _level_(_ascending(keys, cells), cols, rows, generator)
+    return _transposed(keys, cols, rows)
+
+
+def _transposed(keys: Tensor, rows: int, cols: int) -> Tensor:
+    """Return the keys of the same cells in a grid whose block columns are the block rows of this one."""
+    row, col = places_for(keys).places_of(keys, cols)
+    return col.mul_(rows).add_(row)
+
+
+def _level_(keys: Tensor, rows: int, cols: int, generator: torch.Generator) -> Tensor:
+    """Move keys from rows with too many to rows with too few, each within its column; returns them, in any order.
+
+    Args:
+        keys: ``(n,)`` distinct int32 keys ``row * cols + col``, ascending; written over.
+        rows, cols: of the grid, or of its transpose.
+        generator: a CPU generator.
+    """
+    starts = torch.searchsorted(keys, torch.arange(rows + 1, dtype=torch.int32, device="cpu") * cols)
+    count = starts.diff()
+    wanted = torch.full_like(count, keys.shape[0] // rows)
+    wanted[torch.randperm(rows, generator=generator, device="cpu")[: keys.shape[0] % rows]] += 1
+    row, surplus = torch.arange(rows, device="cpu"), count - wanted
+    giving = row.repeat_interleave(surplus.clamp(min=0))
+    taking = row.repeat_interleave(surplus.neg().clamp_(min=0))
+    moved, new = _no_keys().long(), _no_keys()  # positions in keys, and the keys that go there
+    while giving.shape[0]:
+        # A row with too many has a column that one with too few lacks, and it is drawn sooner or later.
+        giving = giving[torch.randperm(giving.shape[0], generator=generator, device="cpu")]  # taking: near in memory
+        among = torch.rand(giving.shape[0], dtype=torch.float64, generator=generator, device="cpu")
+        at = starts[giving] + (among * count[giving]).long()
+        to = (taking * cols + keys[at] % cols).int()
+        possible = keys[torch.searchsorted(keys, to).clamp_(max=keys.shape[0] - 1)] != to
+        possible &= _are_new(moved, at, keys.shape[0]) & _are_new(new, to, rows * cols)
+        moved, new = torch.cat([moved, at[possible]]), torch.cat([new, to[possible]])
+        giving, taking = giving[~possible], taking[~possible]
+    return keys.index_copy_(0, moved, new)
+
+
+def _are_new(former: Tensor, numbers: Tensor, bound: int) -> Tensor:
+    """Return ``(n,)`` bool: a number is neither among the former ones nor there before; all are below ``bound``."""
+    together = torch.cat([former, numbers]).int()
+    return places_for(together).first_occurrences(together, _no_keys(), bound)[former.shape[0] :]
+
+
+def _swapped_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor:
+    """Draw the keys ``(blocks,)`` of a balanced topology, in any order, by swaps from a pattern."""
     rows, cols = grid.rows, grid.cols
     row_order = torch.randperm(rows, generator=generator, device="cpu")
     col_order = torch.randperm(cols, generator=generator, device="cpu")

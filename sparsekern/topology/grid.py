@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sparsekern.topology.arguments import check_whole, whole_pair
@@ -122,13 +121,19 @@ class Grid:
 
     def real_rows(self, row: Tensor) -> Tensor:
         """Return how many of its ``bo`` rows a block in block row ``row`` has inside the matrix; 0 for a free slot."""
-        inside = (self.group_out - row % self.group_rows * self.block[0]).clamp(max=self.block[0])
-        return torch.where(row >= 0, inside, 0)
+        return _inside(row, self.group_rows, self.group_out, self.block[0])
 
     def real_cols(self, col: Tensor) -> Tensor:
         """Return how many of its ``bi`` columns a block in block column ``col`` has inside the matrix; 0 if free."""
-        inside = (self.tap_in - col % self.tap_cols * self.block[1]).clamp(max=self.block[1])
-        return torch.where(col >= 0, inside, 0)
+        return _inside(col, self.tap_cols, self.tap_in, self.block[1])
+
+
+def _inside(place: Tensor, places: int, size: int, side: int) -> Tensor:
+    """Return how much of its ``side`` a block has inside: of each ``places`` that cover ``size`` the last is cut."""
+    if size % side == 0:
+        return (place >= 0).to(place.dtype).mul_(side)
+    inside = (size - place % places * side).clamp_(max=side)
+    return inside.masked_fill_(place < 0, 0)
 
 
 def conv_grid(

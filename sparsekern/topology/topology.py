@@ -152,13 +152,13 @@ def from_keys(grid: Grid, keys: Tensor, *, checked: bool = False) -> Topology:
     Raises:
         ValueError: a key is outside the grid, or there twice.
     """
-    keys = keys.long()
     if not checked and keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < grid.cells:
         wrong = int(keys.min()) if int(keys.min()) < 0 else int(keys.max())
         raise ValueError(
             f"keys hold key {wrong}; the keys of {grid.rows} x {grid.cols} places are 0 to {grid.cells - 1}"
         )
-    topology = Topology(grid, (keys // grid.cols).int(), (keys % grid.cols).int())
+    keys = keys.int()
+    topology = Topology(grid, *places_for(keys).places_of(keys, grid.cols))
     if not checked and topology.slots:  # no key: a matrix of zeros, which a file may hold
         topology.validate()
     return topology

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import sparsekern as sk
+from sparsekern.nn import init
 from sparsekern.nn.init import draw_bias, draw_values, fan_in
 from sparsekern.topology import Grid, Topology, balanced, conv_grid, from_mask, generator_for, with_capacity
 
@@ -27,6 +28,13 @@ def test_values_are_bounded_by_the_actual_fan_in():
     assert (values[1, :, 2] == 0).all() and (values[2, :, 2] == 0).all()  # phantom column
     assert (values[3, 1] == 0).all()  # phantom row
     assert (values[4:] == 0).all()  # free slots
+
+
+def test_values_are_the_same_however_many_slots_are_looked_at_together(monkeypatch):
+    whole = draw_values(TOPOLOGY, torch.float32, generator_for(0))
+    monkeypatch.setattr(init, "CHUNK", 2)
+    assert torch.equal(draw_values(TOPOLOGY, torch.float32, generator_for(0)), whole)
+    assert fan_in(TOPOLOGY).tolist() == [5, 2, 0, 3]
 
 
 def test_bias_is_bounded_by_the_actual_fan_in():

@@ -34,7 +34,7 @@ def test_numbers_are_distinct_and_in_range(population: int, seed: int, data: st.
 
     drawn = sample_distinct(population, count, seeded(seed))
 
-    assert drawn.dtype == torch.int64
+    assert drawn.dtype == torch.int32
     assert len(drawn) == len(set(drawn.tolist())) == count
     assert set(drawn.tolist()) <= set(range(population))
 

@@ -171,6 +171,19 @@ def test_screening_finds_most_of_the_best():
     assert len(grown) == 17 and len(grown & expected) >= 12  # by chance it would be one
 
 
+def test_screening_does_not_look_at_places_that_hold_a_block():
+    """Where the gradient is by far the largest."""
+    module = layer()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 0.5, scoring="screen", shortlist=1)
+    before = set(module.topology.keys().tolist())
+    for _ in range(2):
+        ask_for(module, torch.where(MASK > 0, 1000.0, SCORES))
+        optimizer.step()
+        moved = method.step()
+    assert moved and len(set(module.topology.keys().tolist()) - before) == 3
+
+
 def test_screening_estimates_norms_and_not_sums():
     """Blocks of changing signs have norm 8, those of one sign 4: their sums would be 0 and 32."""
     module = sk.SparseLinear(64, 64, sparsity=0.9, block_size=8, seed=0)
