@@ -52,7 +52,7 @@ def refusal(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) -> str |
     return None
 
 
-def check_whole(
+def refuse_sharded(
     layers: Mapping[str, nn.Module], instead: str = "moving sharded blocks is not supported, use DDP"
 ) -> None:
     """Raise NotImplementedError if the values of a layer are spread over ranks, as ``fully_shard`` leaves them.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -11,13 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsekern.nn import refuse_sharded
 from sparsekern.topology.arguments import check_kind
-from sparsekern.training.agent_checks import check_options, check_parts
+from sparsekern.training.agent_checks import NOT_SHARDED, check_options, check_parts
+from sparsekern.training.attachment import Attached
 from sparsekern.training.base import Method, stepped
 from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.correction import Correction
 from sparsekern.training.extra import ExtraCost
 from sparsekern.training.followers import OnMove
+from sparsekern.training.optimizer_state import unwrapped
 from sparsekern.training.passes import Randomness, perturbed
 from sparsekern.training.prepass import pass_over
 from sparsekern.training.scores import is_finite
@@ -27,7 +30,7 @@ from sparsekern.training.weighting import from_losses, smoothed
 AGENT_STATE_VERSION = 1
 
 
-class AGENT:
+class AGENT(Attached):
     """Adaptive gradient correction around a training method, for any optimizer.
 
     Lei, Xu, Zhang, He and Mallick, "Balance is Essence: Accelerating Sparse Training via Adaptive Gradient Correction",
@@ -89,6 +92,7 @@ class AGENT:
         every: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        optimizer = unwrapped(optimizer)
         check_parts(model, optimizer, method)
         check_options(gamma, alpha, estimate, scope, batches, every)
         self.model, self.optimizer, self.method = model, optimizer, method
@@ -106,7 +110,10 @@ class AGENT:
         self._correction = Correction(
             model, self.snapshot, groups, learns=estimate == "gradients", cost=self.cost, process_group=process_group
         )
-        optimizer.register_step_post_hook(self._after_step)
+        self.attach([optimizer])
+        if method is not None:
+            self._freeze = method._freeze
+        self.hook("after", "_after_step")
 
     def __repr__(self) -> str:
         return (
@@ -138,6 +145,8 @@ class AGENT:
         Returns:
             The loss of the present weights, detached and not scaled.
         """
+        self.check_open()
+        refuse_sharded(dict(self.snapshot.layers.values()), NOT_SHARDED)
         if perturb is not None:
             closure = perturbed(self.model, closure, perturb)
         if not self._is_active():
@@ -149,7 +158,8 @@ class AGENT:
         with self.cost.timed():
             self._correction.weights = {group: self.gamma * c for group, c in self.c.items()}
             randomness = Randomness(self.model)
-            self._correction.subtract(closure, scaler)
+            with self._exchanging():
+                self._correction.subtract(closure, scaler)
             randomness.restore()
         loss = self._host_backward(closure, scaler)
         with self.cost.timed():
@@ -158,6 +168,7 @@ class AGENT:
 
     def step(self) -> bool:
         """Call it after ``optimizer.step()``, in place of the method's; returns whether blocks moved."""
+        self.check_open()
         moved = self.method.step() if self.method is not None else False
         if moved:
             self._correction.variance.skip()
@@ -201,15 +212,16 @@ class AGENT:
                     mean.zero_()
                 self._correction.averaged = 0
             else:
-                losses = pass_over(
-                    self.model,
-                    self.snapshot,
-                    islice(batches, self.batches),
-                    loss,
-                    scaler=scaler,
-                    cost=self.cost,
-                    group=self.process_group,
-                )
+                with self._exchanging():
+                    losses = pass_over(
+                        self.model,
+                        self.snapshot,
+                        islice(batches, self.batches),
+                        loss,
+                        scaler=scaler,
+                        cost=self.cost,
+                        group=self.process_group,
+                    )
                 if self.estimate == "losses":
                     self._smooth([from_losses(*losses)])
                 self._correction.averaged = None
@@ -286,7 +298,35 @@ class AGENT:
         self.cost.load_state_dict(state["cost"])
         self._correction.begin_step()
 
+    # Its end, and copies.
+
+    def leave(self) -> None:
+        """Act no more; the blocks move on, but nothing of this follows them."""
+        if self.method is not None:
+            for tensor in self.snapshot.followers:
+                self.method.followers.remove(tensor)
+        super().leave()
+
+    def close(self) -> None:
+        """Act no more, and close the method: :meth:`Method.close`."""
+        if self.method is not None:
+            self.method.close()
+        super().close()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.method is not None:
+            self._freeze = self.method._freeze
+
     # A training step.
+
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """Let the snapshot and the model trade places in what follows, and nobody evaluate the model meanwhile."""
+        with self.writing():
+            yield
+        if self.method is not None:
+            self.method.note_values()
 
     def _is_active(self) -> bool:
         return self.gamma > 0 and (self.method is None or self.method.settled)
@@ -297,6 +337,8 @@ class AGENT:
         return backpropagate(loss_of(closure), scaler)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.method is not None and self.method.closed:
+            return
         if stepped(optimizer):
             self.since += 1
             self._correction.commit()

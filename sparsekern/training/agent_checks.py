@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparsekern.nn import sparse_layers
+from sparsekern.nn import refuse_sharded, sparse_layers
 from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.base import Method
 
 ESTIMATES = ("losses", "gradients")
 SCOPES = ("global", "layer")
+
+NOT_SHARDED = "AGENT keeps whole copies of the values, and sharded ones are not supported; use DDP"
 
 
 def check_options(
@@ -40,13 +42,15 @@ def check_parts(model: nn.Module, optimizer: torch.optim.Optimizer, method: Meth
     Raises:
         TypeError: one is of another kind.
         ValueError: the method is of another model or optimizer.
+        RuntimeError: the method is closed.
+        NotImplementedError: the values are sharded.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+    layers = sparse_layers(model)
+    refuse_sharded(layers, NOT_SHARDED)
     if method is None:
         return
     if not isinstance(method, Method):
         raise TypeError(f"method is a {type(method).__name__}; it must be a sparsekern.Method, or None")
-    layers = sparse_layers(model)
+    method.check_open()
     if method.optimizer is not optimizer or {*map(id, layers.values())} != {*map(id, method.layers.values())}:
         raise ValueError("method is of another model or optimizer; build both of the same two")

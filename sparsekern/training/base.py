@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparsekern.nn import BlockSparse, sparse_layers
+from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
 from sparsekern.topology import generator_for, stored_blocks
 from sparsekern.topology.arguments import check_kind, check_whole
+from sparsekern.training.attachment import Attached
 from sparsekern.training.books import Books
 from sparsekern.training.closures import backpropagate, loss_of
+from sparsekern.training.distributed import check_agreement
 from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.optimizer_state import unwrapped
 from sparsekern.training.schedules import Schedule, whole_stop
@@ -23,11 +27,13 @@ from sparsekern.training.tied import Units
 
 STATE_VERSION = 1
 
+_log = logging.getLogger("sparsekern")
+
 NEVER = -(2**30)
 """The update at which a block of the first topology was grown."""
 
 
-class Method:
+class Method(Attached):
     """Moves the blocks of a model's sparse layers while it trains; subclasses say which, in :meth:`choose`.
 
     Owns no loop and patches nothing. Call :meth:`step` after ``optimizer.step()``::
@@ -57,9 +63,13 @@ class Method:
         min_age: updates during which a grown block is not dropped. It starts at zero and would be the weakest: when
             updates follow each other closely, few others move. 0, as in the papers, spares none.
         seed: decides every random choice, together with the layer's name and the step.
+        check_ranks: compare seed and places of blocks over the ranks, when the method is built and after each update
+            (one number), and raise where they differ. All ranks must build it then.
+        process_group: the ranks that share one model. Default: all, where torch.distributed is in use.
 
     Raises:
-        ValueError: a number out of range, no sparse layer, or an optimizer that lacks one or cannot follow.
+        ValueError: a number out of range, no sparse layer, an optimizer that lacks one or cannot follow, or ranks that
+            differ.
         TypeError: the optimizer is not a :class:`torch.optim.Optimizer`.
         NotImplementedError: the values are sharded.
     """
@@ -86,6 +96,8 @@ class Method:
         keep_connected: bool = False,
         min_age: int = 0,
         seed: int = 0,
+        check_ranks: bool = True,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         optimizer = unwrapped(optimizer)
         self.layers = sparse_layers(model)
@@ -110,7 +122,12 @@ class Method:
         self._seen = 0
         self.books = Books(self.layers, seed)
         self._born = {name: torch.full_like(layer.row, NEVER) for name, layer in self.layers.items() if min_age}
-        optimizer.register_step_post_hook(self._count)
+        self.check_ranks, self.process_group = check_ranks, process_group
+        self._compare_ranks()
+        self._warned_of_optimizer = False
+        self.note_values()
+        self.attach(self.layers.values())
+        self.hook("after", "_count")
 
     def __repr__(self) -> str:
         schedule = self.schedule
@@ -167,28 +184,69 @@ class Method:
 
     def step(self) -> bool:
         """Update the topology if it is time to. Call it after ``optimizer.step()``; returns whether blocks moved."""
+        self.check_step()
         due = self.schedule.due_since(self._seen, self.steps)
         self._seen = self.steps
         return self.update() if due else False
 
+    def check_step(self) -> None:
+        """Notice what would let a training go on without this method; the first line of every :meth:`step`.
+
+        Values that changed while no step was counted were stepped by another optimizer: the log says so, once.
+
+        Raises:
+            RuntimeError: it is closed.
+            NotImplementedError: the values were sharded after it was built.
+        """
+        self.check_open()
+        refuse_sharded(self.layers)
+        steps, versions = self._noted
+        self.note_values()
+        if self.steps == steps and self._noted[1] != versions and not self._warned_of_optimizer:
+            self._warned_of_optimizer = True
+            _log.warning(
+                "values of sparse layers changed, but the %s that %s was built with made no step since: no block "
+                "moves. Build the method with the optimizer that steps",
+                type(self.optimizer).__name__,
+                type(self).__name__,
+            )
+
+    def note_values(self) -> None:
+        """Take the values as they are now for known; after somebody else than the optimizer wrote into them."""
+        self._noted = self.steps, sum(layer.values._version for layer in self.layers.values())
+
+    def _compare_ranks(self) -> None:
+        if self.check_ranks:
+            schedule = self.schedule
+            facts = {
+                "method": type(self).__name__,
+                "seed": self.seed,
+                "update_every, start and stop": (schedule.update_every, schedule.start, schedule.stop),
+            }
+            check_agreement(facts, self.layers, self.process_group)
+
     def update(self) -> bool:
         """Update the topology now, whatever the schedule says; returns whether blocks moved."""
-        began = time.perf_counter()
-        fraction = self.schedule.fraction(self.steps)
-        self.books.open()
-        self.followers.check()  # what blocks are chosen by must be there
-        moves = {name: move for name, move in self.choose_all(fraction).items() if move.slots.numel()}
-        self.followers.check_moves(moves)  # everything, before the first layer moves
-        self.followers.move(moves)
-        for name, move in moves.items():
-            self.fill(name, move)
-            self.books.note(name, move)
-            if self.min_age:
-                self._born[name].index_fill_(0, move.slots.long(), self.updates)
-        self.updates += 1
-        self.settle(moves)
-        self.seconds += time.perf_counter() - began
+        self.check_open()
+        with self.writing():
+            began = time.perf_counter()
+            fraction = self.schedule.fraction(self.steps)
+            self.books.open()
+            self.followers.check()  # what blocks are chosen by must be there
+            moves = {name: move for name, move in self.choose_all(fraction).items() if move.slots.numel()}
+            self.followers.check_moves(moves)  # everything, before the first layer moves
+            self.followers.move(moves)
+            for name, move in moves.items():
+                self.fill(name, move)
+                self.books.note(name, move)
+                if self.min_age:
+                    self._born[name].index_fill_(0, move.slots.long(), self.updates)
+            self.updates += 1
+            self.settle(moves)
+            self.note_values()
+            self.seconds += time.perf_counter() - began
         self.followers.tell(moves)
+        self._compare_ranks()
         return bool(moves)
 
     def settle(self, moves: dict[str, Move]) -> None:
@@ -206,6 +264,7 @@ class Method:
         Returns:
             The loss, detached and not scaled.
         """
+        self.check_open()
         return backpropagate(loss_of(closure), scaler)
 
     @contextmanager
@@ -280,6 +339,7 @@ class Method:
             )
         self.steps, self._seen = state["steps"], state["seen"]
         self.updates, self.seconds = state["updates"], state["seconds"]
+        self.note_values()
         self.books.load_state_dict(state)
         for name, born in self._born.items():
             born.copy_(state["born"].get(name, torch.tensor(NEVER)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sparsekern.nn import BlockSparse, check_whole, sparse_layers
+from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
 from sparsekern.topology import Grid, places_for
 from sparsekern.topology.arguments import check_kind
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
@@ -70,6 +70,11 @@ class Followers:
             raise ValueError(f"on_move is {on_move!r}; it must be 'zero', 'keep' or a function (tensor, slots)")
         self._tensors[layer].append((tensor, on_move))
 
+    def remove(self, tensor: Tensor) -> None:
+        """Let a tensor follow no more."""
+        for name, followers in self._tensors.items():
+            self._tensors[name] = [(t, on_move) for t, on_move in followers if t is not tensor]
+
     def add_model(self, copy: nn.Module) -> None:
         """Let a copy of the model, such as an exponential moving average, move its blocks with the model's."""
         if isinstance(copy, AveragedModel):
@@ -100,7 +105,7 @@ class Followers:
             ValueError: so.
             NotImplementedError: values are sharded.
         """
-        check_whole(self.layers)
+        refuse_sharded(self.layers)
         for name, layer in self.layers.items():
             if layer.values.requires_grad:
                 slot_state(self.optimizer, layer.values, name)
@@ -119,7 +124,7 @@ class Followers:
             layer = self.layers[name]
             layer.moved(*move)
             for twin in self._twins[name]:
-                check_whole({name: twin})
+                refuse_sharded({name: twin})
                 if not _same_blocks(twin, layer):
                     raise ValueError(
                         f"{name!r} has other blocks in a copy that follows the model; load both from the same "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class GradientMethod(Method):
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, optimizer, **options)
+        super().__init__(model, optimizer, process_group=process_group, **options)
         for name, layer in self.layers.items():
             if layer.tie_taps:
                 raise NotImplementedError(
@@ -74,14 +75,14 @@ class GradientMethod(Method):
         if self.scope == "global":
             self._warn_of_no_room()
         self.score_tokens = score_tokens
-        self.process_group = process_group
         self._stage: int | None = None
         self._armed_at = 0
         self._due = False
         self._heard = False
         self._armed = ArmedProbes(self.layers)
         self._warned = False
-        optimizer.register_step_pre_hook(self._settle)
+        self.hook("before", "_settle")
+        weakref.finalize(self, self._armed.disarm).atexit = False  # layers do not answer who is gone
         self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending, int32 on the CPU
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; it only grows
         self._versions: dict[str, tuple[int, int]] = {}  # of the places when candidates were drawn
@@ -160,6 +161,7 @@ class GradientMethod(Method):
 
     def step(self) -> bool:
         """Update the topology if it is time to, and arm for the next one. Call it after *every* optimizer step."""
+        self.check_step()
         began, spent = time.perf_counter(), self.seconds
         due = self.schedule.due_since(self._seen, self.steps)
         self._due = (due or self._due) and self.schedule.before_stop(self.steps)
@@ -194,6 +196,7 @@ class GradientMethod(Method):
         Raises:
             RuntimeError: there are no scores.
         """
+        self.check_open()
         if not self._heard:
             raise RuntimeError(
                 f"{type(self).__name__} has no scores to update by: probes are armed for the step before an update; "
@@ -308,12 +311,31 @@ class GradientMethod(Method):
         self._disarm()
         self._due, self._keys = state["due"], dict(state["keys"])
         self._width = {}  # that of the run that was saved is not known
+        self._resume(state)
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        """Arm the probes that a state says, and let them have heard what it says."""
         if state["stage"] is None:
             return
         now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
         self._put(state["stage"])
         self.steps, self._versions = now, {}
         self._armed.load_state_dict(state)
+
+    def leave(self) -> None:
+        """Act no more, and ask layers nothing more."""
+        self._disarm()
+        super().leave()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_armed": self.state_dict()}  # layers leave their probes behind, too
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        asked = state["_armed"]
+        super().__setstate__(state | {"_armed": ArmedProbes(state["layers"]), "_stage": None})
+        weakref.finalize(self, self._armed.disarm).atexit = False
+        if not self.closed:
+            self._resume(asked)
 
 
 def _version(layer: BlockSparse) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.topology.arguments import check_number
@@ -26,13 +27,21 @@ class Probabilities:
         rate: of their optimizer, at its highest.
         optimizer: ``"adam"`` or ``"sgd"``.
         clip: the largest norm of a gradient; None for any.
+        group: of the ranks that train one model.
 
     Raises:
         ValueError: an unknown optimizer, or a number out of range.
     """
 
     def __init__(
-        self, budget: Budget, device: torch.device, *, rate: float, optimizer: str, clip: float | None
+        self,
+        budget: Budget,
+        device: torch.device,
+        *,
+        rate: float,
+        optimizer: str,
+        clip: float | None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
             raise ValueError(f"probability_optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
@@ -43,7 +52,7 @@ class Probabilities:
             check_number("score_clip", clip, "a number above 0, or None for no limit")
         if clip is not None and not clip > 0:
             raise ValueError(f"score_clip is {clip}; it must be above 0, or None for no limit")
-        self.budget, self.rate, self.clip = budget, rate, clip
+        self.budget, self.rate, self.clip, self._group = budget, rate, clip, group
         self._value = nn.Parameter(budget.project(torch.full((budget.units,), budget.ratio, device=device)))
         self._optimizer = OPTIMIZERS[optimizer]([self._value], lr=rate)
         self._losses: Tensor | None = None  # (K,), each summed over the batches since the last step
@@ -74,7 +83,7 @@ class Probabilities:
         """
         if self._losses is None:
             return
-        losses = sum_over_ranks(self._losses) / ranks()
+        losses = sum_over_ranks(self._losses, self._group) / ranks(self._group)
         self.forget()
         s = self._value
         s.grad = score_gradient(losses.to(s.device), masks, s)

@@ -114,7 +114,7 @@ class RigL(GradientMethod):
         if blocked and (scoring == "screen" or several):
             self._start_screening()
         if skip_step:
-            optimizer.register_step_pre_hook(self._skip)
+            self.hook("before", "_skip")
         self.begin()
 
     def stages(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,14 +61,16 @@ class Snapshot:
         }
         if follow is not None:
             for name, (layer_name, _) in self.layers.items():
-                follow(layer_name, self._same[name], self._note(name))
+                follow(layer_name, self._same[name], partial(self._note, name))
 
-    def _note(self, name: str) -> Callable[[Tensor, Tensor], None]:
-        def on_move(same: Tensor, slots: Tensor) -> None:
-            same.index_fill_(0, slots.to(same.device), False)
-            self._moved.add(name)
+    def _note(self, name: str, same: Tensor, slots: Tensor) -> None:
+        same.index_fill_(0, slots.to(same.device), False)
+        self._moved.add(name)
 
-        return on_move
+    @property
+    def followers(self) -> list[Tensor]:
+        """Return the tensors that follow the blocks."""
+        return list(self._same.values())
 
     @torch.no_grad()
     def take(self) -> None:

@@ -138,7 +138,12 @@ class VRPGE(Method):
         device = next(iter(trained.values())).values.device
         self._masked = MaskedLayers(self.candidates, self.budget)
         self.probabilities = Probabilities(
-            self.budget, device, rate=probability_rate, optimizer=probability_optimizer, clip=score_clip
+            self.budget,
+            device,
+            rate=probability_rate,
+            optimizer=probability_optimizer,
+            clip=score_clip,
+            group=self.process_group,
         )
         if refill is not None:
             check_number("refill", refill, "a probability, in [0, 1]")
@@ -150,9 +155,9 @@ class VRPGE(Method):
         self._drawn_at = -1
         self._ending: Tensor | None = None
         self._refilled: dict[str, Tensor] = {}
-        self._stand_ins = StandIns(optimizer)
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(lambda *_: self._stand_ins.leave())
+        self._stand_ins = StandIns(self.optimizer)
+        self.hook("before", "_before_step")
+        self.hook("after", "_after_step")
 
     def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients under the step's masks: ``sparse.backward(lambda: loss_fn(model(x), y))``.
@@ -170,6 +175,7 @@ class VRPGE(Method):
         """
         if self.finished:
             return super().backward(closure, scaler=scaler)
+        self.check_open()
         if self._masks is None or self._drawn_at != self.steps:
             generator = generator_for(self.seed, type(self).__name__, "masks", self.steps)
             self._masks = draw_masks(self.probabilities.value, self.masks, generator)
@@ -178,13 +184,15 @@ class VRPGE(Method):
         structure = self.steps >= self.schedule.start and self.steps % self.structure_every == 0
         every = self.weight_step == "all"
         passes = self.masks if structure or every else 1
-        losses = masked_passes(self.model, self._masked, self._masks[:passes], closure, every, scaler)
+        with self.writing():  # each mask is an index that layers are lent
+            losses = masked_passes(self.model, self._masked, self._masks[:passes], closure, every, scaler)
         if structure:
             self.probabilities.note(losses)
         return losses.mean() if every else losses[0]
 
     def step(self) -> bool:
         """Step the probabilities, and refill or finish if it is time to; returns whether blocks moved."""
+        self.check_step()
         if self.finished:
             self._seen = self.steps
             return False
@@ -299,6 +307,14 @@ class VRPGE(Method):
             candidates.unit.copy_(units[name])
         self.probabilities.forget()
         self._masks, self._drawn_at = None, -1
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._stand_ins.leave()
+
+    def leave(self) -> None:
+        """Act no more; parameters that a failed step left away are put back. All candidates stay."""
+        self._stand_ins.leave()
+        super().leave()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._stand_ins.leave()  # of a step that failed
