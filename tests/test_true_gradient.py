@@ -305,3 +305,54 @@ def test_dropped_gradients_do_not_make_rigl_screen(caplog):
             LOOPS["gan"](model, method.optimizer, (6, 18), at)
             method.step()
     assert method.updates == 3 and "screens" not in caplog.text and method.stages() == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_captured_graph_that_probes_cannot_hear_is_warned_of_once(kind, name, caplog):
+    make, size = MODELS[kind]
+    model = make()
+    method = build(model, name)
+    traced = torch.jit.trace(model, batch(size, 0).detach())
+    for at in range(8):
+        plain(traced, batch(size, at)).backward()
+        method.optimizer.step()
+        method.optimizer.zero_grad()
+        assert method.step() is False
+    assert caplog.text.count("heard nothing of the gradients of 0, 2") == 1
+    assert f"{method.__class__.__name__} heard nothing" in caplog.text and "torch.jit.trace" in caplog.text
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_that_took_no_part_are_not_warned_of(name, caplog):
+    model = nn.ModuleDict({"used": linear(), "idle": sk.SparseLinear(12, 12, block_size=4, sparsity=0.5, dtype=F64)})
+    method = build(model, name)
+    for at, to_none in enumerate((True, False) * 3):
+        plain(model["used"], batch((6, 18), at)).backward()
+        method.optimizer.step()
+        method.optimizer.zero_grad(set_to_none=to_none)
+        method.step()
+    assert method.updates == 3 and "heard nothing" not in caplog.text
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+@pytest.mark.parametrize("name", METHODS)
+def test_step_called_every_second_optimizer_step_updates_by_the_last_one(name, every):
+    """The step before it is over when the method is called; its gradients are gone."""
+    model, size = linear(), (6, 18)
+    kind, options = METHODS[name]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = kind(model, optimizer, update_every=every, drop_fraction=lambda step: FRACTION, **options)
+
+    def two(model: nn.Module, optimizer: torch.optim.Optimizer, at: int) -> None:
+        for part in range(2):
+            one(plain)(model, optimizer, size, 2 * at + part)
+
+    check(model, method, two)
+    updates = method.updates
+    for at in range(60):
+        two(model, optimizer, at)
+        method.step()
+    period = max(every, 2 * method.stages())
+    assert method.updates - updates >= 120 // period - 2, "as often as the schedule, or the stages, allow"

@@ -54,6 +54,8 @@ def conv2d(
         NotImplementedError: the backend that was asked for cannot run this.
     """
     checks.check_conv2d(x, values, bias, index, grid, shape)
+    if probe is not None and torch.jit.is_tracing():
+        probe = None  # the graph is to be of fixed tensors, none of which may require grad
     if probe is not None:
         checks.check_probe(probe, x, grid)
     images = channels_last(x if x.dim() == 4 else x.unsqueeze(0))

@@ -52,6 +52,8 @@ def linear(
         NotImplementedError: the backend that was asked for cannot run this.
     """
     checks.check_linear(x, values, bias, index, grid)
+    if probe is not None and torch.jit.is_tracing():
+        probe = None  # the graph is to be of fixed tensors, none of which may require grad
     if probe is not None:
         checks.check_probe(probe, x, grid)
     flat = x if x.dim() == 2 else x.reshape(-1, grid.in_features)
