@@ -160,6 +160,27 @@ def test_methods_that_score_by_the_allocator(method, block, part, kernels):
     check(part, block, 0.99 if block == (1, 1) else 0.9, method=method)
 
 
+@pytest.mark.parametrize(("block", "sparsity"), [((8, 8), 0.75), ((8, 8), 0.9), ((16, 16), 0.95), ((4, 8), 0.75)])
+@pytest.mark.parametrize("method", ["RigL", "RigL, 16 sketches"])
+def test_scores_of_small_blocks_by_the_allocator(method, block, sparsity, monkeypatch):
+    """Norms, and the first stage of screening, which takes as many sketches as may be."""
+    monkeypatch.setitem(METHODS, "RigL, 16 sketches", (sk.RigL, {"scoring": "screen"}))
+    with sk.backend("eager"):
+        training = Training(block, sparsity, method)
+        if training.method.stages() == 2:
+            for part in (training.forward, training.backward, training.step, training.update):
+                part()
+            assert training.layer.probe.kind == "sketch"
+        training.forward()
+        training.layer.zero_grad(set_to_none=True)
+        allowed = training.allowed(new_gradient=True)
+        found = allocations(training.backward)
+        assert found.largest < DENSE and found.peak <= allowed
+        training.step()
+        found, allowed = allocations(training.method.step), training.allowed(new_gradient=False)
+        assert found.largest < DENSE and found.peak <= allowed
+
+
 @pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
 def test_the_native_scratch_is_the_stored_blocks_and_panels_of_tokens(block):
     """No allocator of PyTorch sees it: the library says itself what it holds. A dense weight has 64 MiB here."""

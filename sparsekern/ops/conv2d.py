@@ -54,7 +54,7 @@ def conv2d(
         NotImplementedError: the backend that was asked for cannot run this.
     """
     checks.check_conv2d(x, values, bias, index, grid, shape)
-    if probe is not None and torch.jit.is_tracing():
+    if probe is not None and torch._C._get_tracing_state() is not None:
         probe = None  # the graph is to be of fixed tensors, none of which may require grad
     if probe is not None:
         checks.check_probe(probe, x, grid)

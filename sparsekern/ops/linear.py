@@ -52,7 +52,7 @@ def linear(
         NotImplementedError: the backend that was asked for cannot run this.
     """
     checks.check_linear(x, values, bias, index, grid)
-    if probe is not None and torch.jit.is_tracing():
+    if probe is not None and torch._C._get_tracing_state() is not None:
         probe = None  # the graph is to be of fixed tensors, none of which may require grad
     if probe is not None:
         checks.check_probe(probe, x, grid)

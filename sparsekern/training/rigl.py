@@ -24,6 +24,12 @@ from sparsekern.training.scores import highest, lowest, part_of
 
 SCORINGS = ("auto", "exact", "screen")
 
+LEAST_SKETCHES = 4
+"""So many a block tell blocks apart after all: the squared norm deviates by about 1.4 times itself."""
+
+PROMISED = 16
+"""Block rows and columns of a layer from which on memory is promised to follow the stored blocks."""
+
 _log = logging.getLogger("sparsekern")
 
 
@@ -44,21 +50,24 @@ class RigL(GradientMethod):
     * ``"auto"``: exact on one rank, until norms would have to be added in a step: from then on screen. The log says so.
 
     At 1x1 a block's gradient is one number, and adds up: exact always. But then there is a score for every element of
-    the dense matrix, which this package otherwise never holds: ``allow_dense_scores`` says that it may.
+    the dense matrix, which this package otherwise never holds: ``allow_dense_scores`` says that it may. Nor does it
+    hold more scores of a layer than the layer has values, where that is at least 16 x 16 blocks: small blocks at a high
+    sparsity need the same consent, and without it are screened by fewer sketches, 4 at least.
 
     Args:
         scoring: ``"auto"``, ``"exact"`` or ``"screen"``.
-        sketches: numbers a block in screening.
+        sketches: numbers a block in screening, at most.
         shortlist: c, how many times more places are scored exactly than are grown, in screening.
         regrow: whether a block that is dropped may win its place back, as in the paper, and then stays as it is. Needs
             exact scores and ``scope="layer"``.
         skip_step: leave out the optimizer's step of an update, as the authors' code does: gradients are cleared before.
-        allow_dense_scores: needed with 1x1 blocks.
+        allow_dense_scores: needed with 1x1 blocks, and where there would be more scores than values.
         options: the arguments of :class:`GradientMethod` and :class:`Method`.
 
     Raises:
-        ValueError: an unknown scoring, a number out of range, here or in :class:`Method`, 1x1 blocks without
-            ``allow_dense_scores``, or exact scores where norms do not add up.
+        ValueError: an unknown scoring, a number out of range, here or in :class:`Method`, too many scores without
+            ``allow_dense_scores``, or exact scores where norms do not add up; the last two also from :meth:`step`, when
+            it is found out that blocks have to be screened.
 
     Example:
         >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
@@ -108,11 +117,15 @@ class RigL(GradientMethod):
         if several and scoring == "exact":
             raise ValueError("scoring is 'exact', but norms do not add up over ranks; use 'auto' or 'screen'")
         self.scoring, self.sketches, self.shortlist = scoring, sketches, shortlist
-        self.regrow = regrow
+        self.regrow, self.allow_dense_scores = regrow, allow_dense_scores
         self._grid_scores: dict[str, Tensor] = {}  # (R * C,), of layers in which every place was scored
         self._screen = False
         if blocked and (scoring == "screen" or several):
             self._start_screening()
+        else:
+            for name, layer in self.layers.items():
+                if room_for_scores(layer) < 1 and not allow_dense_scores:
+                    raise ValueError(_too_many(name, layer, "a norm", f"{layer.grid.cells} norms"))
         if skip_step:
             self.hook("before", "_skip")
         self.begin()
@@ -134,7 +147,9 @@ class RigL(GradientMethod):
             return self.ask_candidates(name, layer)
         generator = self.generator(name, "sketch")
         u, v = (
-            (torch.randint(2, (self.sketches, n), generator=generator, device="cpu") * 2 - 1).to(device, dtype)
+            (torch.randint(2, (self._sketches(name, layer), n), generator=generator, device="cpu") * 2 - 1).to(
+                device, dtype
+            )
             for n in (grid.out_features, grid.in_features)
         )
         return Probe.sketch(grid, u, v)
@@ -160,7 +175,7 @@ class RigL(GradientMethod):
 
     def _shortlist(self, layer: BlockSparse, answer: Tensor) -> Tensor:
         """Return the empty places of highest estimated norm, ascending, int32 on the CPU."""
-        squares = answer.square().mean(0).flatten()
+        squares = answer.square_().mean(0).flatten()
         as_on_first_rank(squares, self.process_group)
         present = ordered_keys(layer.index, layer.topology).long()
         squares.index_fill_(0, present, -torch.inf)
@@ -180,7 +195,18 @@ class RigL(GradientMethod):
     def _start_screening(self) -> None:
         if self.regrow:
             raise ValueError("regrow needs the scores of all blocks, of one backward a step on one rank; leave it out")
+        for name, layer in self.layers.items():
+            if (used := self._sketches(name, layer)) < self.sketches:
+                _log.warning("RigL screens %r by %d sketches a block: more would not be fewer than values", name, used)
         self._screen = True
+
+    def _sketches(self, name: str, layer: BlockSparse) -> int:
+        """Return how many numbers a block a layer's screening may hold; ValueError if they are too few."""
+        room = self.sketches if self.allow_dense_scores or is_dense(layer) else room_for_scores(layer)
+        if room < min(LEAST_SKETCHES, self.sketches):
+            least = min(LEAST_SKETCHES, self.sketches)
+            raise ValueError(_too_many(name, layer, f"{least} numbers", f"{least * layer.grid.cells} of them"))
+        return min(room, self.sketches)
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
         """Return the best empty places."""
@@ -227,3 +253,19 @@ class RigL(GradientMethod):
 def is_dense(layer: BlockSparse) -> bool:
     """Return whether a score a block is a score an element."""
     return layer.grid.block == (1, 1)
+
+
+def room_for_scores(layer: BlockSparse) -> int:
+    """Return how many numbers a block are still fewer than the layer has values."""
+    grid, (bo, bi) = layer.grid, layer.grid.block
+    if is_dense(layer) or min(grid.rows, grid.cols) < PROMISED:
+        return grid.cells * bo * bi
+    return (layer.topology.slots * bo * bi - 1) // grid.cells
+
+
+def _too_many(name: str, layer: BlockSparse, a_block: str, all_blocks: str) -> str:
+    (bo, bi), slots = layer.grid.block, layer.topology.slots
+    return (
+        f"{name!r} has {bo}x{bi} blocks, for each of which RigL would hold {a_block}: {all_blocks}, and the layer has "
+        f"{slots * bo * bi} values. Use GSE, or larger blocks, or accept it with allow_dense_scores=True"
+    )

@@ -159,7 +159,9 @@ def test_screening_finds_most_of_the_best():
     """Not all: the estimate of a norm from 16 sketches deviates by about a third."""
     module = sk.SparseLinear(96, 96, sparsity=0.9, block_size=4, seed=0, dtype=torch.float64)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 0.3, scoring="screen")
+    method = sk.RigL(
+        module, optimizer, update_every=2, drop_fraction=lambda step: 0.3, scoring="screen", allow_dense_scores=True
+    )
     x, dy = (torch.randn(5, 96, dtype=torch.float64, generator=generator_for(s)) for s in range(2))
     before = set(module.topology.keys().tolist())
     expected = dense_choice(module, x, dy, 17)
@@ -269,6 +271,23 @@ def test_score_tokens_scores_on_a_slice():
     assert divmod(int(module.topology.keys()[1]), 4) == (2, 2)  # of columns 0 and 2: 5 at (2, 0), 7 at (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("block", "sparsity", "sketches", "used"),
+    [(8, 0.9, 16, 6), (16, 0.95, 16, 12), (16, 0.95, 8, 8), (16, 0.9, 16, 16)],
+)
+def test_fewer_sketches_where_more_would_not_be_fewer_than_values(block, sparsity, sketches, used, caplog):
+    module = sk.SparseLinear(32 * block, 32 * block, block_size=block, sparsity=sparsity, seed=0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    for name, allow in (("first", False), ("second", True)):
+        method = sk.RigL(
+            module, optimizer, scoring="screen", sketches=sketches, update_every=1, allow_dense_scores=allow, seed=1
+        )
+        assert module.probe.tensor.shape == (sketches if allow else used, 32, 32), name
+        assert module.probe.tensor.numel() < module.values.numel() or allow
+        method._disarm()
+    assert caplog.text.count(f"by {used} sketches a block") == (used < sketches)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "text"),
@@ -291,6 +310,34 @@ class TestErrors:
         module = layer(block=1)
         with pytest.raises(ValueError, match=r"has 1x1 blocks.*4 x 4 matrix.*Use GSE.*allow_dense_scores=True"):
             METHODS["rigl"](module, torch.optim.SGD(module.parameters()))
+
+    @pytest.mark.parametrize(
+        ("block", "sparsity", "options", "text"),
+        [
+            (2, 0.75, {}, "'' has 2x2 blocks, for each of which RigL would hold a norm: 1024 norms.* 1024 values.*GSE"),
+            (4, 0.95, {}, "would hold a norm.*allow_dense_scores=True"),
+            (4, 0.8, {"scoring": "screen"}, "would hold 4 numbers: 4096 of them, and the layer has 3280 values"),
+            (4, 0.95, {"scoring": "screen", "sketches": 1}, "would hold 1 numbers"),
+        ],
+    )
+    def test_more_scores_than_values_need_consent(self, block, sparsity, options, text):
+        module = sk.SparseLinear(32 * block, 32 * block, block_size=block, sparsity=sparsity, seed=0)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        with pytest.raises(ValueError, match=text):
+            sk.RigL(module, optimizer, **options)
+        assert module.probe is None
+        sk.RigL(module, optimizer, allow_dense_scores=True, **options)
+
+    def test_screening_that_turns_out_to_be_needed_asks_for_consent(self):
+        module = sk.SparseLinear(128, 128, block_size=4, sparsity=0.8, seed=0)
+        before = module.topology.keys().clone()
+        method = sk.RigL(module, torch.optim.SGD(module.parameters(), lr=0.0), update_every=1)
+        for _ in range(2):
+            module(torch.ones(1, 128)).sum().backward()
+        method.optimizer.step()
+        with pytest.raises(ValueError, match="would hold 4 numbers.*allow_dense_scores=True"):
+            method.step()
+        assert method.updates == 0 and method.stages() == 1 and torch.equal(module.topology.keys(), before)
 
     def test_exact_scores_of_several_backwards(self):
         module = layer()
