@@ -52,7 +52,17 @@ del _use_kernels_beside_package, _let_ctrl_c_end_a_command_that_starts
 
 from sparsekern import ops, topology, transforms  # noqa: E402  the finder must be in place first
 from sparsekern.kernels.cpu.memory import keep_freed_memory  # noqa: E402
-from sparsekern.nn import SparseConv2d, SparseLinear, densify, load_, refresh_, save, sparse_layers, sparsify_  # noqa: E402
+from sparsekern.nn import (  # noqa: E402
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+    densify,
+    load_,
+    refresh_,
+    save,
+    sparse_layers,
+    sparsify_,
+)
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.report import summary  # noqa: E402
 from sparsekern.training import AGENT, GSE, SET, VRPGE, Method, RigL, Static, preset, recalibrate_norms  # noqa: E402
@@ -67,6 +77,7 @@ __all__ = [
     "Method",
     "Probe",
     "RigL",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
     "Static",

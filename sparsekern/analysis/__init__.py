@@ -8,7 +8,7 @@ from sparsekern.analysis.account import (
     stored_parameters,
     training_bytes,
 )
-from sparsekern.analysis.profile import LayerProfile, Profile, profile
+from sparsekern.analysis.profile import LayerProfile, Profile, arguments, profile
 from sparsekern.analysis.spectral import Spectral, spectral
 from sparsekern.analysis.timing import race, time_layer
 
@@ -18,6 +18,7 @@ __all__ = [
     "Profile",
     "Spectral",
     "account",
+    "arguments",
     "network_sparsity",
     "profile",
     "race",

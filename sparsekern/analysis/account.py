@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsekern.nn import BlockSparse, left_dense
+from sparsekern.nn import BlockSparse, is_replaceable, left_dense
+from sparsekern.nn.converters import known_classes
 from sparsekern.topology import index_bytes
 
 
@@ -79,7 +80,7 @@ class Account:
 
 
 def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim.Optimizer | None = None) -> Account:
-    """Return the account of a sparse layer, an :class:`torch.nn.Linear` or :class:`torch.nn.Conv2d`.
+    """Return the account of a sparse layer, or of a dense one of a class that can become sparse.
 
     Args:
         name: the layer's name in the model.
@@ -99,13 +100,16 @@ def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim
         block, cells = grid.block, grid.cells
         blocks, elements = layer.topology.blocks(), layer.topology.elements()
         index = index_bytes(grid, layer.topology.slots)
-    elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+    elif is_replaceable(layer):
+        assert isinstance(layer.weight, Tensor)
         weight, block, index = layer.weight, None, 0
         shape = tuple(weight.shape)
         blocks = cells = 0
         elements = weight.numel()
     else:
-        raise TypeError(f"{name!r} is a {type(layer).__name__}; only sparse layers, nn.Linear and nn.Conv2d have one")
+        raise TypeError(
+            f"{name!r} is a {type(layer).__name__}; only sparse layers and {known_classes()} have an account"
+        )
     size = weight.element_size()
     state = state_bytes(optimizer, weight)
     state_per_value = state / max(1, weight.numel())

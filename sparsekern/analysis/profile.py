@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekern.nn import BlockSparse, WeightInfo
-
-COUNTED = (BlockSparse, nn.Linear, nn.Conv2d)
-"""Layers that are listed one by one."""
+from sparsekern.nn import BlockSparse, WeightInfo, is_replaceable
+from sparsekern.nn.converters import out_features
 
 Norm = nn.modules.batchnorm._BatchNorm
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -61,12 +60,23 @@ class Profile:
         return 2 * self.multiply_adds
 
 
-def profile(model: nn.Module, sample_input: Tensor) -> Profile:
+def arguments(sample_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that a sample input stands for.
+
+    A tuple holds positional ones, a mapping (a dict, what a tokenizer returns) those by name; all else is the only one.
+    """
+    if isinstance(sample_input, Mapping):
+        return (), dict(sample_input)
+    return (sample_input if isinstance(sample_input, tuple) else (sample_input,)), {}
+
+
+def profile(model: nn.Module, sample_input: Any) -> Profile:
     """Count the operations of ``model(sample_input)``, whose values play no part: it runs on the meta device.
 
     Args:
         model: not changed; runs in evaluation mode.
-        sample_input: ``paper_flops`` of a batch of one are the paper's.
+        sample_input: what the model takes: one tensor, a tuple of arguments, or a dict of them by name. ``paper_flops``
+            of a batch of one are the paper's.
     """
     tokens: dict[str, int] = {}
     extra = [0]
@@ -78,7 +88,8 @@ def profile(model: nn.Module, sample_input: Tensor) -> Profile:
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
-        torch.func.functional_call(model, state, (sample_input.to("meta"),), tie_weights=True)
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), arguments(sample_input))
+        torch.func.functional_call(model, state, args, kwargs, tie_weights=True)
     layers, stored_slots = {}, 0
     modules = dict(model.named_modules())
     for name, count in tokens.items():
@@ -123,9 +134,7 @@ def _hooked(model: nn.Module, tokens: dict[str, int], extra: list[int]) -> Itera
 
     def counting(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            linear = isinstance(module, nn.Linear) or getattr(getattr(module, "grid", None), "kernel", 0) is None
-            features = output.shape[-1] if linear else output.shape[-3]
-            tokens[name] = tokens.get(name, 0) + output.numel() // features
+            tokens[name] = tokens.get(name, 0) + output.numel() // out_features(module, output)
 
         return hook
 
@@ -134,7 +143,7 @@ def _hooked(model: nn.Module, tokens: dict[str, int], extra: list[int]) -> Itera
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, COUNTED):
+        if isinstance(module, BlockSparse) or is_replaceable(module):
             handles.append(module.register_forward_hook(counting(name)))
         elif isinstance(module, (Norm, nn.LayerNorm, *POOLS)):
             handles.append(module.register_forward_hook(adding))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,9 +38,10 @@ def time_layer(layer: BlockSparse, x: Tensor, repeats: int = 5) -> tuple[float, 
     channels last, as its input is for both. Gradients of the layer are left as they were.
     """
     x = x.detach().to(layer.values.dtype, copy=True)
-    weight = torch.zeros(layer.weight.shape, dtype=x.dtype, device=x.device)
+    shape = replace(layer.grid, transposed=False).weight_shape
+    weight = torch.zeros(shape, dtype=x.dtype, device=x.device)
     if isinstance(layer, SparseConv2d):
-        weight = weight.contiguous(memory_format=torch.channels_last)
+        weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     x.requires_grad_()
     weight.requires_grad_(layer.values.requires_grad)

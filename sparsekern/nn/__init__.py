@@ -1,7 +1,10 @@
 """Layers, and the verbs that make a model sparse and dense again."""
 
 from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.conv1d import SparseConv1d
 from sparsekern.nn.conv2d import SparseConv2d
+from sparsekern.nn.converters import is_replaceable, register_converter
+from sparsekern.nn.dense_share import DenseShare, dense_share
 from sparsekern.nn.densify import densify, plain_name, refresh_, sparse_layers
 from sparsekern.nn.lending import lend_index
 from sparsekern.nn.linear import SparseLinear
@@ -13,17 +16,22 @@ from sparsekern.nn.weight import WeightInfo
 
 __all__ = [
     "BlockSparse",
+    "DenseShare",
     "Selector",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
     "WeightInfo",
+    "dense_share",
     "densify",
+    "is_replaceable",
     "left_dense",
     "lend_index",
     "load_",
     "plain_name",
     "refresh_",
     "refuse_sharded",
+    "register_converter",
     "save",
     "select",
     "sparse_layers",

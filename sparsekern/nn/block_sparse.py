@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsekern.nn.converters import CONVERTERS, converter_of
 from sparsekern.nn.init import check_scale, draw_bias, draw_values
 from sparsekern.nn.loading import LAYER_VERSION, adapt, describe
 from sparsekern.nn.weight import WeightInfo
@@ -67,6 +69,12 @@ class BlockSparse(nn.Module):
     """
 
     _version = LAYER_VERSION
+
+    dimensions = 0
+    """Axes of the output behind the features, or channels: those of a convolution's images."""
+
+    dense_class: type[nn.Module]
+    """Class of the dense layer that this one stands for: what :meth:`to_dense` returns."""
 
     values: nn.Parameter
     bias: nn.Parameter | None
@@ -207,16 +215,35 @@ class BlockSparse(nn.Module):
         """Return the weight as a dense tensor, in the shape of PyTorch's layer, without gradient."""
         return to_dense(self.topology, self.values.detach())
 
+    @staticmethod
+    def grid_for(
+        arguments: dict[str, Any], block_size: int | tuple[int, int] | None, device: torch.device | str | None
+    ) -> Grid:
+        """Return the grid of a layer built with ``arguments``; without a block size, that of the device's default."""
+        raise NotImplementedError
+
+    def stand_for(self, dense: nn.Module) -> None:
+        """Make this the sparse twin of a layer of the class of ``dense``: that is what :meth:`to_dense` returns."""
+        if (converter := converter_of(dense)) is not None:
+            self.dense_class = converter.dense
+            self.grid = replace(self.grid, transposed=converter.transposed)
+
     @torch.no_grad()
-    def _copy_dense(self, dense: nn.Linear | nn.Conv2d) -> None:
-        """Take the values of the stored blocks, and the bias where both have one."""
-        self.values.copy_(gather_blocks(self.topology, dense.weight))
-        if self.bias is not None and dense.bias is not None:
-            self.bias.copy_(dense.bias)
+    def copy_dense_(self, dense: nn.Module) -> None:
+        """Take the values of the stored blocks, and the bias where both have one, from a layer of the dense class."""
+        weight, bias = dense.weight, dense.bias
+        assert isinstance(weight, Tensor)
+        self.values.copy_(gather_blocks(self.topology, weight))
+        if self.bias is not None and isinstance(bias, Tensor):
+            self.bias.copy_(bias)
 
     def to_dense(self) -> nn.Module:
-        """Return PyTorch's layer with the same weight and bias, as copies; subclasses say which."""
-        raise NotImplementedError
+        """Return the dense layer with the same weight (zeros where no block is) and bias, as copies."""
+        dense = CONVERTERS[self.dense_class].dense_layer(self)
+        dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return dense.train(self.training)
 
     def reset_parameters(self) -> None:
         """Draw values and bias anew from the seed and the name, for the blocks there are, and rebuild the index.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sparsekern import ops
 from sparsekern.kernels.contract import ConvShape
 from sparsekern.nn.block_sparse import BlockSparse, check_given
+from sparsekern.nn.converters import converter_for, register_converter
 from sparsekern.nn.linear import default_block_size
 from sparsekern.topology import (
     Grid,
@@ -23,7 +24,7 @@ from sparsekern.topology import (
     conv_grid,
     one_tap,
 )
-from sparsekern.topology.arguments import check_kind, check_whole, whole_pair
+from sparsekern.topology.arguments import check_whole, whole_sides
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -64,14 +65,17 @@ class SparseConv2d(BlockSparse):
         torch.Size([8, 128, 14, 14])
     """
 
+    dense_class: type[nn.Module] = nn.Conv2d
+    dimensions = 2
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -93,9 +97,8 @@ class SparseConv2d(BlockSparse):
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode is {padding_mode!r}; it must be one of {', '.join(PADDING_MODES)}")
         kernel, steps, spacing = (
-            pair("kernel_size", kernel_size),
-            pair("stride", stride),
-            pair("dilation", dilation),
+            sides(size_name, size, self.dimensions)
+            for size_name, size in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
         )
         around = four_sides(padding, kernel, steps, spacing)
         side = block_size if topology is None else topology.grid.block
@@ -126,11 +129,13 @@ class SparseConv2d(BlockSparse):
         in_channels, out_channels, groups = grid.tap_in * grid.groups, grid.out_features, grid.groups
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = kernel, steps, spacing
-        self.padding = padding if isinstance(padding, str) else (around[0], around[2])
+        self.padding = padding if isinstance(padding, str) else (around[0], around[2])[-self.dimensions :]
         self.padding_mode = padding_mode
         self._around = around
         inside = around if padding_mode == "zeros" else (0, 0, 0, 0)
-        self.conv_shape = ConvShape(in_channels, out_channels, kernel, steps, inside, spacing, groups)
+        self.conv_shape = ConvShape(
+            in_channels, out_channels, two(kernel, 1), two(steps, 1), inside, two(spacing, 1), groups
+        )
         if bias:
             self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
@@ -155,16 +160,15 @@ class SparseConv2d(BlockSparse):
 
         The other arguments are those of the class. Device and dtype are the dense layer's.
         """
-        check_kind("conv", conv, nn.Conv2d, "an nn.Conv2d")
+        converter = converter_for(conv, cls, "conv")
         weight = conv.weight.detach()
         if topology is None:
-            kernel = (conv.kernel_size[0], conv.kernel_size[1])
-            grid = layer_grid(conv.in_channels, conv.out_channels, kernel, block_size, conv.groups, weight.device)
+            grid = converter.grid(conv, block_size)
             if blocks is None:
                 blocks = blocks_of(grid, sparsity, tie_taps)
             topology = by_norm(grid, weight, blocks, tie_taps)
         layer = cls(
-            **conv_arguments(conv),
+            **converter.arguments(conv),
             device=weight.device,
             dtype=weight.dtype,
             capacity=capacity,
@@ -173,17 +177,19 @@ class SparseConv2d(BlockSparse):
             name=name,
             tie_taps=tie_taps,
         )
-        layer._copy_dense(conv)
+        layer.stand_for(conv)
+        layer.copy_dense_(conv)
         return layer
 
-    def to_dense(self) -> nn.Conv2d:
-        """Return a :class:`torch.nn.Conv2d` with the same weight (zeros where no block is) and bias, as copies."""
-        weight = self.dense_weight()
-        dense = nn.Conv2d(**conv_arguments(self), device="meta", dtype=weight.dtype)
-        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return dense.train(self.training)
+    @staticmethod
+    def grid_for(
+        arguments: dict[str, Any], block_size: int | tuple[int, int] | None, device: torch.device | str | None
+    ) -> Grid:
+        """Return the grid of a layer built with ``arguments``; without a block size, that of the device's default."""
+        ins, outs, kernel, groups = (
+            arguments[name] for name in ("in_channels", "out_channels", "kernel_size", "groups")
+        )
+        return layer_grid(ins, outs, kernel, block_size, groups, device)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input``; see :func:`sparsekern.ops.conv2d` for the errors."""
@@ -207,7 +213,8 @@ class SparseConv2d(BlockSparse):
     def extra_repr(self) -> str:
         """Return the sizes, the blocks and the sparsity, for ``print(model)``."""
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        for name, usual in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+        one, none = (1,) * self.dimensions, (0,) * self.dimensions
+        for name, usual in (("padding", none), ("dilation", one), ("groups", 1), ("padding_mode", "zeros")):
             if getattr(self, name) != usual:
                 parts.append(f"{name}={getattr(self, name)}")
         parts.append(f"bias={self.bias is not None}, block_size={self.block_size}")
@@ -223,7 +230,7 @@ class SparseConv2d(BlockSparse):
 def layer_grid(
     in_channels: int,
     out_channels: int,
-    kernel: tuple[int, int],
+    kernel: tuple[int, ...],
     block_size: int | tuple[int, int] | None,
     groups: int,
     device: torch.device | str | None,
@@ -232,11 +239,11 @@ def layer_grid(
     if block_size is not None:
         return conv_grid(in_channels, out_channels, kernel, block_pair(block_size), groups)
     usual, groups = default_block_size(device), check_whole("groups", groups)
-    sides = tuple(
+    block = tuple(
         min(usual, max(16, 1 << (check_whole(name, channels) // max(1, groups) - 1).bit_length()))
         for name, channels in (("out_channels", out_channels), ("in_channels", in_channels))
     )
-    return conv_grid(in_channels, out_channels, kernel, (sides[0], sides[1]), groups)
+    return conv_grid(in_channels, out_channels, kernel, (block[0], block[1]), groups)
 
 
 def blocks_of(grid: Grid, sparsity: float, tie_taps: bool) -> int:
@@ -246,37 +253,51 @@ def blocks_of(grid: Grid, sparsity: float, tie_taps: bool) -> int:
     return allocate([one_tap(grid)], sparsity)[0] * grid.taps
 
 
-def conv_arguments(conv: nn.Conv2d | SparseConv2d) -> dict[str, Any]:
-    """Return the arguments that both classes have, but for device and dtype."""
+def conv_arguments(conv: nn.Conv1d | nn.Conv2d | SparseConv2d) -> dict[str, Any]:
+    """Return the arguments that dense and sparse classes have, but for device and dtype."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
 
 
-def pair(name: str, size: int | tuple[int, int], least: int = 1) -> tuple[int, int]:
-    """Return ``(vertical, horizontal)`` from an int or a pair.
+register_converter(nn.Conv2d, SparseConv2d, conv_arguments)
+
+
+def sides(name: str, size: int | tuple[int, ...], count: int, least: int = 1) -> tuple[int, ...]:
+    """Return the ``count`` numbers of a size, top to bottom first, from an int or a tuple.
 
     Raises:
         TypeError: neither.
         ValueError: a number below ``least``.
     """
-    both = whole_pair(name, size)
-    if min(both) < least:
+    whole = whole_sides(name, size, count, "an int or a pair of ints" if count == 2 else "an int or a tuple of one")
+    if min(whole) < least:
         raise ValueError(f"{name} is {size}; it must be {least} or more each way")
-    return both
+    return whole
 
 
 def four_sides(
-    padding: int | tuple[int, int] | str, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+    padding: int | tuple[int, ...] | str, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
-    """Return the padding as ``(top, bottom, left, right)``; ``"same"`` has the odd one below and to the right."""
+    """Return the padding as ``(top, bottom, left, right)``; ``"same"`` has the odd one below and to the right.
+
+    Sizes are ``(vertical, horizontal)``, or ``(horizontal,)`` of one dimension, which is padded left and right.
+    """
     if not isinstance(padding, str):
-        rows, cols = pair("padding", padding, least=0)
-        return rows, rows, cols, cols
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding != "same":
+        before = after = sides("padding", padding, len(kernel), least=0)
+    elif padding == "valid":
+        before = after = (0,) * len(kernel)
+    elif padding != "same":
         raise ValueError(f"padding is {padding!r}; it must be an int, a pair of ints, 'same' or 'valid'")
-    if stride != (1, 1):
+    elif set(stride) != {1}:
         raise ValueError(f"padding='same' is not defined for stride {stride}; give the padding as numbers")
-    rows, cols = (space * (side - 1) for space, side in zip(dilation, kernel, strict=True))
-    return rows // 2, rows - rows // 2, cols // 2, cols - cols // 2
+    else:
+        total = [space * (side - 1) for space, side in zip(dilation, kernel, strict=True)]
+        before, after = tuple(both // 2 for both in total), tuple(both - both // 2 for both in total)
+    (top, left), (bottom, right) = two(before, 0), two(after, 0)
+    return top, bottom, left, right
+
+
+def two(size: tuple[int, ...], row: int) -> tuple[int, int]:
+    """Return a size as ``(vertical, horizontal)``; of one dimension, which is a single row, with ``row`` before it."""
+    vertical, horizontal = (row, *size)[-2:]
+    return vertical, horizontal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def dense_state(state: Mapping[str, Tensor]) -> State:
 def bsr_state(state: Mapping[str, Tensor]) -> State:
     """Return the state with a ``torch.sparse_bsr`` weight in the place of every sparse linear layer.
 
-    torch has no sparse convolution: convolutions become dense.
+    torch has no sparse convolution, and no transposed BSR weight: these layers become dense.
 
     Raises:
         ValueError: as :func:`dense_state`; or blocks do not divide the matrix, which torch's format cannot hold.
@@ -57,7 +58,7 @@ def sparse_state(
 ) -> State:
     """Return the state with stored blocks in the place of the weights of linear layers and convolutions.
 
-    Those are the floating point tensors ``<name>.weight`` of two or four axes. Depthwise convolutions and stems, with
+    Those are the floating point tensors ``<name>.weight`` of two to four axes. Depthwise convolutions and stems, with
     three input channels or fewer, stay dense. Layers that are sparse already are cut anew if ``block`` says so.
 
     Args:
@@ -94,13 +95,13 @@ def _is_weight(key: str, tensor: Tensor) -> bool:
     named = key == "weight" or key.endswith(".weight")
     if not (named and tensor.layout == torch.strided and tensor.is_floating_point() and tensor.numel()):
         return False
-    return tensor.dim() == 2 or (tensor.dim() == 4 and tensor.shape[1] > 3)
+    return tensor.dim() == 2 or (tensor.dim() in (3, 4) and tensor.shape[1] > 3)
 
 
 def _grid(weight: Tensor, block: tuple[int, int]) -> Grid:
     if weight.dim() == 2:
         return Grid(weight.shape[0], weight.shape[1], block)
-    return conv_grid(weight.shape[1], weight.shape[0], (weight.shape[2], weight.shape[3]), block)
+    return conv_grid(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), block)
 
 
 def _check_block(name: str, grid: Grid, block: tuple[int, int] | None) -> None:
@@ -124,7 +125,7 @@ def _choose(weight: Tensor, grid: Grid, sparsity: float | None) -> tuple[Topolog
 
 def _cut(layer: StoredLayer, sparsity: float | None, block: tuple[int, int] | None) -> tuple[Topology, Tensor]:
     old = layer.topology.grid
-    grid = Grid(old.out_features, old.in_features, block or old.block, old.kernel, old.groups)
+    grid = replace(old, block=block or old.block)
     if sparsity is not None:
         return _choose(to_dense(layer.topology, layer.values), grid, sparsity)
     if grid == old:
@@ -137,7 +138,7 @@ def _cut(layer: StoredLayer, sparsity: float | None, block: tuple[int, int] | No
 
 def _to_bsr(layer: StoredLayer) -> Tensor:
     topology, grid = layer.topology, layer.topology.grid
-    if grid.kernel is not None:
+    if grid.kernel is not None or grid.transposed:
         return to_dense(topology, layer.values)
     if grid.has_edge:
         fits = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from sparsekern import ops
 from sparsekern.nn.block_sparse import BlockSparse, check_given
+from sparsekern.nn.converters import converter_for, register_converter
 from sparsekern.topology import (
     Grid,
     Topology,
@@ -15,7 +18,6 @@ from sparsekern.topology import (
     by_norm,
     check_count,
 )
-from sparsekern.topology.arguments import check_kind
 
 
 class SparseLinear(BlockSparse):
@@ -48,6 +50,8 @@ class SparseLinear(BlockSparse):
         >>> layer(torch.randn(8, 1024)).shape
         torch.Size([8, 4096])
     """
+
+    dense_class = nn.Linear
 
     def __init__(
         self,
@@ -120,35 +124,32 @@ class SparseLinear(BlockSparse):
 
         The other arguments are those of the class. Device and dtype are the dense layer's.
         """
-        check_kind("linear", linear, nn.Linear, "an nn.Linear")
+        converter = converter_for(linear, cls, "linear")
         weight = linear.weight.detach()
         if topology is None:
-            grid = linear_grid(linear.out_features, linear.in_features, block_size, weight.device)
+            grid = converter.grid(linear, block_size)
             if blocks is None:
                 (blocks,) = allocate([grid], sparsity)
             topology = by_norm(grid, weight, blocks)
         layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            weight.device,
-            weight.dtype,
+            **converter.arguments(linear),
+            device=weight.device,
+            dtype=weight.dtype,
             capacity=capacity,
             topology=topology,
             seed=seed,
             name=name,
         )
-        layer._copy_dense(linear)
+        layer.stand_for(linear)
+        layer.copy_dense_(linear)
         return layer
 
-    def to_dense(self) -> nn.Linear:
-        """Return a :class:`torch.nn.Linear` with the same weight (zeros where no block is) and bias, as copies."""
-        weight = self.dense_weight()
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype)
-        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return dense.train(self.training)
+    @staticmethod
+    def grid_for(
+        arguments: dict[str, Any], block_size: int | tuple[int, int] | None, device: torch.device | str | None
+    ) -> Grid:
+        """Return the grid of a layer built with ``arguments``; without a block size, that of the device's default."""
+        return linear_grid(arguments["out_features"], arguments["in_features"], block_size, device)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input W' + bias``; see :func:`sparsekern.ops.linear` for the errors."""
@@ -163,6 +164,15 @@ class SparseLinear(BlockSparse):
         if self.row.is_meta:
             return f"{text}, slots={self.values.shape[0]}"
         return f"{text}, blocks={self.topology.blocks()}/{self.grid.cells}, sparsity={self.sparsity:.4g}"
+
+
+def linear_arguments(linear: nn.Linear | SparseLinear) -> dict[str, Any]:
+    """Return the arguments that both classes have, but for device and dtype, from the weight that is really there."""
+    out_features, in_features = linear.weight.shape
+    return {"in_features": in_features, "out_features": out_features, "bias": linear.bias is not None}
+
+
+register_converter(nn.Linear, SparseLinear, linear_arguments)
 
 
 def linear_grid(

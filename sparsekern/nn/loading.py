@@ -21,12 +21,13 @@ LAYER_VERSION = 2
 def describe(grid: Grid) -> dict[str, Any]:
     """Return what the metadata of a state say about a layer: plain values, all but the block."""
     kernel = None if grid.kernel is None else list(grid.kernel)
-    return {
+    described = {
         "out_features": grid.out_features,
         "in_features": grid.in_features,
         "kernel": kernel,
         "groups": grid.groups,
     }
+    return described | ({"transposed": True} if grid.transposed else {})
 
 
 def described_grid(described: Any, block: tuple[int, int]) -> Grid:
@@ -38,10 +39,11 @@ def described_grid(described: Any, block: tuple[int, int]) -> Grid:
     try:
         kernel = described["kernel"]
         sizes = [described["out_features"], described["in_features"], described["groups"], *(kernel or ())]
-        if any(type(size) is not int for size in sizes) or len(sizes) not in (3, 5):
+        transposed = described.get("transposed", False)
+        if any(type(size) is not int for size in sizes) or len(sizes) not in (3, 4, 5) or type(transposed) is not bool:
             raise TypeError
-        return Grid(sizes[0], sizes[1], block, None if kernel is None else (sizes[3], sizes[4]), sizes[2])
-    except (KeyError, TypeError, IndexError):
+        return Grid(sizes[0], sizes[1], block, None if kernel is None else tuple(kernel), sizes[2], transposed)
+    except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"the metadata describe a layer as {described!r}, which is damaged") from None
 
 
@@ -119,7 +121,7 @@ def source_grid(values: Tensor, row: Tensor, col: Tensor, grid: Grid, metadata: 
     block = (values.shape[1], values.shape[2])
     if "grid" not in metadata:
         return replace(grid, block=block)
-    found = described_grid(metadata["grid"], block)
+    found = replace(described_grid(metadata["grid"], block), transposed=grid.transposed)  # blocks are the same
     if replace(found, block=grid.block, groups=grid.groups) != grid:
         raise ValueError(f"the checkpoint is of a weight {found.weight_shape}, the layer is {grid.weight_shape}")
     return found

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
+
+from sparsekern.nn.converters import CONVERTERS, class_name, converter_of
+from sparsekern.nn.weight_reads import readers
 
 STEM_CHANNELS = 3
 """A convolution of so few input channels is a network's stem: little work, and no block of channels to leave out."""
@@ -17,7 +20,7 @@ def left_dense(module: nn.Module, stem_width: int | None = None) -> str | None:
         module: a layer.
         stem_width: block columns that a stem's input channels must fill to be made sparse; None: none is.
     """
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return None
     if module.groups > 1 and module.in_channels == module.groups:
         return "depthwise"
@@ -26,29 +29,41 @@ def left_dense(module: nn.Module, stem_width: int | None = None) -> str | None:
     return None
 
 
-def refusal(model: nn.Module, name: str, module: nn.Linear | nn.Conv2d) -> str | None:
-    """Return why the layer cannot become sparse, or None when it can."""
-    kind = type(module).__name__
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight instead of calling it"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "nn.TransformerEncoderLayer reads its weight in its fast path instead of calling it"
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        usual = "nn.Linear" if isinstance(module, nn.Linear) else "nn.Conv2d"
-        return f"it is a {kind}, which may do more than {usual} does"
+def refusals(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return why layers of a model cannot become sparse, by name; those that can are not in it.
+
+    Args:
+        model: whose layers they are.
+        layers: of classes that have a converter, by name.
+    """
+    read = readers(model)
+    uses: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    found = {}
+    for name, module in layers.items():
+        why = f"{read[name]} reads its weight instead of calling it" if name in read else _own_reason(module, uses)
+        if why is not None:
+            found[name] = why
+    return found
+
+
+def _own_reason(module: nn.Module, uses: dict[int, list[str]]) -> str | None:
+    converter = converter_of(module)
+    assert converter is not None
+    if type(module) not in CONVERTERS:
+        return f"it is a {type(module).__name__}, which may do more than {class_name(converter.dense)} does"
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance, as accelerate's hooks do, and would be lost"
     extra = sorted(key for key, _ in module.named_parameters() if key not in ("weight", "bias"))
     if extra or "weight" not in module._parameters:
         return f"its weight is computed from other tensors ({', '.join(extra) or 'parametrized'})"
-    for kind, own in (("weight", module.weight), ("bias", module.bias)):
-        uses = [
-            f"{owner}.{key}" if owner else key
-            for owner, other in model.named_modules(remove_duplicate=False)
-            for key, parameter in other.named_parameters(recurse=False)
-            if parameter is own
-        ]
-        if len(uses) > 1:
-            return f"its {kind} is shared: {', '.join(uses)}"
+    if buffers := [key for key, _ in module.named_buffers()]:
+        return f"it has buffers of its own, which would be lost ({', '.join(buffers)})"
+    for kind in ("weight", "bias"):
+        own = getattr(module, kind)
+        if isinstance(own, Tensor) and len(shared := uses[id(own)]) > 1:
+            return f"its {kind} is shared: {', '.join(shared)}"
     return None
 
 

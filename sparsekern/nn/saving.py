@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.converters import converter_of
 from sparsekern.nn.files import metadata_of, read_state, sparse_names, with_metadata, write_state
 from sparsekern.nn.loading import STORED, adapt, source_grid
-from sparsekern.topology import Grid, Topology, conv_grid, to_dense
+from sparsekern.topology import Grid, Topology, to_dense
 from sparsekern.topology.arguments import check_kind
 
 
@@ -42,7 +43,8 @@ def load_(
     """Load weights into a model, in place: dense or sparse ones into dense or sparse layers.
 
     A sparse layer takes the places of a sparse checkpoint, whatever its blocks' size, if it has slots enough; of a
-    dense one it takes the blocks it has. An ``nn.Linear`` or ``nn.Conv2d`` takes a sparse layer as the dense weight.
+    dense one it takes the blocks it has. An ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` takes a sparse
+    layer as the dense weight.
     Everything is checked before anything is changed, and nothing in a file is executed.
 
     Args:
@@ -71,8 +73,8 @@ def load_(
         problem = None
         if isinstance(module, BlockSparse):
             problem = adapt(module.topology, fitting, prefix, module.tie_taps, metadata.get(name))
-        elif isinstance(module, (nn.Linear, nn.Conv2d)) and name in sparse_names(fitting):
-            problem = _densify(module, fitting, prefix, metadata.get(name, {}))
+        elif (converter := converter_of(module)) is not None and name in sparse_names(fitting):
+            problem = _densify(converter.grid(module, None), fitting, prefix, metadata.get(name, {}))
         if problem is not None:
             problems.append(f"{name or 'the layer'}: {problem}")
     problems = problems or _differences(model, fitting, strict)
@@ -84,11 +86,11 @@ def load_(
     return model
 
 
-def _densify(module: nn.Linear | nn.Conv2d, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str | None:
+def _densify(own: Grid, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str | None:
     """Put a dense weight in the place of stored blocks; return what is wrong, or None."""
     values, row, col = (state[prefix + part] for part in STORED)
     try:
-        grid = source_grid(values, row, col, _whole(module), metadata)
+        grid = source_grid(values, row, col, own, metadata)
         topology = Topology(grid, row, col)
         topology.validate()
     except ValueError as error:
@@ -97,15 +99,6 @@ def _densify(module: nn.Linear | nn.Conv2d, state: dict[str, Any], prefix: str, 
     for part in STORED:
         del state[prefix + part]
     return None
-
-
-def _whole(module: nn.Linear | nn.Conv2d) -> Grid:
-    """Return the grid of a dense layer in the largest blocks there can be."""
-    if isinstance(module, nn.Linear):
-        return Grid(module.out_features, module.in_features, (module.out_features, module.in_features))
-    kernel = (module.kernel_size[0], module.kernel_size[1])
-    block = (module.out_channels // module.groups, module.in_channels // module.groups)
-    return conv_grid(module.in_channels, module.out_channels, kernel, block, module.groups)
 
 
 def _differences(model: nn.Module, state: Mapping[str, Any], strict: bool) -> list[str]:

@@ -7,25 +7,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.conv2d import SparseConv2d, conv_arguments, layer_grid
+from sparsekern.nn.converters import class_name, converter_of, is_replaceable, known_classes
+from sparsekern.nn.dense_share import dense_layers, dense_share
 from sparsekern.nn.densify import sparse_layers
 from sparsekern.nn.init import check_scale
-from sparsekern.nn.linear import SparseLinear, linear_grid
-from sparsekern.nn.refusals import left_dense, refusal
+from sparsekern.nn.refusals import left_dense, refusals
 from sparsekern.nn.select import Selector, check_model, flatten, matches, select
 from sparsekern.nn.swap import swap_
 from sparsekern.topology import Grid, allocate, block_pair
 from sparsekern.topology.arguments import check_number
 
 logger = logging.getLogger("sparsekern")
-
-
-def is_replaceable(module: nn.Module, name: str = "") -> bool:
-    """Return whether a layer is of a kind that :func:`sparsify_` can replace. A selector."""
-    return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
 def sparsify_(
@@ -109,42 +104,60 @@ def sparsify_(
     for name, twin in twins.items():
         swap_(model, name, twin)
         logger.info("%s: %d of %d blocks", name, twin._blocks, twin.grid.cells)
+    logger.info("%s", dense_share(model))
     return model
 
 
 def choose_layers(
     model: nn.Module, targets: Selector, ignore: Selector, stem_width: int | None = None
-) -> dict[str, nn.Linear | nn.Conv2d]:
+) -> dict[str, nn.Module]:
     """Return the layers that :func:`sparsify_` would replace, by name; it says what raises ValueError."""
-    if isinstance(model, (nn.Linear, nn.Conv2d)):
-        kind = "Linear" if isinstance(model, nn.Linear) else "Conv2d"
-        raise ValueError(f"model is itself an nn.{kind} and cannot be replaced in place; use Sparse{kind}.from_dense")
+    if (own := converter_of(model)) is not None:
+        raise ValueError(
+            f"model is itself an {class_name(own.dense)} and cannot be replaced in place; use "
+            f"{own.sparse.__name__}.from_dense"
+        )
     ignored = select(model, ignore, "ignore")
-    layers: dict[str, nn.Linear | nn.Conv2d] = {}
+    reasons = dict.fromkeys(ignored, "ignored")  # why layers stay dense
+    layers: dict[str, nn.Module] = {}
     for single in flatten(targets):
-        found = select(model, single, "targets")
-        dense = {name: m for name, m in found.items() if isinstance(m, (nn.Linear, nn.Conv2d))}
-        if not dense:
-            kinds = ", ".join(sorted({type(m).__name__ for m in found.values()}))
-            raise ValueError(f"targets: {single!r} matches only {kinds}; it must match an nn.Linear or nn.Conv2d")
+        found = _matching(model, single)
+        dense = {name: module for name, module in found.items() if converter_of(module) is not None}
+        if found and not dense:
+            kinds = ", ".join(sorted({type(module).__name__ for module in found.values()}))
+            raise ValueError(f"targets: {single!r} matches only {kinds}; it must match one of {known_classes()}")
         for name, module in dense.items():
             if (why := left_dense(module, stem_width)) is not None:
                 logger.info("%s: stays dense (%s)", name, why)
+                reasons[name] = why
             elif name not in ignored:
                 layers[name] = module
     if not layers:
         already = ", ".join(sparse_layers(model)) or "none"
-        raise ValueError(f"every target is ignored: nothing is left to make sparse (sparse already: {already})")
-    refused = {name: why for name, m in layers.items() if (why := refusal(model, name, m)) is not None}
+        why = "every target is ignored" if reasons else "targets matches no layer that it takes"
+        raise ValueError(
+            f"{why}: nothing is left to make sparse (sparse already: {already}). {dense_layers(model, reasons)}"
+        )
+    refused = refusals(model, layers)
     if refused:
-        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-        raise ValueError(f"cannot be made sparse: {reasons}. To leave them dense pass ignore={list(refused)}")
+        text = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        error = f"cannot be made sparse: {text}. To leave them dense pass ignore={list(refused)}"
+        if len(refused) == len(layers):
+            error += f", which leaves nothing to make sparse. {dense_layers(model, reasons, besides=refused)}"
+        raise ValueError(error)
     return layers
+
+
+def _matching(model: nn.Module, single: Any) -> dict[str, nn.Module]:
+    """Return the modules that one selector of ``targets`` matches; the default may match none, which is told later."""
+    if single is is_replaceable and not any(is_replaceable(module) for module in model.modules()):
+        return {}
+    return select(model, single, "targets")
 
 
 def _counts(
     model: nn.Module,
-    layers: dict[str, nn.Linear | nn.Conv2d],
+    layers: dict[str, nn.Module],
     sparsity: float | Mapping[str, float],
     block_size: int | tuple[int, int] | None,
     distribution: str,
@@ -167,9 +180,7 @@ def _counts(
     return {name: counts[name] for name in layers}
 
 
-def _factors(
-    model: nn.Module, layers: dict[str, nn.Linear | nn.Conv2d], capacity: float | Mapping[str, float]
-) -> dict[str, float]:
+def _factors(model: nn.Module, layers: dict[str, nn.Module], capacity: float | Mapping[str, float]) -> dict[str, float]:
     """Return how many slots each layer gets for each of its blocks."""
     by_pattern = capacity if isinstance(capacity, Mapping) else {"*": capacity}
     rule = "a number of slots for each block, 1 or more, or {selector: number}"
@@ -184,36 +195,32 @@ def _factors(
     }
 
 
-def grid_of(layer: nn.Linear | nn.Conv2d, block_size: int | tuple[int, int] | None) -> Grid:
+def grid_of(layer: nn.Module, block_size: int | tuple[int, int] | None) -> Grid:
     """Return the grid of a dense layer's sparse twin; without a block size, that of the device's default."""
-    if isinstance(layer, nn.Linear):
-        return linear_grid(layer.out_features, layer.in_features, block_size, layer.weight.device)
-    kernel = (layer.kernel_size[0], layer.kernel_size[1])
-    return layer_grid(layer.in_channels, layer.out_channels, kernel, block_size, layer.groups, layer.weight.device)
+    converter = converter_of(layer)
+    assert converter is not None
+    return converter.grid(layer, block_size)
 
 
 def _sparse_twin(
-    layer: nn.Linear | nn.Conv2d, grid: Grid, init: str, init_scale: float, tie_taps: bool, options: dict[str, Any]
+    layer: nn.Module, grid: Grid, init: str, init_scale: float, tie_taps: bool, options: dict[str, Any]
 ) -> BlockSparse:
-    if init == "norm" and layer.weight.is_meta:
-        raise ValueError(f"{options['name']!r} is on the meta device and has no weight; init='norm' needs one")
+    converter, weight = converter_of(layer), layer.weight
+    assert converter is not None and isinstance(weight, Tensor)
     options["block_size"] = grid.block
-    placed: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    placed |= {"init": init, "init_scale": init_scale}
-    new: BlockSparse
-    if isinstance(layer, nn.Linear):
-        if init == "norm":
-            new = SparseLinear.from_dense(layer, **options)
-        else:
-            bias = layer.bias is not None
-            new = SparseLinear(layer.in_features, layer.out_features, bias, **placed, **options)
-    else:
+    if grid.kernel is not None:
         options["tie_taps"] = tie_taps
-        if init == "norm":
-            new = SparseConv2d.from_dense(layer, **options)
-        else:
-            new = SparseConv2d(**conv_arguments(layer), **placed, **options)
-    new.values.requires_grad_(layer.weight.requires_grad)
-    if new.bias is not None and layer.bias is not None:
+    new: BlockSparse
+    if init == "norm":
+        if weight.is_meta:
+            raise ValueError(f"{options['name']!r} is on the meta device and has no weight; init='norm' needs one")
+        kind: Any = converter.sparse  # whose from_dense has the options of its class
+        new = kind.from_dense(layer, **options)
+    else:
+        options |= {"device": weight.device, "dtype": weight.dtype, "init": init, "init_scale": init_scale}
+        new = converter.sparse(**converter.arguments(layer), **options)
+        new.stand_for(layer)
+    new.values.requires_grad_(weight.requires_grad)
+    if new.bias is not None and isinstance(layer.bias, Tensor):
         new.bias.requires_grad_(layer.bias.requires_grad)
     return new

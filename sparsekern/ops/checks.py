@@ -21,7 +21,8 @@ def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
 def check_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid, shape: ConvShape) -> None:
     """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.conv2d` fit together."""
     wanted = (shape.out_channels, shape.group_in, *shape.kernel)
-    if grid.weight_shape != wanted or grid.groups != shape.groups:
+    kernel = None if grid.kernel is None else (1, *grid.kernel)[-2:]  # in one dimension: a single row
+    if (grid.out_features, grid.tap_in, *(kernel or ())) != wanted or grid.groups != shape.groups:
         raise ValueError(
             f"the grid is for a weight {grid.weight_shape} in {grid.groups} groups, "
             f"the convolution has {wanted} in {shape.groups}; make it with conv_grid"

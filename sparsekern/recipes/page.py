@@ -240,8 +240,10 @@ def _about(about: dict[str, Any], record: Record) -> str:
     if tile > 1:
         cell = f"A cell is a tile of {tile} x {tile} places, each for {block}; the more of them are stored, the darker"
     where = f"down: output {unit}, across: input {unit}; {about['rows']:,} x {about['cols']:,} places for blocks"
-    if kernel is not None and tuple(kernel) != (1, 1):
-        where = f"{kernel[0]} x {kernel[1]} panels, one for each place of the kernel; in each panel, {where} in all"
+    if math.prod(kernel or ()) != 1:
+        where = (
+            f"{' x '.join(map(str, kernel))} panels, one for each place of the kernel; in each panel, {where} in all"
+        )
     if about["groups"] > 1:
         where += f"; the {about['groups']} groups lie below each other"
     pool = METHODS[record.config.method].pool

@@ -20,17 +20,17 @@ BLANK = 2
 """Of :func:`shades`: between the panels of a kernel."""
 
 
-def panels(image: numpy.ndarray, kernel: tuple[int, int] | None, blank: int) -> numpy.ndarray:
+def panels(image: numpy.ndarray, kernel: tuple[int, ...] | None, blank: int) -> numpy.ndarray:
     """Arrange the columns ``(tap, channel)`` of an image ``(H, W)`` as one panel a tap, in the shape of the kernel.
 
     Args:
         image: of a layer's grid; that of a linear layer, and of a pointwise convolution, stays as it is.
-        kernel: ``(kh, kw)``, or None.
+        kernel: ``(kh, kw)``, ``(kw,)``, or None.
         blank: the value of the gaps.
     """
     import numpy
 
-    kh, kw = kernel or (1, 1)
+    kh, kw = (1, *(kernel or (1,)))[-2:]
     if kh * kw == 1:
         return image
     tall, wide = image.shape[0], image.shape[1] // (kh * kw)
@@ -47,7 +47,7 @@ def panel_gap(tall: int, wide: int) -> int:
 
 
 def shades(
-    now: numpy.ndarray, kept: numpy.ndarray, start: numpy.ndarray, fullest: int, kernel: tuple[int, int] | None
+    now: numpy.ndarray, kept: numpy.ndarray, start: numpy.ndarray, fullest: int, kernel: tuple[int, ...] | None
 ) -> numpy.ndarray:
     """Return the number in :func:`palette` of each pixel ``(H, W)``, the taps of a kernel as panels.
 

@@ -35,7 +35,8 @@ class Curves:
 class BlockMap:
     """Where the blocks of a layer are, ``side`` features wide: keys ``row * cols + col`` on a ``rows x cols`` grid.
 
-    Of a convolution ``kernel`` is ``(kh, kw)``, and the columns are in (tap, channel) order.
+    Of a convolution ``kernel`` is ``(kh, kw)``, or ``(kw,)`` in one dimension, and the columns are in (tap, channel)
+    order.
     """
 
     layer: str
@@ -44,12 +45,13 @@ class BlockMap:
     cols: int
     start: Sequence[int]
     end: Sequence[int]
-    kernel: tuple[int, int] | None = None
+    kernel: tuple[int, ...] | None = None
 
     @property
     def taps(self) -> tuple[int, int]:
         """Rows and columns of the kernel; those of a linear layer are 1 and 1."""
-        return self.kernel or (1, 1)
+        rows, cols = (1, *(self.kernel or (1,)))[-2:]
+        return rows, cols
 
 
 def draw_training(

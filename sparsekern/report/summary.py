@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekern.analysis import Account, account, network_sparsity, profile, time_layer
-from sparsekern.nn import BlockSparse
+from sparsekern.analysis import Account, account, arguments, network_sparsity, profile, time_layer
+from sparsekern.nn import BlockSparse, DenseShare, dense_share, is_replaceable
+from sparsekern.nn.converters import out_features
 from sparsekern.topology.arguments import check_kind
 
 MIB = 2**20
@@ -27,12 +28,14 @@ class Summary:
             network given.
         network_sparsity: fraction absent of all weights of the model
             (:func:`~sparsekern.analysis.account.network_sparsity`).
+        dense_share: which of the model's parameters are in no sparse layer.
     """
 
     rows: list[Account]
     milliseconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     dense_flops: dict[str, int] = field(default_factory=dict)
     network_sparsity: float = 0.0
+    dense_share: DenseShare | None = None
 
     def __str__(self) -> str:
         timed = bool(self.milliseconds)
@@ -50,9 +53,8 @@ class Summary:
         sparse = [row for row in self.rows if row.block is not None]
         if sparse:
             share = 1 - sum(row.elements for row in sparse) / sum(row.numel for row in sparse)
-            text.append(
-                f"sparse layers: {share:.1%} absent; all weights of the network: {self.network_sparsity:.1%} absent"
-            )
+            network = f"all weights of the network: {self.network_sparsity:.1%} absent"
+            text.append(f"sparse layers: {share:.1%} absent; {network}; {self.dense_share}")
         return "\n".join(line.rstrip() for line in text)
 
     def _cells(self, row: Account, timed: bool) -> list[str]:
@@ -97,7 +99,7 @@ class Summary:
 
 def summary(
     model: nn.Module,
-    sample_input: Tensor | None = None,
+    sample_input: Any = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     measure: bool = True,
@@ -109,8 +111,8 @@ def summary(
 
     Args:
         model: not changed; its gradients stay as they are.
-        sample_input: what the model takes. With it FLOPs are those of this batch (else of one token) and the sparse
-            layers are timed.
+        sample_input: what the model takes: a tensor, a tuple of arguments, or a dict of them by name. With it FLOPs are
+            those of this batch (else of one token) and the sparse layers are timed.
         optimizer: whose state is counted, as it is now.
         measure: whether to time the layers, each beside a dense one of its size.
         dense: the dense network that ``model`` was made from, where its layers have other shapes
@@ -134,7 +136,7 @@ def summary(
     layers: dict[str, nn.Module] = {
         name or "(model)": module
         for name, module in model.named_modules()
-        if isinstance(module, (BlockSparse, nn.Linear, nn.Conv2d))
+        if isinstance(module, BlockSparse) or is_replaceable(module)
     }
     if not layers:
         raise ValueError("the model has no sparse layer, linear layer or convolution; there is nothing to summarise")
@@ -145,10 +147,11 @@ def summary(
         rows.append(account(name, layer, 1 if sample_input is None else tokens.get(name, 0), optimizer))
         if measure and name in inputs and isinstance(layer, BlockSparse):
             milliseconds[name] = time_layer(layer, inputs[name])
-    return Summary(rows, milliseconds, _dense_flops(rows, dense, sample_input), network_sparsity(model))
+    flops = _dense_flops(rows, dense, sample_input)
+    return Summary(rows, milliseconds, flops, network_sparsity(model), dense_share(model))
 
 
-def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Tensor | None) -> dict[str, int]:
+def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Any) -> dict[str, int]:
     """Return the FLOPs of the dense layers; those of one that became several stand beside its first part."""
     if dense is None:
         return {row.name: row.dense_flops for row in rows}
@@ -163,9 +166,7 @@ def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Ten
     return found
 
 
-def _run(
-    model: nn.Module, layers: dict[str, nn.Module], sample_input: Tensor
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _run(model: nn.Module, layers: dict[str, nn.Module], sample_input: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Run the model once and return what each layer was given, and its tokens; the last call counts."""
     inputs: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
@@ -173,7 +174,7 @@ def _run(
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             inputs[name] = (args[0] if args else kwargs["input"]).detach()
-            tokens[name] = output.numel() // cast(Tensor, module.weight).shape[0]
+            tokens[name] = output.numel() // out_features(module, output)
 
         return hook
 
@@ -182,7 +183,8 @@ def _run(
     try:
         model.eval()  # so that norm statistics stay as they are
         with torch.no_grad():
-            model(sample_input)
+            args, kwargs = arguments(sample_input)
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,18 +21,20 @@ def check_whole(name: str, value: Any) -> int:
     raise TypeError(f"{name} is {value!r}; it must be a whole number")
 
 
-def whole_pair(name: str, value: Any, rule: str = "an int or a pair of ints") -> tuple[int, int]:
-    """Return ``value``, of the argument ``name``, as two of Python's ints; a single whole number counts for both.
+def whole_sides(name: str, value: Any, count: int, rule: str) -> tuple[int, ...]:
+    """Return ``value``, of the argument ``name``, as ``count`` of Python's ints; one whole number counts for all.
 
     Raises:
-        TypeError: neither a whole number nor a tuple or list of two; ``rule`` says what it must be.
+        TypeError: neither a whole number nor a tuple or list of ``count``; ``rule`` says what it must be.
     """
-    sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     try:
-        first, second = (check_whole(name, side) for side in sides)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; it must be {rule}") from None
-    return first, second
+        sides = value if isinstance(value, (tuple, list)) else [value] * count
+        whole = tuple(check_whole(name, side) for side in sides)
+    except TypeError:
+        whole = ()
+    if len(whole) != count:
+        raise TypeError(f"{name} is {value!r}; it must be {rule}")
+    return whole
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:

@@ -21,8 +21,8 @@ def to_dense(topology: Topology, values: Tensor) -> Tensor:
     parts = dense.view(grid.groups, grid.group_rows * bo, grid.taps, grid.tap_cols * bi)
     matrix = parts[:, : grid.group_out, :, : grid.tap_in].reshape(grid.out_features, grid.in_features)
     if grid.kernel is None:
-        return matrix
-    return matrix.view(grid.out_features, *grid.kernel, grid.tap_in).permute(0, 3, 1, 2).contiguous()
+        return matrix.t().contiguous() if grid.transposed else matrix
+    return matrix.view(grid.out_features, *grid.kernel, grid.tap_in).movedim(-1, 1).contiguous()
 
 
 @torch.no_grad()
@@ -51,7 +51,10 @@ def _as_blocks(grid: Grid, weight: Tensor) -> Tensor:
     if tuple(weight.shape) != grid.weight_shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; the layer is {grid.weight_shape}")
     bo, bi = grid.block
-    matrix = weight if grid.kernel is None else weight.permute(0, 2, 3, 1)
+    if grid.kernel is None:
+        matrix = weight.t() if grid.transposed else weight
+    else:
+        matrix = weight.movedim(1, -1)
     parts = matrix.reshape(grid.groups, grid.group_out, grid.taps, grid.tap_in)
     below, right = grid.group_rows * bo - grid.group_out, grid.tap_cols * bi - grid.tap_in
     padded = torch.nn.functional.pad(parts, (0, right, 0, 0, 0, below))

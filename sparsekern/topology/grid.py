@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsekern.topology.arguments import check_whole, whole_pair
+from sparsekern.topology.arguments import check_whole, whole_sides
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,16 @@ class Grid:
 
     The weight of a convolution is the matrix ``Cout x (kh*kw*Cin/groups)``, its columns in (tap, channel) order.
     Block columns are cut inside each tap and block rows inside each group, so the last one of *each* may stick out.
-    :func:`conv_grid` makes one.
+    A convolution of one dimension is one of a single row: its kernel has one side, and ``kh`` is 1. :func:`conv_grid`
+    makes the grid of either.
 
     Args:
         out_features: rows of the matrix, 1 or more; a multiple of ``groups``.
         in_features: columns of the matrix, 1 or more; a multiple of the taps ``kh * kw``.
         block: rows and columns of a block, 1 or more each.
-        kernel: ``(kh, kw)`` of a convolution; None for a linear layer.
+        kernel: ``(kh, kw)`` of a convolution, ``(kw,)`` of one in one dimension; None for a linear layer.
         groups: of a convolution.
+        transposed: whether the dense weight of a linear layer is ``(in, out)``, as in GPT-2. Blocks do not change.
 
     Raises:
         TypeError: a size that is no whole number.
@@ -34,8 +37,9 @@ class Grid:
     out_features: int
     in_features: int
     block: tuple[int, int]
-    kernel: tuple[int, int] | None = None
+    kernel: tuple[int, ...] | None = None
     groups: int = 1
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
@@ -65,7 +69,7 @@ class Grid:
     @property
     def taps(self) -> int:
         """kh * kw; 1 for a linear layer."""
-        return 1 if self.kernel is None else self.kernel[0] * self.kernel[1]
+        return 1 if self.kernel is None else math.prod(self.kernel)
 
     @property
     def group_out(self) -> int:
@@ -99,10 +103,10 @@ class Grid:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight in PyTorch: ``(out, in)``, or ``(Cout, Cin / groups, kh, kw)``."""
-        if self.kernel is None:
-            return self.out_features, self.in_features
-        return self.out_features, self.tap_in, *self.kernel
+        """Shape of the dense weight in PyTorch: ``(out, in)``, or ``(Cout, Cin / groups, kh, kw)`` or ``(..., kw)``."""
+        if self.kernel is not None:
+            return self.out_features, self.tap_in, *self.kernel
+        return (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
 
     @property
     def cells(self) -> int:
@@ -137,13 +141,13 @@ def _inside(place: Tensor, places: int, size: int, side: int) -> Tensor:
 
 
 def conv_grid(
-    in_channels: int, out_channels: int, kernel: tuple[int, int], block: tuple[int, int], groups: int = 1
+    in_channels: int, out_channels: int, kernel: tuple[int, ...], block: tuple[int, int], groups: int = 1
 ) -> Grid:
     """Return the grid of a convolution.
 
     Args:
         in_channels, out_channels: multiples of ``groups``.
-        kernel: ``(kh, kw)``.
+        kernel: ``(kh, kw)``, or ``(kw,)`` of a convolution in one dimension.
         block: ``(bo, bi)``, in channels.
         groups: as in :class:`torch.nn.Conv2d`.
 
@@ -157,7 +161,7 @@ def conv_grid(
             raise ValueError(f"{name} is {channels}; it must be 1 or more")
         if groups >= 1 and channels % groups:
             raise ValueError(f"{name} is {channels}; it must be a multiple of groups = {groups}")
-    in_features = in_channels // max(1, groups) * max(1, kernel[0] * kernel[1])
+    in_features = in_channels // max(1, groups) * max(1, math.prod(kernel))
     return Grid(out_channels, in_features, block, kernel, groups)
 
 
@@ -167,4 +171,5 @@ def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         TypeError: neither a whole number nor a pair of them.
     """
-    return whole_pair("block_size", block_size, "an int or a pair of ints (out, in)")
+    rows, cols = whole_sides("block_size", block_size, 2, "an int or a pair of ints (out, in)")
+    return rows, cols

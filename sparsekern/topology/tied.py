@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sparsekern.topology.grid import Grid
@@ -10,7 +12,7 @@ from sparsekern.topology.topology import Topology
 
 def one_tap(grid: Grid) -> Grid:
     """Return the grid of one tap: a cell of it stands for a block in each tap of ``grid``."""
-    return Grid(grid.out_features, grid.tap_in, grid.block, (1, 1), grid.groups)
+    return replace(grid, in_features=grid.tap_in, kernel=(1,) * len(grid.kernel or (1, 1)))
 
 
 def check_multiple(grid: Grid, blocks: int) -> None:

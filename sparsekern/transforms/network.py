@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsekern.analysis import Profile, profile
 from sparsekern.nn import BlockSparse, Selector, sparse_layers, sparsify_
 from sparsekern.nn.linear import default_block_size
-from sparsekern.nn.sparsify import choose_layers, grid_of, is_replaceable
+from sparsekern.nn.sparsify import choose_layers, grid_of
 from sparsekern.nn.swap import swap_
 from sparsekern.topology import check_sparsity, gather_blocks, generator_for
 from sparsekern.transforms.doped import sparse_doped
@@ -22,7 +22,7 @@ from sparsekern.transforms.init import check_init, draw_, draw_bias_, output_var
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.parallel import sparse_parallel
 from sparsekern.transforms.sizes import Width, wide_width
-from sparsekern.transforms.twins import Dense, check
+from sparsekern.transforms.twins import Dense, check, has_twin
 
 logger = logging.getLogger("sparsekern")
 
@@ -47,7 +47,7 @@ def transform(
     sample_input: Tensor,
     *,
     block_size: int | tuple[int, int] | None = None,
-    targets: Selector = is_replaceable,
+    targets: Selector = has_twin,
     ignore: Selector | None = None,
     distribution: str = "uniform",
     match: str = "network",
@@ -158,7 +158,14 @@ def _chosen(dense: nn.Module, twins: Profile, targets: Selector, ignore: Selecto
     if ignore is None:
         ran = list(twins.layers)
         ignore = list(dict.fromkeys((ran[0], ran[-1]))) if ran else ()
-    return choose_layers(dense, targets, ignore)
+    chosen = {}
+    for name, layer in choose_layers(dense, targets, ignore).items():
+        if not has_twin(layer):
+            raise ValueError(
+                f"targets match {name!r}, a {type(layer).__name__}; Sparse-IFT takes nn.Linear and nn.Conv2d"
+            )
+        chosen[name] = layer
+    return chosen
 
 
 def _wide_work(
@@ -192,7 +199,7 @@ def _counts(
     pool: float,
 ) -> dict[str, tuple[int, int]]:
     """Return of each layer its blocks and the cells of its grid."""
-    grids = [grid_of(wide.get_submodule(name), block_size) for name in chosen]  # type: ignore[arg-type]
+    grids = [grid_of(wide.get_submodule(name), block_size) for name in chosen]
     total, tokens = work
     blocks = match_blocks(grids, [tokens[name] for name in chosen], pool * total, distribution)
     return {name: (n, grid.cells) for name, n, grid in zip(chosen, blocks, grids, strict=True)}
@@ -210,7 +217,7 @@ def _sparse(
     """Make the chosen layers of the wide network sparse and draw their values."""
     own = {name: wide.get_submodule(name) for name in chosen}
     absent = {name: 1 - blocks / cells for name, (blocks, cells) in counts.items()}  # rounds to that many blocks
-    ran_dense = [n for n, m in wide.named_modules() if is_replaceable(m, n) and n not in chosen]
+    ran_dense = [n for n, m in wide.named_modules() if has_twin(m, n) and n not in chosen]
     sparsify_(wide, absent, block_size, targets=list(chosen), seed=seed)
     for name, layer in sparse_layers(wide).items():
         twin = chosen[name]

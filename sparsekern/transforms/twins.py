@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -15,6 +15,11 @@ from sparsekern.topology import Grid, check_sparsity
 Dense = nn.Linear | nn.Conv2d
 
 POINTWISE: dict[str, Any] = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
+
+
+def has_twin(module: nn.Module, name: str = "") -> TypeGuard[Dense]:
+    """Return whether a layer is of a kind that transforms know. A selector."""
+    return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
 def check(layer: nn.Module, sparsity: float, pool: float) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsekern as sk
-from sparsekern.nn.conv2d import four_sides, layer_grid, pair
+from sparsekern.nn.conv2d import four_sides, layer_grid, sides
 from sparsekern.topology import balanced, check_tied, conv_grid, generator_for, tie
 
 SETTINGS = [
@@ -171,19 +171,19 @@ def test_repr():
 
 
 def test_default_block_size_is_no_wider_than_the_channels():
-    def sides(in_channels, out_channels, device="cpu", groups=1):
+    def block(in_channels, out_channels, device="cpu", groups=1):
         return layer_grid(in_channels, out_channels, (3, 3), None, groups, device).block
 
-    assert sides(64, 128) == (32, 32) and sides(64, 128, "cuda") == (64, 64)
-    assert sides(3, 16) == (16, 16) and sides(24, 64) == (32, 32) and sides(16, 64) == (32, 16)
-    assert sides(32, 64, "cuda") == (64, 32) and sides(128, 64, groups=4) == (16, 32)
+    assert block(64, 128) == (32, 32) and block(64, 128, "cuda") == (64, 64)
+    assert block(3, 16) == (16, 16) and block(24, 64) == (32, 32) and block(16, 64) == (32, 16)
+    assert block(32, 64, "cuda") == (64, 32) and block(128, 64, groups=4) == (16, 32)
     assert layer_grid(64, 64, (3, 3), (8, 4), 1, None).block == (8, 4)
 
 
-def test_pair():
-    assert pair("stride", 2) == (2, 2) and pair("stride", [1, 3]) == (1, 3)
+def test_sides():
+    assert sides("stride", 2, 2) == (2, 2) and sides("stride", [1, 3], 2) == (1, 3) and sides("stride", 2, 1) == (2,)
     with pytest.raises(TypeError, match="stride is True"):
-        pair("stride", True)
+        sides("stride", True, 2)
 
 
 def test_same_puts_the_odd_row_below_and_the_odd_column_right():

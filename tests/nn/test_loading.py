@@ -135,7 +135,8 @@ def test_the_metadata_say_what_matrix_it_is():
     state._metadata[""]["version"] = 99
     with pytest.raises(RuntimeError, match="layer has version 99, and this sparsekern reads up to 2: install a newer"):
         target.load_state_dict(state)
-    for damaged in (None, [], {}, {"out_features": "1"}, describe(target.grid) | {"kernel": [1]}):
+    good = describe(target.grid)
+    for damaged in (None, [], {}, {"out_features": "1"}, good | {"kernel": [1, 1, 1]}, good | {"transposed": 1}):
         state._metadata[""] = {"version": 2, "grid": damaged}
         with pytest.raises(RuntimeError, match="the metadata describe a layer as"):
             target.load_state_dict(state)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.refusals import left_dense, refusal
+from sparsekern.nn.refusals import left_dense, refusals
 
 
 class Subclass(nn.Linear):
@@ -55,9 +55,10 @@ CASES = [
     (lambda: nn.ModuleDict({"head": nn.Conv2d(4, 4, 3)}), "head", None),
     (parametrized, "head", "it is a ParametrizedLinear"),
     (old_weight_norm, "head", r"its weight is computed from other tensors \(weight_g\)"),
-    (lambda: nn.MultiheadAttention(4, 2), "out_proj", "nn.MultiheadAttention reads its weight"),
-    (lambda: nn.TransformerEncoderLayer(4, 2), "linear1", "nn.TransformerEncoderLayer reads its weight"),
-    (lambda: nn.TransformerEncoderLayer(4, 2), "self_attn.out_proj", "nn.MultiheadAttention reads its weight"),
+    (lambda: nn.MultiheadAttention(4, 2), "out_proj", "nn.MultiheadAttention.forward reads its weight"),
+    (lambda: nn.TransformerEncoderLayer(4, 2), "linear1", "nn.TransformerEncoderLayer.forward reads its weight"),
+    (lambda: nn.TransformerDecoderLayer(4, 2), "self_attn.out_proj", "nn.MultiheadAttention.forward reads its weight"),
+    (lambda: nn.TransformerEncoderLayer(4, 2), "self_attn.out_proj", "nn.TransformerEncoderLayer.forward reads its"),
 ]  # fmt: skip
 
 
@@ -65,7 +66,7 @@ CASES = [
 def test_reasons(make, name, reason):
     model = make()
     if reason is None:
-        assert refusal(model, name, model.get_submodule(name)) is None
+        assert refusals(model, {name: model.get_submodule(name)}) == {}
         return
     before = repr(model)
     with pytest.raises(ValueError, match=f"cannot be made sparse: .*{name}: {reason}.*ignore=\\["):

@@ -96,7 +96,7 @@ def test_inits(init):
 
 ERRORS = [
     (dict(targets="encoder.*"), "targets: 'encoder.*' matches no module"),
-    (dict(targets=["0", "1"]), "targets: '1' matches only ReLU; it must match an nn.Linear or nn.Conv2d"),
+    (dict(targets=["0", "1"]), "targets: '1' matches only ReLU; it must match one of nn.Linear"),
     (dict(ignore="lm_head"), "ignore: 'lm_head' matches no module; nearest names"),
     (dict(ignore=["0", "2", "4"]), r"every target is ignored: nothing is left .*\(sparse already: none\)"),
     (dict(init="dense"), "init is 'dense'; it must be one of balanced, random, norm"),

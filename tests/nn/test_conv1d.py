@@ -1,0 +1,208 @@
+"""SparseConv1d is a drop-in nn.Conv1d."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.nn.convert import dense_state, sparse_state
+from sparsekern.topology import check_tied, conv_grid
+from tests.oracle import assert_within
+
+SETTINGS = [
+    dict(kernel_size=3),
+    dict(kernel_size=(3,), padding=1, stride=2),
+    dict(kernel_size=5, padding=(2,), stride=3, dilation=2, bias=False),
+    dict(kernel_size=2, padding="same"),
+    dict(kernel_size=4, padding="same", dilation=3),
+    dict(kernel_size=3, padding="valid"),
+    dict(kernel_size=1),
+    dict(kernel_size=1, stride=2),
+    dict(kernel_size=3, padding=1, groups=2),
+    dict(kernel_size=3, padding=1, groups=6),
+    *(dict(kernel_size=3, padding=2, padding_mode=mode) for mode in ("reflect", "replicate", "circular")),
+    dict(kernel_size=2, padding="same", padding_mode="reflect"),
+]
+
+
+def layer(**options) -> sk.SparseConv1d:
+    settings = {"in_channels": 6, "out_channels": 12, "block_size": (4, 2), "sparsity": 0.5, "seed": 0}
+    return sk.SparseConv1d(**{**settings, "dtype": torch.float64, **options})
+
+
+def test_the_arguments_are_those_of_nn_conv1d_in_order():
+    ours, theirs = (list(inspect.signature(c).parameters) for c in (sk.SparseConv1d, nn.Conv1d))
+    assert ours[: len(theirs)] == theirs
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_it_computes_what_its_dense_twin_computes(settings):
+    module = layer(**settings)
+    dense = module.to_dense()
+    assert type(dense) is nn.Conv1d and repr(dense) == repr(nn.Conv1d(6, 12, **settings))
+    assert dense.weight.shape == module.weight.shape == (12, 6 // module.groups, module.kernel_size[0])
+    x = torch.randn(2, 6, 17, dtype=torch.float64, requires_grad=True)
+    z = x.detach().clone().requires_grad_()
+    y, expected = module(x), dense(z)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(module.dense_forward(x, dense.weight), expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+    if module.bias is not None:
+        torch.testing.assert_close(module.bias.grad, dense.bias.grad)
+    kept = module.dense_weight() != 0
+    grads = copy.deepcopy(module)
+    grads.values.data.copy_(module.values.grad)
+    torch.testing.assert_close(grads.dense_weight()[kept], dense.weight.grad[kept])
+    torch.testing.assert_close(module(x[0]), expected[0])
+
+
+def test_it_is_right_to_the_arithmetic_of_its_dtype():
+    """Against the dense convolution in float64, within the oracle's tolerance."""
+    module = sk.SparseConv1d(32, 48, 3, padding=1, sparsity=0.5, block_size=16, seed=0)
+    x = torch.randn(2, 32, 19)
+    weight, bias = module.dense_weight().double(), module.bias.detach().double()
+    exact = nn.functional.conv1d(x.double(), weight, bias, padding=1)
+    magnitude = nn.functional.conv1d(x.double().abs(), weight.abs(), bias.abs(), padding=1)
+    peer = nn.functional.conv1d(x, module.dense_weight(), module.bias.detach(), padding=1)
+    terms = (weight != 0).sum((1, 2))[:, None]
+    assert_within("y", module(x).detach(), exact, peer, magnitude, terms, torch.float32)
+
+
+def test_from_dense_keeps_the_strongest_blocks():
+    dense = nn.Conv1d(4, 8, 3)
+    module = sk.SparseConv1d.from_dense(dense, sparsity=0.5, block_size=2)
+    norms = dense.weight.detach().view(4, 2, 2, 2, 3).norm(dim=(1, 3))
+    kept = norms >= norms.flatten().topk(12).values[-1]
+    mask = kept.view(4, 1, 2, 1, 3).expand(4, 2, 2, 2, 3).reshape(8, 4, 3)
+    assert torch.equal(module.dense_weight(), dense.weight * mask) and torch.equal(module.bias, dense.bias)
+    tied = sk.SparseConv1d.from_dense(dense, sparsity=0.5, block_size=2, tie_taps=True)
+    check_tied(tied.topology)
+    full = sk.SparseConv1d.from_dense(dense, sparsity=0, block_size=2).to_dense()
+    assert torch.equal(full.weight, dense.weight)
+
+
+def test_checkpoints_dense_and_sparse_and_of_the_wrong_shape():
+    module, dense = layer(kernel_size=3), nn.Conv1d(6, 12, 3).double()
+    kept = module.dense_weight() != 0
+    module.load_state_dict(dense.state_dict())
+    assert torch.equal(module.dense_weight(), dense.weight * kept)
+    with pytest.raises(RuntimeError, match=r"weight has shape \(12, 6, 1, 3\); the layer is \(12, 6, 3\)"):
+        module.load_state_dict({"weight": torch.zeros(12, 6, 1, 3), "bias": torch.zeros(12)})
+    flat = sk.SparseConv2d(6, 12, (1, 3), block_size=(4, 2), sparsity=0.5, seed=0, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"the checkpoint is of a weight \(12, 6, 1, 3\), the layer is \(12, 6, 3\)"):
+        module.load_state_dict(flat.state_dict())
+
+
+def test_files_say_that_it_has_one_dimension(tmp_path):
+    pytest.importorskip("safetensors")
+    module = layer(kernel_size=3)
+    sk.save(module, tmp_path / "a.safetensors")
+    state = sk.load_(nn.Conv1d(6, 12, 3, dtype=torch.float64), tmp_path / "a.safetensors").state_dict()
+    assert torch.equal(state["weight"], module.dense_weight())
+    assert torch.equal(dense_state(module.state_dict())["weight"], module.dense_weight())
+    back = sparse_state(state, sparsity=None, block=(4, 2))
+    other = layer(kernel_size=3, init="random")
+    sk.load_(other, back)
+    assert torch.equal(other.dense_weight(), module.dense_weight())
+
+
+ERRORS = [
+    (lambda: layer(kernel_size=(3, 3)), TypeError, r"kernel_size is \(3, 3\); it must be an int or a tuple of one"),
+    (lambda: layer(kernel_size=0), ValueError, "kernel_size is 0; it must be 1 or more"),
+    (lambda: layer(kernel_size=3, padding="same", stride=2), ValueError, r"padding='same' is not defined for stride"),
+    (lambda: layer(kernel_size=3, topology=sk.topology.balanced(
+        conv_grid(6, 12, (1, 3), (4, 2)), 5, sk.topology.generator_for(0))), ValueError, "topology is for Grid"),
+    (lambda: layer(kernel_size=3)(torch.ones(2, 5, 9).double()), ValueError,
+        r"input has shape \(2, 5, 9\); it must be \(N, C, L\) or \(C, L\) with C = in_channels = 6"),
+    (lambda: layer(kernel_size=3)(torch.ones(9).double()), ValueError, r"input has shape \(9,\); it must be"),
+    (lambda: layer(kernel_size=3)(torch.ones(6, 2).double()), ValueError,
+        r"input has shape \(6, 2\), which is shorter than the kernel \(3,\) of dilation \(1,\) with padding \(0, 0\)"),
+    (lambda: layer(kernel_size=3)([1.0]), TypeError, "input is a list; it must be a torch.Tensor"),
+    (lambda: layer(kernel_size=3)(torch.ones(6, 9)), TypeError, "input is torch.float32 but values are torch.float64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "text"), ERRORS, ids=[text[:40] for _, _, text in ERRORS])
+def test_errors(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_repr():
+    assert repr(layer(kernel_size=3, padding=1, groups=2)) == (
+        "SparseConv1d(6, 12, kernel_size=(3,), stride=(1,), padding=(1,), groups=2, bias=True, block_size=(4, 2), "
+        "blocks=12/24, sparsity=0.5185)"
+    )
+
+
+def test_it_survives_deepcopy_to_empty_compile_and_export():
+    module = layer(kernel_size=3, dtype=torch.float32)
+    x = torch.randn(2, 6, 9)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    empty = layer(kernel_size=3, device="meta", dtype=torch.float32).to_empty(device="cpu")
+    assert torch.equal(empty.row, module.row)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
+
+
+def audio() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv1d(1, 16, 5),
+        nn.ReLU(),
+        nn.Conv1d(16, 32, 3, padding=1, stride=2),
+        nn.Conv1d(32, 32, 3, groups=32),
+        nn.Conv1d(32, 16, 1),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(16, 8),
+    )
+
+
+def test_sparsify_densify_and_summary():
+    model = sk.sparsify_(audio(), 0.5, 8)
+    assert [type(m).__name__ for m in model[:5]] == ["Conv1d", "ReLU", "SparseConv1d", "Conv1d", "SparseConv1d"]
+    x = torch.randn(4, 1, 32)
+    dense = sk.densify(model)
+    assert type(dense[2]) is nn.Conv1d
+    torch.testing.assert_close(dense(x), model(x))
+    rows = {row.name: row for row in sk.summary(model, x).rows}
+    assert rows["0"].note == "stem" and rows["3"].note == "depthwise"
+    assert rows["2"].tokens == 4 * 14 and rows["2"].shape == (32, 16, 3)
+    assert rows["2"].flops == 6 * 4 * 14 * 12 * 64  # 12 of 24 blocks of 8 x 8
+    assert "2" in sk.summary(model, x).milliseconds
+    profile = sk.analysis.profile(model, x)
+    assert profile.layers["2"].multiply_adds == 4 * 14 * 12 * 64
+    tied = sk.sparsify_(audio(), 0.5, 8, tie_taps=True, init="norm", distribution="erk")
+    check_tied(tied[2].topology)
+
+
+@pytest.mark.parametrize("method", [sk.SET, sk.RigL, sk.GSE])
+def test_methods_move_its_blocks(method):
+    """What RigL grows are the absent blocks of largest gradient in the dense twin."""
+    torch.manual_seed(0)
+    model = nn.Sequential(sk.SparseConv1d(16, 16, 3, padding=1, sparsity=0.5, block_size=4, seed=0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparse = method(model, optimizer, update_every=2)
+    x, target = torch.randn(4, 16, 16), torch.randn(4, 16, 16)
+    dense, grid = sk.densify(model), model[0].grid
+    (dense(x) - target).square().sum().backward()
+    norms = dense[0].weight.grad.view(4, 4, 4, 4, 3).norm(dim=(1, 3)).transpose(1, 2).flatten()  # rows, taps, channels
+    before = set(model[0].topology.keys().tolist())
+    for _ in range(2):
+        (model(x) - target).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = sparse.step()
+    after = set(model[0].topology.keys().tolist())
+    grown, left = after - before, set(range(grid.cells)) - before - after
+    assert moved and grown and len(after) == len(before)
+    if method is sk.RigL:
+        assert norms[list(grown)].min() > norms[list(left)].max()
