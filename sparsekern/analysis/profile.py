@@ -61,7 +61,7 @@ class Profile:
 
 
 def arguments(sample_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments that a sample input stands for.
+    """Return the arguments, positional and by name, that a ``sample_input`` stands for.
 
     A tuple holds positional ones, a mapping (a dict, what a tokenizer returns) those by name; all else is the only one.
     """

@@ -59,19 +59,26 @@ def register_converter(
 ) -> None:
     """Teach :func:`sparsify_`, ``densify``, ``summary`` and ``load_`` a class of dense layers.
 
-    The arguments are those of :class:`Converter`; a class that is known already is learnt anew.
+    Args:
+        dense, sparse, arguments, rebuild, transposed: as in :class:`Converter`. A class that is known already is learnt
+            anew.
 
     Example:
-        GPT-2's linear layer, whose weight is ``(in, out)``:
+        A linear layer as GPT-2 has it, whose weight is ``(in, out)``:
 
-        >>> from transformers.pytorch_utils import Conv1D  # doctest: +SKIP
-        >>> register_converter(  # doctest: +SKIP
-        ...     Conv1D,
+        >>> class Transposed(nn.Module):
+        ...     def __init__(self, outs, ins):
+        ...         super().__init__()
+        ...         self.weight, self.bias = nn.Parameter(torch.randn(ins, outs)), nn.Parameter(torch.zeros(outs))
+        >>> register_converter(
+        ...     Transposed,
         ...     sk.SparseLinear,
-        ...     lambda layer: {"in_features": layer.nx, "out_features": layer.nf},
-        ...     rebuild=lambda layer: Conv1D(layer.out_features, layer.in_features),
+        ...     lambda layer: {"in_features": layer.weight.shape[0], "out_features": layer.weight.shape[1]},
+        ...     rebuild=lambda layer: Transposed(layer.out_features, layer.in_features),
         ...     transposed=True,
         ... )
+        >>> sk.sparsify_(nn.Sequential(Transposed(64, 32)), sparsity=0.75, block_size=16)[0].weight
+        WeightInfo(shape=(32, 64), dtype=torch.float32, device='cpu')
     """
     CONVERTERS[dense] = Converter(dense, sparse, arguments, rebuild, transposed)
 
@@ -104,7 +111,7 @@ def out_features(layer: nn.Module, output: torch.Tensor) -> int:
 
 
 def is_replaceable(module: nn.Module, name: str = "") -> bool:
-    """Return whether a layer is of a kind that :func:`sparsify_` can replace. A selector."""
+    """Return whether ``module`` is of a class that :func:`sparsify_` can replace. A selector: ``name`` plays no part."""
     return converter_of(module) is not None
 
 
