@@ -14,8 +14,13 @@ from sparsekern.kernels.contract import accumulate_dtype
 GOLDEN = -7046029254386353131
 """2**64 over the golden ratio, as int64: the step of SplitMix64's counter."""
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes, to read a float's bits."""
+EXPONENTS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF << 52),
+}
+"""Of a float: integers of its size, to read its bits as, and which of them are the exponent."""
 
 
 def magnitudes(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
@@ -78,9 +83,10 @@ def signed_sums(dy: Tensor, x: Tensor, seed: Tensor) -> Tensor:
 def token_signs(dy: Tensor, x: Tensor, seed: Tensor, tokens: int) -> Tensor:
     """Return independent, fair signs ``(tokens,)``, -1 or 1, int64.
 
-    A counter hashed with a key. The key is a hash of the seed and of all bits of dy and x, so that backwards of other
+    A counter hashed with a key. The key is a hash of the seed and of the bits of dy and x, so that backwards of other
     batches have other signs without a state that counts them: were they the same in every batch, the products between
-    batches would not cancel. Only batches that are equal to the bit share theirs.
+    batches would not cancel. Only batches that are equal to the bit share theirs. Exponents play no part, so that
+    gradient scaling, by powers of two, changes no sign.
 
     Args:
         dy: ``(T, O)``.
@@ -94,9 +100,10 @@ def token_signs(dy: Tensor, x: Tensor, seed: Tensor, tokens: int) -> Tensor:
 
 
 def _content(side: Tensor) -> Tensor:
-    """Return a hash ``()`` of the bits of a tensor and of where they are on its first axis."""
-    bits = side.view(INTEGERS[side.element_size()]).sum(1, dtype=torch.int64)
-    return _mixed(torch.arange(bits.shape[0], dtype=torch.int64, device=bits.device) * GOLDEN + bits).sum()
+    """Return a hash ``()`` of signs and mantissas of a tensor ``(n, m)`` and of where they are on its first axis."""
+    integers, exponent = EXPONENTS[side.dtype]
+    sums = torch.cat([(some.view(integers) & ~exponent).sum(1, dtype=torch.int64) for some in parts(side)])
+    return _mixed(torch.arange(sums.shape[0], dtype=torch.int64, device=sums.device) * GOLDEN + sums).sum()
 
 
 def _mixed(z: Tensor) -> Tensor:

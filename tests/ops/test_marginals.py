@@ -59,6 +59,10 @@ def test_signs_depend_on_all_bits_of_a_batch_and_on_its_order():
     dy, x = data(64)
     whole = token_signs(dy, x, seeded(1), 64)
     assert torch.equal(whole, token_signs(dy.t().contiguous().t(), x.clone(), seeded(1), 64)), "not on the strides"
+    for dtype in (F64, torch.float32, torch.bfloat16, torch.float16):
+        low = dy.to(dtype), x.to(dtype)
+        scaled = token_signs(low[0] * 128, low[1], seeded(1), 64)
+        assert torch.equal(token_signs(*low, seeded(1), 64), scaled), "gradient scaling"
     nudged = x.clone()
     nudged[17, 3] = torch.nextafter(nudged[17, 3], torch.tensor(9.0, dtype=F64))
     swapped = torch.arange(64).roll(1)
