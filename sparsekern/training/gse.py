@@ -46,7 +46,8 @@ class GSE(GradientMethod):
     * ``"grabo"``: ``f_I = |x_I|``, ``g_J = |dy_J|``, the bound ``|G_JI| <= |dy_J| |x_I|``. At 1x1 sums of absolute
       values (the paper's), for blocks Frobenius norms.
     * ``"graest"``: ``f_I = |sum s x_I|``, ``g_J = |sum s dy_J|`` with an independent random sign s for each token, the
-      same for x and dy: an unbiased estimate of G_JI before the norm is taken.
+      same for x and dy: an unbiased estimate of G_JI before the norm is taken. Other micro-batches, or other parts
+      of a batch on ranks, have other signs; all ranks draw alike.
 
     A convolution is a linear layer on the windows, every output position a token: ``x_I`` is what a tap sees of some
     channels, and in a convolution of several groups a place is one of its own group.
