@@ -120,7 +120,7 @@ def test_a_state_from_before_the_first_snapshot():
     agent.refresh(batches(), loss_of(model))
     agent.load_state_dict(state)
     agent.backward(lambda: loss_of(model)(batches()[0]))
-    assert agent.metrics()["corrected"] == 0 and agent.snapshot.state_dict() == {"taken": False}
+    assert agent.metrics()["corrected"] == 0 and agent.snapshot.state_dict()["taken"] is False
 
 
 def test_a_state_of_something_else():
@@ -128,7 +128,7 @@ def test_a_state_of_something_else():
     optimizer = sgd(model)
     agent = sk.AGENT(model, optimizer)
     agent.refresh(batches(), loss_of(model))
-    with pytest.raises(ValueError, match="the state is none of AGENT's of version 1"):
+    with pytest.raises(ValueError, match="the state is none of AGENT's of version 2"):
         agent.load_state_dict({"version": 2})
     with pytest.raises(ValueError, match="another method or scope"):
         sk.AGENT(model, optimizer, method=sk.SET(model, optimizer)).load_state_dict(agent.state_dict())

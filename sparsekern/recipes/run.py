@@ -295,7 +295,7 @@ def _block_map(sparse: Learner) -> dict[str, Any]:
         "rows": layer.grid.rows,
         "cols": layer.grid.cols,
         "kernel": layer.grid.kernel,
-        "start": sparse.method.state_dict()["start"][name],
+        "start": sparse.method.books.start[name],
         "end": layer.topology.sorted_keys().cpu(),
     }
 

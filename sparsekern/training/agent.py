@@ -27,7 +27,7 @@ from sparsekern.training.scores import is_finite
 from sparsekern.training.snapshot import Snapshot
 from sparsekern.training.weighting import from_losses, smoothed
 
-AGENT_STATE_VERSION = 1
+AGENT_STATE_VERSION = 2
 
 
 class AGENT(Attached):

@@ -25,7 +25,7 @@ from sparsekern.training.schedules import Schedule, whole_stop
 from sparsekern.training.scores import block_norms, is_finite, protect_last
 from sparsekern.training.tied import Units
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 _log = logging.getLogger("sparsekern")
 
@@ -307,7 +307,11 @@ class Method(Attached):
         return self.books.metrics() | counts
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, beside the model's and the optimizer's state."""
+        """Return what a resumed run needs, beside the model's and the optimizer's state.
+
+        It has the same names from the beginning on, and each tensor the same shape, so that it is a ``Stateful`` for
+        ``torch.distributed.checkpoint``. What varies is in a tuple, which that keeps as it is.
+        """
         return {
             "version": STATE_VERSION,
             "method": type(self).__name__,
@@ -358,4 +362,17 @@ def stepped(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer whose step has just ended made it; for hooks."""
     # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.
     found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is None or not bool(found_inf)
+    return (found_inf is None or not bool(found_inf)) and not is_rehearsal(optimizer)
+
+
+def is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step only lets the optimizer make its state: a rate of 0, and all gradients zero.
+
+    ``torch.distributed.checkpoint.state_dict`` makes such steps, of an optimizer without a state at every save.
+    """
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0:
+            return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return all(p.grad is not None for p in parameters) and not any(bool(p.grad.any()) for p in parameters)

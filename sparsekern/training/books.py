@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import stored_blocks
@@ -19,11 +20,14 @@ class Books:
     Args:
         layers: by name.
         seed: decides which places of a large grid are watched.
+
+    Attributes:
+        start: the sorted keys ``row * C + col`` of each layer's first topology, on the CPU.
     """
 
     def __init__(self, layers: dict[str, BlockSparse], seed: int) -> None:
         self._layers = layers
-        self._start: dict[str, Tensor] = {n: layer.topology.sorted_keys().cpu() for n, layer in layers.items()}
+        self.start: dict[str, Tensor] = {n: layer.topology.sorted_keys().cpu() for n, layer in layers.items()}
         self._coverage = {name: Coverage(layer.topology, seed, name) for name, layer in layers.items()}
         self.open()
 
@@ -50,7 +54,7 @@ class Books:
             rate = numbers[f"itop/{name}"] = self._coverage[name].rate()
             explored += rate * layer.grid.numel
             now = layer.topology.sorted_keys().cpu()
-            start = self._start[name]
+            start = self.start[name]
             numbers[f"kept/{name}"] = float(torch.isin(start, now).sum()) / max(1, start.shape[0])
         numbers["sparsity/global"] = 1 - stored / total
         numbers["itop/global"] = explored / total
@@ -60,12 +64,18 @@ class Books:
         """Return what a resumed run needs."""
         return {
             "churn": dict(self.churn),
-            "start": dict(self._start),
+            "start": {name: self._padded(name) for name in self._layers},
             "explored": {name: coverage.seen.clone() for name, coverage in self._coverage.items()},
         }
 
+    def _padded(self, name: str) -> Tensor:
+        """Return the keys of the first topology, and -1 for each slot that was free."""
+        start = self.start[name]
+        return pad(start, (0, self._layers[name].topology.slots - start.shape[0]), value=-1)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""
-        self.churn, self._start = dict(state["churn"]), dict(state["start"])
+        self.churn = dict(state["churn"])
+        self.start = {name: keys[keys >= 0].clone() for name, keys in state["start"].items()}
         for name, seen in state["explored"].items():
             self._coverage[name].seen.copy_(seen)

@@ -52,9 +52,9 @@ class ExtraCost:
         self._of_pass.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
-        return {"flops": self.flops, "seconds": self.seconds, "of_pass": dict(self._of_pass)}
+        """Return what a resumed run needs; in a tuple what has other names in the course of a run."""
+        return {"flops": self.flops, "seconds": self.seconds, "of_pass": (dict(self._of_pass),)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""
-        self.flops, self.seconds, self._of_pass = state["flops"], state["seconds"], dict(state["of_pass"])
+        self.flops, self.seconds, self._of_pass = state["flops"], state["seconds"], dict(state["of_pass"][0])

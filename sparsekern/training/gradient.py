@@ -301,15 +301,14 @@ class GradientMethod(Method):
             "stage": self._stage,
             "armed_at": self._armed_at,
             "due": self._due,
-            "keys": dict(self._keys),
-            **self._armed.state_dict(),
+            "probes": (dict(self._keys), self._armed.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, with the same probes armed."""
         super().load_state_dict(state)
         self._disarm()
-        self._due, self._keys = state["due"], dict(state["keys"])
+        self._due, self._keys = state["due"], dict(state["probes"][0])
         self._width = {}  # that of the run that was saved is not known
         self._resume(state)
 
@@ -320,7 +319,7 @@ class GradientMethod(Method):
         now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
         self._put(state["stage"])
         self.steps, self._versions = now, {}
-        self._armed.load_state_dict(state)
+        self._armed.load_state_dict(state["probes"][1])
 
     def leave(self) -> None:
         """Act no more, and ask layers nothing more."""

@@ -108,10 +108,25 @@ class Probabilities:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the probabilities and the state of their optimizer."""
-        return {"value": self.value.clone(), "optimizer": self._optimizer.state_dict()}
+        return {"value": self.value.clone(), "optimizer": self._moments()}
+
+    def _moments(self) -> dict[str, Any]:
+        """Return the state of the optimizer, zeros before its first step."""
+        if isinstance(self._optimizer, torch.optim.SGD):
+            return {}
+        found = self._optimizer.state.get(self._value, {})
+        zeros = {
+            "step": torch.zeros(()),
+            "exp_avg": self.value.clone().zero_(),
+            "exp_avg_sq": self.value.clone().zero_(),
+        }
+        return {key: found.get(key, zero) for key, zero in zeros.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         with torch.no_grad():
             self._value.copy_(state["value"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        moments = {key: moment.clone() for key, moment in state["optimizer"].items()}
+        self._optimizer.state.clear()
+        if moments and moments["step"] > 0:
+            self._optimizer.state[self._value] = moments

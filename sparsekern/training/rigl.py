@@ -16,6 +16,7 @@ from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import ordered_keys, stored_blocks
 from sparsekern.topology.arguments import check_number, check_whole
+from sparsekern.training.base import is_rehearsal
 from sparsekern.training.distributed import as_on_first_rank, ranks
 from sparsekern.training.followers import Move, to_places
 from sparsekern.training.gradient import GradientMethod
@@ -235,6 +236,8 @@ class RigL(GradientMethod):
 
     def _skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Clear the gradients of the step that ends in an update: the optimizer leaves parameters without one alone."""
+        if is_rehearsal(optimizer):
+            return
         if self._stage == self.stages() - 1 and (self._due or self.schedule.due(self.steps + 1)):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

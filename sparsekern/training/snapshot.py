@@ -155,11 +155,13 @@ class Snapshot:
         return sum(t.numel() * t.element_size() for t in held)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs; not copies, as an optimizer's."""
-        if not self.taken:
-            return {"taken": False}
+        """Return what a resumed run needs; not copies, as an optimizer's. Makes room for them if there is none."""
+        if not self.values:
+            self.allocate()
+            for values in self.values.values():
+                values.zero_()
         return {
-            "taken": True,
+            "taken": self.taken,
             "values": dict(self.values),
             "mean": dict(self.mean),
             "row": {name: topology.row for name, (topology, _) in self._places.items()},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import generator_for
 from sparsekern.topology.arguments import check_kind, check_number, check_whole
-from sparsekern.training.base import Method
+from sparsekern.training.base import Method, is_rehearsal
 from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates, Group
 from sparsekern.training.followers import Move
@@ -318,7 +318,7 @@ class VRPGE(Method):
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._stand_ins.leave()  # of a step that failed
-        if self.finished:
+        if self.finished or is_rehearsal(optimizer):
             return
         if self._masks is None or self._drawn_at != self.steps:
             raise RuntimeError(

@@ -268,8 +268,9 @@ def test_resumed_between_backwards_after_a_larger_subset():
     first = build()
     for at in range(39):
         first[0](data[at]).square().mean().backward()
-        heard = first[2].state_dict()["heard"]
-        if heard and heard["0"].shape[0] > first[2].state_dict()["keys"]["0"].shape[0]:
+        keys, probes = first[2].state_dict()["probes"]
+        heard = probes["heard"]
+        if heard and heard["0"].shape[0] > keys["0"].shape[0]:
             break
         go_on(*first[:3], data[at])
     else:

@@ -73,7 +73,7 @@ def test_a_restart_has_a_probability_and_no_memory():
     before = s.value
     s.restart({"fc": torch.tensor([0])}, 0.2)
     torch.testing.assert_close(s.value, torch.tensor([0.2, *before[1:].tolist()]))
-    state = s.state_dict()["optimizer"]["state"][0]
+    state = s.state_dict()["optimizer"]
     assert state["exp_avg"][0] == 0 and state["exp_avg_sq"][0] == 0 and state["exp_avg"][1] != 0
 
 
