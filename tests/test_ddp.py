@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern as sk
@@ -160,5 +161,45 @@ def test_a_batch_split_over_ranks_gives_one_topology(split_runs, name):
 @pytest.mark.parametrize("name", VRPGE)
 def test_ranks_of_vrpge_choose_the_same_blocks(split_runs, name):
     first, second = split_runs[name]
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def train_uneven(kind: type[sk.Method], rank: int, method_options: dict[str, bool], **options: bool) -> sk.Method:
+    """Train on two batches on rank 0 and four on rank 1; return the method, also where it or Join raised."""
+    model = DistributedDataParallel(build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = kind(model, optimizer, update_every=1, **method_options)
+    try:
+        with Join([model], **options):
+            for step in range(2 + 2 * rank):
+                model(batch(step, rank, 2)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                method.step()
+    except (NotImplementedError, RuntimeError) as error:
+        method.error = str(error)
+    return method
+
+
+def run_uneven(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for kind in (sk.RigL, sk.GSE, sk.SET):
+        method = train_uneven(kind, rank, {})
+        assert f"{kind.__name__} needs all ranks at each update" in method.error and "drop_last=True" in method.error
+        assert method.steps == 1 and method.updates == 0
+    method = train_uneven(sk.RigL, rank, {}, throw_on_early_termination=True)
+    assert "exhausted" in method.error and method.updates == 1
+    method = train_uneven(sk.SET, rank, {"check_ranks": False})
+    assert method.updates == 2 + 2 * rank
+    places = {name: torch.stack([layer.row, layer.col]) for name, layer in method.layers.items()}
+    torch.save(places, f"{folder}/uneven-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_that_run_out_of_batches_are_refused_where_the_method_needs_them(tmp_path):
+    mp.spawn(run_uneven, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"uneven-{rank}.pt", weights_only=True) for rank in range(2))
     for key, value in first.items():
         assert torch.equal(value, second[key]), key

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import refuse_sharded
 from sparsekern.topology.arguments import check_kind
-from sparsekern.training.agent_checks import NOT_SHARDED, check_options, check_parts
+from sparsekern.training.agent_checks import NOT_SHARDED, check_options, check_parallel, check_parts
 from sparsekern.training.attachment import Attached
 from sparsekern.training.base import Method, stepped
 from sparsekern.training.closures import backpropagate, loss_of
@@ -95,6 +95,8 @@ class AGENT(Attached):
         optimizer = unwrapped(optimizer)
         check_parts(model, optimizer, method)
         check_options(gamma, alpha, estimate, scope, batches, every)
+        if gamma > 0:
+            check_parallel(model)
         self.model, self.optimizer, self.method = model, optimizer, method
         self.gamma, self.alpha, self.estimate, self.scope = gamma, alpha, estimate, scope
         self.batches, self.every = batches, every

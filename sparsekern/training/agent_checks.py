@@ -8,6 +8,7 @@ from torch import nn
 from sparsekern.nn import refuse_sharded, sparse_layers
 from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.base import Method
+from sparsekern.training.passes import parallel_modules
 
 ESTIMATES = ("losses", "gradients")
 SCOPES = ("global", "layer")
@@ -34,6 +35,18 @@ def check_options(
     if estimate == "losses" and (scope == "layer" or every is not None):
         what = "scope is 'layer'" if scope == "layer" else f"every is {every}"
         raise ValueError(f"{what}, but the losses of batches give one c after a pass; estimate must be gradients")
+
+
+def check_parallel(model: nn.Module) -> None:
+    """Raise NotImplementedError if DistributedDataParallel, which the model is or holds, takes all backwards for alike.
+
+    Its ``no_sync``, in which AGENT makes its own, then ends in an assertion of PyTorch.
+    """
+    if any(module.static_graph for module in parallel_modules(model)):
+        raise NotImplementedError(
+            "the model is in DistributedDataParallel(static_graph=True), which reduces every backward over ranks, and "
+            "AGENT makes some that must not be; leave static_graph out"
+        )
 
 
 def check_parts(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method | None) -> None:

@@ -18,11 +18,12 @@ from sparsekern.topology.arguments import check_kind, check_whole
 from sparsekern.training.attachment import Attached
 from sparsekern.training.books import Books
 from sparsekern.training.closures import backpropagate, loss_of
-from sparsekern.training.distributed import check_agreement
+from sparsekern.training.distributed import check_agreement, refuse_join
 from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.optimizer_state import unwrapped
+from sparsekern.training.passes import parallel_modules
 from sparsekern.training.schedules import Schedule, whole_stop
-from sparsekern.training.scores import block_norms, is_finite, protect_last
+from sparsekern.training.scores import block_norms, is_finite, part_of, protect_last
 from sparsekern.training.tied import Units
 
 STATE_VERSION = 2
@@ -80,6 +81,12 @@ class Method(Attached):
     pool: float = 1.0
     """Blocks to store for each one that is to remain: more than 1 in a method that chooses among candidates."""
 
+    moves_fraction = True
+    """Whether an update moves a fraction of the blocks of each layer, rounded down."""
+
+    sums_over_ranks = False
+    """Whether ranks tell each other more than ``check_ranks`` does."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -123,7 +130,9 @@ class Method(Attached):
         self.books = Books(self.layers, seed)
         self._born = {name: torch.full_like(layer.row, NEVER) for name, layer in self.layers.items() if min_age}
         self.check_ranks, self.process_group = check_ranks, process_group
+        self._parallel = parallel_modules(model)
         self._compare_ranks()
+        self._warn_of_few_blocks()
         self._warned_of_optimizer = False
         self.note_values()
         self.attach(self.layers.values())
@@ -196,10 +205,12 @@ class Method(Attached):
 
         Raises:
             RuntimeError: it is closed.
-            NotImplementedError: the values were sharded after it was built.
+            NotImplementedError: the values were sharded after it was built, or ranks run out of batches under ``Join``.
         """
         self.check_open()
         refuse_sharded(self.layers)
+        if self.check_ranks or self.sums_over_ranks:
+            refuse_join(self._parallel, type(self).__name__, self.process_group)
         steps, versions = self._noted
         self.note_values()
         if self.steps == steps and self._noted[1] != versions and not self._warned_of_optimizer:
@@ -214,6 +225,25 @@ class Method(Attached):
     def note_values(self) -> None:
         """Take the values as they are now for known; after somebody else than the optimizer wrote into them."""
         self._noted = self.steps, sum(layer.values._version for layer in self.layers.values())
+
+    def _warn_of_few_blocks(self) -> None:
+        """Warn of layers of which no update moves a block: a fraction is rounded down, as in the papers."""
+        fraction = self.schedule.drop_fraction
+        if callable(fraction) or fraction == 0 or self.scope == "global" or not self.moves_fraction:
+            return
+        never = []
+        for name, layer in self.layers.items():
+            blocks = stored_blocks(layer.index)
+            units = blocks // layer.grid.taps if layer.tie_taps else blocks
+            if layer.values.requires_grad and 0 < blocks < layer.grid.cells and not part_of(units, fraction):
+                never.append(f"{name} ({units})")
+        if never:
+            _log.warning(
+                "drop_fraction is %s, which rounds down to no block in layers of so few, and they never move: %s. Take "
+                "smaller blocks, or a larger fraction",
+                fraction,
+                ", ".join(never),
+            )
 
     def _compare_ranks(self) -> None:
         if self.check_ranks:

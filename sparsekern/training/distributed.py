@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from sparsekern.nn import BlockSparse
 
@@ -37,6 +38,20 @@ def as_on_first_rank(scores: Tensor, group: dist.ProcessGroup | None = None) -> 
     if ranks(group) > 1:
         dist.broadcast(scores, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
     return scores
+
+
+def refuse_join(parallel: Iterable[DistributedDataParallel], method: str, group: dist.ProcessGroup | None) -> None:
+    """Raise NotImplementedError if ranks that have no more batches leave the others alone, under PyTorch's ``Join``.
+
+    They answer what DistributedDataParallel asks of them, and nothing else.
+    """
+    for module in parallel:
+        config = getattr(module, "_join_config", None)
+        if config is not None and config.enable and not config.throw_on_early_termination and ranks(group) > 1:
+            raise NotImplementedError(
+                f"{method} needs all ranks at each update, and under Join some have no batches left: give all ranks as "
+                "many batches, such as by drop_last=True, or use Join(..., throw_on_early_termination=True)"
+            )
 
 
 def topology_hash(layer: BlockSparse) -> Tensor:

@@ -51,6 +51,7 @@ class GradientMethod(Method):
     """
 
     scopes = ("layer", "global")
+    sums_over_ranks = True
 
     def __init__(
         self,

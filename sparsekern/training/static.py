@@ -15,6 +15,8 @@ class Static(Method):
     Takes the arguments of :class:`Method`; those about updates have no effect.
     """
 
+    moves_fraction = False
+
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return None."""
         return None

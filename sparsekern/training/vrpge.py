@@ -90,6 +90,8 @@ class VRPGE(Method):
     """
 
     pool = 2.0
+    moves_fraction = False
+    sums_over_ranks = True
     scopes = ("layer", "global")
 
     def __init__(

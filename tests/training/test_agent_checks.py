@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern as sk
 from tests.training.agent_models import make, sgd
@@ -38,3 +40,15 @@ def test_parts_that_do_not_belong_together():
         sk.AGENT(model, sgd(model), method=sk.SET(model, optimizer))
     with pytest.raises(ValueError, match="method is of another model or optimizer"):
         sk.AGENT(other, optimizer, method=sk.SET(model, optimizer))
+
+
+def test_a_static_graph_of_ranks(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(make(), static_graph=True)
+        with pytest.raises(NotImplementedError, match=r"static_graph=True.*leave static_graph out"):
+            sk.AGENT(model, sgd(model))
+        sk.AGENT(model, sgd(model), gamma=0.0)
+        sk.AGENT(DistributedDataParallel(make()), sgd(model))
+    finally:
+        dist.destroy_process_group()
