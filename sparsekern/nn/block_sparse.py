@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from sparsekern.nn.converters import CONVERTERS, converter_of
 from sparsekern.nn.init import check_scale, draw_bias, draw_values
@@ -45,6 +46,11 @@ def check_given(topology: object, dtype: object) -> None:
         check_kind("topology", topology, Topology, "a sparsekern.topology.Topology, or None to draw one")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}; it must be a real floating point type, such as torch.float32")
+
+
+def is_proxy(input: object) -> bool:
+    """Return whether an input stands for one, in :func:`torch.fx.symbolic_trace`."""
+    return isinstance(input, Proxy)
 
 
 class BlockSparse(nn.Module):
@@ -236,6 +242,38 @@ class BlockSparse(nn.Module):
         self.values.copy_(gather_blocks(self.topology, weight))
         if self.bias is not None and isinstance(bias, Tensor):
             self.bias.copy_(bias)
+
+    def dense_forward(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Return what PyTorch's layer of these sizes, with this bias, computes with a dense weight."""
+        raise NotImplementedError
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """Run under ``torch.jit.trace``, which alone calls this: PyTorch's older ONNX exporter gets a dense weight.
+
+        The weight is a constant of the graph: no op that makes it is recorded.
+        """
+        if not torch.onnx.is_in_onnx_export():
+            return super()._slow_forward(*input, **kwargs)
+        tracing: Any = torch._C
+        state = tracing._get_tracing_state()
+        tracing._set_tracing_state(None)
+        try:
+            weight = to_dense(replace(self.topology, grid=replace(self.grid, transposed=False)), self.values.detach())
+        finally:
+            tracing._set_tracing_state(state)
+        return self.dense_forward(input[0] if input else kwargs["input"], weight)
+
+    def traced(self, input: Any) -> Tensor:
+        """Record this layer as one node in the graph of :func:`torch.fx.symbolic_trace`, as PyTorch's layers are.
+
+        Raises:
+            TypeError: the layer is all that is traced, which would be a graph that calls itself.
+        """
+        tracer: Any = input.tracer
+        if tracer.root is self:
+            raise TypeError("a sparse layer is a node of torch.fx and cannot be traced by itself; trace what holds it")
+        node: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        return node
 
     def to_dense(self) -> nn.Module:
         """Return the dense layer with the same weight (zeros where no block is) and bias, as copies."""

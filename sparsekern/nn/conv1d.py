@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,17 +36,17 @@ class SparseConv1d(SparseConv2d):
     dense_class = nn.Conv1d
     dimensions = 1
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Any) -> Tensor:
         """Return the convolution of ``input``.
 
         Raises:
             ValueError: an input of another shape, or shorter than the kernel.
             TypeError: an input of another dtype than the values have, or that is no tensor.
         """
-        if isinstance(input, Tensor):
-            self._check_input(input)
-            input = input.unsqueeze(-2)
-        return super().forward(input).squeeze(-2)
+        if not isinstance(input, Tensor):
+            return super().forward(input)
+        self._check_input(input)
+        return super().forward(input.unsqueeze(-2)).squeeze(-2)
 
     def _check_input(self, input: Tensor) -> None:
         if input.dim() not in (2, 3) or input.shape[-2] != self.in_channels:

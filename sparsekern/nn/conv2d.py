@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sparsekern import ops
 from sparsekern.kernels.contract import ConvShape
-from sparsekern.nn.block_sparse import BlockSparse, check_given
+from sparsekern.nn.block_sparse import BlockSparse, check_given, is_proxy
 from sparsekern.nn.converters import converter_for, register_converter
 from sparsekern.nn.linear import default_block_size
 from sparsekern.topology import (
@@ -193,6 +193,8 @@ class SparseConv2d(BlockSparse):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of ``input``; see :func:`sparsekern.ops.conv2d` for the errors."""
+        if is_proxy(input):
+            return self.traced(input)
         if self.padding_mode != "zeros":
             input = self._padded(input)
         return ops.conv2d(input, self.values, self.bias, self.index, self.grid, self.conv_shape, self.probe)

@@ -111,7 +111,7 @@ def out_features(layer: nn.Module, output: torch.Tensor) -> int:
 
 
 def is_replaceable(module: nn.Module, name: str = "") -> bool:
-    """Return whether ``module`` is of a class that :func:`sparsify_` can replace. A selector: ``name`` plays no part."""
+    """Return whether ``module`` is of a class that can become sparse. A selector: ``name`` plays no part."""
     return converter_of(module) is not None
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsekern import ops
-from sparsekern.nn.block_sparse import BlockSparse, check_given
+from sparsekern.nn.block_sparse import BlockSparse, check_given, is_proxy
 from sparsekern.nn.converters import converter_for, register_converter
 from sparsekern.topology import (
     Grid,
@@ -153,7 +154,13 @@ class SparseLinear(BlockSparse):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input W' + bias``; see :func:`sparsekern.ops.linear` for the errors."""
+        if is_proxy(input):
+            return self.traced(input)
         return ops.linear(input, self.values, self.bias, self.index, self.grid, self.probe)
+
+    def dense_forward(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Return PyTorch's product of ``input`` with a dense weight ``(out, in)``, and this layer's bias."""
+        return F.linear(input, weight, self.bias)
 
     def extra_repr(self) -> str:
         """Return the sizes, the blocks and the sparsity, for ``print(model)``."""

@@ -16,7 +16,7 @@ from sparsekern.nn.densify import sparse_layers
 from sparsekern.nn.init import check_scale
 from sparsekern.nn.refusals import left_dense, refusals
 from sparsekern.nn.select import Selector, check_model, flatten, matches, select
-from sparsekern.nn.swap import swap_
+from sparsekern.nn.swap import lost, swap_
 from sparsekern.topology import Grid, allocate, block_pair
 from sparsekern.topology.arguments import check_number
 
@@ -50,7 +50,8 @@ def sparsify_(
     name), a function ``(module, name) -> bool``, or a list of these.
 
     Args:
-        model: changed in place. Dtype, device, training flag, frozen parameters and hooks are kept.
+        model: changed in place. Dtype, device, training flag, frozen parameters, attributes of parameters and hooks are
+            kept, but for hooks of state dicts and of tensors, which the log names.
         sparsity: fraction absent, in [0, 1), of all chosen layers together; or ``{selector: sparsity}`` with string
             selectors, where the first match counts and each entry is a group of its own.
         block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
@@ -102,6 +103,8 @@ def sparsify_(
         options = {"blocks": parts * unit, "capacity": room * unit, "seed": seed, "name": name}
         twins[name] = _sparse_twin(layers[name], grid, init, init_scale, tie_taps, options)
     for name, twin in twins.items():
+        if gone := lost(layers[name]):
+            logger.warning("%s: the sparse layer does not take over %s", name, ", ".join(gone))
         swap_(model, name, twin)
         logger.info("%s: %d of %d blocks", name, twin._blocks, twin.grid.cells)
     logger.info("%s", dense_share(model))

@@ -1,5 +1,6 @@
 """The operators: checks, choice of backend, autograd, probes. Registered as ``torch.ops.sparsekern``."""
 
+from sparsekern.ops import onnx as _onnx  # noqa: F401  enters decompositions into PyTorch's table
 from sparsekern.ops.backends import BACKENDS, backend, requested_backend, supports
 from sparsekern.ops.conv2d import conv2d
 from sparsekern.ops.flops import stored_elements

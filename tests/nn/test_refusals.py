@@ -39,6 +39,18 @@ def parametrized() -> nn.Module:
     return nn.ModuleDict({"head": torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
 
 
+def buffered() -> nn.Module:
+    model = nn.ModuleDict({"head": nn.Linear(4, 4)})
+    model["head"].register_buffer("scale", torch.ones(1))
+    return model
+
+
+def hooked_by_accelerate() -> nn.Module:
+    model = nn.ModuleDict({"head": nn.Linear(4, 4)})
+    model["head"].forward = lambda x: x
+    return model
+
+
 def old_weight_norm() -> nn.Module:
     model = nn.ModuleDict({"head": nn.Linear(4, 4)})
     model["head"].weight_g = nn.Parameter(torch.ones(4, 1))
@@ -55,6 +67,8 @@ CASES = [
     (lambda: nn.ModuleDict({"head": nn.Conv2d(4, 4, 3)}), "head", None),
     (parametrized, "head", "it is a ParametrizedLinear"),
     (old_weight_norm, "head", r"its weight is computed from other tensors \(weight_g\)"),
+    (buffered, "head", r"it has buffers of its own, which would be lost \(scale\)"),
+    (hooked_by_accelerate, "head", "its forward is replaced on the instance"),
     (lambda: nn.MultiheadAttention(4, 2), "out_proj", "nn.MultiheadAttention.forward reads its weight"),
     (lambda: nn.TransformerEncoderLayer(4, 2), "linear1", "nn.TransformerEncoderLayer.forward reads its weight"),
     (lambda: nn.TransformerDecoderLayer(4, 2), "self_attn.out_proj", "nn.MultiheadAttention.forward reads its weight"),
