@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import sparsekern.ops.conv2d
 import sparsekern.ops.linear  # noqa: F401  the ops must be defined before their formulas
-from sparsekern.kernels.contract import Index, entry_columns, entry_rows
+from sparsekern.kernels.contract import Index
 from sparsekern.ops.shapes import unpack_shape
 from sparsekern.topology import Grid, conv_grid
 
@@ -23,12 +23,22 @@ def stored_elements(index: Index, grid: Grid) -> int:
     """
     if isinstance(index.row_ptr, FakeTensor) or index.row_ptr.is_meta:
         return index.slots * grid.block[0] * grid.block[1]
-    used = int(index.row_ptr[-1])
-    # Rows from the column lists, columns from the row lists: matched up by slot.
-    sizes = torch.zeros(2, index.slots, dtype=torch.int64, device=index.row_ptr.device)
-    sizes[0, index.col_slot[:used].long()] = grid.real_rows(entry_rows(index, grid.block, 0, used).long())
-    sizes[1, index.row_slot[:used].long()] = grid.real_cols(entry_columns(index, grid.block, 0, used).long())
-    return int((sizes[0] * sizes[1]).sum())
+    (bo, bi), used = grid.block, int(index.row_ptr[-1])
+    if not grid.has_edge:
+        return used * bo * bi
+    # Elements stick out below the last block row of each group, right of the last block column of each tap, and both.
+    below, right = grid.group_rows * bo - grid.group_out, grid.tap_cols * bi - grid.tap_in
+    bottom = torch.arange(grid.group_rows - 1, grid.rows, grid.group_rows, device=index.row_ptr.device)
+    first, end = index.row_ptr[bottom], index.row_ptr[bottom + 1]
+    in_bottom = end - first
+    last = slice(grid.tap_cols - 1, None, grid.tap_cols)
+    in_last = int(index.col_ptr.diff()[last].sum())
+    in_both = 0
+    if below and right:  # blocks are larger than 1x1, so the lists of columns are by entry
+        before = in_bottom.cumsum(0) - in_bottom
+        entry = torch.arange(int(in_bottom.sum()), device=first.device) + (first - before).repeat_interleave(in_bottom)
+        in_both = int((index.row_col[entry] % grid.tap_cols == grid.tap_cols - 1).sum())
+    return used * bo * bi - below * bi * int(in_bottom.sum()) - right * bo * in_last + below * right * in_both
 
 
 def _flops(tokens: int, index: Any, block: tuple[int, int], out_features: int, in_features: int) -> int:

@@ -11,6 +11,9 @@ from sparsekern.topology.arguments import check_kind
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
 
+CHUNK = 2**16
+"""Slots that are looked at together where what is made of their places is many times as large as they are."""
+
 
 @dataclass(frozen=True, eq=False)
 class Topology:
@@ -39,11 +42,17 @@ class Topology:
 
     def blocks(self) -> int:
         """Return the number of stored blocks (waits for the device)."""
-        return int(self.used().sum())
+        return int(self.used().count_nonzero())  # a sum would make a copy of whole numbers first
 
     def elements(self) -> int:
         """Return the number of stored elements, phantom ones not counted (waits for the device)."""
-        return int((self.grid.real_rows(self.row.long()) * self.grid.real_cols(self.col.long())).sum())
+        grid = self.grid
+        if not grid.has_edge:
+            return self.blocks() * grid.block[0] * grid.block[1]
+        total = torch.zeros((), dtype=torch.int64, device=self.row.device)
+        for row, col in zip(self.row.split(CHUNK), self.col.split(CHUNK), strict=True):
+            total += (grid.real_rows(row.long()) * grid.real_cols(col.long())).sum()
+        return int(total)
 
     def sparsity(self) -> float:
         """Return the fraction of the matrix that is absent, in [0, 1] (waits for the device)."""

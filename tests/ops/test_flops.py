@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekern import ops
 from sparsekern.ops import conv2d_scores
 from sparsekern.ops.shapes import pack_shape
-from sparsekern.topology import Grid, Topology, build_index, conv_grid, with_capacity
+from sparsekern.topology import Grid, Topology, build_index, conv_grid, random, with_capacity
+from tests.memory import allocations
 
 # 5 x 7 in blocks of 2 x 4: 3 x 2 blocks. Stored: the whole block (0, 0), 2 x 3 of (0, 1), 1 x 3 of (2, 1).
 GRID = Grid(5, 7, (2, 4))
@@ -25,6 +26,34 @@ def test_stored_elements():
     assert ops.stored_elements(build_index(TOPOLOGY), GRID) == ELEMENTS
     ones = Topology(Grid(5, 7, (1, 1)), TOPOLOGY.row, TOPOLOGY.col)
     assert ops.stored_elements(build_index(ones), ones.grid) == 3
+
+
+@pytest.mark.parametrize(
+    "shape", [(23, 17, None, 1), (24, 17, None, 1), (23, 16, None, 1), (10, 6, (2, 3), 2)], ids=str
+)
+@pytest.mark.parametrize("block", [(1, 1), (2, 2), (4, 3), (32, 32)], ids=str)
+def test_stored_elements_are_those_of_the_topology(shape, block):
+    out, into, kernel, groups = shape
+    grid = Grid(out, into * groups, block) if kernel is None else conv_grid(into, out, kernel, block, groups)
+    for blocks in {1, max(1, grid.cells // 3), grid.cells}:
+        topology = with_capacity(random(grid, blocks, torch.Generator().manual_seed(0)), blocks + 2)
+        inside = torch.zeros(grid.rows, block[0], grid.cols, block[1])
+        inside[topology.row[:blocks].long(), :, topology.col[:blocks].long(), :] = 1
+        parts = inside.view(grid.groups, -1, grid.taps, grid.tap_cols * block[1])
+        expected = int(parts[:, : grid.group_out, :, : grid.tap_in].sum())
+        assert ops.stored_elements(build_index(topology), grid) == topology.elements() == expected
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 2), (16, 16)], ids=str)
+def test_counting_makes_nothing_that_has_an_entry_an_element(block):
+    """Of a layer of 1M elements, 52k of them stored."""
+    grid = Grid(1024, 1024, block)
+    topology = random(grid, grid.cells // 20, torch.Generator().manual_seed(0))
+    index = build_index(topology)
+    assert allocations(lambda: ops.stored_elements(index, grid)).peak < 2**12
+    assert allocations(topology.elements).peak <= topology.slots + 2**12
+    ragged = Grid(1023, 1022, block) if block != (1, 1) else grid
+    assert allocations(lambda: ops.stored_elements(index, ragged)).peak < 2**17
 
 
 def test_the_counter_sees_a_training_step():
