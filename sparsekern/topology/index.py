@@ -10,6 +10,9 @@ from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
 from sparsekern.topology.topology import Topology
 
+CHUNK = 2**16
+"""Entries of an order that :func:`mask_index_` handles together; beside that it takes 4 bytes an entry."""
+
 
 def empty_index(topology: Topology) -> Index:
     """Return an index of zeros with the right shapes; :func:`rebuild_` fills it.
@@ -89,9 +92,12 @@ def mask_index(index: Index, keep: Tensor, block: tuple[int, int]) -> Index:
         keep: ``(Z,)`` bool, over slots. Free slots stay out whatever it says.
         block: the block size of the layer.
     """
-    row_ptr, row_col, row_slot = _compact(index.row_ptr, index.row_col, index.row_slot, keep, block)
-    col_ptr, col_row, col_slot = _compact(index.col_ptr, index.col_row, index.col_slot, keep, block)
-    return Index(row_ptr, row_col, row_slot, col_ptr, col_row, col_slot)
+    by_slot = block == (1, 1)  # then the lists of columns and rows are the topology's own
+    kept = Index(*(torch.zeros_like(tensor) for tensor in index))
+    if by_slot:
+        kept = kept._replace(row_col=index.row_col, col_row=index.col_row)
+    mask_index_(kept, index, keep, block)
+    return kept
 
 
 @torch.no_grad()
@@ -100,25 +106,30 @@ def mask_index_(into: Index, index: Index, keep: Tensor, block: tuple[int, int])
 
     Its tensors and their addresses stay the same.
     """
-    for tensor, new in zip(into, mask_index(index, keep, block), strict=True):
-        if tensor is not new:
-            tensor.copy_(new)
+    by_slot = block == (1, 1)
+    _compact_(into[:3], index[:3], keep, by_slot)
+    _compact_(into[3:], index[3:], keep, by_slot)
 
 
-def _compact(
-    ptr: Tensor, other: Tensor, slot: Tensor, keep: Tensor, block: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the kept entries of one order to the front; the others follow them, as free slots do."""
-    slots = slot.shape[0] - PADDING
-    entry = torch.arange(slots, dtype=torch.int32, device=ptr.device)
-    kept = keep.index_select(0, slot[:slots]) & (entry < ptr[-1])
-    before = torch.nn.functional.pad(kept.cumsum(0, dtype=torch.int32), (1, 0))  # kept entries before each one
-    place = torch.where(kept, before[:-1], before[-1] + entry - before[:-1]).long()
-    new_slot = torch.zeros_like(slot).index_copy_(0, place, slot[:slots])
-    new_ptr = before.index_select(0, ptr)
-    if block == (1, 1):
-        return new_ptr, other, new_slot
-    return new_ptr, torch.zeros_like(other).index_copy_(0, place, other[:slots]), new_slot
+def _compact_(into: tuple[Tensor, ...], order: tuple[Tensor, ...], keep: Tensor, by_slot: bool) -> None:
+    """Move the kept entries of one order ``(ptr, other, slot)`` to the front; the others follow, as free slots do."""
+    ptr, other, slot = order
+    slots, used = slot.shape[0] - PADDING, ptr[-1]
+    before = torch.zeros(slots + 1, dtype=torch.int32, device=ptr.device)  # kept entries before each one
+    for start in range(0, slots, CHUNK):
+        some = slot[start : min(start + CHUNK, slots)]
+        entry = torch.arange(start, start + some.shape[0], dtype=torch.int32, device=ptr.device)
+        kept = keep.index_select(0, some) & (entry < used)
+        torch.add(kept.cumsum(0, dtype=torch.int32), before[start], out=before[start + 1 : start + 1 + some.shape[0]])
+    for start in range(0, slots, CHUNK):
+        end = min(start + CHUNK, slots)
+        entry = torch.arange(start, end, dtype=torch.int32, device=ptr.device)
+        first, after = before[start:end], before[start + 1 : end + 1]
+        place = torch.where(after > first, first, before[-1] + entry - first).long()
+        into[2].index_copy_(0, place, slot[start:end])
+        if not by_slot:
+            into[1].index_copy_(0, place, other[start:end])
+    into[0].copy_(before.index_select(0, ptr))
 
 
 def index_bytes(grid: Grid, slots: int) -> int:

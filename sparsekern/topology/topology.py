@@ -64,7 +64,11 @@ class Topology:
 
     def sorted_keys(self) -> Tensor:
         """Return the keys of the stored blocks only, ascending (waits for the device)."""
-        return self.keys().sort().values[: self.blocks()]
+        used = self.used()
+        full = bool(used.all())
+        row, col = (places if full else places[used] for places in (self.row, self.col))
+        keys = (row * self.grid.cols).add_(col)
+        return places_for(keys).distinct(keys, keys[:0], self.grid.cells)
 
     def real(self) -> Tensor | None:
         """Return a bool mask, ``(Z, bo, bi)``-broadcastable, of elements that are inside the matrix and in a used slot.

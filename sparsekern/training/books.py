@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import stored_blocks
+from sparsekern.topology import are_absent, stored_blocks
 from sparsekern.training.coverage import Coverage
 from sparsekern.training.followers import Move
 
@@ -55,7 +54,8 @@ class Books:
             explored += rate * layer.grid.numel
             now = layer.topology.sorted_keys().cpu()
             start = self.start[name]
-            numbers[f"kept/{name}"] = float(torch.isin(start, now).sum()) / max(1, start.shape[0])
+            kept = int((~are_absent(start, now, layer.grid.cells)).count_nonzero())
+            numbers[f"kept/{name}"] = kept / max(1, start.shape[0])
         numbers["sparsity/global"] = 1 - stored / total
         numbers["itop/global"] = explored / total
         return numbers

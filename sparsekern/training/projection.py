@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,12 @@ PROJECTIONS = ("sort", "bisection")
 
 HALVINGS = 60
 """Of the bisection: an interval of float64 has nothing left to halve then."""
+
+NEAR = 1e-12
+"""Of a shift, the relative change by a step of Newton's after which there is none."""
+
+CHUNK = 2**16
+"""Units that are looked at together, in float64; of no more than these the breakpoints are sorted."""
 
 
 def project(
@@ -24,7 +32,8 @@ def project(
         costs: ``(U,)``, above 0.
         budget: at least ``floor * sum(costs)``.
         floor: the lowest probability, in [0, 1].
-        how: ``"sort"``, exact, O(U log U); or ``"bisection"``, ``halvings`` sums over all, never above the budget.
+        how: ``"sort"``, exact, O(U log U), and by a dozen sums over all where there are more than :data:`CHUNK`; or
+            ``"bisection"``, ``halvings`` sums over all, never above the budget.
         halvings: of the interval in which v lies.
 
     Returns:
@@ -39,13 +48,36 @@ def project(
         raise ValueError(f"projection is {how!r}; it must be one of {', '.join(PROJECTIONS)}")
     if not wanted.numel():
         return wanted.clone()
-    z, c = wanted.double(), costs.double()
-    shift = _by_sorting(z, c, budget, floor) if how == "sort" else _by_halving(z, c, budget, floor, halvings)
-    return (z - shift * c).clamp(floor, 1).to(wanted.dtype)
+    if how == "bisection":
+        shift = _by_halving(wanted, costs, budget, floor, halvings)
+    elif wanted.numel() <= CHUNK:
+        shift = _by_sorting(wanted.double(), costs.double(), budget, floor)
+    else:
+        shift = _by_newton(wanted, costs, budget, floor)
+    near = torch.empty_like(wanted)
+    for into, (z, c) in zip(near.split(CHUNK), _chunks(wanted, costs), strict=True):
+        into.copy_((z - shift * c).clamp_(floor, 1))
+    return near
+
+
+def _chunks(wanted: Tensor, costs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield both, some units after the other, in float64."""
+    for z, c in zip(wanted.split(CHUNK), costs.split(CHUNK), strict=True):
+        yield z.double(), c.double()
 
 
 def _spent(z: Tensor, c: Tensor, shift: Tensor | float, floor: float) -> Tensor:
     return (c * (z - shift * c).clamp(floor, 1)).sum()
+
+
+def _spent_by_all(wanted: Tensor, costs: Tensor, shift: Tensor | float, floor: float) -> Tensor:
+    parts = [_spent(z, c, shift, floor) for z, c in _chunks(wanted, costs)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def _highest_shift(wanted: Tensor, costs: Tensor, floor: float) -> Tensor:
+    """Return the shift at which the last unit reaches the floor."""
+    return torch.stack([((z - floor) / c).amax() for z, c in _chunks(wanted, costs)]).amax().clamp(min=0)
 
 
 def _by_sorting(z: Tensor, c: Tensor, budget: float, floor: float) -> Tensor:
@@ -71,10 +103,37 @@ def _by_sorting(z: Tensor, c: Tensor, budget: float, floor: float) -> Tensor:
     return torch.where(_spent(z, c, 0.0, floor) <= budget, 0.0, shift)
 
 
-def _by_halving(z: Tensor, c: Tensor, budget: float, floor: float, halvings: int) -> Tensor:
-    low, high = z.new_zeros(()), ((z - floor) / c).amax().clamp(min=0)
+def _by_newton(wanted: Tensor, costs: Tensor, budget: float, floor: float) -> Tensor:
+    """Return the shift that Newton's steps reach, which are exact once they are in the piece where the budget is met.
+
+    A step that leaves the interval in which the shift lies is one to its middle.
+    """
+    shift = low = costs.new_zeros((), dtype=torch.float64)
+    high = _highest_shift(wanted, costs, floor)
+    within: Tensor | None = None
+    for _ in range(HALVINGS):
+        spent, square = torch.zeros_like(shift), torch.zeros_like(shift)
+        for z, c in _chunks(wanted, costs):
+            at = z - shift * c
+            moving = (at > floor) & (at < 1)
+            spent += (c * at.clamp_(floor, 1)).sum()
+            square += torch.where(moving, c.square(), 0).sum()
+        within = spent <= budget if within is None else within
+        low, high = torch.where(spent > budget, shift, low), torch.where(spent > budget, high, shift)
+        into = shift + (spent - budget) / square
+        into = torch.where((into >= low) & (into <= high), into, (low + high) / 2)
+        done = (into - shift).abs() <= NEAR * into
+        shift = into
+        if shift.device.type == "cpu" and bool(done):  # elsewhere that would wait for the device
+            break
+    assert within is not None
+    return torch.where(within, 0.0, shift)
+
+
+def _by_halving(wanted: Tensor, costs: Tensor, budget: float, floor: float, halvings: int) -> Tensor:
+    low, high = costs.new_zeros((), dtype=torch.float64), _highest_shift(wanted, costs, floor)
     for _ in range(halvings):
         middle = (low + high) / 2
-        over = _spent(z, c, middle, floor) > budget
+        over = _spent_by_all(wanted, costs, middle, floor) > budget
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    return torch.where(_spent(z, c, 0.0, floor) <= budget, 0.0, high)
+    return torch.where(_spent_by_all(wanted, costs, 0.0, floor) <= budget, 0.0, high)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CHUNK = 2**16
+"""Units that are looked at together: what is made of them is many times as large as a probability."""
+
 
 def draw_masks(probabilities: Tensor, masks: int, generator: torch.Generator) -> Tensor:
     """Draw ``(masks, U)`` bool, each entry true with its probability ``(U,)``. The generator is on the CPU."""
-    drawn = torch.rand(masks, probabilities.shape[0], generator=generator, device="cpu")
-    return drawn.to(probabilities.device) < probabilities  # rand() is in [0, 1): 0 is never drawn, 1 always
+    drawn = torch.empty(masks, probabilities.shape[0], dtype=torch.bool, device="cpu")
+    likely = probabilities.cpu().split(CHUNK)
+    for mask in drawn:
+        for part, below in zip(mask.split(CHUNK), likely, strict=True):
+            chance = torch.rand(part.shape[0], dtype=torch.float32, generator=generator, device="cpu")
+            torch.lt(chance, below, out=part)  # rand() is in [0, 1): 0 is never drawn, 1 always
+    return drawn.to(probabilities.device)
 
 
 def score_gradient(losses: Tensor, masks: Tensor, probabilities: Tensor) -> Tensor:
@@ -34,11 +42,14 @@ def score_gradient(losses: Tensor, masks: Tensor, probabilities: Tensor) -> Tens
     """
     count = losses.shape[0]
     gaps = (losses - losses.mean()).to(probabilities.dtype)
-    spread = (probabilities * (1 - probabilities)).sqrt()
-    # The sum of the gaps is 0, so that of gap * s may be left out: exactly 0 where masks agree.
-    relative = masks.to(gaps.dtype) - masks[0].to(gaps.dtype)
-    estimate = (gaps @ relative) / (count - 1)
-    return torch.where(spread > 0, estimate / spread, 0)
+    gradient = torch.empty_like(probabilities)
+    for into, s, some in zip(*(t.split(CHUNK, -1) for t in (gradient, probabilities, masks)), strict=True):
+        spread = (s * (1 - s)).sqrt()
+        # The sum of the gaps is 0, so that of gap * s may be left out: exactly 0 where masks agree.
+        relative = some.to(gaps.dtype) - some[0].to(gaps.dtype)
+        estimate = (gaps @ relative) / (count - 1)
+        into.copy_(torch.where(spread > 0, estimate / spread, 0))
+    return gradient
 
 
 def top_units(probabilities: Tensor, costs: Tensor, budget: float) -> Tensor:

@@ -20,6 +20,7 @@ from sparsekern.topology import (
     rebuild_,
     with_capacity,
 )
+from sparsekern.topology import index as index_module
 from tests.topology.strategies import ints, places, topologies
 
 
@@ -197,8 +198,8 @@ def test_a_mask_by_hand(block: int) -> None:
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)
-@given(topologies(), st.data())
-def test_a_masked_index_is_the_index_of_the_kept_blocks(topology: Topology, data: st.DataObject) -> None:
+@given(topologies(), st.sampled_from([1, 3, 2**16]), st.data())
+def test_a_masked_index_is_the_index_of_the_kept_blocks(topology: Topology, chunk: int, data: st.DataObject) -> None:
     keep = data.draw(
         st.one_of(
             st.lists(st.booleans(), min_size=topology.slots, max_size=topology.slots),
@@ -209,7 +210,9 @@ def test_a_masked_index_is_the_index_of_the_kept_blocks(topology: Topology, data
     index = build_index(topology)
     before = [tensor.clone() for tensor in index]
 
-    result = mask_index(index, torch.tensor(keep), topology.grid.block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "CHUNK", chunk)
+        result = mask_index(index, torch.tensor(keep), topology.grid.block)
 
     assert_index_is(result, plain_lists(masked(topology, torch.tensor(keep))), topology)
     for tensor, copy in zip(index, before, strict=True):

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsekern.training import projection
 from sparsekern.training.projection import PROJECTIONS, project
+from tests.memory import allocations
 
 
 def exact(wanted: list[float], costs: list[float], budget: float, floor: float) -> list[float]:
@@ -52,8 +54,9 @@ number = st.floats(-2, 3, allow_nan=False, width=32)
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
-@given(st.data())
-def test_it_is_the_exact_one_and_is_so_again(data):
+@given(st.sampled_from([1, 4, 2**16]), st.data())
+def test_it_is_the_exact_one_and_is_so_again(chunk, data):
+    """Of many units too, of which some are looked at after the other: all of them, as long as they are no more."""
     count = data.draw(st.integers(1, 12))
     wanted = data.draw(st.lists(number, min_size=count, max_size=count))
     costs = data.draw(st.lists(st.sampled_from([0.25, 1.0, 1.0, 3.0]), min_size=count, max_size=count))
@@ -62,10 +65,21 @@ def test_it_is_the_exact_one_and_is_so_again(data):
     expected = torch.tensor(exact(wanted, costs, budget, floor), dtype=torch.float64)
     for how in PROJECTIONS:
         z, c = torch.tensor(wanted, dtype=torch.float64), torch.tensor(costs)
-        found = project(z, c, budget, floor, how)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(projection, "CHUNK", chunk)
+            found = project(z, c, budget, floor, how)
+            again = project(found, c, budget, floor, how)
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
         assert float((c * found).sum()) <= budget + 1e-9 and found.min() >= floor and found.max() <= 1
-        torch.testing.assert_close(project(found, c, budget, floor, how), found, atol=1e-9, rtol=0)
+        torch.testing.assert_close(again, found, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("how", PROJECTIONS)
+def test_many_units_take_what_is_returned_and_little_more(how, monkeypatch):
+    monkeypatch.setattr(projection, "CHUNK", 2**8)
+    z, c = torch.rand(2**14, generator=torch.Generator().manual_seed(0)), torch.ones(2**14, dtype=torch.float64)
+    found = allocations(lambda: project(z, c, 2.0**12, 0.0, how, halvings=20))
+    assert found.peak < 4 * 2**14 + 2**15 and found.largest == 4 * 2**14
 
 
 @pytest.mark.parametrize("how", PROJECTIONS)

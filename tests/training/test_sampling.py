@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from sparsekern.topology import generator_for
+from sparsekern.training import sampling
 from sparsekern.training.sampling import draw_masks, score_gradient, top_units
+from tests.memory import allocations
 
 UNITS = 4
 ALL = torch.tensor(list(itertools.product([False, True], repeat=UNITS)))  # (16, 4)
@@ -90,3 +92,21 @@ def test_the_likeliest_within_the_budget_and_ties_go_to_the_first():
     assert top_units(s, torch.full((5,), 0.1, dtype=torch.float64), 0.3).sum() == 3, (
         "0.1 + 0.1 + 0.1 is above 0.3 in floats"
     )
+
+
+def test_masks_and_scores_are_the_same_however_many_units_are_looked_at_together(monkeypatch):
+    probabilities = torch.rand(100, generator=generator_for(1))
+    masks = draw_masks(probabilities, 3, generator_for(0))
+    scores = score_gradient(LOSSES[:3].float(), masks, probabilities)
+    chance = torch.rand(3, 100, generator=generator_for(0))
+    assert torch.equal(masks, chance < probabilities)
+    monkeypatch.setattr(sampling, "CHUNK", 7)
+    assert torch.equal(draw_masks(probabilities, 3, generator_for(0)), masks)
+    torch.testing.assert_close(score_gradient(LOSSES[:3].float(), masks, probabilities), scores)
+
+
+def test_masks_and_scores_take_what_they_return_and_little_more(monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK", 2**10)
+    probabilities, masks = torch.full((2**17,), 0.5), torch.rand(2, 2**17) < 0.5
+    assert allocations(lambda: draw_masks(probabilities, 2, generator_for(0))).peak < 2.1 * 2**17
+    assert allocations(lambda: score_gradient(torch.ones(2), masks, probabilities)).peak < 4.5 * 2**17
