@@ -7,6 +7,7 @@ import copy
 from torch import nn
 
 from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.refusals import GATHER, refuse_sharded
 from sparsekern.nn.select import check_model
 from sparsekern.nn.swap import carry_over, swap_
 
@@ -44,6 +45,7 @@ def densify(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: not a :class:`torch.nn.Module`.
+        NotImplementedError: the values are sharded.
 
     Example:
         >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
@@ -51,6 +53,7 @@ def densify(model: nn.Module) -> nn.Module:
         Linear(in_features=64, out_features=64, bias=True)
     """
     check_model(model)
+    refuse_sharded(sparse_layers(model), f"densify copies whole tensors; {GATHER}, and load them into a model like it")
     model = copy.deepcopy(_uncompiled(model))  # compiled, it would go on calling the layers it was compiled for
     if isinstance(model, BlockSparse):
         dense = model.to_dense()

@@ -67,6 +67,10 @@ def _own_reason(module: nn.Module, uses: dict[int, list[str]]) -> str | None:
     return None
 
 
+GATHER = "gather them first, by get_model_state_dict with full_state_dict=True"
+"""What to do before a function that takes whole tensors."""
+
+
 def refuse_sharded(
     layers: Mapping[str, nn.Module], instead: str = "moving sharded blocks is not supported, use DDP"
 ) -> None:

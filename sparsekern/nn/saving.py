@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.converters import converter_of
+from sparsekern.nn.densify import sparse_layers
 from sparsekern.nn.files import metadata_of, read_state, sparse_names, with_metadata, write_state
 from sparsekern.nn.loading import STORED, adapt, source_grid
+from sparsekern.nn.refusals import GATHER, refuse_sharded
 from sparsekern.topology import Grid, Topology, to_dense
 from sparsekern.topology.arguments import check_kind
 
@@ -27,9 +29,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the file cannot be written.
         ModuleNotFoundError: the package safetensors is not installed.
+        NotImplementedError: the values are sharded.
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
     check_kind("path", path, (str, os.PathLike), "the name of a file")
+    refuse_sharded(sparse_layers(model), f"save writes whole tensors; {GATHER}, or use torch.distributed.checkpoint")
     write_state(Path(path), model.state_dict())
 
 
@@ -58,9 +62,13 @@ def load_(
 
     Raises:
         ValueError: the file cannot be read, or does not fit; one sentence says why.
+        NotImplementedError: the values of the model are sharded.
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
     check_kind("source", source, (str, os.PathLike, Mapping), "the name of a file, or a state dict")
+    refuse_sharded(
+        sparse_layers(model), "load_ writes whole tensors; load with set_model_state_dict and full_state_dict=True"
+    )
     if isinstance(source, Mapping):
         where, state = "the state", source
     else:

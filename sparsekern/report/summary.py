@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.analysis import Account, account, arguments, network_sparsity, profile, time_layer
-from sparsekern.nn import BlockSparse, DenseShare, dense_share, is_replaceable
+from sparsekern.nn import BlockSparse, DenseShare, dense_share, is_replaceable, refuse_sharded
 from sparsekern.nn.converters import out_features
 from sparsekern.topology.arguments import check_kind
 
@@ -123,6 +123,7 @@ def summary(
 
     Raises:
         ValueError: the model has no such layer, or ``dense`` has one that the model has not.
+        NotImplementedError: sharded layers were to be timed.
 
     Example:
         >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
@@ -140,6 +141,9 @@ def summary(
     }
     if not layers:
         raise ValueError("the model has no sparse layer, linear layer or convolution; there is nothing to summarise")
+    if measure and sample_input is not None:
+        sharded = {name: layer for name, layer in layers.items() if isinstance(layer, BlockSparse)}
+        refuse_sharded(sharded, "layers that others hold parts of cannot be timed alone; use measure=False")
     inputs, tokens = ({}, {}) if sample_input is None else _run(model, layers, sample_input)
     rows = []
     milliseconds = {}

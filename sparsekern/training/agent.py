@@ -198,6 +198,8 @@ class AGENT(Attached):
         Raises:
             ValueError: no batch came, or none was given and c needs them.
         """
+        self.check_open()
+        refuse_sharded(dict(self.snapshot.layers.values()), NOT_SHARDED)
         if not self._is_active():
             return
         if (batches is None) != (loss is None):

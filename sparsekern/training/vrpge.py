@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekern.nn import BlockSparse
+from sparsekern.nn import BlockSparse, refuse_sharded
 from sparsekern.topology import generator_for
 from sparsekern.topology.arguments import check_kind, check_number, check_whole
 from sparsekern.training.base import Method, is_rehearsal
@@ -178,6 +178,7 @@ class VRPGE(Method):
         if self.finished:
             return super().backward(closure, scaler=scaler)
         self.check_open()
+        refuse_sharded(self.layers)
         if self._masks is None or self._drawn_at != self.steps:
             generator = generator_for(self.seed, type(self).__name__, "masks", self.steps)
             self._masks = draw_masks(self.probabilities.value, self.masks, generator)
