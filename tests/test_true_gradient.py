@@ -251,6 +251,34 @@ def test_what_grows_is_largest_in_the_gradient_that_the_optimizer_takes(kind, na
         assert method.state_dict()["screen"] == (loop in several)
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_dropped_gradients_under_agent(name, set_to_none):
+    """Which writes its correction into the gradients before the backward."""
+    model = linear()
+    method = build(model, name)
+    agent = sk.AGENT(model, method.optimizer, method=method, gamma=1.0)
+    batches = [batch((6, 18), i, "seen") for i in range(3)]
+    for _ in range(2):
+        agent.refresh(batches, lambda x: plain(model, x))
+    agent.c[""] = 1.0
+
+    def step(trained: nn.Module, optimizer: torch.optim.Optimizer, at: int) -> None:
+        for loss, key in ((other, "dropped"), (plain, "first"), (plain, "second")):
+            x = batch((6, 18), at, key)
+            if trained is model:
+                agent.backward(lambda loss=loss, x=x: loss(model, x))
+                assert agent.metrics()["c"] == 1
+            else:
+                loss(trained, x).backward()
+            if loss is other:
+                optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+    check(model, method, step)
+
+
 # Two ranks: each its own part of a batch, two backwards a step of which the first is not reduced, and one dropped.
 
 

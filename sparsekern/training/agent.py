@@ -157,6 +157,8 @@ class AGENT(Attached):
             self.refresh()
         if not self._ready or (self.estimate == "losses" and not any(self.c.values())):
             return self._host_backward(closure, scaler)
+        if self.method is not None:
+            self.method.see_gradients()
         with self.cost.timed():
             self._correction.weights = {group: self.gamma * c for group, c in self.c.items()}
             randomness = Randomness(self.model)

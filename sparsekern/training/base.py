@@ -23,7 +23,7 @@ from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.optimizer_state import unwrapped
 from sparsekern.training.passes import parallel_modules
 from sparsekern.training.schedules import Schedule, whole_stop
-from sparsekern.training.scores import block_norms, is_finite, part_of, protect_last
+from sparsekern.training.scores import block_norms, is_finite, protect_last, warn_of_few_blocks
 from sparsekern.training.tied import Units
 
 STATE_VERSION = 2
@@ -132,7 +132,9 @@ class Method(Attached):
         self.check_ranks, self.process_group = check_ranks, process_group
         self._parallel = parallel_modules(model)
         self._compare_ranks()
-        self._warn_of_few_blocks()
+        fraction = self.schedule.drop_fraction
+        if self.moves_fraction and self.scope == "layer" and not callable(fraction):
+            warn_of_few_blocks(self.layers, fraction)
         self._warned_of_optimizer = False
         self.note_values()
         self.attach(self.layers.values())
@@ -226,25 +228,6 @@ class Method(Attached):
         """Take the values as they are now for known; after somebody else than the optimizer wrote into them."""
         self._noted = self.steps, sum(layer.values._version for layer in self.layers.values())
 
-    def _warn_of_few_blocks(self) -> None:
-        """Warn of layers of which no update moves a block: a fraction is rounded down, as in the papers."""
-        fraction = self.schedule.drop_fraction
-        if callable(fraction) or fraction == 0 or self.scope == "global" or not self.moves_fraction:
-            return
-        never = []
-        for name, layer in self.layers.items():
-            blocks = stored_blocks(layer.index)
-            units = blocks // layer.grid.taps if layer.tie_taps else blocks
-            if layer.values.requires_grad and 0 < blocks < layer.grid.cells and not part_of(units, fraction):
-                never.append(f"{name} ({units})")
-        if never:
-            _log.warning(
-                "drop_fraction is %s, which rounds down to no block in layers of so few, and they never move: %s. Take "
-                "smaller blocks, or a larger fraction",
-                fraction,
-                ", ".join(never),
-            )
-
     def _compare_ranks(self) -> None:
         if self.check_ranks:
             schedule = self.schedule
@@ -281,6 +264,9 @@ class Method(Attached):
 
     def settle(self, moves: dict[str, Move]) -> None:
         """Adapt what a subclass keeps beside the followers to moves that were made; nothing by default."""
+
+    def see_gradients(self) -> None:
+        """Notice gradients that were dropped, before somebody else writes into them; nothing by default."""
 
     def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.

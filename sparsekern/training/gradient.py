@@ -241,6 +241,10 @@ class GradientMethod(Method):
         else:
             self._arm(following)
 
+    def see_gradients(self) -> None:
+        """Let the probes have heard nothing of gradients that were dropped."""
+        self._armed.settle()
+
     def _settle(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._armed.settle()  # some optimizers drop gradients during their step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -11,10 +12,34 @@ from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import Topology, places_for, stored_blocks
 
+_log = logging.getLogger("sparsekern")
+
 
 def part_of(blocks: int, fraction: float) -> int:
     """Return how many of the blocks a fraction is, rounded down: with ceil one would move to the cosine's end."""
     return math.floor(fraction * blocks + 1e-9)  # 0.29 of 100 is 28.999999999999996
+
+
+def warn_of_few_blocks(layers: dict[str, BlockSparse], fraction: float) -> None:
+    """Warn of layers of which no update moves a block, because the fraction of them is rounded down to none."""
+    never = []
+    for name, layer in layers.items():
+        blocks = stored_blocks(layer.index)
+        units = blocks // layer.grid.taps if layer.tie_taps else blocks
+        if (
+            fraction > 0
+            and layer.values.requires_grad
+            and 0 < blocks < layer.grid.cells
+            and not part_of(units, fraction)
+        ):
+            never.append(f"{name} ({units})")
+    if never:
+        _log.warning(
+            "drop_fraction is %s, which rounds down to no block in layers of so few, and they never move: %s. Take "
+            "smaller blocks, or a larger fraction",
+            fraction,
+            ", ".join(never),
+        )
 
 
 def block_norms(layer: BlockSparse) -> Tensor:
