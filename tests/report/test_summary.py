@@ -137,3 +137,27 @@ def test_a_dense_network_of_another_kind():
         sk.summary(model(), torch.empty(2, 16), measure=False, dense=dense)
     with pytest.raises(ValueError, match="dense is given without a sample_input"):
         sk.summary(model(), dense=dense)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, scale: float, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.fc(x) * scale
+        return self.head(y if mask is None else y[mask])
+
+
+def test_any_arguments_of_the_model():
+    net = sk.sparsify_(TwoInputs(), 0.5, 4, ignore="head")
+    x, mask = torch.randn(5, 8), torch.tensor([True, False, True, False, False])
+    positional = sk.summary(net, (x, 2.0))
+    named = sk.summary(net, {"x": x, "scale": 2.0, "mask": mask}, measure=False)
+    assert [row.tokens for row in positional.rows] == [5, 5] and list(positional.milliseconds) == ["fc"]
+    assert [row.tokens for row in named.rows] == [5, 2]
+    beside = sk.summary(net, (x, 2.0), measure=False, dense=sk.densify(net))
+    assert beside.dense_flops == {"fc": 6 * 5 * 64, "head": 6 * 5 * 16}
+    layers = sk.analysis.profile(net, {"x": x, "scale": 2.0}).layers
+    assert {name: layer.multiply_adds for name, layer in layers.items()} == {"fc": 5 * 32, "head": 5 * 16}

@@ -237,3 +237,12 @@ def test_a_network_that_is_too_large_while_it_is_dense():
         transform(build, "wide", 0.75, torch.zeros(1, 8), block_size=8, max_gib=gib * 0.999)
     with pytest.raises(ValueError, match="max_gib is 0; it must be a number above 0"):
         transform(build, "wide", 0.75, torch.zeros(1, 8), block_size=8, max_gib=0)
+
+
+def test_convolutions_of_one_dimension_are_left_dense_or_refused_by_name():
+    model = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    x = torch.randn(2, 8, 8)
+    sparse = transform(model, "doped", sparsity=0.5, sample_input=x, block_size=8, ignore="4")
+    assert type(sparse[0]) is nn.Conv1d and type(sparse[2]) is not nn.Linear and sparse(x).shape == (2, 64)
+    with pytest.raises(ValueError, match="targets match '0', a Conv1d; Sparse-IFT takes nn.Linear and nn.Conv2d"):
+        transform(model, "doped", sparsity=0.5, sample_input=x, block_size=8, targets=nn.Conv1d, ignore=())
