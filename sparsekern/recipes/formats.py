@@ -119,6 +119,7 @@ class ConfigFile(Part):
 class Sizes(Part):
     """What a network stores."""
 
+    network_sparsity: Fraction | None = None  # results of an older version have none
     stored_parameters: Positive
     training_bytes: Positive
 
@@ -138,6 +139,14 @@ class Times(Part):
     low: Seconds | None
     high: Seconds | None
     highest: Seconds | None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Times:
+        if (self.low is None) != (self.high is None) or (self.median is None) != (self.highest is None):
+            raise ValueError("low and high, and median and highest, are both numbers or both null")
+        if self.median is None and self.low is not None:
+            raise ValueError("quartiles without a median")
+        return self
 
 
 class Spent(Part):

@@ -10,7 +10,7 @@ from sparsekern.recipes.options import OPTIONS, check_options
 from sparsekern.training import AGENT, METHODS
 
 NOT_OPTIONS = {
-    *("self", "model", "optimizer", "options", "process_group", "seed", "update_every"),
+    *("self", "model", "optimizer", "options", "process_group", "check_ranks", "seed", "update_every"),
     *("sparsity", "costs"),  # the first is the run's own, the second names layers
 }
 WITHOUT_EFFECT = {("vrpge", "keep_connected"), ("vrpge", "min_age"), ("set", "scope"), ("static", "scope")} | {
@@ -24,7 +24,10 @@ def arguments(method):
         name: parameter
         for cls in reversed(METHODS[method].__mro__[:-1])
         for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if name not in NOT_OPTIONS and (method, name) not in WITHOUT_EFFECT
+        if parameter.kind is not parameter.VAR_POSITIONAL
+        and parameter.kind is not parameter.VAR_KEYWORD
+        and name not in NOT_OPTIONS
+        and (method, name) not in WITHOUT_EFFECT
     }
 
 

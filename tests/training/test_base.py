@@ -295,7 +295,7 @@ def arguments(kind: type) -> list[str]:
     """Return the names of a constructor's arguments, and of those it hands the rest to, that are no yes or no."""
     signatures = [inspect.signature(cls.__init__).parameters for cls in kind.__mro__ if "__init__" in vars(cls)][:-1]
     kinds = {name: p.annotation for parameters in signatures for name, p in parameters.items()}
-    known = {"self", "model", "optimizer", "options", "process_group"}
+    known = {"self", "args", "kwargs", "model", "optimizer", "options", "process_group"}
     return sorted(name for name, annotation in kinds.items() if name not in known and annotation != "bool")
 
 
