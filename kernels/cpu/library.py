@@ -16,10 +16,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 8
+ABI = 9
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+FAILURES: dict[int, tuple[type[Exception], str]] = {
+    1: (MemoryError, "finds no memory for its scratch"),
+    2: (
+        ValueError,
+        "was given an index with a block row, block column or slot that its grid does not have, or one that another "
+        "thread changed meanwhile: build it anew, of a layer with sparsekern.refresh_(model)",
+    ),
+    3: (ValueError, "was given a tensor whose storage was resized to nothing: restore the storage before the call"),
+    4: (
+        MemoryError,
+        "cannot plan a convolution of such a padding, stride or dilation: what it would hold of the padded input has "
+        "more than 2**30 pixels",
+    ),
+}
+"""What the codes of ``csrc/library.h`` mean."""
 
 
 class Matrix(ctypes.Structure):
@@ -41,7 +58,7 @@ class Matrix(ctypes.Structure):
 
 
 class Order(ctypes.Structure):
-    """``Order`` of ``csrc/api.h``."""
+    """``Order`` of ``csrc/api.h``; what the library fills in itself is last."""
 
     _fields_ = (
         ("ptr", ctypes.c_void_p),
@@ -49,6 +66,8 @@ class Order(ctypes.Structure):
         ("slot", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("slots", ctypes.c_int64),
+        ("others", ctypes.c_int64),
+        ("illegal", ctypes.c_void_p),
     )
 
     @classmethod
@@ -268,12 +287,15 @@ def call(name: str, arguments: ctypes.Structure) -> None:
 
     Raises:
         MemoryError: no memory for the scratch.
+        ValueError: an illegal index, or a tensor without memory.
     """
     library, reason = load()
     if library is None:
         raise RuntimeError(reason)
-    if getattr(library, name)(ctypes.byref(arguments)):
-        raise MemoryError(f"{name} finds no memory for its scratch")
+    result = getattr(library, name)(ctypes.byref(arguments))
+    if result:
+        kind, text = FAILURES[result]
+        raise kind(f"{name} {text}")
 
 
 def takes_bfloat16() -> bool:

@@ -42,10 +42,15 @@ def orders_(index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending:
     rows, cols = index.row_ptr.shape[0] - 1, index.col_ptr.shape[0] - 1
     others = (None, None) if by_slot else (index.row_col, index.col_row)
     into = (index.row_ptr, index.row_slot, others[0], index.col_ptr, index.col_slot, others[1])
-    if _run("sk_orders", _flat(row), _flat(col), row.shape[0], rows, cols, int(ascending), *into) == REFUSED:
+    written = [tensor for tensor in into if tensor is not None]
+    fits = row.dtype is col.dtype is torch.int32 and row.shape == col.shape
+    fits = fits and all(tensor.dtype is torch.int32 and tensor.is_contiguous() for tensor in written)
+    fits = fits and min(t.shape[0] for t in written if t is not into[0] and t is not into[3]) >= row.shape[0]
+    arguments = (_flat(row), _flat(col), row.shape[0], rows, cols, int(ascending), *into)
+    if not fits or _run("sk_orders", *arguments) == REFUSED:
         eager.orders_(index, row, col, by_slot=by_slot, ascending=ascending)  # an order of its own for what is illegal
     else:  # a backward whose forward read the former index must notice
-        torch.autograd.graph.increment_version([tensor for tensor in into if tensor is not None])
+        torch.autograd.graph.increment_version(written)
 
 
 def are_legal(row: Tensor, col: Tensor, rows: int, cols: int) -> bool:
@@ -64,7 +69,7 @@ def distinct(keys: Tensor, present: Tensor, bound: int) -> Tensor:
 
 def leave_out_(numbers: Tensor, positions: Tensor) -> Tensor:
     """Return the numbers at all other positions; see :func:`sparsekern.kernels.eager.places.leave_out_`."""
-    _run("sk_leave_out", numbers, numbers.shape[0], positions, positions.shape[0])
+    _must("sk_leave_out", numbers, numbers.shape[0], positions, positions.shape[0])
     return numbers[: numbers.shape[0] - positions.shape[0]]
 
 
@@ -109,7 +114,7 @@ def places_of(keys: Tensor, cols: int) -> tuple[Tensor, Tensor]:
 def search(edges: Tensor, queries: Tensor) -> Tensor:
     """Return the first edges above queries; see :func:`sparsekern.kernels.eager.places.search`."""
     found = torch.empty(queries.shape, dtype=torch.int32, device="cpu")
-    _run("sk_search", _flat(edges), edges.shape[0], _flat(queries), queries.shape[0], found)
+    _must("sk_search", _flat(edges), edges.shape[0], _flat(queries), queries.shape[0], found)
     return found
 
 

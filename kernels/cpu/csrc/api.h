@@ -24,6 +24,8 @@ struct Order {
   const int32_t *ptr, *other, *slot;
   int64_t rows;       // block rows (block columns for dx)
   int64_t slots;      // Z
+  int64_t others;     // block columns (block rows for dx); the library fills in what follows `slots`
+  int32_t *illegal;   // set where an entry lies outside: see CheckedOrder of library.h
 };
 
 // 1x1: how rows, features and tokens are cut. See elements.h.
@@ -117,6 +119,7 @@ struct Kernels {
   void (*conv_outer_elements)(const ConvOuter &);
   void (*conv_backward)(const ConvBackward &);
   void (*conv_sketch)(const ConvSketch &);
+  bool (*all_inside)(const int32_t *numbers, int64_t count, int64_t bound);
 };
 
 // What it offers beside for inputs in bfloat16, with instructions of its own. None where the compiler lacks them. There is
@@ -135,6 +138,10 @@ extern const Kernels generic_kernels;
 extern const Kernels avx2_kernels, avx512_kernels;
 extern const HalfKernels avx512_bf16_kernels, amx_kernels;
 #endif
+
+// Of numbers that an index holds: whatever they are, nothing outside the tensors is read or written.
+inline bool inside(int32_t number, int64_t count) { return uint32_t(number) < uint64_t(count); }
+inline void refuse(const Order &order) { __atomic_store_n(order.illegal, 1, __ATOMIC_RELAXED); }
 
 // Shared by the planner (plan.h) and the kernels, so that they agree on the layout of the scratch.
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

@@ -7,6 +7,11 @@ namespace {
 
 constexpr int SLOTS_AHEAD = 32;  // blocks that have moved lie anywhere: so many entries before its turn a slot is asked for
 
+// Asks for a number before it is known to be there.
+INLINE void ask_for_number(const void *list, int32_t number) {
+  __builtin_prefetch((const void *)(uintptr_t(list) + uint32_t(number) * uintptr_t(4)), 0, 3);
+}
+
 constexpr int SHORT = 64;  // entries from which on the length of a run matters little
 
 struct Run {        // the entries of one row in one chunk
@@ -38,14 +43,16 @@ INLINE Arranged arranged_in(float *scratch, const ElementPlan &plan, bool gradie
 }
 
 // Columns ascend within a row, so a chunk's entries are a run of it. For the gradient slots are noted, not values.
+// Each entry is read once; false where it is illegal, columns that do not ascend too, and nothing may be computed then.
 // Chunk after chunk: by column, the slots of a row lie far apart, and those of its neighbours beside them.
 template <bool GRADIENT>
-NOINLINE void arrange(const Order &order, int64_t start, int64_t stop, const ElementPlan &plan, const Arranged &a, const float *values) {
+NOINLINE bool arrange(const Order &order, int64_t start, int64_t stop, const ElementPlan &plan, const Arranged &a, const float *values) {
   const int32_t *__restrict slots = order.slot, *__restrict other = order.other;
   uint16_t *__restrict feature = a.feature;
   float *__restrict number = a.number;
   int32_t *__restrict noted = a.slot;
   const int32_t used = order.ptr[order.rows];
+  const uint32_t all = uint32_t(order.slots);
   Run *run = a.runs;
   int32_t *end = a.ends, n = 0;
   for (int64_t r0 = start; r0 < stop; r0 += plan.strip) {
@@ -53,24 +60,27 @@ NOINLINE void arrange(const Order &order, int64_t start, int64_t stop, const Ele
     for (int64_t r = 0; r < rows; r++) a.next[r] = order.ptr[r0 + r];
     for (int64_t c = 0; c < plan.chunks; c++) {
       const int32_t begin = int32_t(c << plan.shift);
-      const int32_t limit = c + 1 < plan.chunks ? begin + (1 << plan.shift) : INT32_MAX;
+      const uint32_t wide = c + 1 < plan.chunks ? uint32_t(1) << plan.shift : uint32_t(order.others) - uint32_t(begin);
       const int32_t before = n;
       int32_t starts[SHORT + 2] = {};  // of the runs of each length; all the long ones are together
       for (int64_t r = 0; r < rows; r++) {
         int32_t e = a.next[r];
         const int32_t last = order.ptr[r0 + r + 1], first = n;
         for (; e < last; e++, n++) {
-          const int32_t slot = slots[e], column = other[slot], far = slots[e + SLOTS_AHEAD < used ? e + SLOTS_AHEAD : e];
-          __builtin_prefetch(other + far, 0, 3);
-          if (!GRADIENT) __builtin_prefetch(values + far, 0, 3);
-          if (column >= limit) {
+          const uint32_t slot = uint32_t(slots[e]);
+          const int32_t far = slots[e + SLOTS_AHEAD < used ? e + SLOTS_AHEAD : e];
+          ask_for_number(other, far);
+          if (!GRADIENT) ask_for_number(values, far);
+          if (slot >= all) return false;
+          const uint32_t column = uint32_t(other[slot]) - uint32_t(begin);
+          if (column >= wide) {  // of a later chunk, or of none
             __builtin_prefetch(slots + e + LINE, 0, 3);
             __builtin_prefetch(other + slot + LINE, 0, 3);
             if (!GRADIENT) __builtin_prefetch(values + slot, 0, 3), __builtin_prefetch(values + slot + LINE, 0, 3);
             break;
           }
-          feature[n] = uint16_t(column - begin);
-          if (GRADIENT) noted[n] = slot;
+          feature[n] = uint16_t(column);
+          if (GRADIENT) noted[n] = int32_t(slot);
           else number[n] = values[slot];
         }
         a.next[r] = e;
@@ -89,7 +99,10 @@ NOINLINE void arrange(const Order &order, int64_t start, int64_t stop, const Ele
       run += rows - empty;
       *end++ = int32_t(run - a.runs);
     }
+    for (int64_t r = 0; r < rows; r++)
+      if (a.next[r] != order.ptr[r0 + r + 1]) return false;
   }
+  return true;
 }
 
 }  // namespace

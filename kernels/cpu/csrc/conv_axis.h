@@ -1,6 +1,8 @@
 // Which rows (or columns) of a tensor the taps of a convolution read: for its planner, compiled for the baseline alone.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
+#include <initializer_list>
 #include <vector>
 
 #include "conv.h"
@@ -8,6 +10,26 @@
 namespace {
 
 typedef std::vector<int64_t> Numbers;
+
+// Thrown where the sizes of a convolution are too large for its plan.
+struct TooLarge {};
+
+// The product of sizes.
+int64_t product_of(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(product, size, &product)) throw TooLarge();
+  return product;
+}
+
+// Paddings, strides and dilations may be anything: of what passes here, sums and products of two fit into 64 bits.
+void check_sizes(const Conv &c) {
+  constexpr int64_t MOST_PHASES = int64_t(1) << 20;
+  for (int axis = 0; axis < 2; axis++)
+    for (const int64_t size : {c.in_size[axis], c.out_size[axis], c.kernel[axis], c.stride[axis], c.dilation[axis], std::abs(c.padding[axis])})
+      if (size > INT32_MAX) throw TooLarge();
+  if (c.transposed && c.stride[0] * c.stride[1] > MOST_PHASES) throw TooLarge();
+}
 
 int64_t floor_of(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t ceil_of(int64_t a, int64_t b) { return -floor_of(-a, b); }

@@ -171,7 +171,11 @@ void conv_outer_elements(const ConvOuter &m) {
 #pragma omp for schedule(static)
     for (int64_t e = 0; e < used; e++) m.out[m.runs.slot[e]] = number[e];
 #pragma omp for schedule(static)
-    for (int64_t e = used; e < m.order.slots; e++) m.out[m.order.slot[e]] = 0.f;
+    for (int64_t e = used; e < m.order.slots; e++) {
+      const int32_t slot = m.order.slot[e];
+      if (inside(slot, m.order.slots)) m.out[slot] = 0.f;
+      else refuse(m.order);
+    }
   }
 }
 

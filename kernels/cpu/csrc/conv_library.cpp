@@ -15,14 +15,14 @@ int multiply(const Conv &c) {
   Convolve &v = p.v;
   if (half) {
     Scratch scratch(4 * (round_up(v.used * c.bo * c.bi / 2, LINE) + v.threads * half_thread_floats(v.x)));
-    if (!scratch.memory) return 1;
+    if (!scratch.memory) return NO_MEMORY;
     v.scratch = (float *)scratch.memory;
     half->convolve(v);
     return 0;
   }
   const int64_t transposed = c.transposed ? 0 : round_up(v.used * c.bo * c.bi, LINE);
   Scratch scratch(4 * (transposed + v.threads * (conv_floats(v.x) + ASIDE)));
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   v.scratch = (float *)scratch.memory;
   kernels().convolve(v);
   return 0;
@@ -36,14 +36,14 @@ int multiply_elements(const Conv &c) {
   const RunsPlan plan(v.subgrids, v.channels, v.used, v.x.channels, c.groups, lanes);
   const int64_t lists = plan.floats(false);
   Scratch scratch(4 * (lists + v.threads * (conv_floats(v.x) + v.slack)));
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   v.runs = plan.in((float *)scratch.memory, false), v.scratch = (float *)scratch.memory + lists;
   for (size_t q = 0; q < p.l.subgrids.size(); q++) p.l.subgrids[q].ptr = v.runs.start + q * plan.strips() * STRIP * plan.chunks;
   if (c.transposed) {
     const BackwardEntries each(c, v.x, p.rows, p.cols);
-    arrange_runs(plan, v.runs, each.first.data(), c.values, v.threads, each);
-  } else {
-    arrange_runs(plan, v.runs, c.order.ptr, c.values, v.threads, ForwardEntries(c, v.x, p.rows, p.cols));
+    if (!each.legal || !arrange_runs(plan, v.runs, each.first.data(), c.values, v.threads, each)) return REFUSED;
+  } else if (!arrange_runs(plan, v.runs, c.order.ptr, c.values, v.threads, ForwardEntries(c, v.x, p.rows, p.cols))) {
+    return REFUSED;
   }
   kernels().convolve_elements(v);
   return 0;
@@ -54,7 +54,7 @@ int outer_part(const Conv &c) {
   plan_outer(p, c);
   ConvOuter &m = p.m;
   Scratch scratch(4 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   m.scratch = (float *)scratch.memory;
   kernels().conv_outer(m);
   return 0;
@@ -66,7 +66,7 @@ int outer(const Conv &c) {
     if (plan_outer_half(p, c, half->most_packed)) {
       ConvOuter &m = p.m;
       Scratch scratch(2 * m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)));
-      if (!scratch.memory) return 1;
+      if (!scratch.memory) return NO_MEMORY;
       m.scratch = (float *)scratch.memory;
       half->conv_outer(m);
       return 0;
@@ -82,9 +82,9 @@ int outer_elements_part(const Conv &c) {
   const RunsPlan plan(1, m.order.rows, c.order.ptr[c.order.rows], m.x.channels, c.groups, lanes_read(m.x, p.rows, p.cols, 256, true));
   const int64_t lists = plan.floats(true);
   Scratch scratch(4 * (lists + conv_floats(m.x) + conv_floats(m.dy) + LINE));  // the last vector may read beyond
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   m.runs = plan.in((float *)scratch.memory, true), m.scratch = (float *)scratch.memory + lists;
-  arrange_runs(plan, m.runs, c.order.ptr, nullptr, m.threads, ForwardEntries(c, m.x, p.rows, p.cols));
+  if (!arrange_runs(plan, m.runs, c.order.ptr, nullptr, m.threads, ForwardEntries(c, m.x, p.rows, p.cols))) return REFUSED;
   kernels().conv_outer_elements(m);
   return 0;
 }
@@ -95,38 +95,63 @@ int outer_elements(const Conv &c) {
 
 bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
 
+// Runs run(the convolution with a checked order): see CheckedOrder.
+template <class F> int checked(const Conv &given, const F &run) {
+  const int64_t by_row = given.groups * blocks_of(given.out_channels / given.groups, given.bo);
+  const int64_t by_col = given.kernel[0] * given.kernel[1] * blocks_of(given.in_channels / given.groups, given.bi);
+  if ((!given.x && given.in_size[0] && given.in_size[1]) || !given.y || (given.order.slots && !given.values)) return NO_STORAGE;
+  const CheckedOrder order(given.order, given.transposed ? by_col : by_row, given.transposed ? by_row : by_col, of_elements(given));
+  if (order.failed) return order.failed;
+  Conv c = given;
+  c.order = order.order;
+  for (int axis = 0; axis < 2; axis++) {
+    if (c.kernel[axis] == 1) c.dilation[axis] = 1;  // it says nothing then
+    if (c.out_size[axis] == 1 && c.stride[axis] > 1024) c.stride[axis] = 1;  // the same, and a phase each is too many
+  }
+  const int failed = guarded([&] { return run(c); });
+  return failed ? failed : order.result();
+}
+
+// Runs one product, and unless it failed the other.
+template <class First, class Second> int both(const First &first, const Second &second) {
+  const int failed = first();
+  return failed ? failed : second();
+}
+
 int backward_part(const Conv &for_dx, const Conv &for_dvalues, bool past) {
   ConvBackward b = {};
   MultiplyPlan dx;
   OuterPlan dvalues;
-  if (!plan_backward(b, dx, dvalues, for_dx, for_dvalues)) return multiply(for_dx) || outer_part(for_dvalues);
+  if (!plan_backward(b, dx, dvalues, for_dx, for_dvalues)) 
+    return both([&] { return multiply(for_dx); }, [&] { return outer_part(for_dvalues); });
   b.dx.past = past;
   ConvOuter &m = b.dvalues;
   Scratch scratch(4 * (m.panels_at_once * (conv_floats(m.x) + conv_floats(m.dy)) + m.threads * ASIDE));
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   m.scratch = (float *)scratch.memory;
   kernels().conv_backward(b);
   return 0;
 }
 
-int backward(const ConvGradients &c) {
-  if (of_elements(c.dx)) return multiply_elements(c.dx) || outer_elements(c.dvalues);  // they pack differently
-  if (half_kernels_for(c.dx)) return multiply(c.dx) || outer(c.dvalues);
-  const bool past = writes_past(c.dx);
-  return by_parts(c.dvalues, [&](const Conv &dvalues, int64_t first, int64_t last) {
-    return backward_part(of_images(c.dx, first, last, dvalues.threads), dvalues, past);
+int backward(const Conv &dx, const Conv &dvalues) {
+  if (of_elements(dx)) return both([&] { return multiply_elements(dx); }, [&] { return outer_elements(dvalues); });  // they pack differently
+  if (half_kernels_for(dx)) return both([&] { return multiply(dx); }, [&] { return outer(dvalues); });
+  const bool past = writes_past(dx);
+  return by_parts(dvalues, [&](const Conv &part, int64_t first, int64_t last) {
+    return backward_part(of_images(dx, first, last, part.threads), part, past);
   });
 }
 
 int sketch(ConvSketch &m) {
   Conv &c = m.conv;
+  if ((!c.x && c.in_size[0] && c.in_size[1]) || !c.y || !m.u || !m.v) return NO_STORAGE;
   const int64_t taps = c.kernel[0] * c.kernel[1], group_out = c.out_channels / c.groups, group_in = c.in_channels / c.groups;
   const int64_t tokens = c.images * c.out_size[0] * c.out_size[1];
   const int64_t groups = blocks_of(blocks_of(group_out, c.bo), GROUP) + blocks_of(taps * blocks_of(group_in, c.bi), GROUP);
   c.threads = threads_for(2 * tokens * (c.out_channels + taps * c.in_channels) * round_up(m.pairs, GROUP_PAIRS), c.threads);
   m.plan = sketch_plan(c.groups * groups, m.pairs, tokens, c.threads);
   Scratch scratch(m.plan.floats * 4);
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   m.scratch = scratch.memory;
   kernels().conv_sketch(m);
   return 0;
@@ -137,17 +162,19 @@ int sketch(ConvSketch &m) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// All return 0, or 1 when there is no memory.
+// All return 0, or what library.h says.
 int sk_conv_multiply(const Conv *c) {
-  return guarded([&] { return of_elements(*c) ? multiply_elements(*c) : multiply(*c); });
+  return checked(*c, [](const Conv &c) { return of_elements(c) ? multiply_elements(c) : multiply(c); });
 }
 
 int sk_conv_outer(const Conv *c) {
-  return guarded([&] { return of_elements(*c) ? outer_elements(*c) : outer(*c); });
+  return checked(*c, [](const Conv &c) { return of_elements(c) ? outer_elements(c) : outer(c); });
 }
 
 int sk_conv_backward(const ConvGradients *c) {
-  return guarded([&] { return backward(*c); });
+  return checked(c->dx, [&](const Conv &dx) {
+    return checked(c->dvalues, [&](const Conv &dvalues) { return backward(dx, dvalues); });
+  });
 }
 
 int sk_conv_sketch(ConvSketch *m) { return sketch(*m); }

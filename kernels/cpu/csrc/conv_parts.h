@@ -4,7 +4,7 @@
 // they share nothing until the end. How many parts there are is for the sizes to say and not for the threads: the sums are
 // the same to the bit however many there are. Compiled for the baseline alone.
 #pragma once
-#include <new>
+#include <exception>
 
 #include "conv_plan.h"
 #include "threads.h"
@@ -35,18 +35,20 @@ Conv of_images(Conv c, int64_t first, int64_t last, int threads) {
 template <class F> int guarded(F run) {
   try {
     return run();
-  } catch (const std::bad_alloc &) {
-    return 1;
+  } catch (const TooLarge &) {
+    return TOO_LARGE;
+  } catch (const std::exception &) {  // of a vector: no memory, or more than there ever is
+    return NO_MEMORY;
   }
 }
 
 // Runs run(part, its first image, the image behind its last) for each part, and adds up what they write to their `values`.
-// Returns 0, or 1 when there is no memory, as `run` does.
+// Returns 0, or what library.h says, as `run` does.
 template <class F> int by_parts(const Conv &c, const F &run) {
   const int64_t parts = parts_of(c), size = int64_t(c.bo) * c.bi, blocks = c.order.slots * size;
   if (parts == 1) return run(c, 0, c.images);
   Scratch others(4 * (parts - 1) * blocks);
-  if (!others.memory) return 1;
+  if (!others.memory) return NO_MEMORY;
   float *sums = (float *)others.memory;
   const int threads = threads_of(c);
   int failed[PARTS] = {};
@@ -63,11 +65,13 @@ template <class F> int by_parts(const Conv &c, const F &run) {
     for (int64_t q = thread_number(); q < parts; q += thread_count()) run_part(q, 1);
   }
   for (int64_t q = 0; q < parts; q++)
-    if (failed[q]) return 1;
+    if (failed[q]) return failed[q];
   for (int64_t e = 0; e < c.order.ptr[c.order.rows]; e++) {
-    float *out = c.values + c.order.slot[e] * size;
+    const int32_t slot = c.order.slot[e];
+    if (!inside(slot, c.order.slots)) return REFUSED;
+    float *out = c.values + slot * size;
     for (int64_t q = 1; q < parts; q++) {
-      const float *more = sums + (q - 1) * blocks + c.order.slot[e] * size;
+      const float *more = sums + (q - 1) * blocks + slot * size;
       for (int64_t i = 0; i < size; i++) out[i] += more[i];
     }
   }

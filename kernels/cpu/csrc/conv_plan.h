@@ -15,7 +15,7 @@ struct Panel {
 // As many floats as the blocks have are enough for a panel to pay for reading them; what is packed, what comes next and
 // what is written then stay in the L2 cache together.
 Panel plan_panel(int64_t images, int64_t rows, int64_t reach, int64_t row_floats, int64_t weights, int threads, int64_t most_images) {
-  const int64_t room = half_of_l2(), image = (rows + reach) * row_floats, enough = std::clamp(2 * weights, room / 4, room);
+  const int64_t room = half_of_l2(), image = product_of({rows + reach, row_floats}), enough = std::clamp(2 * weights, room / 4, room);
   Panel p = {rows, 1};
   if (image > room + room / 4) {
     p.strip = std::max(room / row_floats - reach, std::min<int64_t>(rows, reach + 1));
@@ -31,6 +31,7 @@ Panel plan_panel(int64_t images, int64_t rows, int64_t reach, int64_t row_floats
   return p;
 }
 
+// An entry names a pixel of a panel by an int32: TooLarge where there are more.
 void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel, int64_t width, bool in_turn) {
   p.row_step = rows.step, p.col_step = cols.step;
   p.row_views = rows.base.size(), p.col_views = cols.base.size();
@@ -39,8 +40,9 @@ void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel,
   const int64_t high = panel.strip + rows.reach;
   p.row_pitch = in_turn ? panel.images * width : width;
   p.image_pitch = in_turn ? width : high * width;
-  p.view_pitch = high * panel.images * width;
-  p.plane = p.row_views * p.col_views * p.view_pitch;
+  p.view_pitch = product_of({high, panel.images, width});
+  p.plane = product_of({p.row_views, p.col_views, p.view_pitch});
+  if (product_of({conv_blocks(p), std::max<int64_t>(p.side / 16, 1), p.plane}) > INT32_MAX / 2) throw TooLarge();
 }
 
 int threads_of(const Conv &c) {
@@ -161,6 +163,7 @@ struct MultiplyPlan {
 
 // `beside`: floats that are packed with each row of a panel for another product. `half`: for HalfKernels.
 void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
+  check_sizes(c);
   const bool back = c.transposed, elements = c.bo == 1 && c.bi == 1;
   const int64_t used = c.order.ptr[c.order.rows], size = int64_t(c.bo) * c.bi;
   const auto axis = back ? backward_axis : forward_axis;
@@ -181,7 +184,8 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
   v.first_row = rows.first, v.last_row = rows.last, v.first_col = cols.first;
 
   const int64_t width = cols.outputs() + cols.reach;
-  const int64_t row_floats = conv_blocks(v.x) * v.x.side * width * rows.base.size() * cols.base.size() / (half ? 2 : 1) + beside;
+  const int64_t views = rows.base.size() * cols.base.size();
+  const int64_t row_floats = product_of({conv_blocks(v.x), v.x.side, width, views}) / (half ? 2 : 1) + beside;
   const Panel panel = plan_panel(c.images, rows.outputs(), rows.reach, row_floats, used * size, v.threads,
                                  elements && !in_turn ? 1 : INT32_MAX);
   v.strip = panel.strip, v.images_at_once = panel.images, v.reach = rows.reach, v.in_turn = in_turn;

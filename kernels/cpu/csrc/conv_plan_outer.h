@@ -18,6 +18,7 @@ struct OuterPlan {
 
 // What does not depend on the panels.
 void begin_outer(OuterPlan &p, const Conv &c, bool by_tap) {
+  check_sizes(c);
   p.rows = forward_axis(c, 0, false), p.cols = forward_axis(c, 1, by_tap);
   p.dy_rows.base = p.dy_cols.base = {0};
   ConvOuter &m = p.m;
@@ -42,7 +43,8 @@ void add_at_once(OuterPlan &p, int64_t strip) {
 
 // Floats of a packed row of x, in all of its views.
 int64_t row_floats_of_x(const OuterPlan &p) {
-  return conv_blocks(p.m.x) * p.m.x.side * width_of_x(p) * p.rows.base.size() * p.cols.base.size();
+  const int64_t views = p.rows.base.size() * p.cols.base.size();
+  return product_of({conv_blocks(p.m.x), p.m.x.side, width_of_x(p), views});
 }
 
 // Blocks of dy that an entry reads.

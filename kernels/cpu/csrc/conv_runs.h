@@ -37,31 +37,47 @@ struct RunsPlan {
   }
 };
 
-// Row r of subgrid q has the entries first[q * rows + r] and on; each(q, r, f) calls f(channel, offset, slot) for them.
-// The values are noted, or for a gradient the slots.
+// Row r of subgrid q has the entries first[q * rows + r] and on; each(q, r, f) calls f(channel, offset, slot) for them while
+// that returns true, and returns whether all are legal. The values are noted, or for a gradient the slots. Returns false
+// where an entry is illegal, or was another one when it was read again.
 template <class Each>
-void arrange_runs(const RunsPlan &p, const ElementRuns &runs, const int32_t *first, const float *values, int threads, const Each &each) {
+bool arrange_runs(const RunsPlan &p, const ElementRuns &runs, const int32_t *first, const float *values, int threads, const Each &each) {
   const int64_t strips = p.strips();
+  int32_t illegal = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < p.subgrids * strips; i++) {
     const int64_t q = i / strips, r0 = i % strips * STRIP, count = p.chunks * STRIP;
     const int64_t rows = p.rows - r0 < STRIP ? p.rows - r0 : STRIP;
-    int32_t next[MOST_CHUNKS * STRIP] = {}, at = first[q * p.rows + r0];
-    for (int64_t l = 0; l < rows; l++) each(q, r0 + l, [&](int64_t channel, int32_t, int32_t) { next[(channel >> p.shift) * STRIP + l]++; });
+    const int32_t end = first[q * p.rows + r0 + rows];
+    int32_t next[MOST_CHUNKS * STRIP] = {}, at = first[q * p.rows + r0], left = end - at;
+    bool legal = true;
+    for (int64_t l = 0; l < rows; l++) {
+      legal = legal && each(q, r0 + l, [&](int64_t channel, int32_t, int32_t) {
+        next[(channel >> p.shift) * STRIP + l]++;
+        return left-- > 0;
+      });
+    }
     for (int64_t k = 0; k < count; k++) {
       const int32_t entries = next[k];
       runs.start[i * count + k] = next[k] = at, at += entries;
     }
+    legal = legal && left == 0;
     for (int64_t l = 0; l < rows; l++) {
-      each(q, r0 + l, [&](int64_t channel, int32_t offset, int32_t slot) {
-        const int32_t e = next[(channel >> p.shift) * STRIP + l]++;
+      legal = legal && each(q, r0 + l, [&](int64_t channel, int32_t offset, int32_t slot) {
+        const int64_t cell = (channel >> p.shift) * STRIP + l;
+        const int32_t e = next[cell]++;
+        if (e == (cell + 1 < count ? runs.start[i * count + cell + 1] : end)) return false;
         runs.offset[e] = offset;
         if (values) runs.number[e] = values[slot];
         else runs.slot[e] = slot;
+        left++;
+        return true;
       });
     }
+    if (!legal || left != end - first[q * p.rows + r0]) __atomic_store_n(&illegal, 1, __ATOMIC_RELAXED);
   }
   runs.start[p.starts()] = int32_t(p.used);
+  return !illegal;
 }
 
 // Entries by row of the weight.
@@ -80,12 +96,14 @@ struct ForwardEntries {
     }
   }
 
-  template <class F> void operator()(int64_t, int64_t r, const F &f) const {
+  template <class F> bool operator()(int64_t, int64_t r, const F &f) const {
     const int64_t before = r / row_blocks * col_blocks;
     for (int64_t e = c.order.ptr[r]; e < c.order.ptr[r + 1]; e++) {
-      const int32_t slot = c.order.slot[e], column = c.order.other[slot];
-      f(before + block[column], int32_t(pixel[column] + before * plane), slot);
+      const int32_t slot = c.order.slot[e], column = inside(slot, c.order.slots) ? c.order.other[slot] : -1;
+      if (!inside(column, c.order.others)) return false;
+      if (!f(before + block[column], int32_t(pixel[column] + before * plane), slot)) return false;
     }
+    return true;
   }
 };
 
@@ -95,6 +113,7 @@ struct BackwardEntries {
   const int64_t col_blocks, row_blocks, plane;
   std::vector<std::vector<std::pair<int64_t, int32_t>>> taps;  // of each phase: the number of the tap, where it begins
   std::vector<int32_t> first;
+  bool legal = true;  // else there is nothing to call it for
 
   BackwardEntries(const Conv &c, const Packing &p, const Axis &rows, const Axis &cols)
       : c(c), col_blocks(c.in_channels / c.groups), row_blocks(c.out_channels / c.groups), plane(p.plane),
@@ -103,16 +122,19 @@ struct BackwardEntries {
       for (int64_t j = 0; j < c.kernel[1]; j++)
         taps[rows.phase[i] * cols.from.size() + cols.phase[j]].emplace_back(i * c.kernel[1] + j, int32_t(tap_of(p, rows, cols, i, j).pixel));
     first.reserve(taps.size() * c.in_channels + 1);
-    int32_t at = 0;
+    const int64_t used = c.order.ptr[c.order.rows];
+    int64_t at = 0;
     for (const auto &of_phase : taps) {
       for (int64_t r = 0; r < c.in_channels; r++) {
-        first.push_back(at);
+        first.push_back(int32_t(at));
         for (const auto &tap : of_phase) {
           const auto range = entries(tap.first, r);
-          at += int32_t(range.second - range.first);
+          at = std::min(at + range.second - range.first, used + 1);
         }
       }
     }
+    first.push_back(int32_t(at));
+    legal = at == used;
   }
 
   // Those of a channel and a tap; groups share the columns of the weight, rows ascend in them.
@@ -121,20 +143,23 @@ struct BackwardEntries {
     const int32_t *slots = c.order.slot;
     const auto row_from = [&](int64_t row) {
       return std::partition_point(slots + c.order.ptr[column], slots + c.order.ptr[column + 1],
-                                  [&](int32_t slot) { return c.order.other[slot] < row; }) - slots;
+                                  [&](int32_t slot) { return inside(slot, c.order.slots) && c.order.other[slot] < row; }) - slots;
     };
     if (c.groups == 1) return {c.order.ptr[column], c.order.ptr[column + 1]};
-    return {row_from(group * row_blocks), row_from((group + 1) * row_blocks)};
+    const int64_t first_entry = row_from(group * row_blocks);
+    return {first_entry, std::max<int64_t>(row_from((group + 1) * row_blocks), first_entry)};
   }
 
-  template <class F> void operator()(int64_t q, int64_t r, const F &f) const {
+  template <class F> bool operator()(int64_t q, int64_t r, const F &f) const {
     for (const auto &tap : taps[q]) {
       const auto range = entries(tap.first, r);
       for (int64_t e = range.first; e < range.second; e++) {
-        const int32_t slot = c.order.slot[e], row = c.order.other[slot];
-        f(row, int32_t(tap.second + row * plane), slot);
+        const int32_t slot = c.order.slot[e], row = inside(slot, c.order.slots) ? c.order.other[slot] : -1;
+        if (!inside(row, c.order.others)) return false;
+        if (!f(row, int32_t(tap.second + row * plane), slot)) return false;
       }
     }
+    return true;
   }
 };
 

@@ -80,7 +80,10 @@ template <int T> void multiply_lanes(const Multiply &m) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t q = 0; q < pieces; q++) {
         const int64_t start = q * piece, stop = start + piece < rows ? start + piece : rows;
-        arrange<false>(m.order, start, stop, plan, a, m.values);
+        if (!arrange<false>(m.order, start, stop, plan, a, m.values)) {
+          refuse(m.order);
+          continue;
+        }
         for (int64_t p = 0; p < some; p += T) {
           const int64_t count = some - p < T ? some - p : T;
           const float *x = packed + p * features;
@@ -153,7 +156,10 @@ template <int T> void outer_lanes(const Outer &m) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t q = 0; q < pieces; q++) {
         const int64_t start = q * piece, stop = start + piece < rows ? start + piece : rows;
-        arrange<true>(m.order, start, stop, plan, a, nullptr);
+        if (!arrange<true>(m.order, start, stop, plan, a, nullptr)) {
+          refuse(m.order);
+          continue;
+        }
         const Run *runs_end = a.runs + a.ends[(stop - start + plan.strip - 1) / plan.strip * plan.chunks - 1];
         float *total = a.number;  // in the order of the runs
         for (const Run *run = a.runs; run < runs_end; run++)
@@ -189,8 +195,7 @@ template <int T> void outer_lanes(const Outer &m) {
         }
       }
     }
-#pragma omp for schedule(static)
-    for (int64_t e = m.order.ptr[rows]; e < m.order.slots; e++) m.out[m.order.slot[e]] = 0.f;
+    clear_free(m.order, m.out);
   }
 }
 

@@ -2,6 +2,7 @@
 // topology has them. Bringing them into a better order first (arrange.h) would cost more than the products.
 #pragma once
 #include "pack.h"
+#include "share.h"
 
 namespace {
 
@@ -16,6 +17,16 @@ template <int L> INLINE void pack_narrow(const Matrix &x, float *out) {
   }
 }
 
+// Called by all threads: zeros for the gradient of free slots.
+INLINE void clear_free(const Order &order, float *out) {
+#pragma omp for schedule(static)
+  for (int64_t e = order.ptr[order.rows]; e < order.slots; e++) {
+    const int32_t slot = order.slot[e];
+    if (inside(slot, order.slots)) out[slot] = 0.f;
+    else refuse(order);
+  }
+}
+
 // Strip by strip and chunk by chunk of features: by column, the slots of a row lie far apart, and those of its
 // neighbours beside them.
 template <int L> void multiply_narrow(const Multiply &m) {
@@ -23,6 +34,7 @@ template <int L> void multiply_narrow(const Multiply &m) {
   const int64_t rows = m.order.rows, strip = m.plan.strip, strips = (rows + strip - 1) / strip;
   const int32_t *slots = m.order.slot, *other = m.order.other;
   const float *values = m.values;
+  const uint32_t all = uint32_t(m.order.slots);
   const int threads = m.threads;
   float *packed = (float *)m.scratch;
 
@@ -39,21 +51,25 @@ template <int L> void multiply_narrow(const Multiply &m) {
         *(Narrow *)(y + r * L) = (m.bias ? m.bias[r0 + r] : 0.f) - Narrow{};
       }
       for (int64_t c = 0; c < m.plan.chunks; c++) {
-        const int32_t limit = c + 1 < m.plan.chunks ? int32_t((c + 1) << m.plan.shift) : INT32_MAX;
+        const uint32_t limit = uint32_t(c + 1 < m.plan.chunks ? (c + 1) << m.plan.shift : m.x.cols);
         for (int64_t r = 0; r < count; r++) {
-          const int32_t last = m.order.ptr[r0 + r + 1];
-          int32_t e = next[r];
+          const int32_t *at = slots + next[r], *last = slots + m.order.ptr[r0 + r + 1];
           Narrow even = *(const Narrow *)(y + r * L), odd = {};  // two chains, or each addition waits for the last
-          for (; e < last; e++) {
-            const int32_t slot = slots[e], column = other[slot];
+#pragma GCC unroll 2
+          for (; at < last; at++) {
+            const uint32_t slot = uint32_t(*at);
+            if (slot >= all) break;  // in each chunk: it is still there at the end
+            const uint32_t column = uint32_t(other[slot]);
             if (column >= limit) break;
             Narrow sum = even + values[slot] * *(const Narrow *)(packed + int64_t(column) * L);
             even = odd, odd = sum;
           }
-          next[r] = e;
+          next[r] = int32_t(at - slots);
           *(Narrow *)(y + r * L) = even + odd;
         }
       }
+      for (int64_t r = 0; r < count; r++)
+        if (next[r] != m.order.ptr[r0 + r + 1]) refuse(m.order);
       for (int64_t t = 0; t < m.x.rows; t++) {
         for (int64_t r = 0; r < count; r++) out[t * strip + r] = y[r * L + t];
         write_row(m.y.data, t * m.y.row_stride + r0, m.y.dtype, out + t * strip, count);
@@ -62,8 +78,44 @@ template <int L> void multiply_narrow(const Multiply &m) {
   }
 }
 
-void outer_narrow(const Outer &m) {
+// Up to VL entries of a row, whose gradient is g: false where an entry is illegal.
+INLINE bool outer_entries(const Outer &m, const int32_t *slots, int64_t count, const float *x, const Vector *g) {
   constexpr int L = 16, VECTORS = L / VL;
+  const uint32_t wide = uint32_t(m.order.others);
+  Vector partial[VL] = {};
+  UNROLL for (int64_t l = 0; l < count; l++) {
+    const uint32_t column = uint32_t(m.order.other[slots[l]]);
+    if (column >= wide) return false;
+    const float *line = x + int64_t(column) * L;
+    UNROLL for (int v = 0; v < VECTORS; v++) partial[l] += g[v] * load(line + v * VL);
+  }
+  float line[VL];
+  store(line, sums(partial));
+  UNROLL for (int64_t l = 0; l < count; l++) m.out[slots[l]] = line[l];
+  return true;
+}
+
+// One row of the weight: false where an entry is illegal.
+INLINE bool outer_row(const Outer &m, int64_t r, const float *x, const float *dy) {
+  constexpr int L = 16, VECTORS = L / VL, AT_ONCE = 256;
+  const int64_t last = m.order.ptr[r + 1];
+  Vector g[VECTORS];
+  UNROLL for (int v = 0; v < VECTORS; v++) g[v] = load(dy + r * L + v * VL);
+  int32_t slots[AT_ONCE];
+  for (int64_t e0 = m.order.ptr[r]; e0 < last; e0 += AT_ONCE) {
+    const int64_t some = last - e0 < AT_ONCE ? last - e0 : AT_ONCE;
+    std::memcpy(slots, m.order.slot + e0, some * 4);
+    if (!all_inside(slots, some, m.order.slots)) return false;
+    int64_t e = 0;
+    for (; e + VL <= some; e += VL)
+      if (!outer_entries(m, slots + e, VL, x, g)) return false;
+    if (e < some && !outer_entries(m, slots + e, some - e, x, g)) return false;
+  }
+  return true;
+}
+
+void outer_narrow(const Outer &m) {
+  constexpr int L = 16;
   const int64_t rows = m.order.rows, strip = m.plan.strip, strips = (rows + strip - 1) / strip;
   const int threads = m.threads;
   float *x = (float *)m.scratch, *dy = x + m.x.cols * L;
@@ -74,24 +126,10 @@ void outer_narrow(const Outer &m) {
     pack_narrow<L>(m.dy, dy);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t q = 0; q < strips; q++) {
-      for (int64_t r = q * strip; r < (q + 1) * strip && r < rows; r++) {
-        Vector g[VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; v++) g[v] = load(dy + r * L + v * VL);
-        for (int64_t e = m.order.ptr[r]; e < m.order.ptr[r + 1]; e += VL) {
-          const int64_t n = m.order.ptr[r + 1] - e < VL ? m.order.ptr[r + 1] - e : VL;
-          Vector partial[VL] = {};
-          for (int64_t l = 0; l < n; l++) {
-            const float *line = x + int64_t(m.order.other[m.order.slot[e + l]]) * L;
-            UNROLL for (int v = 0; v < VECTORS; v++) partial[l] += g[v] * load(line + v * VL);
-          }
-          float line[VL];
-          store(line, sums(partial));
-          for (int64_t l = 0; l < n; l++) m.out[m.order.slot[e + l]] = line[l];
-        }
-      }
+      for (int64_t r = q * strip; r < (q + 1) * strip && r < rows; r++)
+        if (!outer_row(m, r, x, dy)) refuse(m.order);
     }
-#pragma omp for schedule(static)
-    for (int64_t e = m.order.ptr[rows]; e < m.order.slots; e++) m.out[m.order.slot[e]] = 0.f;
+    clear_free(m.order, m.out);
   }
 }
 

@@ -15,21 +15,38 @@
 #include <cpuid.h>
 #endif
 
-// The scratch memory: arenas that grow, one a running call, idle ones kept for the next.
+// The scratch memory: arenas that grow, one a running call, idle ones kept for the next until the thread ends that asked
+// the system for them.
 struct Arena {
   char *memory = nullptr;
   size_t size = 0;
   bool busy = false;
+  const void *owner = nullptr;
+
+  void release() { std::free(memory), memory = nullptr, size = 0; }
 };
 
 namespace {
 
-const int ABI = 8;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
+const int ABI = 9;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
 
-constexpr int ARENAS = 64;  // calls at the same time that keep their scratch; more allocate and free
+constexpr int ARENAS = 128;  // pieces of scratch in use at the same time that are kept; more are allocated and freed
 Arena arenas[ARENAS];
 std::mutex lock;
 bool forked = false;  // OpenMP's threads do not survive a fork: a child runs on one
+
+// One a thread that has used scratch: gives back what the thread leaves behind.
+struct Leaving {
+  ~Leaving() {
+    std::lock_guard<std::mutex> guard(lock);
+    for (Arena &a : arenas) {
+      if (a.owner != this) continue;
+      a.owner = nullptr;  // of a busy one the thread that uses it next
+      if (!a.busy) a.release();
+    }
+  }
+};
+thread_local Leaving leaving;
 
 void *allocate(size_t bytes) {
   constexpr size_t page = size_t(1) << 21;
@@ -55,11 +72,11 @@ Scratch::Scratch(size_t bytes) {
     return;
   }
   if (arena->size < bytes) {
-    std::free(arena->memory);
-    arena->size = 0;
+    arena->release();
     arena->memory = (char *)allocate(bytes);
-    if (arena->memory) arena->size = bytes;
+    if (arena->memory) arena->size = bytes, arena->owner = &leaving;
   }
+  if (!arena->owner) arena->owner = &leaving;
   memory = arena->memory;
   arena->busy = memory != nullptr;
 }
@@ -132,6 +149,46 @@ Level by_name(const char *name) {
 const Kernels &kernels() { return *live.kernels; }
 const HalfKernels *half_kernels() { return live.half; }
 
+CheckedOrder::CheckedOrder(const Order &from, int64_t rows, int64_t others, bool elements) : order(from) {
+  constexpr int64_t AHEAD = 16;  // zeros behind the lists, which may be read
+  order.others = others, order.illegal = &illegal;
+  const int64_t slots = from.slots, list = elements ? 0 : round_up(slots + AHEAD, LINE), starts = round_up(rows + 1, LINE);
+  if (!from.ptr || (slots && (!from.other || !from.slot))) {
+    failed = NO_STORAGE;
+    return;
+  }
+  if (from.rows != rows || others > INT32_MAX) {
+    failed = REFUSED;
+    return;
+  }
+  int32_t *copy = near;
+  if (starts + 2 * list > NEAR) {
+    far.emplace((starts + 2 * list) * 4);
+    if (!far->memory) {
+      failed = NO_MEMORY;
+      return;
+    }
+    copy = (int32_t *)far->memory;
+  }
+  order.ptr = copy;
+  std::memcpy(copy, from.ptr, (rows + 1) * 4);
+  uint32_t sign = 0;  // of a number or of a difference
+  for (int64_t r = 0; r < rows; r++) sign |= uint32_t(copy[r]) | (uint32_t(copy[r + 1]) - uint32_t(copy[r]));
+  if (copy[0] || sign >> 31 || copy[rows] < 0 || copy[rows] > slots) {
+    failed = REFUSED;
+    return;
+  }
+  if (elements) return;
+  int32_t *other = copy + starts, *slot = other + list;
+  const int64_t used = copy[rows];
+  std::memcpy(other, from.other, used * 4);
+  std::memset(other + used, 0, AHEAD * 4);
+  std::memcpy(slot, from.slot, slots * 4);
+  std::memset(slot + slots, 0, AHEAD * 4);
+  order.other = other, order.slot = slot;
+  if (!kernels().all_inside(other, used, others) || !kernels().all_inside(slot, slots, slots)) failed = REFUSED;
+}
+
 void expect_large(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t page = 1 << 21;
@@ -148,6 +205,9 @@ bool writes_past(const void *data, int64_t step, int64_t bytes, int threads) {
   constexpr int64_t line = 4 * LINE;
   return (uintptr_t)data % line == 0 && step % line == 0 && bytes > threads * 8 * half_of_l2();
 }
+
+// Storage that was resized to nothing has no address.
+static bool has_memory(const Matrix &x) { return x.data || !x.rows || !x.cols; }
 
 static bool writes_past(const Matrix &y, int threads) {
   return y.dtype == FLOAT32 && writes_past(y.data, y.row_stride * 4, y.rows * y.row_stride * 4, threads);
@@ -208,13 +268,17 @@ int64_t sk_scratch_bytes() {
 void sk_release_scratch() {
   std::lock_guard<std::mutex> guard(lock);
   for (Arena &a : arenas)
-    if (!a.busy) std::free(a.memory), a.memory = nullptr, a.size = 0;
+    if (!a.busy) a.release();
 }
 
-// All return 0, or 1 when there is no memory for the scratch.
+// All return 0, or what library.h says.
 int sk_multiply(Multiply *m) {
+  if (!has_memory(m->x) || (m->order.slots && !m->values)) return NO_STORAGE;
   const bool elements = m->in == 1 && m->out == 1, half = !elements && live.half && m->x.dtype == BFLOAT16;
   const bool few = !elements && !half && !m->transposed && m->x.rows <= FEW_TOKENS;
+  const CheckedOrder checked(m->order, blocks_of(m->y.cols, m->out), blocks_of(m->x.cols, m->in), elements);
+  if (checked.failed) return checked.failed;
+  m->order = checked.order;
   const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->in) * m->out;
   m->threads = threads_for(work(used * size, m->x.rows), m->threads);
   expect_large(m->y.data, m->y.rows * m->y.row_stride * itemsize(m->y.dtype));
@@ -232,18 +296,22 @@ int sk_multiply(Multiply *m) {
   }
   const int64_t cols = elements ? 0 : blocks_of(m->x.cols, m->in);
   Scratch scratch((floats + wanted_floats(cols)) * 4);
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   m->scratch = scratch.memory;
   if (!elements) m->wanted = wanted_cols(m->order, cols, (uint8_t *)(scratch.memory + floats * 4));
   m->past = writes_past(m->y, m->threads);
   const Kernels &k = *live.kernels;
   (half ? live.half->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(*m);
-  return 0;
+  return checked.result();
 }
 
 int sk_outer(Outer *m) {
   const bool elements = m->bo == 1 && m->bi == 1;
   const bool half = !elements && live.half && m->x.dtype == BFLOAT16 && m->dy.dtype == BFLOAT16;
+  if (!has_memory(m->x) || !has_memory(m->dy)) return NO_STORAGE;
+  const CheckedOrder checked(m->order, blocks_of(m->dy.cols, m->bo), blocks_of(m->x.cols, m->bi), elements);
+  if (checked.failed) return checked.failed;
+  m->order = checked.order;
   const int64_t size = int64_t(m->bo) * m->bi;
   m->threads = threads_for(work(m->order.ptr[m->order.rows] * size, m->x.rows), m->threads);
   expect_large(m->out, m->order.slots * size * 4);
@@ -256,19 +324,20 @@ int sk_outer(Outer *m) {
     floats = half ? plan_half(*m) : plan_superpanel(*m);
   }
   Scratch scratch((floats + (elements ? 0 : wanted_floats(*m))) * 4);
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   m->scratch = scratch.memory;
   if (!elements) find_wanted(*m, scratch.memory + floats * 4);
   (half ? live.half->outer : elements ? live.kernels->outer_elements : live.kernels->outer)(*m);
-  return 0;
+  return checked.result();
 }
 
 int sk_sketch(Sketch *m) {
+  if (!has_memory(m->x) || !has_memory(m->dy) || !m->u || !m->v) return NO_STORAGE;
   const int64_t groups = blocks_of(blocks_of(m->dy.cols, m->bo), GROUP) + blocks_of(blocks_of(m->x.cols, m->bi), GROUP);
   m->threads = threads_for(2 * m->x.rows * (m->dy.cols + m->x.cols) * round_up(m->pairs, GROUP_PAIRS), m->threads);
   m->plan = sketch_plan(groups, m->pairs, m->x.rows, m->threads);
   Scratch scratch(m->plan.floats * 4);
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   m->scratch = scratch.memory;
   live.kernels->sketch(*m);
   return 0;
@@ -278,15 +347,21 @@ int sk_backward(Backward *b) {
   Multiply &m = b->dx;
   Outer &d = b->dvalues;
   if ((d.bo == 1 && d.bi == 1) || (live.half && d.dy.dtype == BFLOAT16)) {
-    return sk_multiply(&m) || sk_outer(&d);  // they pack differently
+    const int failed = sk_multiply(&m);  // they pack differently
+    return failed ? failed : sk_outer(&d);
   }
+  if (!has_memory(d.x) || !has_memory(d.dy) || !m.values) return NO_STORAGE;
+  const int64_t rows = blocks_of(d.dy.cols, d.bo), cols = blocks_of(d.x.cols, d.bi);
+  const CheckedOrder for_dx(m.order, cols, rows, false), for_dvalues(d.order, rows, cols, false);
+  if (for_dx.failed || for_dvalues.failed) return for_dx.failed ? for_dx.failed : for_dvalues.failed;
+  m.order = for_dx.order, d.order = for_dvalues.order;
   const int64_t size = int64_t(d.bo) * d.bi;
   d.threads = threads_for(2 * work(d.order.ptr[d.order.rows] * size, d.x.rows), d.threads);
   expect_large(m.y.data, m.y.rows * m.y.row_stride * itemsize(m.y.dtype));
   expect_large(d.out, d.order.slots * size * 4);
   const int64_t floats = plan_superpanel(d) + d.threads * ASIDE;
   Scratch scratch((floats + wanted_floats(d)) * 4);
-  if (!scratch.memory) return 1;
+  if (!scratch.memory) return NO_MEMORY;
   d.scratch = scratch.memory;
   find_wanted(d, scratch.memory + floats * 4);
   m.past = writes_past(m.y, d.threads);

@@ -1,9 +1,14 @@
 // What the planners share: library.cpp of the linear layer, conv_library.cpp of the convolution.
 #pragma once
+#include <optional>
+
 #include "api.h"
 
 const Kernels &kernels();  // of the chosen instruction set
 const HalfKernels *half_kernels();  // null if it has none of its own for bfloat16
+
+// What the exported functions return where all is not well. REFUSED: a number outside the range that it was said to have.
+constexpr int NO_MEMORY = 1, REFUSED = 2, NO_STORAGE = 3, TOO_LARGE = 4;
 
 struct Arena;
 
@@ -12,10 +17,31 @@ class Scratch {
  public:
   explicit Scratch(size_t bytes);
   ~Scratch();
+  Scratch(const Scratch &) = delete;
   char *memory = nullptr;
 
  private:
   Arena *arena = nullptr;
+};
+
+// A copy of an order that only this call sees: every number is read once, and the copy is what is checked and computed
+// with, so that nothing which an index holds, or which another thread writes into it meanwhile, makes a kernel read or
+// write outside its tensors. At 1x1 the entries are as many as the values: only where rows begin is copied here, and the
+// kernels check each entry where they read it.
+class CheckedOrder {
+ public:
+  // `rows`, `others`: what the sizes of the tensors ask for.
+  CheckedOrder(const Order &from, int64_t rows, int64_t others, bool elements);
+  CheckedOrder(const CheckedOrder &) = delete;
+  Order order;
+  int failed = 0;  // then nothing may be computed
+  int result() const { return illegal ? REFUSED : 0; }  // when all is computed
+
+ private:
+  static constexpr int64_t NEAR = 2048;
+  int32_t illegal = 0;
+  std::optional<Scratch> far;
+  alignas(64) int32_t near[NEAR];  // for small ones
 };
 
 // `step`: bytes between rows, or between groups of channels: all of them begin at a cache line.

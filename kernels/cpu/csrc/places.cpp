@@ -1,12 +1,11 @@
 // What an update of the topology does with places, in whole numbers: sorting, selecting, looking up. Compiled for the
-// baseline. Every function gives what kernels/eager/places.py gives; time and scratch are linear in its lists.
+// baseline. Every function gives what kernels/eager/places.py gives; time and scratch are linear in its lists. A list is
+// read more than once, so a number is checked at each reading: another thread may write into it.
 #include <cstring>
 
 #include "library.h"
 
 namespace {
-
-constexpr int NO_MEMORY = 1, REFUSED = 2;  // what the functions return; 0 where all is well
 
 int bits_of(int64_t bound) {
   int bits = 1;
@@ -24,8 +23,6 @@ void starts_from(int32_t *counts, int64_t n) {
   }
 }
 
-bool inside(int32_t place, int64_t places) { return uint32_t(place) < uint64_t(places); }
-
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -41,9 +38,10 @@ int sk_orders(const int32_t *row, const int32_t *col, int64_t slots, int64_t row
   std::memset(by_row, 0, (rows + cols) * 4);
   int32_t used = 0;
   for (int64_t z = 0; z < slots; z++) {
-    if (row[z] < 0) continue;
-    if (!inside(row[z], rows) || !inside(col[z], cols)) return REFUSED;
-    by_row[row[z]]++, by_col[col[z]]++, used++;
+    const int32_t r = row[z], c = col[z];
+    if (r < 0) continue;
+    if (!inside(r, rows) || !inside(c, cols)) return REFUSED;
+    by_row[r]++, by_col[c]++, used++;
   }
   starts_from(by_row, rows);
   starts_from(by_col, cols);
@@ -55,25 +53,38 @@ int sk_orders(const int32_t *row, const int32_t *col, int64_t slots, int64_t row
   } else {  // by column, then by row without changing the order of a row's
     int32_t last = used;
     for (int64_t z = 0; z < slots; z++) {
-      if (row[z] < 0) row_slot[last++] = int32_t(z);
-      else some[by_col[col[z]]++] = int32_t(z);
+      const int32_t r = row[z], c = col[z];
+      if (r < 0 && last < slots) row_slot[last++] = int32_t(z);
+      else if (r < 0 || !inside(c, cols) || !inside(by_col[c], used)) return REFUSED;
+      else some[by_col[c]++] = int32_t(z);
     }
-    for (int32_t e = 0; e < used; e++) row_slot[by_row[row[some[e]]]++] = some[e];
+    if (last != slots) return REFUSED;
+    for (int32_t e = 0; e < used; e++) {
+      const int32_t r = row[some[e]];
+      if (!inside(r, rows) || !inside(by_row[r], used)) return REFUSED;
+      row_slot[by_row[r]++] = some[e];
+    }
     std::memcpy(by_col, col_ptr, cols * 4);
   }
   if (ascending) {
-    for (int32_t z = 0; z < used; z++) col_slot[by_col[col[z]]++] = z;
+    for (int32_t z = 0; z < used; z++) {
+      const int32_t c = col[z];
+      if (!inside(c, cols) || !inside(by_col[c], used)) return REFUSED;
+      col_slot[by_col[c]++] = z;
+    }
   } else {
     for (int32_t e = 0; e < used; e++) {
-      const int32_t slot = row_slot[e];
-      col_slot[by_col[col[slot]]++] = slot;
+      const int32_t slot = row_slot[e], c = inside(slot, slots) ? col[slot] : -1;
+      if (!inside(c, cols) || !inside(by_col[c], used)) return REFUSED;
+      col_slot[by_col[c]++] = slot;
     }
   }
   std::memcpy(col_slot + used, row_slot + used, (slots - used) * 4);
+  const auto at = [&](const int32_t *list, int32_t slot) { return inside(slot, slots) ? list[slot] : 0; };
   if (row_col)
-    for (int64_t e = 0; e < slots; e++) row_col[e] = e < used ? col[row_slot[e]] : 0;
+    for (int64_t e = 0; e < slots; e++) row_col[e] = e < used ? at(col, row_slot[e]) : 0;
   if (col_row)
-    for (int64_t e = 0; e < slots; e++) col_row[e] = e < used ? row[col_slot[e]] : 0;
+    for (int64_t e = 0; e < slots; e++) col_row[e] = e < used ? at(row, col_slot[e]) : 0;
   return 0;
 }
 
@@ -85,17 +96,23 @@ int sk_check(const int32_t *row, const int32_t *col, int64_t slots, int64_t rows
   std::memset(next, 0, (rows + 1) * 4);
   std::memset(seen, 255, cols * 4);
   for (int64_t z = 0; z < slots; z++) {
-    if (row[z] == -1 && col[z] == -1) continue;
-    if (!inside(row[z], rows) || !inside(col[z], cols)) return REFUSED;
-    next[row[z]]++;
+    const int32_t r = row[z], c = col[z];
+    if (r == -1 && c == -1) continue;
+    if (!inside(r, rows) || !inside(c, cols)) return REFUSED;
+    next[r]++;
   }
   starts_from(next, rows + 1);
-  for (int64_t z = 0; z < slots; z++)
-    if (row[z] >= 0) some[next[row[z]]++] = col[z];
+  const int32_t used = next[rows];
+  for (int64_t z = 0; z < slots; z++) {
+    const int32_t r = row[z], c = col[z];
+    if (r < 0) continue;
+    if (!inside(r, rows) || !inside(c, cols) || next[r] >= used) return REFUSED;
+    some[next[r]++] = c;
+  }
   int32_t e = 0;
   for (int32_t r = 0; r < rows; r++) {
     for (; e < next[r]; e++) {
-      if (seen[some[e]] == r) return REFUSED;
+      if (!inside(some[e], cols) || seen[some[e]] == r) return REFUSED;
       seen[some[e]] = r;
     }
   }
@@ -114,15 +131,20 @@ int sk_distinct(const int32_t *keys, int64_t count, const int32_t *present, int6
   std::memset(bits, 0, words * 8);
   std::memset(next, 0, parts * 4);
   for (int64_t i = 0; i < count; i++) {
-    if (!inside(keys[i], bound)) return REFUSED;
-    next[keys[i] >> half]++;
+    const int32_t key = keys[i];
+    if (!inside(key, bound)) return REFUSED;
+    next[key >> half]++;
   }
   starts_from(next, parts);
   const int32_t lower = (int32_t(1) << half) - 1;
-  for (int64_t i = 0; i < count; i++) some[next[keys[i] >> half]++] = keys[i] & lower;
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t key = keys[i];
+    if (!inside(key, bound) || next[key >> half] >= count) return REFUSED;
+    some[next[key >> half]++] = key & lower;
+  }
   int64_t taken = 0, n = 0;
   for (int64_t part = 0, k = 0; part < parts; part++) {
-    for (; k < next[part]; k++) bits[some[k] >> 6] |= uint64_t(1) << (some[k] & 63);
+    for (; k < next[part]; k++) bits[(some[k] & lower) >> 6] |= uint64_t(1) << (some[k] & 63);
     for (; taken < length && present[taken] >> half == part; taken++) {
       const int32_t key = present[taken] & lower;
       bits[key >> 6] &= ~(uint64_t(1) << (key & 63));
@@ -137,9 +159,13 @@ int sk_distinct(const int32_t *keys, int64_t count, const int32_t *present, int6
 
 // Closes the gaps that numbers at some positions, which ascend, leave behind.
 int sk_leave_out(int32_t *numbers, int64_t count, const int64_t *positions, int64_t out) {
+  int64_t position = out ? positions[0] : count;
+  if (position < 0) return REFUSED;
   for (int64_t o = 0; o < out; o++) {
-    const int64_t first = positions[o] + 1, last = o + 1 < out ? positions[o + 1] : count;
+    const int64_t first = position + 1, last = o + 1 < out ? positions[o + 1] : count;
+    if (last < first || last > count) return REFUSED;
     std::memmove(numbers + first - o - 1, numbers + first, (last - first) * 4);
+    position = last;
   }
   return 0;
 }
@@ -150,7 +176,10 @@ int sk_leave_out(int32_t *numbers, int64_t count, const int64_t *positions, int6
 int sk_select(const int32_t *bits, int64_t count, int64_t highest, int64_t wanted, int64_t *positions) {
   constexpr int32_t INFINITE = 0x7F800000;
   constexpr int DIGITS[] = {11, 10, 10};  // of 31 bits, from above
-  const auto key = [&](int64_t i) { return highest ? (bits[i] < 0 ? -1 : INT32_MAX - bits[i]) : bits[i] < INFINITE ? bits[i] : -1; };
+  const auto key = [&](int64_t i) {
+    const int32_t b = bits[i];
+    return highest ? (b < 0 ? -1 : INT32_MAX - b) : b < INFINITE ? b : -1;
+  };
   int64_t *found = positions + wanted;
   int32_t edge = 0;       // the upper bits of the last number that is taken
   int64_t left = wanted;  // numbers still to find among those that agree with it
@@ -202,16 +231,18 @@ int sk_find(const int32_t *list, int64_t length, int64_t bound, const int32_t *k
   int32_t *first = (int32_t *)scratch.memory;
   std::memset(first, 0, (values + 1) * 4);
   for (int64_t i = 0; i < length; i++) {
-    if (!inside(list[i], bound)) return REFUSED;
-    first[list[i] >> shift]++;
+    const int32_t number = list[i];
+    if (!inside(number, bound)) return REFUSED;
+    first[number >> shift]++;
   }
   starts_from(first, values + 1);
   for (int64_t i = 0; i < count; i++) {
+    const int32_t key = keys[i];
     positions[i] = -1;
-    if (!inside(keys[i], bound)) continue;
-    const int64_t value = keys[i] >> shift;
-    for (int32_t e = first[value]; e < first[value + 1] && list[e] <= keys[i]; e++)
-      if (list[e] == keys[i]) positions[i] = e;
+    if (!inside(key, bound)) continue;
+    const int64_t value = key >> shift;
+    for (int32_t e = first[value]; e < first[value + 1] && list[e] <= key; e++)
+      if (list[e] == key) positions[i] = e;
   }
   return 0;
 }
@@ -227,20 +258,24 @@ int sk_first(const int32_t *keys, int64_t count, const int32_t *present, int64_t
   std::memset(next, 0, parts * 4);
   std::memset(seen, 255, width * 4);
   for (int64_t i = 0; i < count; i++) {
-    if (!inside(keys[i], bound)) return REFUSED;
-    next[keys[i] >> half]++;
+    const int32_t key = keys[i];
+    if (!inside(key, bound)) return REFUSED;
+    next[key >> half]++;
   }
   starts_from(next, parts);
   for (int64_t i = 0; i < count; i++) {
-    const int32_t at = next[keys[i] >> half]++;
-    lower[at] = keys[i] & int32_t(width - 1), from[at] = int32_t(i);
+    const int32_t key = keys[i];
+    if (!inside(key, bound) || next[key >> half] >= count) return REFUSED;
+    const int32_t at = next[key >> half]++;
+    lower[at] = key & int32_t(width - 1), from[at] = int32_t(i);
   }
   int64_t taken = 0;
   for (int32_t part = 0, e = 0; part < parts; part++) {
     for (; taken < length && present[taken] >> half == part; taken++) seen[present[taken] & (width - 1)] = part;
     for (; e < next[part]; e++) {
-      keep[from[e]] = seen[lower[e]] != part;
-      seen[lower[e]] = part;
+      if (!inside(from[e], count)) return REFUSED;
+      keep[from[e]] = seen[lower[e] & (width - 1)] != part;
+      seen[lower[e] & (width - 1)] = part;
     }
   }
   return 0;
@@ -251,12 +286,13 @@ int sk_places(const int32_t *keys, int64_t count, int64_t cols, int32_t *row, in
   int32_t r = 0;
   int64_t first = 0;
   for (int64_t i = 0; i < count; i++) {
-    if (keys[i] < 0) {
+    const int32_t key = keys[i];
+    if (key < 0) {
       row[i] = col[i] = -1;
       continue;
     }
-    if (keys[i] < first || keys[i] >= first + cols) r = keys[i] / int32_t(cols), first = r * cols;
-    row[i] = r, col[i] = int32_t(keys[i] - first);
+    if (key < first || key >= first + cols) r = key / int32_t(cols), first = r * cols;
+    row[i] = r, col[i] = int32_t(key - first);
   }
   return 0;
 }
@@ -264,6 +300,7 @@ int sk_places(const int32_t *keys, int64_t count, int64_t cols, int32_t *row, in
 // For each query the first of some ascending edges that is above it, as torch.searchsorted(right=True).
 // Queries are from 0 to below the last edge; a search begins at the first edge of a part of that range.
 int sk_search(const double *edges, int64_t count, const double *queries, int64_t asked, int32_t *found) {
+  if (!count) return REFUSED;
   const int64_t parts = 2 * count;
   const double scale = parts / edges[count - 1];
   Scratch scratch((parts + 1) * 4);

@@ -7,6 +7,14 @@
 
 namespace {
 
+// Whether all numbers are from 0 to below `bound`.
+bool all_inside(const int32_t *numbers, int64_t count, int64_t bound) {
+  const uint32_t top = uint32_t(bound - 1);
+  uint32_t sign = 0;  // of a difference or of the number itself
+  for (int64_t i = 0; i < count; i++) sign |= uint32_t(numbers[i]) | (top - uint32_t(numbers[i]));
+  return !(sign >> 31);
+}
+
 // The entries of one thread.
 struct Share {
   int64_t first, last, row;  // the block row of the first
