@@ -3,7 +3,8 @@
     python tests/sanitize_cpu.py [seeds]      (200; ``make soak`` takes 5000)
 
 The inputs keep the contract that the checks in Python guarantee: every function that the library exports gets, on each
-instruction set of this machine, so many drawn ones and some of fixed sizes. On one instruction set in turn the results
+instruction set of this machine, so many drawn ones and some of fixed sizes, and of some of them an index that holds
+noise, also while it is written. On one instruction set in turn the results
 are compared with the oracle too; tests/kernels/cpu does that on all of them, without sanitizers. Scratch memory is
 given out to the byte here and freed after every call: the usual pieces of 2 MiB, kept for the next call, would hide a
 kernel that reads or writes beyond its own. ``tests/test_cpu_sanitizers.py`` runs this file.
@@ -12,17 +13,23 @@ kernel that reads or writes beyond its own. ``tests/test_cpu_sanitizers.py`` run
 from __future__ import annotations
 
 import os
+import random
 import runpy
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 if TYPE_CHECKING:
+    from sparsekern.kernels.contract import Index
+
+    from tests.kernels.cpu.index_noise import Calls
     from tests.oracle import Case
     from tests.oracle_conv2d import ConvCase
 
@@ -156,6 +163,7 @@ def sweep(library_file: Path, seeds: int) -> None:
     import torch
     from sparsekern.kernels.cpu import library
 
+    from tests.kernels.cpu.index_noise import conv_calls, linear_calls
     from tests.oracle import random_case
     from tests.oracle_conv2d import conv_case
 
@@ -183,9 +191,16 @@ def sweep(library_file: Path, seeds: int) -> None:
         patches = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in parts)
         with next(patches), next(patches), next(patches), next(patches):
             for seed, given in enumerate(cases(seeds)):
-                run_linear(random_case(seed, **given), seed % 11 + 1, check=seed % len(LEVELS) == turn)
+                case = random_case(seed, **given)
+                run_linear(case, seed % 11 + 1, check=seed % len(LEVELS) == turn)
+                if seed < 3:  # one of each: 1x1, and blocks in two dtypes
+                    run_noise(linear_calls(case), case.index, case.grid.block, seed)
             for seed, given in enumerate(conv_cases(seeds // 4)):
-                run_conv(conv_case(seed, **given), seed % 9 + 1, check=seed % len(LEVELS) == turn)
+                conv = conv_case(seed, **given)
+                run_conv(conv, seed % 9 + 1, check=seed % len(LEVELS) == turn)
+                if seed < 2:
+                    run_noise(conv_calls(conv), conv.index, conv.grid.block, seed)
+            run_extremes(turn)
         for seed in range(turn, seeds, len(LEVELS)):  # the same on all of them
             library.release_scratch()
             run_places(seed)
@@ -215,6 +230,59 @@ def run_linear(case: Case, pairs: int, *, check: bool) -> None:
         cpu.dx(case.dy, case.values, index, grid.in_features)
         cpu.dvalues(case.dy, case.x, index, block, case.values.dtype)
         cpu.backward(case.dy, case.x, case.values, index)
+
+
+def run_noise(calls: Calls, index: Index, block: tuple[int, int], seed: int) -> None:
+    """Call kernels on an index that holds what it must not, and while another thread writes into it.
+
+    What must be refused is for tests/kernels/cpu/test_index_noise.py to say.
+    """
+    from tests.kernels.cpu.index_noise import copy_of, illegal, noises, survive, survive_writer
+
+    for call, lists in calls.values():
+        for number in lists if int(index.row_ptr[-1]) else ():
+            for wrong in illegal(index, number, block, seed):
+                survive(call, wrong)
+    for wrong in noises(index, seed):
+        for call, _ in calls.values():
+            survive(call, wrong)
+    survive_writer(calls, copy_of(index), 1)
+
+
+def run_extremes(turn: int) -> None:
+    """Call convolutions of sizes that nobody has: a result, or the error that says that they cannot be planned."""
+    import torch
+    from sparsekern.kernels import cpu
+    from sparsekern.kernels.contract import ConvShape
+
+    from sparsekern.topology import balanced, build_index, conv_grid, generator_for
+
+    draw = random.Random(turn)
+    sizes = (1, 2, 5, 70, 3 * 10**4, 2**31 + 1, 2**40)
+    for number in range(20):
+        block, groups = draw.choice(((1, 1), (16, 16), (16, 32))), draw.choice((1, 2))
+        kernel, stride, dilation = ((draw.choice(few), draw.choice(few)) for few in ((1, 2, 3), sizes, sizes))
+        size, out = ((draw.randrange(1, most), draw.randrange(1, most)) for most in (6, 4))
+        padding: list[int] = []
+        for axis in range(2):
+            seen = (out[axis] - 1) * stride[axis] + (kernel[axis] - 1) * dilation[axis] + 1
+            before = draw.randrange(max(seen - size[axis], 0) + 1)
+            padding += [before, max(seen - size[axis] - before, 0)]
+        top, bottom, left, right = padding
+        shape = ConvShape(40 * groups, 20 * groups, kernel, stride, (top, bottom, left, right), dilation, groups)
+        grid = conv_grid(shape.in_channels, shape.out_channels, kernel, block, groups)
+        index = build_index(balanced(grid, max(1, grid.cells // 3), generator_for(number)))
+        x = torch.randn(2, *size, shape.in_channels).permute(0, 3, 1, 2)
+        dy = torch.randn(2, *shape.output_size(*size), shape.out_channels).permute(0, 3, 1, 2)
+        values = torch.randn(index.slots, *block)
+        for call in (
+            partial(cpu.conv2d_fwd, x, values, None, index, shape),
+            partial(cpu.conv2d_dx, dy, values, index, shape, size),
+            partial(cpu.conv2d_dvalues, dy, x, index, block, shape, torch.float32),
+            partial(cpu.conv2d_backward, dy, x, values, index, shape),
+        ):
+            with suppress(MemoryError):  # its text is for tests/kernels/cpu/test_conv2d.py to see
+                call()
 
 
 def run_places(seed: int) -> None:

@@ -49,7 +49,8 @@ def conv2d_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int,
     )
     if not (pairs and dy.numel()):
         return torch.zeros(pairs, groups * rows, cols, dtype=torch.float32, device=x.device)
-    dy, x, u, v = positive(dy), positive(x), directions(u), directions(v)
+    dy, x = positive(dy), positive(x)
+    u, v = directions(u, v, shape.out_channels, shape.taps * shape.group_in)
     tiles = tiles_of(pairs, groups, rows, cols, x.device)
     conv = conv_of(x, dy, block, shape)
     call("sk_conv_sketch", ConvSketch(conv, u.data_ptr(), v.data_ptr(), tiles.data_ptr(), pairs))

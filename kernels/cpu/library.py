@@ -32,8 +32,8 @@ FAILURES: dict[int, tuple[type[Exception], str]] = {
     3: (ValueError, "was given a tensor whose storage was resized to nothing: restore the storage before the call"),
     4: (
         MemoryError,
-        "cannot plan a convolution of such a padding, stride or dilation: what it would hold of the padded input has "
-        "more than 2**30 pixels",
+        "cannot plan a convolution of such a padding, stride or dilation: the part of the padded input that it would "
+        "hold at a time has more than 2**30 numbers",
     ),
 }
 """What the codes of ``csrc/library.h`` mean."""

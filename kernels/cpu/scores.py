@@ -96,7 +96,7 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) 
     pairs, rows, cols = u.shape[0], -(-dy.shape[1] // block[0]), -(-x.shape[1] // block[1])
     if not (pairs and rows and cols and x.shape[0]):
         return torch.zeros(pairs, rows, cols, dtype=torch.float32, device=x.device)
-    dy, x, u, v = positive(dy), positive(x), directions(u), directions(v)
+    dy, x, (u, v) = positive(dy), positive(x), directions(u, v, dy.shape[1], x.shape[1])
     tiles = tiles_of(pairs, 1, rows, cols, x.device)
     call(
         "sk_sketch",
@@ -105,9 +105,17 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) 
     return in_tiles(tiles, rows, cols)
 
 
-def directions(u: Tensor) -> Tensor:
-    """Return ``(r, F)`` as ``(F, r)`` for the library, with zeros up to a whole number of groups of pairs."""
-    return numbers(pad(u.float(), (0, 0, 0, -u.shape[0] % GROUP_PAIRS)).t())
+def directions(u: Tensor, v: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Return ``(r, F)`` both as ``(F, r)`` for the library, with zeros up to a whole number of groups of pairs.
+
+    Raises:
+        ValueError: they are not ``(r, rows)`` and ``(r, cols)``: the library would read beyond them.
+    """
+    if u.shape != (u.shape[0], rows) or v.shape != (u.shape[0], cols):
+        shapes = f"{tuple(u.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"directions of a sketch have shapes {shapes}; they must be (r, {rows}) and (r, {cols})")
+    missing = (0, 0, 0, -u.shape[0] % GROUP_PAIRS)
+    return numbers(pad(u.float(), missing).t()), numbers(pad(v.float(), missing).t())
 
 
 def tiles_of(pairs: int, groups: int, rows: int, cols: int, device: torch.device) -> Tensor:

@@ -1,13 +1,17 @@
-"""Every user error of an op, raised once, here. Kernels check nothing."""
+"""Every user error of an op, raised once, here. Kernels check nothing but the entries of an index, the native ones."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparsekern.kernels.contract import ConvShape, Index
+from sparsekern.kernels.contract import PADDING, ConvShape, Index
 from sparsekern.ops.probes import KINDS, Probe
 from sparsekern.topology import Grid
+
+INT32 = torch.int32
 
 
 def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:
@@ -44,44 +48,110 @@ def check_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
 def _check_tensor(x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"input is a {type(x).__name__}; it must be a torch.Tensor: convert it with torch.as_tensor")
+    if x.layout is not torch.strided or x.is_nested:
+        layout, way_out = ("nested", "to_padded_tensor(0)") if x.is_nested else (x.layout, "to_dense()")
+        raise TypeError(f"input is a {layout} tensor; a sparse layer takes dense ones: convert it with .{way_out}")
+    if not torch.compiler.is_compiling():  # before anything copies it
+        _check_storage(x)
+
+
+def _check_storage(tensor: Tensor) -> None:
+    held = tensor.untyped_storage().nbytes()
+    if held < tensor.nbytes and (held == 0 or tensor.is_contiguous()):
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} has a storage of {held} bytes, too small for it: it was resized, "
+            "as FSDP does outside of its modules' forward; restore it before the call"
+        )
 
 
 def _check_weight(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:
-    if values.dim() != 3 or tuple(values.shape[1:]) != grid.block:
+    if values.layout is not torch.strided or (bias is not None and bias.layout is not torch.strided):
+        layouts = values.layout, None if bias is None else bias.layout
+        raise TypeError(f"values and bias are {layouts[0]} and {layouts[1]} tensors; they must be dense")
+    shape = values.shape
+    if len(shape) != 3 or (shape[1], shape[2]) != grid.block:
+        raise ValueError(f"values has shape {tuple(shape)}; it must be (slots, {grid.block[0]}, {grid.block[1]})")
+    slots = index.row_slot.numel() - PADDING
+    rows, cols = index.row_ptr.numel() - 1, index.col_ptr.numel() - 1
+    if slots != shape[0] or rows != grid.rows or cols != grid.cols:
         raise ValueError(
-            f"values has shape {tuple(values.shape)}; it must be (slots, {grid.block[0]}, {grid.block[1]})"
+            f"the index is for {slots} slots in {rows} x {cols} blocks; values has {shape[0]} slots and the grid "
+            f"{grid.rows} x {grid.cols} blocks"
         )
-    if (index.slots, index.row_ptr.shape[0], index.col_ptr.shape[0]) != (
-        values.shape[0],
-        grid.rows + 1,
-        grid.cols + 1,
-    ):
-        raise ValueError(
-            f"the index is for {index.slots} slots in {index.row_ptr.shape[0] - 1} x {index.col_ptr.shape[0] - 1} "
-            f"blocks; values has {values.shape[0]} slots and the grid {grid.rows} x {grid.cols} blocks"
-        )
-    if bias is not None and tuple(bias.shape) != (grid.out_features,):
+    if bias is not None and bias.shape != (grid.out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({grid.out_features},)")
-    for name, tensor in (("values", values), ("bias", bias), ("the index", index.row_ptr)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"input is on {x.device} but {name} on {tensor.device}; move one of them with .to()")
+    device = x.device
+    if values.device != device or index.row_ptr.device != device or (bias is not None and bias.device != device):
+        for name, tensor in (("values", values), ("bias", bias), ("the index", index.row_ptr)):
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"input is on {device} but {name} on {tensor.device}; move one of them with .to()")
     _check_dtypes(x, values, bias)
 
 
 def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
     if not (x.is_floating_point() and values.is_floating_point()):
         raise TypeError(f"input is {x.dtype} and values are {values.dtype}; both must be real floating point")
+    same, bias_same = x.dtype == values.dtype, bias is None or bias.dtype == values.dtype
+    if same and bias_same:
+        return
     device_type = x.device.type
     # The meta device has no autocast; torch.amp.is_autocast_available says so, but PyTorch 2.11 cannot compile it.
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and torch.float64 not in (x.dtype, values.dtype):
         return  # autocast casts the input, and the kernels round what they read of the values
-    if x.dtype != values.dtype:
+    if not same:
         raise TypeError(
             f"input is {x.dtype} but values are {values.dtype}; convert one with .to(), or use torch.autocast"
         )
-    if bias is not None and bias.dtype != values.dtype:
-        raise TypeError(f"bias is {bias.dtype} but values are {values.dtype}; they must be the same")
+    assert bias is not None
+    raise TypeError(f"bias is {bias.dtype} but values are {values.dtype}; they must be the same")
+
+
+def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: Tensor) -> Index:
+    """Return the index that an op was given, for kernels, which read it at its addresses.
+
+    Called by the implementations of the ops, so that what a compiled or exported program passes is checked too.
+
+    Args:
+        lists: of the index.
+        slots_block: ``(Z, bo, bi)``.
+        tensors: what the kernels read beside it.
+
+    Raises:
+        ValueError: a list is not int32, not contiguous or of another length, or the storage of a tensor was resized.
+    """
+    index = Index(*lists)
+    row_ptr, row_col, row_slot, col_ptr, col_row, col_slot = index
+    slots, bo, bi = slots_block
+    entries = slots + PADDING
+    others = slots if bo == bi == 1 else entries
+    # Once a forward and once a backward: written out, it takes a quarter of what a loop does.
+    if not (
+        row_ptr.dtype is row_col.dtype is row_slot.dtype is col_ptr.dtype is col_row.dtype is col_slot.dtype is INT32
+        and row_slot.numel() == col_slot.numel() == entries
+        and row_col.numel() == col_row.numel() == others
+        and row_ptr.is_contiguous()
+        and row_col.is_contiguous()
+        and row_slot.is_contiguous()
+        and col_ptr.is_contiguous()
+        and col_row.is_contiguous()
+        and col_slot.is_contiguous()
+    ):
+        raise ValueError(_what_is_wrong(index, (-1, others, entries, -1, others, entries), slots))
+    for tensor in tensors:
+        _check_storage(tensor)
+    return index
+
+
+def _what_is_wrong(index: Index, lengths: tuple[int, ...], slots: int) -> str:
+    wrong = (
+        f"{name} of the index is {tensor.dtype} of shape {tuple(tensor.shape)} and strides {tensor.stride()}; "
+        f"it must be contiguous, torch.int32 and for {slots} slots: make it with build_index, of a layer with "
+        "sparsekern.refresh_(model)"
+        for name, tensor, length in zip(Index._fields, index, lengths, strict=True)
+        if tensor.dtype is not INT32 or not tensor.is_contiguous() or length not in (-1, tensor.numel())
+    )
+    return next(wrong)
 
 
 def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:

@@ -94,29 +94,33 @@ def _run_conv2d(
     probe_tokens: int = 0,
 ) -> Tensor:
     chosen = backend_for(backend, "conv2d", x, _block(values))
-    return chosen.conv2d_fwd(channels_last(x), values, bias, Index(*index), unpack_shape(shape))
+    legal = checks.legal_index(index, values.shape, values)
+    return chosen.conv2d_fwd(channels_last(x), values, bias, legal, unpack_shape(shape))
 
 
 def _run_dx(
     dy: Tensor, values: Tensor, index: list[Tensor], shape: list[int], size: list[int], backend: str, *probe: Any
 ) -> Tensor:
     chosen = backend_for(backend, "conv2d", dy, _block(values))
-    return chosen.conv2d_dx(channels_last(dy), values, Index(*index), unpack_shape(shape), (size[0], size[1]))
+    legal = checks.legal_index(index, values.shape, dy, values)
+    return chosen.conv2d_dx(channels_last(dy), values, legal, unpack_shape(shape), (size[0], size[1]))
 
 
 def _run_dvalues(
     dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, shape: list[int], dtype: torch.dtype, backend: str
 ) -> Tensor:
     chosen = backend_for(backend, "conv2d", x, (bo, bi))
+    legal = checks.legal_index(index, (index[2].shape[0] - PADDING, bo, bi), dy, x)
     dy, x = channels_last(dy), channels_last(x)
-    return chosen.conv2d_dvalues(dy, x, Index(*index), (bo, bi), unpack_shape(shape), dtype)
+    return chosen.conv2d_dvalues(dy, x, legal, (bo, bi), unpack_shape(shape), dtype)
 
 
 def _run_backward(
     dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], shape: list[int], backend: str
 ) -> tuple[Tensor, Tensor]:
     chosen = backend_for(backend, "conv2d", x, _block(values))
-    return chosen.conv2d_backward(channels_last(dy), channels_last(x), values, Index(*index), unpack_shape(shape))
+    legal = checks.legal_index(index, values.shape, dy, x, values)
+    return chosen.conv2d_backward(channels_last(dy), channels_last(x), values, legal, unpack_shape(shape))
 
 
 def _new_images(like: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -277,6 +281,7 @@ def _conv2d_autograd(
     backend: str,
     probe_tokens: int = 0,
 ) -> Tensor:
+    probe_args = probe_args or []  # AOTInductor hands None for an empty list
     backend = resolve(backend, "conv2d", x, _block(values))
     if wants_grad(x, values, bias, probe):
         y: Tensor = _Conv2d.apply(

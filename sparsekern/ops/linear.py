@@ -92,22 +92,25 @@ def _run_linear(
     probe_tokens: int = 0,
 ) -> Tensor:
     chosen = backend_for(backend, "linear", x, _block(values))
-    return chosen.fwd(x, values, bias, Index(*index), out_features)
+    return chosen.fwd(x, values, bias, checks.legal_index(index, values.shape, values), out_features)
 
 
 def _run_dx(dy: Tensor, values: Tensor, index: list[Tensor], in_features: int, backend: str, *probe: Any) -> Tensor:
-    return backend_for(backend, "linear", dy, _block(values)).dx(dy, values, Index(*index), in_features)
+    legal = checks.legal_index(index, values.shape, dy, values)
+    return backend_for(backend, "linear", dy, _block(values)).dx(dy, values, legal, in_features)
 
 
 def _run_dvalues(
     dy: Tensor, x: Tensor, index: list[Tensor], bo: int, bi: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     chosen = backend_for(backend, "linear", x, (bo, bi))
-    return chosen.dvalues(dy, x, Index(*index), (bo, bi), dtype)
+    legal = checks.legal_index(index, (index[2].shape[0] - PADDING, bo, bi), dy, x)
+    return chosen.dvalues(dy, x, legal, (bo, bi), dtype)
 
 
 def _run_backward(dy: Tensor, x: Tensor, values: Tensor, index: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
-    return backend_for(backend, "linear", x, _block(values)).backward(dy, x, values, Index(*index))
+    legal = checks.legal_index(index, values.shape, dy, x, values)
+    return backend_for(backend, "linear", x, _block(values)).backward(dy, x, values, legal)
 
 
 def _fake_linear(x: Tensor, values: Tensor, bias: Any, index: Any, out_features: int, *rest: Any) -> Tensor:
@@ -247,6 +250,7 @@ def _linear_autograd(
     backend: str,
     probe_tokens: int = 0,
 ) -> Tensor:
+    probe_args = probe_args or []  # AOTInductor hands None for an empty list
     backend = resolve(backend, "linear", x, _block(values))
     if wants_grad(x, values, bias, probe):
         y: Tensor = _Linear.apply(

@@ -31,7 +31,7 @@ Panel plan_panel(int64_t images, int64_t rows, int64_t reach, int64_t row_floats
   return p;
 }
 
-// An entry names a pixel of a panel by an int32: TooLarge where there are more.
+// TooLarge where a panel is beyond all reason; an entry names a pixel of it by an int32.
 void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel, int64_t width, bool in_turn) {
   p.row_step = rows.step, p.col_step = cols.step;
   p.row_views = rows.base.size(), p.col_views = cols.base.size();
@@ -42,7 +42,7 @@ void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel,
   p.image_pitch = in_turn ? width : high * width;
   p.view_pitch = product_of({high, panel.images, width});
   p.plane = product_of({p.row_views, p.col_views, p.view_pitch});
-  if (product_of({conv_blocks(p), std::max<int64_t>(p.side / 16, 1), p.plane}) > INT32_MAX / 2) throw TooLarge();
+  if (product_of({conv_blocks(p), p.side, p.plane}) > int64_t(1) << 30) throw TooLarge();
 }
 
 int threads_of(const Conv &c) {

@@ -11,7 +11,7 @@ from sparsekern.kernels import cpu
 from sparsekern.kernels.contract import ConvShape
 from torch import Tensor
 
-from sparsekern.topology import Topology, build_index, conv_grid
+from sparsekern.topology import Topology, balanced, build_index, conv_grid, generator_for
 from tests.oracle_conv2d import (
     ConvCase,
     channels_last,
@@ -285,3 +285,30 @@ def test_no_scratch_is_left_behind() -> None:
     assert cpu.scratch_bytes() == held > 0
     cpu.release_scratch()
     assert cpu.scratch_bytes() == 0
+
+
+EXTREMES = [
+    ((2, 2), (1, 1), (10**6,) * 4, (2 * 10**6,) * 2, (1, 1)),
+    ((2, 1), (1, 1), (10**9, 10**9, 0, 0), (2 * 10**9, 1), (1, 1)),
+    ((1, 1), (2**40, 2**40), (2**40,) * 4, (1, 1), (3, 3)),
+    ((3, 3), (2**31, 7), (2**33,) * 4, (2**33, 2**33), (1, 1)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "out"), EXTREMES)
+@pytest.mark.parametrize("block", [(1, 1), (16, 16)])
+def test_a_convolution_that_nobody_has_is_refused(block, kernel, stride, padding, dilation, out):
+    """Not a panel of a wrapped size: products of sizes that leave 64 bits, and offsets that leave 32, are noticed."""
+    shape = ConvShape(600, 16, kernel, stride, padding, dilation)
+    index = build_index(balanced(conv_grid(600, 16, kernel, block), 4, generator_for(0)))
+    assert shape.output_size(1, 1) == out
+    dy = torch.ones(1, *out, 16).permute(0, 3, 1, 2)
+    x, values = torch.ones(1, 1, 1, 600).permute(0, 3, 1, 2), torch.ones(4, *block)
+    for call in (
+        lambda: cpu.conv2d_fwd(x, values, None, index, shape),
+        lambda: cpu.conv2d_dx(dy, values, index, shape, (1, 1)),
+        lambda: cpu.conv2d_dvalues(dy, x, index, block, shape, torch.float32),
+        lambda: cpu.conv2d_backward(dy, x, values, index, shape),
+    ):
+        with pytest.raises(MemoryError, match="cannot plan a convolution of such a padding, stride or dilation"):
+            call()

@@ -1,7 +1,7 @@
 """No index, whatever it holds, makes a native kernel read or write outside its tensors.
 
-Here: what is illegal is refused, and what is legal is still computed afterwards. That nothing else was touched is for the
-sanitizers to say: tests/sanitize_cpu.py calls the same.
+Here: what is illegal is refused, and what is legal is still computed afterwards. That nothing else was touched is for
+the sanitizers to say: tests/sanitize_cpu.py calls the same.
 """
 
 from __future__ import annotations

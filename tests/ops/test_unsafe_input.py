@@ -1,0 +1,157 @@
+"""What would make a kernel read memory that is not there ends in one sentence: indices, layouts and storages."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from sparsekern.kernels.contract import ConvShape, Index
+
+import sparsekern as sk
+from sparsekern import ops
+from sparsekern.topology import Grid, balanced, build_index, conv_grid, generator_for
+
+SHAPE = ConvShape(16, 32, (3, 3), padding=(1, 1, 1, 1))
+PLACES = ["row_ptr", "row_col", "row_slot", "col_ptr", "col_row", "col_slot"]
+
+
+def linear_call(block: tuple[int, int], **changes: object) -> torch.Tensor:
+    grid = Grid(64, 32, block)
+    index = build_index(balanced(grid, 5, generator_for(0)))
+    given = {"x": torch.ones(3, 32), "values": torch.ones(5, *block), "index": index} | changes
+    index = given["index"](index) if callable(given["index"]) else given["index"]
+    return ops.linear(given["x"], given["values"], given.get("bias"), index, grid)
+
+
+def conv_call(block: tuple[int, int], **changes: object) -> torch.Tensor:
+    grid = conv_grid(16, 32, (3, 3), block)
+    index = build_index(balanced(grid, 5, generator_for(0)))
+    given = {"x": torch.ones(2, 16, 5, 5), "values": torch.ones(5, *block), "index": index} | changes
+    index = given["index"](index) if callable(given["index"]) else given["index"]
+    return ops.conv2d(given["x"], given["values"], given.get("bias"), index, grid, SHAPE)
+
+
+def replaced(place: str, change: object) -> object:
+    return lambda index: index._replace(**{place: change(getattr(index, place))})
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.stack([tensor, tensor], 1)[:, 0]
+
+
+@pytest.fixture(params=["auto", "eager"])
+def _backend(request):
+    with sk.backend(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("call", [linear_call, conv_call])
+@pytest.mark.parametrize("block", [(1, 1), (16, 16)])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_index_is_contiguous_int32_and_long_enough(call, block, place):
+    for change in (torch.Tensor.long, torch.Tensor.float, strided):
+        with pytest.raises(ValueError, match=f"{place} of the index is .* it must be contiguous, torch.int32"):
+            call(block, index=replaced(place, change))
+    with pytest.raises(ValueError, match=r"of the index is torch.int32 of shape|the index is for"):
+        call(block, index=replaced(place, lambda tensor: tensor[:-1].clone()))
+
+
+@pytest.mark.parametrize("block", [(1, 1), (16, 16)])
+def test_the_ops_below_check_too(block):
+    """What an exported program calls, and a backward."""
+    grid = Grid(64, 32, block)
+    index = build_index(balanced(grid, 5, generator_for(0)))
+    lists = list(index._replace(col_slot=index.col_slot.long()))
+    op, values = torch.ops.sparsekern, torch.ones(5, *block)
+    for call in (
+        lambda: op.linear(torch.ones(3, 32), values, None, lists, 64, None, "", [], "auto"),
+        lambda: op.linear_dx(torch.ones(3, 64), values, lists, 32, "auto"),
+        lambda: op.linear_dvalues(torch.ones(3, 64), torch.ones(3, 32), lists, *block, torch.float32, "auto"),
+        lambda: op.linear_backward(torch.ones(3, 64), torch.ones(3, 32), values, lists, "auto"),
+    ):
+        with pytest.raises(ValueError, match="col_slot of the index is torch.int64"):
+            call()
+
+
+def test_entries_outside_the_grid_are_refused():
+    def far(index: Index) -> Index:
+        index.row_slot[0] = 10**9
+        return index
+
+    for call in (linear_call, conv_call):
+        for block in ((1, 1), (16, 16)):
+            with pytest.raises((ValueError, IndexError), match="index"):  # IndexError: where there is no native library
+                call(block, index=far)
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("call", [linear_call, conv_call])
+def test_a_storage_that_was_resized_to_nothing(call):
+    x = torch.ones(2, 16, 5, 5) if call is conv_call else torch.ones(3, 32)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has a storage of 0 bytes, too small for it"):
+        call((16, 16), x=x)
+    values = torch.ones(5, 16, 16)
+    values.untyped_storage().resize_(100)
+    with pytest.raises(ValueError, match="has a storage of 100 bytes, too small for it"):
+        call((16, 16), values=values)
+
+
+def test_an_index_without_storage():
+    def freed(index: Index) -> Index:
+        index.row_slot.untyped_storage().resize_(0)
+        return index
+
+    for call in (linear_call, conv_call):
+        with pytest.raises(ValueError, match="has a storage of 0 bytes"):
+            call((16, 16), index=freed)
+
+
+LAYOUTS = {
+    "sparse": lambda x: x.to_sparse(),
+    "CSR": lambda x: x.to_sparse_csr() if x.dim() == 2 else x.to_sparse(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+}
+
+
+@pytest.mark.parametrize("call", [linear_call, conv_call])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
+def test_other_layouts_are_one_sentence(call, layout):
+    if layout == "mkldnn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no MKL-DNN")
+    x = LAYOUTS[layout](torch.ones(2, 16, 5, 5) if call is conv_call else torch.ones(3, 32))
+    with pytest.raises(
+        TypeError, match=r"input is a .* tensor; a sparse layer takes dense ones: convert it with \.to_"
+    ):
+        call((16, 16), x=x)
+    with pytest.raises(TypeError, match="values and bias are torch.sparse_coo and None tensors; they must be dense"):
+        call((16, 16), values=torch.ones(5, 16, 16).to_sparse())
+
+
+def test_directions_of_a_sketch_have_the_length_of_the_layer():
+    grid = Grid(64, 32, (16, 16))
+    probe = ops.Probe.sketch(grid, torch.ones(2, 64), torch.ones(2, 32))
+    for args in ((torch.ones(2, 60), torch.ones(2, 32)), (torch.ones(2, 64), torch.ones(3, 32))):
+        with pytest.raises(ValueError, match=r"directions .* have shapes .*; they must be \(r, 64\) and \(r, 32\)"):
+            ops.sketch(torch.ones(3, 64), torch.ones(3, 32), *args, 16, 16, "cpu")
+    assert probe.tensor.shape == (2, 4, 2)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_an_empty_list_may_arrive_as_none(name):
+    """As AOTInductor hands it to the kernel of the Autograd key."""
+    module = importlib.import_module(f"sparsekern.ops.{name}")
+    block, kernel = (16, 16), getattr(module, f"_{name}_autograd")
+    grid = Grid(64, 32, block) if name == "linear" else conv_grid(16, 32, (3, 3), block)
+    lists = list(build_index(balanced(grid, 5, generator_for(0))))
+    x = torch.ones(3, 32) if name == "linear" else torch.ones(2, 16, 5, 5)
+    sizes = 64 if name == "linear" else importlib.import_module("sparsekern.ops.shapes").pack_shape(SHAPE)
+    values = torch.ones(5, *block, requires_grad=True)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = kernel(x, values, None, lists, sizes, None, "", None, "auto")
+            assert torch.equal(y, kernel(x, values, None, lists, sizes, None, "", [], "auto"))
