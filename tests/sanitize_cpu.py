@@ -29,7 +29,7 @@ from unittest import mock
 if TYPE_CHECKING:
     from sparsekern.kernels.contract import Index
 
-    from tests.kernels.cpu.index_noise import Calls
+    from tests.index_noise import Calls
     from tests.oracle import Case
     from tests.oracle_conv2d import ConvCase
 
@@ -163,7 +163,7 @@ def sweep(library_file: Path, seeds: int) -> None:
     import torch
     from sparsekern.kernels.cpu import library
 
-    from tests.kernels.cpu.index_noise import conv_calls, linear_calls
+    from tests.index_noise import conv_calls, linear_calls
     from tests.oracle import random_case
     from tests.oracle_conv2d import conv_case
 
@@ -235,9 +235,9 @@ def run_linear(case: Case, pairs: int, *, check: bool) -> None:
 def run_noise(calls: Calls, index: Index, block: tuple[int, int], seed: int) -> None:
     """Call kernels on an index that holds what it must not, and while another thread writes into it.
 
-    What must be refused is for tests/kernels/cpu/test_index_noise.py to say.
+    What must be refused is for tests/test_index_noise.py to say.
     """
-    from tests.kernels.cpu.index_noise import copy_of, illegal, noises, survive, survive_writer
+    from tests.index_noise import copy_of, illegal, noises, survive, survive_writer
 
     for call, lists in calls.values():
         for number in lists if int(index.row_ptr[-1]) else ():

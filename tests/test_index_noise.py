@@ -10,7 +10,7 @@ import pytest
 import torch
 from sparsekern.kernels import cpu
 
-from tests.kernels.cpu.index_noise import Calls, conv_calls, illegal, linear_calls, noises, survive, survive_writer
+from tests.index_noise import Calls, conv_calls, illegal, linear_calls, noises, survive, survive_writer
 from tests.oracle import Case, check_kernels, random_case
 from tests.oracle_conv2d import ConvCase, check_conv, conv_case
 
