@@ -40,8 +40,10 @@ def sparsify_(
 ) -> nn.Module:
     """Replace the linear layers and convolutions of a model by sparse ones, in place; build the optimizer afterwards.
 
-    :class:`SparseLinear` and :class:`SparseConv2d` take their places. Depthwise convolutions, and stems of three input
-    channels or fewer, stay dense whatever ``targets`` says: blocks of channels are no use there (but see ``stems``).
+    :class:`SparseLinear`, :class:`SparseConv1d` and :class:`SparseConv2d` take their places; ``register_converter``
+    adds classes. Depthwise convolutions, and stems of three input channels or fewer, stay dense whatever ``targets``
+    says: blocks of channels are no use there (but see ``stems``). The log says what share of the parameters stays
+    dense, and where.
 
     With ``init="balanced"`` or ``"random"`` places *and values* are drawn anew, as for training from scratch. To start
     from trained weights use ``init="norm"``: it keeps the blocks of largest norm, with their values.
@@ -76,9 +78,9 @@ def sparsify_(
 
     Raises:
         TypeError: ``model`` is not a :class:`torch.nn.Module`, or an argument is of another type than it must be.
-        ValueError: a selector matches nothing; a layer cannot be sparse (shared weight, child of an attention module,
-            a subclass of nn.Linear or nn.Conv2d); a sparsity that leaves a layer without a block. Nothing has changed
-            then.
+        ValueError: a selector matches nothing; a layer cannot be sparse (shared weight, a weight that another module
+            reads in its forward, a subclass of nn.Linear or of a convolution); a sparsity that leaves a layer
+            without a block. Nothing has changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

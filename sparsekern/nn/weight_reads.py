@@ -42,13 +42,14 @@ def _reads_of(kind: Any) -> dict[str, str]:
     todo, seen = ["forward"], {"forward"}
     while todo:
         method = todo.pop()
-        code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
+        function = inspect.getattr_static(kind, method, None)  # a scripted module's answers only of an instance
+        code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
         if not isinstance(code, CodeType) or not code.co_argcount:
             continue
         for chain, harmless in _chains(code, code.co_varnames[0]):
             if len(chain) > 1 and chain[-1] == "weight" and not harmless:
                 found.setdefault(".".join(chain[:-1]), method)
-            elif chain[0] not in seen and inspect.isfunction(getattr(kind, chain[0], None)):
+            elif chain[0] not in seen and inspect.isfunction(inspect.getattr_static(kind, chain[0], None)):
                 if not hasattr(nn.Module, chain[0]):  # PyTorch's own methods read no child's weight
                     todo.append(chain[0])
                 seen.add(chain[0])

@@ -99,6 +99,20 @@ def test_who_reads(kind, found):
     assert readers(nn.ModuleDict({"a": kind()})) == {f"a.{name}": method for name, method in found.items()}
 
 
+class Odd(Base):
+    forward = functools.partial(lambda x: x)  # no function with code of its own
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_modules_without_code_to_search():
+    """A scripted child, a forward that is no function, and a compiled module are looked at, and nothing is found."""
+    model = nn.ModuleDict({"odd": Odd(), "script": torch.jit.script(nn.Sequential(nn.Tanh())), "fc": nn.Linear(8, 8)})
+    assert readers(model) == {}
+    sk.sparsify_(model, 0.5, 4, targets="fc")
+    compiled = torch.compile(Reads(), backend="eager")
+    assert readers(compiled) == {"_orig_mod.fc": "Reads.forward"}
+
+
 def test_what_asks_only_runs_on_a_sparse_layer():
     model = sk.sparsify_(AsksOnly(), 0.5, 2)
     model(torch.ones(1, 4))
