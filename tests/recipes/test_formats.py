@@ -223,3 +223,23 @@ def test_the_optimizer_never_gets_a_state_of_another_shape(stopped, tmp_path, ch
     replace_state(tmp_path / "run", state)
     said = outcome(tmp_path / "run")
     assert f"{entry} of parameter {number} must be" in said or "is damaged, or no torch.save file" in said
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        ("network_sparsity", 1.5, "less than or equal to 1"),
+        ("network_sparsity", "x", "valid number"),
+        ("ms_per_step", {"median": 1.0, "low": 0.5, "high": None, "highest": 2.0}, "both numbers or both null"),
+        ("ms_per_step", {"median": 1.0, "low": None, "high": None, "highest": None}, "both numbers or both null"),
+        ("ms_per_step", {"median": None, "low": 0.5, "high": 0.6, "highest": None}, "quartiles without a median"),
+    ],
+)
+def test_numbers_of_results_that_cannot_be(finished, tmp_path, entry, value, words):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / RESULTS
+    results = json.loads(path.read_text())
+    results["networks"]["sparse"][entry] = value
+    path.write_text(json.dumps(results))
+    result = CliRunner().invoke(application(), ["report", str(tmp_path / "run"), "--no-measure"])
+    assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
