@@ -10,18 +10,19 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Allocations(NamedTuple):
-    """Bytes: the most that was held at once above the start, and the largest single tensor."""
+    """Bytes: the most that was held at once above the start, the largest single tensor, and what is left at the end."""
 
     peak: int
     largest: int
+    kept: int
 
 
 def allocations(run: Callable[[], object]) -> Allocations:
     """Run once and return what it allocated on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = run()
-    del result
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     held = torch.tensor([0, *sizes]).cumsum(0)
-    return Allocations(int(held.max()), max(sizes, default=0))
+    del result  # counts as kept
+    return Allocations(int(held.max()), max(sizes, default=0), int(held[-1]))

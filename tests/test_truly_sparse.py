@@ -6,10 +6,8 @@ single tensor is as large as the dense weight. Read off the allocator, and again
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -306,62 +304,3 @@ def test_a_densifying_line_is_found(part, plant, kernels, monkeypatch):
     check(part)
     with pytest.raises(AssertionError, match=f"{part} makes a tensor of"):
         check(part, plant=lambda layer: plant(monkeypatch, kernels, layer))
-
-
-RESIDENT = """
-import sys, torch, sparsekern as sk
-
-def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-
-def linear(side, sparsity):
-    layer = sk.SparseLinear(side, side, sparsity=sparsity, block_size=32, seed=0)
-    return layer, torch.randn(64, side, requires_grad=True)
-
-def conv2d(side, sparsity):
-    layer = sk.SparseConv2d(side // 4, side // 4, 3, padding=1, sparsity=sparsity, block_size=32, seed=0)
-    return layer, torch.randn(1, side // 4, 8, 8, requires_grad=True)
-
-def train(kind, side, sparsity, dense):
-    layer, x = kind(side, sparsity)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    method = sk.SET(layer, optimizer, update_every=1)
-    for _ in range(3):
-        y = layer(x)
-        if dense:
-            y = y + 0 * sk.topology.to_dense(layer.topology, layer.values).sum()
-        y.square().mean().backward()
-        optimizer.step()
-        assert method.step()
-        optimizer.zero_grad()
-    state = sum(s.numel() * 4 for s in optimizer.state[layer.values].values())
-    index = sum(t.numel() * 4 for t in (layer.row, layer.col, *layer.index))
-    return 2 * layer.values.numel() * 4 + state + index
-
-kind = {"linear": linear, "conv2d": conv2d}[sys.argv[1]]
-train(kind, 1024, 0.5, False)      # libraries, threads and the scratch are there from here on
-before = peak()
-stored = train(kind, 8192, 0.95, sys.argv[2] == "dense")
-print(peak() - before, stored)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")
-@pytest.mark.parametrize("planted", [False, True], ids=["sparse", "a dense weight planted"])
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
-def test_by_resident_memory(kind, planted):
-    """8192 x 8192 at 95 %: 256 MiB dense, 52 MiB of values, gradient and Adam's two moments.
-
-    The convolution of 2048 -> 2048 channels: 144 MiB dense, 29 MiB.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", RESIDENT, kind, "dense" if planted else "sparse"],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    grown, stored = (int(number) for number in done.stdout.split())
-    activations = 8 * 64 * 8192 * 4  # x, y, their gradients, the loss's square and its gradient, and two copies
-    allowed = 1.25 * stored + 16 * 2**20 + activations
-    assert (grown <= allowed) == (not planted), f"grew by {grown / 2**20:.0f} MiB, allowed {allowed / 2**20:.0f}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekern.topology import check_sparsity
 from sparsekern.topology.arguments import check_number
-from sparsekern.training.candidates import Candidates
+from sparsekern.training.candidates import CHUNK, Candidates
 from sparsekern.training.projection import project
 from sparsekern.training.sampling import top_units
 
@@ -107,8 +107,9 @@ class Budget:
 
     def expected_elements(self, name: str, probabilities: Tensor) -> float:
         """Return how many elements of a layer remain on average, at probabilities ``(units,)``."""
-        costs = self._candidates[name].costs()
-        return float((costs * probabilities[self.part(name)].to(costs)).sum())
+        costs = self._candidates[name].costs().split(CHUNK)
+        likely = probabilities[self.part(name)].split(CHUNK)
+        return float(torch.stack([(c * p.to(c)).sum() for c, p in zip(costs, likely, strict=True)]).sum())
 
     def project(self, wanted: Tensor) -> Tensor:
         """Return the nearest probabilities ``(units,)`` within the budget; see :func:`project`."""

@@ -124,7 +124,7 @@ def _by_newton(wanted: Tensor, costs: Tensor, budget: float, floor: float) -> Te
         into = torch.where((into >= low) & (into <= high), into, (low + high) / 2)
         done = (into - shift).abs() <= NEAR * into
         shift = into
-        if shift.device.type == "cpu" and bool(done):  # elsewhere that would wait for the device
+        if shift.device.type == "cpu" and bool(done | within):  # elsewhere that would wait for the device
             break
     assert within is not None
     return torch.where(within, 0.0, shift)

@@ -280,7 +280,7 @@ class VRPGE(Method):
             numbers[f"expected_sparsity/{name}"] = 1 - expected / layer.grid.numel
             left, total = left + expected, total + layer.grid.numel
         numbers["expected_sparsity/global"] = 1 - left / total
-        numbers["undecided"] = 0.0 if self.finished else float(((s > 0.05) & (s < 0.95)).double().mean())
+        numbers["undecided"] = 0.0 if self.finished else int(((s > 0.05) & (s < 0.95)).count_nonzero()) / s.numel()
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
