@@ -196,7 +196,7 @@ def model_cases() -> Iterator[Case]:
     )
     yield case("a copy left behind", moved_away, ValueError, "other blocks in a copy", "same checkpoint")
     yield case("another method's state", lambda: state_of(sk.SET, method="RigL"), ValueError, "of RigL", "this is SET")
-    yield case("another version's state", lambda: state_of(sk.SET, version=99), ValueError, "version 99", "reads 1")
+    yield case("another version's state", lambda: state_of(sk.SET, version=99), ValueError, "version 99", "reads 2")
     yield case("other layers' state", lambda: state_of(sk.SET, start={}), ValueError, "the model has 0, 2")
     yield case("part of a state", lambda: without("steps"), ValueError, "lacks steps")
     yield case("no batches", lambda: sk.recalibrate_norms(nn.BatchNorm1d(4), []), ValueError, "batches is empty")
