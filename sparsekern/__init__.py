@@ -51,6 +51,7 @@ _let_ctrl_c_end_a_command_that_starts()
 del _use_kernels_beside_package, _let_ctrl_c_end_a_command_that_starts
 
 from sparsekern import ops, topology, transforms  # noqa: E402  the finder must be in place first
+from sparsekern.kernels.cpu import release_scratch  # noqa: E402
 from sparsekern.kernels.cpu.memory import keep_freed_memory  # noqa: E402
 from sparsekern.nn import (  # noqa: E402
     SparseConv1d,
@@ -89,6 +90,7 @@ __all__ = [
     "preset",
     "recalibrate_norms",
     "refresh_",
+    "release_scratch",
     "save",
     "sparse_layers",
     "sparsify_",

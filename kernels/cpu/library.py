@@ -311,7 +311,10 @@ def scratch_bytes() -> int:
 
 
 def release_scratch() -> None:
-    """Give the scratch of the library back to the system."""
+    """Give the scratch of the native CPU kernels back to the system.
+
+    They keep it for their next calls: some MiB for each thread that runs layers, until the thread ends.
+    """
     library, _ = load()
     if library is not None:
         library.sk_release_scratch()

@@ -29,8 +29,9 @@ _log = logging.getLogger("sparsekern")
 class backend:
     """Ask for one backend, or for ``"auto"``, the fastest that can (the default).
 
-    As a statement it holds until the next one; in a ``with`` block until its end. It holds for the whole process. A
-    backward runs on the backend of its forward, wherever it is called.
+    As a statement it holds until the next one; in a ``with`` block until its end. It holds for the whole process: of
+    blocks that overlap, in two threads or tasks, the one begun last, and each ends with its own. A backward runs on the
+    backend of its forward, wherever it is called.
 
     Args:
         name: ``"auto"`` or a name in :data:`sparsekern.ops.backends.BACKENDS`.
@@ -48,17 +49,25 @@ class backend:
         global _requested
         if name != AUTO and name not in BACKENDS:
             raise ValueError(f"backend is {name!r}; it must be one of {', '.join([AUTO, *BACKENDS])}")
-        self._previous = _requested
+        self._name, self._entered = name, False
+        last = [s for s in _settings if not s._entered][-1:]  # the statement that can hold again, where this is a block
+        _settings[:] = [*(setting for setting in _settings if setting._entered or setting in last), self]
         _requested = name
 
     def __enter__(self) -> backend:
+        self._entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _requested
-        _requested = self._previous
+        if self in _settings:
+            _settings.remove(self)
+        _requested = _settings[-1]._name if _settings else AUTO
+
+
+_settings: list[backend] = []
 
 
 def requested_backend() -> str:

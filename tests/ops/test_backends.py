@@ -136,6 +136,16 @@ def test_as_a_statement_and_nested():
         sk.backend(before)
 
 
+def test_blocks_that_overlap_end_each_with_its_own():
+    before = sk.ops.requested_backend()
+    first = sk.backend("eager").__enter__()
+    second = sk.backend("cpu").__enter__()
+    first.__exit__(None, None, None)
+    assert sk.ops.requested_backend() == "cpu"
+    second.__exit__(None, None, None)
+    assert sk.ops.requested_backend() == before
+
+
 def test_an_unknown_name():
     with pytest.raises(ValueError, match="backend is 'cuda'; it must be one of auto, gpu, cpu, eager"):
         sk.backend("cuda")

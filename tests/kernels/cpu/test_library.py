@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from sparsekern.kernels import cpu
 from sparsekern.kernels.contract import Backend
 from sparsekern.kernels.cpu import library
 
+from sparsekern.topology import Grid, balanced, build_index, generator_for
 from tests.oracle import random_case
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -305,3 +308,22 @@ def test_the_library_and_torch_share_one_openmp_runtime() -> None:
     assert done.returncode == 0, done.stderr
     runtimes = [path for path in done.stdout.split() if re.search(r"/lib[gi]?omp[^/]*$", path)]
     assert len(runtimes) == 1, runtimes
+
+
+def test_a_thread_that_ends_gives_its_scratch_back():
+    library.release_scratch()
+    x, index = torch.ones(300, 64), build_index(balanced(Grid(64, 64, (16, 16)), 8, generator_for(0)))
+    held = []
+
+    def run() -> None:
+        cpu.fwd(x, torch.ones(8, 16, 16), None, index, 64)
+        held.append(library.scratch_bytes())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert held[0] > 0
+    deadline = time.monotonic() + 10  # join returns a moment before the system's thread is gone
+    while library.scratch_bytes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert library.scratch_bytes() == 0
