@@ -132,7 +132,7 @@ def test_a_state_of_something_else():
         agent.load_state_dict({"version": 2})
     with pytest.raises(ValueError, match="another method or scope"):
         sk.AGENT(model, optimizer, method=sk.SET(model, optimizer)).load_state_dict(agent.state_dict())
-    with pytest.raises(ValueError, match="the state is of other parameters"):
+    with pytest.raises(ValueError, match="has shape .4, 4, 4.; it must have .16, 2, 2."):
         sk.AGENT(other, sgd(other)).load_state_dict(agent.state_dict())
 
 

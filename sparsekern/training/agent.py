@@ -23,6 +23,7 @@ from sparsekern.training.followers import OnMove
 from sparsekern.training.optimizer_state import unwrapped
 from sparsekern.training.passes import Randomness, perturbed
 from sparsekern.training.prepass import pass_over
+from sparsekern.training.saved_state import check_like
 from sparsekern.training.scores import is_finite
 from sparsekern.training.snapshot import Snapshot
 from sparsekern.training.weighting import from_losses, smoothed
@@ -290,10 +291,20 @@ class AGENT(Attached):
             ValueError: the state is of another version, other parameters or another method.
         """
         check_kind("state", state, dict, "what state_dict() returned")
-        if state.get("version") != AGENT_STATE_VERSION or "snapshot" not in state:
+        version = state.get("version")
+        if type(version) is not int or version != AGENT_STATE_VERSION or "snapshot" not in state:
             raise ValueError(f"the state is none of AGENT's of version {AGENT_STATE_VERSION}")
-        if (state["method"] is None) != (self.method is None) or state["c"].keys() != self.c.keys():
+        c = state.get("c")
+        if (
+            (state.get("method") is None) != (self.method is None)
+            or not isinstance(c, dict)
+            or c.keys() != self.c.keys()
+        ):
             raise ValueError("the state is of AGENT with another method or scope; build it as the one that was saved")
+        check_like(state, self.state_dict())
+        if self.method is not None:
+            self.method.check_state(state["method"])
+        self._correction.variance.check_state(state["variance"])
         self.snapshot.load_state_dict(state["snapshot"])
         if self.method is not None:
             self.method.load_state_dict(state["method"])

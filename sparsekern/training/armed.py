@@ -142,6 +142,16 @@ class ArmedProbes:
             for key, answers in (("heard", heard), ("kept", self._kept))
         }
 
+    @staticmethod
+    def check_state(state: dict[str, Any]) -> None:
+        """Raise ValueError if a state holds something else than answers; :meth:`load_state_dict` knows their shapes."""
+        for key in ("heard", "kept"):
+            if not isinstance(answers := state.get(key), dict):
+                raise ValueError(f"the state's answers to probes have no {key!r}")
+            for name, answer in answers.items():
+                if not isinstance(answer, Tensor) or answer.layout != torch.strided or not answer.is_floating_point():
+                    raise ValueError(f"the state's answer of {name!r} to a probe must be a tensor of real numbers")
+
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Let the probes that are armed have heard what :meth:`state_dict` says."""
         for name, probe in self.probes.items():
@@ -150,4 +160,9 @@ class ArmedProbes:
 
     def _loaded(self, probe: Tensor, answer: Tensor | None) -> Tensor | None:
         """Return an answer on the probe's device; that of candidates without what was appended to their number."""
-        return None if answer is None else answer[: probe.shape[0]].to(probe.device, copy=True)
+        if answer is None:
+            return None
+        answer = answer[: probe.shape[0]]
+        if answer.shape != probe.shape or answer.dtype != probe.dtype:
+            raise ValueError(f"the state's answer of a probe has shape {tuple(answer.shape)}, not {tuple(probe.shape)}")
+        return answer.to(probe.device, copy=True)

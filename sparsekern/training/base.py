@@ -22,6 +22,7 @@ from sparsekern.training.distributed import check_agreement, refuse_join
 from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.optimizer_state import unwrapped
 from sparsekern.training.passes import parallel_modules
+from sparsekern.training.saved_state import check_like
 from sparsekern.training.schedules import Schedule, whole_stop
 from sparsekern.training.scores import block_norms, is_finite, protect_last, warn_of_few_blocks
 from sparsekern.training.tied import Units
@@ -343,26 +344,31 @@ class Method(Attached):
         """Continue where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: the state is of another method, another version or other layers.
+            ValueError: the state is of another method, version or model, or damaged.
+            TypeError: it is no dictionary.
         """
-        check_kind("state", state, dict, "what state_dict() returned")
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"the state has version {state.get('version')}; this code reads {STATE_VERSION}")
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it is not one that state_dict() returned")
-        if state["method"] != type(self).__name__:
-            raise ValueError(f"the state is of {state['method']}; this is {type(self).__name__}")
-        if state["start"].keys() != self.layers.keys():
-            raise ValueError(
-                f"the state is of layers {', '.join(state['start'])}; the model has {', '.join(self.layers)}"
-            )
+        self.check_state(state)
         self.steps, self._seen = state["steps"], state["seen"]
         self.updates, self.seconds = state["updates"], state["seconds"]
         self.note_values()
         self.books.load_state_dict(state)
         for name, born in self._born.items():
             born.copy_(state["born"].get(name, torch.tensor(NEVER)))
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` raises, and load nothing."""
+        check_kind("state", state, dict, "what state_dict() returned")
+        version = state.get("version")
+        if type(version) is not int or version != STATE_VERSION:
+            raise ValueError(f"the state has version {version}; this code reads {STATE_VERSION}")
+        own = self.state_dict()
+        if missing := own.keys() - state.keys():
+            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it is not one that state_dict() returned")
+        if not isinstance(state["method"], str) or state["method"] != type(self).__name__:
+            raise ValueError(f"the state is of {state['method']}; this is {type(self).__name__}")
+        if isinstance(start := state["start"], dict) and start.keys() != self.layers.keys():
+            raise ValueError(f"the state is of layers {', '.join(start)}; the model has {', '.join(self.layers)}")
+        check_like(state, own)
 
     @property
     def settled(self) -> bool:

@@ -317,12 +317,28 @@ class GradientMethod(Method):
         self._width = {}  # that of the run that was saved is not known
         self._resume(state)
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` raises, and load nothing."""
+        super().check_state(state)
+        if not (state["stage"] is None or (type(state["stage"]) is int and state["stage"] in (0, 1))):
+            raise ValueError(f"state['stage'] is {state['stage']!r}; a method has two stages at most, 0 and 1")
+        keys, answers = state["probes"]
+        for name, asked in keys.items():
+            cells = self.layers[name].grid.cells if name in self.layers else 0
+            whole = isinstance(asked, Tensor) and asked.dtype in (torch.int32, torch.int64) and asked.dim() == 1
+            if not whole or not _ascend(asked.cpu(), cells):
+                raise ValueError(f"the state's candidates of {name!r} are no places of its grid")
+        ArmedProbes.check_state(answers)
+
     def _resume(self, state: dict[str, Any]) -> None:
         """Arm the probes that a state says, and let them have heard what it says."""
         if state["stage"] is None:
             return
         now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
-        self._put(state["stage"])
+        try:
+            self._put(state["stage"])
+        except KeyError as error:
+            raise ValueError(f"the state has no candidates of {error} for the stage that it is in") from None
         self.steps, self._versions = now, {}
         self._armed.load_state_dict(state["probes"][1])
 
@@ -340,6 +356,12 @@ class GradientMethod(Method):
         weakref.finalize(self, self._armed.disarm).atexit = False
         if not self.closed:
             self._resume(asked)
+
+
+def _ascend(keys: Tensor, cells: int) -> bool:
+    """Return whether keys are distinct places of a grid in ascending order, as the index of a probe takes on trust."""
+    inside = not keys.numel() or (int(keys[0]) >= 0 and int(keys[-1]) < cells)
+    return inside and bool((keys[1:] > keys[:-1]).all())
 
 
 def _version(layer: BlockSparse) -> tuple[int, int]:

@@ -249,7 +249,8 @@ class RigL(GradientMethod):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""
-        self._screen = state.get("screen", self._screen)
+        self.check_state(state)
+        self._screen = state["screen"]
         super().load_state_dict(state)
 
 

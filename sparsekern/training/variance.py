@@ -70,6 +70,15 @@ class VarianceRatio:
         """Return what a resumed run needs."""
         return {"before": self._before, "sums": self._sums.clone(), "last": self._last}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if the samples of the step before are not as many as this takes of each."""
+        count = sum(len(range(self._offsets[name], size, self.stride)) for name, size in self._sizes.items())
+        for sample in state["before"] or ():
+            if not isinstance(sample, Tensor) or sample.dtype != torch.float32 or sample.shape != (count,):
+                raise ValueError(f"the samples of the variance must be two tensors ({count},) of torch.float32")
+        if state["before"] is not None and len(state["before"]) != 2:
+            raise ValueError("the samples of the variance must be two tensors")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""
         before = state["before"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse, refuse_sharded
 from sparsekern.topology import generator_for
-from sparsekern.topology.arguments import check_kind, check_number, check_whole
+from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.base import Method, is_rehearsal
 from sparsekern.training.budget import Budget
 from sparsekern.training.candidates import Candidates, Group
@@ -297,19 +297,22 @@ class VRPGE(Method):
         Raises:
             ValueError: as :meth:`Method.load_state_dict`, or other candidates.
         """
-        check_kind("state", state, dict, "what state_dict() returned")
-        units = state.get("units", {})
-        mine = {name: candidates.unit.shape for name, candidates in self.candidates.items()}
-        same = {name: unit.shape for name, unit in units.items()} == mine
-        if units and (not same or state["probabilities"]["value"].shape != self.probabilities.value.shape):
-            raise ValueError("the state has other candidates; build model and method as those that were saved")
         super().load_state_dict(state)
         self.finished = state["finished"]
         self.probabilities.load_state_dict(state["probabilities"])
         for name, candidates in self.candidates.items():
-            candidates.unit.copy_(units[name])
+            candidates.unit.copy_(state["units"][name])
         self.probabilities.forget()
         self._masks, self._drawn_at = None, -1
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` raises, and load nothing."""
+        units = state.get("units") if isinstance(state, dict) else None
+        if isinstance(units, dict):
+            mine = {name: candidates.unit.shape for name, candidates in self.candidates.items()}
+            if {name: getattr(unit, "shape", None) for name, unit in units.items()} != mine:
+                raise ValueError("the state has other candidates; build model and method as those that were saved")
+        super().check_state(state)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._stand_ins.leave()

@@ -1,0 +1,59 @@
+"""Checks of a method's saved state, made before anything of it is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FREE = ("start",)
+"""Entries whose tensors may be of any length: a run with a global scope began with other numbers of blocks."""
+
+LARGEST = 2**62
+"""Of a number that counts something."""
+
+
+def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False) -> None:
+    """Check that a saved state is like the one that the same object has now: names, kinds, shapes and dtypes.
+
+    What varies between two states of one object is in tuples, whose entries whoever loads them checks; and what is None
+    now may be a number, which counts something.
+
+    Args:
+        saved: what is to be loaded.
+        own: what ``state_dict()`` returns now.
+        where: the entry, for the error.
+        free: whether the lengths of tensors may differ.
+
+    Raises:
+        ValueError: an entry is missing, of another kind, shape or dtype, negative, or not finite.
+    """
+    if isinstance(own, dict):
+        if not isinstance(saved, dict) or saved.keys() != own.keys():
+            names = ", ".join(str(name) for name in own) or "no entry"
+            raise ValueError(f"{where} must be a dictionary of {names}; it is not one that state_dict() returned")
+        for name, value in own.items():
+            check_like(saved[name], value, f"{where}[{name!r}]", free=free or name in FREE)
+    elif isinstance(own, Tensor):
+        _check_tensor(saved, own, where, free=free)
+    elif isinstance(own, tuple):
+        if not isinstance(saved, tuple) or len(saved) != len(own) or list(map(type, saved)) != list(map(type, own)):
+            raise ValueError(f"{where} must be a tuple of {len(own)}; it is not one that state_dict() returned")
+    elif isinstance(own, (bool, str)):
+        if type(saved) is not type(own):
+            raise ValueError(f"{where} is {saved!r}; it must be a {type(own).__name__}")
+    elif own is not None or not (saved is None or isinstance(saved, tuple)):
+        whole = own is None or type(own) is int
+        if type(saved) is not int and (whole or type(saved) is not float):
+            raise ValueError(f"{where} is {saved!r}; it must be a {'whole ' * whole}number")
+        if not math.isfinite(saved) or (whole and not 0 <= saved < LARGEST):
+            raise ValueError(f"{where} is {saved!r}; it must be finite, and 0 or more if it counts something")
+
+
+def _check_tensor(saved: Any, own: Tensor, where: str, *, free: bool) -> None:
+    if not isinstance(saved, Tensor) or saved.layout != torch.strided or saved.is_meta or saved.dtype != own.dtype:
+        raise ValueError(f"{where} must be a tensor of {own.dtype}")
+    if saved.dim() != own.dim() or saved.shape[free:] != own.shape[free:]:
+        raise ValueError(f"{where} has shape {tuple(saved.shape)}; it must have {tuple(own.shape)}")
