@@ -12,10 +12,12 @@ import typer
 
 from sparsekern.cli.inspect import describe_state
 from sparsekern.cli.shell import error_console, explained, say, stopped
-from sparsekern.cli.source import weights_file
+from sparsekern.cli.source import MaxGib, MaxTensors, weights_file
 from sparsekern.nn.convert import State, bsr_state, dense_state, sparse_state
 from sparsekern.nn.files import read_state, write_state
+from sparsekern.nn.foreign_states import merge_pruned
 from sparsekern.nn.select import matches_name
+from sparsekern.nn.size_limits import DEFAULT, Limits
 from sparsekern.topology import block_pair, check_sparsity
 
 
@@ -49,6 +51,8 @@ def convert(
     ignore: Annotated[list[str] | None, typer.Option(help="To sparse: layers to leave, like --layers.")] = None,
     network: Annotated[str, typer.Option(help="Of a run: sparse or dense.")] = "sparse",
     seed: Annotated[int, typer.Option(help="Of a run: which seed.")] = 0,
+    max_gib: MaxGib = DEFAULT.gib,
+    max_tensors: MaxTensors = DEFAULT.tensors,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the target.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as one JSON object.")] = False,
 ) -> None:
@@ -60,13 +64,14 @@ def convert(
     """
     with explained(error_console(), stopped):
         _check(target, to, sparsity, keep_zeros, block_size, force)
-        state = read_state(weights_file(source, network, seed))
+        limits = Limits(max_gib, max_tensors)
+        state = merge_pruned(read_state(weights_file(source, network, seed), limits))
         if to is Form.dense:
-            new = dense_state(state)
+            new = dense_state(state, limits)
         elif to is Form.bsr:
-            new = bsr_state(state)
+            new = bsr_state(state, limits)
         else:
-            new = _sparse(state, sparsity, block_size, layers or ["*"], ignore or [])
+            new = _sparse(state, sparsity, block_size, layers or ["*"], ignore or [], limits)
         write_state(target, new)
         found = {"file": str(target), "file_bytes": target.stat().st_size, **describe_state(new)}
     if as_json:
@@ -99,14 +104,14 @@ def _check(
 
 
 def _sparse(
-    state: State, sparsity: float | None, block_size: str | None, layers: list[str], ignore: list[str]
+    state: State, sparsity: float | None, block_size: str | None, layers: list[str], ignore: list[str], limits: Limits
 ) -> State:
     block = None if block_size is None else _block(block_size)
 
     def chosen(name: str) -> bool:
         return any(matches_name(one, name) for one in layers) and not any(matches_name(one, name) for one in ignore)
 
-    return sparse_state(state, sparsity=sparsity, block=block, chosen=chosen)
+    return sparse_state(state, sparsity=sparsity, block=block, chosen=chosen, limits=limits)
 
 
 def _block(text: str) -> tuple[int, int]:

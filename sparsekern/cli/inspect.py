@@ -13,9 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from sparsekern.cli.shell import PlainConsole, error_console, explained, say, stopped
-from sparsekern.cli.source import saved_seeds, weights_file
+from sparsekern.cli.source import MaxGib, MaxTensors, saved_seeds, weights_file
 from sparsekern.nn.files import FORMAT_VERSION, read_state
 from sparsekern.nn.loading import STORED
+from sparsekern.nn.size_limits import DEFAULT, Limits
 from sparsekern.nn.stored import StoredLayer, stored_layers
 from sparsekern.recipes import checkpoint
 from sparsekern.recipes.folder import CONFIG, read_config
@@ -34,13 +35,15 @@ def inspect(
     ],
     network: Annotated[str, typer.Option(help="Of a run: sparse or dense.")] = "sparse",
     seed: Annotated[int, typer.Option(help="Of a run: which seed.")] = 0,
+    max_gib: MaxGib = DEFAULT.gib,
+    max_tensors: MaxTensors = DEFAULT.tensors,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the layers of a checkpoint: shapes, blocks, sparsity, dtypes, bytes. Nothing in the file is executed."""
     with explained(error_console(), stopped):
         run = _run(source) if (source / CONFIG).is_file() else None
         file = weights_file(source, network, seed)
-        state = read_state(file)
+        state = read_state(file, Limits(max_gib, max_tensors))
         found = {"file": str(file), "file_bytes": file.stat().st_size, **describe_state(state)}
         if run is not None:
             found["run"] = run

@@ -44,6 +44,10 @@ RUN_OPTIONS: dict[str, Any] = {
             "scikit-learn's digits",
         ),
     ],
+    "data_max_gib": Annotated[
+        float | None,
+        option("GiB that the data may ask for; large files may ask for 16 times their own size.", Config.data_max_gib),
+    ],
     "width": Annotated[int | None, option("Features of the hidden layers of the mlp.", MLP.width)],
     "width_multiplier": Annotated[
         float | None, option("Times the published channels of any other network.", MLP.width_multiplier)

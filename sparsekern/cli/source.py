@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from sparsekern.recipes import checkpoint
 from sparsekern.recipes.folder import CONFIG, check_run
+
+MaxGib = Annotated[
+    float,
+    typer.Option(help="GiB that the file may ask for; one of more than a sixteenth of that, 16 times its own size."),
+]
+MaxTensors = Annotated[int, typer.Option(help="Tensors that the file may hold.")]
 
 WAYS = "a file of weights, a checkpoint folder or a run folder"
 

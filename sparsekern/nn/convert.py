@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekern.nn.files import Metadata, metadata_of, with_metadata
 from sparsekern.nn.loading import LAYER_VERSION, STORED, describe
+from sparsekern.nn.size_limits import DEFAULT, Limits
 from sparsekern.nn.stored import StoredLayer, stored_layers
 from sparsekern.topology import (
     Grid,
@@ -28,17 +29,22 @@ from sparsekern.topology import (
 
 State = OrderedDict[str, Tensor]
 
+EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+"""Floating point types of one byte that weights may have; the others are scales, or two numbers in a byte."""
 
-def dense_state(state: Mapping[str, Tensor]) -> State:
+
+def dense_state(state: Mapping[str, Tensor], limits: Limits = DEFAULT) -> State:
     """Return the state with a dense weight in the place of every sparse layer, and of every BSR tensor.
 
     Raises:
-        ValueError: the state does not say what matrix the blocks are of.
+        ValueError: the state does not say what matrix the blocks are of, or that matrix is larger than the limits.
     """
-    return _replaced(state, lambda layer: {"weight": to_dense(_known(layer).topology, layer.values)})
+    layers = stored_layers(state)
+    _check_room(state, sum(_dense_bytes(_known(layer)) for layer in layers.values()), limits)
+    return _replaced(state, layers, lambda layer: {"weight": to_dense(layer.topology, layer.values)})
 
 
-def bsr_state(state: Mapping[str, Tensor]) -> State:
+def bsr_state(state: Mapping[str, Tensor], limits: Limits = DEFAULT) -> State:
     """Return the state with a ``torch.sparse_bsr`` weight in the place of every sparse linear layer.
 
     torch has no sparse convolution, and no transposed BSR weight: these layers become dense.
@@ -46,7 +52,13 @@ def bsr_state(state: Mapping[str, Tensor]) -> State:
     Raises:
         ValueError: as :func:`dense_state`; or blocks do not divide the matrix, which torch's format cannot hold.
     """
-    return _replaced(state, lambda layer: {"weight": _to_bsr(_known(layer))})
+    layers = stored_layers(state)
+    wanted = [
+        layer.topology.grid.rows * 8 if _known(layer).topology.grid.kernel is None else _dense_bytes(layer)
+        for layer in layers.values()
+    ]
+    _check_room(state, sum(wanted), limits)
+    return _replaced(state, layers, lambda layer: {"weight": _to_bsr(layer)})
 
 
 def sparse_state(
@@ -55,6 +67,7 @@ def sparse_state(
     sparsity: float | None,
     block: tuple[int, int] | None,
     chosen: Callable[[str], bool] = lambda name: True,
+    limits: Limits = DEFAULT,
 ) -> State:
     """Return the state with stored blocks in the place of the weights of linear layers and convolutions.
 
@@ -67,16 +80,19 @@ def sparse_state(
             nonzero element is kept, and every block that is stored.
         block: ``(out, in)``; None keeps that of layers that are sparse, and is refused for dense ones.
         chosen: whether to convert the layer of a name; others stay as they are.
+        limits: of what the state may ask for. Norms of the blocks of a sparse layer need its dense weight.
 
     Raises:
         ValueError: the state does not say what matrix the blocks are of, or has no layer to convert.
     """
     state = with_metadata(state, metadata_of(state))
     found: dict[str, tuple[Topology, Tensor]] = {}
-    for name, layer in stored_layers(state).items():
-        if chosen(name):
-            _check_block(name, _known(layer).topology.grid, block)
-            found[name] = _cut(layer, sparsity, block)
+    layers = {name: layer for name, layer in stored_layers(state).items() if chosen(name)}
+    if sparsity is not None:
+        _check_room(state, max((_dense_bytes(_known(layer)) for layer in layers.values()), default=0), limits)
+    for name, layer in layers.items():
+        _check_block(name, _known(layer).topology.grid, block)
+        found[name] = _cut(layer, sparsity, block)
     for name in [key.removesuffix(".weight") for key, tensor in state.items() if _is_weight(key, tensor)]:
         name = "" if name == "weight" else name
         if chosen(name):
@@ -94,6 +110,8 @@ def sparse_state(
 def _is_weight(key: str, tensor: Tensor) -> bool:
     named = key == "weight" or key.endswith(".weight")
     if not (named and tensor.layout == torch.strided and tensor.is_floating_point() and tensor.numel()):
+        return False
+    if tensor.dtype.itemsize == 1 and tensor.dtype not in EIGHT_BIT:
         return False
     return tensor.dim() == 2 or (tensor.dim() in (3, 4) and tensor.shape[1] > 3)
 
@@ -118,9 +136,15 @@ def _choose(weight: Tensor, grid: Grid, sparsity: float | None) -> tuple[Topolog
         topology = by_norm(grid, weight, allocate([grid], sparsity)[0])
     else:
         # nan and inf are nonzero too; a layer of zeros keeps its first block: a layer without one cannot be built
-        keys = (dense_block_norms(grid, (weight != 0).to(torch.float32)) > 0).flatten().nonzero().squeeze(1)
+        nonzero = (_comparable(weight) != 0).to(torch.float32)
+        keys = (dense_block_norms(grid, nonzero) > 0).flatten().nonzero().squeeze(1)
         topology = from_keys(grid, keys if keys.numel() else keys.new_zeros(1))
     return topology, gather_blocks(topology, weight)
+
+
+def _comparable(weight: Tensor) -> Tensor:
+    """Return a tensor that is zero where the weight is."""
+    return weight.float() if weight.dtype in EIGHT_BIT else weight
 
 
 def _cut(layer: StoredLayer, sparsity: float | None, block: tuple[int, int] | None) -> tuple[Topology, Tensor]:
@@ -173,9 +197,24 @@ def _key(name: str, part: str) -> str:
     return f"{name}.{part}" if name else part
 
 
-def _replaced(state: Mapping[str, Tensor], convert: Callable[[StoredLayer], dict[str, Tensor]]) -> State:
+def _dense_bytes(layer: StoredLayer) -> int:
+    """Return the bytes of the dense weight of a layer, padded to whole blocks."""
+    grid, (bo, bi) = layer.topology.grid, layer.topology.grid.block
+    return grid.rows * bo * grid.cols * bi * layer.values.element_size()
+
+
+def _check_room(state: Mapping[str, Tensor], wanted: int, limits: Limits) -> None:
+    """Raise ValueError if a conversion needs more memory than the limits allow."""
+    stored = sum(tensor.nbytes for tensor in state.values() if tensor.layout == torch.strided)
+    limits.check_bytes("what is converted", wanted, stored)
+
+
+def _replaced(
+    state: Mapping[str, Tensor],
+    layers: Mapping[str, StoredLayer],
+    convert: Callable[[StoredLayer], dict[str, Tensor]],
+) -> State:
     """Return the state with what ``convert`` returns in the place of each sparse layer."""
-    layers = stored_layers(state)
     new: State = OrderedDict()
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from sparsekern.nn.atomic_files import replace
+from sparsekern.nn.foreign_states import read_index
 from sparsekern.nn.loading import LAYER_VERSION, STORED, described_grid
+from sparsekern.nn.size_limits import DEFAULT, Limits, TooLarge
 from sparsekern.nn.torch_files import first_line, read_torch
 
 FORMAT_VERSION = 2
@@ -26,6 +29,9 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 LONGEST_HEADER = 100_000_000
 """Bytes, of a safetensors file; its library reads no longer one."""
+
+HEADER_BYTES = 200
+"""Of a tensor in that header, about; most names are shorter than that allows."""
 
 Metadata = dict[str, dict[str, Any]]
 """What ``load_state_dict`` hands on to each module, by its name."""
@@ -61,6 +67,15 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
         ModuleNotFoundError: the package safetensors is not installed.
     """
     metadata = metadata_of(state)
+    if other := [key for key, tensor in state.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(
+            f"{path} cannot be written: {other[0]} is no tensor, and a file holds only those; leave it out"
+        )
+    if absent := [key for key, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{path} cannot be written: {absent[0]} is on the meta device, where tensors have no numbers; load or "
+            "initialise the model first"
+        )
     tensors = {key: tensor.detach().cpu() for key, tensor in state.items()}
     if path.suffix in (".pt", ".pth"):
         content = with_metadata(tensors, metadata)
@@ -98,31 +113,38 @@ def _sort_metadata(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def read_state(path: Path) -> OrderedDict[str, Tensor]:
+def read_state(path: Path, limits: Limits = DEFAULT) -> OrderedDict[str, Tensor]:
     """Return the tensors of a file on the CPU, by name.
 
     The first bytes say which format it is, not the name. Of a ``torch.save`` file that holds more, the entry
-    ``state_dict`` or ``model`` is taken. A pickle runs nothing: ``weights_only``.
+    ``state_dict`` or ``model`` is taken. A file ``.json`` is the index of several, as Transformers writes it. A pickle
+    runs nothing: ``weights_only``.
 
     Raises:
-        ValueError: the file is missing, empty, truncated, damaged, of a newer version, or of another kind.
+        ValueError: the file is missing, empty, truncated, damaged, of a newer version, of another kind, or asks for
+            more than the limits.
         ModuleNotFoundError: the package safetensors is not installed.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size  # of this file: another one may take its name
             head = file.read(9)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if size == 0:
         raise ValueError(f"{path} is empty; write or fetch it again")
     if head.startswith(ZIP):
-        return _checked(path, _state_in(path, read_torch(path)))
+        return _checked(path, _state_in(path, read_torch(path, limits)))
     length = int.from_bytes(head[:8], "little")
     if head[8:] == b"{" and length <= LONGEST_HEADER:
         if 8 + length > size:
             raise ValueError(f"{path} is truncated: its {size} bytes are fewer than its header; fetch it again")
-        return _checked(path, _read_safetensors(path))
+        limits.check_tensors(path, length // HEADER_BYTES, about=True)
+        return _checked(path, _read_safetensors(path, limits))
+    if path.suffix == ".json":
+        tensors, metadata = read_index(path, lambda part: read_state(part, limits))
+        limits.check_tensors(path, len(tensors))
+        return _checked(path, with_metadata(tensors, metadata))
     if head.startswith(PICKLE):
         raise ValueError(
             f"{path} is a bare pickle, which could run code and is not read; load it where you trust it, and save its "
@@ -140,15 +162,24 @@ def _state_in(path: Path, content: Any) -> OrderedDict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise ValueError(f"{path} holds no state_dict, which is a dict of tensors by name; save model.state_dict()")
+    for key, tensor in content.items():
+        is_bsr = tensor.layout == torch.sparse_bsr and tensor.dim() == 2 and f".{key}".endswith(".weight")
+        if tensor.is_meta or tensor.is_nested or not (tensor.layout == torch.strided or is_bsr):
+            kind = "on the meta device" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
+            raise ValueError(
+                f"{path} has a tensor {key!r} that is {kind}; only dense tensors, and weights that are "
+                "torch.sparse_bsr, are read: save it as one of those"
+            )
     return with_metadata(content, metadata_of(content))
 
 
-def _read_safetensors(path: Path) -> OrderedDict[str, Tensor]:
+def _read_safetensors(path: Path, limits: Limits) -> OrderedDict[str, Tensor]:
     try:
         with _safetensors().safe_open(path, "pt") as file:
+            limits.check_tensors(path, len(file.keys()))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
             entry = (file.metadata() or {}).get(ENTRY)
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, TooLarge):
         raise
     except Exception as error:  # what a damaged file makes the library raise is any exception at all
         raise ValueError(f"{path} is truncated or damaged: {first_line(error)}; fetch it again") from None
@@ -182,8 +213,9 @@ def _checked(path: Path, state: OrderedDict[str, Tensor]) -> OrderedDict[str, Te
                 "newer one"
             )
         if "grid" in layer:
+            shape = state[f"{name}.values".lstrip(".")].shape
             try:
-                described_grid(layer["grid"], (1, 1))
+                described_grid(layer["grid"], (shape[1], shape[2]) if len(shape) == 3 else (1, 1))
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: {error}; fetch it again") from None
     return state

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,17 @@ from torch import Tensor, nn
 
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.converters import converter_of
-from sparsekern.nn.densify import sparse_layers
+from sparsekern.nn.densify import plain_name, sparse_layers
 from sparsekern.nn.files import metadata_of, read_state, sparse_names, with_metadata, write_state
+from sparsekern.nn.foreign_states import ORIGINAL, merge_pruned, shared_prefix, without_compile
 from sparsekern.nn.loading import STORED, adapt, source_grid
 from sparsekern.nn.refusals import GATHER, refuse_sharded
+from sparsekern.nn.size_limits import DEFAULT, Limits
+from sparsekern.nn.stored import stored_layers
 from sparsekern.topology import Grid, Topology, to_dense
 from sparsekern.topology.arguments import check_kind
+
+logger = logging.getLogger("sparsekern")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -24,17 +31,26 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The file is there whole or not at all, also if several processes write it: the last one wins. A symbolic link of
     that name is replaced, not followed. The file says what matrices the blocks are of, so it can be converted
-    (``sparsekern convert``) and loaded without the code of the model.
+    (``sparsekern convert``) and loaded without the code of the model. What DDP and ``torch.compile`` add to names is
+    left out.
 
     Raises:
-        ValueError: the file cannot be written.
+        ValueError: the file cannot be written; or the places of a layer are not valid, and then nothing is.
         ModuleNotFoundError: the package safetensors is not installed.
         NotImplementedError: the values are sharded.
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
     check_kind("path", path, (str, os.PathLike), "the name of a file")
     refuse_sharded(sparse_layers(model), f"save writes whole tensors; {GATHER}, or use torch.distributed.checkpoint")
-    write_state(Path(path), model.state_dict())
+    state = _renamed(model.state_dict(), lambda name: plain_name(model, name))
+    try:
+        stored_layers(state)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not written: {error}; row and col were changed by something else than move_ and load_, such as "
+            "an average over state_dict(): load an earlier state first"
+        ) from None
+    write_state(Path(path), state)
 
 
 def load_(
@@ -43,6 +59,8 @@ def load_(
     *,
     strict: bool = True,
     assign: bool = False,
+    max_gib: float = DEFAULT.gib,
+    max_tensors: int = DEFAULT.tensors,
 ) -> nn.Module:
     """Load weights into a model, in place: dense or sparse ones into dense or sparse layers.
 
@@ -51,11 +69,18 @@ def load_(
     layer as the dense weight.
     Everything is checked before anything is changed, and nothing in a file is executed.
 
+    A prefix that all names share, such as DDP's ``module.``, is left out if the names are the model's without it; so is
+    what ``torch.compile`` adds. A parameter that PyTorch's pruning split becomes its product with the mask.
+
     Args:
         model: on any device; on the meta device with ``assign=True``.
-        source: a file, safetensors or of ``torch.save``; or a state dict.
+        source: a file, safetensors or of ``torch.save``; the index of several, such as
+            ``model.safetensors.index.json``; or a state dict.
         strict: whether names that only one side has are an error.
         assign: as in ``load_state_dict``: take over the tensors instead of copying into the model's.
+        max_gib: GiB of memory that a file may ask for. One of more than a sixteenth of that may ask for 16 times its
+            own size.
+        max_tensors: tensors that a file may hold.
 
     Returns:
         The model.
@@ -72,7 +97,8 @@ def load_(
     if isinstance(source, Mapping):
         where, state = "the state", source
     else:
-        where, state = str(source), read_state(Path(source))
+        where, state = str(source), read_state(Path(source), Limits(max_gib, max_tensors))
+    state = _in_names_of(model, state, where)
     metadata = metadata_of(state)
     fitting: dict[str, Any] = dict(state)
     problems = []
@@ -92,6 +118,38 @@ def load_(
     kept = {name: entry for name, entry in metadata.items() if f"{name}.values".lstrip(".") not in fitting}
     model.load_state_dict(with_metadata(fitting, kept), strict=strict, assign=assign)
     return model
+
+
+def _in_names_of(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+    """Return a state in the names of a model's parameters and buffers, as far as it has them under other ones."""
+    own = list(model.state_dict(keep_vars=True))
+    if not any(key.endswith(ORIGINAL) for key in own):  # else the model itself is being pruned
+        state = merge_pruned(state)
+    modules = {plain_name(model, name): name for name in (key.rpartition(".")[0] for key in own)}
+    prefix = shared_prefix([without_compile(key) for key in state], set(modules))
+    if prefix:
+        logger.info("%s: all names begin with %r, which is left out", where, prefix)
+
+    def rename(name: str) -> str:
+        plain = f"{without_compile(name)}.".removeprefix(prefix).removesuffix(".")
+        module, _, leaf = plain.rpartition(".")
+        if plain in modules:
+            return modules[plain]
+        return f"{modules.get(module, module)}.{leaf}".removeprefix(".")
+
+    return _renamed(state, rename)
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> OrderedDict[str, Tensor]:
+    """Return a state, and its metadata, under other names.
+
+    Raises:
+        ValueError: two entries would have one name.
+    """
+    renamed = OrderedDict((rename(key), tensor) for key, tensor in state.items())
+    if len(renamed) < len(state):
+        raise ValueError("two entries of the state have one name once torch.compile's prefix is left out; rename one")
+    return with_metadata(renamed, {rename(name): entry for name, entry in metadata_of(state).items()})
 
 
 def _densify(own: Grid, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str | None:

@@ -105,19 +105,25 @@ def read_cifar_folder(folder: Path) -> dict[str, numpy.ndarray]:
     return _read(str(folder), set(files), lambda name: _content(files[name]))
 
 
-def read_cifar_tar(path: Path) -> dict[str, numpy.ndarray]:
+def read_cifar_tar(path: Path, check_bytes: Callable[[int], None] = lambda size: None) -> dict[str, numpy.ndarray]:
     """Return the arrays of the files in a tar archive, compressed or not. Nothing is written to the disk.
+
+    Args:
+        path: the archive.
+        check_bytes: gets the bytes of all files so far before the next is read, and raises ValueError to refuse them.
 
     Raises:
         ValueError: it is no such archive, or see :func:`read_cifar_folder`.
     """
-    contents = {}
+    contents, size = {}, 0
     try:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
                 file = archive.extractfile(member) if name in _names() and member.isfile() else None
                 if file is not None:
+                    size += min(member.size, LARGEST_FILE)
+                    check_bytes(size)
                     contents[name] = file.read(LARGEST_FILE)
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
         raise ValueError(f"data is {path}, which is damaged or no tar archive; fetch it again") from None

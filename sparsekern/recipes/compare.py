@@ -190,7 +190,7 @@ def compare(plan: Plan, folder: Path, observer: CompareObserver) -> dict[str, An
             but for a loss that is not finite: that is raised after all other cells.
         Interrupted: the observer asked to stop.
     """
-    data = load(plan.base.data)
+    data = load(plan.base.data, plan.base.data_max_gib)
     cells = {name: config.resolved(*data.train_images.shape[:2]) for name, config in plan.cells().items()}
     for name, config in cells.items():
         _check(folder / name, name, config, data)

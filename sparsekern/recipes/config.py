@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sparsekern.nn.size_limits import DEFAULT
 from sparsekern.recipes.augment import AUGMENTATIONS
 from sparsekern.recipes.catalogue import RECIPES, find
 from sparsekern.recipes.formats import LARGEST
@@ -47,6 +48,7 @@ class Config:
         recipe: a name in :data:`sparsekern.recipes.catalogue.RECIPES`. It decides what is not given: ``block_size``,
             ``width``, ``batch_size``, ``rate`` and ``seeds``.
         data: None for scikit-learn's digits, or a path that :func:`sparsekern.recipes.data.load` takes.
+        data_max_gib: GiB of memory that the data may ask for. Large files may ask for 16 times their own size.
         sparsity: fraction of the hidden weights that is absent, in [0, 1).
         block_size: side of the blocks.
         method: a name in :data:`sparsekern.training.METHODS`. Default: the preset's, or SET.
@@ -72,6 +74,7 @@ class Config:
 
     recipe: str = next(iter(RECIPES))
     data: str | None = None
+    data_max_gib: float = DEFAULT.gib
     sparsity: float = 0.9
     block_size: int = OF_RECIPE
     method: str = OF_RECIPE
@@ -100,7 +103,7 @@ class Config:
             if not (optional and value is None) and (type(value) is not int or not 1 <= value <= LARGEST):
                 bounds = "1 or more" if type(value) is not int or value < 1 else f"1 to {LARGEST}"
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of {bounds}")
-        for name in ("sparsity", "rate", "width_multiplier"):
+        for name in ("sparsity", "rate", "width_multiplier", "data_max_gib"):
             if type(value := getattr(self, name)) not in (int, float):
                 raise ValueError(f"{name} is {value!r}; it must be a number")
         check_sparsity(self.sparsity)
@@ -109,7 +112,7 @@ class Config:
                 f"block_size is {self.block_size}, larger than the layers of width {self.width}; "
                 "choose smaller blocks or a larger width"
             )
-        for name in ("rate", "width_multiplier"):
+        for name in ("rate", "width_multiplier", "data_max_gib"):
             if not (math.isfinite(value := getattr(self, name)) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be a number above 0")
         if self.augment is not None and self.augment not in AUGMENTATIONS:
@@ -244,13 +247,14 @@ def _words(name: str, value: Value) -> str:
 
 
 def upgraded(values: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Return a configuration of an older format as one of today's; ``sparse`` came while the format was 3 already.
+    """Return a configuration of an older format as one of today's; ``sparse`` and
+    ``data_max_gib`` came while the format was 3 already.
 
     Args:
         values: what :meth:`Config.to_json` returned then.
         version: the format of the file.
     """
-    missing: dict[str, Any] = {"sparse": True}
+    missing: dict[str, Any] = {"sparse": True, "data_max_gib": DEFAULT.gib}
     for number, entries in ADDED.items():
         if number > version:
             missing |= entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sparsekern.nn.size_limits import DEFAULT, Limits
 from sparsekern.recipes.cifar import is_cifar, read_cifar_folder, read_cifar_tar
-from sparsekern.recipes.idx import IMAGES, LABELS, find_idx, read_idx
-from sparsekern.recipes.npz import KEYS, read_npz
+from sparsekern.recipes.idx import IMAGES, LABELS, find_idx, idx_shape, read_idx
+from sparsekern.recipes.npz import KEYS, Shapes, read_npz
 
 if TYPE_CHECKING:
     import numpy
@@ -70,30 +72,35 @@ class Dataset:
         }
 
 
-def load(path: str | None = None) -> Dataset:
+def load(path: str | None = None, max_gib: float = DEFAULT.gib) -> Dataset:
     """Load a data set.
 
     Args:
         path: None for the digits of scikit-learn; an ``.npz`` file (:mod:`sparsekern.recipes.npz`); CIFAR-10 or
             CIFAR-100 as a folder or a ``.tar.gz`` (:mod:`sparsekern.recipes.cifar`); or a folder with the four IDX
             files of MNIST or Fashion-MNIST, gzipped or not.
+        max_gib: GiB that the images, as float32, and the labels may take; those of large files may take 16 times the
+            size of the files.
 
     Raises:
         ValueError: the data are missing, damaged or do not fit together; one sentence says what and where.
     """
     if path is None:
         return _dataset("digits (scikit-learn)", "the digits of scikit-learn", _digits())
-    source = Path(path)
+    source, limits = Path(path), Limits(max_gib, option="data_max_gib")
     if not source.exists():
         raise ValueError(f"data is {path}, which does not exist; give {KINDS}")
     if source.is_dir():
-        read = read_cifar_folder if is_cifar(source) else _idx_folder
-        return _dataset(source.resolve().name, path, read(source))
+        arrays = read_cifar_folder(source) if is_cifar(source) else _idx_folder(source, path, limits)
+        return _dataset(source.resolve().name, path, arrays)
     if source.name.endswith(ARCHIVES):
-        return _dataset(source.name.partition(".tar")[0].removesuffix(".tgz"), path, read_cifar_tar(source))
+        archive_bytes = source.stat().st_size
+        arrays = read_cifar_tar(source, lambda size: limits.check_bytes(path, 4 * size, archive_bytes))
+        return _dataset(source.name.partition(".tar")[0].removesuffix(".tgz"), path, arrays)
     if source.suffix != ".npz":
         raise ValueError(f"data is {path}, a file that does not end in .npz, {', '.join(ARCHIVES)}; give {KINDS}")
-    return _dataset(source.stem, path, read_npz(source))
+    size = source.stat().st_size
+    return _dataset(source.stem, path, read_npz(source, lambda shapes: _check_shapes(path, shapes, size, limits)))
 
 
 def _digits() -> dict[str, numpy.ndarray]:
@@ -112,24 +119,40 @@ def _digits() -> dict[str, numpy.ndarray]:
     return dict(zip(KEYS, (images[~chosen], labels[~chosen], images[chosen], labels[chosen]), strict=True))
 
 
-def _idx_folder(folder: Path) -> dict[str, numpy.ndarray]:
+def _idx_folder(folder: Path, source: str, limits: Limits) -> dict[str, numpy.ndarray]:
     parts = (("train-images", IMAGES), ("train-labels", LABELS), ("t10k-images", IMAGES), ("t10k-labels", LABELS))
-    arrays = {key: read_idx(find_idx(folder, *part), part[1]) for key, part in zip(KEYS, parts, strict=True)}
+    files = {key: (find_idx(folder, *part), part[1]) for key, part in zip(KEYS, parts, strict=True)}
+    shapes = {key: idx_shape(*file) for key, file in files.items()}
+    _check_shapes(source, shapes, sum(path.stat().st_size for path, _ in files.values()), limits)
+    arrays = {key: read_idx(*file) for key, file in files.items()}
     return arrays | {key: arrays[key][:, None] for key in KEYS[::2]}
+
+
+def _check_shapes(source: str, shapes: Shapes, file_bytes: int, limits: Limits) -> None:
+    """Raise ValueError if arrays do not fit together, or not into memory; called before they are read."""
+    _check_counts(source, shapes)
+    wanted = sum(math.prod(shape) * (8 if len(shape) == 1 else 4) for shape in shapes.values())
+    limits.check_bytes(source, wanted, file_bytes)
+
+
+def _check_counts(source: str, shapes: Shapes) -> None:
+    for part in ("train", "test"):
+        images, labels = shapes[f"{part}_images"], shapes[f"{part}_labels"]
+        if images[0] != labels[0]:
+            raise ValueError(
+                f"{source} has {images[0]} {part} images but {labels[0]} {part} labels; there must be one an image"
+            )
+        if 0 in images:
+            raise ValueError(
+                f"{source} has an empty {part} set: its images have shape {images}; there must be at least one"
+            )
 
 
 def _dataset(name: str, source: str, arrays: dict[str, numpy.ndarray]) -> Dataset:
     """Check that the arrays fit together, and turn them into tensors."""
+    _check_counts(source, {key: array.shape for key, array in arrays.items()})
     for part in ("train", "test"):
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        if len(images) != len(labels):
-            raise ValueError(
-                f"{source} has {len(images)} {part} images but {len(labels)} {part} labels; there must be one an image"
-            )
-        if images.size == 0:
-            raise ValueError(
-                f"{source} has an empty {part} set: its images have shape {images.shape}; there must be at least one"
-            )
+        labels = arrays[f"{part}_labels"]
         if labels.min() < 0:
             raise ValueError(f"{source} has {part} label {labels.min()}; labels are 0 and up")
     train, test = arrays["train_images"], arrays["test_images"]

@@ -17,8 +17,21 @@ IMAGES, LABELS = 3, 1
 UNSIGNED_BYTE = 0x08
 
 
+def idx_shape(path: Path, dimensions: int) -> tuple[int, ...]:
+    """Return the shape that the header of an IDX file promises. Nothing else is read.
+
+    Args:
+        path: the file; a name that ends in ``.gz`` is decompressed.
+        dimensions: how many there must be: :data:`IMAGES` or :data:`LABELS`.
+
+    Raises:
+        ValueError: the file is not what its name says, or is damaged; the text says how.
+    """
+    return _read(path, dimensions, content=False)[0]
+
+
 def read_idx(path: Path, dimensions: int) -> numpy.ndarray:
-    """Return the array of unsigned bytes in an IDX file, gzipped or not.
+    """Return the array of unsigned bytes in an IDX file, gzipped or not. No more is read than the header promises.
 
     Args:
         path: the file; a name that ends in ``.gz`` is decompressed.
@@ -29,40 +42,50 @@ def read_idx(path: Path, dimensions: int) -> numpy.ndarray:
     """
     import numpy
 
-    content = _read(path)
+    shape, content = _read(path, dimensions, content=True)
+    return numpy.frombuffer(content, dtype=numpy.uint8).reshape(shape)
+
+
+def _read(path: Path, dimensions: int, *, content: bool) -> tuple[tuple[int, ...], bytes]:
+    """Return the shape, and the bytes that follow the header unless they are not wanted."""
     head = 4 + 4 * dimensions
-    if len(content) < 4:
-        raise ValueError(f"{path} is truncated: it has {len(content)} bytes, fewer than the header; fetch it again")
-    magic, wanted = int.from_bytes(content[:4], "big"), UNSIGNED_BYTE << 8 | dimensions
-    if magic != wanted:
-        kind = "images" if dimensions == IMAGES else "labels"
-        raise ValueError(
-            f"{path} begins with magic number 0x{magic:08x}; an IDX file of {kind} begins with 0x{wanted:08x}"
-        )
-    if len(content) < head:
-        raise ValueError(f"{path} is truncated: it has {len(content)} bytes, fewer than the header; fetch it again")
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, head, 4)]
-    if len(content) - head != math.prod(shape):
-        state = "truncated" if len(content) - head < math.prod(shape) else "damaged"
-        raise ValueError(
-            f"{path} is {state}: its header promises {' x '.join(map(str, shape))} = {math.prod(shape)} bytes, "
-            f"{len(content) - head} follow; fetch it again"
-        )
-    return numpy.frombuffer(content, dtype=numpy.uint8, offset=head).reshape(shape)
-
-
-def _read(path: Path) -> bytes:
     try:
-        if path.suffix != ".gz":
-            return path.read_bytes()
-        with gzip.open(path) as file:
-            return file.read()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            shape = _shape(path, file.read(head), dimensions)
+            size = math.prod(shape)
+            if not content:
+                return shape, b""
+            if path.suffix == ".gz":
+                found = file.read(size + 1)
+                follow = len(found)
+            else:
+                follow = path.stat().st_size - head
+                found = file.read(size) if follow == size else b""
     except EOFError:
         raise ValueError(f"{path} is truncated: the compressed data end too early; fetch it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a gzip file, or damaged ({error}); fetch it again") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if follow != size:
+        more = " or more" if follow > size and path.suffix == ".gz" else ""
+        raise ValueError(
+            f"{path} is {'truncated' if follow < size else 'damaged'}: its header promises "
+            f"{' x '.join(map(str, shape))} = {size} bytes, {follow}{more} follow; fetch it again"
+        )
+    return shape, found
+
+
+def _shape(path: Path, head: bytes, dimensions: int) -> tuple[int, ...]:
+    magic, wanted = int.from_bytes(head[:4], "big"), UNSIGNED_BYTE << 8 | dimensions
+    if len(head) >= 4 and magic != wanted:
+        kind = "images" if dimensions == IMAGES else "labels"
+        raise ValueError(
+            f"{path} begins with magic number 0x{magic:08x}; an IDX file of {kind} begins with 0x{wanted:08x}"
+        )
+    if len(head) < 4 + 4 * dimensions:
+        raise ValueError(f"{path} is truncated: it has {len(head)} bytes, fewer than the header; fetch it again")
+    return tuple(int.from_bytes(head[at : at + 4], "big") for at in range(4, len(head), 4))
 
 
 def find_idx(folder: Path, stem: str, dimensions: int) -> Path:

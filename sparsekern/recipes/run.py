@@ -76,7 +76,7 @@ def start(config: Config, folder: Path, observer: Observer, keeping: Keeping = D
         ValueError: data, options or the folder are not usable, or another process uses the folder.
         Interrupted: the observer asked to stop.
     """
-    data = load(config.data)
+    data = load(config.data, config.data_max_gib)
     config = config.resolved(*data.train_images.shape[:2])
     check(config, data)
     with locked(folder):
@@ -109,7 +109,7 @@ def resume(folder: Path, observer: Observer, **keeping: Any) -> dict[str, Any]:
             f"{folder} has format version {version}, of which this code reads unfinished runs but cannot go on with "
             "them: finish it with the version of sparsekern that began it, or start a new run"
         )
-    data = load(config.data)
+    data = load(config.data, config.data_max_gib)
     if data.describe() != described:
         raise ValueError(f"the data of {folder} have changed since it began; restore them, or start a new run")
     check(config, data)

@@ -16,10 +16,12 @@ def to_dense(topology: Topology, values: Tensor) -> Tensor:
     grid, (bo, bi) = topology.grid, topology.grid.block
     used = topology.used()
     row, col = topology.row[used].long(), topology.col[used].long()
-    dense = values.new_zeros(grid.rows, bo, grid.cols, bi)
-    dense[row, :, col, :] = values[used]
+    stored = movable(values)
+    dense = stored.new_zeros(grid.rows, bo, grid.cols, bi)
+    dense[row, :, col, :] = stored[used]
     parts = dense.view(grid.groups, grid.group_rows * bo, grid.taps, grid.tap_cols * bi)
     matrix = parts[:, : grid.group_out, :, : grid.tap_in].reshape(grid.out_features, grid.in_features)
+    matrix = moved(matrix, values.dtype)
     if grid.kernel is None:
         return matrix.t().contiguous() if grid.transposed else matrix
     return matrix.view(grid.out_features, *grid.kernel, grid.tap_in).movedim(-1, 1).contiguous()
@@ -34,14 +36,26 @@ def gather_blocks(topology: Topology, weight: Tensor) -> Tensor:
     Raises:
         ValueError: the weight has another shape than the grid.
     """
-    blocks = _as_blocks(topology.grid, weight)
+    blocks = _as_blocks(topology.grid, movable(weight))
     values = blocks[topology.row.clamp(min=0).long(), :, topology.col.clamp(min=0).long(), :]
-    return values.masked_fill_(~topology.used().view(-1, 1, 1), 0)
+    return moved(values.masked_fill_(~topology.used().view(-1, 1, 1), 0), weight.dtype)
+
+
+def movable(values: Tensor) -> Tensor:
+    """Return numbers as PyTorch can copy and zero them: eight-bit floating point ones as their bytes."""
+    return values.view(torch.uint8) if values.is_floating_point() and values.dtype.itemsize == 1 else values
+
+
+def moved(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what came from :func:`movable` in its own dtype again."""
+    return values if values.dtype == dtype else values.view(dtype)
 
 
 @torch.no_grad()
 def dense_block_norms(grid: Grid, weight: Tensor) -> Tensor:
     """Return the Frobenius norm of every block of a dense weight, ``(R, C)``; float32 (float64 for float64)."""
+    if weight.dtype.itemsize == 1:
+        weight = weight.float()  # PyTorch has no arithmetic on eight-bit floating point numbers
     norms: Tensor = torch.linalg.vector_norm(_as_blocks(grid, weight), dim=(1, 3), dtype=accumulate_dtype(weight.dtype))
     return norms
 

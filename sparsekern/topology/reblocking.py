@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sparsekern.topology.dense import movable, moved
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.topology import Topology, from_keys
 
@@ -35,11 +36,12 @@ def reblock(topology: Topology, values: Tensor, grid: Grid) -> tuple[Topology, T
     found = [torch.unique(key[real]) for _, key, _, real in _places(topology, grid)]
     keys = torch.unique(torch.cat(found)) if found else topology.row.new_empty(0, dtype=torch.int64)
     area = grid.block[0] * grid.block[1]
-    new = values.new_zeros(keys.shape[0] * area)
+    stored = movable(values)
+    new = stored.new_zeros(keys.shape[0] * area)
     for slots, key, offset, real in _places(topology, grid):
         at = torch.searchsorted(keys, key[real]) * area + offset[real]
-        new[at] = values[slots][real]
-    return from_keys(grid, keys), new.view(-1, *grid.block)
+        new[at] = stored[slots][real]
+    return from_keys(grid, keys), moved(new.view(-1, *grid.block), values.dtype)
 
 
 def _places(topology: Topology, grid: Grid) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

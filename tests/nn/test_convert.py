@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.convert import bsr_state, dense_state, sparse_state
+from sparsekern.nn.convert import EIGHT_BIT, bsr_state, dense_state, sparse_state
 from sparsekern.nn.files import read_state, with_metadata, write_state
 from sparsekern.nn.stored import stored_layers
 from tests.nn.test_block_sparse import layer
@@ -118,3 +118,21 @@ def test_a_layer_of_zeros_keeps_a_block():
 def test_what_cannot_be_done_is_said(state, convert, message):
     with pytest.raises(ValueError, match=message):
         convert(state)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BIT)
+def test_eight_bit_weights_go_into_every_form_and_back_to_the_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(10, 9, generator=generator) * (torch.rand(10, 9, generator=generator) < 0.5)).to(dtype)
+    weight[:4, :3] = torch.zeros(4, 3).to(dtype)
+    state = {"a.weight": weight, "a.scale": torch.ones(1).to(dtype)}
+    sparse = sparse_state(state, sparsity=None, block=(4, 3))
+    assert sparse["a.values"].dtype == dtype and 0 < sparse["a.values"].shape[0] < 9
+    other = sparse_state(sparse, sparsity=None, block=(2, 3))
+    for form in (sparse, other, bsr_state(other)):
+        dense = dense_state(form)["a.weight"]
+        assert dense.dtype == dtype and torch.equal(dense.view(torch.uint8), weight.view(torch.uint8))
+    strongest = sparse_state(state, sparsity=2 / 3, block=(5, 3))
+    norms = weight.double().view(2, 5, 3, 3).square().sum((1, 3)).flatten()
+    kept = strongest["a.row"] * 3 + strongest["a.col"]
+    assert set(kept.tolist()) == set(norms.topk(2).indices.tolist())

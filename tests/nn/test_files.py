@@ -155,3 +155,22 @@ def test_safetensors_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="files of weights need safetensors; run: pip install safetensors"):
         read_state(tmp_path / "good.safetensors")
     assert content and safetensors
+
+
+def test_a_matrix_too_large_for_blocks_of_one_element(tmp_path):
+    """A million by a million, in blocks of 1024: the grid is checked in the blocks that the file has."""
+    grid = {"out_features": 2**20, "in_features": 2**20, "kernel": None, "groups": 1}
+    zero = torch.zeros(1, dtype=torch.int32)
+    state = {"a.values": torch.zeros(1, 1024, 1024, dtype=torch.uint8), "a.row": zero, "a.col": zero.clone()}
+    write_state(tmp_path / "a.safetensors", with_metadata(state, {"a": {"version": 2, "grid": grid}}))
+    assert metadata_of(read_state(tmp_path / "a.safetensors"))["a"]["grid"] == grid
+
+
+def test_only_tensors_with_numbers_are_written(tmp_path):
+    for entry, message in (
+        (3, "a is no tensor, and"),
+        (torch.empty(2, device="meta"), "a is on the meta device, where"),
+    ):
+        with pytest.raises(ValueError, match=rf"x.pt cannot be written: {message}"):
+            write_state(tmp_path / "x.pt", {"a": entry})
+    assert list(tmp_path.iterdir()) == []

@@ -106,3 +106,16 @@ def test_places_that_are_no_topology_do_not_go_into_a_dense_layer():
     state["0.row"] = torch.zeros(8, dtype=torch.int32)
     with pytest.raises(ValueError, match="0: slots . and . are both at"):
         sk.load_(sk.densify(model(1)), state)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
+def test_places_that_are_no_topology_are_not_written(tmp_path, name):
+    """As an average over ``state_dict()`` leaves them: ``load_`` would refuse the file, and the weights be lost."""
+    net = model()
+    sk.save(net, tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    net[0].row.copy_(net[0].row.float().mul(0.5).int())
+    net[0].col.zero_()
+    with pytest.raises(ValueError, match=rf"{name} is not written: layer '0' is damaged: .* an average over"):
+        sk.save(net, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [name]

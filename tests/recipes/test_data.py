@@ -1,4 +1,7 @@
+import gzip
+import io
 import tarfile
+import zipfile
 
 import numpy
 import pytest
@@ -147,3 +150,61 @@ def test_a_path_that_is_nothing(tmp_path):
         load(str(tmp_path / "data.csv"))
     with pytest.raises(ValueError, match="has no train-images-idx3-ubyte"):
         load(str(tmp_path))
+
+
+def bomb(path, images, labels=4):
+    """Write an .npz file whose training images are that many bytes of zeros."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("train_images.npy", "w") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (images // 1024, 32, 32)}
+            numpy.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(images))
+        for name, array in (
+            ("train_labels", numpy.arange(labels)),
+            ("test_images", numpy.zeros((2, 32, 32), "uint8")),
+            ("test_labels", numpy.arange(2)),
+        ):
+            with archive.open(f"{name}.npy", "w") as file:
+                numpy.lib.format.write_array(file, array)
+    return path
+
+
+def test_an_npz_file_is_measured_by_its_headers_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(numpy, "load", lambda *_, **__: pytest.fail("it was read"))
+    path = bomb(tmp_path / "a.npz", 2**22)
+    with pytest.raises(ValueError, match="has 4096 train images but 4 train labels"):
+        load(str(path))
+    path = bomb(tmp_path / "a.npz", 2**22, labels=4096)
+    message = r"a.npz has \d+ bytes and asks for 0.0157 GiB of memory, and data_max_gib is 0.01; if you trust"
+    with pytest.raises(ValueError, match=message):
+        load(str(path), max_gib=0.01)
+    with pytest.raises(ValueError, match="data_max_gib is 0; it must be a number above 0"):
+        load(str(path), max_gib=0)
+
+
+def test_idx_files_are_measured_by_their_headers_before_anything_is_read(tmp_path, monkeypatch):
+    def write(name, *shape):
+        head = bytes([0, 0, 8, len(shape)]) + b"".join(side.to_bytes(4, "big") for side in shape)
+        (tmp_path / name).write_bytes(gzip.compress(head + bytes(numpy.prod(shape)), mtime=0))
+
+    monkeypatch.setattr("sparsekern.recipes.data.read_idx", lambda *_: pytest.fail("it was read"))
+    write("train-images-idx3-ubyte.gz", 4096, 32, 32)
+    write("train-labels-idx1-ubyte.gz", 4)
+    write("t10k-images-idx3-ubyte.gz", 2, 32, 32)
+    write("t10k-labels-idx1-ubyte.gz", 2)
+    with pytest.raises(ValueError, match="has 4096 train images but 4 train labels"):
+        load(str(tmp_path))
+    write("train-labels-idx1-ubyte.gz", 4096)
+    with pytest.raises(ValueError, match=r"asks for 0.0157 GiB of memory, and data_max_gib is 0.01"):
+        load(str(tmp_path), max_gib=0.01)
+
+
+def test_a_tar_archive_is_measured_before_each_file_is_read(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        entry = tarfile.TarInfo("cifar/train")
+        entry.size = 2**22
+        archive.addfile(entry, io.BytesIO(bytes(entry.size)))
+    with pytest.raises(
+        ValueError, match=r"a.tar.gz has \d+ bytes and asks for 0.0156 GiB of memory, and data_max_gib is"
+    ):
+        load(str(tmp_path / "a.tar.gz"), max_gib=0.01)

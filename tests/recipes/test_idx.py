@@ -1,9 +1,10 @@
 import gzip
+import tracemalloc
 
 import numpy
 import pytest
 
-from sparsekern.recipes.idx import IMAGES, LABELS, find_idx, read_idx
+from sparsekern.recipes.idx import IMAGES, LABELS, find_idx, idx_shape, read_idx
 
 
 def idx(array: numpy.ndarray) -> bytes:
@@ -70,3 +71,17 @@ def test_finds_every_spelling(tmp_path, name):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no t10k-labels-idx1-ubyte"):
         find_idx(tmp_path, "t10k-labels", LABELS)
+
+
+@pytest.mark.parametrize("name", ["images", "images.gz"])
+def test_no_more_is_read_than_the_header_promises(tmp_path, name):
+    content = idx(IMAGE_ARRAY) + bytes(2**24)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert idx_shape(tmp_path / name, IMAGES) == (2, 3, 4)
+    follow = "25 or more" if name.endswith(".gz") else "16777240"
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"is damaged: its header promises 2 x 3 x 4 = 24 bytes, {follow} follow"):
+        read_idx(tmp_path / name, IMAGES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22

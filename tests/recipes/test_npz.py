@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy
 import pytest
 
@@ -75,3 +77,20 @@ def test_a_single_array_is_not_an_archive(tmp_path):
         numpy.save(file, numpy.ones(3))
     with pytest.raises(ValueError, match="damaged or no .npz file"):
         read_npz(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\x93NUMPY\x01\x00\xff\x0f" + b"[" * 4095,  # deeper than Python's parser goes
+        b"\x93NUMPY\x01\x00\x10\x00" + b"{'descr': '|u1'}",
+        b"\x93NUMPY\x09\x00\x02\x00{}",
+        b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (-2, 3, 4), }".ljust(70),
+        b"",
+    ],
+)
+def test_a_damaged_header_of_an_array_is_described(tmp_path, header):
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
+        archive.writestr("train_images.npy", header)
+    with pytest.raises(ValueError, match="data.npz, which is damaged or no .npz file; write one with numpy.savez"):
+        read_npz(tmp_path / "data.npz")
