@@ -214,7 +214,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, ctrl_c):
 
 
 def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):
-    def stopped(path):
+    def stopped(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sparsekern.recipes.run.load", stopped)
