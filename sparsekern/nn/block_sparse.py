@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from sparsekern.nn.converters import CONVERTERS, converter_of
+from sparsekern.nn.indexed import Indexed
 from sparsekern.nn.init import check_scale, draw_bias, draw_values
 from sparsekern.nn.loading import LAYER_VERSION, adapt, describe
+from sparsekern.nn.sharded import is_sharded, sharded_as, whole
 from sparsekern.nn.weight import WeightInfo
 from sparsekern.ops import Probe
 from sparsekern.topology import (
     Grid,
     Index,
+    IndexSource,
     Topology,
     balanced,
     check_tied,
-    empty_index,
     gather_blocks,
     generator_for,
     one_tap,
@@ -53,17 +55,21 @@ def is_proxy(input: object) -> bool:
     return isinstance(input, Proxy)
 
 
-class BlockSparse(nn.Module):
+class BlockSparse(Indexed):
     """A layer whose weight is ``Z`` slots of one block each.
 
     Attributes:
         values: Parameter ``(Z, bo, bi)``, the only copy of the weight.
         bias: Parameter ``(out_features,)`` or None; the subclass makes it, then calls :meth:`reset_parameters`.
         row, col: int32 buffers ``(Z,)``, the place of each slot; -1 is a free slot. Saved.
-        index: derived from them for the kernels, in buffers that are not saved. :meth:`refresh_` rebuilds it.
+        index: derived from them for the kernels, in buffers that are not saved.
         probe: what a training method asks of the next backward, or None.
 
     Shapes and addresses never change: a move of blocks writes into these tensors.
+
+    ``row`` and ``col`` change through the layer: :meth:`move_`, loading, :meth:`reset_parameters`. The layer notices,
+    before it computes, when other code has put other tensors in their place (it takes them, if they are a topology) or
+    has written into them (it raises if that changed anything, and :meth:`refresh_` takes what is there).
 
     Args:
         grid: cuts the weight into blocks.
@@ -82,16 +88,7 @@ class BlockSparse(nn.Module):
     dense_class: type[nn.Module]
     """Class of the dense layer that this one stands for: what :meth:`to_dense` returns."""
 
-    values: nn.Parameter
     bias: nn.Parameter | None
-    row: Tensor
-    col: Tensor
-    row_ptr: Tensor
-    row_col: Tensor
-    row_slot: Tensor
-    col_ptr: Tensor
-    col_row: Tensor
-    col_slot: Tensor
 
     def __init__(
         self,
@@ -121,6 +118,7 @@ class BlockSparse(nn.Module):
         self.name = name
         self.probe: Probe | None = None
         self._lent: Index | None = None  # see lend_index
+        self._source: IndexSource | None = None  # None on the meta device
         self._lost = False  # a given topology that went through the meta device
         self._blocks = blocks
         self._capacity = blocks if capacity is None else check_whole("capacity", capacity)
@@ -171,41 +169,10 @@ class BlockSparse(nn.Module):
             )
         return topology
 
-    def _allocate_index(self) -> None:
-        """Make the buffers of the index, for :meth:`refresh_` to fill."""
-        index = empty_index(self.topology)
-        for name in self._derived():
-            self.register_buffer(name, getattr(index, name), persistent=False)
-
-    def _derived(self) -> tuple[str, ...]:
-        by_slot = self.grid.block == (1, 1)
-        return tuple(n for n in Index._fields if not (by_slot and n in ("row_col", "col_row")))
-
     @property
     def block_size(self) -> tuple[int, int]:
         """Return ``(bo, bi)``."""
         return self.grid.block
-
-    @property
-    def topology(self) -> Topology:
-        """Return the places of the blocks: a view of the buffers, not a copy."""
-        return Topology(self.grid, self.row, self.col)
-
-    @property
-    def index(self) -> Index:
-        """Return what kernels read: the layer's own index, or the one that :func:`lend_index` lends it."""
-        if self._lent is not None:
-            return self._lent
-        buffers: dict[str, Any] = self._buffers  # each forward asks: an attribute of a module takes five times as long
-        by_slot = self.grid.block == (1, 1)
-        return Index(
-            buffers["row_ptr"],
-            buffers["col" if by_slot else "row_col"],
-            buffers["row_slot"],
-            buffers["col_ptr"],
-            buffers["row" if by_slot else "col_row"],
-            buffers["col_slot"],
-        )
 
     @property
     def weight(self) -> WeightInfo:
@@ -219,7 +186,7 @@ class BlockSparse(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return the weight as a dense tensor, in the shape of PyTorch's layer, without gradient."""
-        return to_dense(self.topology, self.values.detach())
+        return to_dense(self.topology, whole(self.values))
 
     @staticmethod
     def grid_for(
@@ -280,7 +247,7 @@ class BlockSparse(nn.Module):
         dense = CONVERTERS[self.dense_class].dense_layer(self)
         dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.values.requires_grad)
         if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+            dense.bias = nn.Parameter(whole(self.bias).clone(), requires_grad=self.bias.requires_grad)
         return dense.train(self.training)
 
     def reset_parameters(self) -> None:
@@ -296,39 +263,35 @@ class BlockSparse(nn.Module):
         topology = self._places()
         with torch.no_grad():
             generator = generator_for(self.seed, self.name, "values")
-            self.values.copy_(draw_values(topology, self.values.dtype, generator, self.init_scale))
+            drawn = draw_values(topology, self.values.dtype, generator, self.init_scale)
+            self.values.copy_(sharded_as(self.values, drawn))
             if self.bias is not None:
                 generator = generator_for(self.seed, self.name, "bias")
-                self.bias.copy_(draw_bias(topology, self.bias.dtype, generator, self.init_scale))
+                drawn = draw_bias(topology, self.bias.dtype, generator, self.init_scale)
+                self.bias.copy_(sharded_as(self.bias, drawn))
         self.refresh_()
-
-    def refresh_(self) -> None:
-        """Check the topology and rebuild the index from ``row`` and ``col``.
-
-        Needed after anything wrote into them behind the layer's back, such as a bare
-        ``torch.distributed.checkpoint.load``.
-
-        Raises:
-            ValueError: the topology is not one; the text says what is wrong where.
-        """
-        if self.row.is_meta:
-            return
-        self._check(self.topology)
-        if self.row_ptr.device != self.row.device:
-            self._allocate_index()
-        rebuild_(self.index, self.topology)
-
-    def _check(self, topology: Topology) -> None:
-        topology.validate()
-        if self.tie_taps:
-            check_tied(topology)
 
     def moved(self, slots: Tensor, row: Tensor, col: Tensor) -> Topology:
         """Return the topology as it would be after :meth:`move_`, which raises what this does; nothing changes."""
+        self._require_movable()
         topology = self.topology.moved(slots, row, col)
         if self.tie_taps:
             check_tied(topology)
         return topology
+
+    def _require_movable(self) -> IndexSource:
+        """Return the source of an index that fits."""
+        if is_sharded(self.values):
+            raise NotImplementedError(
+                f"values of {self._called} are a DTensor; blocks of sharded values cannot move: use "
+                "DistributedDataParallel, or move them before fully_shard"
+            )
+        _ = self.index
+        if self._source is None:
+            raise ValueError(
+                f"{self._called} is on the meta device and has no blocks to move; call to_empty(device=...)"
+            )
+        return self._source
 
     @torch.no_grad()
     def move_(self, slots: Tensor, row: Tensor, col: Tensor, *, checked: bool = False) -> None:
@@ -340,7 +303,9 @@ class BlockSparse(nn.Module):
 
         Raises:
             ValueError: a place is taken or outside the grid, or taps that are tied would part; nothing has changed.
+            NotImplementedError: the values are a DTensor; nothing has changed.
         """
+        source = self._require_movable()
         if not checked:
             self.moved(slots, row, col)
         slots = slots.long()
@@ -349,11 +314,12 @@ class BlockSparse(nn.Module):
         self.values.index_fill_(0, slots, 0)
         if self.values.grad is not None:
             self.values.grad.index_fill_(0, slots, 0)
-        rebuild_(self.index, self.topology)
+        rebuild_(source.index, self.topology)
+        source.accept()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are not armed: a probe belongs to the method that reads it."""
-        return self.__dict__ | {"probe": None}
+        return super().__getstate__() | {"probe": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_meta = self.row.is_meta
@@ -383,14 +349,17 @@ class BlockSparse(nn.Module):
         if problem is not None:
             error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {problem}")
             return
+        for name, parameter in self._parameters.items():
+            if parameter is not None and isinstance(given := state_dict.get(prefix + name), Tensor):
+                state_dict[prefix + name] = sharded_as(parameter, given)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if prefix + "row" in state_dict and not self.row.is_meta:
-            self._lost = False
-        if not self.row.is_meta:
-            real = self.topology.real()
-            if real is not None and not self.values.is_meta:
-                with torch.no_grad():
-                    self.values.masked_fill_(~real, 0)
-            self.refresh_()
+        if prefix + "row" not in state_dict or self.row.is_meta:
+            return
+        self._lost = False
+        real = self.topology.real()
+        if real is not None and not self.values.is_meta:
+            with torch.no_grad():
+                self.values.masked_fill_(sharded_as(self.values, ~real), 0)
+        self.refresh_()

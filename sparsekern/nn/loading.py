@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsekern.nn.sharded import whole
 from sparsekern.topology import Grid, Topology, check_tied, gather_blocks, reblock, with_capacity
 
 logger = logging.getLogger("sparsekern")
@@ -93,7 +94,7 @@ def _take_blocks(topology: Topology, state_dict: dict[str, Any], prefix: str) ->
         raise ValueError(
             "a dense weight was to be loaded, but the layer has no block; load a checkpoint with row and col"
         )
-    dense: Tensor = state_dict[prefix + "weight"]
+    dense = whole(state_dict[prefix + "weight"])
     state_dict[prefix + "values"] = gather_blocks(topology, dense.to(topology.row.device))
     del state_dict[prefix + "weight"]
     state_dict[prefix + "row"], state_dict[prefix + "col"] = topology.row.clone(), topology.col.clone()
@@ -143,6 +144,7 @@ def _fit(topology: Topology, state_dict: dict[str, Any], prefix: str, tie_taps: 
         raise ValueError(f"the checkpoint's topology does not fit: {error}") from None
     if source == grid and found.slots == topology.slots:
         return
+    values = whole(values)
     if source != grid:
         found, values = reblock(found, values, grid)
     elif found.slots > topology.slots:

@@ -50,6 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"{path} is not written: {error}; row and col were changed by something else than move_ and load_, such as "
             "an average over state_dict(): load an earlier state first"
         ) from None
+    for layer in sparse_layers(model).values():
+        _ = layer.index  # raises where other code wrote other places, valid by accident
     write_state(Path(path), state)
 
 

@@ -20,6 +20,7 @@ from sparsekern.topology.pairs import are_absent, distinct_absent, row_weights, 
 from sparsekern.topology.places import places_for
 from sparsekern.topology.reblocking import reblock
 from sparsekern.topology.seeds import generator_for
+from sparsekern.topology.source import IndexSource, copy_index_, current_index, fresh_index, same_index
 from sparsekern.topology.tied import check_multiple, check_tied, one_tap, tie
 from sparsekern.topology.topology import Topology, from_keys, with_capacity
 
@@ -28,6 +29,7 @@ __all__ = [
     "PADDING",
     "Grid",
     "Index",
+    "IndexSource",
     "Topology",
     "allocate",
     "are_absent",
@@ -41,9 +43,12 @@ __all__ = [
     "check_sparsity",
     "check_tied",
     "conv_grid",
+    "copy_index_",
+    "current_index",
     "dense_block_norms",
     "distinct_absent",
     "empty_index",
+    "fresh_index",
     "from_keys",
     "from_mask",
     "gather_blocks",
@@ -58,6 +63,7 @@ __all__ = [
     "reblock",
     "rebuild_",
     "row_weights",
+    "same_index",
     "sample_absent",
     "sample_absent_pairs",
     "sample_distinct",

@@ -126,9 +126,13 @@ class Snapshot:
                 exchange_(parameter, self.values[name])
                 stack.callback(exchange_, parameter, self.values[name])
             for name in sorted(self._moved):
-                for mine, tensor in self._pairs(name, self.layers[name][1]):
+                layer = self.layers[name][1]
+                pairs = self._pairs(name, layer)
+                stack.callback(layer.accept_index_)  # after the exchanges back: callbacks run last in, first out
+                for mine, tensor in pairs:
                     exchange_(tensor, mine)
                     stack.callback(exchange_, tensor, mine)
+                layer.accept_index_()
             yield
 
     def zero_moved_(self, name: str, tensor: Tensor) -> Tensor:
