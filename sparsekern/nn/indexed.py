@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from sparsekern.topology import (
     rebuild_,
     same_index,
 )
+
+Self = TypeVar("Self", bound="Indexed")  # typing has its own from Python 3.11 on
 
 
 class Indexed(nn.Module):
@@ -200,7 +202,7 @@ class Indexed(nn.Module):
         if self._index_is_usable():
             self._set_source(doubtful=True)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self: Self, mode: bool = True) -> Self:
         """Switch to training or evaluation; a switch compares the index, once.
 
         Averages are swapped in for an evaluation, and some do that through ``.data``, which counts no version.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekern.kernels.contract import PADDING, ConvShape, Index
 from sparsekern.ops.probes import KINDS, Probe
-from sparsekern.topology import Grid
+from sparsekern.topology import Grid, current_index
 
 INT32 = torch.int32
 
@@ -118,9 +118,10 @@ def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: T
         tensors: what the kernels read beside it.
 
     Raises:
-        ValueError: a list is not int32, not contiguous or of another length, or the storage of a tensor was resized.
+        ValueError: a list is not int32, not contiguous or of another length, or the storage of a tensor was resized;
+            or other code has overwritten what the index was built from.
     """
-    index = Index(*lists)
+    index = current_index(lists)
     row_ptr, row_col, row_slot, col_ptr, col_row, col_slot = index
     slots, bo, bi = slots_block
     entries = slots + PADDING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ def copy_index_(into: Index, index: Index) -> None:
             mine.copy_(new)
 
 
-def current_index(tensors: list[Tensor]) -> Index:
+def current_index(tensors: Sequence[Tensor]) -> Index:
     """Return the index of the six ``tensors`` that an op was given, compared with its source if that was written to.
 
     Raises:
