@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.utils.parametrize import is_parametrized
 
 from sparsekern.nn.converters import CONVERTERS, converter_of
 from sparsekern.nn.indexed import Indexed
@@ -36,6 +37,17 @@ from sparsekern.topology.arguments import check_kind, check_whole
 
 INITS = {"balanced": balanced, "random": random}
 """How an initial topology is drawn, by name."""
+
+
+class Parametrizations(nn.ModuleDict):
+    """Parametrizations of a layer by the names of their tensors, one of which is ``values``.
+
+    PyTorch's own dictionary has a method of that name, and refuses it after the parameter is gone.
+    """
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Take a module under any name; modules of a dictionary are asked for by ``[name]``."""
+        self._modules[name] = module  # type: ignore[assignment]
 
 
 def check_given(topology: object, dtype: object) -> None:
@@ -281,6 +293,7 @@ class BlockSparse(Indexed):
 
     def _require_movable(self) -> IndexSource:
         """Return the source of an index that fits."""
+        self.check_not_parametrized()
         if is_sharded(self.values):
             raise NotImplementedError(
                 f"values of {self._called} are a DTensor; blocks of sharded values cannot move: use "
@@ -317,6 +330,19 @@ class BlockSparse(Indexed):
         rebuild_(source.index, self.topology)
         source.accept()
 
+    def check_not_parametrized(self) -> None:
+        """Raise ValueError if ``values`` are computed by a parametrization: nothing written into them would stay."""
+        if is_parametrized(self, "values"):
+            raise ValueError(
+                f"values of {self._called} are parametrized, so blocks cannot move or load: call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'values') first"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations" and type(value) is nn.ModuleDict:  # torch.nn.utils.parametrize begins
+            value = Parametrizations(dict(value.items()))
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are not armed: a probe belongs to the method that reads it."""
         return super().__getstate__() | {"probe": None}
@@ -345,7 +371,11 @@ class BlockSparse(Indexed):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        problem = adapt(self.topology, state_dict, prefix, self.tie_taps, local_metadata)
+        try:
+            self.check_not_parametrized()
+            problem = adapt(self.topology, state_dict, prefix, self.tie_taps, local_metadata)
+        except ValueError as error:
+            problem = str(error)
         if problem is not None:
             error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {problem}")
             return

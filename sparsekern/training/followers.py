@@ -107,6 +107,7 @@ class Followers:
         """
         refuse_sharded(self.layers)
         for name, layer in self.layers.items():
+            layer.check_not_parametrized()
             if layer.values.requires_grad:
                 slot_state(self.optimizer, layer.values, name)
 

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import sparsekern as sk
 from sparsekern.topology import Grid, Topology, build_index, from_mask
@@ -237,3 +238,49 @@ def test_a_bad_topology_is_refused():
         sk.SparseLinear(10, 14, topology=Topology(grid, ints(0, 0), ints(0, 0)))
     with pytest.raises(ValueError, match="topology is for 14 x 10, the layer is 14 x 11"):
         sk.SparseLinear(11, 14, topology=Topology(grid, ints(0), ints(0)))
+
+
+class Halved(nn.Module):
+    def forward(self, values):
+        return values / 2
+
+    def right_inverse(self, values):
+        return 2 * values
+
+
+class TestParametrized:
+    def test_computes_trains_and_is_taken_back(self):
+        made = layer()
+        x, kept = torch.randn(3, made.in_features), made.values.detach().clone()
+        before = made(x)
+        parametrize.register_parametrization(made, "values", Halved())
+        assert torch.equal(made(x), before)
+        assert [name for name, _ in made.named_parameters()] == ["bias", "parametrizations.values.original"]
+        made(x).sum().backward()
+        dense = nn.functional.linear(x, made.dense_weight(), made.bias)
+        torch.testing.assert_close(made(x), dense)
+        original = made.parametrizations["values"].original
+        assert original.grad.shape == kept.shape and original.grad.abs().sum() > 0
+        parametrize.remove_parametrizations(made, "values")
+        assert type(made) is sk.SparseLinear and torch.equal(made.values, kept) and torch.equal(made(x), before)
+
+    def test_weight_norm(self):
+        made = layer()
+        x = torch.randn(3, made.in_features)
+        before = made(x)
+        torch.nn.utils.parametrizations.weight_norm(made, "values")
+        torch.testing.assert_close(made(x), before)
+
+    def test_what_would_write_into_computed_values_is_one_sentence(self):
+        made = layer()
+        state = made.state_dict()
+        parametrize.register_parametrization(made, "values", Halved())
+        optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+        slot = torch.tensor([0])
+        for call in (
+            lambda: made.move_(slot, -torch.ones_like(slot), -torch.ones_like(slot)),
+            lambda: sk.SET(made, optimizer),
+            lambda: made.load_state_dict(state),
+        ):
+            with pytest.raises((ValueError, RuntimeError), match="are parametrized, so blocks cannot move"):
+                call()
