@@ -11,6 +11,13 @@ from torch import Tensor
 FREE = ("start",)
 """Entries whose tensors may be of any length: a run with a global scope began with other numbers of blocks."""
 
+OPTIONAL: dict[str, tuple[Any, str]] = {
+    "stage": (int, "a whole number"),
+    "averaged": (int, "a whole number"),
+    "before": (tuple, "a tuple"),
+}
+"""Entries that come and go in the course of a run, and what they are while they are not None."""
+
 LARGEST = 2**62
 """Of a number that counts something."""
 
@@ -18,8 +25,8 @@ LARGEST = 2**62
 def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False) -> None:
     """Check that a saved state is like the one that the same object has now: names, kinds, shapes and dtypes.
 
-    What varies between two states of one object is in tuples, whose entries whoever loads them checks; and what is None
-    now may be a number, which counts something.
+    What varies between two states of one object is in tuples, whose entries whoever loads them checks, or is None at
+    times: neither the object nor the state need be in the middle of a step.
 
     Args:
         saved: what is to be loaded.
@@ -35,6 +42,9 @@ def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False
             names = ", ".join(str(name) for name in own) or "no entry"
             raise ValueError(f"{where} must be a dictionary of {names}; it is not one that state_dict() returned")
         for name, value in own.items():
+            if name in OPTIONAL:
+                _check_optional(saved[name], name, f"{where}[{name!r}]")
+                continue
             check_like(saved[name], value, f"{where}[{name!r}]", free=free or name in FREE)
     elif isinstance(own, Tensor):
         _check_tensor(saved, own, where, free=free)
@@ -44,12 +54,21 @@ def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False
     elif isinstance(own, (bool, str)):
         if type(saved) is not type(own):
             raise ValueError(f"{where} is {saved!r}; it must be a {type(own).__name__}")
-    elif own is not None or not (saved is None or isinstance(saved, tuple)):
-        whole = own is None or type(own) is int
+    elif own is None:
+        if saved is not None:
+            raise ValueError(f"{where} is {saved!r}; it must be None")
+    else:
+        whole = type(own) is int
         if type(saved) is not int and (whole or type(saved) is not float):
             raise ValueError(f"{where} is {saved!r}; it must be a {'whole ' * whole}number")
         if not math.isfinite(saved) or (whole and not 0 <= saved < LARGEST):
             raise ValueError(f"{where} is {saved!r}; it must be finite, and 0 or more if it counts something")
+
+
+def _check_optional(saved: Any, name: str, where: str) -> None:
+    kind, what = OPTIONAL[name]
+    if saved is not None and (type(saved) is not kind or (kind is int and not 0 <= saved < LARGEST)):
+        raise ValueError(f"{where} is {saved!r}; it must be {what}, or None")
 
 
 def _check_tensor(saved: Any, own: Tensor, where: str, *, free: bool) -> None:
