@@ -22,7 +22,7 @@ from sparsekern.training.distributed import check_agreement, refuse_join
 from sparsekern.training.followers import Followers, Move, OnMove
 from sparsekern.training.optimizer_state import unwrapped
 from sparsekern.training.passes import parallel_modules
-from sparsekern.training.saved_state import check_like
+from sparsekern.training.saved_state import check_state_of
 from sparsekern.training.schedules import Schedule, whole_stop
 from sparsekern.training.scores import block_norms, is_finite, protect_last, warn_of_few_blocks
 from sparsekern.training.tied import Units
@@ -361,14 +361,13 @@ class Method(Attached):
         version = state.get("version")
         if type(version) is not int or version != STATE_VERSION:
             raise ValueError(f"the state has version {version}; this code reads {STATE_VERSION}")
-        own = self.state_dict()
-        if missing := own.keys() - state.keys():
+        if missing := self.state_dict().keys() - state.keys():
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it is not one that state_dict() returned")
         if not isinstance(state["method"], str) or state["method"] != type(self).__name__:
             raise ValueError(f"the state is of {state['method']}; this is {type(self).__name__}")
         if isinstance(start := state["start"], dict) and start.keys() != self.layers.keys():
             raise ValueError(f"the state is of layers {', '.join(start)}; the model has {', '.join(self.layers)}")
-        check_like(state, own)
+        check_state_of(self, state)
 
     @property
     def settled(self) -> bool:

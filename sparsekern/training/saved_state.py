@@ -22,6 +22,22 @@ LARGEST = 2**62
 """Of a number that counts something."""
 
 
+def check_state_of(owner: Any, saved: dict[str, Any]) -> None:
+    """Check what classes of this package wrote into a state; the entries of a user's subclass are its own to check.
+
+    Args:
+        owner: has a ``state_dict()``.
+        saved: a state with all the names of it.
+
+    Raises:
+        ValueError: as :func:`check_like`.
+    """
+    package = __name__.partition(".")[0]
+    known: Any = next(kind for kind in type(owner).__mro__ if kind.__module__.partition(".")[0] == package)
+    own = known.state_dict(owner)
+    check_like({name: saved[name] for name in own}, own)
+
+
 def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False) -> None:
     """Check that a saved state is like the one that the same object has now: names, kinds, shapes and dtypes.
 

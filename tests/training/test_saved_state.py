@@ -184,3 +184,29 @@ def test_samples_of_the_variance_of_another_number(before):
     state = method.state_dict()
     with pytest.raises(ValueError, match="the samples of the variance must be two tensors"):
         method.load_state_dict(state | {"variance": state["variance"] | {"before": before}})
+
+
+class Counting(sk.SET):
+    """A method of a user, with entries of its own of any kind."""
+
+    best, last = -1, None
+
+    def state_dict(self):
+        return super().state_dict() | {"best": self.best, "last": self.last}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.best, self.last = state["best"], state["last"]
+
+
+def test_the_entries_of_a_users_method_are_its_own():
+    def build():
+        model = sk.sparsify_(nn.Sequential(nn.Linear(32, 32)), 0.5, 8, seed=0)
+        return Counting(model, torch.optim.SGD(model.parameters()))
+
+    saved, built = build(), build()
+    saved.best, saved.last = 0.25, {"any": "thing"}
+    built.load_state_dict(saved.state_dict())
+    assert (built.best, built.last) == (0.25, {"any": "thing"})
+    with pytest.raises(ValueError, match=r"state\['steps'\] is 'x'; it must be a whole number"):
+        built.load_state_dict(saved.state_dict() | {"steps": "x"})
