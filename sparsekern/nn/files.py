@@ -16,7 +16,7 @@ from sparsekern.nn.atomic_files import replace
 from sparsekern.nn.foreign_states import read_index
 from sparsekern.nn.loading import LAYER_VERSION, STORED, described_grid
 from sparsekern.nn.size_limits import DEFAULT, Limits, TooLarge
-from sparsekern.nn.torch_files import first_line, read_torch
+from sparsekern.nn.torch_files import first_line, named_in_utf8, read_torch
 
 FORMAT_VERSION = 2
 """Of a safetensors file with sparse layers. Version 2 says what matrices the blocks are of; 1 has no such entry."""
@@ -175,7 +175,7 @@ def _state_in(path: Path, content: Any) -> OrderedDict[str, Tensor]:
 
 def _read_safetensors(path: Path, limits: Limits) -> OrderedDict[str, Tensor]:
     try:
-        with _safetensors().safe_open(path, "pt") as file:
+        with named_in_utf8(path) as named, _safetensors().safe_open(named, "pt") as file:
             limits.check_tensors(path, len(file.keys()))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
             entry = (file.metadata() or {}).get(ENTRY)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ def read_torch(path: Path, limits: Limits = DEFAULT) -> Any:
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         # Mapped, no tensor can reach beyond the file, whatever its pickle says.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with named_in_utf8(path) as named:
+            content = torch.load(named, map_location="cpu", weights_only=True, mmap=True)
         limits.check_bytes(path, _bytes(path, content, limits), size)
         return _owned(content)
     except TooLarge:
@@ -49,6 +52,23 @@ def read_torch(path: Path, limits: Limits = DEFAULT) -> Any:
         unsafe = isinstance(error, pickle.UnpicklingError)
         reason = "it asks for more than tensors, which is not loaded" if unsafe else first_line(error)
         raise ValueError(f"{path} is damaged, or no torch.save file of plain tensors: {reason}") from None
+
+
+@contextmanager
+def named_in_utf8(path: Path) -> Iterator[Path]:
+    """Yield a path that means the same file and is text in UTF-8, as a name need not be and libraries want it.
+
+    Mapping a file wants a name; a link lends it one.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as folder:
+            link = Path(folder, "link")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def first_line(error: BaseException) -> str:

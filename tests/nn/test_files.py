@@ -29,6 +29,19 @@ def test_back_as_it_went_in(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_names_that_are_no_utf8(tmp_path, name):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    state = model().state_dict()
+    write_state(folder / name, state)
+    found = read_state(folder / name)
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{name} is .*damaged"):
+        read_state(folder / name)
+
+
 def test_equal_states_are_equal_files(tmp_path):
     for name in range(8):
         write_state(tmp_path / f"{name}.safetensors", nn.ModuleDict({"ü": layer(0)}).state_dict())
