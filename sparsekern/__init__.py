@@ -1,7 +1,5 @@
 """Block-sparse layers for PyTorch that train truly sparse."""
 
-from __future__ import annotations
-
 
 def _use_kernels_beside_package() -> None:
     """In a checkout, let `sparsekern.kernels` (and nothing else) come from ../kernels."""

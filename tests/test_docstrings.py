@@ -7,7 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
@@ -57,6 +57,11 @@ def arguments(thing: object) -> dict[str, inspect.Parameter]:
         for name, p in parameters.items()
         if name not in SELF_EVIDENT and p.kind is not p.VAR_KEYWORD and str(p.annotation).lower() != name
     }
+
+
+def test_nothing_else_is_public():
+    names = {name for name, value in vars(sk).items() if not isinstance(value, ModuleType)}
+    assert {name for name in names if not name.startswith("_")} <= set(sk.__all__)
 
 
 def test_there_are_public_names():
