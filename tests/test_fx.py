@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import sparsekern as sk
 
@@ -39,3 +40,11 @@ def test_a_graph_runs_trains_and_moves(model, shape):
 def test_a_layer_by_itself_is_one_sentence():
     with pytest.raises(TypeError, match="a sparse layer is a node of torch.fx and cannot be traced by itself"):
         torch.fx.symbolic_trace(sk.SparseLinear(8, 8, block_size=4, sparsity=0.5))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode):
+    layer = sk.SparseLinear(8, 4, block_size=2, sparsity=0.5)
+    graph = make_fx(layer, tracing_mode=mode, _allow_non_fake_inputs=True)(torch.randn(3, 8))
+    x = torch.randn(5, 8)
+    assert torch.equal(graph(x), layer(x))

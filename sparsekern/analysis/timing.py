@@ -46,7 +46,7 @@ def time_layer(layer: BlockSparse, x: Tensor, repeats: int = 5) -> tuple[float, 
     x.requires_grad_()
     weight.requires_grad_(layer.values.requires_grad)
     bias = [] if layer.bias is None or not layer.bias.requires_grad else [layer.bias]
-    sparse_inputs = [x, layer.values, *bias] if layer.values.requires_grad else [x, *bias]
+    sparse_inputs = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     dense_inputs = [x, weight, *bias] if layer.values.requires_grad else [x, *bias]
 
     def dense() -> Tensor:

@@ -64,14 +64,16 @@ def dense_share(model: nn.Module) -> DenseShare:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    total = 0
+    by_name = dict(model.named_modules())  # get_submodule does not find what is inside of a parametrization
+    sparse = [module for module in by_name.values() if isinstance(module, BlockSparse)]
+    total = sum(layer.grid.numel + (0 if layer.bias is None else layer.bias.numel()) for layer in sparse)
+    inside = {id(parameter) for layer in sparse for parameter in layer.parameters()}
     found: dict[str, tuple[str, set[str], int]] = {}
     for name, parameter in model.named_parameters():
-        owner_name, _, key = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        if isinstance(owner, BlockSparse):
-            total += owner.grid.numel if key == "values" else parameter.numel()
+        if id(parameter) in inside:
             continue
+        owner_name, _, key = name.rpartition(".")
+        owner = by_name[owner_name]
         total += parameter.numel()
         what = class_name(type(owner))
         if parameter.dim() > 2 and converter_of(owner) is None:

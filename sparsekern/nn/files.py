@@ -56,6 +56,23 @@ def sparse_names(state: Mapping[str, Tensor]) -> list[str]:
     return [end.removesuffix(".") for end in ends if all(end + part in state for part in STORED)]
 
 
+def check_writable(path: Path, state: Mapping[str, Any]) -> None:
+    """Check that a state holds tensors only, with numbers.
+
+    Raises:
+        ValueError: it does not; ``path`` is where it was to be written.
+    """
+    if other := [key for key, tensor in state.items() if not isinstance(tensor, Tensor)]:
+        raise ValueError(
+            f"{path} cannot be written: {other[0]} is no tensor, and a file holds only those; leave it out"
+        )
+    if absent := [key for key, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{path} cannot be written: {absent[0]} is on the meta device, where tensors have no numbers; load or "
+            "initialise the model first"
+        )
+
+
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a state as safetensors, or with ``torch.save`` if the name ends in ``.pt`` or ``.pth``.
 
@@ -67,15 +84,7 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
         ModuleNotFoundError: the package safetensors is not installed.
     """
     metadata = metadata_of(state)
-    if other := [key for key, tensor in state.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(
-            f"{path} cannot be written: {other[0]} is no tensor, and a file holds only those; leave it out"
-        )
-    if absent := [key for key, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(
-            f"{path} cannot be written: {absent[0]} is on the meta device, where tensors have no numbers; load or "
-            "initialise the model first"
-        )
+    check_writable(path, state)
     tensors = {key: tensor.detach().cpu() for key, tensor in state.items()}
     if path.suffix in (".pt", ".pth"):
         content = with_metadata(tensors, metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class SparseLinear(BlockSparse):
                     f"topology is for {grid.out_features} x {grid.in_features}, "
                     f"the layer is {out_features} x {in_features}"
                 )
+            topology = replace(topology, grid=replace(grid, transposed=False))  # that is said by stand_for
+            grid = topology.grid
         else:
             grid = linear_grid(out_features, in_features, block_size, device)
             if blocks is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.converters import converter_of
 from sparsekern.nn.densify import plain_name, sparse_layers
-from sparsekern.nn.files import metadata_of, read_state, sparse_names, with_metadata, write_state
+from sparsekern.nn.files import check_writable, metadata_of, read_state, sparse_names, with_metadata, write_state
 from sparsekern.nn.foreign_states import ORIGINAL, merge_pruned, shared_prefix, without_compile
 from sparsekern.nn.loading import STORED, adapt, source_grid
 from sparsekern.nn.refusals import GATHER, refuse_sharded
@@ -43,6 +43,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_kind("path", path, (str, os.PathLike), "the name of a file")
     refuse_sharded(sparse_layers(model), f"save writes whole tensors; {GATHER}, or use torch.distributed.checkpoint")
     state = _renamed(model.state_dict(), lambda name: plain_name(model, name))
+    check_writable(Path(path), state)
     try:
         stored_layers(state)
     except ValueError as error:

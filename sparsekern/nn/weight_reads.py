@@ -42,11 +42,7 @@ def _reads_of(kind: Any) -> dict[str, str]:
     todo, seen = ["forward"], {"forward"}
     while todo:
         method = todo.pop()
-        function = inspect.getattr_static(kind, method, None)  # a scripted module's answers only of an instance
-        code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-        if not isinstance(code, CodeType) or not code.co_argcount:
-            continue
-        for chain, harmless in _chains(code, code.co_varnames[0]):
+        for chain, harmless in (read for code in _codes(kind, method) for read in _chains(code, code.co_varnames[0])):
             if len(chain) > 1 and chain[-1] == "weight" and not harmless:
                 found.setdefault(".".join(chain[:-1]), method)
             elif chain[0] not in seen and inspect.isfunction(inspect.getattr_static(kind, chain[0], None)):
@@ -54,6 +50,20 @@ def _reads_of(kind: Any) -> dict[str, str]:
                     todo.append(chain[0])
                 seen.add(chain[0])
     return found
+
+
+def _codes(kind: Any, method: str) -> Iterator[CodeType]:
+    """Yield the code of a method, and that of the base classes' methods of its name, as far as it calls ``super()``."""
+    for owner in kind.__mro__:
+        function = vars(owner).get(method)
+        if function is None:
+            continue
+        code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+        if not isinstance(code, CodeType) or not code.co_argcount:
+            return
+        yield code
+        if "super" not in code.co_names:
+            return
 
 
 def _chains(code: CodeType, self_name: str) -> Iterator[tuple[list[str], bool]]:

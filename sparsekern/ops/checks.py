@@ -57,7 +57,7 @@ def _check_tensor(x: object) -> None:
 
 def _check_storage(tensor: Tensor) -> None:
     held = tensor.untyped_storage().nbytes()
-    if held < tensor.nbytes and (held == 0 or tensor.is_contiguous()):
+    if type(held) is int and held < tensor.nbytes and (held == 0 or tensor.is_contiguous()):  # a symbol in traces
         raise ValueError(
             f"a tensor of shape {tuple(tensor.shape)} has a storage of {held} bytes, too small for it: it was resized, "
             "as FSDP does outside of its modules' forward; restore it before the call"

@@ -131,6 +131,7 @@ class Followers:
                         f"{name!r} has other blocks in a copy that follows the model; load both from the same "
                         "checkpoint"
                     )
+                _ = twin.index  # raises if other code has written its places
             slots = layer.values.shape[0]
             for what, tensor in self._written(name):
                 if tensor.dim() == 0 or tensor.shape[0] != slots:
@@ -145,10 +146,12 @@ class Followers:
                     ) from error
 
     def _written(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield what a move of a layer's blocks writes into, and what it is called."""
+        """Yield what a move of a layer's blocks writes into, and what it is called.
+
+        Without the places: a layer keeps those writable, and an attempt to write would make it compare its index.
+        """
         for layer, whose in ((self.layers[name], ""), *((twin, " of a copy") for twin in self._twins[name])):
-            for key in ("values", "row", "col"):
-                yield f"{key}{whose}", getattr(layer, key)
+            yield f"values{whose}", layer.values
             if layer.values.grad is not None:
                 yield f"the gradient{whose}", layer.values.grad
         for key, tensor, _ in slot_state(self.optimizer, self.layers[name].values, name):

@@ -33,3 +33,10 @@ def test_timing_a_convolution(options):
     assert min(time_layer(layer, x, repeats=1)) > 0 and min(time_layer(layer, x[0], repeats=1)) > 0
     assert layer.values.grad is None and not x.requires_grad
     torch.testing.assert_close(layer.dense_forward(x, layer.dense_weight()), layer(x))
+
+
+def test_timing_and_summary_of_values_that_are_computed():
+    layer = torch.nn.utils.parametrizations.weight_norm(sk.SparseLinear(16, 24, block_size=4, sparsity=0.5), "values")
+    assert min(time_layer(layer, torch.ones(3, 16), repeats=1)) > 0
+    summary = str(sk.summary(torch.nn.Sequential(layer, torch.nn.Linear(24, 4)), torch.ones(3, 16)))
+    assert f"of the model's {16 * 24 + 24 + 24 * 4 + 4} parameters stay dense" in summary

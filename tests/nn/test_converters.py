@@ -72,6 +72,17 @@ def test_a_class_that_was_taught(registered, init, block):
     assert [row.tokens for row in sk.summary(model, x).rows] == [3, 3]
 
 
+def test_its_topology_in_a_layer_of_its_own(registered):
+    """The topology of such a layer makes a ``SparseLinear`` whose dense twin is an ``nn.Linear``, of its shape."""
+    x = torch.randn(3, 64)
+    sparse = sk.sparsify_(nn.Sequential(Transposed(32, 64)), 0.5, 16)[0]
+    own = sk.SparseLinear(64, 32, topology=sparse.topology)
+    assert own.weight.shape == own.to_dense().weight.shape == (32, 64)
+    torch.testing.assert_close(own.to_dense()(x), own(x))
+    again = sk.SparseLinear.from_dense(sparse.to_dense(), topology=sparse.topology)
+    assert again.weight.shape == (64, 32) and torch.equal(again.values, sparse.values)
+
+
 def test_its_checkpoints(registered, tmp_path):
     pytest.importorskip("safetensors")
     model = sk.sparsify_(nn.Sequential(Transposed(16, 16)), 0.5, 4)

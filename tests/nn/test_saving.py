@@ -119,3 +119,19 @@ def test_places_that_are_no_topology_are_not_written(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name} is not written: layer '0' is damaged: .* an average over"):
         sk.save(net, tmp_path / name)
     assert (tmp_path / name).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_cannot_be_written_is_said_before_places_are_looked_at(tmp_path):
+    class WithExtraState(nn.Linear):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    on_meta = nn.Sequential(sk.SparseLinear(8, 8, block_size=4, blocks=2, device="meta"))
+    with pytest.raises(ValueError, match=r"m.pt cannot be written: 0.values is on the meta device, where"):
+        sk.save(on_meta, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"m.pt cannot be written: 1._extra_state is no tensor, and"):
+        sk.save(nn.Sequential(sk.SparseLinear(8, 8, block_size=4, blocks=2), WithExtraState(2, 2)), tmp_path / "m.pt")
+    assert not list(tmp_path.iterdir())

@@ -82,6 +82,16 @@ class Overrides(Reads):
         return self.fc(x)
 
 
+class CallsSuper(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class CallsSuperOfAMethod(ReadsInAMethod):
+    def slow(self, x: Tensor) -> Tensor:
+        return super().slow(x + 1)
+
+
 CASES = [
     (Calls, {}),
     (AsksOnly, {}),
@@ -90,6 +100,8 @@ CASES = [
     (ReadsInAMethod, {"fc": "ReadsInAMethod.slow"}),
     (ReadsAGrandchild, {"middle.fc": "ReadsAGrandchild.forward"}),
     (ReadsInALambda, {"fc": "ReadsInALambda.forward"}),
+    (CallsSuper, {"fc": "CallsSuper.forward"}),
+    (CallsSuperOfAMethod, {"fc": "CallsSuperOfAMethod.slow"}),
     (ReadsBehindADecorator, {"fc": "ReadsBehindADecorator.forward"}),
 ]
 
@@ -97,6 +109,17 @@ CASES = [
 @pytest.mark.parametrize(("kind", "found"), CASES, ids=lambda case: getattr(case, "__name__", ""))
 def test_who_reads(kind, found):
     assert readers(nn.ModuleDict({"a": kind()})) == {f"a.{name}": method for name, method in found.items()}
+
+
+class OwnEncoderLayer(nn.TransformerEncoderLayer):
+    def forward(self, src: Tensor, *args, **kwargs) -> Tensor:
+        return super().forward(src, *args, **kwargs)
+
+
+def test_a_subclass_that_calls_super_reads_what_its_base_reads():
+    """In evaluation PyTorch's encoder layer takes a fast path, which computes with the weights of its children."""
+    own, base = (kind(16, 2, 32) for kind in (OwnEncoderLayer, nn.TransformerEncoderLayer))
+    assert readers(own).keys() == readers(base).keys() > {"linear1", "linear2", "self_attn.out_proj"}
 
 
 class Odd(Base):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import sparsekern as sk
+from sparsekern.topology import IndexSource
 from sparsekern.training import Followers, Move
 from tests.training.test_optimizer_state import OPTIMIZERS
 
@@ -223,6 +224,27 @@ class TestAllOrNothing:
             method.update()
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
         assert method.updates == updates
+
+    def test_trying_is_no_write_into_the_places(self, monkeypatch):
+        """Else every update builds a second index to compare: at 1x1 several times the memory of the values."""
+        net, _, method = self.nets()
+        twin = copy.deepcopy(net)
+        method.follow(twin)
+        twin(torch.ones(1, 8))  # a copy compares its index once
+        monkeypatch.setattr(IndexSource, "renew", lambda source: pytest.fail("an index was compared"))
+        row, col = net[0].row.clone(), net[0].col.clone()
+        method.update()
+        assert not (torch.equal(net[0].row, row) and torch.equal(net[0].col, col))
+        assert torch.equal(twin[0].row, net[0].row) and torch.equal(twin[0].col, net[0].col)
+
+    def test_a_copy_whose_index_is_of_other_places(self):
+        net, _, method = self.nets()
+        twin = copy.deepcopy(net)
+        method.follow(twin)
+        twin[1].move_(torch.arange(5), *(torch.full((5,), -1, dtype=torch.int32) for _ in range(2)))
+        twin[1].row.copy_(net[1].row)
+        twin[1].col.copy_(net[1].col)
+        self.refused(net, method, "other code overwrote row and col of layer '1'")
 
     def test_a_follower_that_cannot_be_written(self):
         net, _, method = self.nets()
