@@ -95,7 +95,8 @@ class Attached:
         """Hold back what writes into the topology, so that another thread can evaluate the model meanwhile.
 
         An update, and what else exchanges blocks (the passes of AGENT and VR-PGE), waits until every such context ends;
-        several may be open at once. The optimizer's steps do not wait: values may change while they are read.
+        several may be open at once, and one that is opened while an update waits comes after it, so do not wait in one
+        for a thread that is to open another. The optimizer's steps do not wait: values may change while they are read.
 
         Raises:
             RuntimeError: at an update in the thread that holds it back itself.
@@ -125,12 +126,16 @@ def _remove(handles: list[Any]) -> None:
 
 
 class Freeze:
-    """A lock that many readers hold at once, or one writer, which may write again inside its own writing."""
+    """A lock that many readers hold at once, or one writer, which may write again inside its own writing.
+
+    Readers who come later let a waiting writer go first: a thread that evaluates in a loop would let none in.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._readers: dict[int, int] = {}
         self._writer: int | None = None
+        self._waiting = 0  # writers
         self._depth = 0
 
     @contextmanager
@@ -138,7 +143,8 @@ class Freeze:
         """Let nobody else write."""
         me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._writer in (None, me))
+            inside = me in self._readers or self._writer == me
+            self._changed.wait_for(lambda: inside or (self._writer is None and not self._waiting))
             self._readers[me] = self._readers.get(me, 0) + 1
         try:
             yield
@@ -157,7 +163,12 @@ class Freeze:
             if self._writer != me:
                 if me in self._readers:
                     raise RuntimeError("blocks would move inside frozen() of the same thread; leave the context first")
-                self._changed.wait_for(lambda: self._writer is None and not self._readers)
+                self._waiting += 1
+                try:
+                    self._changed.wait_for(lambda: self._writer is None and not self._readers)
+                finally:  # an interrupt may end the waiting
+                    self._waiting -= 1
+                    self._changed.notify_all()
                 self._writer = me
             self._depth += 1
         try:

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+import time
 import weakref
 
 import pytest
@@ -292,6 +293,34 @@ class TestFrozen:
             method.update()
         assert equal(bits(model), before) and method.updates == 0
         assert method.update()
+
+    def test_an_update_comes_between_evaluations_that_never_end(self):
+        freeze, wrote, leave = Freeze(), threading.Event(), threading.Event()
+        inside = threading.Semaphore(0)
+
+        def evaluate():  # two in turn, so that one of them always reads
+            while not leave.is_set():
+                with freeze.reading():
+                    inside.release()
+                    with freeze.reading():  # whoever is in may go in again
+                        time.sleep(0.01)
+
+        def write():
+            with freeze.writing():
+                wrote.set()
+
+        threads = [threading.Thread(target=evaluate) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+            inside.acquire(timeout=5)
+            time.sleep(0.005)
+        writer = threading.Thread(target=write)
+        writer.start()
+        came = wrote.wait(2)
+        leave.set()
+        for thread in (*threads, writer):
+            thread.join(5)
+        assert came and freeze._writer is None and not freeze._readers and not freeze._waiting
 
     def test_a_context_that_fails_lets_go(self):
         freeze = Freeze()
