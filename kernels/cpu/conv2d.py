@@ -3,8 +3,9 @@
 Beside inputs and outputs a call holds the scratch of the library, which it keeps for the next call: some images at a
 time, packed with zeros around them; in the forward one transposed float32 copy of the stored blocks (where bfloat16 has
 instructions of its own, one in bfloat16, also for dx); at 1x1 the entries in the order in which they are read, 8 bytes
-each, 12 for their gradient; where blocks are few beside the images, a second gradient of the stored blocks. And a list
-of where each stored block begins, and a float32 copy of values or of their gradient where these are of another dtype.
+each, 12 for their gradient, and, a thread, a copy of those of 32 rows, 12 bytes each; where blocks are few beside the
+images, a second gradient of the stored blocks. And a list of where each stored block begins, and a float32 copy of
+values or of their gradient where these are of another dtype.
 """
 
 from __future__ import annotations

@@ -64,10 +64,18 @@ inline int64_t half_thread_floats(const Packing &p) { return half_panel_floats(p
 // 1x1: the entries in the order in which the kernels of conv_elements.h read them: (strip of STRIP rows, chunk of channels,
 // row). Those of a row in a chunk are a run; run k goes from start[k] to start[k + 1].
 constexpr int64_t STRIP = 32;
+struct NotedEntry {
+  int32_t cell, offset;  // the (chunk, row) of its strip; the pixel in the panel
+  union {
+    int32_t slot;
+    float number;
+  };
+};
 struct ElementRuns {
   int64_t chunks;
   int32_t *start, *offset, *slot;
-  float *number;  // the weight; in the gradient what it is so far
+  float *number;      // the weight; in the gradient what it is so far
+  NotedEntry *noted;  // by thread, while they are arranged: the entries of a strip
 };
 
 // Outputs (y, x) of y0 <= y < y1, x0 <= x < x1, which are the pixels (y * row_step + row_base, ...) of the result.

@@ -28,25 +28,27 @@ int multiply(const Conv &c) {
   return 0;
 }
 
-int multiply_elements(const Conv &c) {
-  MultiplyPlan p;
-  plan_multiply(p, c, 0, false);
+// Row r of subgrid q has the entries first[q * rows + r] and on: see arrange_runs.
+template <class Each> int multiply_runs(MultiplyPlan &p, const Conv &c, const int32_t *first, const Each &each) {
   Convolve &v = p.v;
   const int64_t lanes = lanes_read(v.x, p.rows, p.cols, 128, v.in_turn);
-  const RunsPlan plan(v.subgrids, v.channels, v.used, v.x.channels, c.groups, lanes);
-  const int64_t lists = plan.floats(false);
+  const RunsPlan plan(v.subgrids, v.channels, first, v.x.channels, c.groups, lanes);
+  const int64_t lists = plan.floats(false, v.threads);
   Scratch scratch(4 * (lists + v.threads * (conv_floats(v.x) + v.slack)));
   if (!scratch.memory) return NO_MEMORY;
   v.runs = plan.in((float *)scratch.memory, false), v.scratch = (float *)scratch.memory + lists;
   for (size_t q = 0; q < p.l.subgrids.size(); q++) p.l.subgrids[q].ptr = v.runs.start + q * plan.strips() * STRIP * plan.chunks;
-  if (c.transposed) {
-    const BackwardEntries each(c, v.x, p.rows, p.cols);
-    if (!each.legal || !arrange_runs(plan, v.runs, each.first.data(), c.values, v.threads, each)) return REFUSED;
-  } else if (!arrange_runs(plan, v.runs, c.order.ptr, c.values, v.threads, ForwardEntries(c, v.x, p.rows, p.cols))) {
-    return REFUSED;
-  }
+  if (!arrange_runs<false>(plan, v.runs, first, c.values, v.threads, each)) return REFUSED;
   kernels().convolve_elements(v);
   return 0;
+}
+
+int multiply_elements(const Conv &c) {
+  MultiplyPlan p;
+  plan_multiply(p, c, 0, false);
+  if (!c.transposed) return multiply_runs(p, c, c.order.ptr, ForwardEntries(c, p.v.x, p.rows, p.cols));
+  const BackwardEntries each(c, p.v.x, p.rows, p.cols);
+  return each.legal ? multiply_runs(p, c, each.first.data(), each) : REFUSED;
 }
 
 int outer_part(const Conv &c) {
@@ -79,12 +81,12 @@ int outer_elements_part(const Conv &c) {
   OuterPlan p;
   plan_outer(p, c);
   ConvOuter &m = p.m;
-  const RunsPlan plan(1, m.order.rows, c.order.ptr[c.order.rows], m.x.channels, c.groups, lanes_read(m.x, p.rows, p.cols, 256, true));
-  const int64_t lists = plan.floats(true);
+  const RunsPlan plan(1, m.order.rows, c.order.ptr, m.x.channels, c.groups, lanes_read(m.x, p.rows, p.cols, 256, true));
+  const int64_t lists = plan.floats(true, m.threads);
   Scratch scratch(4 * (lists + conv_floats(m.x) + conv_floats(m.dy) + LINE));  // the last vector may read beyond
   if (!scratch.memory) return NO_MEMORY;
   m.runs = plan.in((float *)scratch.memory, true), m.scratch = (float *)scratch.memory + lists;
-  if (!arrange_runs(plan, m.runs, c.order.ptr, nullptr, m.threads, ForwardEntries(c, m.x, p.rows, p.cols))) return REFUSED;
+  if (!arrange_runs<true>(plan, m.runs, c.order.ptr, nullptr, m.threads, ForwardEntries(c, m.x, p.rows, p.cols))) return REFUSED;
   kernels().conv_outer_elements(m);
   return 0;
 }

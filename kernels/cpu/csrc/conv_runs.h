@@ -10,75 +10,89 @@ constexpr int64_t MOST_CHUNKS = 64;
 // How a list of `rows` rows in each of some subgrids is arranged.
 struct RunsPlan {
   int64_t subgrids, rows, used;
-  int shift = 3;  // of a channel to its chunk
+  int64_t most = 0;  // entries of a strip
+  int shift = 3;     // of a channel to its chunk
   int64_t chunks = 1;
 
-  // `lanes`: of a channel, that are read for one tile of outputs.
-  RunsPlan(int64_t subgrids, int64_t rows, int64_t used, int64_t channels, int64_t groups, int64_t lanes)
-      : subgrids(subgrids), rows(rows), used(used) {
+  // `first`: of each row and behind the last, its entries. `lanes`: of a channel, that are read for one tile of outputs.
+  RunsPlan(int64_t subgrids, int64_t rows, const int32_t *first, int64_t channels, int64_t groups, int64_t lanes)
+      : subgrids(subgrids), rows(rows), used(first[subgrids * rows]) {
     constexpr int64_t IN_L1 = 6656, RUN = 8;  // floats: 26 KiB
     const double density = double(used) / (double(rows) * subgrids * channels / groups);  // entries of a row, a channel
     while (shift < 16 && (lanes << (shift + 1)) <= IN_L1) shift++;
     while (shift < 16 && density * (int64_t(1) << shift) < RUN) shift++;
     while (blocks_of(channels, int64_t(1) << shift) > MOST_CHUNKS) shift++;
     chunks = blocks_of(channels, int64_t(1) << shift);
+    for (int64_t q = 0; q < subgrids; q++)
+      for (int64_t r = 0; r < rows; r += STRIP)
+        most = std::max<int64_t>(most, first[q * rows + std::min(r + STRIP, rows)] - first[q * rows + r]);
   }
 
   int64_t strips() const { return blocks_of(rows, STRIP); }
   int64_t starts() const { return subgrids * strips() * chunks * STRIP; }
-  int64_t floats(bool gradient) const { return round_up(starts() + 1, LINE) + (gradient ? 3 : 2) * round_up(used, LINE); }
+  int64_t lists(bool gradient) const { return round_up(starts() + 1, LINE) + (gradient ? 3 : 2) * round_up(used, LINE); }
+  int64_t floats(bool gradient, int threads) const {
+    return lists(gradient) + round_up(threads * most * int64_t(sizeof(NotedEntry) / sizeof(float)), LINE);
+  }
 
   ElementRuns in(float *scratch, bool gradient) const {
     ElementRuns r = {};
     r.chunks = chunks, r.start = (int32_t *)scratch, r.offset = r.start + round_up(starts() + 1, LINE);
     r.number = (float *)r.offset + round_up(used, LINE);
     r.slot = gradient ? (int32_t *)r.number + round_up(used, LINE) : nullptr;
+    r.noted = (NotedEntry *)(scratch + lists(gradient));
     return r;
   }
 };
 
-// Row r of subgrid q has the entries first[q * rows + r] and on; each(q, r, f) calls f(channel, offset, slot) for them while
-// that returns true, and returns whether all are legal. The values are noted, or for a gradient the slots. Returns false
-// where an entry is illegal, or was another one when it was read again.
-template <class Each>
+// Row r of subgrid q has the entries first[q * rows + r] and on; each(q, r, f) calls f(channel, offset, slot) for as many,
+// reading each once, or returns false: one is illegal. A strip is counted and then written from a copy that only its thread
+// sees. The values are noted, or for a gradient the slots.
+template <bool GRADIENT, class Each>
 bool arrange_runs(const RunsPlan &p, const ElementRuns &runs, const int32_t *first, const float *values, int threads, const Each &each) {
-  const int64_t strips = p.strips();
+  const int64_t strips = p.strips(), count = p.chunks * STRIP;
   int32_t illegal = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < p.subgrids * strips; i++) {
-    const int64_t q = i / strips, r0 = i % strips * STRIP, count = p.chunks * STRIP;
+    const int64_t q = i / strips, r0 = i % strips * STRIP;
     const int64_t rows = p.rows - r0 < STRIP ? p.rows - r0 : STRIP;
-    const int32_t end = first[q * p.rows + r0 + rows];
-    int32_t next[MOST_CHUNKS * STRIP] = {}, at = first[q * p.rows + r0], left = end - at;
+    NotedEntry *const noted = runs.noted + thread_number() * p.most, *to = noted;
+    int32_t next[MOST_CHUNKS * STRIP] = {}, at = first[q * p.rows + r0];
+    const int shift = p.shift;
     bool legal = true;
-    for (int64_t l = 0; l < rows; l++) {
-      legal = legal && each(q, r0 + l, [&](int64_t channel, int32_t, int32_t) {
-        next[(channel >> p.shift) * STRIP + l]++;
-        return left-- > 0;
+    for (int64_t l = 0; l < rows && legal; l++) {
+      legal = each(q, r0 + l, [&](int64_t channel, int32_t offset, int32_t slot) {
+        const int32_t cell = int32_t((channel >> shift) * STRIP + l);
+        next[cell]++;
+        to->cell = cell, to->offset = offset;
+        if (GRADIENT) to->slot = slot;
+        else to->number = values[slot];
+        to++;
       });
+    }
+    if (!legal) {
+      __atomic_store_n(&illegal, 1, __ATOMIC_RELAXED);
+      continue;
     }
     for (int64_t k = 0; k < count; k++) {
       const int32_t entries = next[k];
       runs.start[i * count + k] = next[k] = at, at += entries;
     }
-    legal = legal && left == 0;
-    for (int64_t l = 0; l < rows; l++) {
-      legal = legal && each(q, r0 + l, [&](int64_t channel, int32_t offset, int32_t slot) {
-        const int64_t cell = (channel >> p.shift) * STRIP + l;
-        const int32_t e = next[cell]++;
-        if (e == (cell + 1 < count ? runs.start[i * count + cell + 1] : end)) return false;
-        runs.offset[e] = offset;
-        if (values) runs.number[e] = values[slot];
-        else runs.slot[e] = slot;
-        left++;
-        return true;
-      });
+    const ElementRuns out = runs;
+    for (const NotedEntry *n = noted; n < to; n++) {
+      const int32_t e = next[n->cell]++;
+      out.offset[e] = n->offset;
+      if (GRADIENT) out.slot[e] = n->slot;
+      else out.number[e] = n->number;
     }
-    if (!legal || left != end - first[q * p.rows + r0]) __atomic_store_n(&illegal, 1, __ATOMIC_RELAXED);
   }
   runs.start[p.starts()] = int32_t(p.used);
   return !illegal;
 }
+
+// A number of an index, which another thread may write: what is checked is what is used. An atomic would keep the compiler
+// from holding anything else in registers meanwhile.
+inline int32_t read_once(const int32_t *number) { return *(const volatile int32_t *)number; }
 
 // Entries by row of the weight.
 struct ForwardEntries {
@@ -98,10 +112,14 @@ struct ForwardEntries {
 
   template <class F> bool operator()(int64_t, int64_t r, const F &f) const {
     const int64_t before = r / row_blocks * col_blocks;
-    for (int64_t e = c.order.ptr[r]; e < c.order.ptr[r + 1]; e++) {
-      const int32_t slot = c.order.slot[e], column = inside(slot, c.order.slots) ? c.order.other[slot] : -1;
-      if (!inside(column, c.order.others)) return false;
-      if (!f(before + block[column], int32_t(pixel[column] + before * plane), slot)) return false;
+    const Order order = c.order;
+    const int32_t *const blocks = block.data(), *const pixels = pixel.data(), first_pixel = int32_t(before * plane);
+    for (int64_t e = order.ptr[r], last = order.ptr[r + 1]; e < last; e++) {
+      const int32_t slot = read_once(order.slot + e);
+      if (!inside(slot, order.slots)) return false;
+      const int32_t column = read_once(order.other + slot);
+      if (!inside(column, order.others)) return false;
+      f(before + blocks[column], pixels[column] + first_pixel, slot);
     }
     return true;
   }
@@ -151,15 +169,23 @@ struct BackwardEntries {
   }
 
   template <class F> bool operator()(int64_t q, int64_t r, const F &f) const {
+    const Order order = c.order;
+    const int32_t *begin = first.data() + q * c.in_channels + r, pitch = int32_t(plane);
+    int64_t left = begin[1] - begin[0];  // with groups the lists are searched again, and may have changed
     for (const auto &tap : taps[q]) {
       const auto range = entries(tap.first, r);
+      left -= range.second - range.first;
+      if (left < 0) return false;
+      const int32_t at_tap = tap.second;
       for (int64_t e = range.first; e < range.second; e++) {
-        const int32_t slot = c.order.slot[e], row = inside(slot, c.order.slots) ? c.order.other[slot] : -1;
-        if (!inside(row, c.order.others)) return false;
-        if (!f(row, int32_t(tap.second + row * plane), slot)) return false;
+        const int32_t slot = read_once(order.slot + e);
+        if (!inside(slot, order.slots)) return false;
+        const int32_t row = read_once(order.other + slot);
+        if (!inside(row, order.others)) return false;
+        f(row, at_tap + row * pitch, slot);
       }
     }
-    return true;
+    return left == 0;
   }
 };
 
