@@ -104,8 +104,9 @@ def resolve(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> str:
 
 
 def _fastest(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str:
+    kind = device.type  # every time it is asked for it costs as much as the rest of a turn
     for name, candidate in BACKENDS.items():
-        if DEVICE_TYPES.get(name, device.type) != device.type:
+        if DEVICE_TYPES.get(name, kind) != kind:
             continue
         reason = candidate.why_not(op, device, dtype, block)
         if reason is None:

@@ -89,19 +89,20 @@ def _check_weight(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, 
 
 
 def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
-    if not (x.is_floating_point() and values.is_floating_point()):
-        raise TypeError(f"input is {x.dtype} and values are {values.dtype}; both must be real floating point")
-    same, bias_same = x.dtype == values.dtype, bias is None or bias.dtype == values.dtype
-    if same and bias_same:
+    dtype = x.dtype
+    same, bias_same = values.dtype is dtype, bias is None or bias.dtype is values.dtype
+    if same and bias_same and dtype.is_floating_point:
         return
+    if not (dtype.is_floating_point and values.dtype.is_floating_point):
+        raise TypeError(f"input is {dtype} and values are {values.dtype}; both must be real floating point")
     device_type = x.device.type
     # The meta device has no autocast; torch.amp.is_autocast_available says so, but PyTorch 2.11 cannot compile it.
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast and torch.float64 not in (x.dtype, values.dtype):
+    if autocast and torch.float64 not in (dtype, values.dtype):
         return  # autocast casts the input, and the kernels round what they read of the values
     if not same:
         raise TypeError(
-            f"input is {x.dtype} but values are {values.dtype}; convert one with .to(), or use torch.autocast"
+            f"input is {dtype} but values are {values.dtype}; convert one with .to(), or use torch.autocast"
         )
     assert bias is not None
     raise TypeError(f"bias is {bias.dtype} but values are {values.dtype}; they must be the same")

@@ -94,12 +94,13 @@ class Grid:
     @property
     def rows(self) -> int:
         """R, the number of block rows."""
-        return self.groups * self.group_rows
+        return self.groups * -(-self.out_features // (self.groups * self.block[0]))
 
     @property
     def cols(self) -> int:
         """C, the number of block columns."""
-        return self.taps * self.tap_cols
+        taps = self.taps
+        return taps * -(-self.in_features // (taps * self.block[1]))
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

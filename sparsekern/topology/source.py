@@ -134,4 +134,4 @@ def current_index(tensors: Sequence[Tensor]) -> Index:
             source.row._version != source.row_version or source.col._version != source.col_version
         ):
             source.renew()
-    return Index(*tensors)
+    return Index._make(tensors)
