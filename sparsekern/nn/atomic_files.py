@@ -7,6 +7,7 @@ link, is ever opened. A lock in the private folder tells whether its writer stil
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -26,6 +27,9 @@ LOCK = "lock"
 
 PRIVATE = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.unfinished")
 """Names of private folders: the writer's machine, and a random number."""
+
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""Errors of disks that have no locks, as some of clusters: nobody there takes a folder without one for a leftover."""
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
@@ -189,6 +193,10 @@ def _new_private_folder(parent: Path) -> tuple[Path, FileLock]:
             lock.acquire()
         except (FileNotFoundError, Timeout):
             continue  # another writer took the folder, not locked yet, for a leftover, and deletes it
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         return folder, lock
 
 

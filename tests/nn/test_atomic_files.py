@@ -1,5 +1,6 @@
 """Files that are whole or not there: several writers, killed writers, links, permissions, syncing."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -237,6 +238,26 @@ def test_three_writers_and_a_reader(tmp_path, name):
     found = three_writers_and_a_reader(tmp_path / name, 1.0)
     assert min(found["writes"]) > 0 and found["reads"] > 0
     assert names(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP", "EIO"])
+def test_disks_without_locks(tmp_path, monkeypatch, code):
+    """Network disks may have none; then files are written all the same. Other errors leave nothing behind."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*arguments: object) -> None:
+        raise OSError(getattr(errno, code), "no lock")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    path = tmp_path / "a.txt"
+    for text in ("first", "second"):
+        if code == "EIO":
+            with pytest.raises(OSError, match="no lock"):
+                af.replace(path, lambda unfinished, text=text: unfinished.write_text(text))
+        else:
+            af.replace(path, lambda unfinished, text=text: unfinished.write_text(text))
+            assert path.read_text() == text
+    assert [file.name for file in tmp_path.iterdir()] == ([] if code == "EIO" else ["a.txt"])
 
 
 if __name__ == "__main__":
