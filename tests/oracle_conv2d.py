@@ -219,6 +219,8 @@ def check_conv_dvalues(case: ConvCase, dvalues: Tensor, dtype: torch.dtype, prod
     dy, x = case.dy.to(F64), case.x.to(F64)
     exact, magnitude = blocks(dy, x), blocks(dy.abs(), x.abs())
     peer = blocks(case.dy.to(wide), case.x.to(wide)).to(dtype)
+    # oneDNN's bfloat16 gradient of some dilated kernels reads memory that nobody wrote (torch 2.13): no peer there.
+    peer = torch.where(peer.isfinite(), peer, exact.to(dtype))
     terms = torch.tensor(float(dy.shape[0] * dy.shape[2] * dy.shape[3]))
     assert_within("dvalues", dvalues, exact, peer, magnitude, terms, dtype, accumulate_dtype(case.x.dtype), products)
 

@@ -268,7 +268,9 @@ def test_the_dense_convolution_is_right_and_any_wrong_element_is_not(op, stride)
     for name, tensor in answer.items():
         bad = tensor.detach().clone(memory_format=torch.contiguous_format)
         bad.view(-1)[-1] = float("nan")
-        assert name in (judge.wrong(answer | {name: bad}, by_element=True) or "")
+        first = {name: bad} | {other: given for other, given in answer.items() if other != name}
+        # Of the others, oneDNN rounds an element more than by_element allows on some processors.
+        assert name in (judge.wrong(first, by_element=True) or "")
 
 
 @needs_interpreter

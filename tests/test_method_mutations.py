@@ -254,7 +254,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "the drop fraction does not fall": (
         Schedule.cosine,
-        "(1 + math.cos(math.pi * step / self.stop)) / 2",
+        "(1 + math.cos(math.pi * counted / (self.stop - self.start))) / 2",
         "1.0",
         t_schedules.test_the_cosine_by_hand,
     ),
@@ -272,14 +272,14 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "scores are scaled by the variance": (
         sampling.score_gradient,
-        "(probabilities * (1 - probabilities)).sqrt()",
-        "(probabilities * (1 - probabilities))",
+        "(s * (1 - s)).sqrt()",
+        "(s * (1 - s))",
         partial(t_sampling.test_unbiased_for_the_scaled_gradient_of_the_expected_loss, 2),
     ),
     "masks are of what is left out": (
         sampling.draw_masks,
-        "< probabilities",
-        "< 1 - probabilities",
+        "torch.lt(chance, below, out=part)",
+        "torch.lt(chance, 1 - below, out=part)",
         t_sampling.test_counts_of_masks_are_binomial,
     ),
     "a budget is exceeded by one": (

@@ -320,8 +320,9 @@ def test_a_mask_that_lets_free_slots_in(case: Case, mutate: Mutate) -> None:
 
     masked_y_is_right(case)
 
-    def compact(healthy: Any, ptr: Tensor, *rest: Any) -> Any:
-        return healthy(torch.cat([ptr[:-1], ptr.new_tensor([12])]), *rest)
+    def compact(healthy: Any, into: Any, order: tuple[Tensor, ...], *rest: Any) -> Any:
+        ptr, *others = order
+        return healthy(into, (torch.cat([ptr[:-1], ptr.new_tensor([12])]), *others), *rest)
 
-    mutate(index_module, "_compact", compact)
+    mutate(index_module, "_compact_", compact)
     assert_red(masked_y_is_right, case)

@@ -201,7 +201,7 @@ def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
 
 
 def test_an_unknown_distribution_is_refused() -> None:
-    with pytest.raises(ValueError, match="distribution is 'ERK'; it must be one of uniform, er, erk"):
+    with pytest.raises(ValueError, match="distribution is 'ERK'; it must be one of uniform, er, er-matrix, erk"):
         allocate([cells(4, 4)], 0.5, "ERK")
 
 

@@ -206,7 +206,7 @@ def test_what_stays_dense_may_be_too_much():
         ({"sparsity": 75}, "sparsity is 75"),
         ({"init": "mup"}, "init is 'mup'"),
         ({"name": "doped", "distribution": "er"}, "distribution is 'er'; doped keeps the FLOPs of every layer"),
-        ({"distribution": "ER"}, "distribution is 'ER'; it must be one of uniform, er, erk"),
+        ({"distribution": "ER"}, "distribution is 'ER'; it must be one of uniform, er, er-matrix, erk"),
         ({"ignore": ["conv2"]}, "ignore: 'conv2' matches no module"),
     ],
 )
