@@ -106,10 +106,13 @@ def _by_sorting(z: Tensor, c: Tensor, budget: float, floor: float) -> Tensor:
 def _by_newton(wanted: Tensor, costs: Tensor, budget: float, floor: float) -> Tensor:
     """Return the shift that Newton's steps reach, which are exact once they are in the piece where the budget is met.
 
-    A step that leaves the interval in which the shift lies is one to its middle.
+    A step that leaves the interval in which the shift lies is one to its middle, and so is one after a step that did
+    not halve it: what is spent is not convex, and Newton's steps alone may run in a circle. Of all shifts tried, the
+    one that spends nearest to the budget is returned.
     """
     shift = low = costs.new_zeros((), dtype=torch.float64)
     high = _highest_shift(wanted, costs, floor)
+    width, best, gap = torch.full_like(high, torch.inf), shift, torch.full_like(high, torch.inf)
     within: Tensor | None = None
     for _ in range(HALVINGS):
         spent, square = torch.zeros_like(shift), torch.zeros_like(shift)
@@ -120,14 +123,17 @@ def _by_newton(wanted: Tensor, costs: Tensor, budget: float, floor: float) -> Te
             square += torch.where(moving, c.square(), 0).sum()
         within = spent <= budget if within is None else within
         low, high = torch.where(spent > budget, shift, low), torch.where(spent > budget, high, shift)
+        nearer = (spent - budget).abs() < gap
+        best, gap = torch.where(nearer, shift, best), torch.where(nearer, (spent - budget).abs(), gap)
+        halved, width = 2 * (high - low) <= width, high - low
         into = shift + (spent - budget) / square
-        into = torch.where((into >= low) & (into <= high), into, (low + high) / 2)
-        done = (into - shift).abs() <= NEAR * into
-        shift = into
+        done = into.isfinite() & ((into - shift).abs() <= NEAR * into)
+        best = torch.where(done, into, best)
+        shift = torch.where(done | (halved & (into > low) & (into < high)), into, (low + high) / 2)
         if shift.device.type == "cpu" and bool(done | within):  # elsewhere that would wait for the device
             break
     assert within is not None
-    return torch.where(within, 0.0, shift)
+    return torch.where(within, 0.0, best)
 
 
 def _by_halving(wanted: Tensor, costs: Tensor, budget: float, floor: float, halvings: int) -> Tensor:

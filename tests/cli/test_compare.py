@@ -95,7 +95,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):
-    def stopped(path):
+    def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sparsekern.recipes.compare.load", stopped)

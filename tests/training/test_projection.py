@@ -50,6 +50,15 @@ def test_by_hand(how, wanted, costs, budget, floor, expected):
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
+def test_steps_that_would_run_in_a_circle(monkeypatch):
+    """From 0.1875 Newton's step goes to 2.6875, and back: the budget was exceeded by as much again."""
+    monkeypatch.setattr(projection, "CHUNK", 1)
+    z = torch.tensor([2.0, 2.0, 3.0, 0.5], dtype=torch.float64)
+    found = project(z, torch.tensor([3.0, 1.0, 1.0, 1.0]), 2.8125, 0.0, "sort")
+    expected = torch.tensor([(2.8125 - 2) / 3, 1.0, 1.0, 0.0], dtype=torch.float64)  # v * 3 = 2 - 0.2708...
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
 number = st.floats(-2, 3, allow_nan=False, width=32)
 
 
