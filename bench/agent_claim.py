@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekern as sk
 from bench.agent_claim_table import draw, tables
-from sparsekern.recipes.data import Dataset, load
+from sparsekern.lab.data import Dataset, load
 from sparsekern.topology import generator_for
 
 LOOKS = 4

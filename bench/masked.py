@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import sparsekern as sk
 from bench.cpu.clock import Stopwatch
 from bench.cpu.results import Row, circumstances, rounded, write_rows
-from sparsekern.recipes.models import mlp
+from sparsekern.lab.models import mlp
 from sparsekern.topology.dense import to_dense
 
 KEPT_DENSE = ("input", "output")

@@ -24,8 +24,8 @@ from torch.nn.functional import cross_entropy
 
 import sparsekern as sk
 from sparsekern.analysis import profile, spectral, stored_parameters
-from sparsekern.recipes.data import Dataset, load
-from sparsekern.recipes.models import mlp
+from sparsekern.lab.data import Dataset, load
+from sparsekern.lab.models import mlp
 from sparsekern.topology import generator_for
 from sparsekern.training import METHODS
 from sparsekern.transforms import Width, transform

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sparsekern as sk
 from sparsekern.analysis import profile, stored_parameters, training_bytes
-from sparsekern.recipes.models import gpt_small, resnet18_cifar, vgg16
+from sparsekern.lab.models import gpt_small, resnet18_cifar, vgg16
 from sparsekern.transforms import TRANSFORMS, Width, transform
 
 MIB = 2**20

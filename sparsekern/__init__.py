@@ -49,6 +49,7 @@ _let_ctrl_c_end_a_command_that_starts()
 del _use_kernels_beside_package, _let_ctrl_c_end_a_command_that_starts
 
 from sparsekern import ops, topology, transforms  # noqa: E402  the finder must be in place first
+from sparsekern.analysis import summary  # noqa: E402
 from sparsekern.kernels.cpu import release_scratch  # noqa: E402
 from sparsekern.kernels.cpu.memory import keep_freed_memory  # noqa: E402
 from sparsekern.nn import (  # noqa: E402
@@ -63,7 +64,6 @@ from sparsekern.nn import (  # noqa: E402
     sparsify_,
 )
 from sparsekern.ops import Probe, backend  # noqa: E402
-from sparsekern.report import summary  # noqa: E402
 from sparsekern.training import AGENT, GSE, SET, VRPGE, Method, RigL, Static, preset, recalibrate_norms  # noqa: E402
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.recipes import Config
+from sparsekern.lab import Config
 from sparsekern.training import Schedule
 from tests.bad_input_parts import (
     INF,

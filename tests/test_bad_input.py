@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
-from sparsekern.recipes import Config
-from sparsekern.recipes.data import load
-from sparsekern.recipes.folder import create
+from sparsekern.lab import Config
+from sparsekern.lab.data import load
+from sparsekern.lab.folder import create
 from tests.bad_commands import COMMANDS
 from tests.bad_input_parts import Case
 from tests.bad_layers import layer_cases
@@ -151,7 +151,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch, writes):
         if len(done) > writes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("sparsekern.recipes.run.draw_summary", lambda *_: None)
+    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
     with monkeypatch.context() as full:
         full.setattr(os, "fsync", sync)
         result = CliRunner().invoke(application(), [*TINY, "--out", str(tmp_path / "run")])
@@ -186,7 +186,7 @@ def test_a_disk_that_is_really_full(small_disk):
 
 
 def test_names_with_spaces_and_other_letters_are_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsekern.recipes.run.draw_summary", lambda *_: None)
+    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
     folder = tmp_path / "ein Lauf: 90 % ü 模型 'x' \"y\""
     data = tmp_path / "dä ta.npz"
     labels = numpy.arange(40) % 2

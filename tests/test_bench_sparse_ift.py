@@ -10,7 +10,7 @@ from torch import nn
 
 from bench import sparse_ift_claim, sparse_ift_table
 from bench.sparse_ift_table import Network, described, kept_bytes, rows
-from sparsekern.recipes.data import Dataset
+from sparsekern.lab.data import Dataset
 
 
 def test_the_rows_of_a_small_network():

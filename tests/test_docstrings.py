@@ -17,9 +17,9 @@ import sparsekern as sk
 
 PACKAGES = (
     "sparsekern",
-    *(f"sparsekern.{name}" for name in ("topology", "ops", "nn", "analysis", "training", "report")),
+    *(f"sparsekern.{name}" for name in ("topology", "ops", "nn", "analysis", "training")),
 )
-PACKAGES += ("sparsekern.recipes",)
+PACKAGES += ("sparsekern.lab",)
 
 SELF_EVIDENT = {"self", "cls", "device", "dtype", "model", "optimizer", "generator", "kwargs", "args", "options"}
 """Arguments whose name and type say all."""

@@ -19,8 +19,8 @@ GROUPS = [
     {"nn"},
     {"analysis"},
     {"training", "transforms"},
-    {"report"},
-    {"integrations", "recipes"},
+    {"integrations"},
+    {"lab"},
     {"cli"},
 ]
 RANK = {layer: rank for rank, group in enumerate(GROUPS) for layer in group}
@@ -141,8 +141,8 @@ def test_an_import_of_kernels_by_its_folder_is_found(copy):
 
 
 def test_an_optional_package_at_module_level_is_found(copy):
-    plant(copy / "sparsekern/report/summary.py", "import matplotlib.pyplot as plt")
-    assert optional_violations(copy) == ["sparsekern/report/summary.py:3 needs matplotlib to be imported"]
+    plant(copy / "sparsekern/analysis/summary.py", "import matplotlib.pyplot as plt")
+    assert optional_violations(copy) == ["sparsekern/analysis/summary.py:3 needs matplotlib to be imported"]
 
 
 def test_a_source_without_a_test_is_found(copy):

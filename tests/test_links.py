@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
-from sparsekern.recipes import Config, Interrupted, Observer, resume, start
-from sparsekern.recipes.compare import CompareObserver, Plan, compare
-from sparsekern.recipes.contestants import Contestant
-from sparsekern.recipes.lock import LOCK
+from sparsekern.lab import Config, Interrupted, Observer, resume, start
+from sparsekern.lab.compare import CompareObserver, Plan, compare
+from sparsekern.lab.contestants import Contestant
+from sparsekern.lab.lock import LOCK
 
 CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=2, batch_size=400, seeds=1, device="cpu")
 
@@ -122,7 +122,7 @@ def test_a_new_run_in_a_folder_with_a_planted_lock(tmp_path, victims):
 
 
 def test_files_and_folders_of_a_comparison(tmp_path, victims, monkeypatch):
-    monkeypatch.setattr("sparsekern.recipes.compare.training_cost", lambda *_: {"training_flops": 8, "peak_bytes": 9})
+    monkeypatch.setattr("sparsekern.lab.compare.training_cost", lambda *_: {"training_flops": 8, "peak_bytes": 9})
     before, folder = content(victims), tmp_path / "comparison"
     plan = Plan(CONFIG, (Contestant("static"),), (0.5,), (8,), dense=False)
     compare(plan, folder, CompareObserver())

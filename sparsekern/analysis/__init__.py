@@ -10,6 +10,7 @@ from sparsekern.analysis.account import (
 )
 from sparsekern.analysis.profile import LayerProfile, Profile, arguments, profile
 from sparsekern.analysis.spectral import Spectral, spectral
+from sparsekern.analysis.summary import Summary, summary
 from sparsekern.analysis.timing import race, time_layer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LayerProfile",
     "Profile",
     "Spectral",
+    "Summary",
     "account",
     "arguments",
     "network_sparsity",
@@ -25,6 +27,7 @@ __all__ = [
     "spectral",
     "state_bytes",
     "stored_parameters",
+    "summary",
     "time_layer",
     "training_bytes",
 ]

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a layer, sparse and dense. Numbers only; drawing is in :mod:`sparsekern.report`."""
+"""Parameters, FLOPs and bytes of a layer, sparse and dense; numbers only."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ from sparsekern.cli.live import Live
 from sparsekern.cli.run_options import Json, Quiet, absolute, of_recipe, takes_run_options
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
 from sparsekern.cli.table import thread_count
-from sparsekern.recipes.compare import PICTURE, TABLE, compare, default_folder, is_finished, plan_for
-from sparsekern.recipes.config import Config
-from sparsekern.recipes.contestants import Contestant
-from sparsekern.recipes.folder import PLAN
-from sparsekern.report.comparison import HEADINGS, table_cells
+from sparsekern.lab.compare import PICTURE, TABLE, compare, default_folder, is_finished, plan_for
+from sparsekern.lab.config import Config
+from sparsekern.lab.contestants import Contestant
+from sparsekern.lab.folder import PLAN
+from sparsekern.lab.report.comparison import HEADINGS, table_cells
 from sparsekern.training import METHODS, PRESETS
 
 WIDTH = 132

@@ -13,6 +13,7 @@ import typer
 from sparsekern.cli.inspect import describe_state
 from sparsekern.cli.shell import error_console, explained, say, stopped
 from sparsekern.cli.source import MaxGib, MaxTensors, weights_file
+from sparsekern.errors import InputError
 from sparsekern.nn.convert import State, bsr_state, dense_state, sparse_state
 from sparsekern.nn.files import read_state, write_state
 from sparsekern.nn.foreign_states import merge_pruned
@@ -86,21 +87,28 @@ def _check(
 ) -> None:
     """Raise every error about the options before anything is read."""
     if to is not Form.sparse and (sparsity is not None or keep_zeros or block_size is not None):
-        raise ValueError(f"to is {to.value}, which takes no --sparsity, --keep-zeros or --block-size; drop them")
+        raise InputError(
+            f"to is {to.value}, which takes no --sparsity, --keep-zeros or --block-size; drop them", parameter="to"
+        )
     if to is Form.sparse and (sparsity is None) == (not keep_zeros):
-        raise ValueError("to is sparse, which needs --sparsity or --keep-zeros, and not both")
+        raise InputError("to is sparse, which needs --sparsity or --keep-zeros, and not both", parameter="to")
     if sparsity is not None:
         check_sparsity(sparsity)
     if to is Form.bsr and target.suffix not in TORCH_NAMES:
-        raise ValueError(f"target is {target}; BSR tensors need a file of torch.save: let the name end in .pt")
+        raise InputError(
+            f"target is {target}; BSR tensors need a file of torch.save: let the name end in .pt", parameter="target"
+        )
     if target.suffix not in (".safetensors", *TORCH_NAMES):
-        raise ValueError(f"target is {target}; the name must end in .safetensors, .pt or .pth")
+        raise InputError(f"target is {target}; the name must end in .safetensors, .pt or .pth", parameter="target")
     if not target.parent.is_dir():
-        raise ValueError(f"target is {target}, whose folder does not exist; make the folder, or choose another name")
+        raise InputError(
+            f"target is {target}, whose folder does not exist; make the folder, or choose another name",
+            parameter="target",
+        )
     if target.is_dir():
-        raise ValueError(f"target is {target}, which is a folder; choose another name")
+        raise InputError(f"target is {target}, which is a folder; choose another name", parameter="target")
     if os.path.lexists(target) and not force:
-        raise ValueError(f"target is {target}, which exists; choose another name, or --force")
+        raise InputError(f"target is {target}, which exists; choose another name, or --force", parameter="target")
 
 
 def _sparse(
@@ -117,5 +125,8 @@ def _sparse(
 def _block(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"block_size is {text!r}; it must be a whole number of 1 or more, or OUTxIN such as 32x16")
+        raise InputError(
+            f"block_size is {text!r}; it must be a whole number of 1 or more, or OUTxIN such as 32x16",
+            parameter="block_size",
+        )
     return block_pair(int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1])))

@@ -11,7 +11,7 @@ import typer
 
 
 def option(text: str, default: object, *names: str) -> Any:
-    """Return an option that is None unless it is given: its default is that of :class:`~sparsekern.recipes.Config`."""
+    """Return an option that is None unless it is given: its default is that of :class:`~sparsekern.lab.Config`."""
     return typer.Option(*names, help=text, show_default=str(default))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sparsekern.recipes.catalogue import RECIPES, Recipe
+from sparsekern.lab.catalogue import RECIPES, Recipe
 
 
 def recipe_table() -> Table:

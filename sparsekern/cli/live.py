@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sparsekern.recipes import Config
-from sparsekern.recipes.compare import CompareObserver
-from sparsekern.recipes.learner import Learner
+from sparsekern.lab import Config
+from sparsekern.lab.compare import CompareObserver
+from sparsekern.lab.learner import Learner
 
 
 class Live(CompareObserver):

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sparsekern.cli.expand import expanded
-from sparsekern.recipes.config import STOP
-from sparsekern.recipes.options import OPTIONS, Option
+from sparsekern.lab.config import STOP
+from sparsekern.lab.options import OPTIONS, Option
 from sparsekern.training import AGENT, METHODS
 from sparsekern.transforms import transform
 

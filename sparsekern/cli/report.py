@@ -9,15 +9,16 @@ from typing import Annotated
 import torch
 import typer
 
+from sparsekern.analysis import Summary
 from sparsekern.cli.info import cpu_model
 from sparsekern.cli.shell import error_console, explained, say
 from sparsekern.cli.table import notes, result_cells, thread_count
-from sparsekern.recipes.folder import write_text
-from sparsekern.recipes.page import page_of, results_so_far, values_of
-from sparsekern.recipes.per_layer import measure
-from sparsekern.recipes.record import Record, read_record
-from sparsekern.report import Summary
-from sparsekern.report.html import MARK, render
+from sparsekern.errors import InputError
+from sparsekern.lab.folder import write_text
+from sparsekern.lab.page import page_of, results_so_far, values_of
+from sparsekern.lab.per_layer import measure
+from sparsekern.lab.record import Record, read_record
+from sparsekern.lab.report.html import MARK, render
 
 PAGE = "report.html"
 
@@ -48,8 +49,8 @@ def report(
         try:
             write_text(page, text)
         except OSError as error:
-            raise ValueError(
-                f"out is {page}, which cannot be written ({error.strerror}); choose another --out"
+            raise InputError(
+                f"out is {page}, which cannot be written ({error.strerror}); choose another --out", parameter="out"
             ) from None
     if as_json:
         say(json.dumps(values_of(record, results, account) | {"page": str(page)}))
@@ -66,13 +67,17 @@ def check_target(page: Path) -> None:
         ValueError: the folder is not there, or there is something that is no page.
     """
     if not page.parent.is_dir():
-        raise ValueError(f"out is {page}, whose folder does not exist; make the folder, or choose another --out")
+        raise InputError(
+            f"out is {page}, whose folder does not exist; make the folder, or choose another --out", parameter="out"
+        )
     if page.is_dir():
-        raise ValueError(f"out is {page}, which is a folder; give the name of a file")
+        raise InputError(f"out is {page}, which is a folder; give the name of a file", parameter="out")
     if page.exists():
         with page.open("rb") as file:
             if file.read(len(MARK)) != MARK.encode():
-                raise ValueError(f"out is {page}, which exists and is no page of sparsekern; choose another --out")
+                raise InputError(
+                    f"out is {page}, which exists and is no page of sparsekern; choose another --out", parameter="out"
+                )
 
 
 def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str, dict[str, int]] | None, str]:
@@ -81,7 +86,7 @@ def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str,
         return None, None, ""
     try:
         if "image_shape" not in record.data:
-            raise ValueError("the run is of a version that did not note the shape of its images")
+            raise InputError("the run is of a version that did not note the shape of its images")
         account, sizes = measure(record.config, record.data, record.checkpoint, timed=timed)
     except ValueError as error:
         record.missing.append(f"Sizes and times of the layers: {error}.")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sparsekern.cli.expand import expanded, option
-from sparsekern.recipes import Config
-from sparsekern.recipes.augment import AUGMENTATIONS
+from sparsekern.lab import Config
+from sparsekern.lab.augment import AUGMENTATIONS
 
 MLP = Config()
 """The default recipe, whose values the help shows."""
@@ -68,7 +68,7 @@ RUN_OPTIONS: dict[str, Any] = {
     "device": Annotated[str | None, option("cpu, cuda or cuda:<number>.", "cuda where there is one")],
     "dense": Annotated[bool | None, option("Train the dense twin too.", "dense", "--dense/--no-dense")],
 }
-"""By name: entries of a :class:`~sparsekern.recipes.Config` that every command takes that trains."""
+"""By name: entries of a :class:`~sparsekern.lab.Config` that every command takes that trains."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress, only the results.")]

@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from sparsekern.recipes import Interrupted
-from sparsekern.report.text import printable
+from sparsekern.errors import InputError
+from sparsekern.lab import Interrupted
+from sparsekern.lab.report.text import printable
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -92,7 +93,7 @@ def check_one_process() -> None:
         return
     if os.environ.get("RANK", "0") != "0":
         raise typer.Exit
-    raise ValueError(
+    raise InputError(
         f"WORLD_SIZE is {ranks}: a launcher started {ranks} processes, and each would train all of the run; start "
         "sparsekern without torchrun, or train by a loop of your own with the sparse layers and methods under DDP"
     )

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sparsekern.recipes import checkpoint
-from sparsekern.recipes.folder import CONFIG, check_run
+from sparsekern.errors import InputError
+from sparsekern.lab import checkpoint
+from sparsekern.lab.folder import CONFIG, check_run
 
 MaxGib = Annotated[
     float,
@@ -26,7 +27,7 @@ def weights_file(path: Path, network: str, seed: int) -> Path:
         ValueError: there is none.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give {WAYS}")
+        raise InputError(f"{path} does not exist; give {WAYS}")
     if path.is_file():
         return path
     folder: Path | None = path
@@ -34,14 +35,18 @@ def weights_file(path: Path, network: str, seed: int) -> Path:
         folder = checkpoint.latest(checkpoint.seed_folder(path, seed))
         if folder is None:
             seeds = ", ".join(str(number) for number in saved_seeds(path)) or "none"
-            raise ValueError(f"seed is {seed}, which has no checkpoint in {path}; those that have one: {seeds}")
+            raise InputError(
+                f"seed is {seed}, which has no checkpoint in {path}; those that have one: {seeds}", parameter="seed"
+            )
     elif not any(path.glob("*.safetensors")):
         check_run("the source", path, WAYS)
     assert folder is not None
     file = folder / f"{network}.safetensors"
     if not file.is_file():
         there = ", ".join(sorted(found.stem for found in folder.glob("*.safetensors"))) or "none"
-        raise ValueError(f"network is {network!r}, of which {folder} has no weights; it has those of: {there}")
+        raise InputError(
+            f"network is {network!r}, of which {folder} has no weights; it has those of: {there}", parameter="network"
+        )
     return file
 
 

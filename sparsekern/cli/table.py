@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsekern.recipes import Config
+from sparsekern.lab import Config
 
 MIB = 2**20
 

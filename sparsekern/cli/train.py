@@ -17,9 +17,10 @@ from sparsekern.cli.method_options import takes_method_options
 from sparsekern.cli.run_options import MLP, Quiet, absolute, of_recipe, takes_run_options
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
 from sparsekern.cli.table import notes, result_table
-from sparsekern.recipes import Config, resume, start
-from sparsekern.recipes.folder import CONFIG, PICTURE, RESULTS, SPECTRAL, default_folder, read_config
-from sparsekern.recipes.keeping import Keeping
+from sparsekern.errors import InputError
+from sparsekern.lab import Config, resume, start
+from sparsekern.lab.folder import CONFIG, PICTURE, RESULTS, SPECTRAL, default_folder, read_config
+from sparsekern.lab.keeping import Keeping
 from sparsekern.training import METHODS, PRESETS
 
 
@@ -115,13 +116,14 @@ def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:
 def _check_agreement(folder: Path, values: dict[str, Any], out: Path | None) -> None:
     """Raise ValueError if an option says something else than the run that is resumed."""
     if out is not None and out.resolve() != folder.resolve():
-        raise ValueError(f"--out is {out}, but a resumed run stays in its folder {folder}; drop --out")
+        raise InputError(f"--out is {out}, but a resumed run stays in its folder {folder}; drop --out")
     config = read_config(folder)[0].to_json()
     config |= config.pop("options")
     for name, value in (values | values.get("options", {})).items():
         if name != "options" and value != config.get(name):
             has = config.get(name, "it not given")
-            raise ValueError(
+            raise InputError(
                 f"{name} is {value}, but the run in {folder} has {has}; drop the option, "
-                "or start a new run without --resume"
+                "or start a new run without --resume",
+                parameter=name,
             )

@@ -10,7 +10,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
-from sparsekern.report.text import printable
+from sparsekern.lab.report.text import printable
 
 USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])
 """The parent of all errors of usage, which typer does not export."""

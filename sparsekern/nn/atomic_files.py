@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsekern.errors import InputError
+
 if TYPE_CHECKING:
     from filelock import FileLock
 
@@ -125,7 +127,7 @@ def refuse_link(path: Path) -> None:
         ValueError: it is one.
     """
     if path.is_symlink():
-        raise ValueError(
+        raise InputError(
             f"{path} is a symbolic link, and files are not written through links: put the folder itself in its place, "
             "or choose another folder"
         )

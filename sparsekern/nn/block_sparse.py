@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.parametrize import is_parametrized
 
+from sparsekern.errors import InputError
 from sparsekern.nn.converters import CONVERTERS, converter_of
 from sparsekern.nn.indexed import Indexed
 from sparsekern.nn.init import check_scale, draw_bias, draw_values
@@ -119,7 +120,7 @@ class BlockSparse(Indexed):
     ) -> None:
         super().__init__()
         if topology is None and (not isinstance(init, str) or init not in INITS):
-            raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
+            raise InputError(f"init is {init!r}; it must be one of {', '.join(INITS)}", parameter="init")
         check_scale(init_scale)
         self.grid = grid
         self.tie_taps = tie_taps
@@ -176,7 +177,7 @@ class BlockSparse(Indexed):
         except ValueError:
             topology = self._draw_again()
         if self._lost:
-            raise ValueError(
+            raise InputError(
                 "the layer was built with a given topology, which is lost; load a checkpoint that holds row and col"
             )
         return topology
@@ -301,7 +302,7 @@ class BlockSparse(Indexed):
             )
         _ = self.index
         if self._source is None:
-            raise ValueError(
+            raise InputError(
                 f"{self._called} is on the meta device and has no blocks to move; call to_empty(device=...)"
             )
         return self._source
@@ -333,7 +334,7 @@ class BlockSparse(Indexed):
     def check_not_parametrized(self) -> None:
         """Raise ValueError if ``values`` are computed by a parametrization: nothing written into them would stay."""
         if is_parametrized(self, "values"):
-            raise ValueError(
+            raise InputError(
                 f"values of {self._called} are parametrized, so blocks cannot move or load: call "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'values') first"
             )

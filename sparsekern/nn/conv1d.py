@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsekern.errors import InputError
 from sparsekern.nn.conv2d import SparseConv2d, conv_arguments
 from sparsekern.nn.converters import register_converter
 
@@ -50,14 +51,16 @@ class SparseConv1d(SparseConv2d):
 
     def _check_input(self, input: Tensor) -> None:
         if input.dim() not in (2, 3) or input.shape[-2] != self.in_channels:
-            raise ValueError(
+            raise InputError(
                 f"input has shape {tuple(input.shape)}; it must be (N, C, L) or (C, L) with C = in_channels = "
-                f"{self.in_channels}"
+                f"{self.in_channels}",
+                parameter="input",
             )
         if self.conv_shape.output_size(1, input.shape[-1] + sum(self._around) * (self.padding_mode != "zeros"))[1] < 1:
-            raise ValueError(
+            raise InputError(
                 f"input has shape {tuple(input.shape)}, which is shorter than the kernel {self.kernel_size} of "
-                f"dilation {self.dilation} with padding {self._around[2:]} (left, right)"
+                f"dilation {self.dilation} with padding {self._around[2:]} (left, right)",
+                parameter="input",
             )
 
     def dense_forward(self, input: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekern import ops
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import ConvShape
 from sparsekern.nn.block_sparse import BlockSparse, check_given, is_proxy
 from sparsekern.nn.converters import converter_for, register_converter
@@ -95,7 +96,10 @@ class SparseConv2d(BlockSparse):
     ) -> None:
         check_given(topology, dtype)
         if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode is {padding_mode!r}; it must be one of {', '.join(PADDING_MODES)}")
+            raise InputError(
+                f"padding_mode is {padding_mode!r}; it must be one of {', '.join(PADDING_MODES)}",
+                parameter="padding_mode",
+            )
         kernel, steps, spacing = (
             sides(size_name, size, self.dimensions)
             for size_name, size in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
@@ -106,7 +110,7 @@ class SparseConv2d(BlockSparse):
         if topology is not None:
             blocks = topology.slots
             if topology.grid != grid:
-                raise ValueError(f"topology is for {topology.grid}, the layer is {grid}")
+                raise InputError(f"topology is for {topology.grid}, the layer is {grid}", parameter="topology")
         else:
             if blocks is None:
                 blocks = blocks_of(grid, sparsity, tie_taps)
@@ -273,7 +277,7 @@ def sides(name: str, size: int | tuple[int, ...], count: int, least: int = 1) ->
     """
     whole = whole_sides(name, size, count, "an int or a pair of ints" if count == 2 else "an int or a tuple of one")
     if min(whole) < least:
-        raise ValueError(f"{name} is {size}; it must be {least} or more each way")
+        raise InputError(f"{name} is {size}; it must be {least} or more each way", parameter=name)
     return whole
 
 
@@ -289,9 +293,11 @@ def four_sides(
     elif padding == "valid":
         before = after = (0,) * len(kernel)
     elif padding != "same":
-        raise ValueError(f"padding is {padding!r}; it must be an int, a pair of ints, 'same' or 'valid'")
+        raise InputError(
+            f"padding is {padding!r}; it must be an int, a pair of ints, 'same' or 'valid'", parameter="padding"
+        )
     elif set(stride) != {1}:
-        raise ValueError(f"padding='same' is not defined for stride {stride}; give the padding as numbers")
+        raise InputError(f"padding='same' is not defined for stride {stride}; give the padding as numbers")
     else:
         total = [space * (side - 1) for space, side in zip(dilation, kernel, strict=True)]
         before, after = tuple(both // 2 for both in total), tuple(both - both // 2 for both in total)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.nn.files import Metadata, metadata_of, with_metadata
 from sparsekern.nn.loading import LAYER_VERSION, STORED, describe
 from sparsekern.nn.size_limits import DEFAULT, Limits
@@ -98,12 +99,14 @@ def sparse_state(
         if chosen(name):
             weight = state[_key(name, "weight")]
             if block is None:
-                raise ValueError("block_size is missing; dense weights must be told how to be cut")
+                raise InputError(
+                    "block_size is missing; dense weights must be told how to be cut", parameter="block_size"
+                )
             grid = _grid(weight, block)
             _check_block(name, grid, block)
             found[name] = _choose(weight, grid, sparsity)
     if not found:
-        raise ValueError("nothing to convert: the file has no weight of a linear layer or convolution that is chosen")
+        raise InputError("nothing to convert: the file has no weight of a linear layer or convolution that is chosen")
     return _put(state, found)
 
 
@@ -125,9 +128,10 @@ def _grid(weight: Tensor, block: tuple[int, int]) -> Grid:
 def _check_block(name: str, grid: Grid, block: tuple[int, int] | None) -> None:
     """Raise ValueError if a block would be more than the whole of a layer, most of it padding that is stored."""
     if block is not None and block[0] > grid.group_out and block[1] > grid.tap_in:
-        raise ValueError(
+        raise InputError(
             f"block_size is {block[0]}x{block[1]}, larger than layer {name!r} of {grid.group_out} x "
-            f"{grid.tap_in}; choose smaller blocks, or leave the layer as it is"
+            f"{grid.tap_in}; choose smaller blocks, or leave the layer as it is",
+            parameter="block_size",
         )
 
 
@@ -169,7 +173,7 @@ def _to_bsr(layer: StoredLayer) -> Tensor:
             max(side for side in range(1, most + 1) if size % side == 0)
             for size, most in zip((grid.out_features, grid.in_features), grid.block, strict=True)
         ]
-        raise ValueError(
+        raise InputError(
             f"layer {layer.name!r} is {grid.out_features} x {grid.in_features} in blocks of {grid.block[0]}x"
             f"{grid.block[1]}, which do not divide it, and torch's BSR needs that; convert it first to sparse, keeping "
             f"zeros, with a block_size that does, such as {fits[0]}x{fits[1]}"
@@ -186,7 +190,7 @@ def _to_bsr(layer: StoredLayer) -> Tensor:
 
 def _known(layer: StoredLayer) -> StoredLayer:
     if not layer.described:
-        raise ValueError(
+        raise InputError(
             f"the file does not say how large layer {layer.name!r} is, as older ones do not; load it into the model "
             "with sparsekern.load_, and save that with sparsekern.save"
         )

@@ -6,6 +6,7 @@ import copy
 
 from torch import nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.refusals import GATHER, refuse_sharded
 from sparsekern.nn.select import check_model
@@ -25,7 +26,7 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
         if isinstance(module, BlockSparse):
             name = plain_name(model, full_name)
             if name in layers:
-                raise ValueError(f"two sparse layers have the name {name!r} once torch.compile's prefix is left out")
+                raise InputError(f"two sparse layers have the name {name!r} once torch.compile's prefix is left out")
             layers[name] = module
     return layers
 

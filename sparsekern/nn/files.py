@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.nn.atomic_files import replace
 from sparsekern.nn.foreign_states import read_index
 from sparsekern.nn.loading import LAYER_VERSION, STORED, described_grid
@@ -63,11 +64,11 @@ def check_writable(path: Path, state: Mapping[str, Any]) -> None:
         ValueError: it does not; ``path`` is where it was to be written.
     """
     if other := [key for key, tensor in state.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(
+        raise InputError(
             f"{path} cannot be written: {other[0]} is no tensor, and a file holds only those; leave it out"
         )
     if absent := [key for key, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(
+        raise InputError(
             f"{path} cannot be written: {absent[0]} is on the meta device, where tensors have no numbers; load or "
             "initialise the model first"
         )
@@ -107,7 +108,7 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
         replace(path, write)
     except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as who writes likes it
         why = getattr(error, "strerror", None) or first_line(error)
-        raise ValueError(f"{path} cannot be written: {why}; choose another name or folder") from None
+        raise InputError(f"{path} cannot be written: {why}; choose another name or folder") from None
 
 
 def _sort_metadata(path: Path) -> None:
@@ -139,15 +140,15 @@ def read_state(path: Path, limits: Limits = DEFAULT) -> OrderedDict[str, Tensor]
             size = os.fstat(file.fileno()).st_size  # of this file: another one may take its name
             head = file.read(9)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if size == 0:
-        raise ValueError(f"{path} is empty; write or fetch it again")
+        raise InputError(f"{path} is empty; write or fetch it again")
     if head.startswith(ZIP):
         return _checked(path, _state_in(path, read_torch(path, limits)))
     length = int.from_bytes(head[:8], "little")
     if head[8:] == b"{" and length <= LONGEST_HEADER:
         if 8 + length > size:
-            raise ValueError(f"{path} is truncated: its {size} bytes are fewer than its header; fetch it again")
+            raise InputError(f"{path} is truncated: its {size} bytes are fewer than its header; fetch it again")
         limits.check_tensors(path, length // HEADER_BYTES, about=True)
         return _checked(path, _read_safetensors(path, limits))
     if path.suffix == ".json":
@@ -155,11 +156,11 @@ def read_state(path: Path, limits: Limits = DEFAULT) -> OrderedDict[str, Tensor]
         limits.check_tensors(path, len(tensors))
         return _checked(path, with_metadata(tensors, metadata))
     if head.startswith(PICKLE):
-        raise ValueError(
+        raise InputError(
             f"{path} is a bare pickle, which could run code and is not read; load it where you trust it, and save its "
             "state_dict as safetensors"
         )
-    raise ValueError(f"{path} is neither a safetensors file nor one of torch.save; give a file of weights")
+    raise InputError(f"{path} is neither a safetensors file nor one of torch.save; give a file of weights")
 
 
 def _state_in(path: Path, content: Any) -> OrderedDict[str, Tensor]:
@@ -170,12 +171,12 @@ def _state_in(path: Path, content: Any) -> OrderedDict[str, Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise ValueError(f"{path} holds no state_dict, which is a dict of tensors by name; save model.state_dict()")
+        raise InputError(f"{path} holds no state_dict, which is a dict of tensors by name; save model.state_dict()")
     for key, tensor in content.items():
         is_bsr = tensor.layout == torch.sparse_bsr and tensor.dim() == 2 and f".{key}".endswith(".weight")
         if tensor.is_meta or tensor.is_nested or not (tensor.layout == torch.strided or is_bsr):
             kind = "on the meta device" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
-            raise ValueError(
+            raise InputError(
                 f"{path} has a tensor {key!r} that is {kind}; only dense tensors, and weights that are "
                 "torch.sparse_bsr, are read: save it as one of those"
             )
@@ -191,7 +192,7 @@ def _read_safetensors(path: Path, limits: Limits) -> OrderedDict[str, Tensor]:
     except (ModuleNotFoundError, TooLarge):
         raise
     except Exception as error:  # what a damaged file makes the library raise is any exception at all
-        raise ValueError(f"{path} is truncated or damaged: {first_line(error)}; fetch it again") from None
+        raise InputError(f"{path} is truncated or damaged: {first_line(error)}; fetch it again") from None
     if entry is None:
         return with_metadata(tensors, {})
     try:
@@ -199,9 +200,9 @@ def _read_safetensors(path: Path, limits: Limits) -> OrderedDict[str, Tensor]:
         version, layers = content["format_version"], content["layers"]
         metadata = {str(name): {"version": LAYER_VERSION, "grid": grid} for name, grid in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged: the entry {ENTRY!r} of its metadata is not one; fetch it again") from None
+        raise InputError(f"{path} is damaged: the entry {ENTRY!r} of its metadata is not one; fetch it again") from None
     if type(version) is not int or version > FORMAT_VERSION:
-        raise ValueError(
+        raise InputError(
             f"{path} has format version {version}, and this sparsekern reads up to {FORMAT_VERSION}: install a newer "
             "one"
         )
@@ -215,9 +216,9 @@ def _checked(path: Path, state: OrderedDict[str, Tensor]) -> OrderedDict[str, Te
         layer = metadata.get(name, {})
         version = layer.get("version") if isinstance(layer, dict) else "?"
         if version is not None and type(version) is not int:
-            raise ValueError(f"{path} is damaged: the metadata of layer {name!r} are not such; fetch it again")
+            raise InputError(f"{path} is damaged: the metadata of layer {name!r} are not such; fetch it again")
         if version is not None and version > LAYER_VERSION:
-            raise ValueError(
+            raise InputError(
                 f"{path} has layers of version {version}, and this sparsekern reads up to {LAYER_VERSION}: install a "
                 "newer one"
             )
@@ -226,7 +227,7 @@ def _checked(path: Path, state: OrderedDict[str, Tensor]) -> OrderedDict[str, Te
             try:
                 described_grid(layer["grid"], (shape[1], shape[2]) if len(shape) == 3 else (1, 1))
             except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}; fetch it again") from None
+                raise InputError(f"{path} is damaged: {error}; fetch it again") from None
     return state
 
 

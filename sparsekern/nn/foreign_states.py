@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsekern.errors import InputError
+
 logger = logging.getLogger("sparsekern")
 
 ORIGINAL, MASK = "_orig", "_mask"
@@ -37,9 +39,10 @@ def merge_pruned(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
         mask = state.get(whole + MASK) if whole != key else None
         if isinstance(tensor, Tensor) and isinstance(mask, Tensor) and whole not in state:
             if mask.shape != tensor.shape:
-                raise ValueError(
+                raise InputError(
                     f"{key} has shape {tuple(tensor.shape)} and {whole}{MASK} {tuple(mask.shape)}; a mask of pruning "
-                    "has the shape of what it masks"
+                    "has the shape of what it masks",
+                    parameter=key,
                 )
             merged[whole] = tensor * mask.to(tensor.dtype)
         elif not (key.endswith(MASK) and key.removesuffix(MASK) + ORIGINAL in state):
@@ -81,18 +84,18 @@ def read_index(path: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> tupl
         weight_map = json.loads(path.read_bytes())["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(
+        raise InputError(
             f"{path} is no index of a state in several files, which has an entry weight_map; give a file of weights"
         ) from None
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file or file.endswith(".json"):
-            raise ValueError(f"{path} names the file {file!r}; its files must be files of weights beside it")
+            raise InputError(f"{path} names the file {file!r}; its files must be files of weights beside it")
         part = read(path.with_name(file))
         absent = [name for name, where in files.items() if where == file and name not in part]
         if absent:
-            raise ValueError(f"{path.with_name(file)} has no tensor {absent[0]!r}, which {path.name} names")
+            raise InputError(f"{path.with_name(file)} has no tensor {absent[0]!r}, which {path.name} names")
         tensors |= {name: part[name] for name, where in files.items() if where == file}
         metadata |= getattr(part, "_metadata", {})
     return tensors, metadata

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.topology import Topology
 from sparsekern.topology.arguments import check_number
 
@@ -37,7 +38,7 @@ def check_scale(scale: float) -> None:
     rule = "a number above 0 that multiplies initial values: 1 for PyTorch's rule"
     check_number("init_scale", scale, rule)
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"init_scale is {scale}; it must be {rule}")
+        raise InputError(f"init_scale is {scale}; it must be {rule}", parameter="init_scale")
 
 
 def draw_values(

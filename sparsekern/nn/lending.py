@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.topology import Index
 
@@ -21,7 +22,7 @@ def lend_index(layer: BlockSparse, index: Index) -> Iterator[None]:
         RuntimeError: the layer has a lent index already.
     """
     if index.slots != layer.values.shape[0] or index.row_ptr.shape != layer.row_ptr.shape:
-        raise ValueError(
+        raise InputError(
             f"the index has {index.slots} slots and {index.row_ptr.shape[0] - 1} block rows; the layer has "
             f"{layer.values.shape[0]} and {layer.grid.rows}: make it of the layer's own index"
         )

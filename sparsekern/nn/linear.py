@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekern import ops
+from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse, check_given, is_proxy
 from sparsekern.nn.converters import converter_for, register_converter
 from sparsekern.topology import (
@@ -77,13 +78,15 @@ class SparseLinear(BlockSparse):
         if topology is not None:
             grid, blocks = topology.grid, topology.slots
             if grid.kernel is not None or grid.groups != 1:
-                raise ValueError(
-                    f"topology is that of a convolution with kernel {grid.kernel}; use SparseConv2d for it"
+                raise InputError(
+                    f"topology is that of a convolution with kernel {grid.kernel}; use SparseConv2d for it",
+                    parameter="topology",
                 )
             if (grid.out_features, grid.in_features) != (out_features, in_features):
-                raise ValueError(
+                raise InputError(
                     f"topology is for {grid.out_features} x {grid.in_features}, "
-                    f"the layer is {out_features} x {in_features}"
+                    f"the layer is {out_features} x {in_features}",
+                    parameter="topology",
                 )
             topology = replace(topology, grid=replace(grid, transposed=False))  # that is said by stand_for
             grid = topology.grid

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.nn.sharded import whole
 from sparsekern.topology import Grid, Topology, check_tied, gather_blocks, reblock, with_capacity
 
@@ -45,7 +46,7 @@ def described_grid(described: Any, block: tuple[int, int]) -> Grid:
             raise TypeError
         return Grid(sizes[0], sizes[1], block, None if kernel is None else tuple(kernel), sizes[2], transposed)
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise ValueError(f"the metadata describe a layer as {described!r}, which is damaged") from None
+        raise InputError(f"the metadata describe a layer as {described!r}, which is damaged") from None
 
 
 def adapt(
@@ -89,9 +90,9 @@ def adapt(
 
 def _take_blocks(topology: Topology, state_dict: dict[str, Any], prefix: str) -> None:
     if topology.row.is_meta:
-        raise ValueError("a dense weight cannot be loaded on the meta device; call to_empty(device=...) first")
+        raise InputError("a dense weight cannot be loaded on the meta device; call to_empty(device=...) first")
     if topology.blocks() == 0:
-        raise ValueError(
+        raise InputError(
             "a dense weight was to be loaded, but the layer has no block; load a checkpoint with row and col"
         )
     dense = whole(state_dict[prefix + "weight"])
@@ -108,14 +109,14 @@ def source_grid(values: Tensor, row: Tensor, col: Tensor, grid: Grid, metadata: 
         ValueError: the three do not go together, or are of another matrix than the layer's.
     """
     if (version := metadata.get("version")) is not None and version > LAYER_VERSION:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint's layer has version {version}, and this sparsekern reads up to {LAYER_VERSION}: install a "
             "newer one"
         )
     if values.dim() != 3 or min(values.shape[1:]) < 1:
-        raise ValueError(f"the checkpoint's values have shape {tuple(values.shape)}; they must be (slots, bo, bi)")
+        raise InputError(f"the checkpoint's values have shape {tuple(values.shape)}; they must be (slots, bo, bi)")
     if row.shape != values.shape[:1] or col.shape != row.shape:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint has rows of shape {tuple(row.shape)} and columns of shape {tuple(col.shape)} for "
             f"{values.shape[0]} slots; it is damaged"
         )
@@ -124,7 +125,7 @@ def source_grid(values: Tensor, row: Tensor, col: Tensor, grid: Grid, metadata: 
         return replace(grid, block=block)
     found = replace(described_grid(metadata["grid"], block), transposed=grid.transposed)  # blocks are the same
     if replace(found, block=grid.block, groups=grid.groups) != grid:
-        raise ValueError(f"the checkpoint is of a weight {found.weight_shape}, the layer is {grid.weight_shape}")
+        raise InputError(f"the checkpoint is of a weight {found.weight_shape}, the layer is {grid.weight_shape}")
     return found
 
 
@@ -133,7 +134,7 @@ def _fit(topology: Topology, state_dict: dict[str, Any], prefix: str, tie_taps: 
     grid, source = topology.grid, source_grid(values, row, col, topology.grid, metadata)
     if row.is_meta:
         if source.block != grid.block or values.shape[0] != topology.slots:
-            raise ValueError("a checkpoint on the meta device must have the layer's blocks and slots")
+            raise InputError("a checkpoint on the meta device must have the layer's blocks and slots")
         return
     found = Topology(source, row, col)
     try:
@@ -141,7 +142,7 @@ def _fit(topology: Topology, state_dict: dict[str, Any], prefix: str, tie_taps: 
         if tie_taps:
             check_tied(found)
     except ValueError as error:
-        raise ValueError(f"the checkpoint's topology does not fit: {error}") from None
+        raise InputError(f"the checkpoint's topology does not fit: {error}") from None
     if source == grid and found.slots == topology.slots:
         return
     values = whole(values)
@@ -153,7 +154,7 @@ def _fit(topology: Topology, state_dict: dict[str, Any], prefix: str, tie_taps: 
     blocks = int((row >= 0).sum())
     if found.slots > topology.slots:
         cut = f" ({blocks} of {source.block})" if source.block != grid.block else ""
-        raise ValueError(
+        raise InputError(
             f"the checkpoint fills {found.slots} blocks of {grid.block}{cut}, the layer has {topology.slots} slots; "
             f"build the layer with block_size={source.block}, blocks={blocks}, or with capacity={found.slots}"
         )

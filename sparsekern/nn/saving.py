@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.converters import converter_of
 from sparsekern.nn.densify import plain_name, sparse_layers
@@ -47,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         stored_layers(state)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not written: {error}; row and col were changed by something else than move_ and load_, such as "
             "an average over state_dict(): load an earlier state first"
         ) from None
@@ -116,7 +117,7 @@ def load_(
             problems.append(f"{name or 'the layer'}: {problem}")
     problems = problems or _differences(model, fitting, strict)
     if problems:
-        raise ValueError(f"{where} does not fit the model: {'; '.join(problems)}")
+        raise InputError(f"{where} does not fit the model: {'; '.join(problems)}")
     # Layers that fit now are of the model's own grids: what the file said about them is used up.
     kept = {name: entry for name, entry in metadata.items() if f"{name}.values".lstrip(".") not in fitting}
     model.load_state_dict(with_metadata(fitting, kept), strict=strict, assign=assign)
@@ -151,7 +152,7 @@ def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> Order
     """
     renamed = OrderedDict((rename(key), tensor) for key, tensor in state.items())
     if len(renamed) < len(state):
-        raise ValueError("two entries of the state have one name once torch.compile's prefix is left out; rename one")
+        raise InputError("two entries of the state have one name once torch.compile's prefix is left out; rename one")
     return with_metadata(renamed, {rename(name): entry for name, entry in metadata_of(state).items()})
 
 

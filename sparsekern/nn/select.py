@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from sparsekern.errors import InputError
+
 Selector = type | str | Callable[[nn.Module, str], bool] | Iterable[Any]
 
 
@@ -44,7 +46,7 @@ def matches_name(single: str, name: str) -> bool:
         try:
             return re.match(single[3:], name) is not None
         except re.error as error:
-            raise ValueError(f"selector {single!r} is not a regular expression: {error}") from None
+            raise InputError(f"selector {single!r} is not a regular expression: {error}") from None
     return name == single or fnmatch.fnmatchcase(name, single)
 
 
@@ -64,7 +66,7 @@ def select(model: nn.Module, selector: Selector, argument: str) -> dict[str, nn.
     for single in flatten(selector):
         found = {name for name, module in named.items() if matches(single, module, name)}
         if not found:
-            raise ValueError(f"{argument}: {_describe(single)} matches no module; {_nearest(single, list(named))}")
+            raise InputError(f"{argument}: {_describe(single)} matches no module; {_nearest(single, list(named))}")
         chosen |= found
     return {name: module for name, module in named.items() if name in chosen}
 

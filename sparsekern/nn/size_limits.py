@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_number
 
 FACTOR = 16
 """Times its own size that any file may ask for: images are packed to a quarter, and become float32."""
 
 
-class TooLarge(ValueError):
+class TooLarge(InputError):
     """A file asks for more than its limits allow."""
 
 
@@ -39,7 +40,7 @@ class Limits:
         for name, value in ((self.option, self.gib), ("max_tensors", self.tensors)):
             check_number(name, value, "a number above 0")
             if not value > 0:
-                raise ValueError(f"{name} is {value}; it must be a number above 0")
+                raise InputError(f"{name} is {value}; it must be a number above 0", parameter=name)
 
     def check_bytes(self, source: object, wanted: int, file_bytes: int) -> None:
         """Check the memory that a file asks for.

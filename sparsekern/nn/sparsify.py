@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.converters import class_name, converter_of, is_replaceable, known_classes
 from sparsekern.nn.dense_share import dense_layers, dense_share
@@ -89,10 +90,13 @@ def sparsify_(
     """
     check_model(model)
     if init not in ("balanced", "random", "norm"):
-        raise ValueError(f"init is {init!r}; it must be one of balanced, random, norm")
+        raise InputError(f"init is {init!r}; it must be one of balanced, random, norm", parameter="init")
     check_scale(init_scale)
     if init == "norm" and init_scale != 1:
-        raise ValueError(f"init_scale is {init_scale}, but init='norm' keeps the values there are; leave one out")
+        raise InputError(
+            f"init_scale is {init_scale}, but init='norm' keeps the values there are; leave one out",
+            parameter="init_scale",
+        )
     stem_width = block_pair(block_size)[1] if stems and block_size is not None else None
     layers = choose_layers(model, targets, ignore, stem_width)
     counts = _counts(model, layers, sparsity, block_size, distribution)
@@ -118,9 +122,10 @@ def choose_layers(
 ) -> dict[str, nn.Module]:
     """Return the layers that :func:`sparsify_` would replace, by name; it says what raises ValueError."""
     if (own := converter_of(model)) is not None:
-        raise ValueError(
+        raise InputError(
             f"model is itself an {class_name(own.dense)} and cannot be replaced in place; use "
-            f"{own.sparse.__name__}.from_dense"
+            f"{own.sparse.__name__}.from_dense",
+            parameter="model",
         )
     ignored = select(model, ignore, "ignore")
     reasons = dict.fromkeys(ignored, "ignored")  # why layers stay dense
@@ -130,7 +135,7 @@ def choose_layers(
         dense = {name: module for name, module in found.items() if converter_of(module) is not None}
         if found and not dense:
             kinds = ", ".join(sorted({type(module).__name__ for module in found.values()}))
-            raise ValueError(f"targets: {single!r} matches only {kinds}; it must match one of {known_classes()}")
+            raise InputError(f"targets: {single!r} matches only {kinds}; it must match one of {known_classes()}")
         for name, module in dense.items():
             if (why := left_dense(module, stem_width)) is not None:
                 logger.info("%s: stays dense (%s)", name, why)
@@ -140,7 +145,7 @@ def choose_layers(
     if not layers:
         already = ", ".join(sparse_layers(model)) or "none"
         why = "every target is ignored" if reasons else "targets matches no layer that it takes"
-        raise ValueError(
+        raise InputError(
             f"{why}: nothing is left to make sparse (sparse already: {already}). {dense_layers(model, reasons)}"
         )
     refused = refusals(model, layers)
@@ -149,7 +154,7 @@ def choose_layers(
         error = f"cannot be made sparse: {text}. To leave them dense pass ignore={list(refused)}"
         if len(refused) == len(layers):
             error += f", which leaves nothing to make sparse. {dense_layers(model, reasons, besides=refused)}"
-        raise ValueError(error)
+        raise InputError(error)
     return layers
 
 
@@ -176,7 +181,7 @@ def _counts(
     for name, layer in layers.items():
         first = next((p for p in by_pattern if matches(p, layer, name)), None)
         if first is None:
-            raise ValueError(f"sparsity names no value for {name!r}; add it, or a last entry '*': <value>")
+            raise InputError(f"sparsity names no value for {name!r}; add it, or a last entry '*': <value>")
         groups.setdefault(first, []).append(name)
     counts: dict[str, tuple[Grid, int]] = {}
     for pattern, names in groups.items():
@@ -192,7 +197,7 @@ def _factors(model: nn.Module, layers: dict[str, nn.Module], capacity: float | M
     for pattern, factor in by_pattern.items():
         check_number("capacity", factor, rule)
         if not (math.isfinite(factor) and factor >= 1):
-            raise ValueError(f"capacity is {factor}; it must be {rule}")
+            raise InputError(f"capacity is {factor}; it must be {rule}", parameter="capacity")
         select(model, pattern, "capacity")  # names the nearest names when nothing matches
     return {
         name: next((factor for pattern, factor in by_pattern.items() if matches(pattern, layer, name)), 1.0)
@@ -218,7 +223,7 @@ def _sparse_twin(
     new: BlockSparse
     if init == "norm":
         if weight.is_meta:
-            raise ValueError(f"{options['name']!r} is on the meta device and has no weight; init='norm' needs one")
+            raise InputError(f"{options['name']!r} is on the meta device and has no weight; init='norm' needs one")
         kind: Any = converter.sparse  # whose from_dense has the options of its class
         new = kind.from_dense(layer, **options)
     else:

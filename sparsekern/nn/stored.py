@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.nn.files import metadata_of, sparse_names
 from sparsekern.nn.loading import STORED, described_grid
 from sparsekern.topology import Grid, Topology
@@ -55,7 +56,7 @@ def _from_bsr(name: str, weight: Tensor) -> StoredLayer:
     values, crow, col = weight.values(), weight.crow_indices(), weight.col_indices()
     counts = crow.diff()
     if int(crow[0]) != 0 or int(crow[-1]) != values.shape[0] or bool((counts < 0).any()) or 0 in values.shape[1:]:
-        raise ValueError(f"layer {name!r} is damaged: its BSR tensor does not go together")
+        raise InputError(f"layer {name!r} is damaged: its BSR tensor does not go together")
     grid = Grid(weight.shape[0], weight.shape[1], (values.shape[1], values.shape[2]))
     row = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
     topology = Topology(grid, row.int(), col.int())
@@ -68,7 +69,7 @@ def _layer(state: Mapping[str, Tensor], name: str, metadata: dict[str, Any]) -> 
     values, row, col = (state[f"{name}.{part}".lstrip(".")] for part in STORED)
     if values.dim() != 3 or row.shape != values.shape[:1] or col.shape != row.shape or 0 in values.shape:
         shapes = ", ".join(str(tuple(part.shape)) for part in (values, row, col))
-        raise ValueError(
+        raise InputError(
             f"layer {name!r} has values, row and col of shapes {shapes}; they must be (Z, bo, bi), (Z,), (Z,)"
         )
     block = (values.shape[1], values.shape[2])
@@ -80,12 +81,12 @@ def _layer(state: Mapping[str, Tensor], name: str, metadata: dict[str, Any]) -> 
         topology = Topology(grid, row, col)
         topology.validate()
     except ValueError as error:
-        raise ValueError(f"layer {name!r} is damaged: {error}") from None
+        raise InputError(f"layer {name!r} is damaged: {error}") from None
     return StoredLayer(name, values, topology, "grid" in metadata)
 
 
 def _smallest(row: Tensor, col: Tensor, block: tuple[int, int]) -> Grid:
     if row.dtype != torch.int32 or col.dtype != torch.int32:
-        raise ValueError(f"row is {row.dtype} and col is {col.dtype}; they must be int32")
+        raise InputError(f"row is {row.dtype} and col is {col.dtype}; they must be int32", parameter="row")
     rows, cols = (max(1, int(part.max()) + 1) for part in (row, col))
     return Grid(rows * block[0], cols * block[1], block)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.nn.size_limits import DEFAULT, Limits, TooLarge
 
 PICKLE_BYTES = 160
@@ -35,12 +36,12 @@ def read_torch(path: Path, limits: Limits = DEFAULT) -> Any:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("it is compressed")
+                raise InputError("it is compressed")
             pickles = max((entry.file_size for entry in entries if entry.filename.endswith("data.pkl")), default=0)
             limits.check_tensors(path, max(len(entries), pickles // PICKLE_BYTES), about=True)
             damaged = archive.testzip()
         if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+            raise InputError(f"the checksum of {damaged} is wrong")
         # Mapped, no tensor can reach beyond the file, whatever its pickle says.
         with named_in_utf8(path) as named:
             content = torch.load(named, map_location="cpu", weights_only=True, mmap=True)
@@ -51,7 +52,7 @@ def read_torch(path: Path, limits: Limits = DEFAULT) -> Any:
     except Exception as error:  # what a damaged file makes the readers raise is any exception at all
         unsafe = isinstance(error, pickle.UnpicklingError)
         reason = "it asks for more than tensors, which is not loaded" if unsafe else first_line(error)
-        raise ValueError(f"{path} is damaged, or no torch.save file of plain tensors: {reason}") from None
+        raise InputError(f"{path} is damaged, or no torch.save file of plain tensors: {reason}") from None
 
 
 @contextmanager

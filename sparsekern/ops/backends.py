@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 
+from sparsekern.errors import InputError
 from sparsekern.kernels import cpu, eager, gpu
 from sparsekern.kernels.contract import Backend
 
@@ -48,7 +49,9 @@ class backend:
     def __init__(self, name: str) -> None:
         global _requested
         if name != AUTO and name not in BACKENDS:
-            raise ValueError(f"backend is {name!r}; it must be one of {', '.join([AUTO, *BACKENDS])}")
+            raise InputError(
+                f"backend is {name!r}; it must be one of {', '.join([AUTO, *BACKENDS])}", parameter="backend"
+            )
         self._name, self._entered = name, False
         last = [s for s in _settings if not s._entered][-1:]  # the statement that can hold again, where this is a block
         _settings[:] = [*(setting for setting in _settings if setting._entered or setting in last), self]

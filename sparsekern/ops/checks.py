@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import PADDING, ConvShape, Index
 from sparsekern.ops.probes import KINDS, Probe
 from sparsekern.topology import Grid, current_index
@@ -18,7 +19,10 @@ def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
     """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.linear` fit together."""
     _check_tensor(x)
     if x.dim() == 0 or x.shape[-1] != grid.in_features:
-        raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features = {grid.in_features}")
+        raise InputError(
+            f"input has shape {tuple(x.shape)}; its last axis must be in_features = {grid.in_features}",
+            parameter="input",
+        )
     _check_weight(x, values, bias, index, grid)
 
 
@@ -27,20 +31,22 @@ def check_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
     wanted = (shape.out_channels, shape.group_in, *shape.kernel)
     kernel = None if grid.kernel is None else (1, *grid.kernel)[-2:]  # in one dimension: a single row
     if (grid.out_features, grid.tap_in, *(kernel or ())) != wanted or grid.groups != shape.groups:
-        raise ValueError(
+        raise InputError(
             f"the grid is for a weight {grid.weight_shape} in {grid.groups} groups, "
             f"the convolution has {wanted} in {shape.groups}; make it with conv_grid"
         )
     _check_tensor(x)
     if x.dim() not in (3, 4) or x.shape[-3] != shape.in_channels:
-        raise ValueError(
+        raise InputError(
             f"input has shape {tuple(x.shape)}; it must be (N, C, H, W) or (C, H, W) with C = in_channels = "
-            f"{shape.in_channels}"
+            f"{shape.in_channels}",
+            parameter="input",
         )
     if min(shape.output_size(x.shape[-2], x.shape[-1])) < 1:
-        raise ValueError(
+        raise InputError(
             f"input has shape {tuple(x.shape)}, which is smaller than the kernel {shape.kernel} of dilation "
-            f"{shape.dilation} with padding {shape.padding} (top, bottom, left, right)"
+            f"{shape.dilation} with padding {shape.padding} (top, bottom, left, right)",
+            parameter="input",
         )
     _check_weight(x, values, bias, index, grid)
 
@@ -58,7 +64,7 @@ def _check_tensor(x: object) -> None:
 def _check_storage(tensor: Tensor) -> None:
     held = tensor.untyped_storage().nbytes()
     if type(held) is int and held < tensor.nbytes and (held == 0 or tensor.is_contiguous()):  # a symbol in traces
-        raise ValueError(
+        raise InputError(
             f"a tensor of shape {tuple(tensor.shape)} has a storage of {held} bytes, too small for it: it was resized, "
             "as FSDP does outside of its modules' forward; restore it before the call"
         )
@@ -70,21 +76,26 @@ def _check_weight(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, 
         raise TypeError(f"values and bias are {layouts[0]} and {layouts[1]} tensors; they must be dense")
     shape = values.shape
     if len(shape) != 3 or (shape[1], shape[2]) != grid.block:
-        raise ValueError(f"values has shape {tuple(shape)}; it must be (slots, {grid.block[0]}, {grid.block[1]})")
+        raise InputError(
+            f"values has shape {tuple(shape)}; it must be (slots, {grid.block[0]}, {grid.block[1]})", parameter="values"
+        )
     slots = index.row_slot.numel() - PADDING
     rows, cols = index.row_ptr.numel() - 1, index.col_ptr.numel() - 1
     if slots != shape[0] or rows != grid.rows or cols != grid.cols:
-        raise ValueError(
+        raise InputError(
             f"the index is for {slots} slots in {rows} x {cols} blocks; values has {shape[0]} slots and the grid "
             f"{grid.rows} x {grid.cols} blocks"
         )
     if bias is not None and bias.shape != (grid.out_features,):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({grid.out_features},)")
+        raise InputError(f"bias has shape {tuple(bias.shape)}; it must be ({grid.out_features},)", parameter="bias")
     device = x.device
     if values.device != device or index.row_ptr.device != device or (bias is not None and bias.device != device):
         for name, tensor in (("values", values), ("bias", bias), ("the index", index.row_ptr)):
             if tensor is not None and tensor.device != device:
-                raise ValueError(f"input is on {device} but {name} on {tensor.device}; move one of them with .to()")
+                raise InputError(
+                    f"input is on {device} but {name} on {tensor.device}; move one of them with .to()",
+                    parameter="input",
+                )
     _check_dtypes(x, values, bias)
 
 
@@ -139,7 +150,7 @@ def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: T
         and col_row.is_contiguous()
         and col_slot.is_contiguous()
     ):
-        raise ValueError(_what_is_wrong(index, (-1, others, entries, -1, others, entries), slots))
+        raise InputError(_what_is_wrong(index, (-1, others, entries, -1, others, entries), slots))
     for tensor in tensors:
         _check_storage(tensor)
     return index
@@ -175,10 +186,12 @@ def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
     elif probe.kind == "signed_sums":
         wanted = (grid.out_features + grid.groups * grid.in_features,)
     else:
-        raise ValueError(f"probe kind is {probe.kind!r}; it must be one of {', '.join(KINDS)}")
+        raise InputError(f"probe kind is {probe.kind!r}; it must be one of {', '.join(KINDS)}")
     if tuple(probe.tensor.shape) != wanted:
-        raise ValueError(
+        raise InputError(
             f"the probe for {probe.kind!r} has shape {tuple(probe.tensor.shape)}; on this layer it must be {wanted}"
         )
     if probe.tensor.device != x.device:
-        raise ValueError(f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there")
+        raise InputError(
+            f"input is on {x.device} but the probe on {probe.tensor.device}; make the probe there", parameter="input"
+        )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.topology import Grid, Topology, build_index
 
 KINDS = ("candidates", "norms", "all_norms", "counted_norms", "sketch", "magnitudes", "signed_sums")
@@ -56,7 +57,7 @@ class Probe(NamedTuple):
         """Ask for the Frobenius norms of the blocks ``(row[k], col[k])`` of G: ``(K,)``."""
         _check_places(grid, row, col)
         if bool((row < 0).any()):
-            raise ValueError("a probe asks for norms of blocks (-1, -1); that is a free slot, not a place")
+            raise InputError("a probe asks for norms of blocks (-1, -1); that is a free slot, not a place")
         return cls("norms", _zeros(row.shape, dtype, row.device), (row, col))
 
     @classmethod

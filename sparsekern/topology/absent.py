@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.topology.places import places_for
 
 
@@ -30,7 +31,7 @@ def sample_absent(
     """
     absent = cells - present.shape[0]
     if count > absent:
-        raise ValueError(f"{count} blocks were to be added, but only {absent} of {cells} cells are empty")
+        raise InputError(f"{count} blocks were to be added, but only {absent} of {cells} cells are empty")
     present = present.int()
     if ordered and 4 * count + 64 < 3 * absent:
         return _sample_ascending(present, cells, count, generator)
@@ -73,7 +74,7 @@ def sample_distinct(population: int, count: int, generator: torch.Generator) -> 
         ValueError: there are fewer.
     """
     if not 0 <= count <= population:
-        raise ValueError(f"{count} distinct integers were asked for out of {population}; it must be 0 to {population}")
+        raise InputError(f"{count} distinct integers were asked for out of {population}; it must be 0 to {population}")
     if population <= 4 * count + 64:
         return torch.randperm(population, generator=generator, dtype=torch.int32, device="cpu")[:count]
     drawn = nothing = torch.empty(0, dtype=torch.int32, device="cpu")

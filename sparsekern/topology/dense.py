@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.topology import Topology
@@ -63,7 +64,9 @@ def dense_block_norms(grid: Grid, weight: Tensor) -> Tensor:
 def _as_blocks(grid: Grid, weight: Tensor) -> Tensor:
     """Return the dense weight as ``(R, bo, C, bi)``, filled up with zeros at the edges of groups and taps."""
     if tuple(weight.shape) != grid.weight_shape:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; the layer is {grid.weight_shape}")
+        raise InputError(
+            f"weight has shape {tuple(weight.shape)}; the layer is {grid.weight_shape}", parameter="weight"
+        )
     bo, bi = grid.block
     if grid.kernel is None:
         matrix = weight.t() if grid.transposed else weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_number
 from sparsekern.topology.grid import Grid
 
@@ -29,11 +30,13 @@ def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "unifor
     """
     check_sparsity(sparsity)
     if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}")
+        raise InputError(
+            f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}", parameter="distribution"
+        )
     cells = [grid.cells for grid in grids]
     total = blocks_at(sparsity, sum(cells))
     if total < len(grids):
-        raise ValueError(
+        raise InputError(
             f"sparsity {sparsity} leaves {total} of {sum(cells)} blocks for {len(grids)} layer(s); every layer needs "
             "at least one: lower the sparsity or use smaller blocks"
         )
@@ -57,7 +60,9 @@ def check_sparsity(sparsity: float) -> None:
     check_number("sparsity", sparsity, "a number in [0, 1)")
     if not 0 <= sparsity < 1:
         hint = f" (did you mean {sparsity / 100:g}?)" if 1 < sparsity < 100 else ""
-        raise ValueError(f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1){hint}")
+        raise InputError(
+            f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1){hint}", parameter="sparsity"
+        )
 
 
 def blocks_at(sparsity: float, cells: int) -> int:

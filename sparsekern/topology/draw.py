@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.topology.absent import sample_absent
 from sparsekern.topology.arguments import check_whole
 from sparsekern.topology.dense import dense_block_norms
@@ -28,7 +29,7 @@ def check_count(grid: Grid, blocks: int) -> int:
     """
     blocks = check_whole("blocks", blocks)
     if not 1 <= blocks <= grid.cells:
-        raise ValueError(
+        raise InputError(
             f"{blocks} blocks were asked for in a grid of {grid.rows} x {grid.cols} blocks of {grid.block}; "
             f"it must be 1 to {grid.cells}: change the sparsity or the block size"
         )
@@ -163,8 +164,9 @@ def from_mask(grid: Grid, mask: Tensor) -> Topology:
         ValueError: the shape is not that of the grid (a mask over elements is not accepted), or no cell is true.
     """
     if tuple(mask.shape) != (grid.rows, grid.cols):
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}; it must have one entry a block, ({grid.rows}, {grid.cols})"
+        raise InputError(
+            f"mask has shape {tuple(mask.shape)}; it must have one entry a block, ({grid.rows}, {grid.cols})",
+            parameter="mask",
         )
     keys = mask.bool().flatten().nonzero().squeeze(1)
     check_count(grid, keys.shape[0])
@@ -188,7 +190,7 @@ def by_norm(grid: Grid, weight: Tensor, blocks: int, tie_taps: bool = False) -> 
         blocks //= grid.taps
     norms = norms.flatten()
     if bool(norms.isnan().any()):
-        raise ValueError("the weight holds NaN; its blocks have no order of strength")
+        raise InputError("the weight holds NaN; its blocks have no order of strength")
     keys = norms.sort(descending=True, stable=True).indices[:blocks]
     keys = keys.sort().values
     drawn = from_keys(one_tap(grid) if tie_taps else grid, keys, checked=True)

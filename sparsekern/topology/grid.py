@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_whole, whole_sides
 
 
@@ -46,22 +47,27 @@ class Grid:
             size = check_whole(name, getattr(self, name))
             object.__setattr__(self, name, size)  # an int of numpy has no place in an op's schema
             if size < 1:
-                raise ValueError(f"{name} is {size}; it must be 1 or more")
+                raise InputError(f"{name} is {size}; it must be 1 or more", parameter=name)
         object.__setattr__(self, "groups", check_whole("groups", self.groups))
         object.__setattr__(self, "block", tuple(check_whole("block_size", side) for side in self.block))
         if self.kernel is not None:
             object.__setattr__(self, "kernel", tuple(check_whole("kernel_size", side) for side in self.kernel))
         if min(self.kernel or (1,)) < 1:
-            raise ValueError(f"kernel_size is {self.kernel}; it must be 1 or more each way")
+            raise InputError(f"kernel_size is {self.kernel}; it must be 1 or more each way", parameter="kernel_size")
         if self.groups < 1:
-            raise ValueError(f"groups is {self.groups}; it must be 1 or more")
+            raise InputError(f"groups is {self.groups}; it must be 1 or more", parameter="groups")
         for name, parts, what in (("out_features", self.groups, "groups"), ("in_features", self.taps, "taps")):
             if getattr(self, name) % parts:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of the {parts} {what}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be a multiple of the {parts} {what}", parameter=name
+                )
         if len(self.block) != 2 or min(self.block) < 1:
-            raise ValueError(f"block_size is {self.block}; it must be an int or a pair (out, in), 1 or more each")
+            raise InputError(
+                f"block_size is {self.block}; it must be an int or a pair (out, in), 1 or more each",
+                parameter="block_size",
+            )
         if self.cells >= 2**31:
-            raise ValueError(
+            raise InputError(
                 f"{self.out_features} x {self.in_features} in blocks of {self.block} are {self.cells} cells; "
                 "the index is int32 and holds fewer than 2**31: use larger blocks"
             )
@@ -159,9 +165,9 @@ def conv_grid(
     in_channels, out_channels = check_whole("in_channels", in_channels), check_whole("out_channels", out_channels)
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if channels < 1:
-            raise ValueError(f"{name} is {channels}; it must be 1 or more")
+            raise InputError(f"{name} is {channels}; it must be 1 or more", parameter=name)
         if groups >= 1 and channels % groups:
-            raise ValueError(f"{name} is {channels}; it must be a multiple of groups = {groups}")
+            raise InputError(f"{name} is {channels}; it must be a multiple of groups = {groups}", parameter=name)
     in_features = in_channels // max(1, groups) * max(1, math.prod(kernel))
     return Grid(out_channels, in_features, block, kernel, groups)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
@@ -67,7 +68,7 @@ def rebuild_(index: Index, topology: Topology, *, ascending: bool = False) -> No
     """
     by_slot = topology.grid.block == (1, 1)
     if by_slot and (index.row_col is not topology.col or index.col_row is not topology.row):
-        raise ValueError("at 1x1 an index shares row and col with its topology; build a new one for another topology")
+        raise InputError("at 1x1 an index shares row and col with its topology; build a new one for another topology")
     kernels = places_for(topology.row, topology.col, *index)
     kernels.orders_(index, topology.row, topology.col, by_slot=by_slot, ascending=ascending)
 

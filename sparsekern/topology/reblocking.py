@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.topology.dense import movable, moved
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.topology import Topology, from_keys
@@ -32,7 +33,7 @@ def reblock(topology: Topology, values: Tensor, grid: Grid) -> tuple[Topology, T
         ValueError: ``grid`` is of another matrix.
     """
     if replace(grid, block=topology.grid.block, groups=topology.grid.groups) != topology.grid:
-        raise ValueError(f"the blocks are of a weight {topology.grid.weight_shape}, the layer is {grid.weight_shape}")
+        raise InputError(f"the blocks are of a weight {topology.grid.weight_shape}, the layer is {grid.weight_shape}")
     found = [torch.unique(key[real]) for _, key, _, real in _places(topology, grid)]
     keys = torch.unique(torch.cat(found)) if found else topology.row.new_empty(0, dtype=torch.int64)
     area = grid.block[0] * grid.block[1]

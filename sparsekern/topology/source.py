@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import Index
 from sparsekern.topology.index import build_index
 from sparsekern.topology.tied import check_tied
@@ -69,7 +70,7 @@ class IndexSource:
         fresh = fresh_index(self.topology, self.tied, self.owner)
         if not same_index(self.index, fresh):
             if places_written:
-                raise ValueError(
+                raise InputError(
                     f"other code overwrote row and col of {self.owner}, and its index was built from other places: "
                     "call sparsekern.refresh_(model) if they were loaded or copied whole; if they were averaged, load "
                     "a checkpoint, and average parameters only (use_buffers=False)"
@@ -101,7 +102,7 @@ def fresh_index(topology: Topology, tied: bool, owner: str) -> Index:
         if tied:
             check_tied(topology)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"other code overwrote row and col of {owner}, and they are no topology: {error}; load a checkpoint, and "
             "if they were averaged, average parameters only (use_buffers=False)"
         ) from None

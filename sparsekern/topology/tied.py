@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from sparsekern.errors import InputError
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.topology import Topology
 
@@ -18,7 +19,9 @@ def one_tap(grid: Grid) -> Grid:
 def check_multiple(grid: Grid, blocks: int) -> None:
     """Raise ValueError unless ``blocks`` are the same number in every tap."""
     if blocks % grid.taps:
-        raise ValueError(f"blocks is {blocks}; with tie_taps=True it must be a multiple of the {grid.taps} taps")
+        raise InputError(
+            f"blocks is {blocks}; with tie_taps=True it must be a multiple of the {grid.taps} taps", parameter="blocks"
+        )
 
 
 def tie(topology: Topology, grid: Grid) -> Topology:
@@ -41,7 +44,7 @@ def check_tied(topology: Topology) -> None:
     if bool(loose.any()):
         at = int(loose.int().argmax())
         place, taps = int(cell[at]), int(count[at])
-        raise ValueError(
+        raise InputError(
             f"the block at row {place // grid.tap_cols}, channels {place % grid.tap_cols} is stored in {taps} of "
             f"{grid.taps} taps; with tie_taps=True it must be all or none: move the blocks of all taps together"
         )

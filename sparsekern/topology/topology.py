@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_kind
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
@@ -92,23 +93,25 @@ class Topology:
             check_kind(name, tensor, Tensor, "a tensor (k,) of integers")
         if not slots.shape == row.shape == col.shape or slots.dim() != 1:
             shapes = ", ".join(str(tuple(t.shape)) for t in (slots, row, col))
-            raise ValueError(f"slots, row and col have shapes {shapes}; they must be (k,) all three")
+            raise InputError(f"slots, row and col have shapes {shapes}; they must be (k,) all three")
         for name, tensor in (("slots", slots), ("row", row), ("col", col)):
             if tensor.is_floating_point() or tensor.is_complex():
-                raise ValueError(f"{name} is {tensor.dtype}; it must hold integers")
+                raise InputError(f"{name} is {tensor.dtype}; it must hold integers", parameter=name)
         for name, tensor, count in (("row", row, self.grid.rows), ("col", col, self.grid.cols)):
             if tensor.numel() and (int(tensor.min()) < -1 or int(tensor.max()) >= count):  # before int32 wraps it
                 at = int(((tensor < -1) | (tensor >= count)).int().argmax())
-                raise ValueError(
-                    f"{name} is {int(tensor[at])} for slot {int(slots[at])}; it must be 0 to {count - 1}, or -1 if free"
+                raise InputError(
+                    f"{name} is {int(tensor[at])} for slot {int(slots[at])}; it must be 0 to {count - 1}, or -1 "
+                    "if free",
+                    parameter=name,
                 )
         slots = slots.long()
         if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.slots):
-            raise ValueError(f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}")
+            raise InputError(f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}")
         named = torch.zeros_like(self.row, dtype=torch.bool)
         ascending = bool((slots[1:] > slots[:-1]).all())
         if not ascending and int(named.index_fill_(0, slots, True).count_nonzero()) != slots.numel():
-            raise ValueError("a slot is named twice among those to move; each can go to one place only")
+            raise InputError("a slot is named twice among those to move; each can go to one place only")
         new = Topology(
             self.grid,
             self.row.index_copy(0, slots, row.to(self.row)),
@@ -128,14 +131,17 @@ class Topology:
             tensor: Tensor = getattr(self, name)
             if tensor.dtype != torch.int32 or tensor.dim() != 1:
                 shape = tuple(tensor.shape)
-                raise ValueError(f"{name} is {tensor.dtype} of shape {shape}; it must be int32 of shape (slots,)")
+                raise InputError(
+                    f"{name} is {tensor.dtype} of shape {shape}; it must be int32 of shape (slots,)", parameter=name
+                )
         if self.row.shape != self.col.shape or self.row.device != self.col.device:
-            raise ValueError(
+            raise InputError(
                 f"row has {self.row.shape[0]} slots on {self.row.device}, col {self.col.shape[0]} on "
-                f"{self.col.device}; they must agree"
+                f"{self.col.device}; they must agree",
+                parameter="row",
             )
         if self.slots == 0:
-            raise ValueError("the topology has no slots; it needs at least one")
+            raise InputError("the topology has no slots; it needs at least one")
         if places_for(self.row, self.col).are_legal(self.row, self.col, grid.rows, grid.cols):
             return
         free = (self.row == -1) & (self.col == -1)
@@ -143,7 +149,7 @@ class Topology:
         wrong = ~(free | inside)
         if bool(wrong.any()):
             slot = int(wrong.int().argmax())
-            raise ValueError(
+            raise InputError(
                 f"slot {slot} is at block ({int(self.row[slot])}, {int(self.col[slot])}); the grid has "
                 f"{grid.rows} x {grid.cols} blocks, and a free slot has row = col = -1"
             )
@@ -151,7 +157,7 @@ class Topology:
         same = (keys[1:] == keys[:-1]) & (keys[1:] < grid.cells)
         at = int(same.int().argmax())
         first, second = int(slots[at]), int(slots[at + 1])
-        raise ValueError(
+        raise InputError(
             f"slots {first} and {second} are both at block ({int(self.row[first])}, {int(self.col[first])}); "
             "each block is stored once"
         )
@@ -167,7 +173,7 @@ def from_keys(grid: Grid, keys: Tensor, *, checked: bool = False) -> Topology:
     """
     if not checked and keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < grid.cells:
         wrong = int(keys.min()) if int(keys.min()) < 0 else int(keys.max())
-        raise ValueError(
+        raise InputError(
             f"keys hold key {wrong}; the keys of {grid.rows} x {grid.cols} places are 0 to {grid.cells - 1}"
         )
     keys = keys.int()
@@ -184,6 +190,8 @@ def with_capacity(topology: Topology, capacity: int) -> Topology:
         ValueError: ``capacity`` is below the slots there are.
     """
     if capacity < topology.slots:
-        raise ValueError(f"capacity is {capacity}; it must be at least the number of blocks, {topology.slots}")
+        raise InputError(
+            f"capacity is {capacity}; it must be at least the number of blocks, {topology.slots}", parameter="capacity"
+        )
     free = topology.row.new_full((capacity - topology.slots,), -1)
     return Topology(topology.grid, torch.cat([topology.row, free]), torch.cat([topology.col, free]))

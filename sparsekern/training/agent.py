@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import refuse_sharded
 from sparsekern.topology.arguments import check_kind
 from sparsekern.training.agent_checks import NOT_SHARDED, check_options, check_parallel, check_parts
@@ -206,9 +207,9 @@ class AGENT(Attached):
         if not self._is_active():
             return
         if (batches is None) != (loss is None):
-            raise ValueError("refresh() takes batches and their loss together: refresh(loader, lambda batch: ...)")
+            raise InputError("refresh() takes batches and their loss together: refresh(loader, lambda batch: ...)")
         if batches is None and self.estimate == "losses":
-            raise ValueError("refresh() needs batches and a loss: c is estimated from losses; or estimate='gradients'")
+            raise InputError("refresh() needs batches and a loss: c is estimated from losses; or estimate='gradients'")
         with self.cost.timed():
             self.cost.recount()
             if self.estimate == "gradients" and self.since:
@@ -293,14 +294,14 @@ class AGENT(Attached):
         check_kind("state", state, dict, "what state_dict() returned")
         version = state.get("version")
         if type(version) is not int or version != AGENT_STATE_VERSION or "snapshot" not in state:
-            raise ValueError(f"the state is none of AGENT's of version {AGENT_STATE_VERSION}")
+            raise InputError(f"the state is none of AGENT's of version {AGENT_STATE_VERSION}")
         c = state.get("c")
         if (
             (state.get("method") is None) != (self.method is None)
             or not isinstance(c, dict)
             or c.keys() != self.c.keys()
         ):
-            raise ValueError("the state is of AGENT with another method or scope; build it as the one that was saved")
+            raise InputError("the state is of AGENT with another method or scope; build it as the one that was saved")
         check_like(state, self.state_dict())
         if self.method is not None:
             self.method.check_state(state["method"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import refuse_sharded, sparse_layers
 from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.base import Method
@@ -23,18 +24,18 @@ def check_options(
     for name, number in (("gamma", gamma), ("alpha", alpha)):
         check_number(name, number, "a number")
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma is {gamma}; it must be in [0, 1]")
+        raise InputError(f"gamma is {gamma}; it must be in [0, 1]", parameter="gamma")
     if not 0 < alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it must be in (0, 1]")
+        raise InputError(f"alpha is {alpha}; it must be in (0, 1]", parameter="alpha")
     for name, choice, known in (("estimate", estimate, ESTIMATES), ("scope", scope, SCOPES)):
         if choice not in known:
-            raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
+            raise InputError(f"{name} is {choice!r}; it must be one of {', '.join(known)}", parameter=name)
     for name, value in (("batches", batches), ("every", every)):
         if value is not None and check_whole(name, value) < 1:
-            raise ValueError(f"{name} is {value}; it must be 1 or more")
+            raise InputError(f"{name} is {value}; it must be 1 or more", parameter=name)
     if estimate == "losses" and (scope == "layer" or every is not None):
         what = "scope is 'layer'" if scope == "layer" else f"every is {every}"
-        raise ValueError(f"{what}, but the losses of batches give one c after a pass; estimate must be gradients")
+        raise InputError(f"{what}, but the losses of batches give one c after a pass; estimate must be gradients")
 
 
 def check_parallel(model: nn.Module) -> None:
@@ -66,4 +67,4 @@ def check_parts(model: nn.Module, optimizer: torch.optim.Optimizer, method: Meth
         raise TypeError(f"method is a {type(method).__name__}; it must be a sparsekern.Method, or None")
     method.check_open()
     if method.optimizer is not optimizer or {*map(id, layers.values())} != {*map(id, method.layers.values())}:
-        raise ValueError("method is of another model or optimizer; build both of the same two")
+        raise InputError("method is of another model or optimizer; build both of the same two", parameter="method")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.training.distributed import sum_over_ranks
@@ -147,10 +148,10 @@ class ArmedProbes:
         """Raise ValueError if a state holds something else than answers; :meth:`load_state_dict` knows their shapes."""
         for key in ("heard", "kept"):
             if not isinstance(answers := state.get(key), dict):
-                raise ValueError(f"the state's answers to probes have no {key!r}")
+                raise InputError(f"the state's answers to probes have no {key!r}")
             for name, answer in answers.items():
                 if not isinstance(answer, Tensor) or answer.layout != torch.strided or not answer.is_floating_point():
-                    raise ValueError(f"the state's answer of {name!r} to a probe must be a tensor of real numbers")
+                    raise InputError(f"the state's answer of {name!r} to a probe must be a tensor of real numbers")
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Let the probes that are armed have heard what :meth:`state_dict` says."""
@@ -164,5 +165,5 @@ class ArmedProbes:
             return None
         answer = answer[: probe.shape[0]]
         if answer.shape != probe.shape or answer.dtype != probe.dtype:
-            raise ValueError(f"the state's answer of a probe has shape {tuple(answer.shape)}, not {tuple(probe.shape)}")
+            raise InputError(f"the state's answer of a probe has shape {tuple(answer.shape)}, not {tuple(probe.shape)}")
         return answer.to(probe.device, copy=True)

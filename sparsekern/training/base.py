@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
 from sparsekern.topology import generator_for, stored_blocks
 from sparsekern.topology.arguments import check_kind, check_whole
@@ -110,14 +111,14 @@ class Method(Attached):
         optimizer = unwrapped(optimizer)
         self.layers = sparse_layers(model)
         if not self.layers:
-            raise ValueError("the model has no sparse layer; call sparsekern.sparsify_ first")
+            raise InputError("the model has no sparse layer; call sparsekern.sparsify_ first")
         if scope not in self.scopes:
             known = ", ".join(repr(s) for s in self.scopes)
-            raise ValueError(f"scope is {scope!r}; for {type(self).__name__} it must be {known}")
+            raise InputError(f"scope is {scope!r}; for {type(self).__name__} it must be {known}", parameter="scope")
         check_whole("min_age", min_age)
         check_whole("seed", seed)
         if min_age < 0:
-            raise ValueError(f"min_age is {min_age}; it must be 0 or more updates")
+            raise InputError(f"min_age is {min_age}; it must be 0 or more updates", parameter="min_age")
         self.schedule = Schedule(update_every, start, whole_stop(stop), drop_fraction, anneal, offset)
         self.followers = Followers(self.layers, optimizer, grown_state)
         self.followers.check()
@@ -185,7 +186,7 @@ class Method(Attached):
         scores = block_norms(layer)
         full = stored_blocks(layer.index) == layer.topology.slots
         if not is_finite(scores if full else scores[layer.topology.used()]):
-            raise ValueError(
+            raise InputError(
                 f"values of {name!r} hold NaN or infinity at step {self.steps}, so its blocks have no order of "
                 "strength: lower the learning rate, or clip the gradients"
             )
@@ -309,7 +310,7 @@ class Method(Attached):
             self.followers.add_model(target)
             return
         if layer is None:
-            raise ValueError("layer is missing; a tensor follows the layer that it names")
+            raise InputError("layer is missing; a tensor follows the layer that it names", parameter="layer")
         self.followers.add_tensor(layer, target, on_move)
 
     def metrics(self) -> dict[str, float]:
@@ -360,13 +361,13 @@ class Method(Attached):
         check_kind("state", state, dict, "what state_dict() returned")
         version = state.get("version")
         if type(version) is not int or version != STATE_VERSION:
-            raise ValueError(f"the state has version {version}; this code reads {STATE_VERSION}")
+            raise InputError(f"the state has version {version}; this code reads {STATE_VERSION}")
         if missing := self.state_dict().keys() - state.keys():
-            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; it is not one that state_dict() returned")
+            raise InputError(f"the state lacks {', '.join(sorted(missing))}; it is not one that state_dict() returned")
         if not isinstance(state["method"], str) or state["method"] != type(self).__name__:
-            raise ValueError(f"the state is of {state['method']}; this is {type(self).__name__}")
+            raise InputError(f"the state is of {state['method']}; this is {type(self).__name__}")
         if isinstance(start := state["start"], dict) and start.keys() != self.layers.keys():
-            raise ValueError(f"the state is of layers {', '.join(start)}; the model has {', '.join(self.layers)}")
+            raise InputError(f"the state is of layers {', '.join(start)}; the model has {', '.join(self.layers)}")
         check_state_of(self, state)
 
     @property

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.topology import check_sparsity
 from sparsekern.topology.arguments import check_number
 from sparsekern.training.candidates import CHUNK, Candidates
@@ -46,7 +47,7 @@ class Budget:
     ) -> None:
         rule = "'units', or numbers by the names of layers"
         if isinstance(costs, str) and costs != "units":
-            raise ValueError(f"costs is {costs!r}; it must be {rule}")
+            raise InputError(f"costs is {costs!r}; it must be {rule}", parameter="costs")
         if not (costs is None or isinstance(costs, (str, Mapping))):
             raise TypeError(f"costs is {costs!r}; it must be {rule}")
         check_number("floor", floor, "the lowest probability, in [0, 1]")
@@ -57,11 +58,11 @@ class Budget:
             weights = dict.fromkeys(candidates, 1.0) | dict(costs or {})
         unknown = weights.keys() - candidates.keys()
         if unknown:
-            raise ValueError(f"costs names {', '.join(sorted(unknown))}; the layers are {', '.join(candidates)}")
+            raise InputError(f"costs names {', '.join(sorted(unknown))}; the layers are {', '.join(candidates)}")
         for name, weight in weights.items():
             check_number(f"costs of {name!r}", weight, "a number above 0")
             if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"costs of {name!r} is {weight}; it must be above 0")
+                raise InputError(f"costs of {name!r} is {weight}; it must be above 0")
         self.floor, self._candidates, self._weights, self._projection = floor, candidates, weights, projection
         self._parts: dict[str, slice] = {}
         end = 0
@@ -78,14 +79,16 @@ class Budget:
             self.ratio = (1 - sparsity) * whole / stored
             if self.ratio > 1 + 1e-9:
                 now, lower = 1 - stored / whole, max(0.0, 1 - 2 * (1 - sparsity))
-                raise ValueError(
+                raise InputError(
                     f"sparsity is {sparsity}, but the layers store too few blocks to choose from: they are at sparsity "
-                    f"{now:.4g}. Build them at a lower one, such as {lower:.4g}"
+                    f"{now:.4g}. Build them at a lower one, such as {lower:.4g}",
+                    parameter="sparsity",
                 )
             self.ratio = min(1.0, self.ratio)
         if not 0 <= floor <= self.ratio:
-            raise ValueError(
-                f"floor is {floor}; it must be 0 to {self.ratio:.4g}, the fraction of the candidates that may remain"
+            raise InputError(
+                f"floor is {floor}; it must be 0 to {self.ratio:.4g}, the fraction of the candidates that may remain",
+                parameter="floor",
             )
         parts = [slice(0, self.units)] if scope == "global" else list(self._parts.values())
         self._budgets = [(part, self.ratio * float(self._costs[part].sum())) for part in parts]

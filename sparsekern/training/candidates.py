@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import one_tap, ordered_keys, sample_absent
 from sparsekern.training.followers import Move
@@ -52,7 +53,7 @@ class Candidates:
             label = group(layer)
             if not isinstance(label, Tensor) or label.shape != row.shape or label.is_floating_point():
                 what = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else type(label).__name__
-                raise ValueError(f"group returned {what}; it must return whole numbers ({row.shape[0]},), one a slot")
+                raise InputError(f"group returned {what}; it must return whole numbers ({row.shape[0]},), one a slot")
             label = label.to(row.device).long()
         elif group == "block":
             label = row * grid.tap_cols + channel
@@ -61,7 +62,10 @@ class Candidates:
         elif group == "column":
             label = row // grid.group_rows * grid.tap_cols + channel
         else:
-            raise ValueError(f"group is {group!r}; it must be one of {', '.join(GROUPS)} or a function of the layer")
+            raise InputError(
+                f"group is {group!r}; it must be one of {', '.join(GROUPS)} or a function of the layer",
+                parameter="group",
+            )
         names, units = label[used].unique(return_inverse=True)
         self.count = names.shape[0]
         self._check()
@@ -69,7 +73,7 @@ class Candidates:
 
     def _check(self) -> None:
         if not self.count:
-            raise ValueError("the layer has no block to choose from; store some, at a lower sparsity")
+            raise InputError("the layer has no block to choose from; store some, at a lower sparsity")
 
     def costs(self) -> Tensor:
         """Return how many real elements each unit holds, ``(count,)`` float64."""

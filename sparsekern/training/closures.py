@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
+
 
 def loss_of(closure: Callable[[], Tensor]) -> Tensor:
     """Return what a closure computes.
@@ -24,9 +26,9 @@ def loss_of(closure: Callable[[], Tensor]) -> Tensor:
     loss = closure()
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
-        raise ValueError(f"the closure returned a loss of {what}; it must return a tensor of one number")
+        raise InputError(f"the closure returned a loss of {what}; it must return a tensor of one number")
     if torch.is_grad_enabled() and not loss.requires_grad:
-        raise ValueError("the closure returned a loss that requires no grad; compute it from the model's output")
+        raise InputError("the closure returned a loss that requires no grad; compute it from the model's output")
     return loss
 
 

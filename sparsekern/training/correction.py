@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.distributed import ranks, sum_over_ranks
 from sparsekern.training.extra import ExtraCost
@@ -99,7 +100,7 @@ class Correction:
                     continue
                 gradient = torch.zeros_like(snapshot.values[name])
             elif gradient.is_sparse:
-                raise ValueError(f"{name} has a sparse gradient, which AGENT does not correct; use sparse=False")
+                raise InputError(f"{name} has a sparse gradient, which AGENT does not correct; use sparse=False")
             if first:
                 gradient.sub_(mean if scaler is None else mean * scale_of(scaler, mean.device))
             residual[name] = snapshot.zero_moved_(name, gradient)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 
 HASHED = 2**16
@@ -93,7 +94,7 @@ def check_agreement(
         return
     theirs: list[dict[str, str]] = [{} for _ in range(ranks(group))]
     dist.all_gather_object(theirs, mine, group=group)
-    raise ValueError(
+    raise InputError(
         f"ranks differ in {_difference(theirs)}: build model and method alike on all, with the same seed, or broadcast "
         "the first rank's model; check_ranks=False where ranks are to train different models"
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
 from sparsekern.topology import Grid, places_for
 from sparsekern.topology.arguments import check_kind
@@ -49,7 +50,9 @@ class Followers:
 
     def __init__(self, layers: dict[str, BlockSparse], optimizer: torch.optim.Optimizer, grown_state: str) -> None:
         if grown_state not in GROWN_STATES:
-            raise ValueError(f"grown_state is {grown_state!r}; it must be one of {', '.join(GROWN_STATES)}")
+            raise InputError(
+                f"grown_state is {grown_state!r}; it must be one of {', '.join(GROWN_STATES)}", parameter="grown_state"
+            )
         self.layers = layers
         self.optimizer = optimizer
         self.grown_state = grown_state
@@ -59,15 +62,17 @@ class Followers:
     def add_tensor(self, layer: str, tensor: Tensor, on_move: OnMove) -> None:
         """Let a tensor ``(Z, ...)`` follow the blocks of a layer."""
         if layer not in self.layers:
-            raise ValueError(f"layer is {layer!r}; it must be one of {', '.join(self.layers)}")
+            raise InputError(f"layer is {layer!r}; it must be one of {', '.join(self.layers)}", parameter="layer")
         check_kind("target", tensor, Tensor, "a tensor whose first axis is the layer's slots, or a copy of the model")
         slots = self.layers[layer].values.shape[0]
         if tensor.dim() == 0 or tensor.shape[0] != slots:
-            raise ValueError(
+            raise InputError(
                 f"a follower of {layer!r} has shape {tuple(tensor.shape)}; its first axis must be its {slots} slots"
             )
         if on_move not in ("zero", "keep") and not callable(on_move):
-            raise ValueError(f"on_move is {on_move!r}; it must be 'zero', 'keep' or a function (tensor, slots)")
+            raise InputError(
+                f"on_move is {on_move!r}; it must be 'zero', 'keep' or a function (tensor, slots)", parameter="on_move"
+            )
         self._tensors[layer].append((tensor, on_move))
 
     def remove(self, tensor: Tensor) -> None:
@@ -79,22 +84,22 @@ class Followers:
         """Let a copy of the model, such as an exponential moving average, move its blocks with the model's."""
         if isinstance(copy, AveragedModel):
             if copy.use_buffers:
-                raise ValueError(
+                raise InputError(
                     "AveragedModel(use_buffers=True) averages the coordinates of blocks; use use_buffers=False"
                 )
             copy = copy.module
         twins = sparse_layers(copy)
         if twins.keys() != self.layers.keys():
-            raise ValueError(
+            raise InputError(
                 f"the copy has sparse layers {', '.join(twins) or 'none'}; it must have those of the model, "
                 f"{', '.join(self.layers)}"
             )
         for name, twin in twins.items():
             layer = self.layers[name]
             if twin is layer:
-                raise ValueError("the copy is the model itself; follow a deep copy of it")
+                raise InputError("the copy is the model itself; follow a deep copy of it")
             if not _same_blocks(twin, layer):
-                raise ValueError(f"{name!r} has other blocks in the copy; copy the model before the first move")
+                raise InputError(f"{name!r} has other blocks in the copy; copy the model before the first move")
         for name, twin in twins.items():
             self._twins[name].append(twin)
 
@@ -127,7 +132,7 @@ class Followers:
             for twin in self._twins[name]:
                 refuse_sharded({name: twin})
                 if not _same_blocks(twin, layer):
-                    raise ValueError(
+                    raise InputError(
                         f"{name!r} has other blocks in a copy that follows the model; load both from the same "
                         "checkpoint"
                     )
@@ -135,12 +140,12 @@ class Followers:
             slots = layer.values.shape[0]
             for what, tensor in self._written(name):
                 if tensor.dim() == 0 or tensor.shape[0] != slots:
-                    raise ValueError(f"{what} of {name!r} has shape {tuple(tensor.shape)}; it had {slots} slots before")
+                    raise InputError(f"{what} of {name!r} has shape {tuple(tensor.shape)}; it had {slots} slots before")
                 try:  # nothing is written, but everything that forbids to write speaks
                     tensor.index_fill_(0, torch.empty(0, dtype=torch.int64, device=tensor.device), 0)
                 except Exception as error:
                     why = str(error).splitlines()[0]
-                    raise ValueError(
+                    raise InputError(
                         f"{what} of {name!r} cannot be written in place where blocks move: {why}; keep it an ordinary "
                         "strided tensor"
                     ) from error

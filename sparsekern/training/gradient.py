@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
@@ -72,7 +73,10 @@ class GradientMethod(Method):
         if score_tokens is not None:
             check_whole("score_tokens", score_tokens)
         if score_tokens is not None and score_tokens < 1:
-            raise ValueError(f"score_tokens is {score_tokens}; it must be 1 or more, or None for all tokens")
+            raise InputError(
+                f"score_tokens is {score_tokens}; it must be 1 or more, or None for all tokens",
+                parameter="score_tokens",
+            )
         if self.scope == "global":
             self._warn_of_no_room()
         self.score_tokens = score_tokens
@@ -321,13 +325,13 @@ class GradientMethod(Method):
         """Raise what :meth:`load_state_dict` raises, and load nothing."""
         super().check_state(state)
         if not (state["stage"] is None or (type(state["stage"]) is int and state["stage"] in (0, 1))):
-            raise ValueError(f"state['stage'] is {state['stage']!r}; a method has two stages at most, 0 and 1")
+            raise InputError(f"state['stage'] is {state['stage']!r}; a method has two stages at most, 0 and 1")
         keys, answers = state["probes"]
         for name, asked in keys.items():
             cells = self.layers[name].grid.cells if name in self.layers else 0
             whole = isinstance(asked, Tensor) and asked.dtype in (torch.int32, torch.int64) and asked.dim() == 1
             if not whole or not _ascend(asked.cpu(), cells):
-                raise ValueError(f"the state's candidates of {name!r} are no places of its grid")
+                raise InputError(f"the state's candidates of {name!r} are no places of its grid")
         ArmedProbes.check_state(answers)
 
     def _resume(self, state: dict[str, Any]) -> None:
@@ -338,7 +342,7 @@ class GradientMethod(Method):
         try:
             self._put(state["stage"])
         except KeyError as error:
-            raise ValueError(f"the state has no candidates of {error} for the stage that it is in") from None
+            raise InputError(f"the state has no candidates of {error} for the stage that it is in") from None
         self.steps, self._versions = now, {}
         self._armed.load_state_dict(state["probes"][1])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import (
@@ -90,10 +91,15 @@ class GSE(GradientMethod):
     ) -> None:
         super().__init__(model, optimizer, **options)
         if distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}")
+            raise InputError(
+                f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}",
+                parameter="distribution",
+            )
         check_number("subset_factor", subset_factor, "a number above 0")
         if not (math.isfinite(subset_factor) and subset_factor > 0):
-            raise ValueError(f"subset_factor is {subset_factor}; it must be a number above 0")
+            raise InputError(
+                f"subset_factor is {subset_factor}; it must be a number above 0", parameter="subset_factor"
+            )
         self.distribution, self.subset_factor, self.with_replacement = distribution, subset_factor, with_replacement
         self.begin()
 

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.training.trial import Layout, Refusal, a_what, is_one_value, trial_layout
 
@@ -78,19 +79,19 @@ def slot_state(
     """
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
+        raise InputError(
             "LBFGS keeps flat vectors over all parameters, which cannot follow moving blocks; use an optimizer with "
             "one state entry a weight, such as SGD or AdamW"
         )
     inner = next((key for key, part in vars(optimizer).items() if _holds_optimizer(part)), None)
     if inner is not None:
-        raise ValueError(
+        raise InputError(
             f"{kind} keeps its state in another optimizer ({inner!r}), where it would not follow moving blocks; use a "
             "plain optimizer"
         )
     group = param_group(optimizer, parameter)
     if group is None:
-        raise ValueError(
+        raise InputError(
             f"values of {name!r} are not in this optimizer. Build it after sparsify_, from model.parameters(); a model "
             "whose sparse layers are spread over several optimizers is not supported"
         )

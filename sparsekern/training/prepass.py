@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.distributed import ranks, sum_over_ranks
 from sparsekern.training.extra import ExtraCost
@@ -74,7 +75,9 @@ def pass_over(
             pair = torch.stack([new, old]).double() * size if size else new.new_zeros(2, dtype=torch.float64)
             noted.append(torch.cat([pair.new_tensor([size]), pair]))
     if not noted:
-        raise ValueError("batches is empty; give some of the training set, a few dozen batches or more")
+        raise InputError(
+            "batches is empty; give some of the training set, a few dozen batches or more", parameter="batches"
+        )
     rows = _over_ranks(torch.stack(noted), group)
     total = rows[:, 0].sum()
     for mean in snapshot.mean.values():

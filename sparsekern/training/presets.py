@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.base import Method
 from sparsekern.training.gse import GSE
@@ -137,13 +138,16 @@ def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, ste
         GSE(1 layers, update_every=..., start=..., stop=..., step 0, 0 updates)
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
+        raise InputError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}", parameter="preset")
     check_whole("steps", steps)
     if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be the optimizer steps of the whole training, 1 or more")
+        raise InputError(
+            f"steps is {steps}; it must be the optimizer steps of the whole training, 1 or more", parameter="steps"
+        )
     chosen = PRESETS[name]
     if chosen.once_an_epoch and "update_every" not in options:
-        raise ValueError(
-            f"update_every is missing: {name} updates after every epoch; give the optimizer steps of one epoch"
+        raise InputError(
+            f"update_every is missing: {name} updates after every epoch; give the optimizer steps of one epoch",
+            parameter="update_every",
         )
     return chosen.method(model, optimizer, **({"stop": chosen.until * steps} | chosen.options | options))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_number
 from sparsekern.training.budget import Budget
 from sparsekern.training.distributed import ranks, sum_over_ranks
@@ -44,14 +45,19 @@ class Probabilities:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
-            raise ValueError(f"probability_optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
+            raise InputError(
+                f"probability_optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}",
+                parameter="probability_optimizer",
+            )
         check_number("probability_rate", rate, "a number above 0")
         if not (math.isfinite(rate) and rate > 0):
-            raise ValueError(f"probability_rate is {rate}; it must be above 0, and finite")
+            raise InputError(
+                f"probability_rate is {rate}; it must be above 0, and finite", parameter="probability_rate"
+            )
         if clip is not None:
             check_number("score_clip", clip, "a number above 0, or None for no limit")
         if clip is not None and not clip > 0:
-            raise ValueError(f"score_clip is {clip}; it must be above 0, or None for no limit")
+            raise InputError(f"score_clip is {clip}; it must be above 0, or None for no limit", parameter="score_clip")
         self.budget, self.rate, self.clip, self._group = budget, rate, clip, group
         self._value = nn.Parameter(budget.project(torch.full((budget.units,), budget.ratio, device=device)))
         self._optimizer = OPTIMIZERS[optimizer]([self._value], lr=rate)

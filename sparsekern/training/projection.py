@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
+
 PROJECTIONS = ("sort", "bisection")
 
 HALVINGS = 60
@@ -45,7 +47,7 @@ def project(
     Source: Zhou et al. 2021 (arXiv 2111.05685) and its released code, which bisects; the costs are ours.
     """
     if how not in PROJECTIONS:
-        raise ValueError(f"projection is {how!r}; it must be one of {', '.join(PROJECTIONS)}")
+        raise InputError(f"projection is {how!r}; it must be one of {', '.join(PROJECTIONS)}", parameter="projection")
     if not wanted.numel():
         return wanted.clone()
     if how == "bisection":

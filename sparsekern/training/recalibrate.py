@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_kind
 
 
@@ -54,5 +55,7 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> int:
             for buffer, copy in kept:
                 buffer.copy_(copy)
     if count == 0:
-        raise ValueError("batches is empty; give some of the training set, a few hundred inputs or more")
+        raise InputError(
+            "batches is empty; give some of the training set, a few hundred inputs or more", parameter="batches"
+        )
     return len(norms)

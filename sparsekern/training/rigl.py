@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import ordered_keys, stored_blocks
@@ -97,18 +98,23 @@ class RigL(GradientMethod):
     ) -> None:
         super().__init__(model, optimizer, **options)
         if scoring not in SCORINGS:
-            raise ValueError(f"scoring is {scoring!r}; it must be one of {', '.join(SCORINGS)}")
+            raise InputError(f"scoring is {scoring!r}; it must be one of {', '.join(SCORINGS)}", parameter="scoring")
         check_whole("sketches", sketches)
         check_number("shortlist", shortlist, "1 or more times what is grown")
         if sketches < 1:
-            raise ValueError(f"sketches is {sketches}; it must be 1 or more")
+            raise InputError(f"sketches is {sketches}; it must be 1 or more", parameter="sketches")
         if not (math.isfinite(shortlist) and shortlist >= 1):
-            raise ValueError(f"shortlist is {shortlist}; it must be 1 or more times what is grown")
+            raise InputError(
+                f"shortlist is {shortlist}; it must be 1 or more times what is grown", parameter="shortlist"
+            )
         if regrow and self.scope == "global":
-            raise ValueError("regrow is for scope='layer'; with scope='global' dropped blocks do not return at once")
+            raise InputError(
+                "regrow is for scope='layer'; with scope='global' dropped blocks do not return at once",
+                parameter="regrow",
+            )
         for name, layer in self.layers.items():
             if is_dense(layer) and not allow_dense_scores:
-                raise ValueError(
+                raise InputError(
                     f"{name!r} has 1x1 blocks, for which RigL scores every element of its {layer.grid.out_features} x "
                     f"{layer.grid.in_features} matrix: memory like a dense gradient's. Use GSE, or larger blocks, or "
                     "accept it with allow_dense_scores=True"
@@ -116,7 +122,9 @@ class RigL(GradientMethod):
         blocked = not all(is_dense(layer) for layer in self.layers.values())
         several = blocked and ranks(self.process_group) > 1
         if several and scoring == "exact":
-            raise ValueError("scoring is 'exact', but norms do not add up over ranks; use 'auto' or 'screen'")
+            raise InputError(
+                "scoring is 'exact', but norms do not add up over ranks; use 'auto' or 'screen'", parameter="scoring"
+            )
         self.scoring, self.sketches, self.shortlist = scoring, sketches, shortlist
         self.regrow, self.allow_dense_scores = regrow, allow_dense_scores
         self._grid_scores: dict[str, Tensor] = {}  # (R * C,), of layers in which every place was scored
@@ -126,7 +134,7 @@ class RigL(GradientMethod):
         else:
             for name, layer in self.layers.items():
                 if room_for_scores(layer) < 1 and not allow_dense_scores:
-                    raise ValueError(_too_many(name, layer, "a norm", f"{layer.grid.cells} norms"))
+                    raise InputError(_too_many(name, layer, "a norm", f"{layer.grid.cells} norms"))
         if skip_step:
             self.hook("before", "_skip")
         self.begin()
@@ -189,13 +197,13 @@ class RigL(GradientMethod):
             "derivative of it in the loss), and norms do not add up"
         )
         if self.scoring == "exact":
-            raise ValueError(f"scoring is 'exact', but {why}; use 'auto' or 'screen'")
+            raise InputError(f"scoring is 'exact', but {why}; use 'auto' or 'screen'", parameter="scoring")
         _log.warning("RigL screens its blocks by sketches from now on: %s", why)
         self._start_screening()
 
     def _start_screening(self) -> None:
         if self.regrow:
-            raise ValueError("regrow needs the scores of all blocks, of one backward a step on one rank; leave it out")
+            raise InputError("regrow needs the scores of all blocks, of one backward a step on one rank; leave it out")
         for name, layer in self.layers.items():
             if (used := self._sketches(name, layer)) < self.sketches:
                 _log.warning("RigL screens %r by %d sketches a block: more would not be fewer than values", name, used)
@@ -206,7 +214,7 @@ class RigL(GradientMethod):
         room = self.sketches if self.allow_dense_scores or is_dense(layer) else room_for_scores(layer)
         if room < min(LEAST_SKETCHES, self.sketches):
             least = min(LEAST_SKETCHES, self.sketches)
-            raise ValueError(_too_many(name, layer, f"{least} numbers", f"{least * layer.grid.cells} of them"))
+            raise InputError(_too_many(name, layer, f"{least} numbers", f"{least * layer.grid.cells} of them"))
         return min(room, self.sketches)
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
+
 FREE = ("start",)
 """Entries whose tensors may be of any length: a run with a global scope began with other numbers of blocks."""
 
@@ -56,7 +58,7 @@ def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False
     if isinstance(own, dict):
         if not isinstance(saved, dict) or saved.keys() != own.keys():
             names = ", ".join(str(name) for name in own) or "no entry"
-            raise ValueError(f"{where} must be a dictionary of {names}; it is not one that state_dict() returned")
+            raise InputError(f"{where} must be a dictionary of {names}; it is not one that state_dict() returned")
         for name, value in own.items():
             if name in OPTIONAL:
                 _check_optional(saved[name], name, f"{where}[{name!r}]")
@@ -66,29 +68,29 @@ def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False
         _check_tensor(saved, own, where, free=free)
     elif isinstance(own, tuple):
         if not isinstance(saved, tuple) or len(saved) != len(own) or list(map(type, saved)) != list(map(type, own)):
-            raise ValueError(f"{where} must be a tuple of {len(own)}; it is not one that state_dict() returned")
+            raise InputError(f"{where} must be a tuple of {len(own)}; it is not one that state_dict() returned")
     elif isinstance(own, (bool, str)):
         if type(saved) is not type(own):
-            raise ValueError(f"{where} is {saved!r}; it must be a {type(own).__name__}")
+            raise InputError(f"{where} is {saved!r}; it must be a {type(own).__name__}")
     elif own is None:
         if saved is not None:
-            raise ValueError(f"{where} is {saved!r}; it must be None")
+            raise InputError(f"{where} is {saved!r}; it must be None")
     else:
         whole = type(own) is int
         if type(saved) is not int and (whole or type(saved) is not float):
-            raise ValueError(f"{where} is {saved!r}; it must be a {'whole ' * whole}number")
+            raise InputError(f"{where} is {saved!r}; it must be a {'whole ' * whole}number")
         if not math.isfinite(saved) or (whole and not 0 <= saved < LARGEST):
-            raise ValueError(f"{where} is {saved!r}; it must be finite, and 0 or more if it counts something")
+            raise InputError(f"{where} is {saved!r}; it must be finite, and 0 or more if it counts something")
 
 
 def _check_optional(saved: Any, name: str, where: str) -> None:
     kind, what = OPTIONAL[name]
     if saved is not None and (type(saved) is not kind or (kind is int and not 0 <= saved < LARGEST)):
-        raise ValueError(f"{where} is {saved!r}; it must be {what}, or None")
+        raise InputError(f"{where} is {saved!r}; it must be {what}, or None")
 
 
 def _check_tensor(saved: Any, own: Tensor, where: str, *, free: bool) -> None:
     if not isinstance(saved, Tensor) or saved.layout != torch.strided or saved.is_meta or saved.dtype != own.dtype:
-        raise ValueError(f"{where} must be a tensor of {own.dtype}")
+        raise InputError(f"{where} must be a tensor of {own.dtype}")
     if saved.dim() != own.dim() or saved.shape[free:] != own.shape[free:]:
-        raise ValueError(f"{where} has shape {tuple(saved.shape)}; it must have {tuple(own.shape)}")
+        raise InputError(f"{where} has shape {tuple(saved.shape)}; it must have {tuple(own.shape)}")

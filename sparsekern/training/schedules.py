@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_number, check_whole
 
 ANNEALS = ("cosine", "constant")
@@ -42,15 +43,19 @@ class Schedule:
         for name in ("update_every", "start", "offset"):
             check_whole(name, getattr(self, name))
         if self.anneal not in ANNEALS:
-            raise ValueError(f"anneal is {self.anneal!r}; it must be one of {', '.join(ANNEALS)}")
+            raise InputError(f"anneal is {self.anneal!r}; it must be one of {', '.join(ANNEALS)}", parameter="anneal")
         if self.offset < 0:
-            raise ValueError(f"offset is {self.offset}; it must be 0 or more optimizer steps")
+            raise InputError(f"offset is {self.offset}; it must be 0 or more optimizer steps", parameter="offset")
         if self.update_every < 1:
-            raise ValueError(f"update_every is {self.update_every}; it must be 1 or more optimizer steps")
+            raise InputError(
+                f"update_every is {self.update_every}; it must be 1 or more optimizer steps", parameter="update_every"
+            )
         if self.start < 0:
-            raise ValueError(f"start is {self.start}; it must be 0 or more optimizer steps")
+            raise InputError(f"start is {self.start}; it must be 0 or more optimizer steps", parameter="start")
         if self.stop is not None and self.stop < self.start:
-            raise ValueError(f"stop is {self.stop}, before start = {self.start}; it must be that or later")
+            raise InputError(
+                f"stop is {self.stop}, before start = {self.start}; it must be that or later", parameter="stop"
+            )
         if not callable(self.drop_fraction):
             _check_fraction(self.drop_fraction)
 
@@ -95,12 +100,12 @@ def whole_stop(stop: float | None) -> int | None:
     rule = "a number of optimizer steps, or None for no end"
     check_number("stop", stop, rule)
     if not math.isfinite(stop):
-        raise ValueError(f"stop is {stop}; it must be {rule}")
+        raise InputError(f"stop is {stop}; it must be {rule}", parameter="stop")
     return int(stop)
 
 
 def _check_fraction(fraction: float) -> float:
     check_number("drop_fraction", fraction, "a number in [0, 1], or a function of the step")
     if not 0 <= fraction <= 1:
-        raise ValueError(f"drop_fraction is {fraction}; it must be in [0, 1]")
+        raise InputError(f"drop_fraction is {fraction}; it must be in [0, 1]", parameter="drop_fraction")
     return fraction

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.init import draw_values
 from sparsekern.topology import Topology, generator_for, ordered_keys, sample_absent
@@ -63,7 +64,7 @@ class SET(Method):
     ) -> None:
         for name, choice, known in (("drop", drop, DROPS), ("grown_values", grown_values, GROWN_VALUES)):
             if choice not in known:
-                raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
+                raise InputError(f"{name} is {choice!r}; it must be one of {', '.join(known)}", parameter=name)
         super().__init__(model, optimizer, **options)
         self.drop, self.grown_values = drop, grown_values
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse, plain_name, sparse_layers
 from sparsekern.topology import Index, Topology, empty_index, rebuild_
@@ -44,7 +45,7 @@ class Snapshot:
     def __init__(self, model: nn.Module, follow: Follow | None) -> None:
         self.parameters = {plain_name(model, name): p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError("no parameter of the model trains; AGENT corrects gradients")
+            raise InputError("no parameter of the model trains; AGENT corrects gradients")
         self.taken = False
         self.values: dict[str, Tensor] = {}
         self.mean: dict[str, Tensor] = {}
@@ -80,7 +81,7 @@ class Snapshot:
             ValueError: blocks have moved, and nobody said who moves them.
         """
         if self.taken and self._fixed and not all(self._is_here(name) for name in self.layers):
-            raise ValueError("blocks moved, but AGENT knows of no method; give the one that moves them, method=...")
+            raise InputError("blocks moved, but AGENT knows of no method; give the one that moves them, method=...")
         self.allocate()
         for name, parameter in self.parameters.items():
             self.values[name].copy_(parameter)
@@ -185,7 +186,7 @@ class Snapshot:
             return
         shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         if {name: tuple(v.shape) for name, v in state["values"].items()} != shapes:
-            raise ValueError("the state is of other parameters; build model and AGENT as those that were saved")
+            raise InputError("the state is of other parameters; build model and AGENT as those that were saved")
         self.allocate()
         for mine, saved in ((self.values, state["values"]), (self.mean, state["mean"]), (self._same, state["same"])):
             for name, tensor in mine.items():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
+
 SAMPLED = 4096
 """Elements that are looked at, or a few less."""
 
@@ -75,9 +77,9 @@ class VarianceRatio:
         count = sum(len(range(self._offsets[name], size, self.stride)) for name, size in self._sizes.items())
         for sample in state["before"] or ():
             if not isinstance(sample, Tensor) or sample.dtype != torch.float32 or sample.shape != (count,):
-                raise ValueError(f"the samples of the variance must be two tensors ({count},) of torch.float32")
+                raise InputError(f"the samples of the variance must be two tensors ({count},) of torch.float32")
         if state["before"] is not None and len(state["before"]) != 2:
-            raise ValueError("the samples of the variance must be two tensors")
+            raise InputError("the samples of the variance must be two tensors")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""

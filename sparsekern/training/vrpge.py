@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, refuse_sharded
 from sparsekern.topology import generator_for
 from sparsekern.topology.arguments import check_number, check_whole
@@ -120,7 +121,7 @@ class VRPGE(Method):
         for name, value, least in (("masks", masks, 2), ("structure_every", structure_every, 1)):
             check_whole(name, value)
             if value < least:
-                raise ValueError(f"{name} is {value}; it must be {least} or more")
+                raise InputError(f"{name} is {value}; it must be {least} or more", parameter=name)
         for name, choice, known in (
             ("scope", scope, self.scopes),
             ("projection", projection, PROJECTIONS),
@@ -128,13 +129,13 @@ class VRPGE(Method):
             ("unsampled", unsampled, ("lazy", "decay")),
         ):
             if choice not in known:
-                raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
+                raise InputError(f"{name} is {choice!r}; it must be one of {', '.join(known)}", parameter=name)
         self.model = model
         self.scope, self.masks, self.structure_every = scope, masks, structure_every
         self.weight_step, self.lazy = weight_step, unsampled == "lazy"
         trained = {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
         if not trained:
-            raise ValueError("the values of all sparse layers are frozen; VR-PGE needs one that trains")
+            raise InputError("the values of all sparse layers are frozen; VR-PGE needs one that trains")
         self.candidates = {name: Candidates(layer, group) for name, layer in trained.items()}
         self.budget = Budget(self.candidates, sparsity, scope, costs, floor, projection)
         device = next(iter(trained.values())).values.device
@@ -151,7 +152,7 @@ class VRPGE(Method):
             check_number("refill", refill, "a probability, in [0, 1]")
         self.refill = self.budget.ratio / 2 if refill is None else refill
         if not 0 <= self.refill <= 1:
-            raise ValueError(f"refill is {refill}; it must be a probability, in [0, 1]")
+            raise InputError(f"refill is {refill}; it must be a probability, in [0, 1]", parameter="refill")
         self.finished = False
         self._masks: Tensor | None = None
         self._drawn_at = -1
@@ -311,7 +312,7 @@ class VRPGE(Method):
         if isinstance(units, dict):
             mine = {name: candidates.unit.shape for name, candidates in self.candidates.items()}
             if {name: getattr(unit, "shape", None) for name, unit in units.items()} != mine:
-                raise ValueError("the state has other candidates; build model and method as those that were saved")
+                raise InputError("the state has other candidates; build model and method as those that were saved")
         super().check_state(state)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.init import fan_in
 from sparsekern.topology import generator_for
@@ -28,7 +29,7 @@ GRID = 4001
 def check_init(init: str) -> None:
     """Raise ValueError unless ``init`` is one of :data:`INITS`."""
     if init not in INITS:
-        raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
+        raise InputError(f"init is {init!r}; it must be one of {', '.join(INITS)}", parameter="init")
 
 
 def output_variance(layer: nn.Linear | nn.Conv2d) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sparsekern.errors import InputError
 from sparsekern.topology import DISTRIBUTIONS, Grid
 from sparsekern.topology.distributions import fill, share
 
@@ -26,16 +27,18 @@ def match_blocks(
         ValueError: too few for a block in each layer, more than all layers full, or an unknown distribution.
     """
     if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}")
+        raise InputError(
+            f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}", parameter="distribution"
+        )
     costs = [count * grid.numel / grid.cells for grid, count in zip(grids, tokens, strict=True)]
     full = [grid.cells * cost for grid, cost in zip(grids, costs, strict=True)]
     if multiply_adds < sum(costs):
-        raise ValueError(
+        raise InputError(
             f"{multiply_adds:.0f} multiply-adds are left for {len(grids)} sparse layer(s), and one block in each takes "
             f"{sum(costs):.0f}: use smaller blocks or another sparsity"
         )
     if multiply_adds > sum(full) + max(costs) / 2:
-        raise ValueError(
+        raise InputError(
             f"{multiply_adds:.0f} multiply-adds are to be spent in {len(grids)} sparse layer(s) that take "
             f"{sum(full):.0f} when full: choose a higher sparsity, or fewer candidates (pool)"
         )

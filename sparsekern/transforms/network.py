@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.analysis import Profile, profile
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, Selector, sparse_layers, sparsify_
 from sparsekern.nn.linear import default_block_size
 from sparsekern.nn.sparsify import choose_layers, grid_of
@@ -96,13 +97,14 @@ def transform(
     check_init(init)
     for argument, value, known in (("name", name, TRANSFORMS), ("match", match, MATCHES)):
         if value not in known:
-            raise ValueError(f"{argument} is {value!r}; it must be one of {', '.join(known)}")
+            raise InputError(f"{argument} is {value!r}; it must be one of {', '.join(known)}", parameter=argument)
     if isinstance(model, nn.Module):
         if name == "wide" and sparsity > 0:
-            raise ValueError(
+            raise InputError(
                 f"model is a {type(model).__name__} that is built already: the sums of its residual branches, its "
                 "norms and its reshapes have a width that no rule can find. Give a function that builds it, such as "
-                f"lambda width: {type(model).__name__}(hidden=width(512)), or use parallel, factorized or doped"
+                f"lambda width: {type(model).__name__}(hidden=width(512)), or use parallel, factorized or doped",
+                parameter="model",
             )
         dense = copy.deepcopy(model)
     else:
@@ -121,7 +123,10 @@ def transform(
         counts = _counts(wide, chosen, work, block_size, distribution, pool)
         return _sparse(wide, dense, chosen, counts, block_size, init, seed)
     if distribution != "uniform":
-        raise ValueError(f"distribution is {distribution!r}; {name} keeps the FLOPs of every layer: it must be uniform")
+        raise InputError(
+            f"distribution is {distribution!r}; {name} keeps the FLOPs of every layer: it must be uniform",
+            parameter="distribution",
+        )
     options: dict[str, Any] = {"block_size": block_size, "pool": pool, "init": init, "seed": seed}
     options |= {} if name == "doped" else {"activation": activation}
     for layer_name, layer in chosen.items():
@@ -139,14 +144,15 @@ def _built(build: Build, width: Width, seed: int) -> nn.Module:
 def _check_room(dense: nn.Module, chosen: dict[str, Dense], sparsity: float, width: Width, max_gib: float) -> None:
     """Raise ValueError if the wide network is too large to be dense for a moment; what is not chosen grows one way."""
     if not max_gib > 0:
-        raise ValueError(f"max_gib is {max_gib}; it must be a number above 0")
+        raise InputError(f"max_gib is {max_gib}; it must be a number above 0", parameter="max_gib")
     wider = {id(layer.weight): width.multiplier**2 for layer in chosen.values()}
     gib = sum(p.nbytes * wider.get(id(p), width.multiplier) for p in dense.parameters()) / 2**30
     if gib > max_gib:
-        raise ValueError(
+        raise InputError(
             f"sparsity is {sparsity:g}, for which wide makes the network {width.multiplier:.3g} times as wide: dense, "
             f"as it is while it builds, its weights take {gib:.3g} GiB, and max_gib is {max_gib:g}; choose a lower "
-            "sparsity, a smaller network, or a larger max_gib"
+            "sparsity, a smaller network, or a larger max_gib",
+            parameter="sparsity",
         )
 
 
@@ -161,7 +167,7 @@ def _chosen(dense: nn.Module, twins: Profile, targets: Selector, ignore: Selecto
     chosen = {}
     for name, layer in choose_layers(dense, targets, ignore).items():
         if not has_twin(layer):
-            raise ValueError(
+            raise InputError(
                 f"targets match {name!r}, a {type(layer).__name__}; Sparse-IFT takes nn.Linear and nn.Conv2d"
             )
         chosen[name] = layer
@@ -175,15 +181,15 @@ def _wide_work(
     widened = profile(wide, sample_input)
     if list(widened.layers) != list(twins.layers):
         odd = sorted(widened.layers.keys() ^ twins.layers.keys())
-        raise ValueError(f"model builds another network at another width: {', '.join(odd) or 'its layers'} differ")
+        raise InputError(f"model builds another network at another width: {', '.join(odd) or 'its layers'} differ")
     if not any(widened.layers[n].elements > twins.layers[n].elements for n in chosen):
-        raise ValueError("model builds no wider layer at a larger width: it must pass width(...) to the network")
+        raise InputError("model builds no wider layer at a larger width: it must pass width(...) to the network")
     tokens = {name: widened.layers[name].tokens for name in chosen}
     if match == "layers":
         return sum(twins.layers[name].multiply_adds for name in chosen), tokens
     rest = widened.multiply_adds - sum(widened.layers[name].multiply_adds for name in chosen)
     if rest >= twins.multiply_adds:
-        raise ValueError(
+        raise InputError(
             f"what stays dense in the wider network takes {rest} multiply-adds, the whole dense network "
             f"{twins.multiply_adds}: choose a lower sparsity, fewer layers to ignore, or match='layers'"
         )

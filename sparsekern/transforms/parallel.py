@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.transforms.branches import sum_of_branches
 from sparsekern.transforms.init import check_init, draw_, draw_bias_, variance_before, wanted_variance
@@ -79,7 +80,7 @@ def sparse_parallel(
     variance = wanted_variance(layer, init)
     count = parallel_branches(sparsity)
     if count == 1:
-        raise ValueError(f"sparsity {sparsity} makes one branch; Sparse Parallel needs two: 1/3 or more")
+        raise InputError(f"sparsity {sparsity} makes one branch; Sparse Parallel needs two: 1/3 or more")
     ins, outs = features(layer)
     twin = dense_twin(layer, ins, count * outs, bias=layer.bias is not None, device="meta")
     grid = twin_grid(twin, block_size, layer)

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, SparseConv2d, SparseLinear
 from sparsekern.nn.conv2d import conv_arguments, layer_grid
 from sparsekern.nn.linear import linear_grid
@@ -26,12 +27,13 @@ def check(layer: nn.Module, sparsity: float, pool: float) -> None:
     """Raise ValueError or TypeError where no transform fits a layer, or a number is out of range."""
     check_sparsity(sparsity)
     if not 1 <= pool < math.inf:
-        raise ValueError(f"pool is {pool}; it must be 1 or more")
+        raise InputError(f"pool is {pool}; it must be 1 or more", parameter="pool")
     if type(layer) not in (nn.Linear, nn.Conv2d):
         raise TypeError(f"layer is a {type(layer).__name__}; it must be an nn.Linear or nn.Conv2d")
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        raise ValueError(
-            f"layer has groups = {layer.groups}; Sparse-IFT is defined for convolutions of one group: leave it dense"
+        raise InputError(
+            f"layer has groups = {layer.groups}; Sparse-IFT is defined for convolutions of one group: leave it dense",
+            parameter="layer",
         )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.analysis import account, network_sparsity, state_bytes, stored_parameters, training_bytes
-from sparsekern.recipes.models import resnet50
+from sparsekern.lab.models import resnet50
 from sparsekern.topology import Grid, Topology, conv_grid
 
 # 5 x 7 in blocks of 2 x 4: 3 x 2 blocks. Stored: (0, 0) whole, 8 elements; (2, 1): 1 x 3. One slot is free.

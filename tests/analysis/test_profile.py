@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsekern as sk
 from sparsekern.analysis import profile
-from sparsekern.recipes.models import resnet18, resnet18_cifar, simplevit_tiny
+from sparsekern.lab.models import resnet18, resnet18_cifar, simplevit_tiny
 from sparsekern.topology import Grid, Topology, conv_grid
 
 

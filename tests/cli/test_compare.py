@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
-from sparsekern.recipes.learner import Learner
+from sparsekern.lab.learner import Learner
 
 TINY = ["--width=32", "--block-size=8", "--sparsity=0.5", "--batch-size=400", "--device=cpu", "--quick"]
 
@@ -98,7 +98,7 @@ def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsekern.recipes.compare.load", stopped)
+    monkeypatch.setattr("sparsekern.lab.compare.load", stopped)
     result = invoke("--out", tmp_path / "new")
     assert result.exit_code == 130 and "nothing is saved" in result.stderr
 

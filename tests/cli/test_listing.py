@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from sparsekern.cli.listing import recipe_table, recipe_values
-from sparsekern.recipes.catalogue import RECIPES
+from sparsekern.lab.catalogue import RECIPES
 
 
 def test_a_line_a_recipe_on_a_narrow_terminal():

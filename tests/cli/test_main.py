@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import sparsekern
 from sparsekern.cli import main as module
 from sparsekern.cli.main import application, main
-from sparsekern.recipes import Config
-from sparsekern.recipes.options import OPTIONS
+from sparsekern.lab import Config
+from sparsekern.lab.options import OPTIONS
 from sparsekern.training import METHODS
 
 ROOT = Path(__file__).parent.parent.parent

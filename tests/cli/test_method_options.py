@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from sparsekern.cli.method_options import takes_method_options
-from sparsekern.recipes.options import OPTIONS
+from sparsekern.lab.options import OPTIONS
 
 
 @pytest.fixture

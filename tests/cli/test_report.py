@@ -5,8 +5,8 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
-from sparsekern.recipes import Config, Interrupted, Observer, start
-from sparsekern.report.html import MARK
+from sparsekern.lab import Config, Interrupted, Observer, start
+from sparsekern.lab.report.html import MARK
 
 CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=2, batch_size=400, seeds=1, update_every=1, device="cpu")
 
@@ -18,7 +18,7 @@ def invoke(*arguments):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsekern.recipes.run.draw_summary", lambda *_: None)
+        patch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
         folder = tmp_path_factory.mktemp("finished") / "my run é"
         start(CONFIG, folder, Observer())
     return folder

@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from sparsekern.cli.run_options import RUN_OPTIONS, absolute, of_recipe, takes_run_options
-from sparsekern.recipes import Config
+from sparsekern.lab import Config
 
 
 def test_a_path_means_the_same_from_another_folder(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from sparsekern.cli.shell import (
     explained,
     say,
 )
-from sparsekern.recipes import Interrupted
+from sparsekern.lab import Interrupted
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from sparsekern.cli.table import notes, result_table
-from sparsekern.recipes import Config
+from sparsekern.lab import Config
 
 
 def network(mean, deviation, parameters, size, ms, absent=0.0):

@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
-from sparsekern.recipes.learner import Learner
+from sparsekern.lab.learner import Learner
 
 TINY = ["--width=32", "--block-size=8", "--sparsity=0.5", "--epochs=2", "--batch-size=400", "--seeds=1", "--device=cpu"]
 
@@ -16,7 +16,7 @@ def invoke(*arguments):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    monkeypatch.setattr("sparsekern.recipes.run.draw_summary", lambda *_: None)  # it takes longer than the training
+    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)  # it takes longer than the training
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsekern.recipes.run.load", stopped)
+    monkeypatch.setattr("sparsekern.lab.run.load", stopped)
     result = invoke("--out", tmp_path / "run")
     assert result.exit_code == 130 and "nothing is saved" in result.stderr
 

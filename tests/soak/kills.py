@@ -32,11 +32,11 @@ import numpy
 import safetensors.torch
 import torch
 
-import sparsekern.recipes.run
+import sparsekern.lab.run
 from sparsekern.cli.main import application
+from sparsekern.lab.folder import CONFIG, METRICS, RESULTS, Metrics
+from sparsekern.lab.lock import LOCK
 from sparsekern.nn.atomic_files import is_private
-from sparsekern.recipes.folder import CONFIG, METRICS, RESULTS, Metrics
-from sparsekern.recipes.lock import LOCK
 from sparsekern.training import METHODS
 
 TIMES = {
@@ -117,7 +117,7 @@ def run(folder: Path, options: list[str], log: Path, at: int = -1, seed: int = 0
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         # drawing takes longer than the training; that it is drawn anew is all that matters
-        sparsekern.recipes.run.draw_summary = lambda path, *_: Path.write_bytes(path, b"picture")  # type: ignore
+        sparsekern.lab.run.draw_summary = lambda path, *_: Path.write_bytes(path, b"picture")  # type: ignore
         death.watch()
         where = ["--resume", str(folder)] if (folder / CONFIG).is_file() else ["--out", str(folder)]
         application()(["train", *RUN, *options, *where], standalone_mode=False)

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.analysis import profile
-from sparsekern.recipes.models import mlp, resnet18_cifar, resnet20, simplevit_tiny, vgg16_small
+from sparsekern.lab.models import mlp, resnet18_cifar, resnet20, simplevit_tiny, vgg16_small
 from sparsekern.transforms import SparseFactorized, Width, transform
 from sparsekern.transforms.network import TRANSFORMS
 

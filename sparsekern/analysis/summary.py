@@ -1,0 +1,205 @@
+"""The table of a model's layers: what is stored, what is computed, and what the dense layer would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.analysis.account import Account, account, network_sparsity
+from sparsekern.analysis.profile import arguments, profile
+from sparsekern.analysis.timing import time_layer
+from sparsekern.errors import InputError
+from sparsekern.nn import BlockSparse, DenseShare, dense_share, is_replaceable, refuse_sharded
+from sparsekern.nn.converters import out_features
+from sparsekern.topology.arguments import check_kind
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The accounts of a model's sparse and dense layers; ``print`` it for the table.
+
+    Attributes:
+        rows: one :class:`~sparsekern.analysis.Account` a layer, in the model's order.
+        milliseconds: ``{name: (sparse, dense)}`` of forward and backward, where they were measured.
+        dense_flops: ``{name: FLOPs}`` of a training step of the dense layer beside: of the same shape, or of the dense
+            network given.
+        network_sparsity: fraction absent of all weights of the model
+            (:func:`~sparsekern.analysis.account.network_sparsity`).
+        dense_share: which of the model's parameters are in no sparse layer.
+    """
+
+    rows: list[Account]
+    milliseconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    dense_flops: dict[str, int] = field(default_factory=dict)
+    network_sparsity: float = 0.0
+    dense_share: DenseShare | None = None
+
+    def __str__(self) -> str:
+        timed = bool(self.milliseconds)
+        head = ["layer", "kind", "out x in", "block", "blocks", "sparsity", "parameters", "MFLOP/step", "dense MFLOP"]
+        head += ["values MiB", "index MiB", "gradient MiB", "state MiB", "total MiB", "dense MiB"]
+        head += ["ms", "dense ms"] if timed else []
+        lines = [head] + [self._cells(row, timed) for row in self.rows] + [self._total(timed)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        ]
+        text.insert(1, "-" * len(text[0]))
+        text.insert(-1, "-" * len(text[0]))
+        sparse = [row for row in self.rows if row.block is not None]
+        if sparse:
+            share = 1 - sum(row.elements for row in sparse) / sum(row.numel for row in sparse)
+            network = f"all weights of the network: {self.network_sparsity:.1%} absent"
+            text.append(f"sparse layers: {share:.1%} absent; {network}; {self.dense_share}")
+        return "\n".join(line.rstrip() for line in text)
+
+    def _cells(self, row: Account, timed: bool) -> list[str]:
+        sparse = row.block is not None
+        cells = [
+            row.name,
+            row.kind,
+            " x ".join(map(str, row.shape)),
+            f"{row.block[0]}x{row.block[1]}" if row.block else f"dense ({row.note})" if row.note else "dense",
+            f"{row.blocks}/{row.cells}" if sparse else "",
+            f"{row.sparsity:.1%}",
+            f"{row.parameters:,}",
+            f"{row.flops / 1e6:.2f}",
+            f"{self.dense_flops[row.name] / 1e6:.2f}" if row.name in self.dense_flops else "",
+        ]
+        sizes = (
+            row.values_bytes,
+            row.index_bytes,
+            row.gradient_bytes,
+            row.state_bytes,
+            row.total_bytes,
+            row.dense_bytes,
+        )
+        cells += [f"{size / MIB:.2f}" for size in sizes]
+        if timed:
+            measured = self.milliseconds.get(row.name)
+            cells += ["", ""] if measured is None else [f"{ms:.2f}" for ms in measured]
+        return cells
+
+    def _total(self, timed: bool) -> list[str]:
+        rows = self.rows
+        numel = sum(r.numel for r in rows)
+        cells = ["total", "", "", "", "", f"{1 - sum(r.elements for r in rows) / numel:.1%}"]
+        cells += [f"{sum(r.parameters for r in rows):,}", f"{sum(r.flops for r in rows) / 1e6:.2f}"]
+        cells.append(f"{sum(self.dense_flops.values()) / 1e6:.2f}")
+        for name in ("values_bytes", "index_bytes", "gradient_bytes", "state_bytes", "total_bytes", "dense_bytes"):
+            cells.append(f"{sum(getattr(r, name) for r in rows) / MIB:.2f}")
+        if timed:
+            cells += [f"{sum(times[i] for times in self.milliseconds.values()):.2f}" for i in (0, 1)]
+        return cells
+
+
+def summary(
+    model: nn.Module,
+    sample_input: Any = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    measure: bool = True,
+    dense: nn.Module | None = None,
+) -> Summary:
+    """Return the table of a model's sparse layers, linear layers and convolutions.
+
+    Convolutions that :func:`sparsekern.sparsify_` leaves dense say why: ``dense (stem)``, ``dense (depthwise)``.
+
+    Args:
+        model: not changed; its gradients stay as they are.
+        sample_input: what the model takes: a tensor, a tuple of arguments, or a dict of them by name. With it FLOPs are
+            those of this batch (else of one token) and the sparse layers are timed.
+        optimizer: whose state is counted, as it is now.
+        measure: whether to time the layers, each beside a dense one of its size.
+        dense: the dense network that ``model`` was made from, where its layers have other shapes
+            (:func:`sparsekern.transforms.transform`): its FLOPs stand beside.
+
+    Returns:
+        A :class:`Summary`.
+
+    Raises:
+        ValueError: the model has no such layer, or ``dense`` has one that the model has not.
+        NotImplementedError: sharded layers were to be timed.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> table = sk.summary(model, torch.ones(8, 64), measure=False)
+        >>> table.rows[0].blocks, table.rows[0].flops / table.rows[0].dense_flops
+        (4, 0.25)
+    """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    check_kind("optimizer", optimizer, (torch.optim.Optimizer, NoneType), "a torch.optim.Optimizer, or None")
+    check_kind("dense", dense, (nn.Module, NoneType), "a torch.nn.Module, or None")
+    layers: dict[str, nn.Module] = {
+        name or "(model)": module
+        for name, module in model.named_modules()
+        if isinstance(module, BlockSparse) or is_replaceable(module)
+    }
+    if not layers:
+        raise InputError("the model has no sparse layer, linear layer or convolution; there is nothing to summarise")
+    if measure and sample_input is not None:
+        sharded = {name: layer for name, layer in layers.items() if isinstance(layer, BlockSparse)}
+        refuse_sharded(sharded, "layers that others hold parts of cannot be timed alone; use measure=False")
+    inputs, tokens = ({}, {}) if sample_input is None else _run(model, layers, sample_input)
+    rows = []
+    milliseconds = {}
+    for name, layer in layers.items():
+        rows.append(account(name, layer, 1 if sample_input is None else tokens.get(name, 0), optimizer))
+        if measure and name in inputs and isinstance(layer, BlockSparse):
+            milliseconds[name] = time_layer(layer, inputs[name])
+    flops = _dense_flops(rows, dense, sample_input)
+    return Summary(rows, milliseconds, flops, network_sparsity(model), dense_share(model))
+
+
+def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Any) -> dict[str, int]:
+    """Return the FLOPs of the dense layers; those of one that became several stand beside its first part."""
+    if dense is None:
+        return {row.name: row.dense_flops for row in rows}
+    if sample_input is None:
+        raise InputError(
+            "dense is given without a sample_input, which says how many tokens its layers have", parameter="dense"
+        )
+    found = {}
+    for name, layer in profile(dense, sample_input).layers.items():
+        row = next((row for row in rows if f"{row.name}.".startswith(f"{name}.")), None)
+        if row is None:
+            raise InputError(
+                f"dense has a layer {name!r} and the model has not: give the network it was made from",
+                parameter="dense",
+            )
+        found[row.name] = 6 * layer.multiply_adds
+    return found
+
+
+def _run(model: nn.Module, layers: dict[str, nn.Module], sample_input: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Run the model once and return what each layer was given, and its tokens; the last call counts."""
+    inputs: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            inputs[name] = (args[0] if args else kwargs["input"]).detach()
+            tokens[name] = output.numel() // out_features(module, output)
+
+        return hook
+
+    handles = [layer.register_forward_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()  # so that norm statistics stay as they are
+        with torch.no_grad():
+            args, kwargs = arguments(sample_input)
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return inputs, tokens

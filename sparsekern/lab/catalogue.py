@@ -1,0 +1,236 @@
+"""The recipes: which network, trained how, and where that comes from. Lengths are fractions of the training.
+
+Published networks were dense or sparse in single weights: block sizes are ours throughout. The sources:
+
+* He 2016: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+* Zagoruyko 2016: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, arXiv 1605.07146.
+* Evci 2020: Evci et al., "Rigging the Lottery" (RigL), ICML 2020, arXiv 1911.11134.
+* Liu 2021: Liu et al., "Do We Actually Need Dense Over-Parameterization?" (ITOP), ICML 2021, arXiv 2102.02887.
+* Beyer 2022: Beyer et al., "Better plain ViT baselines for ImageNet-1k" (SimpleViT), arXiv 2205.01580.
+* Heddes 2024: Heddes et al., "Always-Sparse Training by Growing Connections with Guided Stochastic Exploration" (GSE),
+  arXiv 2401.06898.
+* Thangarasa 2024: Thangarasa et al., "Sparse-IFT", ICML 2024, arXiv 2303.11525.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsekern.errors import InputError
+from sparsekern.lab import models
+from sparsekern.lab.optimizers import SGD, AdamW
+from sparsekern.lab.rates import Constant, Cosine, Milestones, Schedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network and how to train it. What :class:`~sparsekern.lab.Config` also has is its default there.
+
+    Attributes:
+        name: for ``--recipe``.
+        title: of the network.
+        source: of the training; that of the network is in its file.
+        model: makes the dense network from ``num_classes``, ``in_channels`` and ``width_multiplier``.
+        kept_dense: names of the layers that stay dense: they hold few weights, and sparse ones cost accuracy.
+        optimizer: and its weight decay.
+        rate: the learning rate at its highest.
+        schedule: of the learning rate.
+        batch_size: images a step.
+        epochs: passes over the training set; None where the size of the data decides.
+        block_size: side of the blocks.
+        distribution: how the blocks are shared out among the layers.
+        update_every: steps between moves of blocks, at most.
+        label_smoothing: part of the target that all classes share.
+        clip_norm: to which the norm of all gradients is cut; None for no bound.
+        augmentation: of colour images. In grey ones, such as digits, a mirror image may mean something else.
+        seeds: how many are trained.
+        width: features of the hidden layers, given in place of ``width_multiplier``.
+        needs_image_size: whether ``model`` takes ``image_size``, too.
+        smallest_image: pixels that each side of an image must have.
+        channels_last: whether weights and images have their channels last in memory, which convolutions want.
+    """
+
+    name: str
+    title: str
+    source: str
+    model: Callable[..., nn.Module]
+    kept_dense: tuple[str, ...]
+    optimizer: SGD | AdamW
+    rate: float
+    schedule: Schedule
+    batch_size: int
+    epochs: int | None
+    block_size: int = 16
+    distribution: str = "erk"
+    update_every: int = 100
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    augmentation: str = "crop-flip"
+    seeds: int = 1
+    width: int | None = None
+    needs_image_size: bool = False
+    smallest_image: int = 1
+    channels_last: bool = True
+
+
+def _cifar_resnet(name: str, title: str, model: Callable[..., nn.Module]) -> Recipe:
+    """Return a recipe of the paper's section 4.2: 64 000 steps of 128 images, the rate divided by 10 twice."""
+    return Recipe(
+        name,
+        title,
+        "He 2016, section 4.2",
+        model,
+        kept_dense=("conv1", "fc"),
+        optimizer=SGD(weight_decay=1e-4),
+        rate=0.1,
+        schedule=Milestones((0.5, 0.75), 0.1),
+        batch_size=128,
+        epochs=164,
+    )
+
+
+_ALL = (
+    Recipe(  # AdamW's settings are PyTorch's; the rest was tried on the digits
+        "mlp",
+        "MLP",
+        "ours, for the bundled digits",
+        models.mlp,
+        kept_dense=("input", "output"),
+        optimizer=AdamW(),
+        rate=1e-3,
+        schedule=Constant(),
+        batch_size=64,
+        epochs=None,
+        distribution="uniform",
+        augmentation="none",
+        seeds=5,
+        width=2048,
+        needs_image_size=True,
+        channels_last=False,
+    ),
+    _cifar_resnet("resnet20", "ResNet-20", models.resnet20),
+    _cifar_resnet("resnet56", "ResNet-56", models.resnet56),
+    Recipe(  # their training on CIFAR-100
+        "resnet18-cifar",
+        "ResNet-18 with a 3x3 stem",
+        "Thangarasa 2024 (Sparse-IFT)",
+        models.resnet18_cifar,
+        kept_dense=("conv1", "fc"),
+        optimizer=SGD(weight_decay=5e-4, nesterov=True),
+        rate=0.1,
+        schedule=Milestones((0.3, 0.6, 0.8), 0.2),
+        batch_size=128,
+        epochs=200,
+        block_size=32,
+        distribution="uniform",
+    ),
+    Recipe(  # their training on ImageNet, without random resized crops: images come in one size here
+        "resnet18",
+        "ResNet-18",
+        "Thangarasa 2024 (Sparse-IFT)",
+        models.resnet18,
+        kept_dense=("conv1", "fc"),
+        optimizer=SGD(weight_decay=3.05e-5, momentum=0.875, decay_all=False),
+        rate=0.256,
+        schedule=Cosine(),
+        batch_size=256,
+        epochs=90,
+        block_size=32,
+        distribution="uniform",
+        label_smoothing=0.1,
+    ),
+    Recipe(  # theirs on ImageNet: 4096 images a step at a rate of 1.6, here in proportion; crops as above
+        "resnet50",
+        "ResNet-50",
+        "Evci 2020 (RigL)",
+        models.resnet50,
+        kept_dense=("conv1", "fc"),
+        optimizer=SGD(weight_decay=1e-4, decay_all=False),
+        rate=0.1,
+        schedule=Milestones((0.3, 0.7, 0.9), 0.1, warm_up=0.05),
+        batch_size=256,
+        epochs=100,
+        block_size=32,
+        label_smoothing=0.1,
+    ),
+    Recipe(  # without dropout
+        "wrn-28-4",
+        "WRN-28-4",
+        "Zagoruyko 2016 (WRN)",
+        models.wrn_28_4,
+        kept_dense=("conv1", "fc"),
+        optimizer=SGD(weight_decay=5e-4, nesterov=True),
+        rate=0.1,
+        schedule=Milestones((0.3, 0.6, 0.8), 0.2),
+        batch_size=128,
+        epochs=200,
+    ),
+    Recipe(  # their network has two linear layers more
+        "vgg16",
+        "VGG-16 with batch norm",
+        "Liu 2021 (ITOP)",
+        models.vgg16,
+        kept_dense=("features.0", "fc"),
+        optimizer=SGD(weight_decay=5e-4, nesterov=True),
+        rate=0.1,
+        schedule=Milestones((0.5, 0.75), 0.1),
+        batch_size=128,
+        epochs=250,
+        block_size=32,
+        smallest_image=32,
+    ),
+    Recipe(
+        "vgg16-small",
+        "VGG-16 of a quarter of the width",
+        "Heddes 2024 (GSE)",
+        models.vgg16_small,
+        kept_dense=("features.0", "fc"),
+        optimizer=SGD(weight_decay=1e-4),
+        rate=0.1,
+        schedule=Milestones((0.4, 0.6), 0.1, warm_up=0.025),
+        batch_size=128,
+        epochs=200,
+        distribution="er",
+        update_every=1000,
+        smallest_image=32,
+    ),
+    Recipe(
+        # Without RandAugment and mixup. Theirs decays a weight by 1e-4 of it a step, whatever the rate: PyTorch
+        # multiplies the 0.1 by the rate of 1e-3. Blocks are shared out as in Heddes 2024.
+        "simplevit-tiny",
+        "SimpleViT-tiny",
+        "Beyer 2022 (SimpleViT)",
+        models.simplevit_tiny,
+        kept_dense=("embed", "head"),
+        optimizer=AdamW(weight_decay=0.1, decay_all=False),
+        rate=1e-3,
+        schedule=Cosine(warm_up=0.09),
+        batch_size=1024,
+        epochs=90,
+        block_size=32,
+        distribution="er",
+        clip_norm=1.0,
+        needs_image_size=True,
+        channels_last=False,
+    ),
+)
+
+RECIPES = {recipe.name: recipe for recipe in _ALL}
+"""All recipes by name; the first one is the default."""
+
+
+def find(name: str) -> Recipe:
+    """Return a recipe by its name.
+
+    Raises:
+        ValueError: there is none; the text names the nearest.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(str(name), RECIPES, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}"
+    raise InputError(f"recipe is {name!r}, which there is not; {hint} (--list shows all)", parameter="recipe")

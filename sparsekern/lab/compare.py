@@ -1,0 +1,288 @@
+"""Several methods on one recipe: a grid of ordinary runs in one folder, and what came out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sparsekern.errors import InputError
+from sparsekern.lab.catalogue import find
+from sparsekern.lab.config import Config, usable_device
+from sparsekern.lab.contestants import Contestant
+from sparsekern.lab.cost import training_cost
+from sparsekern.lab.data import Dataset, load
+from sparsekern.lab.folder import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text
+from sparsekern.lab.formats import CostFile, checked
+from sparsekern.lab.lock import locked
+from sparsekern.lab.picture import draw_or_warn
+from sparsekern.lab.report.comparison import draw_comparison, markdown
+from sparsekern.lab.run import Interrupted, Observer, check, resume, start
+from sparsekern.lab.scores import score_rows
+from sparsekern.nn.atomic_files import refuse_link
+from sparsekern.training import METHODS
+
+TABLE, PICTURE, COST = "comparison", "comparison.png", "cost.json"
+
+DENSE = "dense"
+"""Name of the cell of the dense twin, which is the same for all methods, sparsities and blocks."""
+
+BASE: dict[str, Any] = {"method": "static", "sparsity": 0.0, "block_size": 1}
+"""What is said in place of that in which the cells differ."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        base: what all runs share; its method, sparsity and blocks are those of no cell.
+        contestants: methods with options.
+        sparsities: each with every contestant.
+        block_sizes: each with every contestant and sparsity.
+        dense: whether the dense twin is trained, once a seed.
+
+    Raises:
+        ValueError: something is missing or wrong.
+    """
+
+    base: Config
+    contestants: tuple[Contestant, ...]
+    sparsities: tuple[float, ...]
+    block_sizes: tuple[int, ...]
+    dense: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("contestants", "sparsities", "block_sizes"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty; give at least one", parameter=name)
+        self.cells()
+
+    def cells(self) -> dict[str, Config]:
+        """Return the configurations of all runs by the names of their folders, the dense twin first."""
+        alone = replace(self.base, dense=False)
+        cells = {}
+        if self.dense:
+            cells[DENSE] = replace(self.base, sparse=False, options={})
+        for block_size in self.block_sizes:
+            for sparsity in self.sparsities:
+                for contestant in self.contestants:
+                    name = f"{contestant.slug}-s{sparsity:g}-b{block_size}"
+                    cells[name] = replace(alone, sparsity=sparsity, block_size=block_size, **contestant.entries())
+        return cells
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that :meth:`from_json` reads."""
+        return {
+            "base": self.base.to_json(),
+            "contestants": [contestant.entries() for contestant in self.contestants],
+            "sparsities": list(self.sparsities),
+            "block_sizes": list(self.block_sizes),
+            "dense": self.dense,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any) -> Plan:
+        """Read what :meth:`to_json` returned.
+
+        Raises:
+            ValueError: something is missing or wrong.
+        """
+        try:
+            return cls(
+                Config.from_json(values["base"]),
+                tuple(Contestant(**entries) for entries in values["contestants"]),
+                tuple(values["sparsities"]),
+                tuple(values["block_sizes"]),
+                values["dense"],
+            )
+        except (KeyError, TypeError, AttributeError):
+            raise InputError("the plan of the comparison is damaged; choose another --out") from None
+
+
+class CompareObserver(Observer):
+    """What a comparison tells while it goes on, beside what its runs tell."""
+
+    def cell(self, name: str, config: Config, number: int, total: int) -> None:
+        """The run of a cell begins, or goes on; it is that many of all. Not called of one that is finished."""
+
+
+def default_folder(now: datetime) -> Path:
+    """Return ``runs/<date-time>-compare``."""
+    return Path("runs") / f"{now:%Y%m%d-%H%M%S}-compare"
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Return the plan of the comparison in a folder; None if there is none yet.
+
+    Raises:
+        ValueError: the folder holds something else, or the plan is damaged.
+    """
+    if (folder / PLAN).is_file():
+        return Plan.from_json(read_json(folder / PLAN).get("plan"))
+    if folder.is_file():
+        raise InputError(f"out is {folder}, which is a file; choose the name of a folder for --out", parameter="out")
+    if folder.exists() and not is_new(folder):
+        raise InputError(
+            f"out is {folder}, which holds no comparison and is not empty; choose another --out", parameter="out"
+        )
+    return None
+
+
+def plan_for(
+    folder: Path,
+    values: Mapping[str, Any],
+    contestants: Sequence[Contestant] = (),
+    sparsities: Sequence[float] = (),
+    block_sizes: Sequence[int] = (),
+    dense: bool | None = None,
+) -> Plan:
+    """Return the plan of a comparison that begins or goes on in a folder, whose cells it keeps.
+
+    Args:
+        folder: of the comparison.
+        values: of a :class:`Config`, shared by all runs.
+        contestants: none for all methods, or those of the folder.
+        sparsities, block_sizes: none for the defaults, or those of the folder.
+        dense: whether the dense twin is trained; None for yes, or what the folder has. It can only be added.
+
+    Raises:
+        ValueError: the folder holds something else, or a comparison whose runs have other values.
+    """
+    known = read_plan(folder)
+    if known is None:
+        base = Config(**{**values, **BASE})
+        return Plan(
+            base,
+            _union((), contestants) or tuple(map(Contestant, METHODS)),
+            _union((), sparsities) or (Config.sparsity,),
+            _union((), block_sizes) or (find(base.recipe).block_size,),
+            dense is not False,
+        )
+    has = known.base.to_json()
+    for name, value in values.items():
+        if value != has[name]:
+            raise InputError(
+                f"{name} is {value}, but the comparison in {folder} has {has[name]}; drop the option, or choose "
+                "another --out",
+                parameter=name,
+            )
+    return Plan(
+        known.base,
+        _union(known.contestants, contestants),
+        _union(known.sparsities, sparsities),
+        _union(known.block_sizes, block_sizes),
+        known.dense or dense is True,
+    )
+
+
+def compare(plan: Plan, folder: Path, observer: CompareObserver) -> dict[str, Any]:
+    """Train what is not trained yet, and write the table and the picture; killed at any moment, the next call goes on.
+
+    Args:
+        plan: what :func:`plan_for` returned for the folder.
+        folder: of the comparison. Every cell has a run folder in it.
+        observer: told what happens.
+
+    Returns:
+        The content of ``comparison.json``.
+
+    Raises:
+        ValueError: options, data or the folder are not usable; the text names the cell. Found before any training,
+            but for a loss that is not finite: that is raised after all other cells.
+        Interrupted: the observer asked to stop.
+    """
+    data = load(plan.base.data, plan.base.data_max_gib)
+    cells = {name: config.resolved(*data.train_images.shape[:2]) for name, config in plan.cells().items()}
+    for name, config in cells.items():
+        _check(folder / name, name, config, data)
+    with locked(folder):
+        write_json(folder / PLAN, {"plan": plan.to_json()})
+        return _train(plan, cells, data, folder, observer)
+
+
+def _train(
+    plan: Plan, cells: Mapping[str, Config], data: Dataset, folder: Path, observer: CompareObserver
+) -> dict[str, Any]:
+    finished, failed = [], []
+    for number, (name, config) in enumerate(cells.items()):
+        if not _is_finished(folder / name):
+            observer.cell(name, config, number, len(cells))
+        try:
+            _run(folder / name, config, data, observer)
+        except Interrupted:
+            raise Interrupted(folder) from None
+        except ValueError as error:  # a loss that is not finite: the other cells are worth having
+            failed.append(f"{name}: {error}")
+            continue
+        finished.append(name)
+        content = _write_table(plan, folder, finished)
+    if finished:
+        title = f"{content['data']['name']}, {plan.base.network_title}"
+        draw_or_warn(folder / PICTURE, lambda path: draw_comparison(path, title, content["rows"]))
+    if failed:
+        raise InputError(f"{len(failed)} of {len(cells)} runs failed (the others are in {folder}). {'; '.join(failed)}")
+    return content
+
+
+def _check(folder: Path, name: str, config: Config, data: Dataset) -> None:
+    """Raise ValueError if a cell cannot be trained, or its run is of other options."""
+    try:
+        refuse_link(folder)
+        if not (folder / CONFIG).is_file():
+            check(config, data)
+        elif read_config(folder)[0] != config:
+            raise InputError(f"the run in {folder} has other options; choose another --out")
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def is_finished(plan: Plan, folder: Path) -> bool:
+    """Return whether all runs of a comparison are, so that nothing is left to train."""
+    return all(_is_finished(folder / name) for name in plan.cells())
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / COST).is_file()
+
+
+def _run(folder: Path, config: Config, data: Dataset, observer: Observer) -> None:
+    if _is_finished(folder):
+        return
+    if (folder / CONFIG).is_file():
+        resume(folder, observer)
+    else:
+        start(config, folder, observer)
+    cost = training_cost(config.networks[0], config, data.to(usable_device(str(config.device))))
+    write_json(folder / COST, {"cost": cost})  # last: it says that the cell is finished
+
+
+def _write_table(plan: Plan, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Write the table of the cells that are finished, as JSON and as Markdown."""
+    results = {name: read_results(folder / name) for name in names}
+    costs = {name: _cost(folder / name / COST) for name in names}
+    some = results[names[0]]
+    content = {
+        "plan": plan.to_json(),
+        "data": some["data"],
+        "environment": some["environment"],
+        "rows": score_rows(results, costs),
+    }
+    write_json(folder / f"{TABLE}.json", content)
+    write_text(folder / f"{TABLE}.md", markdown(content["rows"]))
+    return read_json(folder / f"{TABLE}.json")
+
+
+def _cost(path: Path) -> dict[str, int]:
+    content = read_json(path)
+    checked(CostFile, content, path, "delete it, and the next call makes it anew")
+    cost: dict[str, int] = content["cost"]
+    return cost
+
+
+def _union(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the entries of both, each once, in their order."""
+    entries = [*first, *second]
+    return tuple(entry for place, entry in enumerate(entries) if entry not in entries[:place])

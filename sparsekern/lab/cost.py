@@ -1,0 +1,122 @@
+"""What a training costs, whatever the machine: operations in all, and memory at its highest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsekern.analysis.allocations import peak_above
+from sparsekern.lab.config import Config
+from sparsekern.lab.data import Dataset
+from sparsekern.lab.learner import Learner
+from sparsekern.lab.options import OPTIONS
+from sparsekern.training import AGENT
+
+PERIOD = 4
+"""Steps between updates while counting: room for two steps of probes and one without."""
+
+LONG = 10**6
+"""Epochs of a training that is not near its end, and steps to an update that does not come."""
+
+
+def training_cost(network: str, config: Config, data: Dataset) -> dict[str, int]:
+    """Return ``training_flops`` and ``peak_bytes`` of a network of seed 0, from a few steps of copies made for it.
+
+    FLOPs are those of all matrix products of the whole training, at stored elements: forward, backward, the scores of
+    updates, and what changes when no block moves any more. Memory is that of an update's period: what is held between
+    steps and what a step holds above that; native kernels take their scratch beside it.
+
+    Args:
+        network: ``"sparse"`` or ``"dense"``.
+        config: resolved.
+        data: on the device of the training.
+    """
+    with_agent = config
+    config = replace(config, options={n: v for n, v in config.options.items() if OPTIONS[n].part != "agent"})
+    real = Learner(network, config, data, seed=0)
+    steps, period = real.total_steps, max(PERIOD, int(config.options.get("structure_every", 1)))
+    usual = _flops(_learner(network, config, data, update_every=LONG), period) / period
+    moving = _learner(network, config, data, update_every=period)
+    agent = Learner(network, with_agent, data, seed=0).agent
+    if real.method is None:
+        flops = usual * steps
+    else:
+        schedule = real.method.schedule
+        stop = min(steps, steps if schedule.stop is None else schedule.stop)
+        updates = sum(schedule.due(step) for step in range(1, steps + 1))
+        after = usual
+        if "stop" in OPTIONS and config.method in OPTIONS["stop"].methods:
+            ended = _learner(
+                network, config, data, update_every=LONG, options={**config.options, "start": 0, "stop": 0}
+            )
+            _step(ended)
+            after = _flops(ended, 1)
+        extra = max(0.0, _flops(moving, period) - usual * period)
+        flops = usual * stop + after * (steps - stop) + extra * updates
+        if agent is not None and agent.gamma > 0:
+            begin = 0 if real.method.settled else stop
+            flops += _agent_flops(agent, real, begin, after if begin else usual)
+    if agent is not None:
+        moving = _with_correction(network, with_agent, data, period)
+    _step(moving)  # the optimizer has its state after the first step
+    gradients = sum(p.numel() * p.element_size() for p in moving.model.parameters() if p.requires_grad)
+    between = moving.training_bytes() - gradients
+    peak = between + peak_above(lambda: _run(moving, period), moving.device)
+    images = data.train_images.shape[0]
+    flops *= images / (real.batches * min(images, real.batch_size))  # the last batch of an epoch may be smaller
+    return {"training_flops": round(flops), "peak_bytes": peak}
+
+
+def _agent_flops(agent: AGENT, learner: Learner, begin: int, step: float) -> float:
+    """Return the FLOPs of AGENT's passes if c is never 0 but in the first interval.
+
+    Args:
+        agent: says which passes there are.
+        learner: says how many steps, and what a forward pass costs.
+        begin: the first step at which AGENT may take part.
+        step: FLOPs of a forward and backward on a batch.
+    """
+    if agent.every is not None:
+        return step * (learner.total_steps - begin)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        learner.loss(learner.next_batch())
+    snapshots = sum(first >= begin for first in range(0, learner.total_steps, learner.batches))
+    compares = agent.estimate == "losses"
+    epochs = snapshots - compares if snapshots else 0
+    batches = min(learner.batches, agent.batches or learner.batches)
+    passes = batches * (step * snapshots + int(counter.get_total_flops()) * max(0, snapshots - 1) * compares)
+    return passes + step * learner.batches * epochs
+
+
+def _with_correction(network: str, config: Config, data: Dataset, period: int) -> Learner:
+    """Return a learner whose AGENT passes over one batch only, and corrects from the first step."""
+    options = {**config.options, "agent_batches": 1}
+    learner = _learner(network, config, data, update_every=period, options=options)
+    assert learner.agent is not None
+    learner.agent.c = dict.fromkeys(learner.agent.c, 1.0)
+    return learner
+
+
+def _learner(network: str, config: Config, data: Dataset, **changes: Any) -> Learner:
+    return Learner(network, replace(config, epochs=LONG, **changes), data, seed=0)
+
+
+def _flops(learner: Learner, steps: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        _run(learner, steps)
+    return int(counter.get_total_flops())
+
+
+def _run(learner: Learner, steps: int) -> None:
+    for _ in range(steps):
+        _step(learner)
+
+
+def _step(learner: Learner) -> None:
+    """Take a step on a whole batch, and never look at the test images."""
+    if (learner.batch + 1) * learner.batch_size > learner.data.train_images.shape[0]:
+        learner.epoch, learner.batch = learner.epoch + 1, 0
+    learner.step()

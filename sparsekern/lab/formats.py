@@ -1,0 +1,318 @@
+"""What the files of a run hold, as types; every reader checks a file against its type before anything is done with it.
+
+A run folder may come from anywhere. Types say what entries there are and of which kind; :func:`checked` says in one
+sentence what is wrong. What is checked here is plain values: nothing in a file is executed by reading it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from sparsekern.errors import InputError
+
+LARGEST = 2**31 - 1
+"""Of a number that counts something."""
+
+PIXELS = 2**20
+"""Of a block map in a film, at most; those that are written have far fewer."""
+
+
+def _number(value: Any) -> Any:
+    if type(value) not in (int, float):  # pydantic takes whatever can be made one, as a tensor can
+        raise InputError("input should be a valid number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Seconds = Annotated[Number, Field(ge=0)]
+Name = Literal["sparse", "dense"]
+Pair = Annotated[Sequence[Positive], Field(min_length=2, max_length=2)]
+Counts = Annotated[Sequence[Count], Field(min_length=2, max_length=2)]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dim() != 1 or not tensor.is_contiguous():
+        raise InputError("it must be a tensor of one axis")
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.uint8:
+        raise InputError(f"it is {tensor.dtype}, and must be torch.uint8")
+    return tensor
+
+
+def _keys(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"it is {tensor.dtype}, and must hold integers")
+    return tensor
+
+
+Bytes = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_bytes)]
+Keys = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_keys)]
+
+
+class Part(BaseModel):
+    """A dictionary with entries of given types. Other entries pass."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class Graphs(Part):
+    """Spectral measures of the layers after a step."""
+
+    step: Count
+    layers: dict[str, dict[str, Number | None]]
+
+
+class Row(Part):
+    """A row of ``metrics.jsonl``; what a method adds are numbers."""
+
+    __pydantic_extra__: dict[str, Number]
+
+    seed: Count
+    network: Name
+    epoch: Positive
+    loss: Number
+    test_accuracy: Fraction
+    ms_per_step: Seconds | None
+    step: Count = 0
+    seconds: Seconds = 0.0
+    spectral: list[Graphs] = []
+
+
+class Data(Part):
+    """What a run says of its data."""
+
+    name: str
+    train_images: Positive
+    test_images: Positive
+    classes: Positive = 1
+    image_shape: Annotated[Sequence[Positive], Field(min_length=3, max_length=3)] = (1, 1, 1)
+
+
+class Environment(Part):
+    """Where a run was trained."""
+
+    device: str
+    threads: Positive
+    kernels: str
+
+
+class ConfigFile(Part):
+    """``config.json``."""
+
+    config: dict[str, Any]
+    data: Data
+    environment: dict[str, Any] = {}
+    keeping: dict[str, Any] = {}
+
+
+class Sizes(Part):
+    """What a network stores."""
+
+    network_sparsity: Fraction | None = None  # results of an older version have none
+    stored_parameters: Positive
+    training_bytes: Positive
+
+
+class Accuracy(Part):
+    """Over seeds."""
+
+    mean: Fraction
+    standard_deviation: Seconds | None
+    by_seed: Annotated[list[Fraction], Field(min_length=1)]
+
+
+class Times(Part):
+    """Median and quartiles; None where there are too few epochs."""
+
+    median: Annotated[Number, Field(gt=0)] | None
+    low: Seconds | None
+    high: Seconds | None
+    highest: Seconds | None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Times:
+        if (self.low is None) != (self.high is None) or (self.median is None) != (self.highest is None):
+            raise InputError("low and high, and median and highest, are both numbers or both null")
+        if self.median is None and self.low is not None:
+            raise InputError("quartiles without a median")
+        return self
+
+
+class Spent(Part):
+    """Seconds of all steps; None in results of an older version."""
+
+    mean: Seconds | None
+    by_seed: list[Seconds] | None
+
+
+class Network(Sizes):
+    """The results of one network."""
+
+    seconds: Spent | None = None
+
+    sparsity: Fraction
+    test_accuracy: Accuracy
+    ms_per_step: Times
+
+
+class Comparison(Part):
+    """The sparse network against its dense twin."""
+
+    accuracy_gap: Number
+    accuracy_gap_standard_error: Seconds | None
+    parameters_dense_over_sparse: Annotated[Number, Field(gt=0)]
+    bytes_dense_over_sparse: Annotated[Number, Field(gt=0)]
+    time_sparse_over_dense: Times
+
+
+class Results(Part):
+    """``results.json``."""
+
+    config: dict[str, Any]
+    data: Data
+    environment: Environment
+    networks: Annotated[dict[Name, Network], Field(min_length=1)]
+    comparison: Comparison | None = None
+
+    @model_validator(mode="after")
+    def _compares_two(self) -> Results:
+        if self.comparison is not None and len(self.networks) < 2:
+            raise InputError("there is a comparison of one network")
+        if len({len(network.test_accuracy.by_seed) for network in self.networks.values()}) > 1:
+            raise InputError("its networks are of different numbers of seeds")
+        return self
+
+
+class Cost(Part):
+    """``cost.json`` of a cell of a comparison."""
+
+    training_flops: Annotated[int, Field(ge=0)]
+    peak_bytes: Annotated[int, Field(ge=0)]
+
+
+class CostFile(Part):
+    """``cost.json``."""
+
+    cost: Cost
+
+
+class FilmedLayer(Part):
+    """A layer of a film."""
+
+    shape: Pair
+    tile: Positive
+    rows: Positive
+    cols: Positive
+    kernel: Pair | None
+    groups: Positive
+    block: Pair
+
+    @model_validator(mode="after")
+    def _small(self) -> FilmedLayer:
+        if math.prod(self.shape) > PIXELS:
+            raise InputError(f"a block map of {' x '.join(map(str, self.shape))} pixels is larger than {PIXELS}")
+        return self
+
+
+class FilmFrame(Part):
+    """A frame of a film."""
+
+    step: Count
+    update: Count
+    images: dict[str, Bytes]
+    blocks: dict[str, Counts]
+
+
+class Film(Part):
+    """What :class:`~sparsekern.lab.history.History` keeps."""
+
+    every: Positive
+    layers: dict[str, FilmedLayer]
+    start: dict[str, Bytes]
+    frames: Annotated[list[FilmFrame], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _same_layers(self) -> Film:
+        parts: list[dict[str, Any]] = [self.start]
+        parts += [part for frame in self.frames for part in (frame.images, frame.blocks)]
+        if any(part.keys() != self.layers.keys() for part in parts):
+            raise InputError("its frames are of other layers")
+        return self
+
+
+class BlockMap(Part):
+    """Where the blocks of one layer were and are."""
+
+    layer: str
+    rows: Positive
+    cols: Positive
+    kernel: Pair | None
+    start: Keys
+    end: Keys
+
+    @model_validator(mode="after")
+    def _inside(self) -> BlockMap:
+        for keys in (self.start, self.end):
+            if keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < self.rows * self.cols:
+                raise InputError("a block is outside the grid")
+        return self
+
+
+class LearnerState(Part):
+    """What a network's training goes on from."""
+
+    epoch: Count
+    batch: Count
+    steps: Count
+    loss_sum: Number
+    seconds: Seconds
+    milliseconds: list[Seconds]
+    graphs: list[Graphs] = []
+    optimizer: dict[str, Any]
+    method: dict[str, Any] | None
+
+
+class State(Part):
+    """``state.pt`` of a checkpoint: of a seed that is finished, or of one that goes on."""
+
+    rows: list[Row]
+    finished: bool
+    history: Film | None = None
+    sizes: dict[Name, Sizes] = {}
+    map: BlockMap | None = None
+    learners: dict[Name, LearnerState] = {}
+
+
+def checked(kind: type[Part], value: Any, where: Path | str, way_out: str | None = None) -> None:
+    """Check that a value is of a kind.
+
+    Args:
+        kind: what it must be.
+        value: what a file holds.
+        where: the file, for the error.
+        way_out: what to do, where the caller does not say it.
+
+    Raises:
+        ValueError: it is not; the text says which entry is wrong, and how.
+    """
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        entry = ".".join(str(step) for step in wrong["loc"]) or "it"
+        words = wrong["msg"].removeprefix("Value error, ")
+        what = f"{where} is damaged: {entry}: {words[:1].lower()}{words[1:]}"
+        raise InputError(what if way_out is None else f"{what}; {way_out}") from None

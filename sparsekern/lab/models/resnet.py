@@ -1,0 +1,134 @@
+"""ResNet-18 and ResNet-50: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1.
+
+Modules have torchvision's names, so that its checkpoints load. As there, the bottleneck has its stride in the 3x3
+convolution (the paper: in the first 1x1 one), and shortcuts that change shape are pointwise convolutions (option B).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparsekern.lab.models.layers import Multiplier, conv1x1, conv3x3, init_convolutions_, widened
+
+STAGES = (64, 128, 256, 512)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(in_channels, channels, stride), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = conv3x3(channels, channels), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(N, channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y += x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.relu(y)
+        return out
+
+
+class Bottleneck(nn.Module):
+    """A pointwise, a 3x3 and a pointwise convolution to four times the channels, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = self.expansion * channels
+        self.conv1, self.bn1 = conv1x1(in_channels, channels), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = conv3x3(channels, channels, stride), nn.BatchNorm2d(channels)
+        self.conv3, self.bn3 = conv1x1(channels, out_channels), nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(N, 4 * channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
+        y += x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.relu(y)
+        return out
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+
+
+class ResNet(nn.Module):
+    """A stem, four stages of blocks, average pooling, a linear layer.
+
+    Args:
+        num_classes: outputs.
+        in_channels: of the images ``(N, in_channels, H, W)``.
+        block: kind of the blocks.
+        blocks: how many each stage has.
+        small_images: a stem of one 3x3 convolution of stride 1 and no pooling, for 32x32 images, in place of a 7x7
+            convolution of stride 2 and max pooling.
+        width_multiplier: times the channels of the stem and of all stages.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        block: type[BasicBlock] | type[Bottleneck],
+        blocks: tuple[int, int, int, int],
+        small_images: bool = False,
+        width_multiplier: Multiplier = 1.0,
+    ) -> None:
+        super().__init__()
+        channels, *_ = widths = [widened(stage, width_multiplier) for stage in STAGES]
+        self.conv1 = (
+            conv3x3(in_channels, channels)
+            if small_images
+            else nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+        )
+        self.bn1, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
+        stages = []
+        for i, width in enumerate(widths):
+            made: list[nn.Module] = [block(channels, width, stride=1 if i == 0 else 2)]
+            channels = block.expansion * width
+            made += [block(channels, width, stride=1) for _ in range(blocks[i] - 1)]
+            stages.append(nn.Sequential(*made))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.fc = nn.Linear(channels, num_classes)
+        init_convolutions_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``(N, num_classes)``."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def resnet18(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
+    """Return ResNet-18 for images as large as those of ImageNet, 11.69 M parameters for 1000 classes."""
+    return ResNet(num_classes, in_channels, block=BasicBlock, blocks=(2, 2, 2, 2), width_multiplier=width_multiplier)
+
+
+def resnet18_cifar(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
+    """Return ResNet-18 for 32x32 images, 11.17 M parameters for 10 classes."""
+    return ResNet(
+        num_classes,
+        in_channels,
+        block=BasicBlock,
+        blocks=(2, 2, 2, 2),
+        small_images=True,
+        width_multiplier=width_multiplier,
+    )
+
+
+def resnet50(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
+    """Return ResNet-50 for images as large as those of ImageNet, 25.56 M parameters for 1000 classes."""
+    return ResNet(num_classes, in_channels, block=Bottleneck, blocks=(3, 4, 6, 3), width_multiplier=width_multiplier)

@@ -1,0 +1,69 @@
+"""VGG-16 for 32x32 images: Simonyan and Zisserman, ICLR 2015, configuration D, with batch norm."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from sparsekern.lab.models.layers import Multiplier, conv3x3, init_convolutions_, widened
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+"""Channels of the convolutions; each stage ends with max pooling, which halves the image."""
+
+
+class VGG(nn.Module):
+    """Thirteen 3x3 convolutions, each with batch norm and ReLU, five poolings, and linear layers.
+
+    Args:
+        num_classes: outputs.
+        in_channels: of the images ``(N, in_channels, H, W)``, H and W 32 or more.
+        base: channels of the first stage; the others have 2, 4 and 8 times as many.
+        hidden: features of the linear layers between the convolutions and the last one.
+        width_multiplier: times the channels and the hidden features.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        base: int = 64,
+        hidden: tuple[int, ...] = (),
+        width_multiplier: Multiplier = 1.0,
+    ) -> None:
+        super().__init__()
+        features: list[nn.Module] = []
+        channels = in_channels
+        for stage in STAGES:
+            for unit in stage:
+                width = widened(unit * base // STAGES[0][0], width_multiplier)
+                features += [conv3x3(channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                channels = width
+            features.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*features)
+        widths = [channels, *(widened(features, width_multiplier) for features in hidden)]
+        classifier: list[nn.Module] = []
+        for ins, outs in pairwise(widths):
+            classifier += [nn.Linear(ins, outs), nn.ReLU(inplace=True)]
+        self.classifier = nn.Sequential(*classifier)
+        self.fc = nn.Linear(widths[-1], num_classes)
+        init_convolutions_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``(N, num_classes)``."""
+        logits: Tensor = self.fc(self.classifier(self.features(x).mean((2, 3))))
+        return logits
+
+
+def vgg16(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> VGG:
+    """Return VGG-16 with one linear layer, as is usual for CIFAR, 14.72 M parameters for 10 classes."""
+    return VGG(num_classes, in_channels, width_multiplier=width_multiplier)
+
+
+def vgg16_small(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> VGG:
+    """Return the VGG-16 of the GSE paper: a quarter of the channels, then 128 -> 512 -> 512 -> classes.
+
+    Source: Heddes et al., arXiv 2401.06898. Batch norm is ours where the paper does not say.
+    """
+    return VGG(num_classes, in_channels, base=16, hidden=(512, 512), width_multiplier=width_multiplier)

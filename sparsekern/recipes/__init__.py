@@ -1,6 +1,0 @@
-"""The shipped training recipes: data, networks, the loop, checkpoints, results. ``sparsekern train`` is their shell."""
-
-from sparsekern.recipes.config import Config
-from sparsekern.recipes.run import Interrupted, Observer, resume, start
-
-__all__ = ["Config", "Interrupted", "Observer", "resume", "start"]

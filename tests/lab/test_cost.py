@@ -1,0 +1,93 @@
+"""FLOPs and memory of a training against counts by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsekern.lab.config import Config
+from sparsekern.lab.cost import training_cost
+from sparsekern.lab.data import load
+from sparsekern.lab.learner import Learner
+
+CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=3, batch_size=500, update_every=2, seeds=1, device="cpu")
+IMAGES, STEPS = 1438, 9
+ENDS = 64 * 32 * 4 + 32 * 10 * 6
+"""FLOPs of an image in the dense layers at both ends: the first has no gradient of its input."""
+
+HIDDEN = 2 * 32 * 32
+"""Elements of the hidden layers."""
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load()
+
+
+def cost(data, network="sparse", **changes):
+    values = {**CONFIG.to_json(), "augment": "none", **changes}
+    return training_cost(network, Config(**values), data)
+
+
+def images(epochs=3):
+    return epochs * IMAGES
+
+
+def test_the_dense_twin(data):
+    whole = cost(data, "dense")
+    assert whole["training_flops"] == (ENDS + 6 * HIDDEN) * images()
+    parameters = 64 * 32 + 32 + HIDDEN + 2 * 32 + 32 * 10 + 10
+    assert whole["peak_bytes"] > 16 * parameters  # weights, gradients, two moments
+
+
+def test_stored_elements_count(data):
+    static = cost(data, method="static")
+    assert static["training_flops"] == (ENDS + 3 * HIDDEN) * images()
+    assert cost(data, method="set")["training_flops"] == static["training_flops"]
+
+
+def test_scores_count_once_an_update(data):
+    # updates after steps 2, 4 (stop at 6 of 9), each on a batch, score every element at 2 FLOPs
+    extra = cost(data, method="rigl")["training_flops"] - cost(data, method="static")["training_flops"]
+    assert extra == pytest.approx(2 * 2 * HIDDEN * IMAGES / 3, abs=1)
+
+
+def test_masks_are_passes_until_they_end(data):
+    # 6 of 9 steps: forward under two masks, backward under one; then as static
+    vrpge = cost(data, method="vrpge")["training_flops"]
+    ends, forward = ENDS + 64 * 32 * 2 + 32 * 10 * 2, HIDDEN  # FLOPs of an image: 2 for each stored element
+    by_hand = ((ends + 4 * forward) * 6 + (ENDS + 3 * forward) * 3) / STEPS * images()
+    assert vrpge == pytest.approx(by_hand, rel=0.05)
+    rare = cost(data, method="vrpge", options={"structure_every": 5})["training_flops"]
+    assert rare < vrpge
+    assert cost(data, method="vrpge", options={"masks": 4})["peak_bytes"] > 0
+
+
+def test_a_dense_score_shows_in_the_peak(data):
+    changes = {"block_size": 1, "sparsity": 0.95, "width": 128, "batch_size": 16}
+    dense_scores = cost(data, method="rigl", options={"allow_dense_scores": True}, **changes)["peak_bytes"]
+    assert dense_scores >= cost(data, method="static", **changes)["peak_bytes"] + 4 * 128 * 128
+
+
+@pytest.mark.parametrize("options", [{}, {"agent_batches": 2}, {"agent_estimate": "gradients", "agent_every": 3}])
+def test_agent_costs_what_it_says_in_a_training(data, options):
+    options = {"agent": True, **options}
+    plain, whole = cost(data), cost(data, options=options)
+    learner = Learner("sparse", Config(**{**CONFIG.to_json(), "augment": "none", "options": options}), data, seed=0)
+    for _ in range(3):
+        for _ in range(3):
+            learner.step()
+        learner.finish_epoch()
+    assert learner.agent.metrics()["c"] > 0
+    extra = learner.agent.metrics()["extra_flops"] * IMAGES / (3 * 500)  # it takes the last batch for a whole one
+    assert whole["training_flops"] - plain["training_flops"] == pytest.approx(extra, abs=1)
+    values = sum(p.numel() for p in learner.model.parameters()) * 4
+    assert whole["peak_bytes"] >= plain["peak_bytes"] + 2 * values
+
+
+def test_agent_waits_for_the_choice_of_vrpge(data):
+    def extra(**options):
+        both = (cost(data, method="vrpge", options={**options, **more}) for more in ({"agent": True}, {}))
+        return next(both)["training_flops"] - next(both)["training_flops"]
+
+    step = (ENDS + 3 * HIDDEN) * IMAGES / 3
+    assert extra() == pytest.approx(3 * step, rel=1e-6)  # the choice is made at step 6 of 9: one snapshot, c = 0

@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.lab import Config, Interrupted, Observer, checkpoint, resume, start
+from sparsekern.lab.build import build
+from sparsekern.lab.keeping import Keeping
+from sparsekern.lab.run import _block_map, environment
+from sparsekern.training import METHODS
+
+CONFIG = Config(
+    width=32,
+    block_size=8,
+    sparsity=0.5,
+    augment="none",
+    epochs=3,
+    batch_size=400,
+    seeds=2,
+    update_every=2,
+    device="cpu",
+)
+BATCHES = 4
+STEPS = 2 * 2 * 3 * BATCHES  # seeds, networks, epochs
+
+
+class StopAt(Observer):
+    """Asks to stop before a step, counted from 0."""
+
+    def __init__(self, *steps: int) -> None:
+        self.stops, self.asked, self.seen = steps, 0, []
+
+    def should_stop(self):
+        self.asked += 1
+        return self.asked - 1 in self.stops
+
+    def row(self, row):
+        self.seen.append(row)
+
+
+def rows_of(folder, *, timed=False):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    drop = () if timed else ("ms_per_step", "seconds", "update_seconds")
+    return [{key: value for key, value in row.items() if key not in drop} for row in rows]
+
+
+def weights(folder, networks=("sparse", "dense")):
+    return {
+        f"{seed}/{network}": (
+            checkpoint.latest(folder / "checkpoints" / f"seed-{seed}") / f"{network}.safetensors"
+        ).read_bytes()
+        for seed in (0, 1)
+        for network in networks
+    }
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)  # it takes longer than the training
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, start(CONFIG, folder, Observer())
+
+
+def test_the_run_folder(straight):
+    folder, results = straight
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "results.json",
+        "summary.png",
+    ]
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert results["config"] == CONFIG.to_json()
+    assert results["networks"]["sparse"]["stored_parameters"] < results["networks"]["dense"]["stored_parameters"]
+    assert results["comparison"]["time_sparse_over_dense"]["median"] > 0
+    rows = rows_of(folder)
+    assert [(row["seed"], row["epoch"], row["network"]) for row in rows] == [
+        (seed, epoch, network) for seed in (0, 1) for epoch in (1, 2, 3) for network in ("sparse", "dense")
+    ]
+    assert 0.1 < rows[-1]["test_accuracy"] < 1
+    final = [row["test_accuracy"] for row in rows if row["epoch"] == 3 and row["network"] == "sparse"]
+    assert results["networks"]["sparse"]["test_accuracy"]["by_seed"] == final
+
+
+def test_a_finished_checkpoint_holds_the_network_and_no_optimizer(straight):
+    newest = checkpoint.latest(straight[0] / "checkpoints" / "seed-0")
+    state = checkpoint.load_state(newest)
+    assert state["finished"] and "learners" not in state
+    model = build("sparse", CONFIG, (1, 8, 8), 10, seed=99)
+    checkpoint.load_model(newest, "sparse", model)
+    keys = sk.sparse_layers(model)["hidden1"].topology.sorted_keys()
+    assert torch.equal(keys, state["map"]["end"]) and not torch.equal(keys, state["map"]["start"])
+    assert keys.shape == state["map"]["start"].shape == (8,)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        (0,),  # before the first step
+        (BATCHES + 2,),  # in the middle of the dense network's first epoch
+        (2 * BATCHES,),  # between two epochs
+        (2 * BATCHES + 3,),  # in the middle of the sparse network's second epoch
+        (STEPS // 2 + 3 * BATCHES + 1,),  # in the second seed
+        (5, 0, 1, 7),  # again and again, also at once after resuming
+    ],
+)
+def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(straight, no_picture, tmp_path, stops):
+    folder, results = straight
+    with pytest.raises(Interrupted) as stopped:
+        start(CONFIG, tmp_path, StopAt(stops[0]))
+    assert stopped.value.folder == tmp_path
+    for stop in stops[1:]:
+        with pytest.raises(Interrupted):
+            resume(tmp_path, StopAt(stop))
+    observer = StopAt()
+    resumed = resume(tmp_path, observer)
+    assert observer.asked == STEPS - sum(stops), "steps were lost or done twice"
+    assert weights(tmp_path) == weights(folder)
+    assert rows_of(tmp_path) == rows_of(folder)
+    assert len(observer.seen) < len(rows_of(folder)) or stops == (0,)
+    for name in ("sparse", "dense"):
+        assert resumed["networks"][name]["test_accuracy"] == results["networks"][name]["test_accuracy"]
+
+
+def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path):
+    class Killed(StopAt):
+        def should_stop(self):
+            if super().should_stop():
+                raise RuntimeError("killed")
+            return False
+
+    with pytest.raises(RuntimeError, match="killed"):
+        start(CONFIG, tmp_path, Killed(3 * BATCHES + 1))  # the sparse row of the second epoch is written, and lost
+    assert len(rows_of(tmp_path)) == 3
+    resume(tmp_path, Observer())
+    assert weights(tmp_path) == weights(straight[0])
+    assert rows_of(tmp_path) == rows_of(straight[0])
+
+
+@pytest.mark.parametrize("every", ["1", "3", "1s"])
+def test_a_long_epoch_is_not_lost(straight, no_picture, tmp_path, every, monkeypatch):
+    """Killed right after a save that was due, and again; the steps between two saves are all that is done twice."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("sparsekern.lab.keeping.time.monotonic", lambda: next(seconds))
+
+    class Killed(StopAt):
+        def should_stop(self):
+            if super().should_stop():
+                raise RuntimeError("killed")
+            return False
+
+    done = 0
+    with pytest.raises(RuntimeError, match="killed"):
+        start(CONFIG, tmp_path, killed := Killed(7), Keeping(save_every=every))
+    while True:
+        done += killed.asked - 1
+        try:
+            resume(tmp_path, killed := Killed(7))
+            break
+        except RuntimeError:
+            pass
+    assert STEPS <= done + killed.asked <= STEPS * (2 if every == "3" else 1.2)
+    assert weights(tmp_path) == weights(straight[0]) and rows_of(tmp_path) == rows_of(straight[0])
+
+
+def test_the_best_checkpoint_and_the_last_two_stay(straight):
+    folder, _ = straight
+    for seed in (0, 1):
+        rows = [row for row in rows_of(folder) if row["seed"] == seed]
+        best = max((row for row in rows if row["network"] == "sparse"), key=lambda row: row["test_accuracy"])
+        there = {path.name for path in (folder / "checkpoints" / f"seed-{seed}").iterdir()}
+        assert there == {f"step-{2 * step:08d}" for step in (best["step"], 2 * BATCHES, 3 * BATCHES)}
+
+
+def test_a_seed_killed_between_its_last_checkpoint_and_the_deletion_of_older_ones(straight, no_picture, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "results.json").unlink()
+    seed = folder / "checkpoints" / "seed-1"
+    before = {path.name for path in seed.iterdir()}
+    (seed / "step-00000001").mkdir()
+    resume(folder, StopAt(0))
+    assert {path.name for path in seed.iterdir()} == before
+
+
+def test_a_seed_whose_end_is_damaged_is_trained_anew_and_its_rows_come_first(straight, no_picture, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "results.json").unlink()
+    last = max((folder / "checkpoints" / "seed-0").iterdir())
+    (last / "state.pt").write_bytes(b"")
+    resume(folder, Observer())
+    assert "state.pt is damaged" in caplog.text
+    assert rows_of(folder) == rows_of(straight[0]) and weights(folder) == weights(straight[0])
+
+
+def test_what_is_kept_may_change_when_a_run_is_resumed(no_picture, tmp_path):
+    with pytest.raises(Interrupted):
+        start(CONFIG, tmp_path, StopAt(3), Keeping(save_every="1", keep=3))
+    seed = tmp_path / "checkpoints" / "seed-0"
+    assert sorted(path.name for path in seed.iterdir()) == [f"step-{step:08d}" for step in (1, 2, 3)]
+    with pytest.raises(Interrupted):
+        resume(tmp_path, StopAt(3), keep=1)
+    assert [path.name for path in seed.iterdir()] == ["step-00000006"]
+    with pytest.raises(ValueError, match="keep is 0"):
+        resume(tmp_path, StopAt(3), keep=0)
+
+
+def test_a_second_process_is_told_that_the_folder_is_in_use(tmp_path):
+    class Second(Observer):
+        def should_stop(self):
+            with pytest.raises(ValueError, match="is in use by another process"):
+                resume(tmp_path, Observer())
+            with pytest.raises(ValueError, match="is in use by another process"):
+                start(CONFIG, tmp_path, Observer())
+            return True
+
+    with pytest.raises(Interrupted):
+        start(CONFIG, tmp_path, Second())
+    assert ".lock" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_run_that_another_process_finished_in_the_meantime_is_only_read(straight, monkeypatch, tmp_path):
+    folder, results = straight
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "results.json").rename(tmp_path / "results.json")
+
+    @contextmanager
+    def locked(path):
+        (tmp_path / "results.json").rename(path / "results.json")
+        yield
+
+    monkeypatch.setattr("sparsekern.lab.run.locked", locked)
+    assert resume(tmp_path / "run", StopAt(0)) == results
+
+
+EVERY_METHOD = {
+    "static": {},
+    "set": {"min_age": 1},
+    "rigl": {"scoring": "screen"},
+    "gse": {"distribution": "graest", "scope": "global"},
+    "vrpge": {"structure_every": 2},
+}
+
+
+def test_every_method_is_stopped_and_resumed():
+    assert EVERY_METHOD.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_every_method_ends_bit_for_bit_alike_when_it_is_stopped_or_killed(no_picture, tmp_path, method):
+    # updates at steps 3 and 6 of 12, stop at 9: probes are armed for two stages from step 1 or 4 on
+    change = {"method": method, "options": EVERY_METHOD[method], "seeds": 1, "dense": False, "update_every": 3}
+    config = Config(**{**CONFIG.to_json(), **change})
+    start(config, tmp_path / "straight", Observer())
+
+    def same(name):
+        rows = rows_of(tmp_path / name)
+        assert rows == rows_of(tmp_path / "straight") and rows[-1]["updates"] >= 2
+        parts = [checkpoint.latest(tmp_path / part / "checkpoints" / "seed-0") for part in (name, "straight")]
+        first, second = ((part / "sparse.safetensors").read_bytes() for part in parts)
+        assert first == second
+
+    with pytest.raises(Interrupted):
+        start(config, tmp_path / "stopped", StopAt(2))
+    for stop in (3, 4):  # at step 5, between the two stages of an update, and at step 9
+        with pytest.raises(Interrupted):
+            resume(tmp_path / "stopped", StopAt(stop))
+    resume(tmp_path / "stopped", Observer())
+    same("stopped")
+
+    class Killed(Observer):
+        steps = 0
+
+        def step(self, learner, loss):
+            Killed.steps += 1
+            if Killed.steps == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(config, tmp_path / "killed", Killed())
+    resume(tmp_path / "killed", Observer())
+    same("killed")
+
+
+def test_the_largest_layer_is_shown():
+    sizes = ((8, 16), (16, 24), (24, 16), (16, 8))  # the second and the third have 6 places
+    model = torch.nn.Sequential(*(sk.SparseLinear(*size, block_size=8, sparsity=0.5) for size in sizes))
+    found = _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
+    assert (found["layer"], found["rows"], found["cols"]) == ("1", 3, 2)
+    assert torch.equal(found["start"], found["end"]) and len(found["end"]) == 3 and found["kernel"] is None
+
+
+def test_the_kernel_of_a_convolution_is_known():
+    model = torch.nn.Sequential(sk.SparseConv2d(8, 16, (3, 1), block_size=8, sparsity=0.5))
+    found = _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
+    assert (found["rows"], found["cols"], found["kernel"]) == (2, 3, (3, 1))
+
+
+def test_a_finished_run_is_only_read(straight):
+    folder, results = straight
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert resume(folder, StopAt(0)) == results
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_the_global_generator_is_left_alone(no_picture, tmp_path):
+    torch.manual_seed(1)
+    start(Config(**{**CONFIG.to_json(), "epochs": 1, "seeds": 1, "dense": False}), tmp_path, Observer())
+    after = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(()))
+
+
+def test_without_the_twin(no_picture, tmp_path):
+    results = start(Config(**{**CONFIG.to_json(), "epochs": 1, "seeds": 1, "dense": False}), tmp_path, Observer())
+    assert list(results["networks"]) == ["sparse"] and "comparison" not in results
+    newest = checkpoint.latest(tmp_path / "checkpoints" / "seed-0")
+    assert sorted(path.name for path in newest.iterdir()) == ["sparse.safetensors", "state.pt"]
+
+
+def test_the_twin_alone_is_the_twin_of_a_pair(straight, tmp_path):
+    results = start(Config(**{**CONFIG.to_json(), "sparse": False, "method": "static"}), tmp_path, Observer())
+    assert list(results["networks"]) == ["dense"] and "comparison" not in results
+    assert not (tmp_path / "summary.png").exists(), "it shows blocks"
+    assert weights(tmp_path, ("dense",)) == {k: v for k, v in weights(straight[0]).items() if "dense" in k}
+
+
+def test_an_error_leaves_no_folder(tmp_path):
+    for wrong in ({"width": 8, "sparsity": 0.9}, {"device": "cuda:99"}, {"data": str(tmp_path / "nothing.npz")}):
+        with pytest.raises(ValueError):
+            start(Config(**{**CONFIG.to_json(), **wrong}), tmp_path / "run", Observer())
+        assert not (tmp_path / "run").exists()
+
+
+def test_data_that_changed_are_noticed(tmp_path):
+    rng = numpy.random.default_rng(0)
+    content = {
+        "train_images": rng.integers(0, 256, (40, 4, 4), dtype="uint8"),
+        "train_labels": numpy.arange(40) % 3,
+        "test_images": rng.integers(0, 256, (6, 4, 4), dtype="uint8"),
+        "test_labels": numpy.arange(6) % 3,
+    }
+    path, folder = tmp_path / "data.npz", tmp_path / "run"
+    numpy.savez(path, **content)
+    with pytest.raises(Interrupted):
+        start(Config(**{**CONFIG.to_json(), "data": str(path)}), folder, StopAt(1))
+    content["test_images"][0, 0, 0] ^= 1
+    numpy.savez(path, **content)
+    with pytest.raises(ValueError, match="have changed since it began"):
+        resume(folder, Observer())
+
+
+def test_the_environment_names_the_kernels():
+    found = environment(CONFIG)
+    assert found["kernels"] in sk.ops.BACKENDS and found["torch"] == torch.__version__
+
+
+def test_the_environment_names_the_kernels_of_convolutions(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sparsekern.lab.run.supports", lambda name, op, *rest: not asked.append(op))
+    for recipe in ("mlp", "resnet20", "simplevit-tiny"):
+        environment(Config(recipe=recipe).resolved(100, 3))
+    assert asked == ["linear", "conv2d", "linear"]
+
+
+def test_what_goes_wrong_with_a_picture_ends_no_training_and_resuming_draws_it(tmp_path, monkeypatch, caplog):
+    def broken(path, results, rows, block_map):
+        assert (tmp_path / "results.json").is_file(), "the results come first"
+        raise RuntimeError("a formula")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsekern.lab.run.draw_summary", broken)
+        results = start(CONFIG, tmp_path, Observer())
+    assert "summary.png is not drawn (RuntimeError: a formula); the results are complete" in caplog.text
+    assert not (tmp_path / "summary.png").exists()
+    drawn = []
+    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda path, *what: drawn.append((path, *what)))
+    assert resume(tmp_path, Observer()) == results
+    ((path, read, rows, block_map),) = drawn
+    assert path == tmp_path / "summary.png" and read == results and rows == rows_of(tmp_path, timed=True)
+    assert block_map["layer"] == "hidden1"
+    shutil.rmtree(
+        tmp_path / "checkpoints"
+    )  # of what is gone no picture can be made, and the results are read all the same
+    assert resume(tmp_path, Observer()) == results and len(drawn) == 1
+
+
+def test_data_whose_name_is_a_broken_formula(tmp_path):
+    generator = numpy.random.default_rng(0)
+    parts = {
+        f"{part}_{what}": generator.integers(0, 256 if what == "images" else 2, (8, 6, 6) if what == "images" else 8)
+        for part in ("train", "test")
+        for what in ("images", "labels")
+    }
+    data = tmp_path / r"$\frac{1}{$ [red]<b>.npz"
+    numpy.savez(data, **{name: value.astype("uint8") for name, value in parts.items()})
+    config = Config(data=str(data), width=16, block_size=8, sparsity=0.5, epochs=1, batch_size=8, seeds=1, device="cpu")
+    start(config, tmp_path / "run", Observer())
+    assert {"results.json", "summary.png"} < {path.name for path in (tmp_path / "run").iterdir()}
