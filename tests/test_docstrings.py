@@ -98,9 +98,8 @@ def raised(thing: object) -> set[str]:
         or "<string>" in inspect.getfile(body)
     ):
         return set()
-    return (
-        set(re.findall(r"^\s+raise (\w+Error)\(", inspect.getsource(body), re.MULTILINE)) if body is not None else set()
-    )
+    names = re.findall(r"^\s+raise (\w+Error)\(", inspect.getsource(body), re.MULTILINE)
+    return {"ValueError" if name == "InputError" else name for name in names}  # what a caller catches
 
 
 @pytest.mark.parametrize("name", PUBLIC)
