@@ -182,6 +182,7 @@ setup(
         "sparsekern",
         "sparsekern.analysis",
         "sparsekern.cli",
+        "sparsekern.files",
         "sparsekern.nn",
         "sparsekern.ops",
         "sparsekern.lab",

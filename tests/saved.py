@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparsekern.nn.atomic_files import _machine
+from sparsekern.files.atomic_files import _machine
 
 
 def through_a_file(parts: Iterable[Any]) -> list[dict[str, Any]]:

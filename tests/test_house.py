@@ -17,6 +17,7 @@ GROUPS = [
     {"topology"},
     {"ops"},
     {"nn"},
+    {"files"},
     {"analysis"},
     {"training", "transforms"},
     {"integrations"},

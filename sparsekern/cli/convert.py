@@ -14,11 +14,11 @@ from sparsekern.cli.inspect import describe_state
 from sparsekern.cli.shell import error_console, explained, say, stopped
 from sparsekern.cli.source import MaxGib, MaxTensors, weights_file
 from sparsekern.errors import InputError
-from sparsekern.nn.convert import State, bsr_state, dense_state, sparse_state
-from sparsekern.nn.files import read_state, write_state
-from sparsekern.nn.foreign_states import merge_pruned
+from sparsekern.files.conversion import State, bsr_state, dense_state, sparse_state
+from sparsekern.files.foreign_states import merge_pruned
+from sparsekern.files.size_limits import DEFAULT, Limits
+from sparsekern.files.weight_files import read_state, write_state
 from sparsekern.nn.select import matches_name
-from sparsekern.nn.size_limits import DEFAULT, Limits
 from sparsekern.topology import block_pair, check_sparsity
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from sparsekern.cli.shell import PlainConsole, error_console, explained, say, stopped
 from sparsekern.cli.source import MaxGib, MaxTensors, saved_seeds, weights_file
+from sparsekern.files.size_limits import DEFAULT, Limits
+from sparsekern.files.stored_layers import StoredLayer, stored_layers
+from sparsekern.files.weight_files import FORMAT_VERSION, read_state
 from sparsekern.lab import checkpoint
 from sparsekern.lab.folder import CONFIG, read_config
 from sparsekern.lab.report.text import printable
-from sparsekern.nn.files import FORMAT_VERSION, read_state
-from sparsekern.nn.loading import STORED
-from sparsekern.nn.size_limits import DEFAULT, Limits
-from sparsekern.nn.stored import StoredLayer, stored_layers
+from sparsekern.nn.layer_state import STORED
 
 HEADINGS = ("tensor", "shape", "blocks", "of size", "sparse", "dtype", "bytes")
 

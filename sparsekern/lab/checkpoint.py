@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from sparsekern.errors import InputError
+from sparsekern.files import load_
+from sparsekern.files.atomic_files import make_folder, make_parents, refuse_link, remove_folder, remove_leftovers
+from sparsekern.files.torch_files import read_torch
+from sparsekern.files.weight_files import write_state
 from sparsekern.lab.formats import State, checked
-from sparsekern.nn import load_
-from sparsekern.nn.atomic_files import make_folder, make_parents, refuse_link, remove_folder, remove_leftovers
-from sparsekern.nn.files import write_state
-from sparsekern.nn.torch_files import read_torch
 
 logger = logging.getLogger("sparsekern")
 

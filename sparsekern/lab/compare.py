@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekern.errors import InputError
+from sparsekern.files.atomic_files import refuse_link
 from sparsekern.lab.catalogue import find
 from sparsekern.lab.config import Config, usable_device
 from sparsekern.lab.contestants import Contestant
@@ -21,7 +22,6 @@ from sparsekern.lab.picture import draw_or_warn
 from sparsekern.lab.report.comparison import draw_comparison, markdown
 from sparsekern.lab.run import Interrupted, Observer, check, resume, start
 from sparsekern.lab.scores import score_rows
-from sparsekern.nn.atomic_files import refuse_link
 from sparsekern.training import METHODS
 
 TABLE, PICTURE, COST = "comparison", "comparison.png", "cost.json"

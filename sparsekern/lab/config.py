@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from sparsekern.errors import InputError
+from sparsekern.files.size_limits import DEFAULT
 from sparsekern.lab.augment import AUGMENTATIONS
 from sparsekern.lab.catalogue import RECIPES, find
 from sparsekern.lab.formats import LARGEST
 from sparsekern.lab.options import OPTIONS, Value, check_options
-from sparsekern.nn.size_limits import DEFAULT
 from sparsekern.topology import check_sparsity
 from sparsekern.training import METHODS, PRESETS, Method
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
+from sparsekern.files.size_limits import DEFAULT, Limits
 from sparsekern.lab.cifar import is_cifar, read_cifar_folder, read_cifar_tar
 from sparsekern.lab.idx import IMAGES, LABELS, find_idx, idx_shape, read_idx
 from sparsekern.lab.npz import KEYS, Shapes, read_npz
-from sparsekern.nn.size_limits import DEFAULT, Limits
 
 if TYPE_CHECKING:
     import numpy

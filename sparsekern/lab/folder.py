@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsekern.errors import InputError
+from sparsekern.files.atomic_files import append, is_private, make_parents, replace
 from sparsekern.lab.config import FORMAT_VERSION, Config, upgraded
 from sparsekern.lab.formats import ConfigFile, Results, checked
 from sparsekern.lab.keeping import Keeping
 from sparsekern.lab.lock import LOCK
-from sparsekern.nn.atomic_files import append, is_private, make_parents, replace
 
 DEFAULT = Keeping()
 

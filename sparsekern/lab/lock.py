@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparsekern.errors import InputError
-from sparsekern.nn.atomic_files import NO_FOLLOW, make_parents, refuse_link
+from sparsekern.files.atomic_files import NO_FOLLOW, make_parents, refuse_link
 
 LOCK = ".lock"
 """Name of the lock file. One that a killed process left behind locks nothing."""

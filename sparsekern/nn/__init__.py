@@ -9,7 +9,6 @@ from sparsekern.nn.densify import densify, plain_name, refresh_, sparse_layers
 from sparsekern.nn.lending import lend_index
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.refusals import left_dense, refuse_sharded
-from sparsekern.nn.saving import load_, save
 from sparsekern.nn.select import Selector, select
 from sparsekern.nn.sparsify import sparsify_
 from sparsekern.nn.weight import WeightInfo
@@ -27,12 +26,10 @@ __all__ = [
     "is_replaceable",
     "left_dense",
     "lend_index",
-    "load_",
     "plain_name",
     "refresh_",
     "refuse_sharded",
     "register_converter",
-    "save",
     "select",
     "sparse_layers",
     "sparsify_",

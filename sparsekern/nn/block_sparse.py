@@ -14,7 +14,7 @@ from sparsekern.errors import InputError
 from sparsekern.nn.converters import CONVERTERS, converter_of
 from sparsekern.nn.indexed import Indexed
 from sparsekern.nn.init import check_scale, draw_bias, draw_values
-from sparsekern.nn.loading import LAYER_VERSION, adapt, describe
+from sparsekern.nn.layer_state import LAYER_VERSION, adapt, describe
 from sparsekern.nn.sharded import is_sharded, sharded_as, whole
 from sparsekern.nn.weight import WeightInfo
 from sparsekern.ops import Probe

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import sparsekern as sk
 from sparsekern.cli.main import application
-from sparsekern.nn.files import read_state
+from sparsekern.files.weight_files import read_state
 from tests.nn.test_block_sparse import layer
 
 

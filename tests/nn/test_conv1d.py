@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.convert import dense_state, sparse_state
+from sparsekern.files.conversion import dense_state, sparse_state
 from sparsekern.topology import check_tied, conv_grid
 from tests.oracle import assert_within
 

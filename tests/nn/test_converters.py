@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
+from sparsekern.files.conversion import bsr_state, dense_state, sparse_state
 from sparsekern.nn import register_converter
-from sparsekern.nn.convert import bsr_state, dense_state, sparse_state
 from sparsekern.nn.converters import CONVERTERS, class_name, converter_of
 
 

@@ -34,11 +34,11 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.cli.inspect import describe_state
+from sparsekern.files.conversion import bsr_state, dense_state
+from sparsekern.files.weight_files import read_state
 from sparsekern.lab import Config, checkpoint
 from sparsekern.lab.data import load
 from sparsekern.lab.folder import CONFIG, create, read_config, read_json, read_keeping
-from sparsekern.nn.convert import bsr_state, dense_state
-from sparsekern.nn.files import read_state
 
 MEMORY = 2**31
 """Bytes of address space beyond what the imports take."""

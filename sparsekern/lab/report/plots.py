@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsekern.files.atomic_files import replace
 from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, panels
 from sparsekern.lab.report.text import draw_as_written
-from sparsekern.nn.atomic_files import replace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from sparsekern.nn.torch_files import first_line, read_torch
+from sparsekern.files.torch_files import first_line, read_torch
 
 
 class Harm:

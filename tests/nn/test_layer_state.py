@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.loading import describe
+from sparsekern.nn.layer_state import describe
 from tests.nn.test_block_sparse import X, assert_index_is_fresh, layer
 
 DAMAGES = [

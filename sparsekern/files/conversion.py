@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.nn.files import Metadata, metadata_of, with_metadata
-from sparsekern.nn.loading import LAYER_VERSION, STORED, describe
-from sparsekern.nn.size_limits import DEFAULT, Limits
-from sparsekern.nn.stored import StoredLayer, stored_layers
+from sparsekern.files.size_limits import DEFAULT, Limits
+from sparsekern.files.stored_layers import StoredLayer, stored_layers
+from sparsekern.files.weight_files import Metadata, metadata_of, with_metadata
+from sparsekern.nn.layer_state import LAYER_VERSION, STORED, describe
 from sparsekern.topology import (
     Grid,
     Topology,

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.convert import EIGHT_BIT, bsr_state, dense_state, sparse_state
-from sparsekern.nn.files import read_state, with_metadata, write_state
-from sparsekern.nn.stored import stored_layers
+from sparsekern.files.conversion import EIGHT_BIT, bsr_state, dense_state, sparse_state
+from sparsekern.files.stored_layers import stored_layers
+from sparsekern.files.weight_files import read_state, with_metadata, write_state
 from tests.nn.test_block_sparse import layer
 
 

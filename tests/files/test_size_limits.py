@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import sparsekern as sk
 from sparsekern.cli.main import application
-from sparsekern.nn.convert import bsr_state, dense_state, sparse_state
-from sparsekern.nn.files import ENTRY, read_state, write_state
-from sparsekern.nn.size_limits import FACTOR, Limits, TooLarge
-from sparsekern.nn.torch_files import read_torch
+from sparsekern.files.conversion import bsr_state, dense_state, sparse_state
+from sparsekern.files.size_limits import FACTOR, Limits, TooLarge
+from sparsekern.files.torch_files import read_torch
+from sparsekern.files.weight_files import ENTRY, read_state, write_state
 from tests.memory import allocations
 
 SMALL = Limits(gib=2**-10, tensors=100)
@@ -91,7 +91,7 @@ def test_many_values_that_share_a_tensor_and_a_list_that_holds_itself(tmp_path):
 def test_a_header_of_many_keys_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
     text = b"{" + b" " * 10**6 + b"}"
     (tmp_path / "a").write_bytes(struct.pack("<Q", len(text)) + text)
-    monkeypatch.setattr("sparsekern.nn.files._read_safetensors", lambda *_: pytest.fail("it was parsed"))
+    monkeypatch.setattr("sparsekern.files.weight_files._read_safetensors", lambda *_: pytest.fail("it was parsed"))
     with pytest.raises(TooLarge, match="a holds about 5000 tensors, and max_tensors is 100"):
         read_state(tmp_path / "a", SMALL)
 

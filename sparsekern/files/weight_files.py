@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.nn.atomic_files import replace
-from sparsekern.nn.foreign_states import read_index
-from sparsekern.nn.loading import LAYER_VERSION, STORED, described_grid
-from sparsekern.nn.size_limits import DEFAULT, Limits, TooLarge
-from sparsekern.nn.torch_files import first_line, named_in_utf8, read_torch
+from sparsekern.files.atomic_files import replace
+from sparsekern.files.foreign_states import read_index
+from sparsekern.files.size_limits import DEFAULT, Limits, TooLarge
+from sparsekern.files.torch_files import first_line, named_in_utf8, read_torch
+from sparsekern.nn.layer_state import LAYER_VERSION, STORED, described_grid
 
 FORMAT_VERSION = 2
 """Of a safetensors file with sparse layers. Version 2 says what matrices the blocks are of; 1 has no such entry."""

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import sparsekern as sk
 from sparsekern.cli.main import application
-from sparsekern.nn.files import metadata_of, read_state, with_metadata
-from sparsekern.nn.foreign_states import merge_pruned, shared_prefix, without_compile
+from sparsekern.files.foreign_states import merge_pruned, shared_prefix, without_compile
+from sparsekern.files.weight_files import metadata_of, read_state, with_metadata
 from tests.nn.test_block_sparse import X, layer
 
 

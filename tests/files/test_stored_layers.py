@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.files import with_metadata
-from sparsekern.nn.stored import stored_layers
+from sparsekern.files.stored_layers import stored_layers
+from sparsekern.files.weight_files import with_metadata
 from tests.nn.test_block_sparse import layer
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.nn.size_limits import DEFAULT, Limits, TooLarge
+from sparsekern.files.size_limits import DEFAULT, Limits, TooLarge
 
 PICKLE_BYTES = 160
 """Of a tensor in the pickle of a state, about: its name, its shape, and where its numbers are."""

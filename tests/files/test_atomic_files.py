@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.nn import atomic_files as af
-from sparsekern.nn.files import read_state
+from sparsekern.files import atomic_files as af
+from sparsekern.files.weight_files import read_state
 
 FORK = multiprocessing.get_context("fork")
 
@@ -207,14 +207,14 @@ def write_over_and_over(path, number, until, counts):
     state = {"a": torch.full((200_000,), float(number)), "b": torch.full((50,), float(number))}
     written = 0
     while time.monotonic() < until:
-        sk.nn.files.write_state(path, state)
+        sk.files.weight_files.write_state(path, state)
         written += 1
     counts.put(written)
 
 
 def three_writers_and_a_reader(path, seconds):
     """Return how often the three wrote and how often a reader found one writer's state; anything else raises."""
-    sk.nn.files.write_state(path, {"a": torch.zeros(200_000), "b": torch.zeros(50)})
+    sk.files.weight_files.write_state(path, {"a": torch.zeros(200_000), "b": torch.zeros(50)})
     counts, until = FORK.Queue(), time.monotonic() + seconds
     writers = [FORK.Process(target=write_over_and_over, args=(path, i, until, counts)) for i in (1, 2, 3)]
     for writer in writers:
@@ -234,7 +234,7 @@ def three_writers_and_a_reader(path, seconds):
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_three_writers_and_a_reader(tmp_path, name):
-    """``python -m tests.nn.test_atomic_files`` does it for ten seconds, and prints the counts."""
+    """``python -m tests.files.test_atomic_files`` does it for ten seconds, and prints the counts."""
     found = three_writers_and_a_reader(tmp_path / name, 1.0)
     assert min(found["writes"]) > 0 and found["reads"] > 0
     assert names(tmp_path) == [name]

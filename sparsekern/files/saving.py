@@ -12,15 +12,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
+from sparsekern.files.foreign_states import ORIGINAL, merge_pruned, shared_prefix, without_compile
+from sparsekern.files.size_limits import DEFAULT, Limits
+from sparsekern.files.stored_layers import stored_layers
+from sparsekern.files.weight_files import (
+    check_writable,
+    metadata_of,
+    read_state,
+    sparse_names,
+    with_metadata,
+    write_state,
+)
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.converters import converter_of
 from sparsekern.nn.densify import plain_name, sparse_layers
-from sparsekern.nn.files import check_writable, metadata_of, read_state, sparse_names, with_metadata, write_state
-from sparsekern.nn.foreign_states import ORIGINAL, merge_pruned, shared_prefix, without_compile
-from sparsekern.nn.loading import STORED, adapt, source_grid
+from sparsekern.nn.layer_state import STORED, adapt, source_grid
 from sparsekern.nn.refusals import GATHER, refuse_sharded
-from sparsekern.nn.size_limits import DEFAULT, Limits
-from sparsekern.nn.stored import stored_layers
 from sparsekern.topology import Grid, Topology, to_dense
 from sparsekern.topology.arguments import check_kind
 

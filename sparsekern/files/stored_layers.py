@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.nn.files import metadata_of, sparse_names
-from sparsekern.nn.loading import STORED, described_grid
+from sparsekern.files.weight_files import metadata_of, sparse_names
+from sparsekern.nn.layer_state import STORED, described_grid
 from sparsekern.topology import Grid, Topology
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsekern.nn.files import ENTRY, metadata_of, read_state, sparse_names, with_metadata, write_state
+from sparsekern.files.weight_files import ENTRY, metadata_of, read_state, sparse_names, with_metadata, write_state
 from tests.nn.test_block_sparse import layer
 
 
