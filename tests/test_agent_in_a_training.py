@@ -10,7 +10,7 @@ import torch
 import sparsekern as sk
 from tests.memory import allocations
 from tests.saved import through_a_file
-from tests.training.agent_models import ESTIMATES, METHODS, batches, loss_of, make, same, sgd, train
+from tests.training.agent.models import ESTIMATES, METHODS, batches, loss_of, make, same, sgd, train
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from tests.training.agent_models import ESTIMATES, F64, batches, loss_of, make, sgd, train
+from tests.training.agent.models import ESTIMATES, F64, batches, loss_of, make, sgd, train
 
 
 @pytest.mark.parametrize("options", [{"estimate": "losses"}, *ESTIMATES[1:]])

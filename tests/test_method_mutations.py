@@ -20,9 +20,11 @@ from sparsekern.kernels.eager import places
 import sparsekern as sk
 from sparsekern.ops import conv2d_answers, conv2d_marginals, linear_answers, marginals
 from sparsekern.topology import absent, pairs
-from sparsekern.training import books, candidates, followers, growth, gse, masked, projection, sampling, scores
-from sparsekern.training.armed import ArmedProbes
+from sparsekern.training import followers, metrics, scores
+from sparsekern.training.growth import competition, gse
+from sparsekern.training.growth.probe_set import ArmedProbes
 from sparsekern.training.schedules import Schedule
+from sparsekern.training.vrpge import candidates, masked, projection, sampling
 from tests import test_methods_conv2d as t_conv
 from tests import test_true_gradient as t_true
 from tests.kernels.eager import test_places as t_places
@@ -31,19 +33,19 @@ from tests.ops import test_conv2d_marginals as t_conv_marginals
 from tests.ops import test_marginals as t_marginals
 from tests.topology import test_absent as t_absent
 from tests.topology import test_pairs as t_pairs
-from tests.training import test_books as t_books
-from tests.training import test_candidates as t_candidates
-from tests.training import test_gradient as t_gradient
-from tests.training import test_growth as t_growth
-from tests.training import test_gse as t_gse
-from tests.training import test_masked as t_masked
-from tests.training import test_projection as t_projection
-from tests.training import test_rigl as t_rigl
-from tests.training import test_sampling as t_sampling
+from tests.training import test_metrics as t_books
 from tests.training import test_schedules as t_schedules
 from tests.training import test_scores as t_scores
 from tests.training import test_set as t_set
-from tests.training import test_vrpge as t_vrpge
+from tests.training.growth import test_competition as t_growth
+from tests.training.growth import test_gradient as t_gradient
+from tests.training.growth import test_gse as t_gse
+from tests.training.growth import test_rigl as t_rigl
+from tests.training.vrpge import test_candidates as t_candidates
+from tests.training.vrpge import test_masked as t_masked
+from tests.training.vrpge import test_projection as t_projection
+from tests.training.vrpge import test_sampling as t_sampling
+from tests.training.vrpge import test_vrpge as t_vrpge
 
 
 @contextmanager
@@ -215,13 +217,13 @@ MUTATIONS: dict[str, Mutation] = {
         t_answers.test_a_lattice_by_hand,
     ),
     "a layer grows beyond its slots": (
-        growth.share_out,
+        competition.share_out,
         "rank < room[",
         "rank <= room[",
         partial(t_growth.test_by_hand, 1, {"a": [(1, 3)], "b": []}),
     ),
     "norms of large blocks count as they are": (
-        growth.share_out,
+        competition.share_out,
         "strengths[n][s].cpu() / side",
         "strengths[n][s].cpu()",
         t_growth.test_layers_of_other_block_sizes_compare_by_element,
@@ -259,7 +261,7 @@ MUTATIONS: dict[str, Mutation] = {
         t_schedules.test_the_cosine_by_hand,
     ),
     "free slots count as blocks": (
-        books.Books.note,
+        metrics.Books.note,
         "stored_blocks(layer.index)",
         "layer.topology.slots",
         t_books.test_by_hand,

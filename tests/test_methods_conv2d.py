@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sparsekern as sk
 from sparsekern.topology import generator_for
-from sparsekern.training.gse import DISTRIBUTIONS, weights
+from sparsekern.training.growth.gse import DISTRIBUTIONS, weights
 from sparsekern.training.scores import part_of
 from tests.oracle_conv2d import conv_blocks, dense_gradients
 from tests.saved import through_a_file

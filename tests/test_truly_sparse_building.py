@@ -14,7 +14,7 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.nn import BlockSparse, init
 from sparsekern.topology import index, topology
-from sparsekern.training import candidates, projection, sampling
+from sparsekern.training.vrpge import candidates, projection, sampling
 from tests.memory import allocations
 from tests.test_truly_sparse import DENSE, SCRATCH, SIDE, TOKENS, small_scratch
 

@@ -27,7 +27,7 @@ AROUND = (
     PEAK
     + """
 from sparsekern.topology import index, topology
-from sparsekern.training import candidates, projection, sampling
+from sparsekern.training.vrpge import candidates, projection, sampling
 
 try:
     ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once

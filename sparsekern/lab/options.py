@@ -9,15 +9,15 @@ from typing import Any
 
 from sparsekern.errors import InputError
 from sparsekern.training import METHODS
-from sparsekern.training.agent_checks import ESTIMATES
-from sparsekern.training.agent_checks import SCOPES as AGENT_SCOPES
-from sparsekern.training.candidates import GROUPS
-from sparsekern.training.gse import DISTRIBUTIONS
-from sparsekern.training.probabilities import OPTIMIZERS
-from sparsekern.training.projection import PROJECTIONS
-from sparsekern.training.rigl import SCORINGS
+from sparsekern.training.agent.checks import ESTIMATES
+from sparsekern.training.agent.checks import SCOPES as AGENT_SCOPES
+from sparsekern.training.growth.gse import DISTRIBUTIONS
+from sparsekern.training.growth.rigl import SCORINGS
 from sparsekern.training.schedules import ANNEALS
 from sparsekern.training.set import DROPS, GROWN_VALUES
+from sparsekern.training.vrpge.candidates import GROUPS
+from sparsekern.training.vrpge.probabilities import OPTIMIZERS
+from sparsekern.training.vrpge.projection import PROJECTIONS
 from sparsekern.transforms import TRANSFORMS
 
 Value = bool | int | float | str

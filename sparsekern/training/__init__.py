@@ -1,13 +1,11 @@
-"""Methods that move blocks while the network learns: one file a method."""
+"""Methods that move blocks while the network learns: a file or a folder each."""
 
 from sparsekern.training.agent import AGENT
 from sparsekern.training.base import Method
 from sparsekern.training.followers import Followers, Move
-from sparsekern.training.gradient import GradientMethod
-from sparsekern.training.gse import GSE
+from sparsekern.training.growth import GSE, GradientMethod, RigL
 from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.recalibrate import recalibrate_norms
-from sparsekern.training.rigl import RigL
 from sparsekern.training.schedules import Schedule
 from sparsekern.training.set import SET
 from sparsekern.training.static import Static

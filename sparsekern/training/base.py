@@ -17,10 +17,10 @@ from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
 from sparsekern.topology import generator_for, stored_blocks
 from sparsekern.topology.arguments import check_kind, check_whole
 from sparsekern.training.attachment import Attached
-from sparsekern.training.books import Books
 from sparsekern.training.closures import backpropagate, loss_of
 from sparsekern.training.distributed import check_agreement, refuse_join
 from sparsekern.training.followers import Followers, Move, OnMove
+from sparsekern.training.metrics import Books
 from sparsekern.training.optimizer_state import unwrapped
 from sparsekern.training.passes import parallel_modules
 from sparsekern.training.saved_state import check_state_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
-from sparsekern.training.trial import Layout, Refusal, a_what, is_one_value, trial_layout
+from sparsekern.training.optimizer_trial import Layout, Refusal, a_what, is_one_value, trial_layout
 
 SECOND_MOMENTS = (
     *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "v"),
@@ -66,7 +66,7 @@ def slot_state(
 
     A state is matched by its axes, not its shape: Adafactor's are ``(Z, bo, 1)``. Numbers and tensors of one element,
     such as step counters, belong to the whole parameter and stay. What PyTorch's own optimizers keep, and how it
-    begins, is known; any other is tried (:func:`~sparsekern.training.trial.trial_layout`), once a size.
+    begins, is known; any other is tried (:func:`~sparsekern.training.optimizer_trial.trial_layout`), once a size.
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.

@@ -12,8 +12,7 @@ from torch import nn
 from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.base import Method
-from sparsekern.training.gse import GSE
-from sparsekern.training.rigl import RigL
+from sparsekern.training.growth import GSE, RigL
 from sparsekern.training.set import SET
 from sparsekern.training.vrpge import VRPGE
 

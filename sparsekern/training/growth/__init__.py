@@ -1,0 +1,7 @@
+"""Methods that grow blocks where the gradient of the whole weight is large: RigL and GSE."""
+
+from sparsekern.training.growth.gradient import GradientMethod
+from sparsekern.training.growth.gse import GSE
+from sparsekern.training.growth.rigl import RigL
+
+__all__ = ["GSE", "GradientMethod", "RigL"]

@@ -1,0 +1,92 @@
+"""The earlier state that a model can become."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.training.agent import snapshot as module
+from sparsekern.training.agent.snapshot import Snapshot, exchange_
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5, 4), (7, 2, 3)])
+def test_an_exchange_in_pieces(shape, monkeypatch):
+    monkeypatch.setattr(module, "EXCHANGED", 8)
+    a, b = torch.randn(shape), torch.randn(shape)
+    if len(shape) == 2:
+        a = a.t().contiguous().t()  # other strides
+    x, y = a.clone(), b.clone()
+    exchange_(a, b)
+    assert torch.equal(a, y) and torch.equal(b, x)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_the_model_becomes_the_snapshot_on_its_topology_and_back(block):
+    torch.manual_seed(0)
+    model = sk.sparsify_(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)), 0.5, block, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = sk.SET(model, optimizer, drop_fraction=0.5)
+    snapshot = Snapshot(model, lambda name, t, on_move: method.follow(t, layer=name, on_move=on_move))
+    snapshot.take()
+    old, x = copy.deepcopy(model), torch.randn(5, 16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    method.update()
+    new, addresses = copy.deepcopy(model), [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    for _ in range(2):
+        with snapshot.swapped():
+            assert torch.equal(model(x), old(x)) and torch.equal(model[0].topology.keys(), old[0].topology.keys())
+        assert torch.equal(model(x), new(x)) and torch.equal(model[0].topology.keys(), new[0].topology.keys())
+        assert not torch.equal(model[0].topology.keys(), old[0].topology.keys())
+    with pytest.raises(KeyError), snapshot.swapped():
+        raise KeyError
+    assert torch.equal(model(x), new(x))
+    assert [t.data_ptr() for t in (*model.parameters(), *model.buffers())] == addresses
+    moved = model[0].topology.keys() != old[0].topology.keys()
+    assert snapshot.zero_moved_("0.values", torch.full_like(model[0].values, torch.nan))[moved].eq(0).all()
+    assert snapshot.corrected() < 1
+    other = Snapshot(new, None)
+    other.load_state_dict(snapshot.state_dict())
+    with other.swapped():
+        assert torch.equal(new(x), old(x))
+    assert torch.equal(new(x), model(x)) and other.corrected() == snapshot.corrected()
+    snapshot.take()
+    assert snapshot.corrected() == 1
+
+
+def test_a_dense_model_and_one_that_does_not_train():
+    model = nn.Linear(3, 2)
+    snapshot = Snapshot(model, None)
+    assert snapshot.corrected() == 0
+    snapshot.take()
+    assert snapshot.corrected() == 1 and snapshot.values.keys() == {"weight", "bias"}
+    with pytest.raises(ValueError, match="no parameter of the model trains"):
+        Snapshot(model.requires_grad_(False), None)
+
+
+def test_half_precision_has_a_mean_in_float32():
+    snapshot = Snapshot(nn.Linear(3, 2, dtype=torch.bfloat16), None)
+    snapshot.take()
+    assert snapshot.values["weight"].dtype == torch.bfloat16 and snapshot.mean["weight"].dtype == torch.float32
+
+
+def test_an_autocast_around_both_casts_the_weights_of_each():
+    """It keeps what it has cast, by the address of the weight, which is the same."""
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    snapshot = Snapshot(model, None)
+    snapshot.take()
+    with torch.no_grad():
+        model.weight.neg_()
+    with torch.autocast("cpu", torch.bfloat16):
+        new = model(x)
+        with snapshot.swapped():
+            old = model(x)
+        again = model(x)
+    with torch.autocast("cpu", torch.bfloat16), snapshot.swapped():
+        assert torch.equal(old, model(x))
+    assert torch.equal(new, again) and not torch.equal(new, old)

@@ -1,0 +1,356 @@
+"""RigL on hand-worked 4x4 grids, and against the dense gradient."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.topology import Grid, dense_block_norms, from_mask, generator_for
+from sparsekern.training import METHODS
+
+#   norms of the stored blocks          norms of the gradient's blocks
+#     9  .  1  .                          1  6  9  2
+#     .  2  .  .                          0  8  3  4
+#     .  .  .  8                          5  1  7  9
+#     3  .  .  4                          2  3  6  1
+NORMS = torch.tensor([9.0, 1, 2, 8, 3, 4])
+MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 1]])
+SCORES = torch.tensor([[1.0, 6, 9, 2], [0, 8, 3, 4], [5, 1, 7, 9], [2, 3, 6, 1]])
+
+
+def layer(block: int = 2) -> sk.SparseLinear:
+    side = 4 * block
+    module = sk.SparseLinear(side, side, topology=from_mask(Grid(side, side, (block, block)), MASK), capacity=7)
+    with torch.no_grad():
+        module.values[:6] = NORMS.view(6, 1, 1) / block  # the norm of four equal entries is twice the entry
+    return module
+
+
+def ask_for(module: sk.SparseLinear, scores: torch.Tensor) -> torch.Tensor:
+    """Run a backward in which the norms of the gradient's blocks are ``scores``: x = 1, one token a feature."""
+    bo, bi = module.block_size
+    x = torch.zeros(4 * bi, 4 * bi)
+    x[range(4 * bi), range(4 * bi)] = 1
+    dy = (scores / (bo * bi) ** 0.5).repeat_interleave(bo, 0).repeat_interleave(bi, 1).T
+    module(x).backward(dy.contiguous())
+    return dy.T @ x
+
+
+def move(fraction: float, scores: torch.Tensor = SCORES, block: int = 2, **options):
+    module = layer(block)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=1, drop_fraction=lambda step: fraction, **options)
+    ask_for(module, scores)
+    optimizer.step()
+    before = module.topology.keys().clone()
+    method.step()
+    moved = (module.topology.keys() != before).nonzero().squeeze(1)
+    return moved.tolist(), [divmod(k, 4) for k in module.topology.keys()[moved].tolist()]
+
+
+#   The best of the ten empty places: 7 at (2, 2); 6 at (0, 1) and (3, 2); 5 at (2, 0); 4 at (1, 3); 3 at (1, 2), (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "slots", "grown"),
+    [
+        (0.16, [], []),
+        (0.17, [1], [(2, 2)]),
+        (0.34, [1, 2], [(0, 1), (2, 2)]),  # a tie of two 6: the first place
+        (0.5, [1, 2, 4], [(0, 1), (2, 2), (3, 2)]),
+        (1.0, [0, 1, 2, 3, 4, 5], [(3, 2), (0, 1), (1, 2), (2, 2), (1, 3), (2, 0)]),  # 3: the first of two
+    ],
+)
+def test_the_weakest_go_where_the_gradient_is_largest(fraction, slots, grown):
+    moved, places = move(fraction)
+    assert moved == slots and sorted(places) == sorted(grown)
+
+
+def test_unstructured_weights_are_the_same_table():
+    assert sorted(move(0.5, block=1, allow_dense_scores=True)[1]) == [(0, 1), (2, 2), (3, 2)]
+
+
+def test_regrow():
+    """Dropped are 1, 2, 3 at (0, 2), (1, 1), (3, 0), with 9, 8, 2; the best three of these and the empty: 9, 8, 7."""
+    assert move(0.5, regrow=True) == ([4], [(2, 2)])
+
+
+def test_regrown_blocks_stay_as_they_are():
+    module = layer()
+    method = sk.RigL(module, torch.optim.SGD(module.parameters()), update_every=1, regrow=True)
+    ask_for(module, SCORES)
+    method.optimizer.step()
+    before = module.values.detach().clone()
+    method.step()
+    assert torch.equal(before[[0, 1, 2, 3, 5]], module.values.detach()[[0, 1, 2, 3, 5]])
+
+
+def test_nothing_moves_without_a_gradient():
+    assert move(0.5, scores=torch.zeros(4, 4)) == ([], [])
+
+
+def test_no_more_than_the_empty_places():
+    module = sk.SparseLinear(8, 8, block_size=2, blocks=15, seed=0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=1, drop_fraction=1.0)
+    ask_for(module, SCORES + 1)
+    optimizer.step()
+    assert method.step() and method.metrics()["churn/"] == 1 / 15
+
+
+def test_min_age_and_keep_connected_spare_blocks():
+    # row 1 and column 1 have only slot 2, column 2 only slot 1; see test_set.py: only slot 4 may go
+    assert move(1.0, keep_connected=True)[0] == [4]
+    module = layer()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=1, drop_fraction=lambda step: 0.34, min_age=1)
+    dropped = []
+    for _ in range(4):
+        before = module.topology.keys().clone()
+        ask_for(module, torch.rand(4, 4, generator=generator_for(len(dropped))) + 1)
+        optimizer.step()
+        method.step()
+        dropped.append((module.topology.keys() != before).nonzero().squeeze(1).tolist())
+        optimizer.zero_grad()
+    # 1 and 2 are the weakest; they are spared once, when 3 and 4 go, then go again, being zero
+    assert dropped == [[1, 2], [4, 5], [1, 2], [4, 5]]
+
+
+def dense_choice(module: sk.SparseLinear, x: torch.Tensor, dy: torch.Tensor, count: int) -> set[int]:
+    """Return the keys of the empty places with the largest blocks of the dense gradient."""
+    norms = dense_block_norms(module.grid, dy.T @ x).flatten()
+    norms[module.topology.sorted_keys().long()] = -1
+    return set(norms.topk(count).indices.tolist())
+
+
+CASES = {
+    "exact": ((4, 2), {}),
+    "all shortlisted": ((4, 2), {"scoring": "screen", "shortlist": 1000}),
+    "unstructured": ((1, 1), {"allow_dense_scores": True}),
+    "unstructured, screened": ((1, 1), {"allow_dense_scores": True, "scoring": "screen"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_rigl_on_the_dense_gradient(case):
+    block, options = CASES[case]
+    module = sk.SparseLinear(23, 38, sparsity=0.8, block_size=block, seed=0, dtype=torch.float64)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 0.3, **options)
+    for step in range(2):
+        x = torch.randn(9, 23, dtype=torch.float64, generator=generator_for(step))
+        dy = torch.randn(9, 38, dtype=torch.float64, generator=generator_for(step + 10))
+        module(x).backward(dy)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            blocks = module.topology.blocks()
+            before = set(module.topology.keys().tolist())
+            expected = dense_choice(module, x, dy, int(0.3 * blocks))
+        assert method.step() == (step == 1)
+    assert set(module.topology.keys().tolist()) - before == expected and len(expected) > 4
+
+
+def test_screening_finds_most_of_the_best():
+    """Not all: the estimate of a norm from 16 sketches deviates by about a third."""
+    module = sk.SparseLinear(96, 96, sparsity=0.9, block_size=4, seed=0, dtype=torch.float64)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(
+        module, optimizer, update_every=2, drop_fraction=lambda step: 0.3, scoring="screen", allow_dense_scores=True
+    )
+    x, dy = (torch.randn(5, 96, dtype=torch.float64, generator=generator_for(s)) for s in range(2))
+    before = set(module.topology.keys().tolist())
+    expected = dense_choice(module, x, dy, 17)
+    for _ in range(2):
+        module(x).backward(dy)
+        optimizer.step()
+        method.step()
+    grown = set(module.topology.keys().tolist()) - before
+    assert len(grown) == 17 and len(grown & expected) >= 12  # by chance it would be one
+
+
+def test_screening_does_not_look_at_places_that_hold_a_block():
+    """Where the gradient is by far the largest."""
+    module = layer()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 0.5, scoring="screen", shortlist=1)
+    before = set(module.topology.keys().tolist())
+    for _ in range(2):
+        ask_for(module, torch.where(MASK > 0, 1000.0, SCORES))
+        optimizer.step()
+        moved = method.step()
+    assert moved and len(set(module.topology.keys().tolist()) - before) == 3
+
+
+def test_screening_estimates_norms_and_not_sums():
+    """Blocks of changing signs have norm 8, those of one sign 4: their sums would be 0 and 32."""
+    module = sk.SparseLinear(64, 64, sparsity=0.9, block_size=8, seed=0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 1.0, scoring="screen", shortlist=1)
+    rows, cols = torch.arange(64)[:, None], torch.arange(64)
+    one_sign = (rows // 8 + cols // 8) % 2 == 0
+    gradient = torch.where(one_sign, 0.5, (-1.0) ** (rows + cols))
+    before = module.topology.keys().clone()
+    for _ in range(2):
+        module(torch.eye(64)).backward(gradient.T.contiguous())
+        optimizer.step()
+        method.step()
+    grown = module.topology.keys()[~torch.isin(module.topology.keys(), before)]
+    assert grown.numel() == 6 and not one_sign[grown // 8 * 8, grown % 8 * 8].any()
+
+
+def test_the_sketch_is_unbiased_and_deviates_as_it_should():
+    """The mean of the squares of r sketches: for signs, variance (2 |G|^4 - ...) / r, at most 8 |G|^4 / r."""
+    grid = Grid(16, 16, (8, 8))
+    generator = generator_for(0)
+    dy, x = (torch.randn(4, 16, dtype=torch.float64, generator=generator) for _ in range(2))
+    exact = dense_block_norms(grid, dy.T @ x).square()
+    pairs, repeats = 16, 400
+    u, v = (torch.randint(2, (pairs * repeats, 16), generator=generator).double() * 2 - 1 for _ in range(2))
+    answers = sk.ops.sketch(dy, x, u, v, 8, 8, "eager").view(repeats, pairs, 2, 2)
+    estimates = answers.square().mean(1) / exact
+    bound = (8 / pairs) ** 0.5
+    assert ((estimates.mean(0) - 1).abs() < 5 * bound / repeats**0.5).all()
+    assert (estimates.std(0) < 1.1 * bound).all() and (estimates.std(0) > 0.3 * bound).all()
+
+
+def test_several_backwards_a_step_are_noticed(caplog):
+    """Norms of two micro-batches do not add up to the norm of their sum."""
+    module = sk.SparseLinear(8, 8, block_size=2, blocks=6, seed=0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=3)
+    moved = []
+    for _ in range(7):
+        for _ in range(2):
+            ask_for(module, SCORES)
+        optimizer.step()
+        optimizer.zero_grad()
+        with caplog.at_level(logging.WARNING, "sparsekern"):
+            moved.append(method.step())
+    assert moved == [False] * 4 + [True, False, True], "the first is two steps late, the second one"
+    assert caplog.text.count("the gradient of '' comes in 2 parts a step (several batches") == 1
+    assert method.state_dict()["screen"] is True
+
+
+def test_a_backward_that_creates_a_graph_is_one(caplog):
+    module = sk.SparseLinear(8, 8, block_size=2, blocks=6, seed=0)
+    method = sk.RigL(module, torch.optim.SGD(module.parameters(), lr=0.0), update_every=1)
+    with pytest.warns(UserWarning, match="create_graph"):
+        module(torch.ones(1, 8)).square().sum().backward(create_graph=True)
+    method.optimizer.step()
+    assert method.step() is True and not caplog.text
+
+
+def test_skip_step_leaves_the_weights_of_an_update_alone():
+    model = nn.Sequential(sk.SparseLinear(8, 8, block_size=2, blocks=6, seed=0), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method = sk.RigL(model, optimizer, update_every=3, skip_step=True)
+    changed = []
+    for step in range(6):
+        model(torch.randn(4, 8, generator=generator_for(step))).square().sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        changed.append([not torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True)])
+        assert method.step() == (step % 3 == 2)
+        optimizer.zero_grad()
+    assert changed == [[True] * 4, [True] * 4, [False] * 4] * 2
+    assert method.steps == 6
+
+
+def test_score_tokens_scores_on_a_slice():
+    module = layer()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    method = sk.RigL(module, optimizer, update_every=1, drop_fraction=lambda step: 0.17, score_tokens=2)
+    ask_for(module, SCORES)  # tokens 0 and 4 of 8 are the first features of block columns 0 and 2
+    optimizer.step()
+    assert method.step()
+    assert divmod(int(module.topology.keys()[1]), 4) == (2, 2)  # of columns 0 and 2: 5 at (2, 0), 7 at (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("block", "sparsity", "sketches", "used"),
+    [(8, 0.9, 16, 6), (16, 0.95, 16, 12), (16, 0.95, 8, 8), (16, 0.9, 16, 16)],
+)
+def test_fewer_sketches_where_more_would_not_be_fewer_than_values(block, sparsity, sketches, used, caplog):
+    module = sk.SparseLinear(32 * block, 32 * block, block_size=block, sparsity=sparsity, seed=0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    for name, allow in (("first", False), ("second", True)):
+        method = sk.RigL(
+            module, optimizer, scoring="screen", sketches=sketches, update_every=1, allow_dense_scores=allow, seed=1
+        )
+        assert module.probe.tensor.shape == (sketches if allow else used, 32, 32), name
+        assert module.probe.tensor.numel() < module.values.numel() or allow
+        method._disarm()
+    assert caplog.text.count(f"by {used} sketches a block") == (used < sketches)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"scoring": "best"}, "scoring is 'best'; it must be one of auto, exact, screen"),
+            ({"sketches": 0}, "sketches is 0; it must be 1 or more"),
+            ({"shortlist": 0.5}, "shortlist is 0.5; it must be 1 or more"),
+            ({"shortlist": float("nan")}, "shortlist is nan"),
+            ({"regrow": True, "scope": "global"}, "regrow is for scope='layer'"),
+            ({"regrow": True, "scoring": "screen"}, "regrow needs the scores of all blocks"),
+            ({"scope": "model"}, "scope is 'model'; for RigL it must be 'layer', 'global'"),
+        ],
+    )
+    def test_options(self, options, text):
+        module = layer()
+        with pytest.raises(ValueError, match=text):
+            sk.RigL(module, torch.optim.SGD(module.parameters()), **options)
+
+    def test_unstructured_weights_need_consent(self):
+        module = layer(block=1)
+        with pytest.raises(ValueError, match=r"has 1x1 blocks.*4 x 4 matrix.*Use GSE.*allow_dense_scores=True"):
+            METHODS["rigl"](module, torch.optim.SGD(module.parameters()))
+
+    @pytest.mark.parametrize(
+        ("block", "sparsity", "options", "text"),
+        [
+            (2, 0.75, {}, "'' has 2x2 blocks, for each of which RigL would hold a norm: 1024 norms.* 1024 values.*GSE"),
+            (4, 0.95, {}, "would hold a norm.*allow_dense_scores=True"),
+            (4, 0.8, {"scoring": "screen"}, "would hold 4 numbers: 4096 of them, and the layer has 3280 values"),
+            (4, 0.95, {"scoring": "screen", "sketches": 1}, "would hold 1 numbers"),
+        ],
+    )
+    def test_more_scores_than_values_need_consent(self, block, sparsity, options, text):
+        module = sk.SparseLinear(32 * block, 32 * block, block_size=block, sparsity=sparsity, seed=0)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        with pytest.raises(ValueError, match=text):
+            sk.RigL(module, optimizer, **options)
+        assert module.probe is None
+        sk.RigL(module, optimizer, allow_dense_scores=True, **options)
+
+    def test_screening_that_turns_out_to_be_needed_asks_for_consent(self):
+        module = sk.SparseLinear(128, 128, block_size=4, sparsity=0.8, seed=0)
+        before = module.topology.keys().clone()
+        method = sk.RigL(module, torch.optim.SGD(module.parameters(), lr=0.0), update_every=1)
+        for _ in range(2):
+            module(torch.ones(1, 128)).sum().backward()
+        method.optimizer.step()
+        with pytest.raises(ValueError, match="would hold 4 numbers.*allow_dense_scores=True"):
+            method.step()
+        assert method.updates == 0 and method.stages() == 1 and torch.equal(module.topology.keys(), before)
+
+    def test_exact_scores_of_several_backwards(self):
+        module = layer()
+        method = sk.RigL(module, torch.optim.SGD(module.parameters()), update_every=1, scoring="exact")
+        for _ in range(2):
+            ask_for(module, SCORES)
+        method.optimizer.step()
+        with pytest.raises(ValueError, match="scoring is 'exact', but the gradient of '' comes in 2 parts"):
+            method.step()
+
+    def test_exact_scores_on_several_ranks(self, monkeypatch):
+        monkeypatch.setattr("sparsekern.training.growth.rigl.ranks", lambda group: 2)
+        module = layer()
+        with pytest.raises(ValueError, match="norms do not add up over ranks; use 'auto' or 'screen'"):
+            sk.RigL(module, torch.optim.SGD(module.parameters()), scoring="exact")
+        assert sk.RigL(module, torch.optim.SGD(module.parameters())).stages() == 2

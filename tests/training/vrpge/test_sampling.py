@@ -1,0 +1,112 @@
+"""The estimator by enumeration of all masks, and the masks by their counts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from sparsekern.topology import generator_for
+from sparsekern.training.vrpge import sampling
+from sparsekern.training.vrpge.sampling import draw_masks, score_gradient, top_units
+from tests.memory import allocations
+
+UNITS = 4
+ALL = torch.tensor(list(itertools.product([False, True], repeat=UNITS)))  # (16, 4)
+S = torch.tensor([0.1, 0.5, 0.85, 0.3], dtype=torch.float64)
+LOSSES = torch.randn(2**UNITS, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+
+
+def likelihoods(s: torch.Tensor) -> torch.Tensor:
+    return torch.where(ALL, s, 1 - s).prod(1)
+
+
+def moments(masks: int, losses: torch.Tensor = LOSSES) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and variance of the estimate over all tuples of masks."""
+    p = likelihoods(S)
+    mean, square = torch.zeros(UNITS).double(), torch.zeros(UNITS).double()
+    for chosen in itertools.product(range(2**UNITS), repeat=masks):
+        at = list(chosen)
+        estimate = score_gradient(losses[at], ALL[at], S)
+        mean += p[at].prod() * estimate
+        square += p[at].prod() * estimate.square()
+    return mean, square - mean.square()
+
+
+@pytest.mark.parametrize("masks", [2, 3])
+def test_unbiased_for_the_scaled_gradient_of_the_expected_loss(masks):
+    s = S.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((likelihoods(s) * LOSSES).sum(), s)
+    mean, _ = moments(masks)
+    torch.testing.assert_close(mean, (S * (1 - S)).sqrt() * gradient, atol=1e-12, rtol=1e-12)
+
+
+def test_the_variance_is_at_most_half_the_largest_gap_squared_and_knows_no_offset():
+    gap = LOSSES.max() - LOSSES.min()
+    _, two = moments(2)
+    assert (two <= gap**2 / 2).all()
+    _, shifted = moments(2, LOSSES + 1000)
+    torch.testing.assert_close(shifted, two, rtol=1e-6, atol=1e-8)
+    _, three = moments(3)
+    assert (three < two).all()
+
+
+def test_by_hand():
+    # two masks: g = (L1 - L2) / 2 * (m1 - m2) / sqrt(s (1 - s)) = 0.5 / 0.5, -0.5 / 0.4, and 0 where they agree
+    masks = torch.tensor([[True, False, True, False], [False, True, True, False]])
+    s = torch.tensor([0.5, 0.2, 0.9, 0.0])
+    found = score_gradient(torch.tensor([3.0, 2.0]), masks, s)
+    torch.testing.assert_close(found, torch.tensor([1.0, -1.25, 0.0, 0.0]))
+    assert (found[2:] == 0).all()
+
+
+def test_exactly_nothing_where_masks_agree_whatever_the_losses():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(5, 40, generator=generator) < 0.5
+    masks[:, :10] = masks[:1, :10]
+    found = score_gradient(torch.randn(5, generator=generator) * 1e4, masks, torch.rand(40, generator=generator))
+    assert (found[:10] == 0).all() and found.isfinite().all()
+
+
+def test_counts_of_masks_are_binomial():
+    s = torch.tensor([0.0, 0.02, 0.3, 0.5, 0.97, 1.0])
+    draws = 20_000
+    masks = draw_masks(s, draws, generator_for(0, "masks"))
+    assert masks.shape == (draws, 6) and masks.dtype == torch.bool
+    counts = masks.sum(0).double()
+    assert counts[0] == 0 and counts[-1] == draws
+    inner, p = counts[1:-1], s[1:-1].double()
+    chi_square = ((inner - draws * p).square() / (draws * p * (1 - p))).sum()
+    assert chi_square < 23.5  # four degrees of freedom: exceeded once in 10 000
+    both = (masks[:, 2] & masks[:, 3]).double().mean()  # independent of each other
+    assert abs(float(both) - 0.15) < 5 * (0.15 * 0.85 / draws) ** 0.5
+    again = draw_masks(s, draws, generator_for(0, "masks"))
+    assert torch.equal(masks, again)
+
+
+def test_the_likeliest_within_the_budget_and_ties_go_to_the_first():
+    s = torch.tensor([0.3, 0.9, 0.3, 0.3, 0.1])
+    assert top_units(s, torch.ones(5), 3.0).tolist() == [True, True, True, False, False]
+    assert top_units(s, torch.tensor([1.0, 3, 1, 1, 1]), 4.5).tolist() == [True, True, False, False, False]
+    assert top_units(s, torch.full((5,), 0.1, dtype=torch.float64), 0.3).sum() == 3, (
+        "0.1 + 0.1 + 0.1 is above 0.3 in floats"
+    )
+
+
+def test_masks_and_scores_are_the_same_however_many_units_are_looked_at_together(monkeypatch):
+    probabilities = torch.rand(100, generator=generator_for(1))
+    masks = draw_masks(probabilities, 3, generator_for(0))
+    scores = score_gradient(LOSSES[:3].float(), masks, probabilities)
+    chance = torch.rand(3, 100, generator=generator_for(0))
+    assert torch.equal(masks, chance < probabilities)
+    monkeypatch.setattr(sampling, "CHUNK", 7)
+    assert torch.equal(draw_masks(probabilities, 3, generator_for(0)), masks)
+    torch.testing.assert_close(score_gradient(LOSSES[:3].float(), masks, probabilities), scores)
+
+
+def test_masks_and_scores_take_what_they_return_and_little_more(monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK", 2**10)
+    probabilities, masks = torch.full((2**17,), 0.5), torch.rand(2, 2**17) < 0.5
+    assert allocations(lambda: draw_masks(probabilities, 2, generator_for(0))).peak < 2.1 * 2**17
+    assert allocations(lambda: score_gradient(torch.ones(2), masks, probabilities)).peak < 4.5 * 2**17
