@@ -28,7 +28,7 @@ from bench.cpu.results import circumstances, rounded, write_rows
 from bench.cpu.table import milliseconds, times
 from bench.gpu.results import ROOT, Row
 from sparsekern import keep_freed_memory, sparsify_
-from sparsekern.lab.catalogue import find
+from sparsekern.lab.recipes import find
 
 NETWORKS = ("resnet18-cifar", "vgg16-small")
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from sparsekern.cli.main import application
 from sparsekern.lab import Config
 from sparsekern.lab.data import load
-from sparsekern.lab.folder import create
+from sparsekern.lab.store import create
 from tests.bad_commands import COMMANDS
 from tests.bad_input_parts import Case
 from tests.bad_layers import layer_cases

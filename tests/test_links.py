@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
 from sparsekern.lab import Config, Interrupted, Observer, resume, start
-from sparsekern.lab.compare import CompareObserver, Plan, compare
-from sparsekern.lab.contestants import Contestant
+from sparsekern.lab.compare import CompareObserver, Contestant, Plan, compare
 from sparsekern.lab.lock import LOCK
 
 CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=2, batch_size=400, seeds=1, device="cpu")

@@ -12,16 +12,14 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sparsekern.cli.expand import given, option
 from sparsekern.cli.live import Live
-from sparsekern.cli.run_options import Json, Quiet, absolute, of_recipe, takes_run_options
+from sparsekern.cli.options import Json, Quiet, absolute, given, of_recipe, option, takes_run_options
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
 from sparsekern.cli.table import thread_count
-from sparsekern.lab.compare import PICTURE, TABLE, compare, default_folder, is_finished, plan_for
+from sparsekern.lab.compare import PICTURE, TABLE, Contestant, compare, default_folder, is_finished, plan_for
 from sparsekern.lab.config import Config
-from sparsekern.lab.contestants import Contestant
-from sparsekern.lab.folder import PLAN
 from sparsekern.lab.report.comparison import HEADINGS, table_cells
+from sparsekern.lab.store import PLAN
 from sparsekern.training import METHODS, PRESETS
 
 WIDTH = 132

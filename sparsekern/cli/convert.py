@@ -10,9 +10,8 @@ from typing import Annotated
 
 import typer
 
-from sparsekern.cli.inspect import describe_state
+from sparsekern.cli.inspect import MaxGib, MaxTensors, describe_state, weights_file
 from sparsekern.cli.shell import error_console, explained, say, stopped
-from sparsekern.cli.source import MaxGib, MaxTensors, weights_file
 from sparsekern.errors import InputError
 from sparsekern.files.conversion import State, bsr_state, dense_state, sparse_state
 from sparsekern.files.foreign_states import merge_pruned

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from sparsekern.lab import Config
 from sparsekern.lab.compare import CompareObserver
-from sparsekern.lab.learner import Learner
+from sparsekern.lab.train import Learner
 
 
 class Live(CompareObserver):

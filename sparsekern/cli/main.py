@@ -56,8 +56,8 @@ def application() -> typer.Typer:
     from sparsekern.cli.info import info
     from sparsekern.cli.inspect import inspect
     from sparsekern.cli.report import report
+    from sparsekern.cli.shell import PlainErrors
     from sparsekern.cli.train import train
-    from sparsekern.cli.usage import PlainErrors
 
     app = typer.Typer(cls=PlainErrors, add_completion=False, pretty_exceptions_enable=False)
 

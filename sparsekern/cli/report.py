@@ -14,11 +14,10 @@ from sparsekern.cli.info import cpu_model
 from sparsekern.cli.shell import error_console, explained, say
 from sparsekern.cli.table import notes, result_cells, thread_count
 from sparsekern.errors import InputError
-from sparsekern.lab.folder import write_text
+from sparsekern.lab.cost import measure
 from sparsekern.lab.page import page_of, results_so_far, values_of
-from sparsekern.lab.per_layer import measure
-from sparsekern.lab.record import Record, read_record
 from sparsekern.lab.report.html import MARK, render
+from sparsekern.lab.store import Record, read_record, write_text
 
 PAGE = "report.html"
 

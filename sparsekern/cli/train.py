@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-from sparsekern.cli.expand import given, option
-from sparsekern.cli.listing import recipe_table, recipe_values
 from sparsekern.cli.live import Live
-from sparsekern.cli.method_options import takes_method_options
-from sparsekern.cli.run_options import MLP, Quiet, absolute, of_recipe, takes_run_options
+from sparsekern.cli.options import (
+    MLP,
+    Quiet,
+    absolute,
+    given,
+    of_recipe,
+    option,
+    takes_method_options,
+    takes_run_options,
+)
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
 from sparsekern.cli.table import notes, result_table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, resume, start
-from sparsekern.lab.folder import CONFIG, PICTURE, RESULTS, SPECTRAL, default_folder, read_config
-from sparsekern.lab.keeping import Keeping
+from sparsekern.lab.recipes import RECIPES, Recipe
+from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
 from sparsekern.training import METHODS, PRESETS
 
 
@@ -127,3 +135,25 @@ def _check_agreement(folder: Path, values: dict[str, Any], out: Path | None) -> 
                 "or start a new run without --resume",
                 parameter=name,
             )
+
+
+def recipe_table() -> Table:
+    """Return the table of all recipes, narrow enough for a terminal of 80 columns; the first one is the default."""
+    table = Table(box=SIMPLE_HEAD, caption="The first one is the default.", caption_justify="left")
+    table.add_column("recipe", no_wrap=True)
+    for heading in ("rate", "batch", "epochs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("source")
+    for recipe in RECIPES.values():
+        table.add_row(recipe.name, f"{recipe.rate:g}", str(recipe.batch_size), _epochs(recipe), recipe.source)
+    return table
+
+
+def recipe_values() -> list[dict[str, Any]]:
+    """Return the recipes as plain values, in the order of the table; ``epochs`` is None where the data decide."""
+    names = ("name", "title", "source", "rate", "batch_size", "epochs", "block_size", "distribution", "augmentation")
+    return [{name: getattr(recipe, name) for name in names} for recipe in RECIPES.values()]
+
+
+def _epochs(recipe: Recipe) -> str:
+    return "20 or 5" if recipe.epochs is None else str(recipe.epochs)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sparsekern.errors import InputError
 from sparsekern.files.atomic_files import refuse_link
-from sparsekern.lab.catalogue import find
 from sparsekern.lab.config import Config, usable_device
-from sparsekern.lab.contestants import Contestant
 from sparsekern.lab.cost import training_cost
 from sparsekern.lab.data import Dataset, load
-from sparsekern.lab.folder import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text
 from sparsekern.lab.formats import CostFile, checked
 from sparsekern.lab.lock import locked
+from sparsekern.lab.options import OPTIONS, Value
 from sparsekern.lab.picture import draw_or_warn
+from sparsekern.lab.recipes import find
 from sparsekern.lab.report.comparison import draw_comparison, markdown
+from sparsekern.lab.results import score_rows
 from sparsekern.lab.run import Interrupted, Observer, check, resume, start
-from sparsekern.lab.scores import score_rows
+from sparsekern.lab.store import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text
 from sparsekern.training import METHODS
 
 TABLE, PICTURE, COST = "comparison", "comparison.png", "cost.json"
@@ -286,3 +286,52 @@ def _union(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:
     """Return the entries of both, each once, in their order."""
     entries = [*first, *second]
     return tuple(entry for place, entry in enumerate(entries) if entry not in entries[:place])
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method or a preset, with options.
+
+    Raises:
+        ValueError: there is no such method, or it does not have such an option.
+    """
+
+    method: str | None = None
+    preset: str | None = None
+    options: dict[str, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked = Config(**self.entries())
+        object.__setattr__(self, "method", checked.method)
+        object.__setattr__(self, "options", checked.options)
+
+    @classmethod
+    def parse(cls, text: str, *, preset: bool = False) -> Contestant:
+        """Read ``NAME`` or ``NAME:option=value,option=value``, such as ``gse:distribution=grabo,subset_factor=2``.
+
+        Args:
+            text: see above; hyphens in the names of options are underscores, and an option alone is true.
+            preset: whether the name is that of a preset.
+
+        Raises:
+            ValueError: as the class, or a value of another kind.
+        """
+        name, _, rest = text.partition(":")
+        options: dict[str, Value] = {}
+        for part in filter(None, rest.split(",")):
+            key, given, value = part.partition("=")
+            key = key.strip().replace("-", "_")
+            options[key] = OPTIONS[key].parse(value.strip() if given else "true") if key in OPTIONS else value
+        return cls(preset=name, options=options) if preset else cls(method=name, options=options)
+
+    def entries(self) -> dict[str, Any]:
+        """Return what it says in a :class:`Config`."""
+        return {"method": self.method, "preset": self.preset, "options": dict(self.options)}
+
+    @property
+    def slug(self) -> str:
+        """A name for a folder, such as ``gse-distribution-grabo``."""
+        words = [self.preset or str(self.method)]
+        for name, value in self.options.items():
+            words += [name.replace("_", "-"), str(value).lower()]
+        return "-".join(words)

@@ -11,10 +11,10 @@ import torch
 
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import DEFAULT
-from sparsekern.lab.augment import AUGMENTATIONS
-from sparsekern.lab.catalogue import RECIPES, find
 from sparsekern.lab.formats import LARGEST
 from sparsekern.lab.options import OPTIONS, Value, check_options
+from sparsekern.lab.recipes import RECIPES, find
+from sparsekern.lab.tasks import AUGMENTATIONS
 from sparsekern.topology import check_sparsity
 from sparsekern.training import METHODS, PRESETS, Method
 
@@ -46,7 +46,7 @@ class Config:
     """The options of one run. Those that are None are chosen by :meth:`resolved`.
 
     Attributes:
-        recipe: a name in :data:`sparsekern.lab.catalogue.RECIPES`. It decides what is not given: ``block_size``,
+        recipe: a name in :data:`sparsekern.lab.recipes.RECIPES`. It decides what is not given: ``block_size``,
             ``width``, ``batch_size``, ``rate`` and ``seeds``.
         data: None for scikit-learn's digits, or a path that :func:`sparsekern.lab.data.load` takes.
         data_max_gib: GiB of memory that the data may ask for. Large files may ask for 16 times their own size.
@@ -57,7 +57,7 @@ class Config:
         options: of the method, by the names of :data:`sparsekern.lab.options.OPTIONS`.
         width: features of the three hidden layers of the MLP; None for other networks.
         width_multiplier: times the published channels of other networks; 1 for the MLP.
-        augment: how images are varied, a name in :data:`sparsekern.lab.augment.AUGMENTATIONS`. Default: the
+        augment: how images are varied, a name in :data:`sparsekern.lab.tasks.AUGMENTATIONS`. Default: the
             recipe's, but ``"none"`` for grey images.
         epochs: passes over the training set. Default: the recipe's; of the MLP 20, or 5 with more than 10 000 images.
         batch_size: images a step.

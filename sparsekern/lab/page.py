@@ -10,12 +10,12 @@ from typing import Any
 from sparsekern.analysis import Summary
 from sparsekern.lab.config import Config
 from sparsekern.lab.history import Frame, film
-from sparsekern.lab.record import Record
 from sparsekern.lab.report.blocks import panels, png, shades
 from sparsekern.lab.report.charts import curve_chart, layer_chart
 from sparsekern.lab.report.html import BlockFilm, LayerRow, Page
 from sparsekern.lab.report.plots import Curves
 from sparsekern.lab.results import summarise
+from sparsekern.lab.store import Record
 from sparsekern.training import METHODS
 
 MIB = 2**20

@@ -14,17 +14,24 @@ import torch
 import sparsekern as sk
 from sparsekern.errors import InputError
 from sparsekern.lab import checkpoint
-from sparsekern.lab.catalogue import find
 from sparsekern.lab.config import Config, usable_device
 from sparsekern.lab.data import Dataset, load
-from sparsekern.lab.folder import (
+from sparsekern.lab.history import History
+from sparsekern.lab.lock import locked
+from sparsekern.lab.picture import draw_graphs, draw_or_warn, draw_summary
+from sparsekern.lab.recipes import find
+from sparsekern.lab.results import summarise
+from sparsekern.lab.store import (
     CONFIG,
     DEFAULT,
     METRICS,
     PICTURE,
     RESULTS,
     SPECTRAL,
+    Clock,
+    Keeping,
     Metrics,
+    best_step,
     create,
     read_config,
     read_json,
@@ -32,12 +39,7 @@ from sparsekern.lab.folder import (
     read_results,
     write_json,
 )
-from sparsekern.lab.history import History
-from sparsekern.lab.keeping import Clock, Keeping, best_step
-from sparsekern.lab.learner import Learner
-from sparsekern.lab.lock import locked
-from sparsekern.lab.picture import draw_graphs, draw_or_warn, draw_summary
-from sparsekern.lab.results import summarise
+from sparsekern.lab.train import Learner
 from sparsekern.nn import sparse_layers
 from sparsekern.ops import BACKENDS, supports
 

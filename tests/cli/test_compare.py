@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
-from sparsekern.lab.learner import Learner
+from sparsekern.lab.train import Learner
 
 TINY = ["--width=32", "--block-size=8", "--sparsity=0.5", "--batch-size=400", "--device=cpu", "--quick"]
 

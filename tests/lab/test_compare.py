@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from sparsekern.lab import Interrupted, resume
-from sparsekern.lab.compare import CompareObserver, Plan, compare, plan_for, read_plan
+from sparsekern.lab.compare import CompareObserver, Contestant, Plan, compare, plan_for, read_plan
 from sparsekern.lab.config import Config
-from sparsekern.lab.contestants import Contestant
-from sparsekern.lab.learner import Learner
 from sparsekern.lab.lock import locked
+from sparsekern.lab.train import Learner
 from tests.saved import leftover
 
 VALUES = {"width": 32, "epochs": 2, "batch_size": 400, "seeds": 2, "update_every": 2, "device": "cpu"}
@@ -231,3 +230,49 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"1 of 3 runs failed .*static-s0.5-b8: the loss is nan"):
         compare(plan(tmp_path, values={**VALUES, "epochs": 1, "seeds": 1}), tmp_path, Told())
     assert [row["name"] for row in json.loads((tmp_path / "comparison.json").read_text())["rows"]] == CELLS[::2]
+
+
+@pytest.mark.parametrize(
+    ("text", "preset", "entries", "slug"),
+    [
+        ("static", False, ("static", None, {}), "static"),
+        (
+            "gse:subset_factor=2,distribution=grabo",
+            False,
+            ("gse", None, {"distribution": "grabo", "subset_factor": 2.0}),
+            "gse-distribution-grabo-subset-factor-2.0",
+        ),
+        (
+            "rigl: allow-dense-scores, regrow=no",
+            False,
+            ("rigl", None, {"regrow": False, "allow_dense_scores": True}),
+            None,
+        ),
+        ("gse-imagenet:drop_fraction=0.1", True, ("gse", "gse-imagenet", {"drop_fraction": 0.1}), None),
+    ],
+)
+def test_from_a_text(text, preset, entries, slug):
+    contestant = Contestant.parse(text, preset=preset)
+    assert tuple(contestant.entries().values()) == entries
+    assert Contestant(**contestant.entries()) == contestant
+    assert slug is None or contestant.slug == slug
+
+
+def test_the_slug_names_the_preset():
+    assert Contestant.parse("gse-imagenet:drop_fraction=0.1", preset=True).slug == "gse-imagenet-drop-fraction-0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "preset", "message"),
+    [
+        ("sett", False, "method is 'sett'; it must be one of static, set"),
+        ("gsee", True, "preset is 'gsee'; it must be one of set-mocanu, set-rigl"),
+        ("set:masks=3", False, "masks is 3, but method set has no such option; vrpge has it"),
+        ("set:depth=3", False, "'depth' is no option of a method; set has drop_fraction"),
+        ("vrpge:masks=some", False, "masks is 'some'; it must be a whole number"),
+        ("vrpge:masks", False, "masks is 'true'; it must be a whole number"),
+    ],
+)
+def test_what_is_wrong_is_named(text, preset, message):
+    with pytest.raises(ValueError, match=message):
+        Contestant.parse(text, preset=preset)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
 from sparsekern.lab import Config, Interrupted, Observer, checkpoint, resume, start
-from sparsekern.lab.folder import CONFIG, METRICS, RESULTS
+from sparsekern.lab.store import CONFIG, METRICS, RESULTS
 
 SMALL = Config(
     width=16,

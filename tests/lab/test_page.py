@@ -11,7 +11,7 @@ from sparsekern.lab import Config
 from sparsekern.lab import page as module
 from sparsekern.lab.history import History
 from sparsekern.lab.page import command_of, page_of, results_so_far, values_of
-from sparsekern.lab.record import Record
+from sparsekern.lab.store import Record
 
 CONFIG = Config(width=32, block_size=8, epochs=2, seeds=2, device="cpu", sparsity=0.75).resolved(100, 1)
 

@@ -11,9 +11,9 @@ import torch
 
 import sparsekern as sk
 from sparsekern.lab import Config, Interrupted, Observer, checkpoint, resume, start
-from sparsekern.lab.build import build
-from sparsekern.lab.keeping import Keeping
+from sparsekern.lab.networks import build
 from sparsekern.lab.run import _block_map, environment
+from sparsekern.lab.store import Keeping
 from sparsekern.training import METHODS
 
 CONFIG = Config(
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path
 def test_a_long_epoch_is_not_lost(straight, no_picture, tmp_path, every, monkeypatch):
     """Killed right after a save that was due, and again; the steps between two saves are all that is done twice."""
     seconds = iter(range(10**6))
-    monkeypatch.setattr("sparsekern.lab.keeping.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("sparsekern.lab.store.time.monotonic", lambda: next(seconds))
 
     class Killed(StopAt):
         def should_stop(self):

@@ -35,8 +35,8 @@ import torch
 import sparsekern.lab.run
 from sparsekern.cli.main import application
 from sparsekern.files.atomic_files import is_private
-from sparsekern.lab.folder import CONFIG, METRICS, RESULTS, Metrics
 from sparsekern.lab.lock import LOCK
+from sparsekern.lab.store import CONFIG, METRICS, RESULTS, Metrics
 from sparsekern.training import METHODS
 
 TIMES = {

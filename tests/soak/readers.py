@@ -38,7 +38,7 @@ from sparsekern.files.conversion import bsr_state, dense_state
 from sparsekern.files.weight_files import read_state
 from sparsekern.lab import Config, checkpoint
 from sparsekern.lab.data import load
-from sparsekern.lab.folder import CONFIG, create, read_config, read_json, read_keeping
+from sparsekern.lab.store import CONFIG, create, read_config, read_json, read_keeping
 
 MEMORY = 2**31
 """Bytes of address space beyond what the imports take."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from sparsekern.lab.augment import MARGIN, augmented
+from sparsekern.lab.tasks import MARGIN, augmented
 
 
 def images(n=6):

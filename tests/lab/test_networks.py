@@ -4,8 +4,8 @@ from torch import nn
 
 from sparsekern import SparseLinear, sparse_layers
 from sparsekern.analysis import profile
-from sparsekern.lab.build import build, build_agent, build_method
 from sparsekern.lab.config import Config
+from sparsekern.lab.networks import build, build_agent, build_method
 from sparsekern.topology import allocate
 from sparsekern.training import METHODS, PRESETS
 from sparsekern.transforms import TRANSFORMS

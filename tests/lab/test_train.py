@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from sparsekern.analysis import spectral
-from sparsekern.lab.build import build
-from sparsekern.lab.catalogue import RECIPES
 from sparsekern.lab.config import Config
 from sparsekern.lab.data import Dataset, load
-from sparsekern.lab.learner import WARM_UP, Learner
+from sparsekern.lab.networks import build
+from sparsekern.lab.recipes import RECIPES
+from sparsekern.lab.train import WARM_UP, Learner
 from sparsekern.nn import sparse_layers
 from sparsekern.transforms import TRANSFORMS
 

@@ -15,15 +15,130 @@ Published networks were dense or sparse in single weights: block sizes are ours 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from sparsekern.errors import InputError
 from sparsekern.lab import models
-from sparsekern.lab.optimizers import SGD, AdamW
-from sparsekern.lab.rates import Constant, Cosine, Milestones, Schedule
+
+
+class Schedule(Protocol):
+    """What fraction of the highest learning rate a step has."""
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the fraction for step ``step`` (the first is 0) of ``steps``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same rate throughout."""
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return 1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Down to 0 along half a cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5, without restarts.
+
+    Attributes:
+        warm_up: the part of the training in which the rate rises in a line, before the cosine.
+    """
+
+    warm_up: float = 0.0
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the fraction for step ``step`` of ``steps``."""
+        rising = round(self.warm_up * steps)
+        if step < rising:
+            return (step + 1) / rising
+        return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """Multiplied by ``drop`` at each milestone.
+
+    Attributes:
+        at: the milestones, such as (0.5, 0.75).
+        drop: such as 0.1.
+        warm_up: the part of the training in which the rate rises in a line; ends before the first milestone.
+    """
+
+    at: tuple[float, ...]
+    drop: float
+    warm_up: float = 0.0
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the fraction for step ``step`` of ``steps``."""
+        rising = round(self.warm_up * steps)
+        if step < rising:
+            return (step + 1) / rising
+        return self.drop ** sum(step >= round(place * steps) for place in self.at)
+
+
+# fused: on a CPU the default forms are slow, most of all for the dense twin, and would flatter the sparse network
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with momentum.
+
+    Attributes:
+        weight_decay: added to the gradient as ``weight_decay * parameter``.
+        momentum: factor of the running sum of gradients.
+        nesterov: whether to look one step ahead.
+        decay_all: whether norms and biases decay too.
+    """
+
+    weight_decay: float
+    momentum: float = 0.9
+    nesterov: bool = False
+    decay_all: bool = True
+
+    def build(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        """Return the optimizer of a model's parameters."""
+        groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
+        return torch.optim.SGD(groups, lr=rate, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay: a step takes ``rate * weight_decay * parameter`` away.
+
+    Attributes:
+        weight_decay: see above.
+        decay_all: whether norms and biases decay too.
+    """
+
+    weight_decay: float = 0.01
+    decay_all: bool = True
+
+    def build(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        """Return the optimizer of a model's parameters."""
+        groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_all: bool) -> list[dict[str, Any]]:
+    """Return the groups for an optimizer: one, or one of weights that decay and one of norms and biases that do not.
+
+    Norms and biases are what has one axis; the ``values`` of a sparse layer have three, also in blocks of 1x1.
+    """
+    parameters = list(model.parameters())
+    if decay_all:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.errors import InputError
-from sparsekern.lab.catalogue import find
 from sparsekern.lab.config import STOP, Config
 from sparsekern.lab.models.layers import widened
 from sparsekern.lab.options import OPTIONS
+from sparsekern.lab.recipes import find
 from sparsekern.topology import generator_for
 from sparsekern.training import AGENT, METHODS, PRESETS, Method, preset
 from sparsekern.transforms import Width
