@@ -1,4 +1,4 @@
-"""Sums over ranks; what several ranks do with them is in tests/test_ddp.py."""
+"""Sums over ranks; what several ranks do with them is in tests/test_distributed.py."""
 
 from __future__ import annotations
 
