@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 def on_ranks(work: Callable[..., Any], count: int, folder: Path, *arguments: Any) -> list[Any]:
     """Call ``work(rank, *arguments)`` in ``count`` processes; return what each rank returned.
 
-    ``work`` is a function of a module that returns plain values and tensors. An error on one rank ends all of them and is
-    raised here.
+    ``work`` is a function of a module that returns plain values and tensors. An error on one rank ends all of them and
+    is raised here.
     """
     mp.spawn(_run, (work, count, folder, arguments), nprocs=count)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(count)]

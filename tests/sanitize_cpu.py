@@ -235,7 +235,7 @@ def run_linear(case: Case, pairs: int, *, check: bool) -> None:
 def run_noise(calls: Calls, index: Index, block: tuple[int, int], seed: int) -> None:
     """Call kernels on an index that holds what it must not, and while another thread writes into it.
 
-    What must be refused is for tests/test_index_noise.py to say.
+    What must be refused is for tests/test_unsafe_input.py to say.
     """
     from tests.index_noise import copy_of, illegal, noises, survive, survive_writer
 

@@ -3,13 +3,8 @@ overwritten. The tables are in ``bad_layers.py``, ``bad_models.py`` and ``bad_co
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-import os
 import shlex
-import subprocess
-import warnings
 from pathlib import Path
 
 import numpy
@@ -18,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import sparsekern as sk
 from sparsekern.cli.main import application
+from sparsekern.errors import InputError
 from sparsekern.lab import Config
 from sparsekern.lab.data import load
 from sparsekern.lab.store import create
@@ -28,6 +25,13 @@ from tests.bad_layers import layer_cases
 from tests.bad_models import model_cases
 
 CASES = [*layer_cases(), *model_cases()]
+
+
+def test_the_parameter_is_an_attribute():
+    with pytest.raises(InputError, match=r"^sparsity is 1\.5") as caught:
+        sk.SparseLinear(64, 64, sparsity=1.5)
+    assert caught.value.parameter == "sparsity"
+    assert isinstance(caught.value, ValueError)
 
 
 def test_there_are_150_cases_and_no_name_is_twice():
@@ -40,7 +44,7 @@ def test_there_are_150_cases_and_no_name_is_twice():
 def test_the_library(case: Case):
     with pytest.raises(Exception) as raised:
         case.call()
-    assert type(raised.value) is case.error, raised.value
+    assert type(raised.value) is (InputError if case.error is ValueError else case.error), raised.value
     text = str(raised.value)
     if case.error is RuntimeError and text.startswith("Error(s) in loading"):  # load_state_dict's own heading
         text = text.partition("\n\t")[2]
@@ -136,64 +140,3 @@ def test_the_command_line(command, says, place, tmp_path, monkeypatch):
     assert [part for part in says if part.lower() not in line.lower()] == [], line
     assert tree(place) == before
     assert (tmp_path / "new").exists() == ("1e30" in command), "nothing is begun but what fails later"
-
-
-TINY = ["train", "--width=64", "--epochs=3", "--seeds=1", "--no-dense", "--quiet", "--batch-size=720"]
-TINY += ["--block-size=16", "--device=cpu"]
-
-
-@pytest.mark.parametrize("writes", [0, 1, 5])
-def test_a_disk_that_is_full(tmp_path, monkeypatch, writes):
-    done = []
-
-    def sync(handle: int) -> None:
-        done.append(handle)
-        if len(done) > writes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
-    with monkeypatch.context() as full:
-        full.setattr(os, "fsync", sync)
-        result = CliRunner().invoke(application(), [*TINY, "--out", str(tmp_path / "run")])
-    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: there is no room left on the disk; free some. ")
-    if (tmp_path / "run" / "config.json").is_file():
-        assert "--resume" in result.stderr
-        again = CliRunner().invoke(application(), ["train", "--resume", str(tmp_path / "run"), "--json", "--quiet"])
-        assert again.exit_code == 0 and json.loads(again.stdout)["networks"]["sparse"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
-
-
-def test_a_disk_that_is_really_full(small_disk):
-    result = CliRunner().invoke(application(), [*TINY, "--out", str(small_disk / "run")])
-    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: there is no room left on the disk; free some. ")
-    assert "--resume" in result.stderr and (small_disk / "run" / "config.json").is_file()
-
-
-def test_names_with_spaces_and_other_letters_are_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
-    folder = tmp_path / "ein Lauf: 90 % ü 模型 'x' \"y\""
-    data = tmp_path / "dä ta.npz"
-    labels = numpy.arange(40) % 2
-    numpy.savez(data, train_images=images(40), train_labels=labels, test_images=images(40), test_labels=labels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        result = CliRunner().invoke(application(), [*TINY, "--data", str(data), "--out", str(folder), "--json"])
-    assert result.exit_code == 0 and json.loads(result.stdout)["folder"] == str(folder)
-    page = CliRunner().invoke(application(), ["report", str(folder), "--no-measure"])
-    assert page.exit_code == 0 and (folder / "report.html").is_file()

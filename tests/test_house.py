@@ -110,7 +110,18 @@ def mirror_violations(root: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("check", [arrow_violations, optional_violations, mirror_violations])
+def error_violations(root: Path) -> list[str]:
+    """Return where a plain ValueError is raised: an InputError tells the command that the input was at fault."""
+    return [
+        f"{path.relative_to(root)}:{node.lineno} raises a plain ValueError"
+        for path in sources(root)
+        if path.is_relative_to(root / "sparsekern")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == "ValueError"
+    ]
+
+
+@pytest.mark.parametrize("check", [arrow_violations, optional_violations, mirror_violations, error_violations])
 def test_the_house_is_in_order(check):
     assert check(ROOT) == []
 
@@ -130,6 +141,11 @@ def plant(path: Path, line: str) -> None:
 def test_an_arrow_to_the_right_is_found(copy):
     plant(copy / "sparsekern/topology/grid.py", "from sparsekern.nn import SparseLinear")
     assert arrow_violations(copy) == ["sparsekern/topology/grid.py:3: topology imports nn"]
+
+
+def test_a_plain_value_error_is_found(copy):
+    plant(copy / "sparsekern/topology/grid.py", 'raise ValueError("no")')
+    assert error_violations(copy) == ["sparsekern/topology/grid.py:3 raises a plain ValueError"]
 
 
 def test_an_import_of_kernels_by_its_folder_is_found(copy):

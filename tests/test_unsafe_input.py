@@ -6,11 +6,15 @@ import importlib
 
 import pytest
 import torch
+from sparsekern.kernels import cpu
 from sparsekern.kernels.contract import ConvShape, Index
 
 import sparsekern as sk
 from sparsekern import ops
 from sparsekern.topology import Grid, balanced, build_index, conv_grid, generator_for
+from tests.index_noise import conv_calls, illegal, linear_calls, noises, survive, survive_writer
+from tests.oracle import Case, check_kernels, random_case
+from tests.oracle_conv2d import ConvCase, check_conv, conv_case
 
 SHAPE = ConvShape(16, 32, (3, 3), padding=(1, 1, 1, 1))
 PLACES = ["row_ptr", "row_col", "row_slot", "col_ptr", "col_row", "col_slot"]
@@ -155,3 +159,55 @@ def test_an_empty_list_may_arrive_as_none(name):
         with torch.set_grad_enabled(grad):
             y = kernel(x, values, None, lists, sizes, None, "", None, "auto")
             assert torch.equal(y, kernel(x, values, None, lists, sizes, None, "", [], "auto"))
+
+
+# The native kernels alone, on every instruction set: what is illegal is refused, and what is legal is still computed.
+# That nothing outside the tensors was touched is for the sanitizers to say: tests/sanitize_cpu.py makes the same calls.
+
+
+def linear_case(block: tuple[int, int], tokens: int, dtype: torch.dtype = torch.float32) -> Case:
+    given = {"rows": 7, "cols": 9, "blocks": 30, "free": 4, "dtype": dtype, "tokens": tokens, "bias": True}
+    return random_case(3, block=block, x_layout="contiguous", dy_layout="contiguous", **given)
+
+
+def conv2d_case(
+    block: tuple[int, int], groups: int = 1, stride: int = 1, dtype: torch.dtype = torch.float32
+) -> ConvCase:
+    given = {"kernel": (3, 3), "stride": (stride, stride), "dilation": (1, 1), "padding": (1, 1, 1, 1), "images": 2}
+    given |= {"height": 6, "width": 7, "groups": groups, "group_in": 2 * block[1] + 1, "group_out": 3 * block[0]}
+    return conv_case(5, block=block, dtype=dtype, blocks=9, **given)
+
+
+LINEAR = [((1, 1), 3), ((1, 1), 40), ((16, 32), 2), ((16, 32), 40), ((16, 32), 40, torch.bfloat16)]
+CONV = [((1, 1), 1, 1), ((1, 1), 3, 2), ((16, 16), 1, 1), ((16, 16), 2, 2), ((16, 32), 1, 1, torch.bfloat16)]
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize(
+    ("make", "given"), [*((linear_case, given) for given in LINEAR), *((conv2d_case, given) for given in CONV)]
+)
+def test_native_kernels_refuse_what_is_not_in_the_grid(make, given):
+    case = make(*given)
+    index, block = case.index, case.grid.block
+    calls = linear_calls(case) if make is linear_case else conv_calls(case)
+    for name, (call, lists) in calls.items():
+        for number in lists:
+            for seed, wrong in enumerate(illegal(index, number, block, 0)):
+                assert survive(call, wrong), (name, number, seed)
+        for wrong in noises(index, 1):
+            survive(call, wrong)
+    (check_kernels if make is linear_case else check_conv)(cpu, case)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("block", [(1, 1), (16, 16)])
+def test_another_thread_may_write_into_an_index_meanwhile(block):
+    case, conv = linear_case(block, 40), conv2d_case(block, 2)
+    survive_writer(linear_calls(case), case.index, 10)
+    survive_writer(conv_calls(conv), conv.index, 10)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_native_kernels_refuse_an_index_of_another_grid():
+    case, larger = linear_case((16, 32), 40), random_case(3, block=(16, 32), rows=8, cols=9, blocks=30, free=4)
+    assert all(survive(call, larger.index) for call, _ in linear_calls(case).values())

@@ -1,12 +1,18 @@
-"""Symbolic links in the place of every file and folder that a run, its page or a comparison makes: none is followed."""
+"""Runs on disk: links that somebody planted, full disks, processes that are killed, and files that are damaged."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
+import numpy
 import pytest
 from typer.testing import CliRunner
 
@@ -149,3 +155,97 @@ def test_the_file_that_convert_writes(run, victims, tmp_path, name):
     assert refused.exit_code == 2 and "which exists; choose another name, or --force" in refused.output
     assert CliRunner().invoke(application(), [*arguments, "--force"], catch_exceptions=False).exit_code == 0
     assert content(victims) == before and not target.is_symlink()
+
+
+# Full disks.
+
+TINY = ["train", "--width=64", "--epochs=3", "--seeds=1", "--no-dense", "--quiet", "--batch-size=720"]
+TINY += ["--block-size=16", "--device=cpu"]
+
+
+def assert_told_of_a_full_disk(result) -> None:
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: there is no room left on the disk; free some. ")
+
+
+@pytest.mark.parametrize("writes", [0, 1, 5])
+def test_a_disk_that_is_full(tmp_path, monkeypatch, writes):
+    done = []
+
+    def sync(handle: int) -> None:
+        done.append(handle)
+        if len(done) > writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", sync)
+        result = CliRunner().invoke(application(), [*TINY, "--out", str(tmp_path / "run")])
+    assert_told_of_a_full_disk(result)
+    if (tmp_path / "run" / "config.json").is_file():
+        assert "--resume" in result.stderr
+        again = CliRunner().invoke(application(), ["train", "--resume", str(tmp_path / "run"), "--json", "--quiet"])
+        assert again.exit_code == 0 and json.loads(again.stdout)["networks"]["sparse"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    result = CliRunner().invoke(application(), [*TINY, "--out", str(small_disk / "run")])
+    assert_told_of_a_full_disk(result)
+    assert "--resume" in result.stderr and (small_disk / "run" / "config.json").is_file()
+
+
+def test_names_with_spaces_and_other_letters_are_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
+    folder = tmp_path / "ein Lauf: 90 % ü 模型 'x' \"y\""
+    data = tmp_path / "dä ta.npz"
+    labels, images = numpy.arange(40) % 2, numpy.arange(40 * 64, dtype="uint8").reshape(40, 8, 8)
+    numpy.savez(data, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = CliRunner().invoke(application(), [*TINY, "--data", str(data), "--out", str(folder), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["folder"] == str(folder)
+    page = CliRunner().invoke(application(), ["report", str(folder), "--no-measure"])
+    assert page.exit_code == 0 and (folder / "report.html").is_file()
+
+
+# A cheap sample of ``make soak``.
+
+
+def soak(program: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.soak.{program}", *options],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
+def test_killed_runs_end_like_those_left_alone():
+    out = soak("kills", "--kills", "5")
+    assert " 5  kills\n" in out and "0  differences" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds memory as Linux does")
+def test_readers_read_or_say_why_not():
+    out = soak("readers", "--inputs", "25")
+    assert "each was read, or refused in one sentence" in out and out.count(" refused\n") == 10
