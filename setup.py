@@ -32,9 +32,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "library.cpp": [],
-    "conv_library.cpp": [],
+    "linear.cpp": [],
+    "conv.cpp": [],
     "places.cpp": [],
-    "openmp.cpp": [],
     "generic.cpp": [],
     "avx2.cpp": AVX2,
     "avx512.cpp": AVX512,
@@ -50,8 +50,9 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-
 # GCC 12 says so of its own intrinsics, pages of it; clang does not know the second.
 FLAGS += ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 LINK = ["-pthread", "-Wl,-z,defs"] if sys.platform == "linux" else []  # what is missing is an error now, not at import
-GNU_OPENMP = (["-lgomp"], ["-l:libgomp.so.1"]) if sys.platform == "linux" else (["-fopenmp"],)
-"""Of PyTorch, whatever the compiler's own is (see openmp.cpp). The second: where GCC is not, but its libraries."""
+OPENMP = ["-lgomp"] if sys.platform == "linux" else ["-fopenmp"]
+"""PyTorch brings GCC's runtime. Clang's code calls another, whose threads would be a second team on the same cores: it
+does not link with this one, and the library is built without threads."""
 
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"  # as WITH_AVX of api.h
 if X86:
@@ -78,19 +79,15 @@ class BuildLibrary(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Build with OpenMP, or without where the compiler has none."""
+        """Build with GCC's OpenMP, or without threads where the compiler cannot."""
         try:
-            objects = self._compile(ext, ["-fopenmp"])
-            try:
-                self._link(ext, objects, GNU_OPENMP[0])
-            except BUILD_ERRORS:
-                self._link(ext, objects, GNU_OPENMP[-1])
+            self._link(ext, self._compile(ext, ["-fopenmp"]), OPENMP)
         except BUILD_ERRORS as first:
             try:
                 self._link(ext, self._compile(ext, []), [])
             except BUILD_ERRORS:
                 raise first from None
-            self.warn("built without OpenMP: the native CPU kernels run on one thread")
+            self.warn("built without GCC's OpenMP: the native CPU kernels run on one thread; build with CXX=g++")
 
     def _compile(self, ext: Extension, openmp: list[str]) -> list[str]:
         def compile_one(source: str) -> list[str]:

@@ -181,11 +181,11 @@ def sweep(library_file: Path, seeds: int) -> None:
 
         calls = 0
 
-        def call(which: str, arguments: Any, real: Any = library.call) -> None:
+        def call(which: str, *arguments: Any, real: Any = library.call) -> None:
             nonlocal calls
             calls += 1
             library.release_scratch()
-            real(which, arguments)
+            real(which, *arguments)
 
         parts = ("linear", "scores", "conv2d", "conv2d_scores")
         patches = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in parts)

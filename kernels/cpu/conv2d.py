@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import ConvShape, Index, conv2d_backward_in_two_calls
-from sparsekern.kernels.cpu.library import DTYPES, Conv, ConvGradients, Order, Pair, call, threads
+from sparsekern.kernels.cpu.library import Call, call
 from sparsekern.kernels.cpu.linear import Lists, numbers, positive, rounded
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def conv2d_fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, sha
         return y
     x, read, bias = positive(x), rounded(values, x.dtype), None if bias is None else numbers(bias)
     lists = (index.row_ptr, index.row_col, index.row_slot)
-    call("sk_conv_multiply", _conv(x, y, read, bias, lists, shape, transposed=False))
+    call("sk_multiply", Call.of(x, y, read, bias, lists, shape))
     return y
 
 
@@ -36,7 +36,7 @@ def conv2d_dx(dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: 
         return dx
     dy, read = positive(dy), rounded(values, dy.dtype)
     lists = (index.col_ptr, index.col_row, index.col_slot)
-    call("sk_conv_multiply", _conv(dx, dy, read, None, lists, shape, transposed=True))
+    call("sk_multiply", Call.of(dx, dy, read, None, lists, shape, transposed=True))
     return dx
 
 
@@ -65,7 +65,7 @@ def conv2d_outer_blocks(
         return torch.zeros(slots, *block, dtype=torch.float32, device=x.device)
     dy, x = positive(dy), positive(x)
     out = torch.empty(slots, *block, dtype=torch.float32, device=x.device)
-    call("sk_conv_outer", _conv(x, dy, out, None, lists, shape, transposed=False))
+    call("sk_outer", Call.of(x, dy, out, None, lists, shape))
     return out
 
 
@@ -81,46 +81,8 @@ def conv2d_backward(dy: Tensor, x: Tensor, values: Tensor, index: Index, shape: 
     dy, x, read = positive(dy), positive(x), rounded(values, dy.dtype)
     columns, rows = (index.col_ptr, index.col_row, index.col_slot), (index.row_ptr, index.row_col, index.row_slot)
     call(
-        "sk_conv_backward",
-        ConvGradients(
-            _conv(grad_x, dy, read, None, columns, shape, transposed=True),
-            _conv(x, dy, grad_values, None, rows, shape, transposed=False),
-        ),
+        "sk_backward",
+        Call.of(grad_x, dy, read, None, columns, shape, transposed=True),
+        Call.of(x, dy, grad_values, None, rows, shape),
     )
     return grad_x, grad_values if values.dtype is torch.float32 else grad_values.to(values.dtype)
-
-
-def _conv(
-    x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, shape: ConvShape, *, transposed: bool
-) -> Conv:
-    """Describe a call; addresses are all that it holds, so the tensors must be kept until the call is over."""
-    slots, bo, bi = values.shape
-    conv = conv_of(x, y, (bo, bi), shape)
-    conv.values, conv.bias = values.data_ptr(), None if bias is None else bias.data_ptr()
-    conv.order, conv.transposed = Order.of(*lists, slots), transposed
-    return conv
-
-
-def conv_of(x: Tensor, y: Tensor, block: tuple[int, int], shape: ConvShape) -> Conv:
-    """Describe a convolution without a weight; the tensors must be kept until the call is over."""
-    return Conv(
-        x.data_ptr(),
-        y.data_ptr(),
-        None,
-        None,
-        Order(),
-        x.shape[0],
-        shape.in_channels,
-        shape.out_channels,
-        shape.groups,
-        Pair(x.shape[2], x.shape[3]),
-        Pair(y.shape[2], y.shape[3]),
-        Pair(*shape.kernel),
-        Pair(*shape.stride),
-        Pair(shape.padding[0], shape.padding[2]),
-        Pair(*shape.dilation),
-        *block,
-        False,
-        DTYPES[x.dtype],
-        threads(),
-    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import ConvShape
-from sparsekern.kernels.cpu.conv2d import conv2d_outer_blocks, conv_of
-from sparsekern.kernels.cpu.library import ConvSketch, call
+from sparsekern.kernels.cpu.conv2d import conv2d_outer_blocks
+from sparsekern.kernels.cpu.library import Call, call
 from sparsekern.kernels.cpu.linear import positive
 from sparsekern.kernels.cpu.scores import chunk_of, directions, in_tiles, row_ptr_of, tiles_of
 from sparsekern.kernels.eager.chunks import spans
@@ -52,8 +52,7 @@ def conv2d_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int,
     dy, x = positive(dy), positive(x)
     u, v = directions(u, v, shape.out_channels, shape.taps * shape.group_in)
     tiles = tiles_of(pairs, groups, rows, cols, x.device)
-    conv = conv_of(x, dy, block, shape)
-    call("sk_conv_sketch", ConvSketch(conv, u.data_ptr(), v.data_ptr(), tiles.data_ptr(), pairs))
+    call("sk_sketch", Call.sketch(x, dy, tiles, u, v, pairs, block, shape))
     return in_tiles(tiles, rows, cols)
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import struct
 from pathlib import Path
 
 import torch
+from sparsekern.kernels.contract import ConvShape
 from torch import Tensor
 
-ABI = 9
+_log = logging.getLogger("sparsekern")
+
+ABI = 10
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -39,175 +43,99 @@ FAILURES: dict[int, tuple[type[Exception], str]] = {
 """What the codes of ``csrc/library.h`` mean."""
 
 
-class Matrix(ctypes.Structure):
-    """``Matrix`` of ``csrc/api.h``."""
+MATRIX = ("data", "rows", "cols", "row_stride", "col_stride", "dtype")
+SIZES = ("in_size", "out_size", "kernel", "stride", "padding", "dilation")
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-        ("col_stride", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
+
+class Call(ctypes.Structure):
+    """``Call`` of ``csrc/api.h``: one product of a layer. It holds addresses: keep the tensors until it is over."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *(f"{tensor}_{field}" for tensor in "xy" for field in MATRIX),
+            *("values", "bias", "ptr", "other", "slot", "lists", "slots"),
+            *("bo", "bi", "transposed", "values_dtype", "threads", "images", "groups"),
+            *(f"{size}_{axis}" for size in SIZES for axis in ("rows", "cols")),
+            *("u", "v", "pairs"),
+        )
     )
 
     @classmethod
-    def of(cls, x: Tensor) -> Matrix:
-        """Describe a 2-D tensor that is no negated view and that outlives the call."""
-        return cls(x.data_ptr(), *x.shape, *x.stride(), DTYPES[x.dtype])
+    def of(
+        cls,
+        x: Tensor,
+        y: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        lists: tuple[Tensor, Tensor, Tensor],
+        shape: ConvShape | None = None,
+        *,
+        transposed: bool = False,
+    ) -> Call:
+        """Describe a product. No tensor may be a negated view.
 
-
-class Order(ctypes.Structure):
-    """``Order`` of ``csrc/api.h``; what the library fills in itself is last."""
-
-    _fields_ = (
-        ("ptr", ctypes.c_void_p),
-        ("other", ctypes.c_void_p),
-        ("slot", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("slots", ctypes.c_int64),
-        ("others", ctypes.c_int64),
-        ("illegal", ctypes.c_void_p),
-    )
+        Args:
+            x: the input ``(T, I)``, or its gradient; of a convolution ``(N, Cin, H, W)``, channels last.
+            y: the output ``(T, O)``, or its gradient; of a convolution ``(N, Cout, Ho, Wo)``, channels last.
+            values: ``(Z, bo, bi)``, contiguous: the stored blocks or their gradient.
+            bias: contiguous float32, or None.
+            lists: an order of the index: where the entries of each list begin, the other coordinate, the slot.
+            shape: that of a convolution; None for a linear layer.
+            transposed: whether the product is the input's gradient; then ``lists`` are by block column.
+        """
+        slots, bo, bi = values.shape
+        ptr, other, slot = lists
+        tensors = (*_matrix(x), *_matrix(y)) if shape is None else (*_pixels(x), *_pixels(y))
+        return cls(
+            *tensors,
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            ptr.data_ptr(),
+            other.data_ptr(),
+            slot.data_ptr(),
+            ptr.shape[0] - 1,
+            slots,
+            bo,
+            bi,
+            transposed,
+            DTYPES[values.dtype],
+            threads(),
+            *(() if shape is None else _sizes(x, y, shape)),
+        )
 
     @classmethod
-    def of(cls, ptr: Tensor, other: Tensor, slot: Tensor, slots: int) -> Order:
-        """Describe one order of an index."""
-        return cls(ptr.data_ptr(), other.data_ptr(), slot.data_ptr(), ptr.shape[0] - 1, slots)
+    def sketch(
+        cls,
+        x: Tensor,
+        y: Tensor,
+        out: Tensor,
+        u: Tensor,
+        v: Tensor,
+        pairs: int,
+        block: tuple[int, int],
+        shape: ConvShape | None = None,
+    ) -> Call:
+        """Describe a sketch of the weight's gradient; ``out`` takes its tiles, ``u`` and ``v`` are as in ``Call``."""
+        tensors = (*_matrix(x), *_matrix(y)) if shape is None else (*_pixels(x), *_pixels(y))
+        weight = out.data_ptr(), 0, 0, 0, 0, 0, 0, *block, 0, 0, threads()
+        call = cls(*tensors, *weight, *(() if shape is None else _sizes(x, y, shape)))
+        call.u, call.v, call.pairs = u.data_ptr(), v.data_ptr(), pairs
+        return call
 
 
-class ElementPlan(ctypes.Structure):
-    """``ElementPlan`` of ``csrc/api.h``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("lanes", "tokens", "strip", "strips", "chunks", "entries")),
-        ("shift", ctypes.c_int32),
-    )
+def _matrix(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), *x.shape, *x.stride(), DTYPES[x.dtype]
 
 
-class Multiply(ctypes.Structure):
-    """``Multiply`` of ``csrc/api.h``; what the library fills in itself is last."""
-
-    _fields_ = (
-        ("x", Matrix),
-        ("y", Matrix),
-        ("values", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("order", Order),
-        ("side_in", ctypes.c_int32),
-        ("side_out", ctypes.c_int32),
-        ("transposed", ctypes.c_int32),
-        ("values_dtype", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("past", ctypes.c_int32),
-        ("wanted", ctypes.c_void_p),
-        ("panel", ctypes.c_int64),
-        ("plan", ElementPlan),
-        ("groups", ctypes.c_int64),
-        ("group_entries", ctypes.c_int64),
-        ("shared", ctypes.c_int32),
-        ("scratch", ctypes.c_void_p),
-    )
+def _pixels(x: Tensor) -> tuple[int, ...]:
+    images, channels, height, width = x.shape
+    return x.data_ptr(), images * height * width, channels, channels, 1, DTYPES[x.dtype]
 
 
-class Outer(ctypes.Structure):
-    """``Outer`` of ``csrc/api.h``."""
-
-    _fields_ = (
-        ("dy", Matrix),
-        ("x", Matrix),
-        ("out", ctypes.c_void_p),
-        ("order", Order),
-        ("bo", ctypes.c_int32),
-        ("bi", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("panel", ctypes.c_int64),
-        ("panels_at_once", ctypes.c_int64),
-        ("wanted_dy", ctypes.c_void_p),
-        ("wanted_x", ctypes.c_void_p),
-        ("plan", ElementPlan),
-        ("scratch", ctypes.c_void_p),
-    )
-
-
-class SketchPlan(ctypes.Structure):
-    """``SketchPlan`` of ``csrc/api.h``."""
-
-    _fields_ = (("panel", ctypes.c_int64), ("floats", ctypes.c_int64))
-
-
-class Sketch(ctypes.Structure):
-    """``Sketch`` of ``csrc/api.h``."""
-
-    _fields_ = (
-        ("dy", Matrix),
-        ("x", Matrix),
-        ("u", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("pairs", ctypes.c_int64),
-        ("bo", ctypes.c_int32),
-        ("bi", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("plan", SketchPlan),
-        ("scratch", ctypes.c_void_p),
-    )
-
-
-class Backward(ctypes.Structure):
-    """``Backward`` of ``csrc/api.h``."""
-
-    _fields_ = (("dx", Multiply), ("dvalues", Outer))
-
-
-Pair = ctypes.c_int64 * 2
-
-
-class Conv(ctypes.Structure):
-    """``Conv`` of ``csrc/conv.h``."""
-
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("order", Order),
-        ("images", ctypes.c_int64),
-        ("in_channels", ctypes.c_int64),
-        ("out_channels", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("in_size", Pair),
-        ("out_size", Pair),
-        ("kernel", Pair),
-        ("stride", Pair),
-        ("padding", Pair),
-        ("dilation", Pair),
-        ("bo", ctypes.c_int32),
-        ("bi", ctypes.c_int32),
-        ("transposed", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class ConvGradients(ctypes.Structure):
-    """``ConvGradients`` of ``csrc/conv.h``."""
-
-    _fields_ = (("dx", Conv), ("dvalues", Conv))
-
-
-class ConvSketch(ctypes.Structure):
-    """``ConvSketch`` of ``csrc/conv.h``; what the library fills in itself is last."""
-
-    _fields_ = (
-        ("conv", Conv),
-        ("u", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("pairs", ctypes.c_int64),
-        ("plan", SketchPlan),
-        ("scratch", ctypes.c_void_p),
-    )
+def _sizes(x: Tensor, y: Tensor, shape: ConvShape) -> tuple[int, ...]:
+    before = shape.padding[0], shape.padding[2]
+    return x.shape[0], shape.groups, *x.shape[2:], *y.shape[2:], *shape.kernel, *shape.stride, *before, *shape.dilation
 
 
 @functools.cache
@@ -230,6 +158,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native library {reason}"
     if not library.sk_use(asked.encode()):
         raise RuntimeError(f"SPARSEKERN_CPU is {asked!r}, but this processor lacks it; unset it to take the best")
+    if not library.sk_openmp():
+        _log.warning("the native kernels run on one thread: they were built without GCC's OpenMP; build with CXX=g++")
     return library, library.sk_name().decode()
 
 
@@ -282,7 +212,7 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def call(name: str, arguments: ctypes.Structure) -> None:
+def call(name: str, *calls: Call) -> None:
     """Run one function of the library; ctypes lets other Python threads run meanwhile.
 
     Raises:
@@ -292,7 +222,7 @@ def call(name: str, arguments: ctypes.Structure) -> None:
     library, reason = load()
     if library is None:
         raise RuntimeError(reason)
-    result = getattr(library, name)(ctypes.byref(arguments))
+    result = getattr(library, name)(*map(ctypes.byref, calls))
     if result:
         kind, text = FAILURES[result]
         raise kind(f"{name} {text}")

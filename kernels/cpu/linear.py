@@ -12,17 +12,7 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import Index, backward_in_two_calls
-from sparsekern.kernels.cpu.library import (
-    DTYPES,
-    Backward,
-    Matrix,
-    Multiply,
-    Order,
-    Outer,
-    call,
-    takes_bfloat16,
-    threads,
-)
+from sparsekern.kernels.cpu.library import Call, call, takes_bfloat16
 from torch import Tensor
 
 Lists = tuple[Tensor, Tensor, Tensor]
@@ -30,25 +20,23 @@ Lists = tuple[Tensor, Tensor, Tensor]
 
 def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, out_features: int) -> Tensor:
     """Return ``y (T, O)``; see :meth:`sparsekern.kernels.contract.Backend.fwd`."""
-    lists = (index.row_ptr, index.row_col, index.row_slot)
-    return _multiply(x, values, bias, lists, out_features, transposed=False)
+    y = x.new_empty(x.shape[0], out_features)
+    if y.numel() == 0:
+        return y
+    x, read, bias = positive(x), _as_read(values, x.dtype), None if bias is None else numbers(bias)
+    call("sk_multiply", Call.of(x, y, read, bias, (index.row_ptr, index.row_col, index.row_slot)))
+    return y
 
 
 def dx(dy: Tensor, values: Tensor, index: Index, in_features: int) -> Tensor:
     """Return ``dx (T, I)``; see :meth:`sparsekern.kernels.contract.Backend.dx`."""
+    grad = dy.new_empty(dy.shape[0], in_features)
+    if grad.numel() == 0:
+        return grad
+    dy, read = positive(dy), _as_read(values, dy.dtype)
     lists = (index.col_ptr, index.col_row, index.col_slot)
-    return _multiply(dy, values, None, lists, in_features, transposed=True)
-
-
-def _multiply(
-    x: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, features: int, *, transposed: bool
-) -> Tensor:
-    y = x.new_empty(x.shape[0], features)
-    if y.numel() == 0:
-        return y
-    x, read, bias = positive(x), _as_read(values, x.dtype), None if bias is None else numbers(bias)
-    call("sk_multiply", _product(x, y, read, bias, lists, transposed=transposed))
-    return y
+    call("sk_multiply", Call.of(grad, dy, read, None, lists, transposed=True))
+    return grad
 
 
 def positive(x: Tensor) -> Tensor:
@@ -87,7 +75,7 @@ def outer_blocks(dy: Tensor, x: Tensor, lists: Lists, slots: int, block: tuple[i
         return torch.zeros(slots, *block, dtype=torch.float32, device=x.device)
     dy, x = positive(dy), positive(x)
     out = torch.empty(slots, *block, dtype=torch.float32, device=x.device)
-    call("sk_outer", _outer(dy, x, out, lists))
+    call("sk_outer", Call.of(x, dy, out, None, lists))
     return out
 
 
@@ -103,15 +91,10 @@ def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tenso
     dy, x, read = positive(dy), positive(x), _as_read(values, dy.dtype)
     call(
         "sk_backward",
-        Backward(
-            _product(dy, grad_x, read, None, (index.col_ptr, index.col_row, index.col_slot), transposed=True),
-            _outer(dy, x, grad_values, (index.row_ptr, index.row_col, index.row_slot)),
-        ),
+        Call.of(grad_x, dy, read, None, (index.col_ptr, index.col_row, index.col_slot), transposed=True),
+        Call.of(x, dy, grad_values, None, (index.row_ptr, index.row_col, index.row_slot)),
     )
     return grad_x, grad_values if values.dtype is torch.float32 else grad_values.to(values.dtype)
-
-
-# Addresses are all that these structures hold: the tensors must be kept until the call is over.
 
 
 def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,24 +103,3 @@ def _as_read(values: Tensor, dtype: torch.dtype) -> Tensor:
         values = positive(values if values.dtype in (torch.float32, dtype) else values.to(dtype))
         return values if values.is_contiguous() else values.contiguous()
     return rounded(values, dtype)
-
-
-def _product(x: Tensor, y: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, *, transposed: bool) -> Multiply:
-    slots, bo, bi = values.shape
-    return Multiply(
-        Matrix.of(x),
-        Matrix.of(y),
-        values.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        Order.of(*lists, slots),
-        bo if transposed else bi,
-        bi if transposed else bo,
-        transposed,
-        DTYPES[values.dtype],
-        threads(),
-    )
-
-
-def _outer(dy: Tensor, x: Tensor, out: Tensor, lists: Lists) -> Outer:
-    slots, bo, bi = out.shape
-    return Outer(Matrix.of(dy), Matrix.of(x), out.data_ptr(), Order.of(*lists, slots), bo, bi, threads())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sparsekern.kernels.cpu.library import Matrix, Sketch, call, threads
+from sparsekern.kernels.cpu.library import Call, call
 from sparsekern.kernels.cpu.linear import numbers, outer_blocks, positive
 from sparsekern.kernels.eager.chunks import spans
 from torch import Tensor
@@ -98,10 +98,7 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) 
         return torch.zeros(pairs, rows, cols, dtype=torch.float32, device=x.device)
     dy, x, (u, v) = positive(dy), positive(x), directions(u, v, dy.shape[1], x.shape[1])
     tiles = tiles_of(pairs, 1, rows, cols, x.device)
-    call(
-        "sk_sketch",
-        Sketch(Matrix.of(dy), Matrix.of(x), u.data_ptr(), v.data_ptr(), tiles.data_ptr(), pairs, *block, threads()),
-    )
+    call("sk_sketch", Call.sketch(x, dy, tiles, u, v, pairs, block))
     return in_tiles(tiles, rows, cols)
 
 

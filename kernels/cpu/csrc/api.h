@@ -15,9 +15,28 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 // A strided matrix. Strides are in elements.
 struct Matrix {
   void *data;
-  int64_t rows, cols, row_stride, col_stride;
-  int32_t dtype;
+  int64_t rows, cols, row_stride, col_stride, dtype;
 };
+
+// The sizes of a convolution by axis: rows, columns. All zero for a linear layer.
+struct Sizes {
+  int64_t images, groups;
+  int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];  // padding: before the first
+};
+
+// What Python passes for one product of a layer: `Call` of library.py. Each field has 64 bits.
+struct Call {
+  Matrix x, y;            // the input and the output, or their gradients; of a convolution the pixels, channels last
+  float *values;          // (Z, bo, bi), contiguous: the blocks, or their gradient; bfloat16 if values_dtype says so
+  const float *bias;      // one number for each output feature, or null
+  const int32_t *ptr, *other, *slot;  // an order of the index, by block row, or by block column for dx
+  int64_t lists, slots;   // block rows (block columns for dx); Z
+  int64_t bo, bi, transposed, values_dtype, threads;  // transposed: dx = dy W
+  Sizes sizes;
+  const float *u, *v;     // a sketch: (features, pairs), pairs filled up to a multiple of GROUP_PAIRS; values are its output
+  int64_t pairs;
+};
+}
 
 // One order of an index: the entries of block row r are ptr[r] .. ptr[r + 1] of the other two lists.
 struct Order {
@@ -39,7 +58,7 @@ struct ElementPlan {
 };
 
 // y = x W' + bias (or dx = dy W): see product.h, few.h, elements.h and product_bf16.h. The library fills in what follows
-// `threads`: plan.h.
+// `threads`: linear.cpp.
 struct Multiply {
   Matrix x, y;
   const float *values;   // (Z, bo, bi), contiguous; bfloat16 if values_dtype says so, which only HalfKernels take
@@ -73,21 +92,11 @@ struct Outer {
   char *scratch;
 };
 
-// Tokens whose projections are held at a time.
-struct SketchPlan {
-  int64_t panel;
-  int64_t floats;        // of scratch
-};
-
-// The sketch of dy' x: see sketch.h.
+// The sketch of dy' x: see sketch.h. A linear layer comes with the sizes of a 1x1 convolution whose images are one pixel.
 struct Sketch {
-  Matrix dy, x;
-  const float *u, *v;    // (dy.cols, pairs) and (x.cols, pairs), pairs filled up to a multiple of GROUP_PAIRS
-  float *out;            // (pairs, groups of block rows, groups of block columns, GROUP, GROUP)
-  int64_t pairs;
-  int32_t bo, bi;
-  int32_t threads;
-  SketchPlan plan;
+  Call call;
+  int64_t panel;         // tokens whose projections are held at a time
+  int threads;
   char *scratch;
 };
 
@@ -96,12 +105,10 @@ struct Backward {
   Multiply dx;
   Outer dvalues;
 };
-}
 
 struct Convolve;
 struct ConvOuter;
 struct ConvBackward;
-struct ConvSketch;
 
 // What an instruction set offers.
 struct Kernels {
@@ -118,7 +125,6 @@ struct Kernels {
   void (*conv_outer)(const ConvOuter &);
   void (*conv_outer_elements)(const ConvOuter &);
   void (*conv_backward)(const ConvBackward &);
-  void (*conv_sketch)(const ConvSketch &);
   bool (*all_inside)(const int32_t *numbers, int64_t count, int64_t bound);
 };
 
@@ -143,7 +149,7 @@ extern const HalfKernels avx512_bf16_kernels, amx_kernels;
 inline bool inside(int32_t number, int64_t count) { return uint32_t(number) < uint64_t(count); }
 inline void refuse(const Order &order) { __atomic_store_n(order.illegal, 1, __ATOMIC_RELAXED); }
 
-// Shared by the planner (plan.h) and the kernels, so that they agree on the layout of the scratch.
+// Shared by the planners (linear.cpp, conv.cpp) and the kernels, so that they agree on the layout of the scratch.
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t blocks_of(int64_t features, int64_t side) { return (features + side - 1) / side; }
 constexpr int64_t LINE = 16;         // floats of a cache line: buffers start at one
@@ -158,14 +164,6 @@ constexpr int64_t GROUP_PAIRS = 8;
 constexpr int64_t SKETCH_TOKENS = 256;  // at most so many are projected before they are multiplied; a multiple of 32
 
 inline int64_t sketch_floats(int64_t pairs) { return 128 * 32 + round_up(pairs, GROUP_PAIRS) * 2 * 16 * 16; }  // a thread
-
-// A panel for which the projections take 8 MiB, or the fewest tokens that are projected at a time. `groups`: of blocks.
-inline SketchPlan sketch_plan(int64_t groups, int64_t pairs, int64_t tokens, int threads) {
-  const int64_t wide = groups * GROUP * pairs, room = (int64_t(2) << 20) / wide / 32 * 32;
-  int64_t panel = room < 32 ? 32 : room > SKETCH_TOKENS ? SKETCH_TOKENS : room;
-  if (panel > tokens) panel = round_up(tokens, 32);
-  return {panel, panel * wide + threads * sketch_floats(pairs)};
-}
 
 constexpr int64_t NARROW = 16;       // up to so many tokens 1x1 needs no panels: elements_few.h
 

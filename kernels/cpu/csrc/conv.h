@@ -1,4 +1,4 @@
-// What Python passes for a convolution, and the plan that conv_library.cpp makes of it for the kernels.
+// What Python passes for a convolution, and the plan that conv.cpp makes of it for the kernels.
 //
 // A panel holds some images, or a strip of rows of one, packed as [block of channels][view][pixel][channel]: float32
 // with zeros around it (bfloat16 for HalfKernels, blocks of 64 and 128 channels cut into 32). A view is the tensor with
@@ -12,34 +12,15 @@
 #pragma once
 #include "api.h"
 
-extern "C" {
-
-// x (N, Cin, H, W) and y (N, Cout, Ho, Wo) of a convolution, both channels last, the sizes by axis: rows, columns.
-struct Conv {
+// A Call of a convolution, by what its planner asks for.
+struct Conv : Sizes {
   void *x, *y;           // the gradients of dy and x are here too
   float *values;         // (Z, bo, bi), contiguous
   const float *bias;     // (Cout) or null
   Order order;           // by block column for dx, else by block row
-  int64_t images, in_channels, out_channels, groups;
-  int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];  // padding: before the first
+  int64_t in_channels, out_channels;
   int32_t bo, bi, transposed, dtype, threads;
 };
-
-// Both gradients of a layer: see conv_backward.h. y is the same in both.
-struct ConvGradients {
-  Conv dx, dvalues;
-};
-
-// The sketch of the weight's gradient: see conv_sketch.h. y is dy; there is no order and there are no values.
-struct ConvSketch {
-  Conv conv;
-  const float *u, *v;    // (Cout, pairs) and (kh * kw * Cin / groups, pairs), pairs filled up to a multiple of GROUP_PAIRS
-  float *out;            // (pairs, groups, tiles of block rows, tiles of block columns, GROUP, GROUP)
-  int64_t pairs;
-  SketchPlan plan;       // the library fills in these two
-  char *scratch;
-};
-}
 
 // How a tensor (N, H, W, C), channels last, is packed. Pitches are in pixels.
 struct Packing {

@@ -10,7 +10,6 @@
 #include <new>
 
 #include "library.h"
-#include "plan.h"
 #if defined(WITH_AVX)
 #include <cpuid.h>
 #endif
@@ -28,7 +27,7 @@ struct Arena {
 
 namespace {
 
-const int ABI = 9;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
+const int ABI = 10;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
 
 constexpr int ARENAS = 128;  // pieces of scratch in use at the same time that are kept; more are allocated and freed
 Arena arenas[ARENAS];
@@ -149,15 +148,23 @@ Level by_name(const char *name) {
 const Kernels &kernels() { return *live.kernels; }
 const HalfKernels *half_kernels() { return live.half; }
 
-CheckedOrder::CheckedOrder(const Order &from, int64_t rows, int64_t others, bool elements) : order(from) {
+// Storage that was resized to nothing has no address.
+static bool has_memory(const Matrix &x) { return x.data || !x.rows || !x.cols; }
+
+CheckedOrder::CheckedOrder(const Call &c) : order{c.ptr, c.other, c.slot, c.lists, c.slots, 0, &illegal} {
   constexpr int64_t AHEAD = 16;  // zeros behind the lists, which may be read
-  order.others = others, order.illegal = &illegal;
-  const int64_t slots = from.slots, list = elements ? 0 : round_up(slots + AHEAD, LINE), starts = round_up(rows + 1, LINE);
-  if (!from.ptr || (slots && (!from.other || !from.slot))) {
+  const Sizes &s = c.sizes;
+  const int64_t groups = of_convolution(c) ? s.groups : 1, taps = of_convolution(c) ? s.kernel[0] * s.kernel[1] : 1;
+  const int64_t block_rows = groups * blocks_of(c.y.cols / groups, c.bo), block_cols = taps * blocks_of(c.x.cols / groups, c.bi);
+  const int64_t rows = c.transposed ? block_cols : block_rows, others = c.transposed ? block_rows : block_cols;
+  const bool elements = of_elements(c);
+  order.others = others;
+  const int64_t slots = c.slots, list = elements ? 0 : round_up(slots + AHEAD, LINE), starts = round_up(rows + 1, LINE);
+  if (!has_memory(c.x) || !has_memory(c.y) || !c.ptr || (slots && (!c.other || !c.slot || !c.values))) {
     failed = NO_STORAGE;
     return;
   }
-  if (from.rows != rows || others > INT32_MAX) {
+  if (c.lists != rows || others > INT32_MAX) {
     failed = REFUSED;
     return;
   }
@@ -171,7 +178,7 @@ CheckedOrder::CheckedOrder(const Order &from, int64_t rows, int64_t others, bool
     copy = (int32_t *)far->memory;
   }
   order.ptr = copy;
-  std::memcpy(copy, from.ptr, (rows + 1) * 4);
+  std::memcpy(copy, c.ptr, (rows + 1) * 4);
   uint32_t sign = 0;  // of a number or of a difference
   for (int64_t r = 0; r < rows; r++) sign |= uint32_t(copy[r]) | (uint32_t(copy[r + 1]) - uint32_t(copy[r]));
   if (copy[0] || sign >> 31 || copy[rows] < 0 || copy[rows] > slots) {
@@ -181,9 +188,9 @@ CheckedOrder::CheckedOrder(const Order &from, int64_t rows, int64_t others, bool
   if (elements) return;
   int32_t *other = copy + starts, *slot = other + list;
   const int64_t used = copy[rows];
-  std::memcpy(other, from.other, used * 4);
+  std::memcpy(other, c.other, used * 4);
   std::memset(other + used, 0, AHEAD * 4);
-  std::memcpy(slot, from.slot, slots * 4);
+  std::memcpy(slot, c.slot, slots * 4);
   std::memset(slot + slots, 0, AHEAD * 4);
   order.other = other, order.slot = slot;
   if (!kernels().all_inside(other, used, others) || !kernels().all_inside(slot, slots, slots)) failed = REFUSED;
@@ -204,13 +211,6 @@ void expect_large(void *data, int64_t bytes) {
 bool writes_past(const void *data, int64_t step, int64_t bytes, int threads) {
   constexpr int64_t line = 4 * LINE;
   return (uintptr_t)data % line == 0 && step % line == 0 && bytes > threads * 8 * half_of_l2();
-}
-
-// Storage that was resized to nothing has no address.
-static bool has_memory(const Matrix &x) { return x.data || !x.rows || !x.cols; }
-
-static bool writes_past(const Matrix &y, int threads) {
-  return y.dtype == FLOAT32 && writes_past(y.data, y.row_stride * 4, y.rows * y.row_stride * 4, threads);
 }
 
 int threads_for(int64_t flops, int threads) {
@@ -271,101 +271,46 @@ void sk_release_scratch() {
     if (!a.busy) a.release();
 }
 
-// All return 0, or what library.h says.
-int sk_multiply(Multiply *m) {
-  if (!has_memory(m->x) || (m->order.slots && !m->values)) return NO_STORAGE;
-  const bool elements = m->in == 1 && m->out == 1, half = !elements && live.half && m->x.dtype == BFLOAT16;
-  const bool few = !elements && !half && !m->transposed && m->x.rows <= FEW_TOKENS;
-  const CheckedOrder checked(m->order, blocks_of(m->y.cols, m->out), blocks_of(m->x.cols, m->in), elements);
+// All of these return 0, or what library.h says.
+
+int sk_multiply(const Call *c) {
+  const CheckedOrder checked(*c);
   if (checked.failed) return checked.failed;
-  m->order = checked.order;
-  const int64_t used = m->order.ptr[m->order.rows], size = int64_t(m->in) * m->out;
-  m->threads = threads_for(work(used * size, m->x.rows), m->threads);
-  expect_large(m->y.data, m->y.rows * m->y.row_stride * itemsize(m->y.dtype));
-  int64_t floats;
-  if (elements) {
-    m->plan = plan_elements(m->order, m->x.cols, m->x.rows, false, m->threads);
-    floats = m->x.rows <= NARROW ? m->x.cols * m->plan.lanes + m->threads * m->plan.strip * (2 * m->plan.lanes + 1)
-                                 : m->plan.tokens * m->x.cols + m->threads * thread_floats(m->plan, false);
-  } else if (half) {
-    floats = plan_half(*m);
-  } else if (few) {
-    floats = blocks_of(m->x.cols, m->in) * m->in * m->x.rows;
-  } else {
-    floats = plan_product(*m);
-  }
-  const int64_t cols = elements ? 0 : blocks_of(m->x.cols, m->in);
-  Scratch scratch((floats + wanted_floats(cols)) * 4);
-  if (!scratch.memory) return NO_MEMORY;
-  m->scratch = scratch.memory;
-  if (!elements) m->wanted = wanted_cols(m->order, cols, (uint8_t *)(scratch.memory + floats * 4));
-  m->past = writes_past(m->y, m->threads);
-  const Kernels &k = *live.kernels;
-  (half ? live.half->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(*m);
-  return checked.result();
+  const int failed = (of_convolution(*c) ? conv_multiply : linear_multiply)(*c, checked.order);
+  return failed ? failed : checked.result();
 }
 
-int sk_outer(Outer *m) {
-  const bool elements = m->bo == 1 && m->bi == 1;
-  const bool half = !elements && live.half && m->x.dtype == BFLOAT16 && m->dy.dtype == BFLOAT16;
-  if (!has_memory(m->x) || !has_memory(m->dy)) return NO_STORAGE;
-  const CheckedOrder checked(m->order, blocks_of(m->dy.cols, m->bo), blocks_of(m->x.cols, m->bi), elements);
+int sk_outer(const Call *c) {
+  const CheckedOrder checked(*c);
   if (checked.failed) return checked.failed;
-  m->order = checked.order;
-  const int64_t size = int64_t(m->bo) * m->bi;
-  m->threads = threads_for(work(m->order.ptr[m->order.rows] * size, m->x.rows), m->threads);
-  expect_large(m->out, m->order.slots * size * 4);
-  int64_t floats;
-  if (elements) {
-    m->plan = plan_elements(m->order, m->x.cols, m->x.rows, true, m->threads);
-    floats = m->x.rows <= NARROW ? (m->x.cols + m->dy.cols) * m->plan.lanes
-                                 : m->plan.tokens * m->x.cols + m->threads * thread_floats(m->plan, true);
-  } else {
-    floats = half ? plan_half(*m) : plan_superpanel(*m);
-  }
-  Scratch scratch((floats + (elements ? 0 : wanted_floats(*m))) * 4);
-  if (!scratch.memory) return NO_MEMORY;
-  m->scratch = scratch.memory;
-  if (!elements) find_wanted(*m, scratch.memory + floats * 4);
-  (half ? live.half->outer : elements ? live.kernels->outer_elements : live.kernels->outer)(*m);
-  return checked.result();
+  const int failed = (of_convolution(*c) ? conv_outer : linear_outer)(*c, checked.order);
+  return failed ? failed : checked.result();
 }
 
-int sk_sketch(Sketch *m) {
-  if (!has_memory(m->x) || !has_memory(m->dy) || !m->u || !m->v) return NO_STORAGE;
-  const int64_t groups = blocks_of(blocks_of(m->dy.cols, m->bo), GROUP) + blocks_of(blocks_of(m->x.cols, m->bi), GROUP);
-  m->threads = threads_for(2 * m->x.rows * (m->dy.cols + m->x.cols) * round_up(m->pairs, GROUP_PAIRS), m->threads);
-  m->plan = sketch_plan(groups, m->pairs, m->x.rows, m->threads);
-  Scratch scratch(m->plan.floats * 4);
-  if (!scratch.memory) return NO_MEMORY;
-  m->scratch = scratch.memory;
-  live.kernels->sketch(*m);
-  return 0;
+int sk_backward(const Call *dx, const Call *dvalues) {
+  const CheckedOrder by_col(*dx), by_row(*dvalues);
+  if (by_col.failed || by_row.failed) return by_col.failed ? by_col.failed : by_row.failed;
+  const int failed = (of_convolution(*dx) ? conv_backward : linear_backward)(*dx, by_col.order, *dvalues, by_row.order);
+  return failed ? failed : by_col.result() ? by_col.result() : by_row.result();
 }
 
-int sk_backward(Backward *b) {
-  Multiply &m = b->dx;
-  Outer &d = b->dvalues;
-  if ((d.bo == 1 && d.bi == 1) || (live.half && d.dy.dtype == BFLOAT16)) {
-    const int failed = sk_multiply(&m);  // they pack differently
-    return failed ? failed : sk_outer(&d);
-  }
-  if (!has_memory(d.x) || !has_memory(d.dy) || !m.values) return NO_STORAGE;
-  const int64_t rows = blocks_of(d.dy.cols, d.bo), cols = blocks_of(d.x.cols, d.bi);
-  const CheckedOrder for_dx(m.order, cols, rows, false), for_dvalues(d.order, rows, cols, false);
-  if (for_dx.failed || for_dvalues.failed) return for_dx.failed ? for_dx.failed : for_dvalues.failed;
-  m.order = for_dx.order, d.order = for_dvalues.order;
-  const int64_t size = int64_t(d.bo) * d.bi;
-  d.threads = threads_for(2 * work(d.order.ptr[d.order.rows] * size, d.x.rows), d.threads);
-  expect_large(m.y.data, m.y.rows * m.y.row_stride * itemsize(m.y.dtype));
-  expect_large(d.out, d.order.slots * size * 4);
-  const int64_t floats = plan_superpanel(d) + d.threads * ASIDE;
-  Scratch scratch((floats + wanted_floats(d)) * 4);
+int sk_sketch(const Call *c) {
+  if (!has_memory(c->x) || !has_memory(c->y) || !c->u || !c->v) return NO_STORAGE;
+  Sketch m = {*c, 0, 0, nullptr};
+  Sizes &s = m.call.sizes;
+  if (!s.groups) s = {c->x.rows, 1, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+  const int64_t taps = s.kernel[0] * s.kernel[1], tokens = c->y.rows, pairs = c->pairs;
+  const int64_t groups = blocks_of(blocks_of(c->y.cols / s.groups, c->bo), GROUP) +
+                         blocks_of(taps * blocks_of(c->x.cols / s.groups, c->bi), GROUP);
+  m.threads = threads_for(2 * tokens * (c->y.cols + taps * c->x.cols) * round_up(pairs, GROUP_PAIRS), c->threads);
+  // A panel for which the projections take 8 MiB, or the fewest tokens that are projected at a time.
+  const int64_t wide = s.groups * groups * GROUP * pairs, room = (int64_t(2) << 20) / wide / 32 * 32;
+  m.panel = room < 32 ? 32 : room > SKETCH_TOKENS ? SKETCH_TOKENS : room;
+  if (m.panel > tokens) m.panel = round_up(tokens, 32);
+  Scratch scratch((m.panel * wide + m.threads * sketch_floats(pairs)) * 4);
   if (!scratch.memory) return NO_MEMORY;
-  d.scratch = scratch.memory;
-  find_wanted(d, scratch.memory + floats * 4);
-  m.past = writes_past(m.y, d.threads);
-  live.kernels->backward(*b);
+  m.scratch = scratch.memory;
+  live.kernels->sketch(m);
   return 0;
 }
 

@@ -1,4 +1,4 @@
-// What the planners share: library.cpp of the linear layer, conv_library.cpp of the convolution.
+// What library.cpp offers to the planners in linear.cpp and conv.cpp, and what they offer to it.
 #pragma once
 #include <optional>
 
@@ -30,8 +30,7 @@ class Scratch {
 // kernels check each entry where they read it.
 class CheckedOrder {
  public:
-  // `rows`, `others`: what the sizes of the tensors ask for.
-  CheckedOrder(const Order &from, int64_t rows, int64_t others, bool elements);
+  explicit CheckedOrder(const Call &c);
   CheckedOrder(const CheckedOrder &) = delete;
   Order order;
   int failed = 0;  // then nothing may be computed
@@ -62,4 +61,14 @@ inline int64_t panels_at_once(int64_t panels, int threads) {
 // Floats that fill half of the L2 cache.
 int64_t half_of_l2();
 
+inline bool of_convolution(const Call &c) { return c.sizes.groups > 0; }
+inline bool of_elements(const Call &c) { return c.bo == 1 && c.bi == 1; }
 inline int64_t itemsize(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// The products of a call with a checked order: for dx by block column, else by block row. They return 0, or a code as above.
+int linear_multiply(const Call &c, const Order &order);
+int linear_outer(const Call &c, const Order &order);
+int linear_backward(const Call &dx, const Order &by_col, const Call &dvalues, const Order &by_row);
+int conv_multiply(const Call &c, const Order &order);
+int conv_outer(const Call &c, const Order &order);
+int conv_backward(const Call &dx, const Order &by_col, const Call &dvalues, const Order &by_row);

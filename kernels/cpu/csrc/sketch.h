@@ -4,8 +4,8 @@
 //   out[q][r][c]     = sum over t of left[q][t][r] * right[q][t][c]
 //
 // dy and x are read once for all pairs: tokens are the lanes, and a block of them in registers meets every u. Projections
-// are kept as [pair][group][token][GROUP], a group being so many block rows; their product is then that of outer.h. A
-// convolution (conv_sketch.h) is the same with several taps and with groups of channels of its own.
+// are kept as [pair][group][token][GROUP], a group being so many block rows; their product is then that of outer.h. The
+// tokens of a convolution are the pixels of y; x is read where it lies, once for each tap.
 #pragma once
 #include "outer.h"
 
@@ -76,55 +76,87 @@ INLINE void add_projections(const float *left, const float *right, int64_t rows,
       outer_tile<2, OUTER_ROWS>(left + o, GROUP, right + i, GROUP, count, out + o * GROUP + i, add, right, 0, out);
 }
 
-// Of all tokens, a panel at a time; see sketch_plan() of api.h. pack_left and pack_right take the group (of a convolution),
-// the first token and how many, and what project() passes on.
-template <class PackLeft, class PackRight>
-void sketch_in_panels(const SketchPlan &p, const Features &left_of, const Features &right_of, int64_t groups, int64_t tokens,
-                      int64_t pairs, float *out, char *scratch, int threads, const PackLeft &pack_left, const PackRight &pack_right) {
+// Where a tap looks from `count` pixels of y, `first` and on: the first element of each pixel of x, -1 for padding.
+INLINE void pixels_seen(const Sizes &c, int64_t channels, int64_t first, int64_t count, int64_t tap, int64_t *at) {
+  const int64_t i = tap / c.kernel[1] * c.dilation[0] - c.padding[0], j = tap % c.kernel[1] * c.dilation[1] - c.padding[1];
+  const int64_t width = c.out_size[1], height = c.out_size[0];
+  int64_t x = first % width, y = first / width % height, n = first / width / height;
+  for (int64_t l = 0; l < PROJECTED; l++) {
+    const int64_t row = y * c.stride[0] + i, col = x * c.stride[1] + j;
+    const bool inside = l < count && row >= 0 && row < c.in_size[0] && col >= 0 && col < c.in_size[1];
+    at[l] = inside ? ((n * c.in_size[0] + row) * c.in_size[1] + col) * channels : -1;
+    if (++x == width) {
+      x = 0;
+      if (++y == height) y = 0, n++;
+    }
+  }
+}
+
+// Some channels of these pixels -> out[channel][PROJECTED]; zeros for padding.
+INLINE void pack_seen(const Matrix &x, const int64_t *at, int64_t channel, int64_t wide, float *out) {
+  for (int64_t l0 = 0; l0 < PROJECTED; l0 += VL) {
+    int64_t f = 0;
+    for (; f + VL <= wide; f += VL) {
+      Vector a[VL];
+      UNROLL for (int l = 0; l < VL; l++) a[l] = at[l0 + l] < 0 ? Vector{} : read_vector(x.data, at[l0 + l] + channel + f, x.dtype);
+      transpose(a);
+      UNROLL for (int l = 0; l < VL; l++) store(out + (f + l) * PROJECTED + l0, a[l]);
+    }
+    for (; f < wide; f++)
+      for (int64_t l = l0; l < l0 + VL; l++) out[f * PROJECTED + l] = at[l] < 0 ? 0.f : read(x.data, at[l] + channel + f, x.dtype);
+  }
+}
+
+// A panel of tokens at a time is projected and multiplied.
+void sketch(const Sketch &m) {
+  const Call &c = m.call;
+  const Sizes &s = c.sizes;
+  const int64_t taps = s.kernel[0] * s.kernel[1], groups = s.groups, tokens = c.y.rows, pairs = c.pairs;
+  const int64_t group_out = c.y.cols / groups, group_in = c.x.cols / groups;
+  const Features left_of = {1, group_out, c.bo, c.u}, right_of = {taps, group_in, c.bi, c.v};
+  // A linear layer and a 1x1 convolution: pixel t of y is of pixel t of x.
+  const bool in_order = taps == 1 && c.x.rows == tokens && s.stride[0] == 1 && s.stride[1] == 1 && !s.padding[0] && !s.padding[1];
   const int64_t left_groups = blocks_of(left_of.blocks(), GROUP), right_groups = blocks_of(right_of.blocks(), GROUP);
-  const int64_t piece = p.panel * GROUP, left_stride = groups * left_groups * piece, right_stride = groups * right_groups * piece;
-  float *left = (float *)scratch, *right = left + pairs * left_stride, *mine = right + pairs * right_stride;
+  const int64_t piece = m.panel * GROUP, left_stride = groups * left_groups * piece, right_stride = groups * right_groups * piece;
+  float *left = (float *)m.scratch, *right = left + pairs * left_stride, *mine = right + pairs * right_stride;
+  const int threads = m.threads;
 
 #pragma omp parallel num_threads(threads)
   {
     float *lanes = mine + thread_number() * sketch_floats(pairs), *aside = lanes + STRIP_FEATURES * PROJECTED;
-    for (int64_t t0 = 0; t0 < tokens; t0 += p.panel) {
-      const int64_t count = tokens - t0 < p.panel ? tokens - t0 : p.panel, parts = blocks_of(count, PROJECTED);
+    for (int64_t t0 = 0; t0 < tokens; t0 += m.panel) {
+      const int64_t count = tokens - t0 < m.panel ? tokens - t0 : m.panel, parts = blocks_of(count, PROJECTED);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < parts * groups * (left_groups + right_groups); task++) {
         const int64_t t = task % parts * PROJECTED, some = count - t < PROJECTED ? count - t : PROJECTED, q = task / parts;
         if (q < groups * left_groups) {
           const int64_t g = q / left_groups;
           Features f = left_of;
-          f.u += g * f.channels * round_up(pairs, GROUP_PAIRS);
+          f.u += g * group_out * round_up(pairs, GROUP_PAIRS);
           project(f, pairs, q % left_groups, lanes, aside, left + q * piece + t * GROUP, left_stride,
-                  [&](int64_t, int64_t channel, int64_t wide, float *to) { pack_left(g, t0 + t, some, channel, wide, to); });
+                  [&](int64_t, int64_t channel, int64_t wide, float *to) {
+                    pack_lanes<PROJECTED>(columns(c.y, g * group_out + channel, wide), t0 + t, some, to);
+                  });
         } else {
-          const int64_t h = q - groups * left_groups, g = h / right_groups;
+          const int64_t h = q - groups * left_groups, first = h / right_groups * group_in;
           project(right_of, pairs, h % right_groups, lanes, aside, right + h * piece + t * GROUP, right_stride,
-                  [&](int64_t tap, int64_t channel, int64_t wide, float *to) { pack_right(g, t0 + t, some, tap, channel, wide, to); });
+                  [&](int64_t tap, int64_t channel, int64_t wide, float *to) {
+                    if (in_order) return pack_lanes<PROJECTED>(columns(c.x, first + channel, wide), t0 + t, some, to);
+                    int64_t at[PROJECTED];
+                    pixels_seen(s, c.x.cols, t0 + t, some, tap, at);
+                    pack_seen(c.x, at, first + channel, wide, to);
+                  });
         }
       }
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < pairs * groups * left_groups * right_groups; task++) {
         const int64_t row = task / right_groups, q = row / (groups * left_groups), r = row % (groups * left_groups);
-        const int64_t c = r / left_groups * right_groups + task % right_groups;
-        add_projections(left + q * left_stride + r * piece, right + q * right_stride + c * piece,
-                        left_of.blocks() - r % left_groups * GROUP, count, out + task * GROUP * GROUP, t0 > 0);
+        const int64_t column = r / left_groups * right_groups + task % right_groups;
+        add_projections(left + q * left_stride + r * piece, right + q * right_stride + column * piece,
+                        left_of.blocks() - r % left_groups * GROUP, count, c.values + task * GROUP * GROUP, t0 > 0);
       }
     }
   }
-}
-
-void sketch(const Sketch &m) {
-  sketch_in_panels(
-      m.plan, {1, m.dy.cols, m.bo, m.u}, {1, m.x.cols, m.bi, m.v}, 1, m.x.rows, m.pairs, m.out, m.scratch, m.threads,
-      [&](int64_t, int64_t first, int64_t count, int64_t channel, int64_t wide, float *lanes) {
-        pack_lanes<PROJECTED>(columns(m.dy, channel, wide), first, count, lanes);
-      },
-      [&](int64_t, int64_t first, int64_t count, int64_t, int64_t channel, int64_t wide, float *lanes) {
-        pack_lanes<PROJECTED>(columns(m.x, channel, wide), first, count, lanes);
-      });
 }
 
 }  // namespace

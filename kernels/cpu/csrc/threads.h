@@ -2,10 +2,7 @@
 #pragma once
 
 #if defined(_OPENMP)
-extern "C" {  // clang has its <omp.h> in a package of its own
-int omp_get_thread_num();
-int omp_get_num_threads();
-}
+#include <omp.h>
 #endif
 
 namespace {

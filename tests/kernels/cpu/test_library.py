@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import re
 import subprocess
 import sys
@@ -50,13 +52,16 @@ class Fake:
     def sk_name(self) -> bytes:
         return b"fake"
 
+    def sk_openmp(self) -> int:
+        return 0
+
     def sk_scratch_bytes(self) -> int:
         return 0
 
-    def sk_multiply(self, arguments: Any) -> int:
+    def sk_multiply(self, *calls: Any) -> int:
         return 1
 
-    sk_outer = sk_backward = sk_conv_multiply = sk_conv_outer = sk_multiply
+    sk_outer = sk_backward = sk_multiply
 
 
 def why_not(*, dtype: torch.dtype = torch.float32, block: tuple[int, int] = (32, 32), device: str = "cpu") -> Any:
@@ -140,12 +145,18 @@ def test_off_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.scratch_bytes() == 0
     library.release_scratch()
     with pytest.raises(RuntimeError, match="SPARSEKERN_CPU is off"):
-        library.call("sk_multiply", library.Multiply())
+        library.call("sk_multiply", library.Call())
 
 
-def test_what_the_machine_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_machine_lacks_is_an_error_and_one_thread_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(library, "_open", lambda: (Fake("", "generic"), ""))
-    assert library.load()[1] == "fake"
+    with caplog.at_level(logging.WARNING, "sparsekern"):
+        assert library.load() is library.load() and library.load()[1] == "fake"
+    assert [record.message for record in caplog.records] == [
+        "the native kernels run on one thread: they were built without GCC's OpenMP; build with CXX=g++"
+    ]
     library.load.cache_clear()
     monkeypatch.setenv("SPARSEKERN_CPU", "avx512")
 
@@ -205,17 +216,25 @@ def test_a_library_of_another_interface_is_not_called(monkeypatch: pytest.Monkey
     assert why_not().startswith(expected)
 
 
-@needs_library
-def test_the_structures_agree_with_the_header() -> None:
-    """Same fields in the same order; the compiler and ctypes lay them out by the same rules."""
-    header = (library.FILE.parent / "csrc" / "api.h").read_text()
-    for structure in (library.Matrix, library.Order, library.Multiply, library.Outer, library.Backward):
-        body = re.search(rf"struct {structure.__name__} {{\n(.*?)}};", header, re.DOTALL)
+def test_the_structure_agrees_with_the_header() -> None:
+    """Same fields in the same order, 64 bits each."""
+    header = re.sub(r"//.*", "", (library.FILE.parent / "csrc" / "api.h").read_text())
+    parts = {"Matrix": lambda name: [f"{name}_{part}" for part in fields("Matrix")], "Sizes": lambda _: fields("Sizes")}
+
+    def fields(structure: str) -> list[str]:
+        body = re.search(rf"struct {structure} {{(.*?)}};", header, re.DOTALL)
         assert body is not None
-        lines = [line for line in re.sub(r"//.*", "", body[1]).split(";") if line.strip()]
-        names = [name.split()[-1].strip("*") for line in lines for name in line.split(",")]
-        renamed = {"side_in": "in", "side_out": "out"} if structure is library.Multiply else {}
-        assert [renamed.get(name, name) for name, _ in structure._fields_] == names
+        found = []
+        for line in filter(str.strip, body[1].split(";")):
+            kind, _, names = line.replace("const ", "").strip().partition(" ")
+            assert kind in ("int64_t", *parts) or "*" in names, line
+            for name in names.replace("*", "").replace(" ", "").split(","):
+                pair = [f"{name[:-3]}_rows", f"{name[:-3]}_cols"] if name.endswith("[2]") else [name]
+                found += parts[kind](name) if kind in parts else pair
+        return found
+
+    assert [name for name, _ in library.Call._fields_] == fields("Call")
+    assert all(kind is ctypes.c_int64 for _, kind in library.Call._fields_)
 
 
 # Memory.

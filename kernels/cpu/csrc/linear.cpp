@@ -1,5 +1,4 @@
-// How products are cut into panels, pieces and groups, and the scratch that they take: pure functions of sizes and caches.
-#pragma once
+// Calls of the linear layer: plan how its products are cut up, lend scratch memory, dispatch. Compiled for the baseline.
 #include <algorithm>
 #include <cstring>
 
@@ -139,4 +138,86 @@ int64_t plan_half(Multiply &m) {
          m.threads * (HALF_TILE + (width * m.panel + m.group_entries * size) / 2);
 }
 
+bool is_written_past(const Matrix &y, int threads) {
+  return y.dtype == FLOAT32 && writes_past(y.data, y.row_stride * 4, y.rows * y.row_stride * 4, threads);
+}
+
+Multiply multiply_of(const Call &c, const Order &order) {
+  Multiply m = {};
+  m.x = c.transposed ? c.y : c.x, m.y = c.transposed ? c.x : c.y;
+  m.values = c.values, m.bias = c.bias, m.order = order, m.transposed = c.transposed, m.values_dtype = c.values_dtype;
+  m.in = c.transposed ? c.bo : c.bi, m.out = c.transposed ? c.bi : c.bo;
+  m.threads = threads_for(work(order.ptr[order.rows] * c.bo * c.bi, m.x.rows), c.threads);
+  expect_large(m.y.data, m.y.rows * m.y.row_stride * itemsize(m.y.dtype));
+  m.past = is_written_past(m.y, m.threads);
+  return m;
+}
+
+Outer outer_of(const Call &c, const Order &order) {
+  Outer m = {};
+  m.dy = c.y, m.x = c.x, m.out = c.values, m.order = order, m.bo = c.bo, m.bi = c.bi;
+  m.threads = threads_for(work(order.ptr[order.rows] * c.bo * c.bi, m.x.rows), c.threads);
+  expect_large(m.out, order.slots * c.bo * c.bi * 4);
+  return m;
+}
+
 }  // namespace
+
+int linear_multiply(const Call &c, const Order &order) {
+  Multiply m = multiply_of(c, order);
+  const bool elements = of_elements(c), half = !elements && half_kernels() && m.x.dtype == BFLOAT16;
+  const bool few = !elements && !half && !m.transposed && m.x.rows <= FEW_TOKENS;
+  int64_t floats;
+  if (elements) {
+    m.plan = plan_elements(order, m.x.cols, m.x.rows, false, m.threads);
+    floats = m.x.rows <= NARROW ? m.x.cols * m.plan.lanes + m.threads * m.plan.strip * (2 * m.plan.lanes + 1)
+                                : m.plan.tokens * m.x.cols + m.threads * thread_floats(m.plan, false);
+  } else {
+    floats = half ? plan_half(m) : few ? blocks_of(m.x.cols, m.in) * m.in * m.x.rows : plan_product(m);
+  }
+  const int64_t cols = elements ? 0 : blocks_of(m.x.cols, m.in);
+  Scratch scratch((floats + wanted_floats(cols)) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  m.scratch = scratch.memory;
+  if (!elements) m.wanted = wanted_cols(order, cols, (uint8_t *)(scratch.memory + floats * 4));
+  const Kernels &k = kernels();
+  (half ? half_kernels()->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(m);
+  return 0;
+}
+
+int linear_outer(const Call &c, const Order &order) {
+  Outer m = outer_of(c, order);
+  const bool elements = of_elements(c), half = !elements && half_kernels() && m.x.dtype == BFLOAT16 && m.dy.dtype == BFLOAT16;
+  int64_t floats;
+  if (elements) {
+    m.plan = plan_elements(order, m.x.cols, m.x.rows, true, m.threads);
+    floats = m.x.rows <= NARROW ? (m.x.cols + m.dy.cols) * m.plan.lanes
+                                : m.plan.tokens * m.x.cols + m.threads * thread_floats(m.plan, true);
+  } else {
+    floats = half ? plan_half(m) : plan_superpanel(m);
+  }
+  Scratch scratch((floats + (elements ? 0 : wanted_floats(m))) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  m.scratch = scratch.memory;
+  if (!elements) find_wanted(m, scratch.memory + floats * 4);
+  (half ? half_kernels()->outer : elements ? kernels().outer_elements : kernels().outer)(m);
+  return 0;
+}
+
+int linear_backward(const Call &dx, const Order &by_col, const Call &dvalues, const Order &by_row) {
+  if (of_elements(dx) || (half_kernels() && dx.y.dtype == BFLOAT16)) {
+    const int failed = linear_multiply(dx, by_col);  // they pack differently
+    return failed ? failed : linear_outer(dvalues, by_row);
+  }
+  Backward b = {multiply_of(dx, by_col), outer_of(dvalues, by_row)};
+  Outer &d = b.dvalues;
+  d.threads = threads_for(2 * work(by_row.ptr[by_row.rows] * d.bo * d.bi, d.x.rows), dvalues.threads);
+  b.dx.past = is_written_past(b.dx.y, d.threads);
+  const int64_t floats = plan_superpanel(d) + d.threads * ASIDE;
+  Scratch scratch((floats + wanted_floats(d)) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  d.scratch = scratch.memory;
+  find_wanted(d, scratch.memory + floats * 4);
+  kernels().backward(b);
+  return 0;
+}

@@ -1,4 +1,4 @@
-// The exported functions of the convolution: plan, lend scratch memory, dispatch. For the baseline.
+// Calls of the convolution: plan how its products are cut up, lend scratch memory, dispatch. Compiled for the baseline.
 #include "conv_parts.h"
 #include "conv_plan_outer.h"
 #include "conv_runs.h"
@@ -97,21 +97,14 @@ int outer_elements(const Conv &c) {
 
 bool of_elements(const Conv &c) { return c.bo == 1 && c.bi == 1; }
 
-// Runs run(the convolution with a checked order): see CheckedOrder.
-template <class F> int checked(const Conv &given, const F &run) {
-  const int64_t by_row = given.groups * blocks_of(given.out_channels / given.groups, given.bo);
-  const int64_t by_col = given.kernel[0] * given.kernel[1] * blocks_of(given.in_channels / given.groups, given.bi);
-  if ((!given.x && given.in_size[0] && given.in_size[1]) || !given.y || (given.order.slots && !given.values)) return NO_STORAGE;
-  const CheckedOrder order(given.order, given.transposed ? by_col : by_row, given.transposed ? by_row : by_col, of_elements(given));
-  if (order.failed) return order.failed;
-  Conv c = given;
-  c.order = order.order;
+Conv conv_of(const Call &from, const Order &order) {
+  Conv c = {from.sizes, from.x.data, from.y.data, from.values, from.bias, order, from.x.cols, from.y.cols,
+            int32_t(from.bo), int32_t(from.bi), int32_t(from.transposed), int32_t(from.x.dtype), int32_t(from.threads)};
   for (int axis = 0; axis < 2; axis++) {
     if (c.kernel[axis] == 1) c.dilation[axis] = 1;  // it says nothing then
     if (c.out_size[axis] == 1 && c.stride[axis] > 1024) c.stride[axis] = 1;  // the same, and a phase each is too many
   }
-  const int failed = guarded([&] { return run(c); });
-  return failed ? failed : order.result();
+  return c;
 }
 
 // Runs one product, and unless it failed the other.
@@ -144,42 +137,22 @@ int backward(const Conv &dx, const Conv &dvalues) {
   });
 }
 
-int sketch(ConvSketch &m) {
-  Conv &c = m.conv;
-  if ((!c.x && c.in_size[0] && c.in_size[1]) || !c.y || !m.u || !m.v) return NO_STORAGE;
-  const int64_t taps = c.kernel[0] * c.kernel[1], group_out = c.out_channels / c.groups, group_in = c.in_channels / c.groups;
-  const int64_t tokens = c.images * c.out_size[0] * c.out_size[1];
-  const int64_t groups = blocks_of(blocks_of(group_out, c.bo), GROUP) + blocks_of(taps * blocks_of(group_in, c.bi), GROUP);
-  c.threads = threads_for(2 * tokens * (c.out_channels + taps * c.in_channels) * round_up(m.pairs, GROUP_PAIRS), c.threads);
-  m.plan = sketch_plan(c.groups * groups, m.pairs, tokens, c.threads);
-  Scratch scratch(m.plan.floats * 4);
-  if (!scratch.memory) return NO_MEMORY;
-  m.scratch = scratch.memory;
-  kernels().conv_sketch(m);
-  return 0;
-}
-
 }  // namespace
 
-#pragma GCC visibility push(default)
-extern "C" {
-
-// All return 0, or what library.h says.
-int sk_conv_multiply(const Conv *c) {
-  return checked(*c, [](const Conv &c) { return of_elements(c) ? multiply_elements(c) : multiply(c); });
-}
-
-int sk_conv_outer(const Conv *c) {
-  return checked(*c, [](const Conv &c) { return of_elements(c) ? outer_elements(c) : outer(c); });
-}
-
-int sk_conv_backward(const ConvGradients *c) {
-  return checked(c->dx, [&](const Conv &dx) {
-    return checked(c->dvalues, [&](const Conv &dvalues) { return backward(dx, dvalues); });
+int conv_multiply(const Call &call, const Order &order) {
+  return guarded([&] {
+    const Conv c = conv_of(call, order);
+    return of_elements(c) ? multiply_elements(c) : multiply(c);
   });
 }
 
-int sk_conv_sketch(ConvSketch *m) { return sketch(*m); }
+int conv_outer(const Call &call, const Order &order) {
+  return guarded([&] {
+    const Conv c = conv_of(call, order);
+    return of_elements(c) ? outer_elements(c) : outer(c);
+  });
+}
 
-}  // extern "C"
-#pragma GCC visibility pop
+int conv_backward(const Call &dx, const Order &by_col, const Call &dvalues, const Order &by_row) {
+  return guarded([&] { return backward(conv_of(dx, by_col), conv_of(dvalues, by_row)); });
+}
