@@ -67,13 +67,13 @@ def layer_cases() -> Iterator[Case]:
     yield case("a move in lists", lambda: layer().move_([0], [0], [0]), TypeError, "slots is a list", "a tensor (k,)")
     yield case("a move to nowhere", lambda: layer().move_(ints(0), None, ints(0)), TypeError, "row is None", "a tensor")
     yield case(
-        "from no dense layer", lambda: sk.SparseLinear.from_dense(None), TypeError, "linear is None", "an nn.Linear"
+        "from no dense layer", lambda: sk.SparseLinear.from_dense(None), TypeError, "dense is None", "an nn.Linear"
     )
     yield case(
         "a convolution from a linear layer",
         lambda: sk.SparseConv2d.from_dense(torch.nn.Linear(8, 8)),
         TypeError,
-        "conv is a Linear",
+        "dense is a Linear",
         "an nn.Conv2d",
     )
     yield case(
@@ -97,15 +97,15 @@ def layer_cases() -> Iterator[Case]:
         "another layer's topology",
         lambda: sk.SparseLinear(16, 32, topology=layer().topology),
         ValueError,
-        "topology is for 32 x 32",
-        "the layer is 32 x 16",
+        "topology is for a weight (32, 32)",
+        "the layer has (32, 16)",
     )
     yield case(
         "a conv's topology in a linear layer",
         lambda: sk.SparseLinear(72, 8, topology=conv().topology),
         ValueError,
-        "topology",
-        "convolution",
+        "topology is for a weight (8, 8, 3, 3)",
+        "the layer has (8, 72)",
     )
     yield case("no channels", lambda: sk.SparseConv2d(0, 8, 3), ValueError, "in_channels is 0", "1 or more")
     yield case("groups that do not divide", lambda: conv(groups=3), ValueError, "is 8", "multiple of groups = 3")

@@ -17,7 +17,7 @@ from sparsekern.files.conversion import State, bsr_state, dense_state, sparse_st
 from sparsekern.files.foreign_states import merge_pruned
 from sparsekern.files.size_limits import DEFAULT, Limits
 from sparsekern.files.weight_files import read_state, write_state
-from sparsekern.nn.select import matches_name
+from sparsekern.nn.selectors import matches_name
 from sparsekern.topology import block_pair, check_sparsity
 
 

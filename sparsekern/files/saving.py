@@ -23,11 +23,10 @@ from sparsekern.files.weight_files import (
     with_metadata,
     write_state,
 )
-from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.converters import converter_of
-from sparsekern.nn.densify import plain_name, sparse_layers
+from sparsekern.nn import BlockSparse, is_replaceable, plain_name, refuse_sharded, sparse_layers
+from sparsekern.nn.converters import grid_of
 from sparsekern.nn.layer_state import STORED, adapt, source_grid
-from sparsekern.nn.refusals import GATHER, refuse_sharded
+from sparsekern.nn.sharded import GATHER
 from sparsekern.topology import Grid, Topology, to_dense
 from sparsekern.topology.arguments import check_kind
 
@@ -115,13 +114,13 @@ def load_(
     problems = []
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        problem = None
-        if isinstance(module, BlockSparse):
-            problem = adapt(module.topology, fitting, prefix, module.tie_taps, metadata.get(name))
-        elif (converter := converter_of(module)) is not None and name in sparse_names(fitting):
-            problem = _densify(converter.grid(module, None), fitting, prefix, metadata.get(name, {}))
-        if problem is not None:
-            problems.append(f"{name or 'the layer'}: {problem}")
+        try:
+            if isinstance(module, BlockSparse):
+                adapt(module.topology, fitting, prefix, module.tie_taps, metadata.get(name))
+            elif is_replaceable(module) and name in sparse_names(fitting):
+                _densify(grid_of(module, None), fitting, prefix, metadata.get(name, {}))
+        except InputError as error:
+            problems.append(f"{name or 'the layer'}: {error}")
     problems = problems or _differences(model, fitting, strict)
     if problems:
         raise InputError(f"{where} does not fit the model: {'; '.join(problems)}")
@@ -163,19 +162,14 @@ def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> Order
     return with_metadata(renamed, {rename(name): entry for name, entry in metadata_of(state).items()})
 
 
-def _densify(own: Grid, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> str | None:
-    """Put a dense weight in the place of stored blocks; return what is wrong, or None."""
+def _densify(own: Grid, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Replace the stored blocks of a layer by a dense weight for a layer with the grid ``own``, in place."""
     values, row, col = (state[prefix + part] for part in STORED)
-    try:
-        grid = source_grid(values, row, col, own, metadata)
-        topology = Topology(grid, row, col)
-        topology.validate()
-    except ValueError as error:
-        return str(error)
+    topology = Topology(source_grid(values, row, col, own, metadata), row, col)
+    topology.validate()
     state[prefix + "weight"] = to_dense(topology, values)
     for part in STORED:
         del state[prefix + part]
-    return None
 
 
 def _differences(model: nn.Module, state: Mapping[str, Any], strict: bool) -> list[str]:

@@ -1,19 +1,18 @@
-"""What all sparse layers share: blocks, their places, and the rules that keep the two together."""
+"""The base class of the sparse layers: blocks, their places, and the rules that keep the two consistent."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.utils.parametrize import is_parametrized
 
 from sparsekern.errors import InputError
-from sparsekern.nn.converters import CONVERTERS, converter_of
+from sparsekern.nn.converters import CONVERTERS, converter_for, converter_of, grid_of
 from sparsekern.nn.indexed import Indexed
-from sparsekern.nn.init import check_scale, draw_bias, draw_values
+from sparsekern.nn.init import blocks_of, check_init, draw_bias, draw_values
 from sparsekern.nn.layer_state import LAYER_VERSION, adapt, describe
 from sparsekern.nn.sharded import is_sharded, sharded_as, whole
 from sparsekern.nn.weight import WeightInfo
@@ -23,83 +22,72 @@ from sparsekern.topology import (
     Index,
     IndexSource,
     Topology,
-    balanced,
+    by_norm,
+    check_count,
+    check_multiple,
     check_tied,
     gather_blocks,
     generator_for,
-    one_tap,
-    random,
     rebuild_,
-    tie,
     to_dense,
     with_capacity,
 )
 from sparsekern.topology.arguments import check_kind, check_whole
 
-INITS = {"balanced": balanced, "random": random}
-"""How an initial topology is drawn, by name."""
+Self = TypeVar("Self", bound="BlockSparse")  # typing has its own from Python 3.11 on
 
 
 class Parametrizations(nn.ModuleDict):
-    """Parametrizations of a layer by the names of their tensors, one of which is ``values``.
+    """Parametrizations of a layer by the name of the tensor; ``values`` may be one.
 
-    PyTorch's own dictionary has a method of that name, and refuses it after the parameter is gone.
+    :class:`torch.nn.ModuleDict` has a method ``values`` and refuses a module of that name.
     """
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Take a module under any name; modules of a dictionary are asked for by ``[name]``."""
+        """Add a module under any name; it is read as ``self[name]``."""
         self._modules[name] = module  # type: ignore[assignment]
 
 
-def check_given(topology: object, dtype: object) -> None:
-    """Check what a layer is given besides sizes.
-
-    Raises:
-        TypeError: the topology is none, or values of the dtype cannot train.
-    """
+def check_topology_and_dtype(topology: object, dtype: object) -> None:
+    """Raise TypeError if ``topology`` is not a topology or None, or ``dtype`` is not floating point or None."""
     if topology is not None:
         check_kind("topology", topology, Topology, "a sparsekern.topology.Topology, or None to draw one")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}; it must be a real floating point type, such as torch.float32")
 
 
-def is_proxy(input: object) -> bool:
-    """Return whether an input stands for one, in :func:`torch.fx.symbolic_trace`."""
-    return isinstance(input, Proxy)
-
-
 class BlockSparse(Indexed):
-    """A layer whose weight is ``Z`` slots of one block each.
+    """Base class of layers whose weight is stored as blocks, one in each of ``Z`` slots.
+
+    ``row`` and ``col`` change through the layer's methods: :meth:`move_`, loading, :meth:`reset_parameters`. Before it
+    computes, the layer checks whether other code has replaced these tensors (it takes the new ones if they are a valid
+    topology) or written into them (it raises if that changed a place; :meth:`refresh_` accepts what is there). Shapes
+    and addresses never change: moves write into the same tensors.
 
     Attributes:
         values: Parameter ``(Z, bo, bi)``, the only copy of the weight.
-        bias: Parameter ``(out_features,)`` or None; the subclass makes it, then calls :meth:`reset_parameters`.
+        bias: Parameter ``(out_features,)``, or None.
         row, col: int32 buffers ``(Z,)``, the place of each slot; -1 is a free slot. Saved.
-        index: derived from them for the kernels, in buffers that are not saved.
-        probe: what a training method asks of the next backward, or None.
-
-    Shapes and addresses never change: a move of blocks writes into these tensors.
-
-    ``row`` and ``col`` change through the layer: :meth:`move_`, loading, :meth:`reset_parameters`. The layer notices,
-    before it computes, when other code has put other tensors in their place (it takes them, if they are a topology) or
-    has written into them (it raises if that changed anything, and :meth:`refresh_` takes what is there).
+        index: what kernels read, derived from the places, in buffers that are not saved.
+        probe: what a training method requests from the next backward, or None.
 
     Args:
-        grid: cuts the weight into blocks.
-        topology: places of the blocks, or None to draw them.
-        tie_taps, blocks, capacity, init, init_scale, seed, name, device, dtype: as in :class:`SparseConv2d`.
+        grid: the grid of the weight.
+        topology: the places of the blocks, or None to draw them.
+        bias, sparsity, blocks, capacity, init, init_scale, seed, name, tie_taps, device, dtype: as in
+            :class:`SparseConv2d`.
 
     Raises:
-        ValueError: an unknown ``init``, an ``init_scale`` out of range, or a topology that is not one.
+        ValueError: a topology for another weight, or an option out of range.
     """
 
     _version = LAYER_VERSION
 
     dimensions = 0
-    """Axes of the output behind the features, or channels: those of a convolution's images."""
+    """Axes of the output after the features: 0 for a linear layer, 1 or 2 for a convolution."""
 
     dense_class: type[nn.Module]
-    """Class of the dense layer that this one stands for: what :meth:`to_dense` returns."""
+    """The dense class that :meth:`to_dense` returns."""
 
     bias: nn.Parameter | None
 
@@ -108,8 +96,9 @@ class BlockSparse(Indexed):
         grid: Grid,
         topology: Topology | None,
         *,
-        tie_taps: bool = False,
-        blocks: int,
+        bias: bool,
+        sparsity: float,
+        blocks: int | None,
         capacity: int | None,
         init: str,
         init_scale: float,
@@ -117,11 +106,24 @@ class BlockSparse(Indexed):
         name: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        tie_taps: bool = False,
     ) -> None:
+        if topology is None:
+            blocks = check_count(grid, blocks_of(grid, sparsity, tie_taps) if blocks is None else blocks)
+            if tie_taps:
+                check_multiple(grid, blocks)
+        else:
+            blocks = topology.slots
+            topology = replace(topology, grid=replace(topology.grid, transposed=False))  # set by set_dense_class
+            if topology.grid != grid:
+                theirs, own = ((g.weight_shape, g.groups) for g in (topology.grid, grid))
+                raise InputError(
+                    f"topology is for a weight {theirs[0]} in {theirs[1]} group(s), and the layer has {own[0]} in "
+                    f"{own[1]}; give a topology of the layer's own grid",
+                    parameter="topology",
+                )
         super().__init__()
-        if topology is None and (not isinstance(init, str) or init not in INITS):
-            raise InputError(f"init is {init!r}; it must be one of {', '.join(INITS)}", parameter="init")
-        check_scale(init_scale)
+        check_init("balanced" if topology is not None else init, init_scale)
         self.grid = grid
         self.tie_taps = tie_taps
         self.init = init if topology is None else "given"
@@ -130,9 +132,9 @@ class BlockSparse(Indexed):
         self.seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
         self.name = name
         self.probe: Probe | None = None
-        self._lent: Index | None = None  # see lend_index
+        self._lent: Index | None = None  # set by lend_index
         self._source: IndexSource | None = None  # None on the meta device
-        self._lost = False  # a given topology that went through the meta device
+        self._lost = False  # the given topology was lost on the meta device
         self._blocks = blocks
         self._capacity = blocks if capacity is None else check_whole("capacity", capacity)
         if topology is None and device is not None and torch.device(device).type == "meta":
@@ -148,89 +150,93 @@ class BlockSparse(Indexed):
         self.register_buffer("row", topology.row.to(values.device))
         self.register_buffer("col", topology.col.to(values.device))
         self._allocate_index()
-
-    def _draw(self) -> Topology:
-        """Draw the initial topology on the CPU: from the seed and the name alone, so ranks agree."""
-        if self.init == "given":  # nothing to draw from: all free, until a checkpoint is loaded
-            free = torch.full((self._capacity,), -1, dtype=torch.int32, device="cpu")
-            return Topology(self.grid, free, free.clone())
-        draw, generator = INITS[self.init], generator_for(self.seed, self.name, "topology")
-        if self.tie_taps:
-            drawn = tie(draw(one_tap(self.grid), self._blocks // self.grid.taps, generator), self.grid)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(grid.out_features, device=device, dtype=dtype))
         else:
-            drawn = draw(self.grid, self._blocks, generator)
-        return with_capacity(drawn, self._capacity)
+            self.register_parameter("bias", None)
+        self.reset_parameters()
 
-    def _draw_again(self) -> Topology:
-        """Draw the initial topology into ``row`` and ``col``, which hold nothing of use; returns it on the CPU."""
-        topology = self._draw()
-        self.row.copy_(topology.row)
-        self.col.copy_(topology.col)
-        self._lost = self.init == "given"
-        return topology
+    @classmethod
+    def from_dense(
+        cls: type[Self],
+        dense: nn.Module,
+        *,
+        sparsity: float = 0.9,
+        block_size: int | tuple[int, int] | None = None,
+        blocks: int | None = None,
+        capacity: int | None = None,
+        topology: Topology | None = None,
+        seed: int | None = None,
+        name: str = "",
+        tie_taps: bool = False,
+    ) -> Self:
+        """Build a sparse layer from the blocks of largest norm of a dense layer, or from those of ``topology``.
 
-    def _places(self) -> Topology:
-        """Return the topology on the CPU, drawn anew into the buffers if they hold none."""
-        topology = Topology(self.grid, self.row.cpu(), self.col.cpu())
-        try:
-            self._check(topology)
-        except ValueError:
-            topology = self._draw_again()
-        if self._lost:
-            raise InputError(
-                "the layer was built with a given topology, which is lost; load a checkpoint that holds row and col"
-            )
-        return topology
+        Values and bias are copied, device and dtype are those of the dense layer. The other arguments are those of the
+        class; ``tie_taps`` is for convolutions only.
+
+        Raises:
+            TypeError: ``dense`` is not of a class that becomes this one.
+            ValueError: as for the class; or the weight holds NaN, and its blocks cannot be ranked.
+        """
+        converter = converter_for(dense, cls, "dense")
+        weight: Any = dense.weight
+        weight = weight.detach()
+        if topology is None:
+            grid = grid_of(dense, block_size)
+            if blocks is None:
+                blocks = blocks_of(grid, sparsity, tie_taps)
+            topology = by_norm(grid, weight, blocks, tie_taps)
+        options = converter.arguments(dense) | ({"tie_taps": True} if tie_taps else {})
+        options |= {"device": weight.device, "dtype": weight.dtype, "capacity": capacity, "seed": seed, "name": name}
+        layer = cls(**options, topology=topology)
+        layer.set_dense_class(dense)
+        with torch.no_grad():
+            layer.values.copy_(gather_blocks(layer.topology, weight))
+            if layer.bias is not None and isinstance(dense.bias, Tensor):
+                layer.bias.copy_(dense.bias)
+        return layer
 
     @property
     def block_size(self) -> tuple[int, int]:
-        """Return ``(bo, bi)``."""
+        """The block size ``(bo, bi)``."""
         return self.grid.block
 
     @property
     def weight(self) -> WeightInfo:
-        """Return the shape, dtype and device of the weight; computing with it raises. See :meth:`to_dense`."""
+        """The shape, dtype and device of the weight. Computing with it raises; see :meth:`to_dense`."""
         return WeightInfo(self.grid.weight_shape, self.values)
 
     @property
     def sparsity(self) -> float:
-        """Return the fraction of the weight that is absent (waits for the device)."""
+        """The fraction of the weight that is not stored (synchronises the device)."""
         return self.topology.sparsity()
 
     def dense_weight(self) -> Tensor:
-        """Return the weight as a dense tensor, in the shape of PyTorch's layer, without gradient."""
+        """Return the weight as a dense tensor in the shape of PyTorch's layer, detached."""
         return to_dense(self.topology, whole(self.values))
 
     @staticmethod
     def grid_for(
         arguments: dict[str, Any], block_size: int | tuple[int, int] | None, device: torch.device | str | None
     ) -> Grid:
-        """Return the grid of a layer built with ``arguments``; without a block size, that of the device's default."""
+        """Return the grid of a layer with these constructor arguments; None takes the device's default block size."""
         raise NotImplementedError
 
-    def stand_for(self, dense: nn.Module) -> None:
-        """Make this the sparse twin of a layer of the class of ``dense``: that is what :meth:`to_dense` returns."""
+    def set_dense_class(self, dense: nn.Module) -> None:
+        """Make :meth:`to_dense` return a layer of the class of ``dense``."""
         if (converter := converter_of(dense)) is not None:
             self.dense_class = converter.dense
             self.grid = replace(self.grid, transposed=converter.transposed)
 
-    @torch.no_grad()
-    def copy_dense_(self, dense: nn.Module) -> None:
-        """Take the values of the stored blocks, and the bias where both have one, from a layer of the dense class."""
-        weight, bias = dense.weight, dense.bias
-        assert isinstance(weight, Tensor)
-        self.values.copy_(gather_blocks(self.topology, weight))
-        if self.bias is not None and isinstance(bias, Tensor):
-            self.bias.copy_(bias)
-
     def dense_forward(self, input: Tensor, weight: Tensor) -> Tensor:
-        """Return what PyTorch's layer of these sizes, with this bias, computes with a dense weight."""
+        """Return the output of PyTorch's layer of the same sizes, with a dense ``weight`` and this layer's bias."""
         raise NotImplementedError
 
     def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
-        """Run under ``torch.jit.trace``, which alone calls this: PyTorch's older ONNX exporter gets a dense weight.
+        """Forward under ``torch.jit.trace``; PyTorch's older ONNX exporter gets a dense weight.
 
-        The weight is a constant of the graph: no op that makes it is recorded.
+        The weight is a constant of the graph: the ops that build it are not recorded.
         """
         if not torch.onnx.is_in_onnx_export():
             return super()._slow_forward(*input, **kwargs)
@@ -244,10 +250,10 @@ class BlockSparse(Indexed):
         return self.dense_forward(input[0] if input else kwargs["input"], weight)
 
     def traced(self, input: Any) -> Tensor:
-        """Record this layer as one node in the graph of :func:`torch.fx.symbolic_trace`, as PyTorch's layers are.
+        """Record this layer as one node in the graph of :func:`torch.fx.symbolic_trace`, as for PyTorch's layers.
 
         Raises:
-            TypeError: the layer is all that is traced, which would be a graph that calls itself.
+            TypeError: the layer itself is the module being traced, so the graph would call itself.
         """
         tracer: Any = input.tracer
         if tracer.root is self:
@@ -256,7 +262,7 @@ class BlockSparse(Indexed):
         return node
 
     def to_dense(self) -> nn.Module:
-        """Return the dense layer with the same weight (zeros where no block is) and bias, as copies."""
+        """Return a dense layer with copies of the weight, zero where no block is stored, and of the bias."""
         dense = CONVERTERS[self.dense_class].dense_layer(self)
         dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.values.requires_grad)
         if self.bias is not None:
@@ -264,12 +270,12 @@ class BlockSparse(Indexed):
         return dense.train(self.training)
 
     def reset_parameters(self) -> None:
-        """Draw values and bias anew from the seed and the name, for the blocks there are, and rebuild the index.
+        """Draw the values of the present blocks and the bias again from the seed and the name; rebuild the index.
 
-        Where ``row`` and ``col`` are no topology, as ``to_empty`` leaves them, that is drawn anew too.
+        If ``row`` and ``col`` hold no valid topology, as after ``to_empty``, the topology is drawn again too.
 
         Raises:
-            ValueError: there is no topology, and the layer was built with a given one: nothing to draw from.
+            ValueError: there is no valid topology, and the layer was built with a given one, which cannot be drawn.
         """
         if self.row.is_meta:
             return
@@ -285,7 +291,7 @@ class BlockSparse(Indexed):
         self.refresh_()
 
     def moved(self, slots: Tensor, row: Tensor, col: Tensor) -> Topology:
-        """Return the topology as it would be after :meth:`move_`, which raises what this does; nothing changes."""
+        """Return the topology that :meth:`move_` would leave, with the same errors; nothing changes."""
         self._require_movable()
         topology = self.topology.moved(slots, row, col)
         if self.tie_taps:
@@ -293,7 +299,7 @@ class BlockSparse(Indexed):
         return topology
 
     def _require_movable(self) -> IndexSource:
-        """Return the source of an index that fits."""
+        """Return the index's source; raise if blocks cannot move."""
         self.check_not_parametrized()
         if is_sharded(self.values):
             raise NotImplementedError(
@@ -309,14 +315,18 @@ class BlockSparse(Indexed):
 
     @torch.no_grad()
     def move_(self, slots: Tensor, row: Tensor, col: Tensor, *, checked: bool = False) -> None:
-        """Move the blocks in ``slots (k,)`` to ``(row, col)``, zero them and their gradient, and rebuild the index.
+        """Move blocks to other places, in place; zero their values and gradients and rebuild the index.
 
-        In place: no shape or address changes. ``row = col = -1`` frees a slot. Training methods call this through
-        their own ``move``, which resets the optimizer's state too. With ``checked`` the caller has called
-        ``topology.moved`` with these arguments.
+        No shape or address changes. Training methods call this through their own ``move``, which also resets the
+        optimizer's state.
+
+        Args:
+            slots: ``(k,)`` integers, the slots to move.
+            row, col: ``(k,)`` integers, the new places; -1 in both frees a slot.
+            checked: the caller has already called :meth:`moved` with these arguments.
 
         Raises:
-            ValueError: a place is taken or outside the grid, or taps that are tied would part; nothing has changed.
+            ValueError: a place is taken or outside the grid, or tied taps would differ; nothing has changed.
             NotImplementedError: the values are a DTensor; nothing has changed.
         """
         source = self._require_movable()
@@ -332,7 +342,7 @@ class BlockSparse(Indexed):
         source.accept()
 
     def check_not_parametrized(self) -> None:
-        """Raise ValueError if ``values`` are computed by a parametrization: nothing written into them would stay."""
+        """Raise ValueError if ``values`` are computed by a parametrization, which would discard what is written."""
         if is_parametrized(self, "values"):
             raise InputError(
                 f"values of {self._called} are parametrized, so blocks cannot move or load: call "
@@ -340,52 +350,48 @@ class BlockSparse(Indexed):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "parametrizations" and type(value) is nn.ModuleDict:  # torch.nn.utils.parametrize begins
+        if name == "parametrizations" and type(value) is nn.ModuleDict:  # set by torch.nn.utils.parametrize
             value = Parametrizations(dict(value.items()))
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are not armed: a probe belongs to the method that reads it."""
+        """Leave the probe out of copies and pickles: it belongs to the method that set it."""
         return super().__getstate__() | {"probe": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_meta = self.row.is_meta
         super()._apply(fn, recurse)
-        if was_meta and not self.row.is_meta:  # to_empty(): the memory is anything, so draw what the seed says
+        if was_meta and not self.row.is_meta:  # to_empty(): the content is undefined
             self._draw_again()
             self.refresh_()
         return self
 
+    def _counts_repr(self) -> str:
+        """Return the last part of ``extra_repr``: blocks and sparsity, or the slots on the meta device."""
+        if self.row.is_meta:
+            return f"slots={self.values.shape[0]}"
+        return f"blocks={self.topology.blocks()}/{self.grid.cells}, sparsity={self.sparsity:.4g}"
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", {})  # not there if the caller gave a plain dict
+        metadata = getattr(destination, "_metadata", {})  # a plain dict from the caller has none
         if (mine := metadata.get(prefix[:-1])) is not None:
             mine["grid"] = describe(self.grid)
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
+        error_msgs: list[str] = rest[-1]
         try:
             self.check_not_parametrized()
-            problem = adapt(self.topology, state_dict, prefix, self.tie_taps, local_metadata)
-        except ValueError as error:
-            problem = str(error)
-        if problem is not None:
-            error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {problem}")
+            adapt(self.topology, state_dict, prefix, self.tie_taps, local_metadata)
+        except InputError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
             return
         for name, parameter in self._parameters.items():
             if parameter is not None and isinstance(given := state_dict.get(prefix + name), Tensor):
                 state_dict[prefix + name] = sharded_as(parameter, given)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         if prefix + "row" not in state_dict or self.row.is_meta:
             return
         self._lost = False

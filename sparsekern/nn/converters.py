@@ -1,4 +1,4 @@
-"""Which classes of dense layers can become sparse, and how each goes there and back: a small open registry."""
+"""A registry of the dense layer classes that can become sparse, and how each is converted there and back."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from sparsekern.nn.block_sparse import BlockSparse
 
 CONVERTERS: dict[type[nn.Module], Converter] = {}
-"""By class of the dense layer; see :func:`register_converter`."""
+"""Converters by class of the dense layer; see :func:`register_converter`."""
 
 
 @dataclass(frozen=True)
 class Converter:
-    """How layers of one class become sparse, and dense again.
+    """How the layers of one class become sparse, and dense again.
 
     Attributes:
-        dense: the class, whose instances have a ``weight`` and a ``bias`` (or None).
-        sparse: the class that takes their place.
-        arguments: returns the arguments of ``sparse`` for a dense layer: its sizes and ``bias``, not device and dtype.
-        rebuild: returns a new dense layer for a sparse one; its weight and bias are then replaced. Default: ``dense``
-            with what ``arguments`` says of the sparse layer, for classes that name their sizes alike.
+        dense: the dense class, whose instances have a ``weight`` and a ``bias`` (or None).
+        sparse: the sparse class that replaces it.
+        arguments: function that returns the constructor arguments of ``sparse`` for a dense layer: its sizes and
+            ``bias``, without device and dtype.
+        rebuild: function that returns a new dense layer for a sparse one; its weight and bias are then replaced.
+            Default: ``dense`` with ``arguments`` of the sparse layer, for classes with the same constructor arguments.
         transposed: whether the dense weight is ``(in, out)``.
     """
 
@@ -37,14 +38,8 @@ class Converter:
     rebuild: Callable[[Any], nn.Module] | None = None
     transposed: bool = False
 
-    def grid(self, layer: nn.Module, block_size: int | tuple[int, int] | None) -> Grid:
-        """Return the grid of a dense layer's sparse twin; without a block size, that of its device's default."""
-        assert isinstance(layer.weight, torch.Tensor)
-        grid = self.sparse.grid_for(self.arguments(layer), block_size, layer.weight.device)
-        return replace(grid, transposed=self.transposed)
-
     def dense_layer(self, layer: BlockSparse) -> nn.Module:
-        """Return a dense layer of a sparse layer's sizes, on the meta device."""
+        """Return a dense layer with the sizes of a sparse layer, on the meta device."""
         with torch.device("meta"):
             return self.dense(**self.arguments(layer)) if self.rebuild is None else self.rebuild(layer)
 
@@ -57,14 +52,20 @@ def register_converter(
     rebuild: Callable[[Any], nn.Module] | None = None,
     transposed: bool = False,
 ) -> None:
-    """Teach :func:`sparsify_`, ``densify``, ``summary`` and ``load_`` a class of dense layers.
+    """Register a class of dense layers that :func:`sparsify_`, ``densify``, ``summary`` and ``load_`` then handle.
 
     Args:
-        dense, sparse, arguments, rebuild, transposed: as in :class:`Converter`. A class that is known already is learnt
-            anew.
+        dense: the dense class, whose instances have a ``weight`` and a ``bias`` (or None). If it is registered already,
+            its converter is replaced.
+        sparse: the sparse class that replaces it.
+        arguments: function that returns the constructor arguments of ``sparse`` for a dense layer: its sizes and
+            ``bias``, without device and dtype.
+        rebuild: function that returns a new dense layer for a sparse one; its weight and bias are then replaced.
+            Default: ``dense`` with ``arguments`` of the sparse layer, for classes with the same constructor arguments.
+        transposed: whether the dense weight is ``(in, out)``.
 
     Example:
-        A linear layer as GPT-2 has it, whose weight is ``(in, out)``:
+        A linear layer as in GPT-2, whose weight is ``(in, out)``:
 
         >>> class Transposed(nn.Module):
         ...     def __init__(self, outs, ins):
@@ -84,15 +85,37 @@ def register_converter(
 
 
 def converter_of(layer: nn.Module) -> Converter | None:
-    """Return the converter of a dense layer's class, or of the nearest class that it derives from; else None."""
+    """Return the converter of a dense layer's class, or of its nearest base class that has one; None without any."""
     return next((CONVERTERS[kind] for kind in type(layer).__mro__ if kind in CONVERTERS), None)
 
 
+def grid_of(
+    layer: nn.Module, block_size: int | tuple[int, int] | None, device: torch.device | str | None = None
+) -> Grid:
+    """Return the grid of the sparse layer that would replace a dense one.
+
+    Args:
+        layer: a dense layer of a registered class.
+        block_size: side of the blocks, or ``(out, in)``; None takes the default block size of the device.
+        device: the device of the sparse layer. Default: that of the dense weight.
+    """
+    converter = converter_of(layer)
+    assert converter is not None and isinstance(layer.weight, torch.Tensor)
+    device = layer.weight.device if device is None else device
+    grid = converter.sparse.grid_for(converter.arguments(layer), block_size, device)
+    return replace(grid, transposed=converter.transposed)
+
+
 def converter_for(layer: object, sparse: type[BlockSparse], name: str) -> Converter:
-    """Return the converter of a dense layer, given as the argument ``name``, to the class ``sparse``.
+    """Return the converter of a dense layer to the class ``sparse``.
+
+    Args:
+        layer: the dense layer.
+        sparse: the class it must become.
+        name: name of the argument ``layer``, for the error.
 
     Raises:
-        TypeError: ``layer`` is not of a class that becomes that.
+        TypeError: the class of ``layer`` does not become ``sparse``.
     """
     converter = converter_of(layer) if isinstance(layer, nn.Module) else None
     if converter is None or converter.sparse is not sparse:
@@ -103,7 +126,7 @@ def converter_for(layer: object, sparse: type[BlockSparse], name: str) -> Conver
 
 
 def out_features(layer: nn.Module, output: torch.Tensor) -> int:
-    """Return the features, or channels, of the ``output`` of a sparse layer or of a dense one of a known class."""
+    """Return the number of features or channels in the ``output`` of a sparse layer, or of a dense one it replaces."""
     converter = converter_of(layer)
     dimensions: Any = layer.dimensions if converter is None else converter.sparse.dimensions
     features: int = output.shape[-1 - dimensions]
@@ -111,15 +134,15 @@ def out_features(layer: nn.Module, output: torch.Tensor) -> int:
 
 
 def is_replaceable(module: nn.Module, name: str = "") -> bool:
-    """Return whether ``module`` is of a class that can become sparse. A selector: ``name`` plays no part."""
+    """Return whether the class of ``module`` can become sparse. A selector: ``name`` is ignored."""
     return converter_of(module) is not None
 
 
 def class_name(kind: type[nn.Module]) -> str:
-    """Return the name of a class of modules as users write it: ``nn.Linear`` of PyTorch, the bare name of others."""
+    """Return the name of a module class as users write it: ``nn.Linear`` for PyTorch's, the bare name for others."""
     return f"nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.modules.") else kind.__name__
 
 
 def known_classes() -> str:
-    """Return the names of the classes that can become sparse, for errors."""
+    """Return the names of the classes that can become sparse, separated by commas."""
     return ", ".join(class_name(kind) for kind in CONVERTERS)

@@ -1,7 +1,9 @@
-"""A module that owns an index: it never computes with one that does not belong to its present places."""
+"""A module that owns the places of its blocks and the index derived from them, and keeps the two consistent."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
+from sparsekern.errors import InputError
+from sparsekern.nn.init import draw_topology
 from sparsekern.topology import (
     Grid,
     Index,
@@ -18,24 +22,29 @@ from sparsekern.topology import (
     copy_index_,
     empty_index,
     fresh_index,
+    generator_for,
     rebuild_,
     same_index,
+    with_capacity,
 )
 
 Self = TypeVar("Self", bound="Indexed")  # typing has its own from Python 3.11 on
 
 
 class Indexed(nn.Module):
-    """The places of blocks and the index of them, in buffers: what sparse layers know about where their blocks are.
+    """The places of blocks, ``row`` and ``col``, and the index derived from them, in buffers.
 
-    ``row`` and ``col`` are the topology; the index is derived, and compared with them before each use (two identities
-    and a few integers, no look at the device). They change through the layer: a move, loading, a reset. When other
-    code puts other tensors in their place, the layer takes these if they are a topology, and rebuilds the index. When
-    other code writes into them, it raises if that changed anything, and :meth:`refresh_` takes what is there.
+    The index is checked against the places before each use, by identities and version counters, without synchronising
+    the device. Places change through the layer: a move, loading, a reset. If other code replaces the tensors, the layer
+    takes the new ones if they are a valid topology and rebuilds the index. If other code writes into them, the layer
+    raises if a place changed; :meth:`refresh_` accepts what is there.
     """
 
     grid: Grid
     tie_taps: bool
+    init: str
+    """How the initial topology is drawn, or ``"given"``."""
+    seed: int
     name: str
     values: nn.Parameter
     row: Tensor
@@ -46,13 +55,53 @@ class Indexed(nn.Module):
     col_ptr: Tensor
     col_row: Tensor
     col_slot: Tensor
+    _blocks: int
+    """Number of blocks of the initial topology."""
+    _capacity: int
+    """Number of slots."""
+    _lost: bool
+    """Whether the places were given, and have been lost on the meta device."""
     _lent: Index | None
-    """See :func:`lend_index`."""
+    """The index that replaces the layer's own; see :func:`lend_index`."""
     _source: IndexSource | None
-    """Of the layer's own index; None on the meta device."""
+    """What the layer's own index was built from; None on the meta device."""
+
+    def _draw(self) -> Topology:
+        """Draw the initial topology on the CPU, from the seed and the name alone, so that all ranks agree."""
+        if self.init == "given":  # there is nothing to draw: all slots are free until a checkpoint is loaded
+            free = torch.full((self._capacity,), -1, dtype=torch.int32, device="cpu")
+            return Topology(self.grid, free, free.clone())
+        generator = generator_for(self.seed, self.name, "topology")
+        drawn = draw_topology(self.grid, self.init, self._blocks, self.tie_taps, generator)
+        return with_capacity(drawn, self._capacity)
+
+    def _draw_again(self) -> Topology:
+        """Draw the initial topology into ``row`` and ``col``, whose content is undefined; return it on the CPU."""
+        topology = self._draw()
+        self.row.copy_(topology.row)
+        self.col.copy_(topology.col)
+        self._lost = self.init == "given"
+        return topology
+
+    def _places(self) -> Topology:
+        """Return the topology on the CPU; draw it again if the buffers hold no valid one.
+
+        Raises:
+            ValueError: the topology was given, and is lost.
+        """
+        topology = Topology(self.grid, self.row.cpu(), self.col.cpu())
+        try:
+            self._check(topology)
+        except ValueError:
+            topology = self._draw_again()
+        if self._lost:
+            raise InputError(
+                "the layer was built with a given topology, which is lost; load a checkpoint that holds row and col"
+            )
+        return topology
 
     def _allocate_index(self) -> None:
-        """Make the buffers of the index, for :meth:`refresh_` to fill."""
+        """Register empty buffers for the index; :meth:`refresh_` fills them."""
         self._settle_places()
         with torch.inference_mode(False):
             index = empty_index(self.topology)
@@ -76,7 +125,7 @@ class Indexed(nn.Module):
         )
 
     def _set_source(self, doubtful: bool = False) -> None:
-        """Note that the index in the buffers is that of ``row`` and ``col``, or, where ``doubtful``, may be."""
+        """Record that the index in the buffers belongs to ``row`` and ``col``; if ``doubtful``, only that it may."""
         self._source = IndexSource(
             self.topology, self._buffered_index(), tied=self.tie_taps, owner=self._called, doubtful=doubtful
         )
@@ -86,10 +135,10 @@ class Indexed(nn.Module):
         return f"layer {self.name!r}" if self.name else "a sparse layer"
 
     def _settle_places(self) -> None:
-        """Give kernels ``row`` and ``col`` as they read them, and as versions are counted.
+        """Make ``row`` and ``col`` contiguous, on the device of the values, and tensors that count versions.
 
-        Other code may have put views with strides there, tensors on another device than the values, or ones that were
-        made under ``torch.inference_mode``.
+        Other code may have put strided views there, tensors on another device, or tensors made under
+        ``torch.inference_mode``.
         """
         device = self.row.device if self.values.is_meta else self.values.device
         for name in ("row", "col"):
@@ -99,7 +148,7 @@ class Indexed(nn.Module):
                     self._buffers[name] = places.detach().to(device).clone(memory_format=torch.contiguous_format)
 
     def _index_is_usable(self) -> bool:
-        """Return whether the buffers of the index can hold that of ``row`` and ``col``, whatever is in them."""
+        """Return whether the buffers have the shapes, dtypes and device that an index of ``row`` and ``col`` needs."""
         wanted = empty_index(Topology(self.grid, self.row.to("meta"), self.col.to("meta")))
         return all(
             (part.shape, part.dtype, part.device) == (want.shape, want.dtype, self.row.device)
@@ -109,13 +158,13 @@ class Indexed(nn.Module):
         )
 
     def _renew_index(self) -> Index:
-        """Return the layer's own index, compared with ``row`` and ``col`` and rebuilt if it has to be."""
+        """Compare the layer's own index with ``row`` and ``col``, rebuild it if necessary, and return it."""
         row, col, source = self.row, self.col, self._source
         if source is not None and row is source.row and col is source.col:
             source.renew()
             return source.index
         if row.is_meta or col.is_meta or type(row) is not Tensor or torch.compiler.is_compiling():
-            return self._buffered_index()  # no numbers to compare: a trace, or sizes only
+            return self._buffered_index()  # nothing to compare: a trace, or tensors without data
         if source is not None and _same_memory(row, source.row) and _same_memory(col, source.col) and source.fits():
             return source.index  # functional_call with detached buffers
         self._settle_places()
@@ -133,19 +182,19 @@ class Indexed(nn.Module):
 
     @property
     def topology(self) -> Topology:
-        """Return the places of the blocks: a view of the buffers, not a copy."""
+        """The places of the blocks: a view of the buffers, not a copy."""
         return Topology(self.grid, self.row, self.col)
 
     @property
     def index(self) -> Index:
-        """Return what kernels read: the layer's own index, or the one that :func:`lend_index` lends it.
+        """The index that kernels read: the layer's own, or the one set by :func:`lend_index`.
 
         Raises:
             ValueError: other code has overwritten ``row`` and ``col``; see :class:`Indexed`.
         """
         source = self._source
         buffers: dict[str, Any] = self._buffers  # an attribute of a module takes five times as long
-        if is_dynamo_compiling():  # versions are compared where the op runs: see topology.current_index
+        if is_dynamo_compiling():  # the op compares versions when it runs: see topology.current_index
             if not buffers["row"].is_meta and (
                 source is None or buffers["row"] is not source.row or buffers["col"] is not source.col
             ):
@@ -158,12 +207,12 @@ class Indexed(nn.Module):
         return own if self._lent is None else self._lent
 
     def refresh_(self) -> None:
-        """Take the places that ``row`` and ``col`` hold now: check them and rebuild the index.
+        """Accept the places that ``row`` and ``col`` hold now: validate them and rebuild the index.
 
-        Needed after other code wrote into them, such as a bare ``torch.distributed.checkpoint.load``.
+        Call it after other code has written into them, such as ``torch.distributed.checkpoint.load``.
 
         Raises:
-            ValueError: the topology is not one; the text says what is wrong where.
+            ValueError: the places are not a valid topology.
         """
         if self.row.is_meta:
             return
@@ -174,7 +223,7 @@ class Indexed(nn.Module):
         index, slots = self._buffered_index(), self.row.shape[0]
         with torch.no_grad():
             for part in (index.row_col, index.row_slot, index.col_row, index.col_slot):
-                part[slots:].zero_()  # the padding, which no move writes, is anything after to_empty()
+                part[slots:].zero_()  # the padding, which moves never write; undefined after to_empty()
         rebuild_(index, self.topology)
         self._set_source()
 
@@ -184,17 +233,17 @@ class Indexed(nn.Module):
             check_tied(topology)
 
     def accept_index_(self) -> None:
-        """Say that ``row``, ``col`` and the index have been written to, together, and fit each other."""
+        """Record that ``row``, ``col`` and the index were all written to and are consistent."""
         if self._source is not None:
             self._source.accept()
 
     def _knows_index(self) -> bool:
-        """Return whether the index was built from the tensors that are ``row`` and ``col``, whatever is in them now."""
+        """Return whether the index was built from the very tensors ``row`` and ``col``, whatever they hold now."""
         source = self._source
         return source is not None and self.row is source.row and self.col is source.col
 
     def _doubt_index(self) -> None:
-        """Compare the index before its next use: it, ``row`` and ``col`` are copies of those that it was built from."""
+        """Have the index compared before its next use, because it, ``row`` and ``col`` are copies of the originals."""
         self._source = None
         if self.row.is_meta or type(self.row) is not Tensor:
             return
@@ -203,16 +252,16 @@ class Indexed(nn.Module):
             self._set_source(doubtful=True)
 
     def train(self: Self, mode: bool = True) -> Self:
-        """Switch to training or evaluation; a switch compares the index, once.
+        """Set the mode; if it changes, the index is compared before its next use.
 
-        Averages are swapped in for an evaluation, and some do that through ``.data``, which counts no version.
+        Averaged weights are swapped in for evaluation, sometimes through ``.data``, which increments no version.
         """
         if mode != self.training and self._source is not None:
             self._source.doubt()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles build a source of their own."""
+        """Leave the source out: copies and pickles build their own."""
         return self.__dict__ | {"_source": self._knows_index()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -236,5 +285,36 @@ class Indexed(nn.Module):
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Return whether ``a`` is another object for what ``b`` is, as ``b.detach()`` is."""
+    """Return whether ``a`` shares memory and version with ``b``, as ``b.detach()`` does."""
     return a.is_set_to(b) and not a.is_inference() and a._version == b._version
+
+
+@contextmanager
+def lend_index(layer: Indexed, index: Index) -> Iterator[None]:
+    """Let a layer compute with another index, such as one from :func:`~sparsekern.topology.mask_index`.
+
+    The layer's topology does not change. A backward may follow after the context ends, if ``index`` has not been
+    written to since. Compiled code is reused if every call passes the same tensors
+    (:func:`~sparsekern.topology.mask_index_` writes into them).
+
+    Args:
+        layer: a sparse layer.
+        index: an index with as many slots as the layer.
+
+    Raises:
+        ValueError: the index has another number of slots or block rows.
+        RuntimeError: the layer already computes with another index.
+    """
+    if index.slots != layer.values.shape[0] or index.row_ptr.shape != layer.row_ptr.shape:
+        raise InputError(
+            f"index has {index.slots} slots and {index.row_ptr.shape[0] - 1} block rows; the layer has "
+            f"{layer.values.shape[0]} and {layer.grid.rows}: make it from the layer's own index",
+            parameter="index",
+        )
+    if layer._lent is not None:
+        raise RuntimeError("the layer already computes with another index; leave that context before entering this one")
+    layer._lent = index
+    try:
+        yield
+    finally:
+        layer._lent = None

@@ -1,4 +1,4 @@
-"""Initial values, by the number of inputs that an output really has."""
+"""Initial places and values of a layer: the values follow from the number of inputs that each output really has."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.topology import Topology
+from sparsekern.topology import Grid, Topology, allocate, balanced, one_tap, random, tie
 from sparsekern.topology.arguments import check_number
 
+INITS = {"balanced": balanced, "random": random}
+"""Functions that draw an initial topology, by the name that ``init`` takes."""
+
 CHUNK = 2**16
-"""Slots that are looked at together: what is made of their places is many times as large as they are."""
+"""Slots handled at a time: intermediate tensors are several times as large as the places."""
 
 
 def _chunks(topology: Topology) -> Iterator[tuple[slice, Topology]]:
-    """Yield some slots after the other, and where they are."""
+    """Yield the slots in chunks: the slice, and the topology of these slots."""
     for start in range(0, topology.slots, CHUNK):
         part = slice(start, start + CHUNK)
         yield part, Topology(topology.grid, topology.row[part], topology.col[part])
 
 
 def fan_in(topology: Topology) -> Tensor:
-    """Return ``(R,)`` int64: the stored inputs of each output of a block row."""
+    """Return ``(R,)`` int64: how many stored inputs each output of a block row has."""
     grid = topology.grid
     total = torch.zeros(grid.rows, dtype=torch.int64, device=topology.row.device)
     for _, some in _chunks(topology):
@@ -33,12 +36,46 @@ def fan_in(topology: Topology) -> Tensor:
     return total
 
 
+def check_init(init: object, scale: float) -> None:
+    """Check ``init``, one of :data:`INITS`, and ``init_scale``, a finite number above 0.
+
+    Raises:
+        ValueError: one of them is something else.
+        TypeError: the scale is not a number.
+    """
+    if not isinstance(init, str) or init not in INITS:
+        raise InputError(f"init is {init!r}; it must be one of {', '.join(INITS)}", parameter="init")
+    check_scale(scale)
+
+
 def check_scale(scale: float) -> None:
-    """Raise ValueError unless an ``init_scale`` is a finite number above 0; TypeError if it is no number."""
-    rule = "a number above 0 that multiplies initial values: 1 for PyTorch's rule"
+    """Check ``init_scale``; see :func:`check_init`."""
+    rule = "a number above 0 that multiplies the initial values: 1 for PyTorch's rule"
     check_number("init_scale", scale, rule)
     if not (math.isfinite(scale) and scale > 0):
         raise InputError(f"init_scale is {scale}; it must be {rule}", parameter="init_scale")
+
+
+def blocks_of(grid: Grid, sparsity: float, tie_taps: bool = False) -> int:
+    """Return the number of blocks at a sparsity; with tied taps, the same number in each tap."""
+    if not tie_taps:
+        return allocate([grid], sparsity)[0]
+    return allocate([one_tap(grid)], sparsity)[0] * grid.taps
+
+
+def draw_topology(grid: Grid, init: str, blocks: int, tie_taps: bool, generator: torch.Generator) -> Topology:
+    """Draw the initial topology of a layer on the CPU.
+
+    Args:
+        grid: the grid of the layer.
+        init: one of :data:`INITS`.
+        blocks: number of blocks; with tied taps a multiple of the taps.
+        tie_taps: whether all taps store the same blocks of channels.
+        generator: a CPU generator.
+    """
+    if tie_taps:
+        return tie(INITS[init](one_tap(grid), blocks // grid.taps, generator), grid)
+    return INITS[init](grid, blocks, generator)
 
 
 def draw_values(
@@ -48,17 +85,18 @@ def draw_values(
     scale: float = 1.0,
     within: Topology | None = None,
 ) -> Tensor:
-    """Draw ``values (Z, bo, bi)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)`` with the *actual* fan-in.
+    """Draw ``values (Z, bo, bi)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)``.
 
-    At a scale of 1 that is the rule of :class:`torch.nn.Linear` and :class:`torch.nn.Conv2d`, of variance
-    ``1 / (3 fan_in)``; with all blocks present it is the same distribution. Free slots and phantom elements are zero.
+    The fan-in is the number of *stored* inputs of an output. At a scale of 1 this is the rule of
+    :class:`torch.nn.Linear` and :class:`torch.nn.Conv2d`, with variance ``1 / (3 fan_in)``; with all blocks stored the
+    distribution is the same. Free slots and phantom elements are zero.
 
     Args:
-        topology: on the CPU.
-        dtype: of the result; drawn in float32 (float64 for float64).
+        topology: the places, on the CPU.
+        dtype: dtype of the result; float64 is drawn in float64, all others in float32.
         generator: a CPU generator.
         scale: multiplies the bound.
-        within: of the layer, where ``topology`` is some of its blocks.
+        within: topology of the whole layer, if ``topology`` is only some of its blocks.
     """
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     values = torch.empty(topology.slots, *topology.grid.block, dtype=drawn, device="cpu")
@@ -72,9 +110,9 @@ def draw_values(
 
 
 def draw_bias(topology: Topology, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-    """Draw ``(out_features,)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)`` of each output."""
+    """Draw the bias ``(out_features,)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)`` of each output."""
     grid = topology.grid
-    real_rows = grid.real_rows(torch.arange(grid.rows, device="cpu"))  # the last of each group may have fewer
+    real_rows = grid.real_rows(torch.arange(grid.rows, device="cpu"))  # the last block row of each group may have fewer
     bound = fan_in(topology).clamp(min=1).double().rsqrt().repeat_interleave(real_rows) * scale
     drawn = torch.empty(grid.out_features, dtype=torch.float64, device="cpu")
     drawn.uniform_(-1, 1, generator=generator)

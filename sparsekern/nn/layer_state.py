@@ -1,4 +1,4 @@
-"""What a sparse layer accepts as a checkpoint: blocks with their places, or a dense weight."""
+"""The state of a sparse layer: its metadata, and loading from stored blocks or from a dense weight."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from sparsekern.topology import Grid, Topology, check_tied, gather_blocks, reblo
 logger = logging.getLogger("sparsekern")
 
 STORED = ("values", "row", "col")
+"""Names of the tensors that store the weight of a sparse layer."""
 
 LAYER_VERSION = 2
-"""Of what a layer's state holds. Version 2 says in its metadata what matrix the blocks are of; 1 does not."""
+"""Version of the state of a layer; its metadata hold the grid without the block size."""
 
 
 def describe(grid: Grid) -> dict[str, Any]:
-    """Return what the metadata of a state say about a layer: plain values, all but the block."""
-    kernel = None if grid.kernel is None else list(grid.kernel)
+    """Return the metadata of a layer's state: its grid as plain values, without the block size."""
     described = {
         "out_features": grid.out_features,
         "in_features": grid.in_features,
-        "kernel": kernel,
+        "kernel": None if grid.kernel is None else list(grid.kernel),
         "groups": grid.groups,
     }
     return described | ({"transposed": True} if grid.transposed else {})
 
 
 def described_grid(described: Any, block: tuple[int, int]) -> Grid:
-    """Return the grid that :func:`describe` described.
+    """Return the grid of metadata that :func:`describe` made, with the block size ``block``.
 
     Raises:
-        ValueError: it is no such description.
+        ValueError: the metadata are damaged.
     """
     try:
         kernel = described["kernel"]
@@ -55,37 +55,35 @@ def adapt(
     prefix: str,
     tie_taps: bool = False,
     metadata: dict[str, Any] | None = None,
-) -> str | None:
-    """Turn what ``state_dict`` has for a layer into the blocks and slots of that layer.
+) -> None:
+    """Convert the entries of a state dict for a layer to the blocks and slots of that layer, in place.
 
-    A dense weight gives the blocks that ``topology`` has. Stored blocks keep their places; in blocks of another size
-    they are cut anew, exactly; fewer than the layer has slots leave the rest free.
+    From a dense weight the blocks of ``topology`` are taken. Stored blocks keep their places. Blocks of another size
+    are re-cut exactly. If there are fewer blocks than the layer has slots, the other slots are free.
 
     Args:
-        topology: of the layer that loads; not changed.
+        topology: topology of the layer that loads; not changed.
         state_dict: changed in place.
-        prefix: the layer's name and a dot, or nothing.
-        tie_taps: whether the layer ties its taps; then the checkpoint must, too.
-        metadata: what the state says about the layer, as ``load_state_dict`` hands it on.
+        prefix: the layer's name and a dot, or the empty string.
+        tie_taps: whether the layer ties its taps; then those of the checkpoint must be tied, too.
+        metadata: the layer's metadata, as ``load_state_dict`` passes it.
 
-    Returns:
-        What is wrong and the way out, or None.
+    Raises:
+        ValueError: the checkpoint does not fit the layer; ``state_dict`` is unchanged.
     """
     present = [name for name in STORED if prefix + name in state_dict]
     if present and len(present) < len(STORED):
         absent = ", ".join(name for name in STORED if name not in present)
-        return f"the checkpoint has {', '.join(present)} but not {absent}; blocks without their places mean nothing"
+        raise InputError(f"the checkpoint has {', '.join(present)} but not {absent}; save values, row and col together")
     for name in (*STORED, "weight"):
         if not isinstance(state_dict.get(prefix + name, topology.row), Tensor):
-            return f"the checkpoint's {name} is a {type(state_dict[prefix + name]).__name__}; it must be a tensor"
-    try:
-        if present:
-            _fit(topology, state_dict, prefix, tie_taps, metadata or {})
-        elif prefix + "weight" in state_dict:
-            _take_blocks(topology, state_dict, prefix)
-    except ValueError as error:
-        return str(error)
-    return None
+            raise InputError(
+                f"the checkpoint's {name} is a {type(state_dict[prefix + name]).__name__}; it must be a tensor"
+            )
+    if present:
+        _fit(topology, state_dict, prefix, tie_taps, metadata or {})
+    elif prefix + "weight" in state_dict:
+        _take_blocks(topology, state_dict, prefix)
 
 
 def _take_blocks(topology: Topology, state_dict: dict[str, Any], prefix: str) -> None:
@@ -93,7 +91,7 @@ def _take_blocks(topology: Topology, state_dict: dict[str, Any], prefix: str) ->
         raise InputError("a dense weight cannot be loaded on the meta device; call to_empty(device=...) first")
     if topology.blocks() == 0:
         raise InputError(
-            "a dense weight was to be loaded, but the layer has no block; load a checkpoint with row and col"
+            "a dense weight cannot be loaded into a layer without a block; load a checkpoint that holds row and col"
         )
     dense = whole(state_dict[prefix + "weight"])
     state_dict[prefix + "values"] = gather_blocks(topology, dense.to(topology.row.device))
@@ -103,10 +101,15 @@ def _take_blocks(topology: Topology, state_dict: dict[str, Any], prefix: str) ->
 
 
 def source_grid(values: Tensor, row: Tensor, col: Tensor, grid: Grid, metadata: dict[str, Any]) -> Grid:
-    """Return the grid that stored blocks are of: that of the metadata, else that of the layer in their block size.
+    """Return the grid of stored blocks: from the metadata, else that of the layer with their block size.
+
+    Args:
+        values, row, col: the stored blocks and their places.
+        grid: the grid of the layer.
+        metadata: the layer's metadata, or an empty dict.
 
     Raises:
-        ValueError: the three do not go together, or are of another matrix than the layer's.
+        ValueError: the tensors are inconsistent, or the blocks belong to another matrix than the layer's.
     """
     if (version := metadata.get("version")) is not None and version > LAYER_VERSION:
         raise InputError(
@@ -123,9 +126,12 @@ def source_grid(values: Tensor, row: Tensor, col: Tensor, grid: Grid, metadata: 
     block = (values.shape[1], values.shape[2])
     if "grid" not in metadata:
         return replace(grid, block=block)
-    found = replace(described_grid(metadata["grid"], block), transposed=grid.transposed)  # blocks are the same
+    found = replace(described_grid(metadata["grid"], block), transposed=grid.transposed)  # blocks do not depend on it
     if replace(found, block=grid.block, groups=grid.groups) != grid:
-        raise InputError(f"the checkpoint is of a weight {found.weight_shape}, the layer is {grid.weight_shape}")
+        raise InputError(
+            f"the checkpoint is for a weight {found.weight_shape}, and the layer has {grid.weight_shape}; load it into "
+            "a layer of that size"
+        )
     return found
 
 

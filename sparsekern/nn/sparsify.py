@@ -1,4 +1,4 @@
-"""Making the layers of a model sparse."""
+"""Replacing the dense layers of a model by sparse ones."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.converters import class_name, converter_of, is_replaceable, known_classes
-from sparsekern.nn.dense_share import dense_layers, dense_share
-from sparsekern.nn.densify import sparse_layers
+from sparsekern.nn.converters import class_name, converter_of, grid_of, is_replaceable, known_classes
+from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, refusals
 from sparsekern.nn.init import check_scale
-from sparsekern.nn.refusals import left_dense, refusals
-from sparsekern.nn.select import Selector, check_model, flatten, matches, select
-from sparsekern.nn.swap import lost, swap_
+from sparsekern.nn.selectors import Selector, flatten, matches, select
+from sparsekern.nn.surgery import lost, sparse_layers, swap_
 from sparsekern.topology import Grid, allocate, block_pair
-from sparsekern.topology.arguments import check_number
+from sparsekern.topology.arguments import check_kind, check_number
 
 logger = logging.getLogger("sparsekern")
 
@@ -39,71 +37,71 @@ def sparsify_(
     seed: int = 0,
     tie_taps: bool = False,
 ) -> nn.Module:
-    """Replace the linear layers and convolutions of a model by sparse ones, in place; build the optimizer afterwards.
+    """Replace the linear layers and convolutions of a model by sparse ones, in place.
 
-    :class:`SparseLinear`, :class:`SparseConv1d` and :class:`SparseConv2d` take their places; ``register_converter``
-    adds classes. Depthwise convolutions, and stems of three input channels or fewer, stay dense whatever ``targets``
-    says: blocks of channels are no use there (but see ``stems``). The log says what share of the parameters stays
-    dense, and where.
+    Build the optimizer afterwards. The new layers are :class:`SparseLinear`, :class:`SparseConv1d` and
+    :class:`SparseConv2d`; :func:`register_converter` adds other classes. Depthwise convolutions and stems (convolutions
+    with at most three input channels; but see ``stems``) stay dense, because blocks of channels do not pay there. The
+    log says how many of the parameters stay dense, and in which layers.
 
-    With ``init="balanced"`` or ``"random"`` places *and values* are drawn anew, as for training from scratch. To start
-    from trained weights use ``init="norm"``: it keeps the blocks of largest norm, with their values.
+    With ``init="balanced"`` or ``"random"`` places *and values* are drawn for training from scratch. To start from
+    trained weights use ``init="norm"``, which keeps the blocks of largest norm with their values.
 
     A selector is a type, a name, a glob (``"blocks.*.fc1"``), a pattern (``"re:.*head"``, matched from the start of the
     name), a function ``(module, name) -> bool``, or a list of these.
 
     Args:
-        model: changed in place. Dtype, device, training flag, frozen parameters, attributes of parameters and hooks are
-            kept, but for hooks of state dicts and of tensors, which the log names.
-        sparsity: fraction absent, in [0, 1), of all chosen layers together; or ``{selector: sparsity}`` with string
-            selectors, where the first match counts and each entry is a group of its own.
-        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
-            than its channels.
-        targets: which layers.
-        ignore: which of them to leave dense.
-        distribution: how the blocks are shared out: ``"uniform"``, ``"er"``, ``"er-matrix"`` or ``"erk"``;
+        model: changed in place. Dtype, device, training flag, frozen parameters, attributes of parameters and hooks of
+            modules are kept; hooks of state dicts and of tensors are lost, and the log lists them.
+        sparsity: fraction of all chosen layers together that is not stored, in [0, 1); or ``{selector: sparsity}`` with
+            string selectors: the first match counts, and each entry is a group of its own.
+        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; in a convolution no larger
+            than its channels need.
+        targets: selector of the layers to replace.
+        ignore: selector of layers to leave dense.
+        distribution: how blocks are distributed over layers: ``"uniform"``, ``"er"``, ``"er-matrix"`` or ``"erk"``; see
             :func:`sparsekern.topology.allocate`.
         init: ``"balanced"``, ``"random"`` or ``"norm"``.
-        init_scale: times the initial values, whose variance at 1 is ``1 / (3 fan_in)``, as in PyTorch; ``3 ** 0.5``
-            makes it ``1 / fan_in``. Not with ``init="norm"``.
-        capacity: slots of a layer for each of its blocks, 1 or more: the rest are free, for methods whose layers
-            compete for blocks (``scope="global"``), and take memory like blocks. Or ``{selector: capacity}`` with
-            string selectors, where the first match counts and other layers have no free slot.
-        stems: make stems sparse too, in blocks of no more columns than they have input channels: 1x1 in most.
-        seed: with the layer's name it decides topology and values, so that all ranks agree.
-        tie_taps: in convolutions a block of channels is stored in all taps or in none; the number of blocks is
-            rounded to that.
+        init_scale: factor on the initial values, whose variance at 1 is ``1 / (3 fan_in)`` as in PyTorch; ``3 ** 0.5``
+            gives ``1 / fan_in``. Not with ``init="norm"``.
+        capacity: slots per block, 1 or more. The additional slots are free, for methods in which layers compete for
+            blocks (``scope="global"``), and take as much memory as blocks. Or ``{selector: capacity}`` with string
+            selectors: the first match counts, and other layers get no free slots.
+        stems: also make stems sparse, if a block has no more columns than they have input channels, as at 1x1.
+        seed: seed of topologies and values, together with each layer's name; ranks with the same seed agree.
+        tie_taps: store a block of channels in all taps of a convolution or in none; the number of blocks is rounded
+            accordingly.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: ``model`` is not a :class:`torch.nn.Module`, or an argument is of another type than it must be.
-        ValueError: a selector matches nothing; a layer cannot be sparse (shared weight, a weight that another module
-            reads in its forward, a subclass of nn.Linear or of a convolution); a sparsity that leaves a layer
-            without a block. Nothing has changed then.
+        TypeError: ``model`` is not a :class:`torch.nn.Module`, or another argument has the wrong type.
+        ValueError: a selector matches nothing; a layer cannot be sparse (its weight is shared or read by another
+            module's forward, or it is a subclass of nn.Linear or of a convolution); a sparsity leaves a layer without a
+            block. The model is then unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> sk.sparsify_(model, sparsity=0.75, block_size=16, ignore=["2"])[0]
         SparseLinear(in_features=64, out_features=64, bias=True, block_size=(16, 16), blocks=4/16, sparsity=0.75)
     """
-    check_model(model)
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
     if init not in ("balanced", "random", "norm"):
         raise InputError(f"init is {init!r}; it must be one of balanced, random, norm", parameter="init")
     check_scale(init_scale)
     if init == "norm" and init_scale != 1:
         raise InputError(
-            f"init_scale is {init_scale}, but init='norm' keeps the values there are; leave one out",
+            f"init_scale is {init_scale}, but init='norm' keeps the trained values; leave one of them out",
             parameter="init_scale",
         )
     stem_width = block_pair(block_size)[1] if stems and block_size is not None else None
     layers = choose_layers(model, targets, ignore, stem_width)
     counts = _counts(model, layers, sparsity, block_size, distribution)
     factors = _factors(model, layers, capacity)
-    twins: dict[str, BlockSparse] = {}  # all are built before any takes its place
+    twins: dict[str, BlockSparse] = {}  # built before any layer is replaced, so that errors change nothing
     for name, (grid, blocks) in counts.items():
-        unit = grid.taps if tie_taps else 1  # blocks that are stored together
+        unit = grid.taps if tie_taps else 1  # blocks stored together
         parts = min(max(1, round(blocks / unit)), grid.cells // unit)
         room = min(math.ceil(parts * factors[name] - 1e-9), grid.cells // unit)
         options = {"blocks": parts * unit, "capacity": room * unit, "seed": seed, "name": name}
@@ -120,7 +118,15 @@ def sparsify_(
 def choose_layers(
     model: nn.Module, targets: Selector, ignore: Selector, stem_width: int | None = None
 ) -> dict[str, nn.Module]:
-    """Return the layers that :func:`sparsify_` would replace, by name; it says what raises ValueError."""
+    """Return the layers that :func:`sparsify_` would replace, by name.
+
+    Args:
+        model, targets, ignore: as in :func:`sparsify_`.
+        stem_width: as in :func:`left_dense`.
+
+    Raises:
+        ValueError: as in :func:`sparsify_`.
+    """
     if (own := converter_of(model)) is not None:
         raise InputError(
             f"model is itself an {class_name(own.dense)} and cannot be replaced in place; use "
@@ -135,7 +141,9 @@ def choose_layers(
         dense = {name: module for name, module in found.items() if converter_of(module) is not None}
         if found and not dense:
             kinds = ", ".join(sorted({type(module).__name__ for module in found.values()}))
-            raise InputError(f"targets: {single!r} matches only {kinds}; it must match one of {known_classes()}")
+            raise InputError(
+                f"targets: {single!r} matches only {kinds}; it must match one of {known_classes()}", parameter="targets"
+            )
         for name, module in dense.items():
             if (why := left_dense(module, stem_width)) is not None:
                 logger.info("%s: stays dense (%s)", name, why)
@@ -146,7 +154,8 @@ def choose_layers(
         already = ", ".join(sparse_layers(model)) or "none"
         why = "every target is ignored" if reasons else "targets matches no layer that it takes"
         raise InputError(
-            f"{why}: nothing is left to make sparse (sparse already: {already}). {dense_layers(model, reasons)}"
+            f"{why}: nothing is left to make sparse (sparse already: {already}). {dense_layers(model, reasons)}",
+            parameter="targets",
         )
     refused = refusals(model, layers)
     if refused:
@@ -159,7 +168,7 @@ def choose_layers(
 
 
 def _matching(model: nn.Module, single: Any) -> dict[str, nn.Module]:
-    """Return the modules that one selector of ``targets`` matches; the default may match none, which is told later."""
+    """Return the modules that one selector of ``targets`` matches; for the default, no match is an error later on."""
     if single is is_replaceable and not any(is_replaceable(module) for module in model.modules()):
         return {}
     return select(model, single, "targets")
@@ -172,16 +181,19 @@ def _counts(
     block_size: int | tuple[int, int] | None,
     distribution: str,
 ) -> dict[str, tuple[Grid, int]]:
-    """Return the grid and the number of blocks of each layer, without having changed anything."""
+    """Return the grid and the number of blocks of each layer."""
     grids = {name: grid_of(layer, block_size) for name, layer in layers.items()}
     groups: dict[str, list[str]] = {}
     by_pattern = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
     for pattern in by_pattern:
-        select(model, pattern, "sparsity")  # names the nearest names when nothing matches
+        select(model, pattern, "sparsity")  # raises if nothing matches
     for name, layer in layers.items():
         first = next((p for p in by_pattern if matches(p, layer, name)), None)
         if first is None:
-            raise InputError(f"sparsity names no value for {name!r}; add it, or a last entry '*': <value>")
+            raise InputError(
+                f"sparsity has no entry that matches {name!r}; add one, or a last entry '*': <value>",
+                parameter="sparsity",
+            )
         groups.setdefault(first, []).append(name)
     counts: dict[str, tuple[Grid, int]] = {}
     for pattern, names in groups.items():
@@ -191,25 +203,18 @@ def _counts(
 
 
 def _factors(model: nn.Module, layers: dict[str, nn.Module], capacity: float | Mapping[str, float]) -> dict[str, float]:
-    """Return how many slots each layer gets for each of its blocks."""
+    """Return the slots per block of each layer."""
     by_pattern = capacity if isinstance(capacity, Mapping) else {"*": capacity}
     rule = "a number of slots for each block, 1 or more, or {selector: number}"
     for pattern, factor in by_pattern.items():
         check_number("capacity", factor, rule)
         if not (math.isfinite(factor) and factor >= 1):
             raise InputError(f"capacity is {factor}; it must be {rule}", parameter="capacity")
-        select(model, pattern, "capacity")  # names the nearest names when nothing matches
+        select(model, pattern, "capacity")  # raises if nothing matches
     return {
         name: next((factor for pattern, factor in by_pattern.items() if matches(pattern, layer, name)), 1.0)
         for name, layer in layers.items()
     }
-
-
-def grid_of(layer: nn.Module, block_size: int | tuple[int, int] | None) -> Grid:
-    """Return the grid of a dense layer's sparse twin; without a block size, that of the device's default."""
-    converter = converter_of(layer)
-    assert converter is not None
-    return converter.grid(layer, block_size)
 
 
 def _sparse_twin(
@@ -223,13 +228,15 @@ def _sparse_twin(
     new: BlockSparse
     if init == "norm":
         if weight.is_meta:
-            raise InputError(f"{options['name']!r} is on the meta device and has no weight; init='norm' needs one")
-        kind: Any = converter.sparse  # whose from_dense has the options of its class
-        new = kind.from_dense(layer, **options)
+            raise InputError(
+                f"init is 'norm', and {options['name']!r} has no weight on the meta device; load the model first",
+                parameter="init",
+            )
+        new = converter.sparse.from_dense(layer, **options)
     else:
         options |= {"device": weight.device, "dtype": weight.dtype, "init": init, "init_scale": init_scale}
         new = converter.sparse(**converter.arguments(layer), **options)
-        new.stand_for(layer)
+        new.set_dense_class(layer)
     new.values.requires_grad_(weight.requires_grad)
     if new.bias is not None and isinstance(layer.bias, Tensor):
         new.bias.requires_grad_(layer.bias.requires_grad)

@@ -1,4 +1,4 @@
-"""What stands where a dense layer has its weight: it answers questions, and refuses to compute."""
+"""The ``weight`` attribute of sparse layers: it has a shape, dtype and device, and refuses to compute."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _OPERATORS = (
 
 
 class WeightInfo:
-    """Shape, dtype, device and the like of a weight that is stored as blocks.
+    """Shape, dtype and device of a weight that is stored as blocks.
 
-    Libraries read ``layer.weight.dtype``; that works. A computation on the weight would be dense, or would not train
-    the blocks: it raises and names ``to_dense()``.
+    Other libraries read ``layer.weight.dtype`` and the like, which works. Computing with the weight would be dense or
+    would not train the blocks, so it raises TypeError and names ``to_dense()``.
 
     Args:
-        shape: of the dense weight.
-        values: the stored blocks, whose dtype and device it has.
+        shape: shape of the dense weight.
+        values: the stored blocks, which give the dtype and the device.
     """
 
     def __init__(self, shape: tuple[int, ...], values: torch.Tensor) -> None:
@@ -31,15 +31,15 @@ class WeightInfo:
         self.ndim = len(shape)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        """Return the logical shape, or one side of it."""
+        """Return the shape of the dense weight, or one dimension of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Return the number of axes: 2, or 4 of a convolution."""
+        """Return the number of dimensions: 2 for a linear layer, 3 or 4 for a convolution."""
         return self.ndim
 
     def numel(self) -> int:
-        """Return the number of elements of the dense matrix."""
+        """Return the number of elements of the dense weight."""
         return self.shape.numel()
 
     def __repr__(self) -> str:

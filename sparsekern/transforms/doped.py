@@ -7,10 +7,11 @@ import copy
 from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
+from sparsekern.nn.converters import grid_of
 from sparsekern.transforms.init import check_init, draw_, draw_bias_, draw_dense_, wanted_variance
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.sizes import doped_rank
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin, twin_grid
+from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin
 
 
 class SparseDoped(nn.Module):
@@ -73,7 +74,7 @@ def sparse_doped(
     inner = dense_twin(layer, ins, rank, bias=False)
     outer = dense_twin(layer, rank, outs, pointwise=True, bias=False)
     total, beside = layer.weight.numel(), inner.weight.numel() + outer.weight.numel()
-    grid = twin_grid(layer, block_size, layer)
+    grid = grid_of(layer, block_size)
     (blocks,) = match_blocks([grid], [1], pool * (total - beside))
     sparse = sparse_twin(layer, blocks, grid.block, layer=layer, seed=seed, name=f"{name}.sparse".lstrip("."))
     share = beside / total

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
+from sparsekern.nn.converters import grid_of
 from sparsekern.transforms.init import check_init, draw_, draw_bias_, moments, wanted_variance
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.sizes import factorized_features
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, norm_of, sparse_twin, twin_grid
+from sparsekern.transforms.twins import Dense, check, dense_twin, features, norm_of, sparse_twin
 
 
 class SparseFactorized(nn.Module):
@@ -73,13 +74,13 @@ def sparse_factorized(
     variance = wanted_variance(layer, init)
     ins, outs = features(layer)
     taps = layer.weight[0, 0].numel()
-    multiple = max(twin_grid(layer, block_size, layer).block)
+    multiple = max(grid_of(layer, block_size).block)
     between = factorized_features(taps * ins, outs, sparsity, multiple)
     twins = {
         "inner": dense_twin(layer, ins, between, bias=False, device="meta"),
         "outer": dense_twin(layer, between, outs, pointwise=True, bias=layer.bias is not None, device="meta"),
     }
-    grids = {part: twin_grid(twin, block_size, layer) for part, twin in twins.items()}
+    grids = {part: grid_of(twin, block_size, layer.weight.device) for part, twin in twins.items()}
     counts = dict(zip(grids, match_blocks(list(grids.values()), [1, 1], pool * layer.weight.numel()), strict=True))
     inner, outer = (
         sparse_twin(twin, counts[part], grids[part].block, layer=layer, seed=seed, name=f"{name}.{part}".lstrip("."))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from sparsekern.analysis import Profile, profile
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, Selector, sparse_layers, sparsify_
+from sparsekern.nn.converters import grid_of
 from sparsekern.nn.linear import default_block_size
-from sparsekern.nn.sparsify import choose_layers, grid_of
-from sparsekern.nn.swap import swap_
+from sparsekern.nn.sparsify import choose_layers
+from sparsekern.nn.surgery import swap_
 from sparsekern.topology import check_sparsity, gather_blocks, generator_for
 from sparsekern.transforms.doped import sparse_doped
 from sparsekern.transforms.factorized import sparse_factorized

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
+from sparsekern.nn.converters import grid_of
 from sparsekern.transforms.branches import sum_of_branches
 from sparsekern.transforms.init import check_init, draw_, draw_bias_, variance_before, wanted_variance
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.sizes import parallel_branches
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, norm_of, sparse_twin, twin_grid
+from sparsekern.transforms.twins import Dense, check, dense_twin, features, norm_of, sparse_twin
 
 
 class SparseParallel(nn.Module):
@@ -83,7 +84,7 @@ def sparse_parallel(
         raise InputError(f"sparsity {sparsity} makes one branch; Sparse Parallel needs two: 1/3 or more")
     ins, outs = features(layer)
     twin = dense_twin(layer, ins, count * outs, bias=layer.bias is not None, device="meta")
-    grid = twin_grid(twin, block_size, layer)
+    grid = grid_of(twin, block_size, layer.weight.device)
     (blocks,) = match_blocks([grid], [1], pool * layer.weight.numel())
     branches = sparse_twin(twin, blocks, grid.block, layer=layer, seed=seed, name=f"{name}.branches".lstrip("."))
     made = activation()

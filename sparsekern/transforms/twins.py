@@ -9,9 +9,8 @@ from torch import nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, SparseConv2d, SparseLinear
-from sparsekern.nn.conv2d import conv_arguments, layer_grid
-from sparsekern.nn.linear import linear_grid
-from sparsekern.topology import Grid, check_sparsity
+from sparsekern.nn.conv import conv_arguments
+from sparsekern.topology import check_sparsity
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -61,15 +60,6 @@ def norm_of(layer: Dense, features: int) -> nn.Module:
     if isinstance(layer, nn.Linear):
         return nn.Identity()
     return nn.BatchNorm2d(features, device=layer.weight.device, dtype=layer.weight.dtype)
-
-
-def twin_grid(twin: Dense, block_size: int | tuple[int, int] | None, layer: Dense) -> Grid:
-    """Return the grid of a twin; without a block size, that of the device of ``layer``."""
-    device = layer.weight.device
-    if isinstance(twin, nn.Linear):
-        return linear_grid(twin.out_features, twin.in_features, block_size, device)
-    kernel = (twin.kernel_size[0], twin.kernel_size[1])
-    return layer_grid(twin.in_channels, twin.out_channels, kernel, block_size, twin.groups, device)
 
 
 def sparse_twin(twin: Dense, blocks: int, block: tuple[int, int], *, layer: Dense, seed: int, name: str) -> BlockSparse:

@@ -6,10 +6,11 @@ import copy
 
 from torch import nn
 
+from sparsekern.nn.converters import grid_of
 from sparsekern.transforms.init import check_init, draw_, draw_bias_, wanted_variance
 from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.sizes import wide_width
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin, twin_grid
+from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin
 
 
 def sparse_wide(
@@ -50,10 +51,10 @@ def sparse_wide(
         return copy.deepcopy(layer)
     variance = wanted_variance(layer, init)
     ins, outs = features(layer)
-    width = wide_width(sparsity, twin_grid(layer, block_size, layer).block)
+    width = wide_width(sparsity, grid_of(layer, block_size).block)
     sizes = (width(ins) if widen_in else ins, width(outs) if widen_out else outs)
     twin = dense_twin(layer, *sizes, bias=layer.bias is not None, device="meta")
-    grid = twin_grid(twin, block_size, layer)
+    grid = grid_of(twin, block_size, layer.weight.device)
     (blocks,) = match_blocks([grid], [1], pool * layer.weight.numel())
     wide = sparse_twin(twin, blocks, grid.block, layer=layer, seed=seed, name=name)
     draw_(wide, variance)

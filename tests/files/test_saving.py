@@ -74,7 +74,7 @@ def changed(**tensors):
         (changed(a=torch.ones(1)), "it has unknown a$"),
         (changed(**{"2.weight": torch.ones(3, 3)}), r"2.weight has shape \(3, 3\), in the model \(2, 14\)"),
         (model(0, blocks=9).state_dict(), "0: the checkpoint fills 9 blocks of"),
-        (nn.Sequential(sk.SparseLinear(10, 15, block_size=(4, 3))).state_dict(), r"0: the checkpoint is of a weight"),
+        (nn.Sequential(sk.SparseLinear(10, 15, block_size=(4, 3))).state_dict(), r"0: the checkpoint is for a weight"),
     ],
 )
 @pytest.mark.parametrize("form", [lambda m: m, sk.densify], ids=["sparse", "dense"])

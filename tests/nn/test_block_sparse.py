@@ -103,7 +103,7 @@ class TestMeta:
     def test_a_given_topology_that_is_lost_is_noticed(self):
         dense = nn.Linear(10, 14)
         module = sk.SparseLinear.from_dense(dense, sparsity=0.5, block_size=(4, 3)).to("meta").to_empty(device="cpu")
-        with pytest.raises(RuntimeError, match="the layer has no block; load a checkpoint with row and col"):
+        with pytest.raises(RuntimeError, match="a layer without a block; load a checkpoint that holds row and col"):
             module.load_state_dict(dense.state_dict())
         with pytest.raises(ValueError, match="built with a given topology, which is lost; load a checkpoint"):
             module.reset_parameters()
@@ -236,7 +236,7 @@ def test_a_bad_topology_is_refused():
     grid = Grid(14, 10, (4, 3))
     with pytest.raises(ValueError, match="both at block"):
         sk.SparseLinear(10, 14, topology=Topology(grid, ints(0, 0), ints(0, 0)))
-    with pytest.raises(ValueError, match="topology is for 14 x 10, the layer is 14 x 11"):
+    with pytest.raises(ValueError, match=r"topology is for a weight \(14, 10\) .*the layer has \(14, 11\)"):
         sk.SparseLinear(11, 14, topology=Topology(grid, ints(0), ints(0)))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsekern as sk
-from sparsekern.nn.conv2d import four_sides, layer_grid, sides
+from sparsekern.nn.conv import four_sides, sides
 from sparsekern.topology import balanced, check_tied, conv_grid, generator_for, tie
 
 SETTINGS = [
@@ -43,7 +43,7 @@ def test_the_arguments_are_those_of_nn_conv2d_in_order():
 
 
 def test_the_docstring_says_what_is_sparse():
-    assert inspect.getdoc(sk.SparseConv2d).startswith("*Weight*-sparse")
+    assert inspect.getdoc(sk.SparseConv2d).startswith("Convolution with a block-sparse weight")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -127,7 +127,7 @@ ERRORS = [
     (dict(dilation=(1, 0)), ValueError, r"dilation is \(1, 0\); it must be 1 or more"),
     (dict(padding=-1), ValueError, "padding is -1; it must be 0 or more"),
     (dict(padding="full"), ValueError, "padding is 'full'; it must be an int, a pair of ints, 'same' or 'valid'"),
-    (dict(padding="same", stride=2), ValueError, r"padding='same' is not defined for stride \(2, 2\)"),
+    (dict(padding="same", stride=2), ValueError, r"padding is 'same', which is not defined for stride \(2, 2\)"),
     (dict(groups=4), ValueError, "in_channels is 6; it must be a multiple of groups = 4"),
     (dict(sparsity=1), ValueError, "sparsity is 1"),
     (dict(blocks=82), ValueError, "82 blocks were asked for"),
@@ -140,7 +140,7 @@ ERRORS = [
     (
         dict(topology=balanced(conv_grid(6, 12, (3, 1), (4, 2)), 5, generator_for(0))),
         ValueError,
-        r"topology is for Grid\(.*kernel=\(3, 1\).*the layer is Grid\(.*kernel=\(3, 3\)",
+        r"topology is for a weight \(\d+, \d+, 3, 1\) in 1 group\(s\), and the layer has \(\d+, \d+, 3, 3\) in 1",
     ),
     (
         dict(topology=balanced(conv_grid(6, 12, (3, 3), (4, 2)), 9, generator_for(0)), tie_taps=True),
@@ -171,13 +171,14 @@ def test_repr():
 
 
 def test_default_block_size_is_no_wider_than_the_channels():
-    def block(in_channels, out_channels, device="cpu", groups=1):
-        return layer_grid(in_channels, out_channels, (3, 3), None, groups, device).block
+    def block(in_channels, out_channels, device="cpu", groups=1, block_size=None):
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": (3, 3), "groups": groups}
+        return sk.SparseConv2d.grid_for(sizes, block_size, device).block
 
     assert block(64, 128) == (32, 32) and block(64, 128, "cuda") == (64, 64)
     assert block(3, 16) == (16, 16) and block(24, 64) == (32, 32) and block(16, 64) == (32, 16)
     assert block(32, 64, "cuda") == (64, 32) and block(128, 64, groups=4) == (16, 32)
-    assert layer_grid(64, 64, (3, 3), (8, 4), 1, None).block == (8, 4)
+    assert block(64, 64, None, block_size=(8, 4)) == (8, 4)
 
 
 def test_sides():

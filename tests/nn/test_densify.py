@@ -51,7 +51,7 @@ def test_a_child_called_module_keeps_its_name():
     model = nn.ModuleDict({"fc": layer(), "module": nn.ModuleDict({"fc": layer()})})
     assert list(sk.sparse_layers(model)) == ["fc", "module.fc"]
     model["_orig_mod"] = nn.ModuleDict({"fc": layer()})
-    with pytest.raises(ValueError, match="two sparse layers have the name 'fc'"):
+    with pytest.raises(ValueError, match="two sparse layers named 'fc'"):
         sk.sparse_layers(model)
 
 

@@ -13,7 +13,7 @@ from sparsekern.nn.layer_state import describe
 from tests.nn.test_block_sparse import X, assert_index_is_fresh, layer
 
 DAMAGES = [
-    (lambda s: s.pop("row"), "has values, col but not row; blocks without their places"),
+    (lambda s: s.pop("row"), "has values, col but not row; save values, row and col together"),
     (lambda s: s.pop("values"), "has row, col but not values"),
     (lambda s: s.update(values=torch.ones(8, 1, 48)), r"topology does not fit: slot \d is at block"),
     (lambda s: s.update(values=torch.ones(3, 4, 3)), "rows of shape \\(8,\\) and columns of shape .* for 3 slots"),
@@ -130,7 +130,7 @@ def test_the_metadata_say_what_matrix_it_is():
     other = sk.SparseLinear(12, 16, sparsity=0.5, block_size=(4, 3), seed=0, bias=False)
     target = layer(bias=False)
     state = other.state_dict()
-    with pytest.raises(RuntimeError, match=r"is of a weight \(16, 12\), the layer is \(14, 10\)"):
+    with pytest.raises(RuntimeError, match=r"is for a weight \(16, 12\), and the layer has \(14, 10\)"):
         target.load_state_dict(state)
     state._metadata[""]["version"] = 99
     with pytest.raises(RuntimeError, match="layer has version 99, and this sparsekern reads up to 2: install a newer"):

@@ -70,11 +70,11 @@ def test_compiled_code_goes_on_while_masks_change():
 
 def test_an_index_of_another_layer_is_refused():
     module, other = layer(), sk.SparseLinear(12, 8, sparsity=0, block_size=4)
-    with pytest.raises(ValueError, match=r"the index has 6 slots and 2 block rows; the layer has 4 and 2"):
+    with pytest.raises(ValueError, match=r"index has 6 slots and 2 block rows; the layer has 4 and 2"):
         lend_index(module, other.index).__enter__()
 
 
 def test_one_index_at_a_time():
     module = layer()
-    with lend_index(module, module.index), pytest.raises(RuntimeError, match="computes with a lent index already"):
+    with lend_index(module, module.index), pytest.raises(RuntimeError, match="already computes with another index"):
         lend_index(module, module.index).__enter__()

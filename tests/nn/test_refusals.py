@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.refusals import left_dense, refusals
+from sparsekern.nn.dense_layers import left_dense, refusals
 
 
 class Subclass(nn.Linear):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from sparsekern.nn.select import flatten, matches, select
+from sparsekern.nn.selectors import flatten, matches, select
 
 MODEL = nn.ModuleDict(
     {

@@ -101,7 +101,7 @@ ERRORS = [
     (dict(ignore=["0", "2", "4"]), r"every target is ignored: nothing is left .*\(sparse already: none\)"),
     (dict(init="dense"), "init is 'dense'; it must be one of balanced, random, norm"),
     (dict(sparsity=1), "sparsity is 1; it is the fraction absent"),
-    (dict(sparsity={"0": 0.5}), r"sparsity names no value for '2'; add it, or a last entry '\*'"),
+    (dict(sparsity={"0": 0.5}), r"sparsity has no entry that matches '2'; add one, or a last entry '\*'"),
     (dict(sparsity={"*": 0.5, "5": 0.5}), "sparsity: '5' matches no module"),
     (dict(sparsity=0.99), r"sparsity 0.99 leaves 1 of 52 blocks for 3 layer\(s\)"),
     (dict(sparsity={"4": 0.9, "*": 0.5}), r"sparsity 0.9 leaves 0 of 4 blocks for 1 layer\(s\)"),
@@ -140,7 +140,7 @@ def test_twice():
 def test_norm_needs_a_weight():
     with torch.device("meta"):
         model = mlp()
-    with pytest.raises(ValueError, match="'0' is on the meta device and has no weight; init='norm' needs one"):
+    with pytest.raises(ValueError, match="init is 'norm', and '0' has no weight on the meta device"):
         sk.sparsify_(model, 0.5, 8, init="norm")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.swap import carry_over, swap_
+from sparsekern.nn.surgery import carry_over, swap_
 
 
 def test_attributes_of_parameters_go_over():

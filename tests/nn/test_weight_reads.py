@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekern as sk
-from sparsekern.nn.weight_reads import readers
+from sparsekern.nn.dense_layers import readers
 
 
 class Base(nn.Module):

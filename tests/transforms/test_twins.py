@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekern.transforms.twins import check, dense_twin, features, norm_of, sparse_twin, twin_grid
+from sparsekern.nn.converters import grid_of
+from sparsekern.transforms.twins import check, dense_twin, features, norm_of, sparse_twin
 
 
 def test_what_no_transform_fits():
@@ -29,21 +30,17 @@ def test_twins_keep_the_kind_and_the_way():
     one = dense_twin(conv, 64, 80, pointwise=True, bias=True)
     assert (one.weight.shape, one.stride, one.padding, one.padding_mode) == ((80, 64, 1, 1), (1, 1), (0, 0), "zeros")
     conv.weight.requires_grad_(False)
-    grid = twin_grid(twin, 16, conv)
+    grid = grid_of(twin, 16, conv.weight.device)
     sparse = sparse_twin(twin, 7, grid.block, layer=conv, seed=3, name="a")
     assert (sparse.topology.blocks(), sparse.grid, sparse.values.dtype) == (7, grid, torch.float64)
     assert sparse.padding_mode == "circular" and not sparse.values.requires_grad and sparse.values.device.type == "cpu"
 
 
 def test_default_blocks_are_those_of_the_layers():
-    assert twin_grid(
-        dense_twin(nn.Linear(64, 64), 96, 96, bias=True, device="meta"), None, nn.Linear(64, 64)
-    ).block == (
-        32,
-        32,
-    )
+    twin = dense_twin(nn.Linear(64, 64), 96, 96, bias=True, device="meta")
+    assert grid_of(twin, None, "cpu").block == (32, 32)
     conv = nn.Conv2d(16, 64, 3)
-    assert twin_grid(conv, None, conv).block == (32, 16)
+    assert grid_of(conv, None).block == (32, 16)
 
 
 def test_convolutions_have_a_norm():

@@ -1,4 +1,4 @@
-"""The one grammar for naming modules: a type, a name, a glob, ``re:`` and a pattern, a function, or a list of these."""
+"""Selectors of modules: a type, a name, a glob, ``re:`` and a pattern, a function, or a list of these."""
 
 from __future__ import annotations
 
@@ -15,14 +15,8 @@ from sparsekern.errors import InputError
 Selector = type | str | Callable[[nn.Module, str], bool] | Iterable[Any]
 
 
-def check_model(model: object) -> None:
-    """Raise TypeError unless ``model`` is a :class:`torch.nn.Module`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-
-
 def flatten(selector: Selector) -> list[Any]:
-    """Return the single selectors of a nested list of them."""
+    """Return the selectors in a nested list, or a single selector as a list."""
     if isinstance(selector, (str, type)) or callable(selector):
         return [selector]
     if not isinstance(selector, Iterable):
@@ -34,39 +28,42 @@ def flatten(selector: Selector) -> list[Any]:
 
 
 def matches(single: Any, module: nn.Module, name: str) -> bool:
-    """Return whether one selector matches a module of this name."""
+    """Return whether a single selector matches a module with this name."""
     if isinstance(single, type):
         return isinstance(module, single)
     return matches_name(single, name) if isinstance(single, str) else bool(single(module, name))
 
 
 def matches_name(single: str, name: str) -> bool:
-    """Return whether a selector that is a name, a glob or a pattern matches a name."""
+    """Return whether a string selector matches a name: an exact name, a glob, or ``re:`` and a pattern."""
     if single.startswith("re:"):
         try:
             return re.match(single[3:], name) is not None
         except re.error as error:
-            raise InputError(f"selector {single!r} is not a regular expression: {error}") from None
+            raise InputError(f"selector {single!r} is not a regular expression: {error}; correct the pattern") from None
     return name == single or fnmatch.fnmatchcase(name, single)
 
 
 def select(model: nn.Module, selector: Selector, argument: str) -> dict[str, nn.Module]:
-    """Return the modules below ``model`` that a selector matches, by name, in the model's order.
+    """Return the modules inside a model that a selector matches, by name, in the model's order.
 
     Args:
-        model: searched without itself.
+        model: the model, which itself is not searched.
         selector: a type, a name, a glob, ``"re:<pattern>"``, a function ``(module, name) -> bool``, or a list of these.
-        argument: what the user calls the selector, for the error.
+        argument: the user's name for the selector, for the error.
 
     Raises:
-        ValueError: a selector matches nothing; the text names the nearest names.
+        ValueError: a selector matches nothing; the message lists the nearest names.
     """
     named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen: set[str] = set()
     for single in flatten(selector):
         found = {name for name, module in named.items() if matches(single, module, name)}
         if not found:
-            raise InputError(f"{argument}: {_describe(single)} matches no module; {_nearest(single, list(named))}")
+            raise InputError(
+                f"{argument}: {_describe(single)} matches no module; {_nearest(single, list(named))}",
+                parameter=argument,
+            )
         chosen |= found
     return {name: module for name, module in named.items() if name in chosen}
 

@@ -1,0 +1,151 @@
+"""Finding the sparse layers of a model, putting one layer in the place of another, and going back to dense layers."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from sparsekern.errors import InputError
+from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.sharded import GATHER, refuse_sharded
+from sparsekern.topology.arguments import check_kind
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""Hooks on the keys of a state dict, which dense and sparse layers name differently."""
+
+
+def sparse_layers(model: nn.Module) -> dict[str, BlockSparse]:
+    """Return the sparse layers of a model by name, without the prefixes that DDP and torch.compile add.
+
+    Raises:
+        TypeError: ``model`` is not a :class:`torch.nn.Module`.
+        ValueError: without the prefixes two layers have the same name.
+    """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    layers: dict[str, BlockSparse] = {}
+    for full_name, module in model.named_modules():
+        if isinstance(module, BlockSparse):
+            name = plain_name(model, full_name)
+            if name in layers:
+                raise InputError(
+                    f"model has two sparse layers named {name!r} once torch.compile's prefix is removed; rename one",
+                    parameter="model",
+                )
+            layers[name] = module
+    return layers
+
+
+def plain_name(model: nn.Module, full_name: str) -> str:
+    """Return the name of a module or parameter without the prefixes that DDP and torch.compile add.
+
+    Args:
+        model: the model, wrapped or not.
+        full_name: a name in ``model``.
+    """
+    wrapped = isinstance(_uncompiled(model), (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    parts = [part for part in full_name.split(".") if part and part != "_orig_mod"]
+    return ".".join(parts[1:] if wrapped else parts)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Return a copy of the model in which every sparse layer is dense, with zeros where no block is stored.
+
+    The model itself is not changed. A layer that is used in several places stays one layer. The copy of a compiled
+    model or layer is not compiled.
+
+    Raises:
+        TypeError: ``model`` is not a :class:`torch.nn.Module`.
+        NotImplementedError: the values are sharded.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> sk.densify(model)[0]
+        Linear(in_features=64, out_features=64, bias=True)
+    """
+    refuse_sharded(sparse_layers(model), f"densify copies whole tensors; {GATHER}, and load them into a model like it")
+    model = copy.deepcopy(_uncompiled(model))  # a compiled copy would still call the original layers
+    if isinstance(model, BlockSparse):
+        dense = model.to_dense()
+        carry_over(model, dense)
+        return dense
+    twins: dict[BlockSparse, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, BlockSparse):
+            if module not in twins:
+                twins[module] = module.to_dense()
+            swap_(model, name.removesuffix("._orig_mod"), twins[module])
+    return model
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that torch.compile wrapped, or the module itself."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
+
+
+def refresh_(model: nn.Module) -> None:
+    """Rebuild the index of every sparse layer from its ``row`` and ``col``, after other code has written into them.
+
+    Raises:
+        ValueError: the places of a layer are not a valid topology; later layers are not rebuilt.
+    """
+    for layer in sparse_layers(model).values():
+        layer.refresh_()
+
+
+def swap_(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Replace the submodule ``name`` by ``new``, after :func:`carry_over`."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    carry_over(getattr(parent, child), new)
+    setattr(parent, child, new)
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the training flag and the hooks of ``old``, and the attributes set on its weight and bias.
+
+    The hook dicts are shared, so their handles still remove hooks. Attributes of parameters, such as a mark that
+    excludes them from weight decay, pass between the dense weight and the values. Hooks of state dicts and tensors are
+    lost; :func:`lost` lists them.
+    """
+    new.train(old.training)
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    for before, after in zip(_weight_and_bias(old), _weight_and_bias(new), strict=True):
+        if before is not None and after is not None:
+            for key, value in vars(before).items():
+                after.__dict__.setdefault(key, value)
+
+
+def lost(old: nn.Module) -> list[str]:
+    """Return what :func:`carry_over` does not keep of a module, in words."""
+    found = [hooks.strip("_") for hooks in _STATE_HOOKS if getattr(old, hooks)]
+    for name, parameter in old.named_parameters(recurse=False):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            found.append(f"hooks of the tensor {name}")
+        if parameter.grad is not None:
+            found.append(f"{name}.grad")
+    return found
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    own = module._parameters
+    return own.get("values" if "values" in own else "weight"), own.get("bias")
