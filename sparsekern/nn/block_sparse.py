@@ -19,7 +19,6 @@ from sparsekern.nn.weight import WeightInfo
 from sparsekern.ops import Probe
 from sparsekern.topology import (
     Grid,
-    Index,
     IndexSource,
     Topology,
     by_norm,
@@ -132,9 +131,8 @@ class BlockSparse(Indexed):
         self.seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
         self.name = name
         self.probe: Probe | None = None
-        self._lent: Index | None = None  # set by lend_index
-        self._source: IndexSource | None = None  # None on the meta device
-        self._lost = False  # the given topology was lost on the meta device
+        self._lent = self._source = None
+        self._lost = False
         self._blocks = blocks
         self._capacity = blocks if capacity is None else check_whole("capacity", capacity)
         if topology is None and device is not None and torch.device(device).type == "meta":
@@ -145,10 +143,9 @@ class BlockSparse(Indexed):
         else:
             topology = with_capacity(topology, self._capacity)
             self._check(topology)
-        values = torch.empty(self._capacity, *grid.block, device=device, dtype=dtype)
-        self.values = nn.Parameter(values)
-        self.register_buffer("row", topology.row.to(values.device))
-        self.register_buffer("col", topology.col.to(values.device))
+        self.values = nn.Parameter(torch.empty(self._capacity, *grid.block, device=device, dtype=dtype))
+        self.register_buffer("row", topology.row.to(self.values.device))
+        self.register_buffer("col", topology.col.to(self.values.device))
         self._allocate_index()
         if bias:
             self.bias = nn.Parameter(torch.empty(grid.out_features, device=device, dtype=dtype))
