@@ -198,7 +198,11 @@ setup(
     ],
     package_dir={"sparsekern": "sparsekern", "sparsekern.kernels": "kernels"},
     include_package_data=False,
-    package_data={"sparsekern": ["py.typed"], "sparsekern.kernels.gpu": ["configs/*.json"]},
+    package_data={
+        "sparsekern": ["py.typed"],
+        "sparsekern.lab.report": ["page.html"],
+        "sparsekern.kernels.gpu": ["configs/*.json"],
+    },
     ext_modules=[
         Extension(
             LIBRARY,

@@ -28,6 +28,7 @@ RANK = {layer: rank for rank, group in enumerate(GROUPS) for layer in group}
 
 OPTIONAL = {
     "triton",
+    "jinja2",
     "matplotlib",
     "PIL",
     "numpy",

@@ -16,15 +16,26 @@ def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *options, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_setup_lists_every_folder():
+def setup_argument(name):
     calls = [n for n in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(n, ast.Call)]
-    listed = next(ast.literal_eval(k.value) for call in calls for k in call.keywords if k.arg == "packages")
-    folders = [
-        ".".join(("sparsekern", *p.parent.relative_to(ROOT).parts)).replace("sparsekern.sparsekern", "sparsekern")
-        for top in ("sparsekern", "kernels")
-        for p in (ROOT / top).rglob("__init__.py")
-    ]
-    assert sorted(listed) == sorted(folders)
+    return next(ast.literal_eval(k.value) for call in calls for k in call.keywords if k.arg == name)
+
+
+def folder_of(package):
+    return ROOT / package.replace("sparsekern.kernels", "kernels").replace(".", "/")
+
+
+def test_setup_lists_every_folder():
+    folders = [p.parent for top in ("sparsekern", "kernels") for p in (ROOT / top).rglob("__init__.py")]
+    assert sorted(map(folder_of, setup_argument("packages"))) == sorted(folders)
+
+
+def test_setup_lists_every_file_of_data():
+    code = {".py", ".pyc", ".cpp", ".h", ".inc", ".so"}
+    files = [p for top in ("sparsekern", "kernels") for p in (ROOT / top).rglob("*.*") if p.suffix not in code]
+    listed = setup_argument("package_data")
+    packed = [p for package, globs in listed.items() for glob in globs for p in folder_of(package).glob(glob)]
+    assert sorted(packed) == sorted(files)
 
 
 def test_the_version_is_said_once():

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from sparsekern.cli.live import Live
 from sparsekern.cli.options import Json, Quiet, absolute, given, of_recipe, option, takes_run_options
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
-from sparsekern.cli.table import thread_count
+from sparsekern.cli.table import aligned, comparison_table
 from sparsekern.lab.compare import PICTURE, TABLE, Contestant, compare, default_folder, is_finished, plan_for
 from sparsekern.lab.config import Config
-from sparsekern.lab.report.comparison import HEADINGS, table_cells
+from sparsekern.lab.report.tables import comparison_notes
 from sparsekern.lab.store import PLAN
 from sparsekern.training import METHODS, PRESETS
 
@@ -92,33 +90,8 @@ def compare_methods(
         if not console.is_terminal:
             console.width = WIDTH
         console.print(comparison_table(content))
-        say(_notes(content))
+        say(aligned(comparison_notes(content)))
         say(f"{folder}: {TABLE}.json, {TABLE}.md, the picture {folder / PICTURE}, a folder for each run")
-
-
-def comparison_table(content: dict[str, Any]) -> Table:
-    """Return the table of ``comparison.json``."""
-    base = Config.from_json(content["plan"]["base"])
-    table = Table(title=f"{content['data']['name']}, {base.network_title}", title_justify="left", box=SIMPLE_HEAD)
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left")
-    for cells in table_cells(content["rows"]):
-        table.add_row(*cells)
-    return table
-
-
-def _notes(content: dict[str, Any]) -> str:
-    """Return what a reader of the table must know."""
-    base, environment = content["plan"]["base"], content["environment"]
-    seeds = base["seeds"]
-    spread = "one seed" if seeds == 1 else f"mean over {seeds} seeds ± standard deviation"
-    return (
-        "sparsity  of the sparse layers, as asked for; overall: of all weights of the network\n"
-        f"accuracy  after the last epoch, {spread}; to dense: difference in points\n"
-        f"seconds   all steps of a training, on {environment['device']}, {thread_count(environment['threads'])}\n"
-        "FLOPs     matrix products of a training, at stored elements; scores of updates included\n"
-        "peak      weights, gradients, optimizer and activations at the highest moment of a step"
-    )
 
 
 def _how_to_go_on(folder: Path, *, saved: bool) -> str:

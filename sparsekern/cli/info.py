@@ -14,8 +14,8 @@ import typer
 
 import sparsekern
 from sparsekern.cli.shell import say
-from sparsekern.cli.table import thread_count
 from sparsekern.kernels.cpu.library import load
+from sparsekern.lab.report.text import count
 from sparsekern.ops.backends import BACKENDS, DEVICE_TYPES
 
 BLOCK = (32, 32)
@@ -93,7 +93,8 @@ def _path(name: str) -> str:
 def _as_text(found: dict[str, Any]) -> str:
     cpu, gpus = found["devices"]["cpu"], found["devices"]["gpus"]
     lines = [f"{name:<12}{number or 'not installed'}" for name, number in found["versions"].items()]
-    lines += ["", f"{'CPU':<12}{cpu['model']}, {cpu['cores']} cores, PyTorch uses {thread_count(cpu['torch_threads'])}"]
+    threads = count(cpu["torch_threads"], "thread")
+    lines += ["", f"{'CPU':<12}{cpu['model']}, {cpu['cores']} cores, PyTorch uses {threads}"]
     lines += [f"{'GPU':<12}{gpu['name']}, {gpu['bytes'] / 2**30:.0f} GiB" for gpu in gpus] or [f"{'GPU':<12}none"]
     lines += ["", f"kernels for float32 in blocks of {BLOCK[0]}, fastest first"]
     for name, state in found["backends"].items():

@@ -12,11 +12,10 @@ import typer
 from sparsekern.analysis import Summary
 from sparsekern.cli.info import cpu_model
 from sparsekern.cli.shell import error_console, explained, say
-from sparsekern.cli.table import notes, result_cells, thread_count
 from sparsekern.errors import InputError
 from sparsekern.lab.cost import measure
-from sparsekern.lab.page import page_of, results_so_far, values_of
-from sparsekern.lab.report.html import MARK, render
+from sparsekern.lab.report.page import MARK, page_contents, page_values, render, results_so_far
+from sparsekern.lab.report.text import count
 from sparsekern.lab.store import Record, read_record, write_text
 
 PAGE = "report.html"
@@ -42,9 +41,7 @@ def report(
         check_target(page)
         account, sizes, where = _measured(record, timed=timed)
         results = results_so_far(record, sizes)
-        table = None if results is None else result_cells(results)
-        words = [] if results is None else [": ".join(line.split(maxsplit=1)) for line in notes(results).split("\n")]
-        text = render(page_of(record, results, table, words, account, where))
+        text = render(page_contents(record, results, account, where))
         try:
             write_text(page, text)
         except OSError as error:
@@ -52,7 +49,7 @@ def report(
                 f"out is {page}, which cannot be written ({error.strerror}); choose another --out", parameter="out"
             ) from None
     if as_json:
-        say(json.dumps(values_of(record, results, account) | {"page": str(page)}))
+        say(json.dumps(page_values(record, results, account) | {"page": str(page)}))
     else:
         for text in record.missing:
             say(f"note: {text}")
@@ -84,8 +81,6 @@ def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str,
     if record.checkpoint is None:
         return None, None, ""
     try:
-        if "image_shape" not in record.data:
-            raise InputError("the run is of a version that did not note the shape of its images")
         account, sizes = measure(record.config, record.data, record.checkpoint, timed=timed)
     except ValueError as error:
         record.missing.append(f"Sizes and times of the layers: {error}.")
@@ -95,4 +90,4 @@ def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str,
     device = torch.device(str(record.config.device))
     name = cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return account, sizes, f"measured for this page on {name}, {thread_count(threads)}"
+    return account, sizes, f"measured for this page on {name}, {count(threads, 'thread')}"

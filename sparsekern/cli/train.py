@@ -24,10 +24,11 @@ from sparsekern.cli.options import (
     takes_run_options,
 )
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
-from sparsekern.cli.table import notes, result_table
+from sparsekern.cli.table import aligned, result_table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, resume, start
 from sparsekern.lab.recipes import RECIPES, Recipe
+from sparsekern.lab.report.tables import result_notes
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
 from sparsekern.training import METHODS, PRESETS
 
@@ -101,7 +102,7 @@ def train(
         say(json.dumps(results | {"folder": str(folder)}))
     else:
         PlainConsole().print(result_table(results))
-        say(notes(results))
+        say(aligned(result_notes(results)))
         drawn = [str(folder / name) for name in (PICTURE, SPECTRAL) if (folder / name).is_file()]
         pictures = f", and the picture{'s' * (len(drawn) > 1)} {' and '.join(drawn)}" if drawn else ""
         say(f"{folder}: config, metrics, checkpoints{pictures}")

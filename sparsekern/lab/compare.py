@@ -16,9 +16,9 @@ from sparsekern.lab.data import Dataset, load
 from sparsekern.lab.formats import CostFile, checked
 from sparsekern.lab.lock import locked
 from sparsekern.lab.options import OPTIONS, Value
-from sparsekern.lab.picture import draw_or_warn
 from sparsekern.lab.recipes import find
-from sparsekern.lab.report.comparison import draw_comparison, markdown
+from sparsekern.lab.report.pictures import draw_comparison, draw_or_warn
+from sparsekern.lab.report.tables import comparison_cells, markdown
 from sparsekern.lab.results import score_rows
 from sparsekern.lab.run import Interrupted, Observer, check, resume, start
 from sparsekern.lab.store import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text
@@ -271,7 +271,7 @@ def _write_table(plan: Plan, folder: Path, names: Sequence[str]) -> dict[str, An
         "rows": score_rows(results, costs),
     }
     write_json(folder / f"{TABLE}.json", content)
-    write_text(folder / f"{TABLE}.md", markdown(content["rows"]))
+    write_text(folder / f"{TABLE}.md", markdown(comparison_cells(content["rows"])))
     return read_json(folder / f"{TABLE}.json")
 
 

@@ -18,8 +18,8 @@ from sparsekern.lab.config import Config, usable_device
 from sparsekern.lab.data import Dataset, load
 from sparsekern.lab.history import History
 from sparsekern.lab.lock import locked
-from sparsekern.lab.picture import draw_graphs, draw_or_warn, draw_summary
 from sparsekern.lab.recipes import find
+from sparsekern.lab.report.pictures import draw_graphs, draw_or_warn, draw_summary
 from sparsekern.lab.results import summarise
 from sparsekern.lab.store import (
     CONFIG,

@@ -1,36 +1,35 @@
-"""Block maps as small images: a pixel a place, or a tile of places."""
+"""Block maps as small images: a pixel a block, or a tile of blocks."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy
 
 EMPTY, KEPT, DROPPED, GROWN = "#f4f4f1", "#1d3f5e", "#9db8cc", "#e07b39"
-"""No block; there from the start; there at the start only; grown since."""
+"""Colours of no block, a block since the start, a block at the start only, and a block grown since."""
 
 LEVELS = 4
-"""Shades from nearly empty to the fullest pixel, and mixtures of kept and grown blocks."""
+"""Shades from the emptiest to the fullest pixel, and mixtures of kept and grown blocks."""
 
 BLANK = 2
-"""Of :func:`shades`: between the panels of a kernel."""
+"""The shade between the panels of a kernel."""
 
 
 def panels(image: numpy.ndarray, kernel: tuple[int, ...] | None, blank: int) -> numpy.ndarray:
     """Arrange the columns ``(tap, channel)`` of an image ``(H, W)`` as one panel a tap, in the shape of the kernel.
 
     Args:
-        image: of a layer's grid; that of a linear layer, and of a pointwise convolution, stays as it is.
-        kernel: ``(kh, kw)``, ``(kw,)``, or None.
-        blank: the value of the gaps.
+        image: of a layer's grid. That of a linear layer or a pointwise convolution is returned as it is.
+        kernel: ``(kh, kw)``, ``(kw,)``, or None for a linear layer.
+        blank: value of the gaps.
     """
     import numpy
 
-    kh, kw = (1, *(kernel or (1,)))[-2:]
+    kh, kw = taps(kernel)
     if kh * kw == 1:
         return image
     tall, wide = image.shape[0], image.shape[1] // (kh * kw)
@@ -41,6 +40,12 @@ def panels(image: numpy.ndarray, kernel: tuple[int, ...] | None, blank: int) -> 
     return spaced.reshape(tall, wide)[: tall - gap, : wide - gap]
 
 
+def taps(kernel: tuple[int, ...] | None) -> tuple[int, int]:
+    """Return rows and columns of a kernel of one or two dimensions; 1 and 1 for a linear layer."""
+    rows, cols = (1, *(kernel or (1,)))[-2:]
+    return rows, cols
+
+
 def panel_gap(tall: int, wide: int) -> int:
     """Return the pixels between two panels of ``tall x wide`` pixels."""
     return max(1, max(tall, wide) // 12)
@@ -49,13 +54,13 @@ def panel_gap(tall: int, wide: int) -> int:
 def shades(
     now: numpy.ndarray, kept: numpy.ndarray, start: numpy.ndarray, fullest: int, kernel: tuple[int, ...] | None
 ) -> numpy.ndarray:
-    """Return the number in :func:`palette` of each pixel ``(H, W)``, the taps of a kernel as panels.
+    """Return the index into :func:`palette` of each pixel ``(H, W)``, with a kernel's taps as panels.
 
     Args:
-        now, kept, start: ``(H, W)`` uint8, how full each pixel is: with the blocks there are, with those of them that
-            were there at the start, and at the start.
+        now, kept, start: ``(H, W)`` uint8, how full each pixel is: of the present blocks, of those of them that were
+            there at the start, and of the blocks at the start.
         fullest: the largest ``now`` of all images that are to be compared.
-        kernel: ``(kh, kw)`` of a convolution.
+        kernel: of a convolution.
     """
     import numpy
 
@@ -66,14 +71,18 @@ def shades(
     return panels(numpy.where(now > 0, shade, start > 0).astype(numpy.uint8), kernel, BLANK)
 
 
-def palette() -> list[tuple[int, int, int]]:
-    """Return the colours: no block, no longer a block, blank, then by level and share of kept blocks."""
-    empty, kept, dropped, grown = (_rgb(colour) for colour in (EMPTY, KEPT, DROPPED, GROWN))
-    colours = [empty, dropped, (255, 255, 255)]
-    for level in range(1, LEVELS + 1):
-        for share in range(LEVELS + 1):
-            colours.append(_mixed(empty, _mixed(grown, kept, share / LEVELS), level / LEVELS))
-    return colours
+def palette() -> numpy.ndarray:
+    """Return the colours ``(n, 3)`` uint8: empty, dropped, blank, then by level and share of kept blocks."""
+    import numpy
+    from matplotlib.colors import to_rgb
+
+    empty, kept, dropped, grown = (255 * numpy.array(to_rgb(colour)) for colour in (EMPTY, KEPT, DROPPED, GROWN))
+    share = numpy.linspace(0, 1, LEVELS + 1)[:, None]
+    full = numpy.rint(grown + share * (kept - grown))
+    level = numpy.linspace(0, 1, LEVELS + 1)[1:, None, None]
+    mixed = (empty + level * (full - empty)).reshape(-1, 3)
+    colours: numpy.ndarray = numpy.rint(numpy.vstack([empty, dropped, [255, 255, 255], mixed]))
+    return colours.astype(numpy.uint8)
 
 
 def png(shade: numpy.ndarray) -> str:
@@ -81,17 +90,7 @@ def png(shade: numpy.ndarray) -> str:
     from PIL import Image
 
     image = Image.frombytes("P", shade.shape[::-1], shade.tobytes())
-    image.putpalette([part for colour in palette() for part in colour])
+    image.putpalette(palette().tobytes())
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
-
-
-def _mixed(one: Sequence[int], other: Sequence[int], share: float) -> tuple[int, int, int]:
-    """Return a colour of which a share is the other one."""
-    red, green, blue = (round(a + share * (b - a)) for a, b in zip(one, other, strict=True))
-    return red, green, blue

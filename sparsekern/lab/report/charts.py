@@ -1,17 +1,22 @@
-"""Line charts as SVG to be put into a page."""
+"""Lines over epochs, alone as SVG for a page or as a part of a picture. No global state of matplotlib is touched."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sparsekern.lab.report.plots import COLOURS, Curves, draw_curves, scale_by_factors
-from sparsekern.lab.report.text import draw_as_written
+from sparsekern.files.atomic_files import replace
+from sparsekern.lab.report.text import printable
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+COLOURS = ("#0b6e99", "#c4570c", "#5b8c2a", "#7a4fa3", "#b8860b", "#b03060", "#2a9d8f", "#444444")
+"""One a curve. The first four differ without colour vision too; every curve has a label as well."""
 
 SIZE = (5.2, 3.1)
 """Inches of a chart; a page scales it."""
@@ -19,30 +24,84 @@ SIZE = (5.2, 3.1)
 FEW = 6
 """Lines up to which each has a colour and a name."""
 
+Curves = Mapping[str, Sequence[Sequence[float]]]
+"""By the label of a network, its numbers ``[seed][epoch]``. Seeds of an unfinished run differ in length."""
 
-def curve_chart(curves: Sequence[Curves], what: str, *, log: bool = False) -> str:
-    """Return the chart of one quantity of several networks: mean and range over seeds, by epoch.
+
+def curves_of(rows: Iterable[Mapping[str, Any]], labels: Mapping[str, str], key: str, scale: float = 1) -> Curves:
+    """Return the curves of one number of a run.
 
     Args:
+        rows: of ``metrics.jsonl``.
+        labels: of the networks, by their names. Those that have no row yet are left out.
+        key: of the number.
+        scale: times which it is drawn.
+    """
+    curves: dict[str, dict[int, list[float]]] = {}
+    for network, label in labels.items():
+        for row in rows:
+            if row["network"] == network:
+                curves.setdefault(label, {}).setdefault(row["seed"], []).append(scale * row[key])
+    return {label: list(by_seed.values()) for label, by_seed in curves.items()}
+
+
+def draw_curves(axes: Axes, curves: Curves, what: str, *, log: bool = False) -> None:
+    """Draw the mean over seeds and a band from the lowest to the highest, by epoch. A later epoch may have fewer seeds.
+
+    Args:
+        axes: to draw on.
         curves: of at least one epoch.
         what: the quantity, as the title.
         log: whether the scale is logarithmic, where there is more than one epoch.
     """
+    import numpy
+    from matplotlib.ticker import MaxNLocator
+
+    longest = max(len(seed) for by_seed in curves.values() for seed in by_seed)
+    for colour, (label, by_seed) in zip(COLOURS, curves.items(), strict=False):
+        length = max(map(len, by_seed))
+        seeds = numpy.ma.masked_invalid([[*seed, *[numpy.nan] * (length - len(seed))] for seed in by_seed])
+        epochs = numpy.arange(1, length + 1)
+        axes.fill_between(epochs, seeds.min(0), seeds.max(0), color=colour, alpha=0.2, linewidth=0)
+        axes.plot(epochs, seeds.mean(0), color=colour, linewidth=2, label=label, marker="." * (length == 1))
+    count = max(map(len, curves.values()))
+    axes.set_title(what if count == 1 else f"{what}: mean and range of {count} seeds", fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0.5, longest + 0.5)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", labelcolor="linecolor", frameon=False, fontsize=11)
+    if log and longest > 1:
+        scale_by_factors(axes)
+
+
+def scale_by_factors(axes: Axes) -> None:
+    """Make the vertical scale logarithmic, with plain numbers (0.5, 2) in place of powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:.4g}" if super().__call__(x, pos) else ""  # it leaves out labels that would be too dense
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(Plain(minor_thresholds=(2, 0.4)))
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.4)))
+
+
+def curve_chart(curves: Curves, what: str, *, log: bool = False) -> str:
+    """Return the chart of :func:`draw_curves` as SVG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.subplots()
-    draw_curves(axes, curves, what)
-    if log and max(len(seed) for curve in curves for seed in curve.by_seed) > 1:
-        scale_by_factors(axes)
+    draw_curves(figure.subplots(), curves, what, log=log)
     return _svg(figure)
 
 
 def layer_chart(lines: Mapping[str, Sequence[float]], what: str) -> str:
-    """Return the chart of one quantity of several layers, in percent, by epoch from 1 on.
+    """Return the chart of one quantity of several layers, in percent by epoch, as SVG.
 
-    Up to :data:`FEW` layers have a line each, thinner ones over thicker ones, so that equal lines are all seen. Of more
-    the lines are grey, and their median has the colour.
+    Up to :data:`FEW` layers have a line each, thinner ones over thicker ones, so that equal lines can all be seen. Of
+    more layers the lines are grey, and their median has the colour.
     """
     import numpy
     from matplotlib.figure import Figure
@@ -72,15 +131,34 @@ def layer_chart(lines: Mapping[str, Sequence[float]], what: str) -> str:
     return _svg(figure)
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, with its text as it is written; the suffix of the path gives the format."""
+    _take_text_literally(figure)
+    replace(path, figure.savefig)
+
+
 def _svg(figure: Figure) -> str:
     """Return the figure as an ``<svg>`` element, the same for the same figure; its text stays text."""
     import matplotlib
 
     figure.patch.set_alpha(0)
-    draw_as_written(figure)
+    _take_text_literally(figure)
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sparsekern"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return text[text.index("<svg") :].replace('width="', 'data-width="', 1).replace('height="', 'data-height="', 1)
+
+
+def _take_text_literally(figure: Figure) -> None:
+    r"""Let ``$`` begin no formula in a figure, and show control characters as escapes. Call it before saving.
+
+    A file named ``$\frac{1}{$.npz`` would end the drawing with an error of the formula.
+    """
+    from matplotlib.text import Text
+
+    for found in figure.findobj(Text):
+        assert isinstance(found, Text)
+        found.set_parse_math(False)
+        found.set_text(printable(found.get_text()))

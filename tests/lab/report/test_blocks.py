@@ -46,7 +46,7 @@ def test_a_single_panel_is_the_image(kernel):
 def test_the_shades_of_single_blocks():
     now, kept, start = image([255, 255, 0, 0]), image([255, 0, 0, 0]), image([255, 0, 255, 0])
     assert shades(now, kept, start, 255, None).tolist() == [[FULL + LEVELS, FULL, 1, 0]]
-    colours = palette()
+    colours = [tuple(colour) for colour in palette().tolist()]
     assert [colours[i] for i in (FULL + LEVELS, FULL, 1, 0, BLANK)] == [
         *map(rgb, (KEPT, GROWN, DROPPED, EMPTY)),
         (255, 255, 255),
@@ -60,7 +60,7 @@ def test_the_shades_of_tiles():
     level, share = [1, 2, 4, 4], [4, 0, 2, 4]
     wanted = [BLANK + 1 + (a - 1) * (LEVELS + 1) + b for a, b in zip(level, share, strict=True)]
     assert shades(now, kept, nothing, 128, None).tolist() == [wanted]
-    lightness = [sum(colour) for colour in palette()[BLANK + 1 + LEVELS :: LEVELS + 1]]
+    lightness = [sum(colour) for colour in palette().tolist()[BLANK + 1 + LEVELS :: LEVELS + 1]]
     assert lightness == sorted(lightness, reverse=True), "fuller is darker"
 
 
@@ -74,6 +74,6 @@ def test_a_png_has_the_colours():
     address = png(shade)
     assert address.startswith("data:image/png;base64,")
     read = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
-    colours = palette()
+    colours = [tuple(colour) for colour in palette().tolist()]
     assert read.size == (3, 2)
     assert [read.getpixel((x, y)) for y in (0, 1) for x in (0, 1, 2)] == [colours[i] for i in shade.flatten()]

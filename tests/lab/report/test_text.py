@@ -1,9 +1,7 @@
 import pytest
 
-from sparsekern.lab.report.html import render
-from sparsekern.lab.report.plots import save_figure
-from sparsekern.lab.report.text import escape, printable
-from tests.lab.report.test_html import PAGE
+from sparsekern.lab.metric import ACCURACY, metric_of
+from sparsekern.lab.report.text import count, printable
 
 CLEARS_THE_SCREEN, FILLS_THE_CLIPBOARD = "\x1b[2J", "\x1b]52;c;aGk=\x07"
 
@@ -24,24 +22,11 @@ def test_what_a_terminal_obeys_is_shown_as_its_escape(text, shown):
     assert printable(text) == (text if shown is None else shown)
 
 
-def test_a_page_has_neither_markup_nor_controls():
-    assert escape("<b>&\x1b\udc80") == r"&lt;b&gt;&amp;\x1b\udc80"
-    page = render(PAGE.__class__(**{**PAGE.__dict__, "title": "\udc80<script>\x1b"}))
-    assert r"\udc80&lt;script&gt;\x1b" in page
-    page.encode()  # half a character cannot be
+def test_one_thread_is_not_threads():
+    assert [count(n, "thread") for n in (1, 2, 1000)] == ["1 thread", "2 threads", "1,000 threads"]
 
 
-@pytest.mark.parametrize("name", [r"$\frac{1}{$.npz", "$x^2$", "100 $", r"\$_{", "\x1b[2J\udc80", "a\x00b"])
-def test_a_figure_draws_text_as_it_is_written(tmp_path, monkeypatch, name):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
-    figure = Figure()
-    axes = figure.subplots()
-    axes.plot([1, 2], label=name)
-    axes.set_title(name)
-    axes.legend()
-    figure.suptitle(name)
-    save_figure(figure, tmp_path / "x.svg")
-    assert (tmp_path / "x.svg").read_text().count(f">{printable(name)}<") == 3
+def test_a_metric_has_its_words_and_unit():
+    assert metric_of({"loss": 1.0, "test_accuracy": 0.5}) is ACCURACY
+    assert (ACCURACY.title, ACCURACY.label) == ("test accuracy", "test accuracy (%)")
+    assert (ACCURACY.text(0.97766), ACCURACY.text(0.97766, 1)) == ("97.77 %", "97.8 %")

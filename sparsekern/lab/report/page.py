@@ -1,34 +1,78 @@
-"""What the page of a run says, from its folder. :mod:`sparsekern.lab.report.html` draws it."""
+"""The page of a run: one HTML file that loads nothing else, made of the run's folder and the template ``page.html``."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sparsekern.analysis import Summary
 from sparsekern.lab.config import Config
 from sparsekern.lab.history import Frame, film
-from sparsekern.lab.report.blocks import panels, png, shades
-from sparsekern.lab.report.charts import curve_chart, layer_chart
-from sparsekern.lab.report.html import BlockFilm, LayerRow, Page
-from sparsekern.lab.report.plots import Curves
+from sparsekern.lab.metric import ACCURACY, metric_of
+from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panels, png, shades
+from sparsekern.lab.report.charts import curve_chart, curves_of, layer_chart
+from sparsekern.lab.report.pictures import network_labels, run_title
+from sparsekern.lab.report.tables import MIB, result_cells, result_notes
+from sparsekern.lab.report.text import count, printable
 from sparsekern.lab.results import summarise
 from sparsekern.lab.store import Record
 from sparsekern.training import METHODS
 
-MIB = 2**20
+MARK = "<!doctype html><!-- sparsekern report -->"
+"""The beginning of every page, which distinguishes it from any other file."""
 
 FILM_BYTES = 2**20
-"""Of all block maps in a page, at most: with them it stays below 2 MB."""
+"""Bytes of all block maps in a page, at most: it stays below 2 MB."""
+
+LEGEND = (
+    (KEPT, "block, there from the start"),
+    (GROWN, "block, grown since"),
+    (DROPPED, "left since the start, empty now"),
+    (EMPTY, "empty: not stored, not computed"),
+)
+
+MOVES = {"churn": "churn: moved by the last update", "itop": "ITOP: ever used", "kept": "kept from the start"}
+"""Title of the chart of each metric of a method that the page shows."""
 
 PARTS = {"values": "values_bytes", "gradient": "gradient_bytes", "optimizer": "state_bytes", "index": "index_bytes"}
-"""What the memory of a sparse layer consists of, and its name in an account."""
+"""Parts of the memory of a sparse layer, and their names in an account."""
+
+ACCOUNT = (
+    *("name", "kind", "shape", "block", "blocks", "cells", "sparsity", "parameters", "flops", "dense_flops"),
+    *(*PARTS.values(), "total_bytes", "dense_bytes"),
+)
+"""Numbers of a layer for ``--json``."""
+
+
+def render(contents: Mapping[str, Any]) -> str:
+    """Return the page as HTML.
+
+    Args:
+        contents: from :func:`page_contents`. Its text is plain and is escaped here; charts are SVG.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    def safe(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=safe,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["digits"] = lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{MARK}\n{environment.get_template('page.html').render(contents)}\n"
 
 
 def results_so_far(record: Record, sizes: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what ``results.json`` holds, or what it would hold after the epochs done; None where there are none.
+    """Return the content of ``results.json``, or what it would be after the epochs done; None before the first one.
 
     Args:
         record: of the run.
@@ -39,50 +83,46 @@ def results_so_far(record: Record, sizes: dict[str, Any] | None) -> dict[str, An
     if sizes is None or not record.compared:
         return None
     numbers = summarise(record.compared, sizes)
-    seeds = len(next(iter(numbers["networks"].values()))["test_accuracy"]["by_seed"])
-    config = record.config.to_json() | {"seeds": seeds}  # those that the accuracy is the mean of
+    first = next(iter(numbers["networks"].values()))
+    seeds = len(first[metric_of(first).key]["by_seed"])
+    config = record.config.to_json() | {"seeds": seeds}  # those that the metric is the mean of
     return {"config": config, "data": record.data, "environment": record.environment} | numbers
 
 
-def page_of(
-    record: Record,
-    results: dict[str, Any] | None,
-    table: tuple[Sequence[str], Sequence[Sequence[str]]] | None,
-    notes: Sequence[str],
-    account: Summary | None,
-    measured: str,
-) -> Page:
-    """Return the page.
+def page_contents(
+    record: Record, results: dict[str, Any] | None, account: Summary | None, measured: str
+) -> dict[str, Any]:
+    """Return what the template shows.
 
     Args:
         record: of the run.
         results: :func:`results_so_far`.
-        table, notes: of them, in words.
         account: of the layers; None where it is not known.
         measured: on what machine the layers were timed; empty where they were not.
     """
     config = record.config
-    films = [] if record.history is None else _films(record)
-    return Page(
-        title=_title(record),
-        status=_status(record),
-        summary="No epoch is finished yet." if results is None else _sentence(results),
-        table=table,
-        notes=notes,
-        charts=_charts(record),
-        films=films,
-        moves=_moves(record),
-        layers=[] if account is None else _layers(account),
-        memory=None if account is None or not config.sparse else _memory(account),
-        measured=measured,
-        command=command_of(config),
-        settings={
+    return {
+        "title": run_title(config, record.data["name"]).replace(" x ", "\u00a0x\u00a0"),
+        "status": _status(record),
+        "summary": "No epoch is finished yet." if results is None else _sentence(results),
+        "missing": record.missing,
+        "table": None if results is None else result_cells(results),
+        "notes": [] if results is None else result_notes(results),
+        "metric": metric_of(record.rows[0]) if record.rows else ACCURACY,
+        "charts": _charts(record),
+        "legend": LEGEND,
+        "films": [] if record.history is None else _films(record, record.history),
+        "moves": _moves(record),
+        "layers": [] if account is None else _layers(account),
+        "memory": None if account is None or not config.sparse else _memory(account),
+        "measured": measured,
+        "command": command_of(config),
+        "settings": {
             "Configuration": _flat(config.to_json()),
             "Data": record.data,
             "Environment of the run": record.environment,
         },
-        missing=record.missing,
-    )
+    }
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -91,46 +131,34 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "options"} | own
 
 
-def _title(record: Record) -> str:
-    config, side = record.config, record.config.block_size
-    unit = "single weights" if side == 1 else f"blocks of {side}\u00a0x\u00a0{side}"  # on one line
-    sparse = f"{100 * config.sparsity:.4g} % sparse in {unit} ({config.method_title})" if config.sparse else "dense"
-    twin = ", beside its dense twin" if config.sparse and config.dense else ""
-    return f"{record.data.get('name', 'data')}: {config.network_title}, {sparse}{twin}"
-
-
 def _status(record: Record) -> str:
     config = record.config
-    seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
-    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    each = f"{count(config.seeds, 'seed')}, {count(config.epochs or 0, 'epoch')} each"
     if record.results is not None:
-        return f"Finished: {seeds}, {epochs} each."
+        return f"Finished: {each}."
     if not record.rows:
-        return f"Not finished: no epoch of {epochs} is done."
+        return f"Not finished: {each}; no epoch is done."
     last = record.rows[-1]
-    return f"Not finished: {seeds}, {epochs} each; seed {last['seed'] + 1} has done epoch {last['epoch']}."
+    return f"Not finished: {each}; seed {last['seed'] + 1} has done epoch {last['epoch']}."
 
 
 def _sentence(results: dict[str, Any]) -> str:
     networks, comparison = results["networks"], results.get("comparison")
-    name, first = next(iter(networks.items()))
-    accuracy = f"The {name} network classifies {100 * first['test_accuracy']['mean']:.2f} % of the test images rightly"
+    (name, first), *_ = networks.items()
+    metric = metric_of(first)
+    reached = f"The {name} network reaches a {metric.title} of {metric.text(first[metric.key]['mean'])}"
+    absent = ""
+    if "sparse" in networks:
+        absent = f" ({100 * networks['sparse']['network_sparsity']:.1f} % of all weights are absent)"
     if comparison is None:
-        return f"{accuracy} and stores {first['stored_parameters']:,} numbers{_absent(networks)}."
+        return f"{reached} and stores {first['stored_parameters']:,} numbers{absent}."
     text = (
-        f"{accuracy}, its dense twin {100 * networks['dense']['test_accuracy']['mean']:.2f} %. "
-        f"It stores {_times(comparison['parameters_dense_over_sparse'], 'fewer', 'more')} numbers"
-        f"{_absent(networks)}, needs "
+        f"{reached}, its dense twin {metric.text(networks['dense'][metric.key]['mean'])}. It stores "
+        f"{_times(comparison['parameters_dense_over_sparse'], 'fewer', 'more')} numbers{absent}, needs "
         f"{_times(comparison['bytes_dense_over_sparse'], 'less', 'more')} memory to train"
     )
     ratio = comparison["time_sparse_over_dense"]["median"]
     return text + ("." if ratio is None else f", and a training step is {_times(1 / ratio, 'faster', 'slower')}.")
-
-
-def _absent(networks: dict[str, Any]) -> str:
-    """Return how sparse the whole network is, in brackets; nothing where no sparse one was trained."""
-    share = networks.get("sparse", {}).get("network_sparsity")  # older runs have none
-    return "" if share is None else f" ({100 * share:.1f} % of all weights are absent)"
 
 
 def _times(ratio: float, better: str, worse: str) -> str:
@@ -155,31 +183,18 @@ def command_of(config: Config) -> str:
 def _charts(record: Record) -> list[str]:
     if not record.rows:
         return []
-    names = {"sparse": f"{100 * record.config.sparsity:.4g} % sparse", "dense": "dense twin"}
-
-    def curves(key: str, scale: float) -> list[Curves]:
-        found = []
-        for network in record.config.networks:
-            by_seed: dict[int, list[float]] = {}
-            for row in record.rows:
-                if row["network"] == network:
-                    by_seed.setdefault(row["seed"], []).append(scale * row[key])
-            if by_seed:
-                found.append(Curves(names[network], list(by_seed.values())))
-        return found
-
+    metric, labels = metric_of(record.rows[0]), network_labels(record.config)
     return [
-        curve_chart(curves("test_accuracy", 100), "test accuracy (%)"),
-        curve_chart(curves("loss", 1), "training loss", log=True),
+        curve_chart(curves_of(record.rows, labels, metric.key, metric.scale), metric.label),
+        curve_chart(curves_of(record.rows, labels, "loss"), "training loss", log=True),
     ]
 
 
 def _moves(record: Record) -> list[str]:
-    """Return the charts of what the method tells, of the first seed's sparse network."""
+    """Return the charts of the method's metrics, of the first seed's sparse network."""
     rows = [row for row in record.rows if row["network"] == "sparse" and row["seed"] == 0]
-    titles = {"churn": "churn: moved by the last update", "itop": "ITOP: ever used", "kept": "kept from the start"}
     charts = []
-    for key, title in titles.items():
+    for key, title in MOVES.items():
         names = [name.partition("/")[2] for name in (rows[0] if rows else {}) if name.startswith(f"{key}/")]
         lines = {
             name: [100 * row[f"{key}/{name}"] for row in rows]
@@ -191,19 +206,19 @@ def _moves(record: Record) -> list[str]:
     return charts
 
 
-def _films(record: Record) -> list[BlockFilm]:
-    """Return the films, thinned out alike until they are small enough."""
-    assert record.history is not None
-    history, every = record.history, 1
+def _films(record: Record, history: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the block maps of the layers over time, with fewer and fewer frames until they are small enough."""
+    every = 1
     while True:
         films = [_film(record, layer, history, every) for layer in history["layers"]]
-        size = sum(len(image) for film_ in films for *_, image in film_.frames)
-        if size <= FILM_BYTES or all(len(film_.frames) <= 2 for film_ in films):
+        size = sum(len(image) for one in films for *_, image in one["frames"])
+        if size <= FILM_BYTES or all(len(one["frames"]) <= 2 for one in films):
             return films
         every *= 2
 
 
-def _film(record: Record, layer: str, history: dict[str, Any], every: int) -> BlockFilm:
+def _film(record: Record, layer: str, history: dict[str, Any], every: int) -> dict[str, Any]:
+    """Return the film of a layer; its frames are ``(caption, short caption, image)``, oldest first."""
     about = history["layers"][layer]
     kernel = None if about["kernel"] is None else tuple(about["kernel"])
     start, frames = film(history, layer)
@@ -218,11 +233,18 @@ def _film(record: Record, layer: str, history: dict[str, Any], every: int) -> Bl
         newest = number == len(frames) - 1
         shown.append((*_captions(frame, steps, newest=newest, finished=record.results is not None), png(image)))
     height, width = panels(start.numpy(), kernel, 0).shape
-    return BlockFilm(layer, _about(about, record), width, height, shown)
+    return {
+        "layer": layer,
+        "about": _about(about, record),
+        "width": width,
+        "height": height,
+        "frames": shown,
+        "thumbnails": [shown[i] for i in sorted({round(i * (len(shown) - 1) / 4) for i in range(5)})],
+    }
 
 
 def _captions(frame: Frame, steps: int, *, newest: bool, finished: bool) -> tuple[str, str]:
-    """Return what is said of a frame, and the same in short; an epoch has so many steps."""
+    """Return the caption of a frame, long and short; an epoch has that many steps."""
     now, kept = frame.blocks
     when = "before training" if frame.update == 0 else f"after update {frame.update}, step {frame.step:,}"
     short = "start" if frame.update == 0 else f"update {frame.update}, epoch {frame.step / steps:.1f}"
@@ -233,6 +255,7 @@ def _captions(frame: Frame, steps: int, *, newest: bool, finished: bool) -> tupl
 
 
 def _about(about: dict[str, Any], record: Record) -> str:
+    """Say what a pixel, a row and a column of a block map are."""
     (bo, bi), tile, kernel = about["block"], about["tile"], about["kernel"]
     unit = "features" if kernel is None else "channels"
     block = "a single weight" if (bo, bi) == (1, 1) else f"a block of {bo} x {bi} weights"
@@ -251,44 +274,44 @@ def _about(about: dict[str, Any], record: Record) -> str:
     return f"{cell}; {where}.{extra}"
 
 
-def _layers(account: Summary) -> list[LayerRow]:
+def _layers(account: Summary) -> list[dict[str, Any]]:
+    """Return the layers in the model's order; pairs are of the layer as it is and of a dense layer of its size."""
     rows = []
     for row in account.rows:
         block = "dense" if row.block is None else f"{row.blocks:,} of {row.cells:,} ({row.block[0]} x {row.block[1]})"
         own = row.dense_bytes if row.block is None else row.total_bytes
         rows.append(
-            LayerRow(
-                name=row.name,
-                kind=row.kind,
-                shape=" x ".join(map(str, row.shape)),
-                blocks=block,
-                sparsity=row.sparsity,
-                mebibytes=(own / MIB, row.dense_bytes / MIB),
-                milliseconds=account.milliseconds.get(row.name),
-            )
+            {
+                "name": row.name,
+                "kind": row.kind,
+                "shape": " x ".join(map(str, row.shape)),
+                "blocks": block,
+                "sparsity": row.sparsity,
+                "mebibytes": (own / MIB, row.dense_bytes / MIB),
+                "milliseconds": account.milliseconds.get(row.name),
+            }
         )
     return rows
 
 
 def _memory(account: Summary) -> tuple[dict[str, float], float]:
+    """Return MiB of the parts of all sparse layers, and of the same layers dense."""
     sparse = [row for row in account.rows if row.block is not None]
     parts = {what: sum(getattr(row, name) for row in sparse) / MIB for what, name in PARTS.items()}
     return parts, sum(row.dense_bytes for row in sparse) / MIB
 
 
-def values_of(record: Record, results: dict[str, Any] | None, account: Summary | None) -> dict[str, Any]:
+def page_values(record: Record, results: dict[str, Any] | None, account: Summary | None) -> dict[str, Any]:
     """Return the numbers of the page as plain values, for ``--json``."""
     layers = [] if account is None else account.rows
     times = {} if account is None else account.milliseconds
-    names = ["name", "kind", "shape", "block", "blocks", "cells", "sparsity", "parameters", "flops", "dense_flops"]
-    names += ["values_bytes", "gradient_bytes", "state_bytes", "index_bytes", "total_bytes", "dense_bytes"]
     frames = [] if record.history is None else record.history["frames"]
     return {
         "finished": record.results is not None,
         "results": results,
         "rows": record.rows,
         "layers": [
-            {name: getattr(row, name) for name in names} | {"milliseconds": times.get(row.name)} for row in layers
+            {name: getattr(row, name) for name in ACCOUNT} | {"milliseconds": times.get(row.name)} for row in layers
         ],
         "topology": [{key: frame[key] for key in ("step", "update", "blocks")} for frame in frames],
         "missing": record.missing,

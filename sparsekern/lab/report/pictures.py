@@ -1,0 +1,276 @@
+"""The pictures of a run and of a comparison, as files."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekern.lab.config import Config
+from sparsekern.lab.metric import Metric, metric_of
+from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, panels, taps
+from sparsekern.lab.report.charts import COLOURS, curves_of, draw_curves, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+logger = logging.getLogger("sparsekern")
+
+TITLE_WIDTH = 36
+"""Letters that fit above a picture of blocks; a longer title takes two lines."""
+
+MARKERS = "osD^vP*X"
+
+GRAPHS = {
+    "ramanujan_gap": ("Ramanujan gap", "0 or more: about as good as so few blocks allow"),
+    "weighted_gap": ("weighted spectral gap", "larger: better connected, blocks weighed by size"),
+    "mean_ramanujan_gap": ("Ramanujan gap of regular parts", "the same, mean over block columns of equal degree"),
+    "mean_weighted_gap": (
+        "weighted spectral gap of regular parts",
+        "the same, mean over block columns of equal degree",
+    ),
+}
+"""Title and meaning of the measures of :class:`sparsekern.analysis.Spectral`."""
+
+NAMED = 12
+"""Layers that a legend can name."""
+
+
+def draw_or_warn(path: Path, draw: Callable[[Path], object]) -> None:
+    """Draw a picture of results that are already written; an error becomes a warning."""
+    try:
+        draw(path)
+    except Exception as error:  # whatever it is, the training is done
+        logger.warning("%s is not drawn (%s: %s); the results are complete", path, type(error).__name__, error)
+
+
+def run_title(config: Config, data: str) -> str:
+    """Return what a run trains, on one line."""
+    title = f"{data}: {config.network_title}, "
+    if not config.sparse:
+        return title + "dense"
+    side, twin = config.block_size, " beside its dense twin" if config.dense else ""
+    sparse = f"{config.sparse_title} {100 * config.sparsity:.4g} % sparse"
+    return f"{title}{sparse} (blocks of {side} x {side}; {config.method_title}){twin}"
+
+
+def network_labels(config: Config) -> dict[str, str]:
+    """Return the label of each network of a run in a legend."""
+    labels = {"sparse": f"{100 * config.sparsity:.4g} % sparse", "dense": "dense twin"}
+    return {network: labels[network] for network in config.networks}
+
+
+def draw_summary(
+    path: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]], block_map: dict[str, Any]
+) -> None:
+    """Draw the metric and the loss of all seeds, and the blocks of one layer of seed 0 at the start and at the end.
+
+    Args:
+        path: of the picture; its suffix gives the format, such as ``.png``.
+        results: of the run.
+        rows: of ``metrics.jsonl``.
+        block_map: of a layer: its name, ``rows``, ``cols``, ``kernel``, and the keys ``row * cols + col`` of its blocks
+            at the ``start`` and the ``end``. ``kernel`` is None for a linear layer; the columns of a convolution are in
+            (tap, channel) order.
+    """
+    from matplotlib.figure import Figure
+
+    config, networks = Config.from_json(results["config"]), results["networks"]
+    metric = metric_of(rows[0])
+    labels = network_labels(config)
+    reached = ", ".join(f"{name} {metric.text(network[metric.key]['mean'], 1)}" for name, network in networks.items())
+    stored = " against ".join(f"{network['stored_parameters']:,}" for network in networks.values())
+    height = 4.9 if taps(block_map["kernel"]) == (1, 1) else 5.7  # the labels of a kernel take two lines
+    figure = Figure(figsize=(16, height), dpi=110, layout="constrained")
+    figure.suptitle(
+        f"{run_title(config, results['data']['name'])}\n"
+        f"{metric.title} after {config.epochs} epochs: {reached};  stored parameters: {stored}",
+        fontsize=13,
+    )
+    left, middle, before, after = figure.subplots(1, 4, width_ratios=(1.15, 1.15, 1, 1))
+    draw_curves(left, curves_of(rows, labels, metric.key, metric.scale), metric.label)
+    draw_curves(middle, curves_of(rows, labels, "loss"), "training loss", log=True)
+    _draw_blocks(before, block_map, config.block_size, at_start=True)
+    _draw_blocks(after, block_map, config.block_size, at_start=False)
+    save_figure(figure, path)
+
+
+def _draw_blocks(axes: Axes, block_map: dict[str, Any], side: int, *, at_start: bool) -> None:
+    """Draw one cell a block: blocks of both times in one colour, blocks of this time only in another."""
+    import numpy
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    start, end = set(block_map["start"].tolist()), set(block_map["end"].tolist())
+    rows, cols, kernel = block_map["rows"], block_map["cols"], block_map["kernel"]
+    shown, both = (start if at_start else end), start & end
+    only, name = (DROPPED, "dropped later") if at_start else (GROWN, "grown since")
+    cells = numpy.zeros(rows * cols)
+    cells[sorted(shown)] = 2
+    cells[sorted(both)] = 1
+    colours = ListedColormap([EMPTY, KEPT, only, "white"])
+    image = panels(cells.reshape(rows, cols), kernel, blank=3)
+    axes.imshow(image, cmap=colours, vmin=0, vmax=3, interpolation="nearest")
+    share = f"{len(shown)} of {cells.size} blocks, {100 * len(shown) / cells.size:.3g} %"
+    layer = f"layer {block_map['layer']} of seed 0 at the {'start' if at_start else 'end'}"
+    axes.set_title(f"{textwrap.fill(layer, TITLE_WIDTH)}\n{share}", fontsize=11)
+    unit = "features" if kernel is None else "channels"
+    if taps(kernel) == (1, 1):
+        _label_blocks(axes, rows, cols, f"(of {side} {unit})")
+    else:
+        _label_panels(axes, rows, cols, taps(kernel), f"(of {side} {unit})")
+    entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({len(both)})")]
+    if shown - both:
+        entries.append(Patch(color=only, label=f"{name} ({len(shown - both)})"))
+    axes.legend(
+        handles=entries,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.14 if taps(kernel) == (1, 1) else -0.2),
+        ncols=2,
+        frameon=False,
+        handlelength=1,
+    )
+
+
+def _label_blocks(axes: Axes, rows: int, cols: int, size: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(f"input block {size}")
+    axes.set_ylabel("output block")
+    for axis, blocks, others in ((axes.xaxis, cols, rows), (axes.yaxis, rows, cols)):
+        # a narrow side has room for fewer numbers; a single row has a single tick
+        bins = max(1, min(9, round(12 * blocks / others)))
+        axis.set_major_locator(MaxNLocator(bins, integer=True, min_n_ticks=1))
+
+
+def _label_panels(axes: Axes, rows: int, cols: int, kernel: tuple[int, int], size: str) -> None:
+    kh, kw = kernel
+    gap = panel_gap(rows, cols // (kh * kw))
+    tall, wide = rows + gap, cols // (kh * kw) + gap
+    axes.set_xticks([i * wide + (wide - gap - 1) / 2 for i in range(kw)], [str(i) for i in range(kw)])
+    axes.set_yticks([i * tall + (tall - gap - 1) / 2 for i in range(kh)], [str(i) for i in range(kh)])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(
+        f"column of the {kh} x {kw} kernel; in each of its {kh * kw} panels,\nleft to right: input block {size}"
+    )
+    axes.set_ylabel("row of the kernel; in each panel,\ntop to bottom: output block")
+
+
+def draw_graphs(path: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the spectral measures of each layer of seed 0 by step, a panel a measure, if the run recorded them.
+
+    Args:
+        path: of the picture; its suffix gives the format.
+        results: of the run.
+        rows: of ``metrics.jsonl``. A measure that is None is left out.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    records = [record for row in rows if row["seed"] == 0 for record in row.get("spectral", ())]
+    if not records:
+        return
+    config = Config.from_json(results["config"])
+    names = list(records[0]["layers"])
+    lines = {
+        measure: {
+            name: known
+            for name in names
+            if (known := [(r["step"], v) for r in records if (v := r["layers"][name][measure]) is not None])
+        }
+        for measure in GRAPHS
+    }
+    shown = [measure for measure in GRAPHS if lines[measure]]
+    figure = Figure(figsize=(4.6 * max(2, len(shown)), 4.6), dpi=110, layout="constrained")
+    network = f"{results['data']['name']}: {config.network_title}, {100 * config.sparsity:.4g} % sparse"
+    figure.suptitle(f"{network} ({config.method_title}), block graphs of seed 0", fontsize=13)
+    if not shown:
+        words = "No measure is defined: fewer than three blocks in a block row or column."
+        figure.text(0.5, 0.5, words, ha="center")
+        save_figure(figure, path)
+        return
+    colours = colormaps["viridis"].resampled(max(2, len(names)))
+    for axes, measure in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for name, known in lines[measure].items():
+            colour = colours(names.index(name))
+            axes.plot(*zip(*known, strict=True), color=colour, label=name, marker=".", linewidth=1.5)
+        if "ramanujan" in measure:
+            axes.axhline(0, color="#888888", linewidth=1, linestyle=":")
+        axes.set_title("\n".join(GRAPHS[measure]), fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(names) <= NAMED:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    else:
+        figure.supxlabel(f"{len(names)} layers, the first ones dark and the last ones bright", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_comparison(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the metric against sparsity: a panel a block size, a line a method, error bars of one standard deviation.
+
+    Args:
+        path: of the picture; its suffix gives the format.
+        title: what was trained.
+        rows: of the comparison. The dense twin is a band across every panel.
+    """
+    from matplotlib.figure import Figure
+
+    metric = metric_of(rows[0])
+    blocks = sorted({row["block_size"] for row in rows if row["block_size"] is not None})
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["block_size"] is not None))
+    figure = Figure(figsize=(6 * max(1, len(blocks)), 5), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    axes_of_blocks = figure.subplots(1, max(1, len(blocks)), sharey=True, squeeze=False)[0]
+    for axes, block in zip(axes_of_blocks, blocks, strict=False):
+        _draw_twin(axes, rows, metric)
+        ticks = sorted({row["sparsity"] for row in rows if row["block_size"] == block})
+        for number, method in enumerate(methods):
+            mine = {row["sparsity"]: row for row in rows if (row["method"], row["block_size"]) == (method, block)}
+            places = {place: mine[sparsity] for place, sparsity in enumerate(ticks) if sparsity in mine}
+            _draw_method(axes, metric, method, (number, len(methods)), places)
+        axes.set_xticks(range(len(ticks)), [f"{100 * tick:.4g}" for tick in ticks])
+        axes.set_xlim(-0.5, len(ticks) - 0.5)  # one sparsity: all points stand near its tick
+        axes.set_title(f"blocks of {block} x {block}", fontsize=11)
+        axes.set_xlabel("sparsity of the sparse layers (%)")
+        axes.grid(alpha=0.25)
+    several = any(row[metric.key]["standard_deviation"] is not None for row in rows)
+    axes_of_blocks[0].set_ylabel(metric.label + ": mean and deviation over seeds" * several)
+    handles: dict[str, Any] = {}
+    for axes in axes_of_blocks:
+        lines, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(labels, lines, strict=True))
+    if handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def _draw_twin(axes: Axes, rows: Sequence[dict[str, Any]], metric: Metric) -> None:
+    for row in rows:
+        if row["block_size"] is None:
+            mean, deviation = (metric.scale * (row[metric.key][key] or 0) for key in ("mean", "standard_deviation"))
+            axes.axhline(mean, color="#777777", linestyle="--", linewidth=1.5, label="dense")
+            axes.axhspan(mean - deviation, mean + deviation, color="#777777", alpha=0.15, linewidth=0)
+
+
+def _draw_method(
+    axes: Axes, metric: Metric, method: str, turn: tuple[int, int], rows: Mapping[int, dict[str, Any]]
+) -> None:
+    """Draw the ``rows`` of a method at their places, a little beside those of the others, so that all bars show."""
+    number, methods = turn
+    aside = 0.3 * (number - (methods - 1) / 2) / max(1, methods)
+    axes.errorbar(
+        [place + aside for place in rows],
+        [metric.scale * row[metric.key]["mean"] for row in rows.values()],
+        [metric.scale * (row[metric.key]["standard_deviation"] or 0) for row in rows.values()],
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=6,
+        capsize=3,
+        linewidth=1.5,
+        label=method,
+    )
