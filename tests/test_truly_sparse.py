@@ -1,13 +1,14 @@
-"""Promise 1 of the design: nothing with one entry per element of the dense matrix is ever made.
+"""Promise 1 of the design: nothing with one entry per element of the dense matrix is ever made in a step.
 
 Peak bytes above inputs and outputs stay within 1.25 times the stored state and index, plus the declared scratch; and no
-single tensor is as large as the dense weight. Read off the allocator, and again as resident memory of a process.
+single tensor is as large as the dense weight. Read off PyTorch's allocator, of linear layers and of convolutions.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,15 +20,52 @@ from torch import Tensor
 
 import sparsekern as sk
 from sparsekern.nn import BlockSparse
+from sparsekern.ops import conv2d_scores
+from sparsekern.ops.shapes import pack_shape
 from sparsekern.topology import dense_block_norms, gather_blocks, to_dense
 from tests.memory import Allocations, allocations
 
 SIDE, TOKENS = 1024, 32
-DENSE = SIDE * SIDE * 4
+CHANNELS, IMAGE = 256, 6
 SCRATCH = 2**18
 """The kernels are told to work in a quarter of a MiB: in the usual 16 a dense weight of this size could hide."""
 
+Block = tuple[int, int]
 
+
+class Kind(NamedTuple):
+    """A kind of layer.
+
+    Attributes:
+        make: returns a layer of a block and a sparsity.
+        input: returns its input.
+        dense: bytes of its dense weight.
+        largest: bytes that no tensor may reach.
+    """
+
+    make: Callable[[Block, float], BlockSparse]
+    input: Callable[[], Tensor]
+    dense: int
+    largest: float
+
+
+def linear(block: Block, sparsity: float) -> BlockSparse:
+    return sk.SparseLinear(SIDE, SIDE, sparsity=sparsity, block_size=block, seed=0)
+
+
+def conv2d(block: Block, sparsity: float) -> BlockSparse:
+    return sk.SparseConv2d(CHANNELS, CHANNELS, 3, padding=1, sparsity=sparsity, block_size=block, seed=0)
+
+
+def image() -> Tensor:
+    return torch.randn(1, CHANNELS, IMAGE, IMAGE).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+DENSE, DENSE_CONV = SIDE * SIDE * 4, CHANNELS * CHANNELS * 9 * 4
+KINDS = {
+    "linear": Kind(linear, lambda: torch.randn(TOKENS, SIDE, requires_grad=True), DENSE, DENSE),
+    "conv2d": Kind(conv2d, image, DENSE_CONV, DENSE_CONV / 4),
+}
 METHODS = {
     "Static": (sk.Static, {}),
     "SET": (sk.SET, {"keep_connected": True}),
@@ -41,27 +79,28 @@ METHODS = {
 }
 
 
+def stored_bytes(layer: BlockSparse, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, int, int]:
+    """Return the bytes of the values, of the index and of the optimizer's state."""
+    state = 0 if optimizer is None else sum(s.numel() * 4 for s in optimizer.state[layer.values].values())
+    return layer.values.numel() * 4, sum(t.numel() * 4 for t in (layer.row, layer.col, *layer.index)), state
+
+
 class Training:
     """One layer with its optimizer and a method, and the parts of a step as functions.
 
     Probes are armed in every step; a method with two stages has heard the first of them, and moves blocks in the next.
     """
 
-    def __init__(self, block: tuple[int, int], sparsity: float, method: str = "SET") -> None:
-        kind, options = METHODS[method]
-        self.layer, self.x = self.make(block, sparsity)
+    def __init__(self, kind: str, block: Block, sparsity: float, method: str = "SET") -> None:
+        self.kind, (make, options) = KINDS[kind], METHODS[method]
+        self.layer, self.x = self.kind.make(block, sparsity), self.kind.input()
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)  # the others make temporaries
-        self.method = kind(self.layer, self.optimizer, update_every=1, **options)
+        self.method = make(self.layer, self.optimizer, update_every=1, **options)
         self.dy = torch.randn_like(self.layer(self.x))
         self.forward()
         self.backward()
         self.step()
         self.method.step()
-
-    def make(self, block: tuple[int, int], sparsity: float) -> tuple[BlockSparse, Tensor]:
-        """Return the layer and its input."""
-        layer = sk.SparseLinear(SIDE, SIDE, sparsity=sparsity, block_size=block, seed=0)
-        return layer, torch.randn(TOKENS, SIDE, requires_grad=True)
 
     def forward(self):
         self.y = self.layer(self.x)
@@ -79,8 +118,8 @@ class Training:
     def summary(self):
         self.method.metrics()
 
-    def run(self, part: str, plant: Callable[[sk.SparseLinear], None] | None) -> tuple[Allocations, float]:
-        """Return what ``part`` allocates and how much it may, after the parts that come before it."""
+    def check(self, part: str, plant: Callable[[BlockSparse], None] | None = None) -> None:
+        """Check what ``part`` allocates, after the parts that come before it."""
         parts = ("forward", "backward", "step", "update", "summary")
         if part == "backward":
             self.layer.zero_grad(set_to_none=True)
@@ -88,31 +127,18 @@ class Training:
             getattr(self, before)()
         if plant is not None:
             plant(self.layer)
-        allowed = self.allowed(new_gradient=part == "backward")
-        return allocations(getattr(self, part)), allowed
+        allowed = self.allowed(part)
+        check_bytes(part, allocations(getattr(self, part)), self.kind.largest, allowed)
 
-    def allowed(self, new_gradient: bool) -> float:
-        """Return the bytes that may be held above what is there already."""
-        layer = self.layer
-        state = sum(s.numel() * 4 for s in self.optimizer.state[layer.values].values())
-        gradient = layer.values.numel() * 4
-        index = sum(t.numel() * 4 for t in (layer.row, layer.col, *layer.index))
-        total = 2 * gradient + state + index
-        there = total - gradient * new_gradient
-        return (
-            1.25 * total - there + SCRATCH + (self.x.numel() + self.dy.numel()) * 4
-        )  # and this call's input and output
+    def allowed(self, part: str) -> float:
+        """Return the bytes that may be held above what is there already, beside this call's input and output."""
+        values, index, state = stored_bytes(self.layer, self.optimizer)
+        gradient = values if part == "backward" else 0
+        return gradient + 0.25 * (2 * values + index + state) + SCRATCH + (self.x.numel() + self.dy.numel()) * 4
 
 
-def check(
-    part: str,
-    block: tuple[int, int] = (32, 32),
-    sparsity: float = 0.9,
-    plant: Callable[[sk.SparseLinear], None] | None = None,
-    method: str = "SET",
-) -> None:
-    found, allowed = Training(block, sparsity, method).run(part, plant)
-    assert found.largest < DENSE, f"{part} makes a tensor of {found.largest} bytes, the dense weight has {DENSE}"
+def check_bytes(part: str, found: Allocations, largest: float, allowed: float) -> None:
+    assert found.largest < largest, f"{part} makes a tensor of {found.largest} bytes; none may have {largest:.0f}"
     assert found.peak <= allowed, f"{part} holds {found.peak} bytes, allowed are {allowed:.0f}"
 
 
@@ -127,8 +153,9 @@ def small_scratch(monkeypatch):
 def kernels(request):
     """Run on a backend by name; return its module."""
     backend = sk.ops.BACKENDS[request.param]
-    if (reason := backend.why_not("linear", torch.device("cpu"), torch.float32, (32, 32))) is not None:
-        pytest.skip(reason)
+    for op in KINDS:
+        if (reason := backend.why_not(op, torch.device("cpu"), torch.float32, (32, 32))) is not None:
+            pytest.skip(reason)
     with sk.backend(request.param):
         yield backend
 
@@ -138,50 +165,98 @@ def test_the_shape_is_one_that_the_promise_covers():
 
 
 @pytest.mark.parametrize("part", ["forward", "backward", "step", "update", "summary"])
-@pytest.mark.parametrize(("block", "sparsity"), [((32, 32), 0.9), ((64, 64), 0.75), ((16, 32), 0.95)], ids=str)
-def test_by_the_allocator(part, block, sparsity, kernels):
-    check(part, block, sparsity)
+@pytest.mark.parametrize(
+    ("kind", "block", "sparsity"),
+    [
+        *(("linear", *given) for given in [((32, 32), 0.9), ((64, 64), 0.75), ((16, 32), 0.95), ((1, 1), 0.99)]),
+        *(("conv2d", *given) for given in [((16, 16), 0.9), ((1, 1), 0.99)]),
+    ],
+    ids=str,
+)
+def test_a_step(part, kind, block, sparsity, kernels):
+    Training(kind, block, sparsity).check(part)
 
 
-@pytest.mark.parametrize("part", ["forward", "backward", "step", "update"])
-def test_unstructured_blocks_by_the_allocator(part, kernels):
-    check(part, (1, 1), 0.99)
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (16, 32)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_without_an_optimizer(kind, part, block, kernels):
+    """A quarter of the values and the index, and at most three activations: y or dx, dy, and a copy of one."""
+    layer, x = KINDS[kind].make(block, 0.9), KINDS[kind].input()
+    layer(x).sum().backward()
+    layer.zero_grad(set_to_none=True)
+    values, index, _ = stored_bytes(layer)
+    activations = 3 * x.numel() * 4
+    if part == "forward":
+        found, allowed = allocations(lambda: layer(x)), 0.25 * (values + index)
+    else:
+        y = layer(x)
+        dy = torch.ones_like(y)
+        found, allowed = allocations(lambda: y.backward(dy)), values + 0.25 * (2 * values + index)
+    check_bytes(part, found, DENSE_CONV / 4, allowed + SCRATCH + activations)
 
 
 @pytest.mark.parametrize("part", ["backward", "update"])
-@pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "SET"])
-def test_methods_that_score_by_the_allocator(method, block, part, kernels):
-    """The step that leads to an update, probe and all, and the update itself. RigL at 1x1 is the exception."""
-    if block == (1, 1) and "RigL" in method:
-        pytest.skip("scores every element, and says so: allow_dense_scores")
-    check(part, block, 0.99 if block == (1, 1) else 0.9, method=method)
+@pytest.mark.parametrize(
+    ("kind", "method", "block"),
+    [
+        (kind, method, block)
+        for kind, large in (("linear", (32, 32)), ("conv2d", (16, 16)))
+        for method in METHODS
+        for block in (large, (1, 1))
+        if method != "SET" and not ("RigL" in method and block == (1, 1))  # which asks for allow_dense_scores
+    ],
+    ids=str,
+)
+def test_a_method(kind, method, block, part, kernels):
+    """The step that leads to an update, probe and all, and the update itself."""
+    Training(kind, block, 0.99 if block == (1, 1) else 0.9, method).check(part)
 
 
 @pytest.mark.parametrize(("block", "sparsity"), [((8, 8), 0.75), ((8, 8), 0.9), ((16, 16), 0.95), ((4, 8), 0.75)])
 @pytest.mark.parametrize("method", ["RigL", "RigL, 16 sketches"])
-def test_scores_of_small_blocks_by_the_allocator(method, block, sparsity, monkeypatch):
+def test_scores_of_small_blocks(method, block, sparsity, monkeypatch):
     """Norms, and the first stage of screening, which takes as many sketches as may be."""
     monkeypatch.setitem(METHODS, "RigL, 16 sketches", (sk.RigL, {"scoring": "screen"}))
     with sk.backend("eager"):
-        training = Training(block, sparsity, method)
+        training = Training("linear", block, sparsity, method)
         if training.method.stages() == 2:
             for part in (training.forward, training.backward, training.step, training.update):
                 part()
             assert training.layer.probe.kind == "sketch"
         training.forward()
         training.layer.zero_grad(set_to_none=True)
-        allowed = training.allowed(new_gradient=True)
-        found = allocations(training.backward)
-        assert found.largest < DENSE and found.peak <= allowed
+        allowed = training.allowed("backward")
+        check_bytes("backward", allocations(training.backward), DENSE, allowed)
         training.step()
-        found, allowed = allocations(training.method.step), training.allowed(new_gradient=False)
-        assert found.largest < DENSE and found.peak <= allowed
+        found, allowed = allocations(training.method.step), training.allowed("update")
+        check_bytes("update", found, DENSE, allowed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_hold_no_gradient(kind, kernels):
+    x, name = KINDS[kind].input().detach(), sk.ops.requested_backend()
+    row, col = torch.arange(16, dtype=torch.int32), torch.arange(16, dtype=torch.int32)
+    u, scores, args = torch.randn(8, SIDE), sk.ops, (32, 32, name)
+    v = u
+    if kind == "conv2d":
+        u, v, scores = torch.randn(8, CHANNELS), torch.randn(8, 9 * CHANNELS), conv2d_scores
+        args = (16, 16, pack_shape(conv2d((16, 16), 0.9).conv_shape), name)
+    for score in (
+        lambda: scores.all_block_norms(x, x, *args),
+        lambda: scores.block_norms(x, x, row, col, *args),
+        lambda: scores.sketch(x, x, u, v, *args),
+    ):
+        found = allocations(score)
+        assert found.largest <= KINDS[kind].dense / 4 and found.peak < KINDS[kind].dense / 2
+
+
+# The native scratch, which no allocator of PyTorch sees: the library says itself what it holds.
 
 
 @pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
 def test_the_native_scratch_is_the_stored_blocks_and_panels_of_tokens(block):
-    """No allocator of PyTorch sees it: the library says itself what it holds. A dense weight has 64 MiB here."""
+    """A dense weight has 64 MiB here."""
     if (reason := cpu.why_not("linear", torch.device("cpu"), torch.float32, block)) is not None:
         pytest.skip(reason)
     layer = sk.SparseLinear(4096, 4096, sparsity=0.95, block_size=block, seed=0)
@@ -196,24 +271,30 @@ def test_the_native_scratch_is_the_stored_blocks_and_panels_of_tokens(block):
     assert 0 < cpu.scratch_bytes() <= lists * layer.values.numel() * 4 + panels + 2 * 2**21  # in pieces of 2 MiB
 
 
-def test_scores_hold_no_gradient(kernels):
-    dy, x = torch.randn(TOKENS, SIDE), torch.randn(TOKENS, SIDE)
-    u, name = torch.randn(8, SIDE), sk.ops.requested_backend()
-    row, col = torch.arange(32, dtype=torch.int32), torch.arange(32, dtype=torch.int32)
-    for score in (
-        lambda: sk.ops.all_block_norms(dy, x, 32, 32, name),
-        lambda: sk.ops.block_norms(dy, x, row, col, 32, 32, name),
-        lambda: sk.ops.sketch(dy, x, u, u, 32, 32, name),
-    ):
-        found = allocations(score)
-        assert found.largest <= DENSE / 4 and found.peak < DENSE / 2
+@pytest.mark.parametrize("block", [(32, 32), (1, 1)], ids=str)
+def test_the_native_scratch_of_a_convolution_does_not_grow_with_the_images(block):
+    """It is the stored blocks and the panels that fit into the caches; beside it there are x, y and their gradients."""
+    if (reason := cpu.why_not("conv2d", torch.device("cpu"), torch.float32, block)) is not None:
+        pytest.skip(reason)
+    layer = sk.SparseConv2d(64, 64, 3, padding=1, sparsity=0.95, block_size=block, seed=0)
+    held = []
+    for images in (64, 128):
+        x = torch.randn(images, 64, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+        cpu.release_scratch()
+        with sk.backend("cpu"):
+            y = layer(x)
+            dy = torch.ones_like(y)
+            found = allocations(lambda y=y, dy=dy: y.backward(dy))
+        held.append(cpu.scratch_bytes())
+        assert found.peak <= x.numel() * 4 + 2 * layer.values.numel() * 4 + SCRATCH  # dx, and less than another image
+    assert held[0] == held[1] > 0
 
 
 class VrpgeStep:
     """A layer that stores twice as many candidates as remain, and the parts of a step of VR-PGE."""
 
-    def __init__(self, block: tuple[int, int], sparsity: float) -> None:
-        self.layer, self.x = self.make(block, 1 - 2 * (1 - sparsity))
+    def __init__(self, kind: str, block: Block, sparsity: float) -> None:
+        self.layer, self.x = KINDS[kind].make(block, 1 - 2 * (1 - sparsity)), KINDS[kind].input()
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)
         # At 1x1 a unit is a single value, beside which the sums of a sort are large.
         how = "bisection" if block == (1, 1) else "sort"
@@ -222,10 +303,6 @@ class VrpgeStep:
         )
         for part in ("backward", "step", "update"):
             getattr(self, part)()
-
-    def make(self, block: tuple[int, int], sparsity: float) -> tuple[BlockSparse, Tensor]:
-        """Return the layer and its input."""
-        return Training.make(self, block, sparsity)
 
     def backward(self):
         self.optimizer.zero_grad(set_to_none=True)
@@ -246,47 +323,53 @@ class VrpgeStep:
 
         The index of a mask, which is made anew for each, takes at most as much again for as long.
         """
-        layer = self.layer
-        state = sum(s.numel() * 4 for s in self.optimizer.state[layer.values].values())
-        gradient = layer.values.numel() * 4
-        index = sum(t.numel() * 4 for t in (layer.row, layer.col, *layer.index))
-        stored = 2 * gradient + state + index
-        more = {"backward": gradient + 2 * index, "step": float(self.method._masks[0].float().mean()) * stored}
+        values, index, state = stored_bytes(self.layer, self.optimizer)
+        stored = 2 * values + state + index
+        more = {"backward": values + 2 * index, "step": float(self.method._masks[0].float().mean()) * stored}
         return 0.25 * stored + more.get(part, 0) + SCRATCH + 6 * self.x.numel() * 4
 
 
 @pytest.mark.parametrize("part", ["backward", "step", "update", "finish"])
-@pytest.mark.parametrize(("block", "sparsity"), [((32, 32), 0.9), ((16, 32), 0.9), ((1, 1), 0.99)], ids=str)
-def test_a_step_of_vrpge_by_the_allocator(part, block, sparsity, kernels):
-    training = VrpgeStep(block, sparsity)
+@pytest.mark.parametrize(
+    ("kind", "block"),
+    [*(("linear", b) for b in [(32, 32), (16, 32), (1, 1)]), *(("conv2d", b) for b in [(16, 16), (1, 1)])],
+    ids=str,
+)
+def test_a_step_of_vrpge(part, kind, block, kernels):
+    training = VrpgeStep(kind, block, 0.99 if block == (1, 1) else 0.9)
     if part in ("step", "update"):
         training.backward()
     if part == "update":
         training.step()
     allowed = training.allowed(part)
-    found = allocations(getattr(training, part))
-    assert found.largest < DENSE / 4, f"{part} makes a tensor of {found.largest} bytes, the dense weight has {DENSE}"
-    assert found.peak <= allowed, f"{part} holds {found.peak} bytes, allowed are {allowed:.0f}"
+    check_bytes(part, allocations(getattr(training, part)), KINDS[kind].dense / 4, allowed)
 
 
-def test_a_step_of_vrpge_that_multiplies_a_dense_weight_by_a_mask_is_found(kernels, monkeypatch):
-    training = VrpgeStep((32, 32), 0.9)
-    plant_forward(monkeypatch, kernels, training.layer)
-    assert allocations(training.backward).largest >= DENSE
+# The control: the same checks, with the dense weight or gradient formed on the way.
 
 
 def plant_forward(monkeypatch, kernels, layer):
     def fwd(x, values, bias, index, out_features):
         return torch.nn.functional.linear(x, to_dense(layer.topology, values), bias)
 
+    def conv2d_fwd(x, values, bias, index, shape):
+        return layer.dense_forward(x, to_dense(layer.topology, values))
+
     monkeypatch.setattr(kernels, "fwd", fwd)
+    monkeypatch.setattr(kernels, "conv2d_fwd", conv2d_fwd)
 
 
 def plant_backward(monkeypatch, kernels, layer):
     def backward(dy, x, values, index):
         return kernels.dx(dy, values, index, x.shape[1]), gather_blocks(layer.topology, dy.T @ x)
 
+    def conv2d_backward(dy, x, values, index, shape):
+        weight = torch.nn.grad.conv2d_weight(x, layer.weight.shape, dy, padding=1)
+        dx = kernels.conv2d_dx(dy, values, index, shape, (x.shape[2], x.shape[3]))
+        return dx, gather_blocks(layer.topology, weight)
+
     monkeypatch.setattr(kernels, "backward", backward)
+    monkeypatch.setattr(kernels, "conv2d_backward", conv2d_backward)
 
 
 def plant_update(monkeypatch, kernels, layer):
@@ -299,8 +382,15 @@ def plant_update(monkeypatch, kernels, layer):
 @pytest.mark.parametrize(
     ("part", "plant"), [("forward", plant_forward), ("backward", plant_backward), ("update", plant_update)]
 )
-def test_a_densifying_line_is_found(part, plant, kernels, monkeypatch):
-    """The control: the same check, with the dense weight or gradient formed on the way."""
-    check(part)
+@pytest.mark.parametrize(("kind", "method"), [("linear", "SET"), ("conv2d", "GSE")])
+def test_a_densifying_line_is_found(kind, method, part, plant, kernels, monkeypatch):
+    block = (32, 32) if kind == "linear" else (16, 16)
+    Training(kind, block, 0.9, method).check(part)
     with pytest.raises(AssertionError, match=f"{part} makes a tensor of"):
-        check(part, plant=lambda layer: plant(monkeypatch, kernels, layer))
+        Training(kind, block, 0.9, method).check(part, lambda layer: plant(monkeypatch, kernels, layer))
+
+
+def test_a_step_of_vrpge_that_multiplies_a_dense_weight_by_a_mask_is_found(kernels, monkeypatch):
+    training = VrpgeStep("linear", (32, 32), 0.9)
+    plant_forward(monkeypatch, kernels, training.layer)
+    assert allocations(training.backward).largest >= DENSE
