@@ -6,17 +6,21 @@ from rich.console import Console
 
 from bench.cpu.cases import WIDE, Case
 from bench.cpu.contestants import DENSE, OURS
+from bench.cpu.conv_cases import SHAPES, ConvCase, Shape, conv_case
 from bench.cpu.results import rows_of
 from bench.gpu.clock import Timing
 from bench.gpu.contestants import SPARSE, Contestant
 
 HEAD = Case("step", "fp32", *WIDE, 32, 0.9)
 TINY = Case("step", "fp32", 24, 64, 128, 16, 0.75)
+CONV_HEAD = conv_case("step", SHAPES[0], 32, 0.9)
+CONV_TINY = conv_case("step", Shape(32, 7, 48, images=2), 16, 0.75)
 
 
-def made_up(case: Case = HEAD, **ms: float) -> list[dict]:
+def made_up(case: Case | ConvCase = HEAD, **ms: float) -> list[dict]:
     """Return the rows of a case in which each contestant took the milliseconds given for it."""
-    kinds = {"sparsekern": OURS, "SparseLinear": OURS, "avx2": OURS, "linear": DENSE, "onednn": DENSE}
+    kinds = dict.fromkeys(("sparsekern", "SparseLinear", "SparseConv2d", "avx2"), OURS)
+    kinds |= dict.fromkeys(("linear", "onednn", "channels_last", "contiguous"), DENSE)
     names = {
         "linear": "F.linear",
         "onednn": "oneDNN",

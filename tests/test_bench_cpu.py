@@ -1,4 +1,4 @@
-"""The race on a CPU: its cases, contestants and answers, and how it runs."""
+"""The race on a CPU, of linear layers and of convolutions: cases, contestants and answers, and how it runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from bench import readme
-from bench.cpu import contestants, peers, run
+from bench.cpu import contestants, conv_contestants, peers, run
 from bench.cpu.cases import LARGE, WIDE, cases, quick_cases
 from bench.cpu.clock import Stopwatch
 from bench.cpu.contestants import DENSE, OURS
+from bench.cpu.conv_cases import Shape, conv_case, conv_cases, quick_conv_cases
+from bench.cpu.conv_goals import conv_findings
+from bench.cpu.conv_scene import make_conv_scene
 from bench.cpu.goals import findings
 from bench.cpu.results import Race, case_of, circumstances, write_rows
 from bench.cpu.scene import MOVED, make_scene
@@ -22,25 +25,36 @@ from bench.gpu.peers import NotSupported
 from bench.gpu.results import read_rows
 from bench.gpu.scene import Judge
 from sparsekern.topology import random
-from tests.bench_rows import HEAD, TINY, made_up
+from tests.bench_rows import CONV_TINY, HEAD, TINY, made_up
 from tests.oracle import dense_weight, stored_blocks
+from tests.oracle_conv2d import conv_blocks, conv_weight
 
 # Cases.
 
 
-def test_cases_are_distinct_and_those_that_share_tensors_follow_each_other():
+@pytest.mark.parametrize(
+    ("cases", "quick", "findings"), [(cases, quick_cases, findings), (conv_cases, quick_conv_cases, conv_findings)]
+)
+def test_cases_are_distinct_and_those_that_share_tensors_follow_each_other(cases, quick, findings):
     every = cases(2)
-    assert len({case.key for case in every}) == len(every) and set(quick_cases()) <= set(every)
+    assert len({case.key for case in every}) == len(every) and set(quick()) <= set(every)
     scenes = [case.scene for case in every]
     assert len(dict.fromkeys(scenes)) == 1 + sum(a != b for a, b in pairwise(scenes))
     assert {case.threads for case in cases(1)} == {1} and {case.threads for case in every} == {1, 2}
+    assert {finding.case for finding in findings(Race([]))} <= set(every)
 
 
-def test_every_goal_is_in_the_cases_and_every_line_of_the_readme_too():
+def test_every_line_of_the_readme_is_in_the_cases():
     every = set(cases(2))
-    assert {finding.case for finding in findings(Race([]))} <= every
     assert {line.case(s) for line in readme.LINES for s in readme.SPARSITIES} <= every
     assert {readme._few(op, tokens, b) for op in ("fwd", "step") for tokens in (1, 16) for b in (1, 32)} <= every
+
+
+def test_the_sizes_of_a_convolution():
+    case = conv_case("step", Shape(64, 7, 128, stride=2, images=3), 32, 0.9)
+    assert (case.tokens, case.in_features, case.out_features) == (3 * 16, 9 * 64, 128)
+    assert case.conv_shape.output_size(7, 7) == (4, 4) and case.key == "step fp32 3x64x7x7->128 k3 s2 b32 s0.9 t1"
+    assert {case.block for case in conv_cases(2)} == {1, 16, 32, 64}
 
 
 def test_a_scene_is_a_layer_in_whose_middle_blocks_have_moved():
@@ -59,36 +73,68 @@ def test_a_scene_is_a_layer_in_whose_middle_blocks_have_moved():
 # Contestants.
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("block", [1, 16, 32])
-@pytest.mark.parametrize("op", ["fwd", "dvalues", "step"])
-def test_all_contestants_agree_with_the_oracle(op, block, dtype):
-    case = TINY._replace(op=op, block=block, dtype=dtype)
-    scene = make_scene(case)
+def check_agreement(scene, op, exact, makers) -> set[str]:
+    """Compare the answer of each contestant; return who took part."""
     judge = Judge(scene, "step", tf32=False)
-    weight = dense_weight(scene.values, scene.row, scene.col, case.out_features, case.in_features)
-    exact = {
-        "y": scene.x.double() @ weight.T,
-        "dx": scene.dy.double() @ weight,
-        "dvalues": stored_blocks(scene.dy.double().T @ scene.x.double(), scene.row, scene.col, scene.grid.block),
-    }
     for name, tensor in exact.items():
         torch.testing.assert_close(judge.exact[name][0], tensor)
-    agreed, refused = set(), set()
-    for name, make in run.makers(case._replace(tokens=WIDE[0], in_features=WIDE[1], out_features=WIDE[2])).items():
+    agreed, reasons = set(), []
+    for name, make in makers.items():
         try:
             contestant = make(scene, op)
         except NotSupported as error:
-            refused.add((name, str(error)))
+            reasons.append(str(error))
             continue
         answer = contestant.answer(contestant.run())
         assert set(answer) == {"fwd": {"y"}, "dvalues": {"dvalues"}, "step": {"y", "dx", "dvalues"}}[op]
         assert judge.wrong(answer, by_element=contestant.kind == OURS) is None, name
         assert contestant.name == name
         agreed.add(name)
+    assert all(reasons)
+    return agreed
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("block", [1, 16, 32])
+@pytest.mark.parametrize("op", ["fwd", "dvalues", "step"])
+def test_all_contestants_agree_with_the_oracle(op, block, dtype):
+    case = TINY._replace(op=op, block=block, dtype=dtype)
+    scene = make_scene(case)
+    weight = dense_weight(scene.values, scene.row, scene.col, case.out_features, case.in_features)
+    exact = {
+        "y": scene.x.double() @ weight.T,
+        "dx": scene.dy.double() @ weight,
+        "dvalues": stored_blocks(scene.dy.double().T @ scene.x.double(), scene.row, scene.col, scene.grid.block),
+    }
+    wide = case._replace(tokens=WIDE[0], in_features=WIDE[1], out_features=WIDE[2])
+    agreed = check_agreement(scene, op, exact, run.makers(wide))
     assert {"F.linear", "oneDNN"} <= agreed
     assert ("torch-csr" in agreed) == (dtype == "fp32") and ("torch-bsr" in agreed) == (dtype == "fp32" and block > 1)
-    assert all(reason for _, reason in refused)
+
+
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("op", ["fwd", "step"])
+@pytest.mark.parametrize("sizes", [{}, {"stride": 2}, {"side": 8, "stride": 2}, {"kernel": 1}])
+def test_all_contestants_of_a_convolution_agree_with_the_oracle(sizes, op, block):
+    case = CONV_TINY._replace(op=op, block=block, **sizes)
+    scene = make_conv_scene(case)
+    weight = conv_weight(scene.values, scene.row, scene.col, case.conv_shape).requires_grad_()
+    x = scene.x.double().requires_grad_()
+    y = torch.nn.functional.conv2d(x, weight, None, case.stride, case.kernel // 2)
+    dx, dweight = torch.autograd.grad(y, (x, weight), scene.dy.double())
+    exact = {"y": y.detach(), "dx": dx}
+    exact["dvalues"] = conv_blocks(dweight, scene.row, scene.col, scene.grid.block, case.conv_shape)
+    agreed = check_agreement(scene, op, exact, run.makers(case))
+    assert {"SparseConv2d", "channels_last", "contiguous"} <= agreed
+
+
+def test_a_wrong_answer_of_a_convolution_is_found():
+    scene = make_conv_scene(CONV_TINY)
+    judge = Judge(scene, "step", tf32=False)
+    right = conv_contestants.sparse_conv2d(scene, "step")
+    answer = right.answer(right.run())
+    for name in answer:
+        assert judge.wrong({name: 1.001 * answer[name]}, by_element=True) is not None
 
 
 def test_float32_is_judged_as_float32():
@@ -152,6 +198,10 @@ def test_what_is_not_installed_or_not_possible_says_so(monkeypatch):
     monkeypatch.setattr(contestants.cpu, "why_not", lambda *_: "it was not built")
     with pytest.raises(NotSupported, match="it was not built"):
         contestants.sparsekern(scene, "fwd")
+    monkeypatch.setattr(conv_contestants.cpu, "why_not", lambda *_: "it was not built")
+    for make in (conv_contestants.sparsekern, conv_contestants.unfold):
+        with pytest.raises(NotSupported, match="it was not built"):
+            make(make_conv_scene(CONV_TINY), "fwd")
 
 
 # Running, and the file.

@@ -1,4 +1,4 @@
-"""What the race on a CPU shows: goals, tables, its command line, and what it writes into the README."""
+"""The race on a CPU as it is shown: goals, tables, its command line, and its section of the README."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_linear, race, readme
+from bench import bench_conv2d, bench_linear, race, readme
 from bench.cpu import contestants, run
 from bench.cpu.cases import SMALL, Case, quick_cases
 from bench.cpu.contestants import DENSE
+from bench.cpu.conv_cases import quick_conv_cases
+from bench.cpu.conv_goals import conv_findings
 from bench.cpu.goals import GOALS, findings
 from bench.cpu.results import COMMITTED, Race, case_of, write_rows
 from bench.cpu.table import case_table, goal_table, losing, milliseconds, times
 from bench.gpu.contestants import Contestant
 from bench.gpu.results import read_rows
-from tests.bench_rows import HEAD, TINY, made_up, text_of
+from tests.bench_rows import CONV_HEAD, CONV_TINY, HEAD, TINY, made_up, text_of
 
 # Goals and tables.
 
@@ -52,6 +54,26 @@ def test_the_tables_show_losing_cells_and_missed_goals():
     assert "they were set on an AMD EPYC" in goals and "set on" not in text_of(goal_table(found, "AMD EPYC 9"))
 
 
+@pytest.mark.parametrize(("ours", "said"), [(2.0, "reached aim"), (2.6, "reached must"), (4.0, "MISSED")])
+def test_goals_of_convolutions_are_judged_against_channels_last(ours, said):
+    found = Race(made_up(CONV_HEAD, sparsekern=ours, channels_last=16.0, contiguous=1.0))
+    (finding,) = (f for f in conv_findings(found) if f.measured is not None)
+    assert (finding.verdict, finding.must, finding.aim, finding.measured) == (said, 5.5, 7.5, pytest.approx(16 / ours))
+    assert f"90% {16 / ours:.1f}/5.5" in text_of(goal_table(found, "AMD EPYC"))
+
+
+def test_the_table_names_the_layer_and_who_it_is_against():
+    slow = CONV_HEAD._replace(sparsity=0.5)
+    found = Race(
+        made_up(CONV_HEAD, sparsekern=2.0, SparseConv2d=2.5, channels_last=16.0, contiguous=12.0)
+        + made_up(slow, sparsekern=20.0, channels_last=19.0)
+    )
+    text = text_of(case_table(found))
+    assert "SparseConv2d" in text and "x channels_last" in text and "12 contiguous" in text and losing(found) == [slow]
+    assert "8.0" in text and "fwd+bwd fp32 32x64x32x32->64 k3 b32 1T" in text
+    assert [case_of(row) for row in found.rows[:1]] == [CONV_HEAD]
+
+
 def test_figures_as_text():
     assert [times(r) for r in (None, 0.999, 0.5, 1.0, 9.94, 9.96, 28.4)] == [
         "-",
@@ -73,23 +95,30 @@ def test_the_options():
     assert race.options(["--out", "a.jsonl"]).out == Path("a.jsonl")
 
 
-@pytest.mark.parametrize("argv", [["--show", "no such file"], ["--show", "README.md", "--quick"], ["--fast"]])
+@pytest.mark.parametrize(
+    "argv", [["--show", "no such file"], ["--show", "README.md", "--quick"], ["--fast"], ["--kernel", "attention"]]
+)
 def test_options_that_make_no_sense(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         race.options(argv)
     assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_quick_runs_the_quick_cases_writes_them_and_shows_them(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("kernel", "tiny", "shown"),
+    [("linear", TINY, "fwd+bwd fp32 24x64x128 b16"), ("conv2d", CONV_TINY, "2x32x7x7->48 k3")],
+)
+def test_quick_runs_the_quick_cases_writes_them_and_shows_them(kernel, tiny, shown, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("bench.cpu.cases.quick_cases", lambda: [TINY])
+    monkeypatch.setattr("bench.cpu.conv_cases.quick_conv_cases", lambda: [CONV_TINY])
     monkeypatch.setattr("bench.cpu.cases.cases", lambda cores: [])
     monkeypatch.setattr(run, "SECONDS", 0.0)
     out = tmp_path / "quick.jsonl"
-    assert race.main(["--quick", "--out", str(out)]) == 0
+    assert race.main(["--kernel", kernel, "--quick", "--out", str(out)]) == 0
     captured = capsys.readouterr()
-    assert "fwd+bwd fp32 24x64x128 b16" in captured.out and f"written: {out}" in captured.out
-    assert TINY.key in captured.err
-    assert {case_of(row) for row in read_rows(out)} == {TINY}
+    assert shown in captured.out and f"written: {out}" in captured.out
+    assert tiny.key in captured.err
+    assert {case_of(row) for row in read_rows(out)} == {tiny}
     assert race.main(["--show", str(out)]) == 0 and "written" not in capsys.readouterr().out
     assert race.main(["--out", str(tmp_path / "none.jsonl")]) == 0 and "nothing was measured" in capsys.readouterr().out
 
@@ -114,18 +143,24 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 class OneCall:
     """What stands in for the fixture of pytest-benchmark."""
 
-    group = ""
+    group, calls = "", 0
 
     def __call__(self, call) -> None:
         assert torch.get_num_threads() == 1
         call()
+        self.calls += 1
 
 
 def test_the_benchmarks_of_pytest_check_before_they_time(monkeypatch):
-    benchmark = OneCall()
-    bench_linear.test_linear(benchmark, TINY, "F.linear")
-    assert benchmark.group == TINY.key
+    for test, tiny, name in (
+        (bench_linear.test_linear, TINY, "F.linear"),
+        (bench_conv2d.test_conv2d, CONV_TINY, "channels_last"),
+    ):
+        benchmark = OneCall()
+        test(benchmark, tiny, name)
+        assert benchmark.group == tiny.key and benchmark.calls == 1
     assert {case for case, _ in bench_linear.CONTESTANTS} == set(quick_cases())
+    assert {case for case, _ in bench_conv2d.CONTESTANTS} == set(quick_conv_cases())
 
     def liar(scene, op):
         dense = contestants.f_linear(scene, op)
@@ -193,3 +228,12 @@ def test_a_readme_without_marks_or_results_of_two_machines_are_refused(files, tm
     rows.unlink()
     assert readme.main(files) == 2 and "no rows" in capsys.readouterr().err
     assert readme.main(["--readme", str(tmp_path / "none.md")]) == 2
+
+
+def test_the_readme_shows_convolutions_too():
+    rows = made_up(CONV_HEAD, sparsekern=2.0, channels_last=16.0)
+    rows += made_up(CONV_HEAD._replace(threads=2, sparsity=0.5), sparsekern=20.0, channels_last=19.0)
+    text = readme.conv_section(rows)
+    assert "| 32x64x32x32->64 k3, 32x32 | - | - | 8.0 | - |" in text
+    assert "| 32x64x32x32->64 k3, 32x32, 2 threads | **0.95** | - | - | - |" in text
+    assert "16x16" not in text and "In 1 of 2 measured cases another contestant is faster." in text
