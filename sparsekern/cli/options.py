@@ -84,8 +84,8 @@ RUN_OPTIONS: dict[str, Any] = {
     "data": Annotated[
         str | None,
         option(
-            "An .npz file (train_images, train_labels, test_images, test_labels), CIFAR as a folder or .tar.gz, or a "
-            "folder of IDX files.",
+            "An .npz file (train_images, train_labels, test_images, test_labels), CIFAR (binary version) as a folder "
+            "or .tar.gz, or a folder of IDX files.",
             "scikit-learn's digits",
         ),
     ],

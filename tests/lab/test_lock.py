@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -77,3 +78,32 @@ def test_a_file_that_its_owner_deleted_in_between_is_not_taken_for_the_lock(tmp_
 
 def test_an_owner_that_cannot_be_read_is_not_named(tmp_path):
     assert lock._owner(tmp_path / "none") == "" and lock._owner(tmp_path) == ""
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP"])
+def test_a_disk_without_locks_is_used_without_them(tmp_path, monkeypatch, code):
+    def fail(*arguments):
+        raise OSError(getattr(errno, code), "no lock")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with locked(tmp_path), locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported on this filesystem")
+def test_on_a_disk_without_flock_the_file_is_the_lock(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSYS, "no flock")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    for _ in range(2):
+        with locked(tmp_path):
+            text = (tmp_path / LOCK).read_text()
+            with (
+                pytest.raises(ValueError, match=rf"in use by another process \({os.getpid()} on .*\)"),
+                locked(tmp_path),
+            ):
+                pass
+            assert (tmp_path / LOCK).read_text() == text, "filelock's own mark stays as it is"
+        assert list(tmp_path.iterdir()) == []
