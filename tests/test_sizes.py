@@ -65,23 +65,3 @@ def test_grids_hold_plain_numbers():
     assert grid == conv_grid(8, 16, (3, 1), (4, 4), 2)
     assert repr(grid) == repr(conv_grid(8, 16, (3, 1), (4, 4), 2))
     assert repr(Grid(torch.tensor(8), np.int8(4), (2, np.int64(2)))) == repr(Grid(8, 4, (2, 2)))
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: sk.SparseLinear(torch.ones(2), 8), r"in_features is tensor\(\[1., 1.\]\); it must be a whole number"),
-        (lambda: sk.SparseLinear(torch.tensor(3, device="meta"), 8), "in_features is tensor.*; it must be a whole"),
-        (lambda: sk.SparseLinear(np.float64(8), 8), r"in_features is np.float64\(8.0\); it must be a whole number"),
-        (lambda: sk.SparseLinear(torch.tensor(True), 8), r"in_features is tensor\(True\); it must be a whole number"),
-        (lambda: sk.SparseLinear(8, 8, block_size=np.array([4, 4])), r"block_size is array.*an int or a pair of ints"),
-        (lambda: sk.SparseLinear(8, 8, blocks=1, block_size=8, capacity=1.5), "capacity is 1.5; it must be a whole"),
-        (lambda: sk.SparseConv2d(8, 8, 3, groups=1.0), "groups is 1.0; it must be a whole number"),
-        (lambda: sk.SparseConv2d(8.0, 8, 3), "in_channels is 8.0; it must be a whole number"),
-        (lambda: sk.SparseConv2d(8, 8, (3, 3.0)), r"kernel_size is \(3, 3.0\); it must be an int or a pair of ints"),
-        (lambda: Grid(8, 8, (4, 4.0)), "block_size is 4.0; it must be a whole number"),
-    ],
-)
-def test_what_is_no_whole_number_is_an_error_of_one_sentence(make, text):
-    with pytest.raises(TypeError, match=text):
-        make()
