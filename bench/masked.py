@@ -23,7 +23,7 @@ import sparsekern as sk
 from bench.cpu.clock import Stopwatch
 from bench.cpu.results import Row, circumstances, rounded, write_rows
 from sparsekern.lab.models import mlp
-from sparsekern.topology.dense import to_dense
+from sparsekern.topology import to_dense
 
 KEPT_DENSE = ("input", "output")
 

@@ -313,7 +313,7 @@ def test_the_masked_twin_computes_the_same():
     for model in (models["masked"], models["sparse"]):
         model(x).square().sum().backward()
     layer, twin = models["sparse"].hidden1, models["masked"].hidden1
-    dense = sk.topology.dense.to_dense(layer.topology, layer.values.grad)
+    dense = sk.topology.to_dense(layer.topology, layer.values.grad)
     torch.testing.assert_close(twin.weight.grad, dense)
 
 

@@ -19,7 +19,7 @@ from sparsekern.kernels.eager import places
 
 import sparsekern as sk
 from sparsekern.ops import conv2d_answers, conv2d_marginals, linear_answers, marginals
-from sparsekern.topology import absent, pairs
+from sparsekern.topology import sampling as cells
 from sparsekern.training import followers, metrics, scores
 from sparsekern.training.growth import competition, gse
 from sparsekern.training.growth.probe_set import ArmedProbes
@@ -31,8 +31,7 @@ from tests.kernels.eager import test_places as t_places
 from tests.ops import test_conv2d_answers as t_answers
 from tests.ops import test_conv2d_marginals as t_conv_marginals
 from tests.ops import test_marginals as t_marginals
-from tests.topology import test_absent as t_absent
-from tests.topology import test_pairs as t_pairs
+from tests.topology import test_sampling as t_cells
 from tests.training import test_metrics as t_books
 from tests.training import test_schedules as t_schedules
 from tests.training import test_scores as t_scores
@@ -163,22 +162,22 @@ MUTATIONS: dict[str, Mutation] = {
         t_gse.test_weights_of_a_convolution_by_hand,
     ),
     "all groups see what the first sees": (
-        pairs.sample_pairs,
+        cells.sample_pairs,
         "first = row // (rows.shape[0] // groups) * width",
         "first = row * 0",
         partial(t_conv.test_guided_candidates_of_groups_follow_the_joint_distribution, "grabo"),
     ),
     "the joint distribution is not of rank one": (
-        pairs.sample_pairs,
+        cells.sample_pairs,
         "torch.add(row * width, col, out=some)",
         "torch.add(row * width, (col + row) % width, out=some)",
-        t_pairs.test_the_joint_distribution_has_rank_one,
+        t_cells.test_the_joint_distribution_has_rank_one,
     ),
     "a draw in order keeps the first": (
-        absent._sample_ascending,
+        cells._sample_ascending,
         "sample_distinct(keys.shape[0], spare, generator).sort().values",
         "torch.arange(count, keys.shape[0])",
-        partial(t_absent.test_every_ascending_number_and_pair_is_as_likely_as_any_other, 200, 30),
+        partial(t_cells.test_every_ascending_number_and_pair_is_as_likely_as_any_other, 200, 30),
     ),
     "repeated draws are kept": (
         places.first_occurrences,

@@ -15,7 +15,7 @@ from sparsekern.training.growth.gse import DISTRIBUTIONS, weights
 from sparsekern.training.scores import part_of
 from tests.oracle_conv2d import conv_blocks, dense_gradients
 from tests.saved import through_a_file
-from tests.topology.test_pairs import chi_square_quantile
+from tests.topology.test_sampling import chi_square_quantile
 
 F64 = torch.float64
 CONVS: dict[str, Callable[[], nn.Conv2d]] = {

@@ -1,4 +1,4 @@
-"""Whether an argument is a number, or of its class: what Python would else find out three calls deeper."""
+"""Checks of the types of arguments, so that errors name the argument and appear where the user called."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 def check_whole(name: str, value: Any) -> int:
-    """Return ``value``, of the argument ``name``, as Python's int; raise TypeError unless it is a whole number.
+    """Return the value of the argument ``name`` as an int; raise TypeError unless it is a whole number.
 
-    Integers of numpy and tensors of one integer are whole numbers; True is not.
+    NumPy integers and integer tensors of one element are whole numbers; True is not.
     """
     if not isinstance(value, bool) and getattr(value, "dtype", None) is not torch.bool:
         with contextlib.suppress(TypeError, RuntimeError):  # a tensor without data raises RuntimeError
@@ -22,10 +22,10 @@ def check_whole(name: str, value: Any) -> int:
 
 
 def whole_sides(name: str, value: Any, count: int, rule: str) -> tuple[int, ...]:
-    """Return ``value``, of the argument ``name``, as ``count`` of Python's ints; one whole number counts for all.
+    """Return the value of the argument ``name`` as ``count`` ints; a single whole number is repeated.
 
     Raises:
-        TypeError: neither a whole number nor a tuple or list of ``count``; ``rule`` says what it must be.
+        TypeError: it is neither a whole number nor a tuple or list of ``count``; ``rule`` says so in the message.
     """
     try:
         sides = value if isinstance(value, (tuple, list)) else [value] * count
@@ -38,13 +38,13 @@ def whole_sides(name: str, value: Any, count: int, rule: str) -> tuple[int, ...]
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], rule: str) -> None:
-    """Raise TypeError unless ``value``, of the argument ``name``, is of a class; ``rule`` says what it must be."""
+    """Raise TypeError unless the value of the argument ``name`` is of a class; ``rule`` says so in the message."""
     if not isinstance(value, kind):
         what = "None" if value is None else f"a {type(value).__name__}"
         raise TypeError(f"{name} is {what}; it must be {rule}")
 
 
 def check_number(name: str, value: object, rule: str) -> None:
-    """Raise TypeError unless ``value``, of the argument ``name``, is a real number; ``rule`` says what it must be."""
+    """Raise TypeError unless the value of the argument ``name`` is a real number; ``rule`` says so in the message."""
     if not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}; it must be {rule}")

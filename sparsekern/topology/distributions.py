@@ -1,4 +1,4 @@
-"""How many blocks each layer gets, in exact integers, from one sparsity for the whole network."""
+"""The number of blocks of each layer, from one sparsity for the whole network."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ DISTRIBUTIONS = ("uniform", "er", "er-matrix", "erk")
 
 
 def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "uniform") -> list[int]:
-    """Return the number of blocks of each layer, of whose ``grids`` together ``round((1 - sparsity) * cells)``.
+    """Return the number of blocks of each layer; all together they are ``round((1 - sparsity) * cells)``.
 
-    ``uniform`` gives all layers the same density. The others are the same for linear layers, which get blocks in
-    proportion to ``R + C`` (Erdos-Renyi; Mocanu et al. 2018), and differ for convolutions of ``taps = kh * kw``:
+    ``uniform`` gives all layers the same density. The other distributions give linear layers blocks in proportion to
+    ``R + C`` (Erdos-Renyi; Mocanu et al. 2018), and convolutions with ``taps = kh * kw`` in proportion to:
 
-    * ``er`` (Evci et al. 2020, section 3): ``taps * (R + CB)``, for each tap as for a linear layer.
-    * ``er-matrix`` (the code of Heddes et al. 2024): ``R + taps * CB``, as for the matrix ``Cout x (taps * Cin)``.
-    * ``erk`` (Evci et al. 2020, section 3): ``R + CB + (kh + kw) / sqrt(bo * bi)``, the kernel counted in the unit of
-      the rest: elements at 1x1, as in the paper.
+    * ``er`` (Evci et al. 2020, section 3): ``taps * (R + CB)``; each tap counts as a linear layer.
+    * ``er-matrix`` (the code of Heddes et al. 2024): ``R + taps * CB``; the matrix is ``Cout x (taps * Cin)``.
+    * ``erk`` (Evci et al. 2020, section 3): ``R + CB + (kh + kw) / sqrt(bo * bi)``; the kernel is scaled to the unit of
+      the other terms, and with 1x1 blocks this is the formula of the paper.
 
-    What a layer cannot hold goes to the others in the same proportion. Every layer keeps at least one block.
+    Blocks that do not fit into a layer go to the others in the same proportion. Every layer gets at least one block.
+
+    Args:
+        grids: the grids of the layers.
+        sparsity: fraction of all blocks together that is not stored, in [0, 1).
+        distribution: ``"uniform"``, ``"er"``, ``"er-matrix"`` or ``"erk"``.
 
     Raises:
-        ValueError: sparsity outside [0, 1), an unknown distribution, or fewer blocks than layers.
+        ValueError: the sparsity is outside [0, 1), the distribution is unknown, or there are fewer blocks than layers.
     """
     check_sparsity(sparsity)
     if distribution not in DISTRIBUTIONS:
@@ -38,14 +43,15 @@ def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "unifor
     if total < len(grids):
         raise InputError(
             f"sparsity {sparsity} leaves {total} of {sum(cells)} blocks for {len(grids)} layer(s); every layer needs "
-            "at least one: lower the sparsity or use smaller blocks"
+            "at least one: lower the sparsity or use smaller blocks",
+            parameter="sparsity",
         )
     shares = [share(grid, distribution) for grid in grids]
     return round_to_sum(fill(shares, [1.0] * len(grids), [float(c) for c in cells], float(total)), total)
 
 
 def share(grid: Grid, distribution: str) -> float:
-    """Return the number that a layer's blocks are in proportion to; see :func:`allocate`."""
+    """Return the number to which the blocks of a layer are proportional; see :func:`allocate`."""
     if distribution == "uniform":
         return float(grid.cells)
     if distribution == "er-matrix" or grid.kernel is None:
@@ -56,29 +62,29 @@ def share(grid: Grid, distribution: str) -> float:
 
 
 def check_sparsity(sparsity: float) -> None:
-    """Raise ValueError unless ``sparsity`` is in [0, 1); TypeError if it is no number."""
+    """Raise ValueError unless ``sparsity`` is in [0, 1); TypeError if it is not a number."""
     check_number("sparsity", sparsity, "a number in [0, 1)")
     if not 0 <= sparsity < 1:
         hint = f" (did you mean {sparsity / 100:g}?)" if 1 < sparsity < 100 else ""
         raise InputError(
-            f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1){hint}", parameter="sparsity"
+            f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1){hint}",
+            parameter="sparsity",
         )
 
 
 def blocks_at(sparsity: float, cells: int) -> int:
-    """Return ``(1 - sparsity) * cells`` rounded to the nearest integer, halves up.
+    """Return ``(1 - sparsity) * cells``, rounded to the nearest integer, halves up.
 
-    ``1 - 0.9`` is a little less than 0.1, and 0.9 a little more than nine tenths: what is meant as a half must not be
-    rounded down for it.
+    A small tolerance makes up for the rounding of decimal fractions: in floating point ``1 - 0.9`` is less than 0.1.
     """
     return math.floor(cells - sparsity * cells + 0.5 + 1e-9)
 
 
 def fill(shares: list[float], low: list[float], high: list[float], total: float) -> list[float]:
-    """Return amounts in proportion to ``shares``, clipped to [low, high], that add up to ``total``.
+    """Return amounts in proportion to ``shares``, limited to [low, high], that add up to ``total``.
 
-    Repeats: distribute what is left in proportion, fix the layers that break a bound, until none does. Of the two
-    kinds of breach the larger one in sum is fixed first, which never has to be taken back.
+    Distributes the total in proportion, fixes the layers that break a bound, and repeats with the others. If both
+    bounds are broken, the side with the larger excess is fixed first; it never has to be undone.
     """
     amounts = [0.0] * len(shares)
     open_ = list(range(len(shares)))
@@ -102,7 +108,7 @@ def fill(shares: list[float], low: list[float], high: list[float], total: float)
 
 
 def round_to_sum(amounts: list[float], total: int) -> list[int]:
-    """Round by largest remainders: floor everything, then give the missing units to the largest fractions."""
+    """Round to integers with the sum ``total``: round down, then add 1 to those with the largest remainders."""
     floors = [math.floor(amount + 1e-9) for amount in amounts]
     order = sorted(range(len(amounts)), key=lambda i: floors[i] - amounts[i])
     for i in order[: total - sum(floors)]:

@@ -1,4 +1,4 @@
-"""Initial topologies: random, balanced, from a mask, from the block norms of a dense weight."""
+"""Initial topologies: random, balanced, from a mask, or from the block norms of a dense weight."""
 
 from __future__ import annotations
 
@@ -6,58 +6,59 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.topology.absent import sample_absent
 from sparsekern.topology.arguments import check_whole
-from sparsekern.topology.dense import dense_block_norms
+from sparsekern.topology.blocks import dense_block_norms
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
-from sparsekern.topology.tied import check_multiple, one_tap, tie
-from sparsekern.topology.topology import Topology, from_keys
+from sparsekern.topology.sampling import sample_absent
+from sparsekern.topology.topology import Topology, check_multiple, from_keys, one_tap, tie
 
 LARGE = 16 * 16
-"""Elements of a block from which on :func:`balanced` swaps blocks: that takes long, and 200 bytes for each of them."""
+"""Block size in elements from which :func:`balanced` swaps blocks, which is slow and takes 200 bytes per block."""
 
 ROUNDS = 12
-"""Rounds of swaps in :func:`balanced`; each offers every block a new partner once."""
+"""Rounds of swaps in :func:`balanced`; in each, every block is paired once."""
 
 
 def check_count(grid: Grid, blocks: int) -> int:
-    """Return ``blocks`` as Python's int; raise ValueError unless it is between 1 and the number of cells.
+    """Return ``blocks`` as an int, after checking that the grid can hold that many.
 
     Raises:
-        TypeError: ``blocks`` is no whole number.
+        TypeError: ``blocks`` is not a whole number.
+        ValueError: ``blocks`` is not between 1 and the number of cells.
     """
     blocks = check_whole("blocks", blocks)
     if not 1 <= blocks <= grid.cells:
         raise InputError(
             f"{blocks} blocks were asked for in a grid of {grid.rows} x {grid.cols} blocks of {grid.block}; "
-            f"it must be 1 to {grid.cells}: change the sparsity or the block size"
+            f"it must be 1 to {grid.cells}: change the sparsity or the block size",
+            parameter="blocks",
         )
     return blocks
 
 
 def random(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
-    """Draw exactly ``blocks`` cells, every set equally likely. Rows and columns may stay empty."""
+    """Draw ``blocks`` cells; every set is equally likely. Block rows and columns may stay empty."""
     check_count(grid, blocks)
     keys = sample_absent(_no_keys(), grid.cells, blocks, generator)
     return from_keys(grid, _ascending(keys, grid.cells), checked=True)
 
 
 def balanced(grid: Grid, blocks: int, generator: torch.Generator) -> Topology:
-    """Draw exactly ``blocks`` cells such that block rows differ by at most one block, and block columns likewise.
+    """Draw ``blocks`` cells such that block rows differ by at most one block, and so do block columns.
 
-    A random graph at high sparsity leaves block rows empty, and an empty block row is ``bo`` dead outputs.
+    At high sparsity a random topology leaves some block rows empty, and an empty block row is ``bo`` dead outputs.
 
-    Draws cells uniformly, then moves random blocks of block rows that have too many to random ones that have too few,
-    and likewise between block columns; so no order of rows or columns is any likelier than another. Large blocks
-    (:data:`LARGE`), of which there are few, start from a cyclic pattern under random row and column orders instead,
-    whose random pairs of blocks swap columns until the pattern is gone.
+    Cells are drawn uniformly; then random blocks move from block rows with too many to random ones with too few, and
+    likewise for block columns. All orders of rows and columns are equally likely. Large blocks (:data:`LARGE`), of
+    which there are few, start from a cyclic pattern under random row and column orders instead, and random pairs of
+    blocks swap columns until the pattern is gone.
     """
     check_count(grid, blocks)
     draw = _swapped_keys if grid.block[0] * grid.block[1] >= LARGE else _levelled_keys
     if 2 * blocks <= grid.cells:
         return from_keys(grid, _ascending(draw(grid, blocks, generator), grid.cells), checked=True)
-    # The complement of a balanced topology is balanced, and blocks find room in it.
+    # The complement of a balanced topology is balanced, and drawing fewer blocks is easier.
     empty = _ascending(draw(grid, grid.cells - blocks, generator), grid.cells)
     every = torch.arange(grid.cells, dtype=torch.int32, device="cpu")
     return from_keys(grid, places_for(every).leave_out_(every, empty.long()), checked=True)
@@ -68,13 +69,13 @@ def _no_keys() -> Tensor:
 
 
 def _ascending(keys: Tensor, cells: int) -> Tensor:
-    """Return distinct keys ``(n,)`` in order, int32: by counting, where the native library is."""
+    """Return distinct keys ``(n,)`` ascending, int32; the native library counts instead of sorting."""
     keys = keys.int()
     return places_for(keys).distinct(keys, _no_keys(), cells)
 
 
 def _levelled_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor:
-    """Draw the keys ``(blocks,)`` of a balanced topology, in any order; in time and memory linear in the blocks."""
+    """Draw the keys ``(blocks,)`` of a balanced topology, in any order, in time and memory linear in the blocks."""
     rows, cols, cells = grid.rows, grid.cols, grid.cells
     keys = sample_absent(_no_keys(), cells, blocks, generator, ordered=True)
     keys = _transposed(_level_(keys, rows, cols, generator), rows, cols)
@@ -83,17 +84,17 @@ def _levelled_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tenso
 
 
 def _transposed(keys: Tensor, rows: int, cols: int) -> Tensor:
-    """Return the keys of the same cells in a grid whose block columns are the block rows of this one."""
+    """Return the keys of the same cells in the transposed grid."""
     row, col = places_for(keys).places_of(keys, cols)
     return col.mul_(rows).add_(row)
 
 
 def _level_(keys: Tensor, rows: int, cols: int, generator: torch.Generator) -> Tensor:
-    """Move keys from rows with too many to rows with too few, each within its column; returns them, in any order.
+    """Move keys from rows with too many to rows with too few, each within its column; return them in any order.
 
     Args:
-        keys: ``(n,)`` distinct int32 keys ``row * cols + col``, ascending; written over.
-        rows, cols: of the grid, or of its transpose.
+        keys: ``(n,)`` distinct int32 keys ``row * cols + col``, ascending; overwritten.
+        rows, cols: numbers of block rows and columns, of the grid or of its transpose.
         generator: a CPU generator.
     """
     starts = torch.searchsorted(keys, torch.arange(rows + 1, dtype=torch.int32, device="cpu") * cols)
@@ -105,8 +106,8 @@ def _level_(keys: Tensor, rows: int, cols: int, generator: torch.Generator) -> T
     taking = row.repeat_interleave(surplus.neg().clamp_(min=0))
     moved, new = _no_keys().long(), _no_keys()  # positions in keys, and the keys that go there
     while giving.shape[0]:
-        # A row with too many has a column that one with too few lacks, and it is drawn sooner or later.
-        giving = giving[torch.randperm(giving.shape[0], generator=generator, device="cpu")]  # taking: near in memory
+        # A row with too many has a column that one with too few lacks, so the loop ends with probability 1.
+        giving = giving[torch.randperm(giving.shape[0], generator=generator, device="cpu")]  # taking: local reads
         among = torch.rand(giving.shape[0], dtype=torch.float64, generator=generator, device="cpu")
         at = starts[giving] + (among * count[giving]).long()
         to = (taking * cols + keys[at] % cols).int()
@@ -118,13 +119,13 @@ def _level_(keys: Tensor, rows: int, cols: int, generator: torch.Generator) -> T
 
 
 def _are_new(former: Tensor, numbers: Tensor, bound: int) -> Tensor:
-    """Return ``(n,)`` bool: a number is neither among the former ones nor there before; all are below ``bound``."""
+    """Return ``(n,)`` bool: whether a number, below ``bound``, occurs for the first time and is not in ``former``."""
     together = torch.cat([former, numbers]).int()
     return places_for(together).first_occurrences(together, _no_keys(), bound)[former.shape[0] :]
 
 
 def _swapped_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor:
-    """Draw the keys ``(blocks,)`` of a balanced topology, in any order, by swaps from a pattern."""
+    """Draw the keys ``(blocks,)`` of a balanced topology, in any order, by random swaps in a cyclic pattern."""
     rows, cols = grid.rows, grid.cols
     row_order = torch.randperm(rows, generator=generator, device="cpu")
     col_order = torch.randperm(cols, generator=generator, device="cpu")
@@ -132,14 +133,14 @@ def _swapped_keys(grid: Grid, blocks: int, generator: torch.Generator) -> Tensor
     degree[: blocks % rows] += 1
     entry = torch.arange(blocks, device="cpu")
     row = row_order.repeat_interleave(degree, output_size=blocks)
-    keys = row * cols + col_order[entry % cols]  # at most cols in a row: no cell twice
+    keys = row * cols + col_order[entry % cols]  # a row has at most cols blocks, so no cell occurs twice
     for _ in range(ROUNDS):
         keys = _swap_columns(keys, cols, generator)
     return keys
 
 
 def _swap_columns(keys: Tensor, cols: int, generator: torch.Generator) -> Tensor:
-    """Pair the blocks at random and let each pair exchange columns where both new cells are empty and wanted once."""
+    """Pair the blocks at random; each pair swaps columns if both new cells are empty and no other pair wants them."""
     half = keys.shape[0] // 2
     order = torch.randperm(keys.shape[0], generator=generator, device="cpu")
     first, second = keys[order[:half]], keys[order[half : 2 * half]]
@@ -158,14 +159,18 @@ def _swap_columns(keys: Tensor, cols: int, generator: torch.Generator) -> Tensor
 
 
 def from_mask(grid: Grid, mask: Tensor) -> Topology:
-    """Take the cells where ``mask (R, C)`` is true, in row-major order.
+    """Return the topology of the cells where a mask is true, in row-major order.
+
+    Args:
+        grid: the grid.
+        mask: ``(R, C)``, one entry per block; a mask over elements is not accepted.
 
     Raises:
-        ValueError: the shape is not that of the grid (a mask over elements is not accepted), or no cell is true.
+        ValueError: the mask has another shape, or no cell is true.
     """
     if tuple(mask.shape) != (grid.rows, grid.cols):
         raise InputError(
-            f"mask has shape {tuple(mask.shape)}; it must have one entry a block, ({grid.rows}, {grid.cols})",
+            f"mask has shape {tuple(mask.shape)}; it must have one entry per block, ({grid.rows}, {grid.cols})",
             parameter="mask",
         )
     keys = mask.bool().flatten().nonzero().squeeze(1)
@@ -174,13 +179,16 @@ def from_mask(grid: Grid, mask: Tensor) -> Topology:
 
 
 def by_norm(grid: Grid, weight: Tensor, blocks: int, tie_taps: bool = False) -> Topology:
-    """Take the ``blocks`` blocks of largest Frobenius norm in a dense ``weight``; ties go to the first.
+    """Return the topology of the blocks of largest Frobenius norm in a dense weight; ties go to the first.
 
-    With ``tie_taps`` the norm is that of a block of channels over all taps, and ``blocks`` a multiple of the taps.
-    The weight is ``(out, in)``, or ``(Cout, Cin / groups, kh, kw)`` of a convolution.
+    Args:
+        grid: the grid.
+        weight: the dense weight, ``(out, in)`` or ``(Cout, Cin / groups, kh, kw)``.
+        blocks: number of blocks.
+        tie_taps: rank blocks of channels by their norm over all taps; ``blocks`` must be a multiple of the taps.
 
     Raises:
-        ValueError: too few or too many blocks, a weight of another shape, or NaN in it.
+        ValueError: ``blocks`` does not fit the grid, or the weight has another shape or holds NaN.
     """
     check_count(grid, blocks)
     norms = dense_block_norms(grid, weight)
@@ -190,7 +198,7 @@ def by_norm(grid: Grid, weight: Tensor, blocks: int, tie_taps: bool = False) -> 
         blocks //= grid.taps
     norms = norms.flatten()
     if bool(norms.isnan().any()):
-        raise InputError("the weight holds NaN; its blocks have no order of strength")
+        raise InputError("weight holds NaN, so its blocks cannot be ranked; load another one", parameter="weight")
     keys = norms.sort(descending=True, stable=True).indices[:blocks]
     keys = keys.sort().values
     drawn = from_keys(one_tap(grid) if tie_taps else grid, keys, checked=True)

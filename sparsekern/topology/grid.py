@@ -1,4 +1,4 @@
-"""The grid of blocks that a weight matrix is cut into."""
+"""The grid of blocks that a weight is cut into."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from sparsekern.topology.arguments import check_whole, whole_sides
 class Grid:
     """A weight of ``out_features x in_features`` elements cut into blocks ``(bo, bi)``.
 
-    The last block row and column may stick out of the matrix; that part is *phantom* and never counted.
+    The last block row and the last block column may extend beyond the matrix; the elements outside are *phantom* and
+    never counted.
 
-    The weight of a convolution is the matrix ``Cout x (kh*kw*Cin/groups)``, its columns in (tap, channel) order.
-    Block columns are cut inside each tap and block rows inside each group, so the last one of *each* may stick out.
-    A convolution of one dimension is one of a single row: its kernel has one side, and ``kh`` is 1. :func:`conv_grid`
-    makes the grid of either.
+    The weight of a convolution is the matrix ``Cout x (kh*kw*Cin/groups)`` with columns in (tap, channel) order. It is
+    cut into block columns within each tap and into block rows within each group, so the last ones of *each* may extend
+    beyond. In one dimension the kernel has one side, and ``kh`` is 1. Use :func:`conv_grid` to make such a grid.
 
     Args:
         out_features: rows of the matrix, 1 or more; a multiple of ``groups``.
         in_features: columns of the matrix, 1 or more; a multiple of the taps ``kh * kw``.
         block: rows and columns of a block, 1 or more each.
-        kernel: ``(kh, kw)`` of a convolution, ``(kw,)`` of one in one dimension; None for a linear layer.
-        groups: of a convolution.
+        kernel: ``(kh, kw)`` of a convolution, ``(kw,)`` in one dimension; None for a linear layer.
+        groups: groups of a convolution.
         transposed: whether the dense weight of a linear layer is ``(in, out)``, as in GPT-2. Blocks do not change.
 
     Raises:
-        TypeError: a size that is no whole number.
-        ValueError: a size is below 1 or not such a multiple, or the grid has 2**31 cells or more (the index is int32).
+        TypeError: a size is not a whole number.
+        ValueError: a size is below 1 or not a multiple as above, or there are 2**31 cells or more (indices are int32).
     """
 
     out_features: int
@@ -45,7 +45,7 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
             size = check_whole(name, getattr(self, name))
-            object.__setattr__(self, name, size)  # an int of numpy has no place in an op's schema
+            object.__setattr__(self, name, size)  # the schema of an op takes no integer of NumPy
             if size < 1:
                 raise InputError(f"{name} is {size}; it must be 1 or more", parameter=name)
         object.__setattr__(self, "groups", check_whole("groups", self.groups))
@@ -68,79 +68,80 @@ class Grid:
             )
         if self.cells >= 2**31:
             raise InputError(
-                f"{self.out_features} x {self.in_features} in blocks of {self.block} are {self.cells} cells; "
-                "the index is int32 and holds fewer than 2**31: use larger blocks"
+                f"block_size is {self.block}, which cuts {self.out_features} x {self.in_features} into {self.cells} "
+                "cells; there must be fewer than 2**31: use larger blocks",
+                parameter="block_size",
             )
 
     @property
     def taps(self) -> int:
-        """kh * kw; 1 for a linear layer."""
+        """The number of taps kh * kw; 1 for a linear layer."""
         return 1 if self.kernel is None else math.prod(self.kernel)
 
     @property
     def group_out(self) -> int:
-        """Rows of the matrix in one group."""
+        """The rows of the matrix in one group."""
         return self.out_features // self.groups
 
     @property
     def tap_in(self) -> int:
-        """Columns of the matrix in one tap: the input channels of one group."""
+        """The columns of the matrix in one tap: the input channels of one group."""
         return self.in_features // self.taps
 
     @property
     def group_rows(self) -> int:
-        """RB, the block rows of one group; block row ``r`` is row ``r % RB`` of group ``r // RB``."""
+        """The block rows RB of one group; block row ``r`` is row ``r % RB`` of group ``r // RB``."""
         return -(-self.group_out // self.block[0])
 
     @property
     def tap_cols(self) -> int:
-        """CB, the block columns of one tap; block column ``c`` is column ``c % CB`` of tap ``c // CB``."""
+        """The block columns CB of one tap; block column ``c`` is column ``c % CB`` of tap ``c // CB``."""
         return -(-self.tap_in // self.block[1])
 
     @property
     def rows(self) -> int:
-        """R, the number of block rows."""
+        """The number of block rows R."""
         return self.groups * -(-self.out_features // (self.groups * self.block[0]))
 
     @property
     def cols(self) -> int:
-        """C, the number of block columns."""
+        """The number of block columns C."""
         taps = self.taps
         return taps * -(-self.in_features // (taps * self.block[1]))
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the dense weight in PyTorch: ``(out, in)``, or ``(Cout, Cin / groups, kh, kw)`` or ``(..., kw)``."""
+        """The shape of PyTorch's dense weight: ``(out, in)``, ``(Cout, Cin / groups, kh, kw)`` or ``(..., kw)``."""
         if self.kernel is not None:
             return self.out_features, self.tap_in, *self.kernel
         return (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
 
     @property
     def cells(self) -> int:
-        """R * C, the number of places for a block."""
+        """The number of cells R * C."""
         return self.rows * self.cols
 
     @property
     def numel(self) -> int:
-        """Elements of the dense matrix."""
+        """The number of elements of the matrix."""
         return self.out_features * self.in_features
 
     @property
     def has_edge(self) -> bool:
-        """Whether some block sticks out of the matrix."""
+        """Whether some blocks extend beyond the matrix."""
         return bool(self.group_out % self.block[0] or self.tap_in % self.block[1])
 
     def real_rows(self, row: Tensor) -> Tensor:
-        """Return how many of its ``bo`` rows a block in block row ``row`` has inside the matrix; 0 for a free slot."""
+        """Return how many rows of a block in block row ``row`` are inside the matrix; 0 for a free slot."""
         return _inside(row, self.group_rows, self.group_out, self.block[0])
 
     def real_cols(self, col: Tensor) -> Tensor:
-        """Return how many of its ``bi`` columns a block in block column ``col`` has inside the matrix; 0 if free."""
+        """Return how many columns of a block in block column ``col`` are inside the matrix; 0 for a free slot."""
         return _inside(col, self.tap_cols, self.tap_in, self.block[1])
 
 
 def _inside(place: Tensor, places: int, size: int, side: int) -> Tensor:
-    """Return how much of its ``side`` a block has inside: of each ``places`` that cover ``size`` the last is cut."""
+    """Return how much of a block's ``side`` is inside, where the last of each ``places`` covering ``size`` is cut."""
     if size % side == 0:
         return (place >= 0).to(place.dtype).mul_(side)
     inside = (size - place % places * side).clamp_(max=side)
@@ -154,12 +155,12 @@ def conv_grid(
 
     Args:
         in_channels, out_channels: multiples of ``groups``.
-        kernel: ``(kh, kw)``, or ``(kw,)`` of a convolution in one dimension.
+        kernel: ``(kh, kw)``, or ``(kw,)`` in one dimension.
         block: ``(bo, bi)``, in channels.
         groups: as in :class:`torch.nn.Conv2d`.
 
     Raises:
-        ValueError: as :class:`Grid`, or ``in_channels`` is not a multiple of ``groups``.
+        ValueError: as for :class:`Grid`, or ``in_channels`` is not a multiple of ``groups``.
     """
     groups = check_whole("groups", groups)
     in_channels, out_channels = check_whole("in_channels", in_channels), check_whole("out_channels", out_channels)
@@ -173,10 +174,10 @@ def conv_grid(
 
 
 def block_pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return ``(out, in)`` from ``block_size``, a whole number or a pair; :class:`Grid` checks that they are 1 or more.
+    """Return ``(out, in)`` from ``block_size``, a whole number or a pair; :class:`Grid` checks their range.
 
     Raises:
-        TypeError: neither a whole number nor a pair of them.
+        TypeError: ``block_size`` is neither.
     """
     rows, cols = whole_sides("block_size", block_size, 2, "an int or a pair of ints (out, in)")
     return rows, cols

@@ -1,6 +1,9 @@
-"""Building the :class:`~sparsekern.kernels.contract.Index` on the device, in place, without waiting for it."""
+"""Building the :class:`~sparsekern.kernels.contract.Index` on the device, in place; checking that it is current."""
 
 from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,16 +12,17 @@ from sparsekern.errors import InputError
 from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
-from sparsekern.topology.topology import Topology
+from sparsekern.topology.topology import Topology, check_tied
 
 CHUNK = 2**16
-"""Entries of an order that :func:`mask_index_` handles together; beside that it takes 4 bytes an entry."""
+"""Entries that :func:`mask_index_` handles at a time; in addition it takes 4 bytes per entry."""
 
 
 def empty_index(topology: Topology) -> Index:
-    """Return an index of zeros with the right shapes; :func:`rebuild_` fills it.
+    """Return an index of zeros with the shapes for a topology; :func:`rebuild_` fills it.
 
-    At 1x1 ``row_col`` and ``col_row`` are the topology's own tensors (see :class:`Index`), which must be contiguous.
+    With 1x1 blocks ``row_col`` and ``col_row`` are the topology's own tensors (see :class:`Index`), which must be
+    contiguous.
     """
     grid, device = topology.grid, topology.row.device
 
@@ -38,19 +42,19 @@ def empty_index(topology: Topology) -> Index:
 
 
 def build_index(topology: Topology, *, checked: bool = False, ascending: bool = False) -> Index:
-    """Return the index of a topology, whose places may be of any strides and integer dtype.
+    """Return the index of a topology, whose places may have any strides and integer dtype.
 
     Args:
-        topology: validated here, which waits for the device, unless it is ``checked``.
-        checked: the caller knows that it is valid.
+        topology: the places.
+        checked: the topology is known to be valid. Otherwise it is validated, which synchronises the device.
         ascending: as in :func:`rebuild_`.
 
     Raises:
-        ValueError: a place outside the grid, or one that is there twice: kernels would read and write beyond it.
+        ValueError: a place is outside the grid or taken twice; kernels would read and write out of bounds.
     """
     row, col = (places.to(torch.int32).contiguous() for places in (topology.row, topology.col))
     topology = Topology(topology.grid, row, col)
-    if not checked and topology.slots:  # a layer has a slot, an index need not
+    if not checked and topology.slots:  # an index may be empty, a layer may not
         topology.validate()
     index = empty_index(topology)
     rebuild_(index, topology, ascending=ascending)
@@ -59,41 +63,47 @@ def build_index(topology: Topology, *, checked: bool = False, ascending: bool = 
 
 @torch.no_grad()
 def rebuild_(index: Index, topology: Topology, *, ascending: bool = False) -> None:
-    """Write the index of ``topology`` into ``index``: same tensors, same addresses. Reads nothing on the host.
+    """Write the index of a topology into existing tensors, without synchronising the device.
 
-    With ``ascending`` the slots are in the order of their keys, free ones last: there is less to sort.
+    Args:
+        index: written to; its tensors and addresses stay the same.
+        topology: a valid topology.
+        ascending: the slots are ordered by key, with free ones last, so there is less to sort.
 
     Raises:
-        ValueError: at 1x1, an index that shares its tensors with another topology.
+        ValueError: with 1x1 blocks, the index shares its tensors with another topology.
     """
     by_slot = topology.grid.block == (1, 1)
     if by_slot and (index.row_col is not topology.col or index.col_row is not topology.row):
-        raise InputError("at 1x1 an index shares row and col with its topology; build a new one for another topology")
+        raise InputError(
+            "index is of another topology, and with 1x1 blocks it shares row and col with it; build a new one",
+            parameter="index",
+        )
     kernels = places_for(topology.row, topology.col, *index)
     kernels.orders_(index, topology.row, topology.col, by_slot=by_slot, ascending=ascending)
 
 
 def stored_blocks(index: Index) -> int:
-    """Return how many blocks an index holds (waits for the device)."""
+    """Return the number of blocks in an index (synchronises the device)."""
     return int(index.row_ptr[-1])
 
 
 def ordered_keys(index: Index, topology: Topology) -> Tensor:
-    """Return what ``topology.sorted_keys()`` does, from the order that its index has already: without a sort."""
+    """Return ``topology.sorted_keys()`` without sorting, from the order in its index."""
     slots = index.row_slot[: stored_blocks(index)]
     return topology.row.index_select(0, slots).mul_(topology.grid.cols).add_(topology.col.index_select(0, slots))
 
 
 @torch.no_grad()
 def mask_index(index: Index, keep: Tensor, block: tuple[int, int]) -> Index:
-    """Return a transient index of the blocks whose slot is kept, by a prefix sum over the two orders: no sort.
+    """Return an index of some of the blocks, by a prefix sum over both orders instead of a sort.
 
     Args:
         index: the layer's index; not changed.
-        keep: ``(Z,)`` bool, over slots. Free slots stay out whatever it says.
+        keep: ``(Z,)`` bool, the slots to keep; free slots are left out in any case.
         block: the block size of the layer.
     """
-    by_slot = block == (1, 1)  # then the lists of columns and rows are the topology's own
+    by_slot = block == (1, 1)  # the lists of columns and rows are the topology's own
     kept = Index(*(torch.zeros_like(tensor) for tensor in index))
     if by_slot:
         kept = kept._replace(row_col=index.row_col, col_row=index.col_row)
@@ -103,9 +113,11 @@ def mask_index(index: Index, keep: Tensor, block: tuple[int, int]) -> Index:
 
 @torch.no_grad()
 def mask_index_(into: Index, index: Index, keep: Tensor, block: tuple[int, int]) -> None:
-    """Write what :func:`mask_index` returns for ``index``, ``keep (Z,)`` and ``block`` into ``into``, in place.
+    """Write the result of :func:`mask_index` into existing tensors, whose addresses stay the same.
 
-    Its tensors and their addresses stay the same.
+    Args:
+        into: the index to write.
+        index, keep, block: as in :func:`mask_index`; ``keep (Z,)``.
     """
     by_slot = block == (1, 1)
     _compact_(into[:3], index[:3], keep, by_slot)
@@ -113,7 +125,7 @@ def mask_index_(into: Index, index: Index, keep: Tensor, block: tuple[int, int])
 
 
 def _compact_(into: tuple[Tensor, ...], order: tuple[Tensor, ...], keep: Tensor, by_slot: bool) -> None:
-    """Move the kept entries of one order ``(ptr, other, slot)`` to the front; the others follow, as free slots do."""
+    """Move the kept entries of one order ``(ptr, other, slot)`` to the front; the others follow, like free slots."""
     ptr, other, slot = order
     slots, used = slot.shape[0] - PADDING, ptr[-1]
     before = torch.zeros(slots + 1, dtype=torch.int32, device=ptr.device)  # kept entries before each one
@@ -134,7 +146,130 @@ def _compact_(into: tuple[Tensor, ...], order: tuple[Tensor, ...], keep: Tensor,
 
 
 def index_bytes(grid: Grid, slots: int) -> int:
-    """Return the bytes of row, col and the index together, for ``slots`` slots."""
-    lists = 4 if grid.block == (1, 1) else 6  # at 1x1 two of the lists are row and col themselves
+    """Return the bytes of ``row``, ``col`` and the index of a layer with this many ``slots``."""
+    lists = 4 if grid.block == (1, 1) else 6  # with 1x1 blocks two of the lists are row and col themselves
     padding = lists - 2
     return 4 * (lists * slots + padding * PADDING + grid.rows + 1 + grid.cols + 1)
+
+
+class IndexSource:
+    """The tensors that an index was built from, with their versions at that time.
+
+    Tensors count the writes into them (``Tensor._version``), so checking whether an index is current reads a few
+    integers and never synchronises the device. Writes through ``.data``, NumPy or another process are not counted.
+
+    Args:
+        topology: the topology of the index. Its tensors must count versions, which those made under
+            ``torch.inference_mode`` do not.
+        index: the index. Its ``row_ptr`` refers to the source from now on, in compiled code too.
+        tied: whether the taps of a convolution are tied.
+        owner: name of the owner, for errors.
+        doubtful: the index may not match the topology, and is compared before its first use.
+    """
+
+    def __init__(self, topology: Topology, index: Index, *, tied: bool, owner: str, doubtful: bool = False) -> None:
+        self.topology, self.index = topology, index
+        self.row, self.col = topology.row, topology.col
+        self.tied, self.owner = tied, owner
+        self.accept()
+        if doubtful:
+            self.doubt()
+        index.row_ptr.source = _SourceRef(self)  # type: ignore[attr-defined]
+
+    def doubt(self) -> None:
+        """Have the index compared before its next use, even if no version changes."""
+        self.row_version = -1
+
+    def accept(self) -> None:
+        """Record the present versions: the tensors are consistent."""
+        self.row_version, self.col_version = self.row._version, self.col._version
+        self.index_version = sum(part._version for part in self.index)
+
+    def fits(self) -> bool:
+        """Return whether neither the places nor the index have been written to."""
+        a, b, c, d, e, f = self.index
+        return (
+            self.row._version == self.row_version
+            and self.col._version == self.col_version
+            and a._version + b._version + c._version + d._version + e._version + f._version == self.index_version
+        )
+
+    def renew(self) -> None:
+        """Compare the index with the places after other code has written to them (synchronises the device).
+
+        Writing equal numbers is allowed, and so is replacing ``row``, ``col`` and the index together, as
+        DistributedDataParallel does. If only the index was overwritten, it is rebuilt.
+
+        Raises:
+            ValueError: ``row`` and ``col`` are not a valid topology, or not that of the index.
+        """
+        places_written = (self.row._version, self.col._version) != (self.row_version, self.col_version)
+        fresh = fresh_index(self.topology, self.tied, self.owner)
+        if not same_index(self.index, fresh):
+            if places_written:
+                raise InputError(
+                    f"other code overwrote row and col of {self.owner}, and its index was built from other places: "
+                    "if they were loaded or copied, call sparsekern.refresh_(model); if they were averaged, load a "
+                    "checkpoint and average parameters only (use_buffers=False)"
+                )
+            copy_index_(self.index, fresh)
+        self.accept()
+
+
+class _SourceRef(weakref.ref[IndexSource]):
+    """A weak reference, since the source holds the tensor. Copies and pickles of a tensor get None instead."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def fresh_index(topology: Topology, tied: bool, owner: str) -> Index:
+    """Validate places that other code has written and return a new index of them.
+
+    Args:
+        topology: the places; not changed.
+        tied: whether the taps must be tied.
+        owner: name of the owner, for errors.
+
+    Raises:
+        ValueError: the places are not a valid topology, or the taps are not tied although they must be.
+    """
+    try:
+        topology.validate()
+        if tied:
+            check_tied(topology)
+    except ValueError as error:
+        raise InputError(
+            f"other code overwrote row and col of {owner}, which are not a topology now: {error}; load a checkpoint, "
+            "and if they were averaged, average parameters only (use_buffers=False)"
+        ) from None
+    return build_index(topology, checked=True)
+
+
+def same_index(a: Index, b: Index) -> bool:
+    """Return whether the indices ``a`` and ``b`` hold the same numbers (synchronises the device)."""
+    return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@torch.no_grad()
+def copy_index_(into: Index, index: Index) -> None:
+    """Copy an ``index`` into the tensors of another, ``into``."""
+    for mine, new in zip(into, index, strict=True):
+        if mine is not new:
+            mine.copy_(new)
+
+
+def current_index(tensors: Sequence[Tensor]) -> Index:
+    """Return the six ``tensors`` of an op as an index, after comparing it with its source if that was written to.
+
+    Raises:
+        ValueError: as :meth:`IndexSource.renew`.
+    """
+    known: _SourceRef | None = getattr(tensors[0], "source", None)
+    if known is not None:
+        source = known()
+        if source is not None and (
+            source.row._version != source.row_version or source.col._version != source.col_version
+        ):
+            source.renew()
+    return Index._make(tensors)

@@ -1,8 +1,8 @@
-"""Where the stored blocks are: one coordinate pair a slot, and nothing else."""
+"""The places of the stored blocks: one pair of coordinates per slot."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,19 +13,20 @@ from sparsekern.topology.grid import Grid
 from sparsekern.topology.places import places_for
 
 CHUNK = 2**16
-"""Slots that are looked at together where what is made of their places is many times as large as they are."""
+"""Slots handled at a time where intermediate tensors are several times as large as the places."""
 
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """The places of the blocks. Holds the tensors it is given, so a layer's topology is a view of its buffers.
+    """The places of the blocks of a weight.
 
-    Two are equal when they are the same object: ``torch.equal`` compares places, and waits for the device.
+    It holds the tensors it is given, so a layer's topology is a view of its buffers. ``==`` compares identities; use
+    ``torch.equal`` to compare places.
 
     Args:
         grid: the grid of ``R x C`` cells.
-        row: ``(Z,)`` int32, block row of each slot; -1 is a free slot.
-        col: ``(Z,)`` int32, block column of each slot; -1 where ``row`` is.
+        row: ``(Z,)`` int32, block row of each slot; -1 in a free slot.
+        col: ``(Z,)`` int32, block column of each slot; -1 in a free slot.
     """
 
     grid: Grid
@@ -34,19 +35,19 @@ class Topology:
 
     @property
     def slots(self) -> int:
-        """Z, stored blocks and free slots together."""
+        """The number of slots Z, used and free."""
         return self.row.shape[0]
 
     def used(self) -> Tensor:
-        """Return ``(Z,)`` bool: the slot holds a block."""
+        """Return ``(Z,)`` bool: whether the slot holds a block."""
         return self.row >= 0
 
     def blocks(self) -> int:
-        """Return the number of stored blocks (waits for the device)."""
-        return int(self.used().count_nonzero())  # a sum would make a copy of whole numbers first
+        """Return the number of stored blocks (synchronises the device)."""
+        return int(self.used().count_nonzero())  # sum() would first copy to int64
 
     def elements(self) -> int:
-        """Return the number of stored elements, phantom ones not counted (waits for the device)."""
+        """Return the number of stored elements without phantom ones (synchronises the device)."""
         grid = self.grid
         if not grid.has_edge:
             return self.blocks() * grid.block[0] * grid.block[1]
@@ -56,15 +57,15 @@ class Topology:
         return int(total)
 
     def sparsity(self) -> float:
-        """Return the fraction of the matrix that is absent, in [0, 1] (waits for the device)."""
+        """Return the fraction of the weight that is not stored, in [0, 1] (synchronises the device)."""
         return 1 - self.elements() / self.grid.numel
 
     def keys(self) -> Tensor:
-        """Return ``(Z,)`` int32: ``row * C + col``, and ``R * C`` for a free slot, so that free slots sort last."""
+        """Return ``(Z,)`` int32: ``row * C + col``, or ``R * C`` for a free slot, so that free slots sort last."""
         return torch.where(self.used(), self.row * self.grid.cols + self.col, self.grid.cells)
 
     def sorted_keys(self) -> Tensor:
-        """Return the keys of the stored blocks only, ascending (waits for the device)."""
+        """Return the keys of the stored blocks, ascending (synchronises the device)."""
         used = self.used()
         full = bool(used.all())
         row, col = (places if full else places[used] for places in (self.row, self.col))
@@ -72,9 +73,9 @@ class Topology:
         return places_for(keys).distinct(keys, keys[:0], self.grid.cells)
 
     def real(self) -> Tensor | None:
-        """Return a bool mask, ``(Z, bo, bi)``-broadcastable, of elements that are inside the matrix and in a used slot.
+        """Return a mask, broadcastable to ``(Z, bo, bi)``, of the elements inside the matrix and in a used slot.
 
-        None when every slot is used and no block sticks out.
+        None if that is all of them (synchronises the device).
         """
         grid = self.grid
         if not grid.has_edge and self.blocks() == self.slots:
@@ -84,10 +85,14 @@ class Topology:
         return inside_row[:, :, None] & inside_col[:, None, :]
 
     def moved(self, slots: Tensor, row: Tensor, col: Tensor) -> Topology:
-        """Return a new topology, validated, in which ``slots (k,)`` are at ``row (k,)``, ``col (k,)``.
+        """Return a new, validated topology in which some slots have other places.
+
+        Args:
+            slots: ``(k,)`` integers, the slots to move.
+            row, col: ``(k,)`` integers, the new places; -1 in both frees a slot.
 
         Raises:
-            ValueError: a slot or a place does not exist, or two blocks would be at one place.
+            ValueError: a slot or a place does not exist, or two blocks would share a place.
         """
         for name, tensor in (("slots", slots), ("row", row), ("col", col)):
             check_kind(name, tensor, Tensor, "a tensor (k,) of integers")
@@ -98,7 +103,7 @@ class Topology:
             if tensor.is_floating_point() or tensor.is_complex():
                 raise InputError(f"{name} is {tensor.dtype}; it must hold integers", parameter=name)
         for name, tensor, count in (("row", row, self.grid.rows), ("col", col, self.grid.cols)):
-            if tensor.numel() and (int(tensor.min()) < -1 or int(tensor.max()) >= count):  # before int32 wraps it
+            if tensor.numel() and (int(tensor.min()) < -1 or int(tensor.max()) >= count):  # int32 would wrap it
                 at = int(((tensor < -1) | (tensor >= count)).int().argmax())
                 raise InputError(
                     f"{name} is {int(tensor[at])} for slot {int(slots[at])}; it must be 0 to {count - 1}, or -1 "
@@ -107,11 +112,14 @@ class Topology:
                 )
         slots = slots.long()
         if slots.numel() and (int(slots.min()) < 0 or int(slots.max()) >= self.slots):
-            raise InputError(f"slots to move are 0 to {self.slots - 1}; got {int(slots.min())} to {int(slots.max())}")
+            raise InputError(
+                f"slots holds {int(slots.min())} to {int(slots.max())}; it must be 0 to {self.slots - 1}",
+                parameter="slots",
+            )
         named = torch.zeros_like(self.row, dtype=torch.bool)
         ascending = bool((slots[1:] > slots[:-1]).all())
         if not ascending and int(named.index_fill_(0, slots, True).count_nonzero()) != slots.numel():
-            raise InputError("a slot is named twice among those to move; each can go to one place only")
+            raise InputError("slots holds a slot twice; each can move to one place only", parameter="slots")
         new = Topology(
             self.grid,
             self.row.index_copy(0, slots, row.to(self.row)),
@@ -121,10 +129,10 @@ class Topology:
         return new
 
     def validate(self) -> None:
-        """Check that every slot is free or at a place of its own inside the grid (waits for the device).
+        """Check that every slot is free or has a place of its own inside the grid (synchronises the device).
 
         Raises:
-            ValueError: what is wrong, and in which slot.
+            ValueError: a slot is wrong; the message says which and why.
         """
         grid = self.grid
         for name in ("row", "col"):
@@ -164,21 +172,25 @@ class Topology:
 
 
 def from_keys(grid: Grid, keys: Tensor, *, checked: bool = False) -> Topology:
-    """Return the topology whose slot ``z`` is at cell ``keys[z] = row * C + col``, keys ``(Z,)`` in any order.
+    """Return the topology with slot ``z`` at cell ``keys[z] = row * C + col``.
 
-    With ``checked`` the caller knows that they are distinct and inside the grid.
+    Args:
+        grid: the grid.
+        keys: ``(Z,)`` keys in any order.
+        checked: the keys are known to be distinct and inside the grid.
 
     Raises:
-        ValueError: a key is outside the grid, or there twice.
+        ValueError: a key is outside the grid, or occurs twice.
     """
     if not checked and keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < grid.cells:
         wrong = int(keys.min()) if int(keys.min()) < 0 else int(keys.max())
         raise InputError(
-            f"keys hold key {wrong}; the keys of {grid.rows} x {grid.cols} places are 0 to {grid.cells - 1}"
+            f"keys hold {wrong}; in a grid of {grid.rows} x {grid.cols} blocks they must be 0 to {grid.cells - 1}",
+            parameter="keys",
         )
     keys = keys.int()
     topology = Topology(grid, *places_for(keys).places_of(keys, grid.cols))
-    if not checked and topology.slots:  # no key: a matrix of zeros, which a file may hold
+    if not checked and topology.slots:  # a file may hold a matrix of zeros, without a key
         topology.validate()
     return topology
 
@@ -187,7 +199,7 @@ def with_capacity(topology: Topology, capacity: int) -> Topology:
     """Return the topology with free slots appended until it has ``capacity`` slots.
 
     Raises:
-        ValueError: ``capacity`` is below the slots there are.
+        ValueError: ``capacity`` is below the number of slots.
     """
     if capacity < topology.slots:
         raise InputError(
@@ -195,3 +207,46 @@ def with_capacity(topology: Topology, capacity: int) -> Topology:
         )
     free = topology.row.new_full((capacity - topology.slots,), -1)
     return Topology(topology.grid, torch.cat([topology.row, free]), torch.cat([topology.col, free]))
+
+
+def one_tap(grid: Grid) -> Grid:
+    """Return the grid of a single tap of ``grid``; each of its cells stands for one block in every tap."""
+    return replace(grid, in_features=grid.tap_in, kernel=(1,) * len(grid.kernel or (1, 1)))
+
+
+def check_multiple(grid: Grid, blocks: int) -> None:
+    """Raise ValueError unless ``blocks`` is a multiple of the number of taps."""
+    if blocks % grid.taps:
+        raise InputError(
+            f"blocks is {blocks}; with tie_taps=True it must be a multiple of the {grid.taps} taps", parameter="blocks"
+        )
+
+
+def tie(topology: Topology, grid: Grid) -> Topology:
+    """Return the topology that stores the blocks of a single tap in every tap.
+
+    Slot ``z`` becomes slots ``z * taps`` to ``(z + 1) * taps - 1``, in the order of the taps.
+
+    Args:
+        topology: a topology of ``one_tap(grid)``.
+        grid: the grid of all taps.
+    """
+    tap = torch.arange(grid.taps, dtype=torch.int32, device=topology.col.device)
+    col = (tap * grid.tap_cols + topology.col[:, None]).flatten()
+    row = topology.row.repeat_interleave(grid.taps)
+    return Topology(grid, row, torch.where(row >= 0, col, -1))
+
+
+def check_tied(topology: Topology) -> None:
+    """Raise ValueError unless every block of channels is stored in all taps or in none (synchronises the device)."""
+    grid, used = topology.grid, topology.used()
+    row, col = topology.row[used].long(), topology.col[used].long()
+    cell, count = (row * grid.tap_cols + col % grid.tap_cols).unique(return_counts=True)
+    loose = count != grid.taps
+    if bool(loose.any()):
+        at = int(loose.int().argmax())
+        place, taps = int(cell[at]), int(count[at])
+        raise InputError(
+            f"the block at row {place // grid.tap_cols}, channels {place % grid.tap_cols} is stored in {taps} of "
+            f"{grid.taps} taps; with tie_taps=True it must be all or none: move the blocks of all taps together"
+        )

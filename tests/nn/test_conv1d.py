@@ -93,7 +93,7 @@ def test_checkpoints_dense_and_sparse_and_of_the_wrong_shape():
     kept = module.dense_weight() != 0
     module.load_state_dict(dense.state_dict())
     assert torch.equal(module.dense_weight(), dense.weight * kept)
-    with pytest.raises(RuntimeError, match=r"weight has shape \(12, 6, 1, 3\); the layer is \(12, 6, 3\)"):
+    with pytest.raises(RuntimeError, match=r"shape \(12, 6, 1, 3\); it must be that of the layer, \(12, 6, 3\)"):
         module.load_state_dict({"weight": torch.zeros(12, 6, 1, 3), "bias": torch.zeros(12)})
     flat = sk.SparseConv2d(6, 12, (1, 3), block_size=(4, 2), sparsity=0.5, seed=0, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"for a weight \(12, 6, 1, 3\), and the layer has \(12, 6, 3\)"):

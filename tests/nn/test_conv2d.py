@@ -227,7 +227,7 @@ def test_checkpoints_dense_and_sparse(settings):
     module.load_state_dict(dense.state_dict())
     kept = other.dense_weight() != 0
     assert torch.equal(module.dense_weight(), dense.weight * kept)
-    with pytest.raises(RuntimeError, match=r"weight has shape \(12, 6\); the layer is \(12, "):
+    with pytest.raises(RuntimeError, match=r"weight has shape \(12, 6\); it must be that of the layer, \(12, "):
         module.load_state_dict({"weight": torch.zeros(12, 6), "bias": torch.zeros(12)})
 
 

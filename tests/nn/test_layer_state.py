@@ -24,7 +24,7 @@ DAMAGES = [
     (lambda s: s.update(row=s["row"].long()), "row is torch.int64"),
     (lambda s: s.update(row=s["row"][:3], col=s["col"][:3]), "columns of shape \\(3,\\) for 8 slots"),
     (lambda s: s.update(weight=torch.ones(3, 3)) or [s.pop(k) for k in ("values", "row", "col")],
-     r"weight has shape \(3, 3\); the layer is \(14, 10\)"),
+     r"weight has shape \(3, 3\); it must be that of the layer, \(14, 10\)"),
 ]  # fmt: skip
 
 

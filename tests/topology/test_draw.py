@@ -238,7 +238,7 @@ def test_from_mask_by_hand() -> None:
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask has shape \(4, 12\); it must have one entry a block, \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"mask has shape \(4, 12\); it must have one entry per block, \(2, 3\)"):
         from_mask(Grid(4, 12, (2, 4)), torch.ones(4, 12))
 
 
@@ -287,14 +287,14 @@ def test_by_norm_of_a_half_precision_weight_is_not_decided_by_rounding(dtype: to
 def test_by_norm_checks_the_number_and_the_shape() -> None:
     with pytest.raises(ValueError, match="10 blocks were asked for"):
         by_norm(cells(3, 3), torch.zeros(3, 3), 10)
-    with pytest.raises(ValueError, match=r"weight has shape \(3, 4\); the layer is \(3, 3\)"):
+    with pytest.raises(ValueError, match=r"weight has shape \(3, 4\); it must be that of the layer, \(3, 3\)"):
         by_norm(cells(3, 3), torch.zeros(3, 4), 1)
 
 
 def test_by_norm_has_no_order_for_nan() -> None:
     weight = torch.ones(4, 4)
     weight[3, 0] = torch.nan
-    with pytest.raises(ValueError, match="the weight holds NaN; its blocks have no order of strength"):
+    with pytest.raises(ValueError, match="weight holds NaN, so its blocks cannot be ranked"):
         by_norm(Grid(4, 4, (2, 2)), weight, 2)
 
 

@@ -1,11 +1,16 @@
+"""Grids, and checks of arguments."""
+
 from __future__ import annotations
 
 import dataclasses
 
+import numpy
 import pytest
+import torch
 from hypothesis import given, settings
 
 from sparsekern.topology import Grid, block_pair, conv_grid
+from sparsekern.topology.arguments import check_number, check_whole
 from tests.topology.strategies import conv_grids, grids, ints
 
 
@@ -73,7 +78,7 @@ def test_a_block_that_is_none_is_refused(block: tuple[int, ...]) -> None:
 
 def test_a_grid_beyond_int32_is_refused() -> None:
     assert Grid(2**15, 2**16 - 1, (1, 1)).cells == 2**31 - 2**15
-    with pytest.raises(ValueError, match=r"2147483648 cells; the index is int32 .* use larger blocks"):
+    with pytest.raises(ValueError, match=r"2147483648 cells; there must be fewer .* use larger blocks"):
         Grid(2**15, 2**16, (1, 1))
 
 
@@ -146,3 +151,27 @@ def test_a_matrix_that_is_no_convolution_is_refused() -> None:
         Grid(4, 10, (2, 2), kernel=(3, 3))
     with pytest.raises(ValueError, match="out_features is 4; it must be a multiple of the 3 groups"):
         Grid(4, 9, (2, 2), kernel=(3, 3), groups=3)
+
+
+@pytest.mark.parametrize("value", [0, -3, numpy.int64(5), torch.tensor(7)])
+def test_whole_numbers(value):
+    check_whole("seed", value)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, torch.tensor(7.0), torch.ones(2)])
+def test_no_whole_numbers(value):
+    with pytest.raises(TypeError) as error:
+        check_whole("seed", value)
+    assert str(error.value) == f"seed is {value!r}; it must be a whole number"
+
+
+@pytest.mark.parametrize("value", [0, 0.5, float("nan"), numpy.float32(1)])
+def test_numbers(value):
+    check_number("rate", value, "a number")
+
+
+@pytest.mark.parametrize("value", ["0.5", None, 1j])
+def test_no_numbers(value):
+    with pytest.raises(TypeError) as error:
+        check_number("rate", value, "a number above 0")
+    assert str(error.value) == f"rate is {value!r}; it must be a number above 0"

@@ -1,12 +1,31 @@
+"""Places of blocks, tied taps, and the kernels for lists of places."""
+
 from __future__ import annotations
+
+import inspect
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparsekern.kernels.cpu import library
+from sparsekern.kernels.cpu import places as cpu
+from sparsekern.kernels.eager import places as eager
 from torch import Tensor
 
-from sparsekern.topology import Grid, Topology, from_keys, with_capacity
-from tests.topology.strategies import ints, places, topologies
+from sparsekern.topology import (
+    Grid,
+    Topology,
+    check_multiple,
+    check_tied,
+    conv_grid,
+    from_keys,
+    one_tap,
+    tie,
+    with_capacity,
+)
+from sparsekern.topology.places import Places, places_for
+from tests.topology.strategies import conv_grids, ints, places, topologies
 
 # Slots a to d, and the free slot f, in a grid of 4 x 4 blocks of 2 x 2; the matrix ends after 7 rows and 8 columns.
 #
@@ -145,12 +164,12 @@ def test_moves_take_int32_and_int64(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("slots", [ints(0, 5), ints(-1, 0)])
 def test_a_slot_that_does_not_exist_cannot_move(slots: Tensor) -> None:
-    with pytest.raises(ValueError, match=rf"slots to move are 0 to 4; got {slots.min()} to {slots.max()}"):
+    with pytest.raises(ValueError, match=rf"slots holds {slots.min()} to {slots.max()}; it must be 0 to 4"):
         five_slots().moved(slots, ints(2, 2), ints(0, 1))
 
 
 def test_a_slot_cannot_go_to_two_places() -> None:
-    with pytest.raises(ValueError, match="a slot is named twice among those to move"):
+    with pytest.raises(ValueError, match="slots holds a slot twice"):
         five_slots().moved(ints(1, 1), ints(2, 2), ints(0, 1))
 
 
@@ -248,3 +267,72 @@ def test_a_topology_is_a_view_of_the_tensors_that_it_is_given() -> None:
     row[0] = 2
 
     assert places(topology)[0] == (2, 0)
+
+
+CONV = conv_grid(4, 6, (1, 3), (2, 3))  # 2 block rows, 2 block columns in each of 3 taps
+
+
+def test_one_tap_by_hand() -> None:
+    assert one_tap(CONV) == conv_grid(4, 6, (1, 1), (2, 3))
+    assert (one_tap(CONV).rows, one_tap(CONV).cols) == (3, 2)
+
+
+def test_tie_by_hand() -> None:
+    """Cells (2, 0) and (0, 1) of one tap, and a free slot between."""
+    topology = tie(Topology(one_tap(CONV), ints(2, -1, 0), ints(0, -1, 1)), CONV)
+
+    free = [(-1, -1)] * 3
+    assert places(topology) == [(2, 0), (2, 2), (2, 4), *free, (0, 1), (0, 3), (0, 5)]
+    topology.validate()
+    check_tied(topology)
+
+
+def test_one_tap_missing_by_hand() -> None:
+    topology = Topology(CONV, ints(1, 1, 0, 0, 0), ints(0, 4, 1, 3, 5))
+
+    with pytest.raises(ValueError, match=r"at row 1, channels 0 is stored in 2 of 3 taps; with tie_taps=True it must"):
+        check_tied(topology)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(conv_grids(), st.data())
+def test_what_is_tied_is_tied_in_any_order_of_slots(grid: Grid, data: st.DataObject) -> None:
+    one = one_tap(grid)
+    keys = data.draw(st.sets(st.integers(0, one.cells - 1), min_size=1))
+    topology = tie(from_keys(one, torch.tensor(sorted(keys))), grid)
+    order = torch.tensor(data.draw(st.permutations(range(topology.slots))))
+
+    assert topology.blocks() == grid.taps * len(keys)
+    topology.validate()
+    check_tied(Topology(grid, topology.row[order], topology.col[order]))
+    if grid.taps > 1:
+        with pytest.raises(ValueError, match="it must be all or none"):
+            check_tied(Topology(grid, topology.row[1:], topology.col[1:]))
+
+
+def test_a_linear_layer_has_one_tap() -> None:
+    check_tied(Topology(Grid(4, 4, (2, 2)), ints(0, 1), ints(1, 1)))
+
+
+def test_a_number_of_blocks_that_is_no_multiple_of_the_taps() -> None:
+    check_multiple(CONV, 6)
+    with pytest.raises(ValueError, match="blocks is 5; with tie_taps=True it must be a multiple of the 3 taps"):
+        check_multiple(CONV, 5)
+
+
+def test_both_have_all_functions() -> None:
+    names = [name for name in vars(Places) if not name.startswith("_")]
+    assert sorted(names) == sorted(eager.__all__) == sorted(set(cpu.__all__) - {"takes"})
+    for name in names:
+        wanted = list(inspect.signature(getattr(Places, name)).parameters)[1:]
+        assert all(list(inspect.signature(getattr(kernels, name)).parameters) == wanted for kernels in (cpu, eager))
+
+
+def test_the_native_ones_are_taken_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = torch.zeros(3, dtype=torch.int32)
+    monkeypatch.setattr(cpu, "load", lambda: (object(), ""))
+    assert places_for(numbers, numbers) is cpu
+    assert places_for(numbers, numbers.to("meta")) is eager
+    monkeypatch.setattr(cpu, "load", lambda: (None, ""))
+    assert places_for(numbers) is eager
+    assert library.load is not cpu.load

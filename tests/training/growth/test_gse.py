@@ -12,7 +12,7 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.topology import Grid, conv_grid, dense_block_norms, generator_for
 from sparsekern.training.growth.gse import DISTRIBUTIONS, weights
-from tests.topology.test_pairs import chi_square_quantile
+from tests.topology.test_sampling import chi_square_quantile
 from tests.training.growth.test_rigl import MASK, SCORES, ask_for, layer
 
 F64 = torch.float64
