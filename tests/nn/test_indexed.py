@@ -146,9 +146,7 @@ class TestWrites:
         for name, tensor in module.state_dict().items():  # as a bare torch.distributed.checkpoint.load does
             tensor.copy_(other.state_dict()[name])
         for _ in range(2):
-            with pytest.raises(
-                ValueError, match=r"if they were loaded or copied, call sparsekern.refresh_"
-            ):
+            with pytest.raises(ValueError, match=r"if they were loaded or copied, call sparsekern.refresh_"):
                 module(X)
         sk.refresh_(module)
         assert_right(module)
