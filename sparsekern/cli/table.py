@@ -5,31 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD, Box
 from rich.table import Table
 
-from sparsekern.lab.config import Config
-from sparsekern.lab.report.tables import comparison_cells, result_cells, result_title
+from sparsekern.lab.report.tables import Cells, comparison_cells, comparison_title, result_cells, result_title
 
 
 def result_table(results: dict[str, Any]) -> Table:
     """Return the table of ``results.json``."""
-    heading, rows = result_cells(results)
-    table = Table(title=result_title(results), title_justify="left")
-    for number, name in enumerate(heading):
-        table.add_column(name, justify="right" if 0 < number <= len(results["networks"]) else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return _table(result_title(results), result_cells(results), len(results["networks"]), HEAVY_HEAD)
 
 
 def comparison_table(content: dict[str, Any]) -> Table:
     """Return the table of ``comparison.json``."""
-    base = Config.from_json(content["plan"]["base"])
-    heading, rows = comparison_cells(content["rows"])
-    table = Table(title=f"{content['data']['name']}, {base.network_title}", title_justify="left", box=SIMPLE_HEAD)
-    for number, name in enumerate(heading):
-        table.add_column(name, justify="right" if number else "left")
+    cells = comparison_cells(content["rows"])
+    return _table(comparison_title(content), cells, len(cells[0]), SIMPLE_HEAD)
+
+
+def _table(title: str, cells: Cells, numbers: int, box: Box) -> Table:
+    """Return a table of which that many columns, after the first, are aligned right."""
+    table = Table(title=title, title_justify="left", box=box)
+    heading, rows = cells
+    for column, name in enumerate(heading):
+        table.add_column(name, justify="right" if 0 < column <= numbers else "left")
     for row in rows:
         table.add_row(*row)
     return table

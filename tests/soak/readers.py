@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 import os
-import pickle
 import resource
 import signal
 import sys
@@ -94,17 +93,11 @@ def _idx(array: Any) -> bytes:
     return head + array.astype("uint8").tobytes()
 
 
-def _pickled(arrays: bool = True) -> bytes:
-    drawn = numpy.random.default_rng(0)
-    data = drawn.integers(0, 256, (2, 3072), "uint8") if arrays else Harm()
-    return pickle.dumps({b"data": data, b"fine_labels": [0, 1], b"labels": [0, 1]}, protocol=3)
-
-
 def _tar(content: bytes, mode: str) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode=mode) as archive:
-        for name in ("train", "test"):
-            entry = tarfile.TarInfo(f"cifar-100-python/{name}")
+        for name in ("train.bin", "test.bin"):
+            entry = tarfile.TarInfo(f"cifar-100-binary/{name}")
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return file.getvalue()
@@ -131,8 +124,8 @@ def readers(base: Path) -> list[Reader]:
     for name, content in (("train-labels-idx1", labels), ("t10k-images-idx3", images), ("t10k-labels-idx1", labels)):
         (folder / f"{name}-ubyte").write_bytes(content)
     (base / "cifar").mkdir()
-    (base / "cifar" / "test").write_bytes(_pickled())
-    batches = (_pickled(), _pickled(arrays=False), pickle.dumps([Harm()], protocol=4))
+    records = numpy.random.default_rng(0).integers(0, 100, (4, 3074), "uint8").tobytes()
+    (base / "cifar" / "test.bin").write_bytes(records)
     for name in ("npz", "safetensors", "torch", "idx.gz", "tar", "state", "config", "json"):
         (base / name).mkdir()
     for path in (base / "idx").iterdir():
@@ -152,10 +145,8 @@ def readers(base: Path) -> list[Reader]:
         Reader("npz", lambda f: load(str(f / "a.npz")), "a.npz", npz),
         Reader("idx", lambda f: load(str(f)), "train-images-idx3-ubyte", (images,)),
         Reader("idx.gz", lambda f: load(str(f)), "train-images-idx3-ubyte.gz", (gzip.compress(images, mtime=0),)),
-        Reader("cifar", lambda f: load(str(f)), "train", batches),
-        Reader(
-            "tar", lambda f: load(str(f / "a.tar.gz")), "a.tar.gz", (_tar(batches[0], "w:gz"), _tar(batches[0], "w"))
-        ),
+        Reader("cifar", lambda f: load(str(f)), "train.bin", (records,)),
+        Reader("tar", lambda f: load(str(f / "a.tar.gz")), "a.tar.gz", (_tar(records, "w:gz"), _tar(records, "w"))),
         Reader("safetensors", lambda f: _use(read_state(f / "a")), "a", (_weights(base, "a.safetensors"),)),
         Reader("torch", lambda f: _use(read_state(f / "a")), "a", torch_seeds),
         Reader("state", checkpoint.load_state, checkpoint.STATE, ((step / checkpoint.STATE).read_bytes(), hostile)),

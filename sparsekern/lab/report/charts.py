@@ -55,7 +55,6 @@ def draw_curves(axes: Axes, curves: Curves, what: str, *, log: bool = False) -> 
         log: whether the scale is logarithmic, where there is more than one epoch.
     """
     import numpy
-    from matplotlib.ticker import MaxNLocator
 
     longest = max(len(seed) for by_seed in curves.values() for seed in by_seed)
     for colour, (label, by_seed) in zip(COLOURS, curves.items(), strict=False):
@@ -65,14 +64,21 @@ def draw_curves(axes: Axes, curves: Curves, what: str, *, log: bool = False) -> 
         axes.fill_between(epochs, seeds.min(0), seeds.max(0), color=colour, alpha=0.2, linewidth=0)
         axes.plot(epochs, seeds.mean(0), color=colour, linewidth=2, label=label, marker="." * (length == 1))
     count = max(map(len, curves.values()))
-    axes.set_title(what if count == 1 else f"{what}: mean and range of {count} seeds", fontsize=11)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(0.5, longest + 0.5)
-    axes.grid(alpha=0.25)
+    _set_epochs(axes, what if count == 1 else f"{what}: mean and range of {count} seeds", longest)
     axes.legend(loc="best", labelcolor="linecolor", frameon=False, fontsize=11)
     if log and longest > 1:
         scale_by_factors(axes)
+
+
+def _set_epochs(axes: Axes, what: str, epochs: int) -> None:
+    """Give axes a title and a horizontal scale of that many epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(what, fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0.5, epochs + 0.5)
+    axes.grid(alpha=0.25)
 
 
 def scale_by_factors(axes: Axes) -> None:
@@ -105,7 +111,6 @@ def layer_chart(lines: Mapping[str, Sequence[float]], what: str) -> str:
     """
     import numpy
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
@@ -120,13 +125,9 @@ def layer_chart(lines: Mapping[str, Sequence[float]], what: str) -> str:
             axes.plot(epochs, line, color="#a8a8a0", linewidth=0.7, alpha=0.7)
         median = numpy.median([list(line) for line in lines.values()], axis=0)
         axes.plot(epochs, median, color=COLOURS[0], linewidth=2.5, label=f"median of {len(lines)} layers")
-    axes.set_title(what, fontsize=11)
-    axes.set_xlabel("epoch")
+    _set_epochs(axes, what, len(epochs))
     axes.set_ylabel("%")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(0.5, len(epochs) + 0.5)
-    axes.set_ylim(0, 1.08 * max((max(line) for line in lines.values()), default=0) or 1)  # a level line stands clear
-    axes.grid(alpha=0.25)
+    axes.set_ylim(0, 1.08 * max(map(max, lines.values())) or 1)  # a level line stands clear of the frame
     axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
 

@@ -15,7 +15,7 @@ from sparsekern.lab.metric import ACCURACY, metric_of
 from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panels, png, shades
 from sparsekern.lab.report.charts import curve_chart, curves_of, layer_chart
 from sparsekern.lab.report.pictures import network_labels, run_title
-from sparsekern.lab.report.tables import MIB, result_cells, result_notes
+from sparsekern.lab.report.tables import result_cells, result_notes
 from sparsekern.lab.report.text import count, printable
 from sparsekern.lab.results import summarise
 from sparsekern.lab.store import Record
@@ -274,31 +274,19 @@ def _about(about: dict[str, Any], record: Record) -> str:
     return f"{cell}; {where}.{extra}"
 
 
-def _layers(account: Summary) -> list[dict[str, Any]]:
-    """Return the layers in the model's order; pairs are of the layer as it is and of a dense layer of its size."""
-    rows = []
-    for row in account.rows:
-        block = "dense" if row.block is None else f"{row.blocks:,} of {row.cells:,} ({row.block[0]} x {row.block[1]})"
-        own = row.dense_bytes if row.block is None else row.total_bytes
-        rows.append(
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "shape": " x ".join(map(str, row.shape)),
-                "blocks": block,
-                "sparsity": row.sparsity,
-                "mebibytes": (own / MIB, row.dense_bytes / MIB),
-                "milliseconds": account.milliseconds.get(row.name),
-            }
-        )
-    return rows
+def _layers(account: Summary) -> list[tuple[Any, tuple[int, int], Any]]:
+    """Return each layer, and its bytes and milliseconds beside those of a dense layer of its size."""
+    return [
+        (row, (row.total_bytes if row.block else row.dense_bytes, row.dense_bytes), account.milliseconds.get(row.name))
+        for row in account.rows
+    ]
 
 
-def _memory(account: Summary) -> tuple[dict[str, float], float]:
-    """Return MiB of the parts of all sparse layers, and of the same layers dense."""
-    sparse = [row for row in account.rows if row.block is not None]
-    parts = {what: sum(getattr(row, name) for row in sparse) / MIB for what, name in PARTS.items()}
-    return parts, sum(row.dense_bytes for row in sparse) / MIB
+def _memory(account: Summary) -> tuple[dict[str, int], int]:
+    """Return the bytes of each part of the sparse layers together, and of the same layers dense."""
+    sparse = [row for row in account.rows if row.block]
+    parts = {part: sum(getattr(row, name) for row in sparse) for part, name in PARTS.items()}
+    return parts, sum(row.dense_bytes for row in sparse)
 
 
 def page_values(record: Record, results: dict[str, Any] | None, account: Summary | None) -> dict[str, Any]:

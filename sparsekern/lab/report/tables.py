@@ -124,6 +124,11 @@ def result_notes(results: dict[str, Any]) -> list[tuple[str, str]]:
     return notes
 
 
+def comparison_title(content: dict[str, Any]) -> str:
+    """Return the title of the table of ``comparison.json``."""
+    return f"{content['data']['name']}, {Config.from_json(content['plan']['base']).network_title}"
+
+
 def comparison_cells(rows: Sequence[dict[str, Any]]) -> Cells:
     """Return the table of ``comparison.json``: a row a run."""
     metric = metric_of(rows[0])

@@ -13,10 +13,8 @@ import sparsekern as sk
 from sparsekern.analysis import summary
 from sparsekern.lab import Config
 from sparsekern.lab.history import History
-from sparsekern.lab.metric import ACCURACY
 from sparsekern.lab.report import page as module
 from sparsekern.lab.report.page import (
-    LEGEND,
     MARK,
     command_of,
     page_contents,
@@ -27,205 +25,6 @@ from sparsekern.lab.report.page import (
 from sparsekern.lab.store import Record
 
 DOT = "data:image/png;base64,AAAA"
-FRAMES = [(f"caption {i}", f"short {i}", DOT + str(i)) for i in range(9)]
-
-CONTENTS = {
-    "title": "digits <&> MLP",
-    "status": "Finished: 2 seeds.",
-    "summary": "It learnt.",
-    "missing": ["no <history>"],
-    "table": (["", "sparse", "dense", "against"], [["test accuracy", "97 %", "98 %", "-1 points"]]),
-    "notes": [("time", "on a <machine>")],
-    "metric": ACCURACY,
-    "charts": ["<svg>curve</svg>"],
-    "legend": LEGEND,
-    "films": [
-        {"layer": "a/<layer>", "about": "what a cell is", "width": 4, "height": 2, "frames": FRAMES}
-        | {"thumbnails": FRAMES[::2]}
-    ],
-    "moves": ["<svg>churn</svg>"],
-    "layers": [
-        {"name": "0", "kind": "SparseLinear", "shape": "8 x 8", "blocks": "2 of 4 (4 x 4)", "sparsity": 0.5}
-        | {"mebibytes": (0.5, 1.0), "milliseconds": (1.25, 200.0)},
-        {"name": "1", "kind": "Linear", "shape": "8 x 8", "blocks": "dense", "sparsity": 0.0}
-        | {"mebibytes": (1.0, 1.0), "milliseconds": None},
-    ],
-    "memory": ({"values": 1.0, "index": 0.5}, 6.0),
-    "measured": "measured on a CPU",
-    "command": "sparsekern train --out 'a b'",
-    "settings": {"Configuration": {"rate": 0.1, "data": None}},
-}
-
-
-class Checker(HTMLParser):
-    """Checks that elements are closed in order, and notes what is there."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.addresses, self.classes, self.pieces = [], [], set(), {"style": "", "script": "", "text": ""}
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.addresses += [values[key] for key in ("src", "href", "data-src") if key in values]
-        self.classes |= set((values.get("class") or "").split())
-        if tag not in ("meta", "img", "input", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        kind = self.open[-1] if self.open and self.open[-1] in self.pieces else "text"
-        self.pieces[kind] += f"{data} "
-
-    @property
-    def text(self):
-        return " ".join(self.pieces["text"].split())
-
-
-def read(**changes):
-    checker = Checker()
-    checker.feed(render(CONTENTS | changes))
-    assert checker.open == []
-    return checker
-
-
-def test_everything_is_said_and_escaped():
-    text = read().text
-    for words in (
-        "digits <&> MLP",
-        "It learnt.",
-        "cannot show no <history>",
-        "97 %",
-        "time: on a <machine>",
-        "Accuracy is measured on test data that no training step has seen; higher is better.",
-        "a/<layer>",
-        "caption 8",
-        "2 of 4 (4 x 4)",
-        "1.25",
-        "200",
-        "values 1 MiB index 0.5 MiB",
-        "1.5 MiB dense 6 MiB",
-        "measured on a CPU",
-        "sparsekern train --out 'a b'",
-        "rate 0.1 data —",
-        "Churn",
-        "ITOP",
-    ):
-        assert words in text, words
-    assert render(CONTENTS).startswith(MARK)
-
-
-def test_text_from_elsewhere_is_neither_markup_nor_controls():
-    hostile = "\udc80<script>\x1b"
-    films = [CONTENTS["films"][0] | {"layer": hostile, "frames": [(hostile, hostile, DOT)]}]
-    page = render(CONTENTS | {"title": hostile, "notes": [(hostile, hostile)], "films": films, "command": hostile})
-    assert page.count(r"\udc80&lt;script&gt;\x1b") >= 8 and page.count("<script>") == 1
-    page.encode()  # half a character cannot be
-    assert (
-        '"'
-        not in re.search(r'alt="(.*?)">', render(CONTENTS | {"films": [films[0] | {"thumbnails": [('"', "", DOT)]}]}))[
-            1
-        ]
-    )
-
-
-def test_a_browser_loads_nothing_else():
-    addresses, page = read().addresses, render(CONTENTS)
-    assert addresses and all(address.startswith("data:image/png;base64,") for address in addresses)
-    assert "default-src 'none'" in page and not re.search(r"https?://|@import|url\(", page)
-
-
-def test_thumbnails_stand_for_the_film():
-    checker = read()
-    assert checker.addresses[1:6] == [f"{DOT}{i}" for i in (0, 2, 4, 6, 8)]
-    assert re.findall(r"short \d", checker.text) == [f"short {i}" for i in (0, 2, 4, 6, 8)]
-    assert re.search(r'max="8"\s+value="8"', render(CONTENTS))
-
-
-def test_a_map_has_a_whole_number_of_pixels_a_cell():
-    page = render(CONTENTS)
-    assert 'width="460" height="230"' in page and 'width="132" height="66"' in page
-    large = CONTENTS["films"][0] | {"width": 700, "height": 10}
-    assert 'width="700" height="10"' in render(CONTENTS | {"films": [large]})
-
-
-def test_bars_are_in_proportion():
-    page = render(CONTENTS)
-    assert page.count('class="bar sparse"') == 2 and page.count('class="bar dense"') == 3, "a dense layer has one bar"
-    for percent in ("50.00", "100.00", "0.62", "16.67", "8.33"):
-        assert f"width:{percent}%" in page
-    assert "width:50.00%" in render(CONTENTS | {"layers": [], "memory": ({"values": 3.0}, 1.5)}), "sparse is larger"
-    assert "width:0.00%" in render(CONTENTS | {"memory": ({"values": 0.0}, 0.0)})
-
-
-def test_small_memory_is_in_kib():
-    page = render(CONTENTS | {"layers": [layer | {"mebibytes": (0.25, 0.5)} for layer in CONTENTS["layers"]]})
-    assert "memory, KiB" in page and "256" in page
-
-
-@pytest.mark.parametrize(
-    ("part", "words"),
-    [
-        ("missing", "cannot show"),
-        ("table", "training state"),
-        ("charts", "Learning"),
-        ("films", "move the slider"),
-        ("moves", "Churn"),
-        ("layers", "Layer by layer"),
-        ("memory", "Memory of the sparse layers"),
-    ],
-)
-def test_what_is_not_there_is_left_out(part, words):
-    assert words.lower() in read().text.lower()
-    assert words.lower() not in read(**{part: None}).text.lower()
-
-
-def test_a_run_without_a_twin_does_not_speak_of_one():
-    alone = read(table=(["", "sparse"], [["test accuracy", "97 %"]]))
-    assert "no twin" in alone.text and "no twin" not in read().text
-
-
-def test_layers_that_were_not_timed_have_no_column_for_it():
-    page = render(CONTENTS | {"layers": [layer | {"milliseconds": None} for layer in CONTENTS["layers"]]})
-    assert "time, ms" not in page and "measured on a CPU" not in page
-
-
-def test_every_rule_of_the_style_is_about_something_in_the_page():
-    checker = read()
-    style, script = checker.pieces["style"], checker.pieces["script"]
-    named = set(re.findall(r"\.([a-z]+)", re.sub(r"\{.*?\}", "", style, flags=re.DOTALL)))
-    assert named and named - checker.classes == set()
-    assert style.count("{") == style.count("}") and script.count("{") == script.count("}")
-
-
-PLAYED = """
-const events = {}, ticks = [];
-const element = (more) => ({addEventListener: (name, f) => { events[name] = f; }, ...more});
-const frames = [0, 1, 2].map(i => ({dataset: {src: "image" + i}, textContent: "caption " + i}));
-const image = element({}), slider = element({value: "2"}), button = element({}), caption = element({});
-const parts = {img: image, input: slider, button, ".caption": caption};
-const player = {hidden: true, querySelector: name => parts[name]};
-const film = {querySelectorAll: () => frames, querySelector: () => player};
-const document = {querySelectorAll: () => [film]};
-const setInterval = f => { ticks.push(f); return ticks.length; }, clearInterval = () => {};
-SCRIPT
-const seen = [[player.hidden, image.src, caption.textContent]];
-slider.value = "1"; events.input(); seen.push([image.src, caption.textContent]);
-slider.value = "2"; events.click(); seen.push(image.src);
-for (let i = 0; i < 3; i++) { ticks.at(-1)(); seen.push(image.src); }
-console.log(JSON.stringify(seen));
-"""
-
-
-@pytest.mark.skipif(shutil.which("node") is None, reason="no node to run the script with")
-def test_the_slider_and_the_button_move_the_film():
-    code = PLAYED.replace("SCRIPT", read().pieces["script"])
-    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == (
-        '[[false,"image2","caption 2"],["image1","caption 1"],"image0","image1","image2","image2"]'
-    )
-
 
 CONFIG = Config(width=32, block_size=8, epochs=2, seeds=2, device="cpu", sparsity=0.75).resolved(100, 1)
 
@@ -260,7 +59,7 @@ def trained(layer=None, block=8):
 
 
 def record(**changes):
-    data = {"name": "digits", "train_images": 100, "test_images": 10}
+    data = {"name": "digits <&>", "train_images": 100, "test_images": 10, "sha256": "sha <1>"}
     whole = Record(
         Path("run"),
         CONFIG,
@@ -275,43 +74,199 @@ def record(**changes):
     return replace(whole, **changes)
 
 
-def test_the_page_of_a_run():
+class Checker(HTMLParser):
+    """Checks that elements are closed in order, and notes what is there."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.page, self.open, self.addresses, self.classes = page, [], [], set()
+        self.pieces = {"style": "", "script": "", "text": ""}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.addresses += [values[key] for key in ("src", "href", "data-src") if key in values]
+        self.classes |= set((values.get("class") or "").split())
+        if tag not in ("meta", "img", "input", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        kind = self.open[-1] if self.open and self.open[-1] in self.pieces else "text"
+        self.pieces[kind] += f"{data} "
+
+    @property
+    def text(self):
+        return " ".join(self.pieces["text"].split())
+
+
+@pytest.fixture(scope="module")
+def contents():
+    """What the page of a run shows; the layers are said to have been timed."""
     model, history = trained()
-    results = results_so_far(record(history=history), SIZES)
-    page = page_contents(record(), results, summary(model), "measured here")
-    assert page["title"] == (
-        "digits: MLP of width 32, hidden layers 75 % sparse (blocks of 8\u00a0x\u00a08; set) beside its dense twin"
-    )
-    assert page["status"] == "Not finished: 2 seeds, 2 epochs each; seed 2 has done epoch 2."
-    assert page["summary"] == (
+    run = record(history=history, missing=["no <history>"])
+    account = replace(summary(model), milliseconds={"0": (1.25, 200.0)})
+    return page_contents(run, results_so_far(run, SIZES), account, "measured on a <machine>")
+
+
+@pytest.fixture
+def read(contents):
+    """Returns a function that renders the page with changes, and reads it."""
+
+    def read_page(**changes):
+        checker = Checker(render(contents | changes))
+        assert checker.open == []
+        return checker
+
+    return read_page
+
+
+def test_the_page_of_a_run(read, contents):
+    page = read()
+    assert page.page.startswith(MARK)
+    for words in (
+        "digits <&>: MLP of width 32, hidden layers 75 % sparse (blocks of 8 x 8; set) beside its dense twin",
+        "Not finished: 2 seeds, 2 epochs each; seed 2 has done epoch 2.",
         "The sparse network reaches a test accuracy of 60.00 %, its dense twin 60.00 %. It stores 4.00 times fewer "
         "numbers (70.0 % of all weights are absent), needs 2.00 times less memory to train, and a training step is "
-        "1.50 times faster."
+        "1.50 times faster.",
+        "What this page cannot show no <history>",
+        "stored parameters 10 40 4.00x fewer",
+        "ratio: time of a sparse step",
+        "Accuracy is measured on test data that no training step has seen; higher is better.",
+        "A cell is a block of 8 x 8 weights; down: output features, across: input features; 4 x 4 places for blocks.",
+        "before training, epoch 0.0: 4 blocks, 100 % of them where blocks were at the start",
+        "after update 3, step 3, epoch 1.5: 4 blocks, ",
+        "start update 1, epoch 0.5 update 2, epoch 1.0 update 3, epoch 1.5 (so far)",
+        "Churn is the share",
+        "ITOP",
+        "0 SparseLinear 32 x 32 4 of 16 (8 x 8) 75.0 %",
+        "1.25 200",
+        "2 Linear 32 x 32 dense 0.0 % 8",
+        "values 0.000977 MiB gradient 0.000977 MiB optimizer 0 MiB index ",
+        "dense 0.00781 MiB",
+        "measured on a <machine>",
+        "sparsekern train --recipe mlp --sparsity 0.75 --block-size 8",
+        "data — data_max_gib",
+        "sha <1>",
+        "device a CPU",
+    ):
+        assert words in page.text, words
+    assert len(contents["charts"]) == 2 and len(contents["moves"]) == 3 and "median" not in contents["moves"][0]
+    assert page.page.count("<svg") == 5 and "options" not in contents["settings"]["Configuration"]
+
+
+def test_text_from_elsewhere_is_neither_markup_nor_controls(read, contents):
+    hostile = '\udc80<script>\x1b"'
+    films = [contents["films"][0] | {"layer": hostile, "frames": [(hostile, hostile, DOT)], "thumbnails": []}]
+    films.append(films[0] | {"thumbnails": [(hostile, hostile, DOT)]})
+    page = read(title=hostile, notes=[(hostile, hostile)], films=films, command=hostile).page
+    assert page.count(r"\udc80&lt;script&gt;\x1b&#34;") == 13 and page.count("<script>") == 1
+    page.encode()  # half a character cannot be
+
+
+def test_a_browser_loads_nothing_else(read):
+    page = read()
+    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "default-src 'none'" in page.page
+    assert not re.search(r"(?<!xmlns=.)(?<!xmlns:xlink=.)https?://|@import|url\((?!#)", page.page)
+
+
+def test_thumbnails_stand_for_the_film(read, contents):
+    film = contents["films"][0]
+    assert (film["layer"], film["width"], film["height"]) == ("0", 4, 4) and film["thumbnails"] == film["frames"]
+    frames = [(f"caption {i}", f"short {i}", DOT + str(i)) for i in range(9)]
+    page = read(films=[film | {"frames": frames, "thumbnails": frames[::2]}])
+    assert page.addresses == [f"{DOT}{i}" for i in (8, 0, 2, 4, 6, 8, *range(9))]
+    assert re.findall(r"short \d", page.text) == [f"short {i}" for i in (0, 2, 4, 6, 8)]
+    assert re.search(r'max="8"\s+value="8"', page.page)
+
+
+def test_a_map_has_a_whole_number_of_pixels_a_cell(read, contents):
+    def sizes(width, height):
+        page = read(films=[contents["films"][0] | {"width": width, "height": height}]).page
+        return set(re.findall(r'width="\d+" height="\d+"', page))
+
+    assert sizes(4, 2) == {'width="460" height="230"', 'width="132" height="66"'}
+    assert sizes(700, 10) == {'width="700" height="10"'}
+
+
+def test_bars_are_in_proportion(read):
+    page = read(memory=({"values": 3 * 2**20, "index": 2**20}, 8 * 2**20)).page
+    assert page.count('class="bar sparse"') == 2 and page.count('class="bar dense"') == 3, "a dense layer has one bar"
+    for percent in ("75.00", "0.62", "37.50", "12.50", "100.00"):
+        assert f"width:{percent}%" in page, percent
+    assert "3 MiB" in page and "8 MiB" in page and "4 MiB" in page
+    assert "width:50.00%" in read(layers=None, memory=({"values": 3.0}, 1.5)).page, "the sparse ones are larger"
+    assert "width:0.00%" in read(layers=None, memory=({"values": 0.0}, 0.0)).page
+
+
+def test_small_memory_is_in_kib(read, contents):
+    assert "memory, KiB" in read().page
+    large = [(layer, (2**20, 2**21), times) for layer, _, times in contents["layers"]]
+    assert "memory, MiB" in read(layers=large).page
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("missing", "cannot show"),
+        ("table", "training state"),
+        ("charts", "Learning"),
+        ("films", "move the slider"),
+        ("moves", "Churn"),
+        ("layers", "Layer by layer"),
+        ("memory", "Memory of the sparse layers"),
+    ],
+)
+def test_what_is_not_there_is_left_out(read, part, words):
+    assert words.lower() in read().text.lower()
+    assert words.lower() not in read(**{part: None}).text.lower()
+
+
+def test_what_was_not_compared_or_timed_is_not_spoken_of(read, contents):
+    assert "no twin" not in read().text and "time, ms" in read().text
+    assert "no twin" in read(table=(["", "sparse"], [["test accuracy", "97 %"]])).text
+    page = read(layers=[(layer, size, None) for layer, size, _ in contents["layers"]]).text
+    assert "time, ms" not in page and "measured on a <machine>" not in page
+
+
+def test_every_rule_of_the_style_is_about_something_in_the_page(read):
+    page = read()
+    style, script = page.pieces["style"], page.pieces["script"]
+    named = set(re.findall(r"\.([a-z]+)", re.sub(r"\{.*?\}", "", style, flags=re.DOTALL)))
+    assert named and named - page.classes == set()
+    assert style.count("{") == style.count("}") and script.count("{") == script.count("}")
+
+
+PLAYED = """
+const events = {}, ticks = [];
+const element = (more) => ({addEventListener: (name, f) => { events[name] = f; }, ...more});
+const frames = [0, 1, 2].map(i => ({dataset: {src: "image" + i}, textContent: "caption " + i}));
+const image = element({}), slider = element({value: "2"}), button = element({}), caption = element({});
+const parts = {img: image, input: slider, button, ".caption": caption};
+const player = {hidden: true, querySelector: name => parts[name]};
+const film = {querySelectorAll: () => frames, querySelector: () => player};
+const document = {querySelectorAll: () => [film]};
+const setInterval = f => { ticks.push(f); return ticks.length; }, clearInterval = () => {};
+SCRIPT
+const seen = [[player.hidden, image.src, caption.textContent]];
+slider.value = "1"; events.input(); seen.push([image.src, caption.textContent]);
+slider.value = "2"; events.click(); seen.push(image.src);
+for (let i = 0; i < 3; i++) { ticks.at(-1)(); seen.push(image.src); }
+console.log(JSON.stringify(seen));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node to run the script with")
+def test_the_slider_and_the_button_move_the_film(read):
+    code = PLAYED.replace("SCRIPT", read().pieces["script"])
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (
+        '[[false,"image2","caption 2"],["image1","caption 1"],"image0","image1","image2","image2"]'
     )
-    assert page["table"][0] == ["", "sparse", "dense", "sparse against dense"]
-    assert [topic for topic, _ in page["notes"]] == ["accuracy", "time", "ratio"]
-    assert len(page["charts"]) == 2 and len(page["moves"]) == 3 and "median" not in page["moves"][0]
-    (film,) = page["films"]
-    assert (film["layer"], film["width"], film["height"], len(film["frames"])) == ("0", 4, 4, 4)
-    assert film["thumbnails"] == film["frames"]
-    caption, short, image = film["frames"][-1]
-    assert caption.startswith("after update 3, step 3, epoch 1.5: 4 blocks, ")
-    assert short == "update 3, epoch 1.5 (so far)" and image.startswith("data:image/png;base64,")
-    caption, short, _ = film["frames"][0]
-    assert caption == "before training, epoch 0.0: 4 blocks, 100 % of them where blocks were at the start"
-    assert short == "start"
-    assert film["about"] == (
-        "A cell is a block of 8 x 8 weights; down: output features, across: input features; 4 x 4 places for blocks."
-    )
-    sparse, dense = page["layers"]
-    known = [sparse[key] for key in ("kind", "shape", "blocks", "sparsity")]
-    assert known == ["SparseLinear", "32 x 32", "4 of 16 (8 x 8)", 0.75]
-    assert (dense["blocks"], dense["mebibytes"]) == ("dense", (2 * 4096 / 2**20, 2 * 4096 / 2**20))
-    parts, whole = page["memory"]
-    assert list(parts) == ["values", "gradient", "optimizer", "index"] and parts["values"] == 1024 / 2**20
-    assert whole == 2 * 4096 / 2**20
-    assert page["settings"]["Configuration"]["sparsity"] == 0.75 and "options" not in page["settings"]["Configuration"]
-    assert render(page).startswith(MARK)
 
 
 def test_the_page_of_a_finished_run():
@@ -344,7 +299,7 @@ def test_a_run_without_a_sparse_network():
     alone = record(config=config, rows=rows, history=None)
     results = results_so_far(alone, {"dense": SIZES["dense"]})
     page = page_contents(alone, results, None, "")
-    assert page["title"] == "digits: MLP of width 32, dense"
+    assert page["title"] == "digits <&>: MLP of width 32, dense"
     assert page["summary"] == "The dense network reaches a test accuracy of 60.00 % and stores 40 numbers."
     assert page["moves"] == [] and len(page["charts"]) == 2
 
