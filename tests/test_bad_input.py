@@ -81,7 +81,7 @@ def fill(place: Path) -> None:
     (place / "notes.txt").write_text("mine")
     (place / "full").mkdir()
     (place / "full" / "notes.txt").write_text("mine")
-    config = Config(width=32, block_size=8, epochs=2, seeds=1, device="cpu").resolved(1438, 1)
+    config = Config(width=32, block_size=8, epochs=2, seeds=1, device="cpu").resolved(1438)
     digits = load().describe()
     for name, data in (("run", digits), ("moved", digits | {"name": "elsewhere"}), ("cut-metrics", digits)):
         create(place / name, config, data, {})
@@ -92,13 +92,13 @@ def fill(place: Path) -> None:
     (place / "full.pt").mkdir()
     create(place / "first-format", config, load().describe(), {})
     text = (place / "first-format" / "config.json").read_text()
-    (place / "first-format" / "config.json").write_text(text.replace('"format_version": 3', '"format_version": 1'))
+    (place / "first-format" / "config.json").write_text(text.replace('"format_version": 4', '"format_version": 1'))
     create(place / "cut-results", config, load().describe(), {})
-    (place / "cut-results" / "results.json").write_text('{"format_version": 3, "config": {}}')
+    (place / "cut-results" / "results.json").write_text('{"format_version": 4, "config": {}}')
     (place / "no-plan").mkdir()
-    (place / "no-plan" / "plan.json").write_text('{"format_version": 3}')
+    (place / "no-plan" / "plan.json").write_text('{"format_version": 4}')
     create(place / "odd-data", config, "digits", {})
-    for name, content in (("junk", "{"), ("newer", '{"format_version": 99}'), ("odd", '{"format_version": 3}')):
+    for name, content in (("junk", "{"), ("newer", '{"format_version": 99}'), ("odd", '{"format_version": 4}')):
         (place / name).mkdir()
         (place / name / "config.json").write_text(content)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsekern.cli.live import Live
-from sparsekern.cli.options import Json, Quiet, absolute, given, of_recipe, option, takes_run_options
+from sparsekern.cli.options import RUN_OPTIONS, Json, Quiet, absolute, given, of_recipe, option, takes_run_options
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
 from sparsekern.cli.table import aligned, comparison_table
 from sparsekern.lab.compare import PICTURE, TABLE, Contestant, compare, default_folder, is_finished, plan_for
@@ -65,7 +65,7 @@ def compare_methods(
     errors = error_console()
     folder = out or default_folder(datetime.now())
     with (
-        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved)),
+        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), {*RUN_OPTIONS, "sparsity", "block_size"}),
         CtrlC() as interrupt,
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):

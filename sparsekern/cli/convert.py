@@ -62,7 +62,7 @@ def convert(
     its file is one of torch.save; convolutions become dense there. A dense file does not say how many groups a
     convolution has: its blocks are cut as for one.
     """
-    with explained(error_console(), stopped):
+    with explained(error_console(), stopped, ("block_size",)):
         _check(target, to, sparsity, keep_zeros, block_size, force)
         limits = Limits(max_gib, max_tensors)
         state = merge_pruned(read_state(weights_file(source, network, seed), limits))

@@ -95,7 +95,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    config = read_config(folder)[0].to_json()
+    config = read_config(folder).config.to_json()
     newest = {seed: checkpoint.latest(checkpoint.seed_folder(folder, seed)) for seed in saved_seeds(folder)}
     return {"config": config, "checkpoints": {str(seed): str(path) for seed, path in newest.items()}}
 
@@ -167,7 +167,7 @@ def weights_file(path: Path, network: str, seed: int) -> Path:
     """Return the file of weights that a path stands for: of a run the newest checkpoint's.
 
     Raises:
-        ValueError: there is none.
+        InputError: there is none.
     """
     if not path.exists():
         raise InputError(f"{path} does not exist; give {WAYS}")

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsekern.lab import Config
-from sparsekern.lab.config import STOP
-from sparsekern.lab.options import OPTIONS, Option
+from sparsekern.lab.options import OPTIONS, STOP, Option
 from sparsekern.lab.tasks import AUGMENTATIONS
 from sparsekern.training import AGENT, METHODS
 from sparsekern.transforms import transform

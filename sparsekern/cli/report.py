@@ -82,7 +82,7 @@ def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str,
         return None, None, ""
     try:
         account, sizes = measure(record.config, record.data, record.checkpoint, timed=timed)
-    except ValueError as error:
+    except InputError as error:
         record.missing.append(f"Sizes and times of the layers: {error}.")
         return None, None, ""
     if not timed:

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, cast
@@ -51,12 +51,16 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def explained(errors: Console, how_to_go_on: Callable[[bool], str]) -> Iterator[None]:
-    """Turn what the user can do something about into one line and an exit code.
+def explained(errors: Console, how_to_go_on: Callable[[bool], str], options: Collection[str] = ()) -> Iterator[None]:
+    """Turn what the user can mend into one line and an exit code.
+
+    That is an InputError, an error of the system with a file, and a lack of memory or of room on a disk. Any other
+    error, a plain ValueError among them, is a defect of sparsekern and keeps its traceback.
 
     Args:
         errors: where the line goes.
         how_to_go_on: what to say after Ctrl-C; takes whether everything was saved.
+        options: names of the parameters that are options of the command; an error about one names the option.
     """
     try:
         yield
@@ -64,15 +68,15 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str]) -> Iterator[
         errors.print(how_to_go_on(isinstance(stop, Interrupted)))
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
-        message = _way_out(error, how_to_go_on)
+        message = _way_out(error, how_to_go_on, options)
         if message is None:
             raise
         errors.print(f"error: {message}")
         raise typer.Exit(USAGE_ERROR) from None
 
 
-def _way_out(error: Exception, how_to_go_on: Callable[[bool], str]) -> str | None:
-    """Return what the user is told of an error, or None for a defect."""
+def _way_out(error: Exception, how_to_go_on: Callable[[bool], str], options: Collection[str]) -> str | None:
+    """Return what the user is told of an error, or None for a defect of sparsekern, which keeps its traceback."""
     if any(words in str(error) for words in NO_ROOM):
         return f"there is no room left on the disk; free some. {how_to_go_on(False)}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
@@ -80,14 +84,17 @@ def _way_out(error: Exception, how_to_go_on: Callable[[bool], str]) -> str | Non
     if isinstance(error, OSError):
         where = "a file" if error.filename is None else error.filename
         return f"{where} cannot be used ({error.strerror or error}); check the path, the permissions and the disk"
-    return str(error) if isinstance(error, ValueError) else None
+    if not isinstance(error, InputError):
+        return None
+    option = (error.parameter or "").replace("_", "-")  # as the command spells it
+    return f"{error} (option --{option})" if error.parameter in options and option not in str(error) else str(error)
 
 
 def check_one_process() -> None:
     """Stop on every rank if a launcher such as torchrun started several processes; the first rank says why.
 
     Raises:
-        ValueError: on the first rank.
+        InputError: on the first rank.
         typer.Exit: on the others, without a word and with code 0: a launcher ends all ranks when one of them fails,
             and the first might not have spoken yet.
     """

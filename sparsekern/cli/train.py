@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,10 +28,14 @@ from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_c
 from sparsekern.cli.table import aligned, result_table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, resume, start
+from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import RECIPES, Recipe
 from sparsekern.lab.report.tables import result_notes
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
 from sparsekern.training import METHODS, PRESETS
+
+NAMES = {*OPTIONS, *(entry.name for kind in (Config, Keeping) for entry in fields(kind))}
+"""Parameters that are options of this command."""
 
 
 @takes_method_options
@@ -82,7 +87,7 @@ def train(
     errors = error_console()
     folder = resume_ or out
     with (
-        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved)),
+        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), NAMES),
         CtrlC() as interrupt,
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):
@@ -90,19 +95,19 @@ def train(
         if resume_ is not None:
             _check_agreement(resume_, values, out)
             finished = (resume_ / RESULTS).is_file()
-            results = resume(resume_, live, **keeping)
+            run = resume(resume_, live, **keeping)
             if finished:
                 errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
         else:
             config = Config(**values)
             folder = out or default_folder(config, datetime.now())
-            results = start(config, folder, live, Keeping(**keeping))
+            run = start(config, folder, live, Keeping(**keeping))
     assert folder is not None
     if as_json:
-        say(json.dumps(results | {"folder": str(folder)}))
+        say(json.dumps(run.results | {"folder": str(folder)}))
     else:
-        PlainConsole().print(result_table(results))
-        say(aligned(result_notes(results)))
+        PlainConsole().print(result_table(run.results))
+        say(aligned(result_notes(run.results)))
         drawn = [str(folder / name) for name in (PICTURE, SPECTRAL) if (folder / name).is_file()]
         pictures = f", and the picture{'s' * (len(drawn) > 1)} {' and '.join(drawn)}" if drawn else ""
         say(f"{folder}: config, metrics, checkpoints{pictures}")
@@ -123,10 +128,10 @@ def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:
 
 
 def _check_agreement(folder: Path, values: dict[str, Any], out: Path | None) -> None:
-    """Raise ValueError if an option says something else than the run that is resumed."""
+    """Raise InputError if an option contradicts the run that is resumed."""
     if out is not None and out.resolve() != folder.resolve():
         raise InputError(f"--out is {out}, but a resumed run stays in its folder {folder}; drop --out")
-    config = read_config(folder)[0].to_json()
+    config = read_config(folder).config.to_json()
     config |= config.pop("options")
     for name, value in (values | values.get("options", {})).items():
         if name != "options" and value != config.get(name):

@@ -1,8 +1,8 @@
-"""Checkpoints: one folder each, complete or not there at all.
+"""Checkpoints: one folder each, complete or absent.
 
 ``checkpoints/seed-0/step-00000460/`` holds ``<network>.safetensors`` (the model, for anyone to load) and ``state.pt``
-(what a resumed run needs beside it, and the checksums of the others). A folder is written aside, synced to the disk and
-renamed; then older ones go, but for the last few and the best.
+(what else a resumed run needs, and the checksums of the models). A folder is written under another name, synced to the
+disk and renamed; then older ones are deleted, except the last few and the best.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparsekern.files import load_
 from sparsekern.files.atomic_files import make_folder, make_parents, refuse_link, remove_folder, remove_leftovers
 from sparsekern.files.torch_files import read_torch
 from sparsekern.files.weight_files import write_state
-from sparsekern.lab.formats import State, checked
+from sparsekern.lab.formats import FORMAT_VERSION, State, checked
 
 logger = logging.getLogger("sparsekern")
 
@@ -30,12 +30,10 @@ DAMAGED = "damaged-"
 """How the name of a damaged checkpoint begins."""
 
 STATE = "state.pt"
-STATE_VERSION = 2
-"""Version 2 has the checksums of the files of weights; 1, which is read too, has none."""
 
 
-class NewerVersion(InputError):
-    """A checkpoint is of a version that this code does not know."""
+class OtherVersion(InputError):
+    """A checkpoint is of another format version than this code reads."""
 
 
 def seed_folder(run_folder: Path, seed: int) -> Path:
@@ -64,7 +62,7 @@ def save(
         best: step of one that stays beside them.
 
     Raises:
-        ValueError: a symbolic link is in the place of the folder.
+        InputError: a symbolic link is in the place of the folder.
     """
     final = _folder(folder, step)
     _refuse_links(folder)
@@ -76,7 +74,7 @@ def save(
         for name, model in models.items():
             write_state(unfinished / f"{name}.safetensors", model.state_dict())
         sums = {path.name: _checksum(path) for path in unfinished.iterdir()}
-        torch.save({"version": STATE_VERSION, "sha256": sums, **state}, unfinished / STATE)
+        torch.save({"version": FORMAT_VERSION, "sha256": sums, **state}, unfinished / STATE)
 
     make_folder(final, fill)
     tidy(folder, keep, best)
@@ -93,7 +91,7 @@ def tidy(folder: Path, keep: int = 1, best: int | None = None) -> None:
     """Delete what a killed run left unfinished, and all checkpoints but the newest ``keep`` and the ``best``.
 
     Raises:
-        ValueError: a symbolic link is in the place of the folder.
+        InputError: a symbolic link is in the place of the folder.
     """
     _refuse_links(folder)
     remove_leftovers(folder)
@@ -109,17 +107,17 @@ def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     results.
 
     Raises:
-        ValueError: all there are are damaged, or a symbolic link is in the place of the folder.
-        NewerVersion: the newest is of a newer version.
+        InputError: all there are are damaged, or a symbolic link is in the place of the folder.
+        OtherVersion: the newest is of another format version.
     """
     _refuse_links(folder)
-    damaged: list[tuple[Path, ValueError]] = []
+    damaged: list[tuple[Path, InputError]] = []
     for path in reversed(_all(folder)):
         try:
             state = load_state(path)
-        except NewerVersion:
+        except OtherVersion:
             raise
-        except ValueError as error:
+        except InputError as error:
             damaged.append((path, error))
             continue
         for bad, why in damaged:
@@ -134,7 +132,7 @@ def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise ValueError if the folder of a seed, or that of all seeds, is a symbolic link."""
+    """Raise InputError if the folder of a seed, or that of all seeds, is a symbolic link."""
     for path in (folder.parent, folder):
         refuse_link(path)
 
@@ -153,18 +151,20 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """Return the state that was saved, on the CPU. Executes nothing that the file might contain.
 
     Raises:
-        ValueError: a file is missing, or damaged anywhere in it.
-        NewerVersion: the state is of a version that this code does not know.
+        InputError: a file is missing, or damaged anywhere in it.
+        OtherVersion: the state is of another format version.
     """
     state = read_torch(checkpoint / STATE)
     version = state.get("version") if isinstance(state, dict) else None
-    if type(version) is not int or not isinstance(sums := state.get("sha256", {}), dict):
+    if type(version) is not int:
         raise InputError(f"{checkpoint / STATE} is not the state of a run")
-    if version > STATE_VERSION:
-        raise NewerVersion(
-            f"{checkpoint / STATE} has version {version}; this code reads {STATE_VERSION}: resume with the version of "
-            "sparsekern that wrote it"
+    if version != FORMAT_VERSION:
+        raise OtherVersion(
+            f"{checkpoint / STATE} has format version {version}; this code reads {FORMAT_VERSION}: resume with the "
+            "version of sparsekern that wrote it"
         )
+    if not isinstance(sums := state.get("sha256"), dict):
+        raise InputError(f"{checkpoint / STATE} has no checksums")
     for name, checksum in sums.items():
         path = checkpoint / Path(str(name)).name
         if not path.is_file() or _checksum(path) != checksum:
@@ -178,7 +178,7 @@ def load_model(checkpoint: Path, name: str, model: nn.Module) -> None:
     """Load the weights of one network into a model of the same shape.
 
     Raises:
-        ValueError: the file is missing or damaged, or does not fit the model.
+        InputError: the file is missing or damaged, or does not fit the model.
     """
     load_(model, checkpoint / f"{name}.safetensors")
 

@@ -10,18 +10,19 @@ from typing import Any
 
 from sparsekern.errors import InputError
 from sparsekern.files.atomic_files import refuse_link
-from sparsekern.lab.config import Config, usable_device
+from sparsekern.lab.config import Config, Run, resolve
 from sparsekern.lab.cost import training_cost
-from sparsekern.lab.data import Dataset, load
-from sparsekern.lab.formats import CostFile, checked
+from sparsekern.lab.formats import CostFile, PlanEntries, checked
 from sparsekern.lab.lock import locked
 from sparsekern.lab.options import OPTIONS, Value
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.pictures import draw_comparison, draw_or_warn
 from sparsekern.lab.report.tables import comparison_cells, markdown
 from sparsekern.lab.results import score_rows
-from sparsekern.lab.run import Interrupted, Observer, check, resume, start
+from sparsekern.lab.run import Interrupted, Observer, resume, start_resolved
 from sparsekern.lab.store import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text
+from sparsekern.lab.tasks import Task
+from sparsekern.lab.train import Learner
 from sparsekern.training import METHODS
 
 TABLE, PICTURE, COST = "comparison", "comparison.png", "cost.json"
@@ -31,6 +32,55 @@ DENSE = "dense"
 
 BASE: dict[str, Any] = {"method": "static", "sparsity": 0.0, "block_size": 1}
 """What is said in place of that in which the cells differ."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method or a preset, with options.
+
+    Raises:
+        InputError: there is no such method, or it does not have such an option.
+    """
+
+    method: str | None = None
+    preset: str | None = None
+    options: dict[str, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = Config(**self.entries())
+        object.__setattr__(self, "method", known.method)
+        object.__setattr__(self, "options", known.options)
+
+    @classmethod
+    def parse(cls, text: str, *, preset: bool = False) -> Contestant:
+        """Read ``NAME`` or ``NAME:option=value,option=value``, such as ``gse:distribution=grabo,subset_factor=2``.
+
+        Args:
+            text: see above; hyphens in the names of options are underscores, and an option alone is true.
+            preset: whether the name is that of a preset.
+
+        Raises:
+            InputError: as the class, or a value of another kind.
+        """
+        name, _, rest = text.partition(":")
+        options: dict[str, Value] = {}
+        for part in filter(None, rest.split(",")):
+            key, given, value = part.partition("=")
+            key = key.strip().replace("-", "_")
+            options[key] = OPTIONS[key].parse(value.strip() if given else "true") if key in OPTIONS else value
+        return cls(preset=name, options=options) if preset else cls(method=name, options=options)
+
+    def entries(self) -> dict[str, Any]:
+        """Return what it says in a :class:`Config`."""
+        return {"method": self.method, "preset": self.preset, "options": dict(self.options)}
+
+    @property
+    def slug(self) -> str:
+        """A name for a folder, such as ``gse-distribution-grabo``."""
+        words = [self.preset or str(self.method)]
+        for name, value in self.options.items():
+            words += [name.replace("_", "-"), str(value).lower()]
+        return "-".join(words)
 
 
 @dataclass(frozen=True)
@@ -45,7 +95,7 @@ class Plan:
         dense: whether the dense twin is trained, once a seed.
 
     Raises:
-        ValueError: something is missing or wrong.
+        InputError: something is missing or wrong.
     """
 
     base: Config
@@ -84,22 +134,16 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, values: Any) -> Plan:
-        """Read what :meth:`to_json` returned.
-
-        Raises:
-            ValueError: something is missing or wrong.
-        """
-        try:
-            return cls(
-                Config.from_json(values["base"]),
-                tuple(Contestant(**entries) for entries in values["contestants"]),
-                tuple(values["sparsities"]),
-                tuple(values["block_sizes"]),
-                values["dense"],
-            )
-        except (KeyError, TypeError, AttributeError):
-            raise InputError("the plan of the comparison is damaged; choose another --out") from None
+    def from_json(cls, values: Any, where: Path | str = PLAN) -> Plan:
+        """Read what :meth:`to_json` returned; raise InputError if something is wrong in the file ``where``."""
+        file = checked(PlanEntries, values, where, "choose another --out")
+        return cls(
+            Config.from_json(file.base),
+            tuple(Contestant(**vars(entries)) for entries in file.contestants),
+            tuple(file.sparsities),
+            tuple(file.block_sizes),
+            file.dense,
+        )
 
 
 class CompareObserver(Observer):
@@ -118,10 +162,10 @@ def read_plan(folder: Path) -> Plan | None:
     """Return the plan of the comparison in a folder; None if there is none yet.
 
     Raises:
-        ValueError: the folder holds something else, or the plan is damaged.
+        InputError: the folder holds something else, or the plan is damaged.
     """
     if (folder / PLAN).is_file():
-        return Plan.from_json(read_json(folder / PLAN).get("plan"))
+        return Plan.from_json(read_json(folder / PLAN).get("plan"), folder / PLAN)
     if folder.is_file():
         raise InputError(f"out is {folder}, which is a file; choose the name of a folder for --out", parameter="out")
     if folder.exists() and not is_new(folder):
@@ -149,7 +193,7 @@ def plan_for(
         dense: whether the dense twin is trained; None for yes, or what the folder has. It can only be added.
 
     Raises:
-        ValueError: the folder holds something else, or a comparison whose runs have other values.
+        InputError: the folder holds something else, or a comparison whose runs have other values.
     """
     known = read_plan(folder)
     if known is None:
@@ -190,53 +234,58 @@ def compare(plan: Plan, folder: Path, observer: CompareObserver) -> dict[str, An
         The content of ``comparison.json``.
 
     Raises:
-        ValueError: options, data or the folder are not usable; the text names the cell. Found before any training,
+        InputError: options, data or the folder are not usable; the text names the cell. Found before any training,
             but for a loss that is not finite: that is raised after all other cells.
         Interrupted: the observer asked to stop.
     """
-    data = load(plan.base.data, plan.base.data_max_gib)
-    cells = {name: config.resolved(*data.train_images.shape[:2]) for name, config in plan.cells().items()}
-    for name, config in cells.items():
-        _check(folder / name, name, config, data)
+    task = find(plan.base.recipe).task.load(plan.base.data, plan.base.data_max_gib)
+    runs: dict[str, Run] = {}
+    for name, config in plan.cells().items():
+        runs[name] = _resolved(folder / name, name, config, task)
+        task = runs[name].task  # on the device: all runs share its data
     with locked(folder):
         write_json(folder / PLAN, {"plan": plan.to_json()})
-        return _train(plan, cells, data, folder, observer)
+        return _train(plan, runs, folder, observer)
 
 
-def _train(
-    plan: Plan, cells: Mapping[str, Config], data: Dataset, folder: Path, observer: CompareObserver
-) -> dict[str, Any]:
-    finished, failed = [], []
-    for number, (name, config) in enumerate(cells.items()):
+def _train(plan: Plan, runs: Mapping[str, Run], folder: Path, observer: CompareObserver) -> dict[str, Any]:
+    results: dict[str, dict[str, Any]] = {}
+    failed = []
+    for number, (name, run) in enumerate(runs.items()):
         if not _is_finished(folder / name):
-            observer.cell(name, config, number, len(cells))
+            observer.cell(name, run.config, number, len(runs))
         try:
-            _run(folder / name, config, data, observer)
+            results[name] = _results(folder / name, run, observer)
         except Interrupted:
             raise Interrupted(folder) from None
-        except ValueError as error:  # a loss that is not finite: the other cells are worth having
+        except InputError as error:  # a loss that is not finite: the other cells are worth having
             failed.append(f"{name}: {error}")
             continue
-        finished.append(name)
-        content = _write_table(plan, folder, finished)
-    if finished:
+        content = _write_table(plan, runs, folder, results)
+    if results:
         title = f"{content['data']['name']}, {plan.base.network_title}"
         draw_or_warn(folder / PICTURE, lambda path: draw_comparison(path, title, content["rows"]))
     if failed:
-        raise InputError(f"{len(failed)} of {len(cells)} runs failed (the others are in {folder}). {'; '.join(failed)}")
+        raise InputError(f"{len(failed)} of {len(runs)} runs failed (the others are in {folder}). {'; '.join(failed)}")
     return content
 
 
-def _check(folder: Path, name: str, config: Config, data: Dataset) -> None:
-    """Raise ValueError if a cell cannot be trained, or its run is of other options."""
+def _resolved(folder: Path, name: str, config: Config, task: Task) -> Run:
+    """Return the run of a cell; raise InputError if it cannot be trained, or the one in its folder has other options.
+
+    The network of a run that has not begun is built once here and dropped: what only a network can say, such as a layer
+    without a block, is said before hours of training in other cells.
+    """
     try:
         refuse_link(folder)
+        run = resolve(config, task)
         if not (folder / CONFIG).is_file():
-            check(config, data)
-        elif read_config(folder)[0] != config:
+            Learner(run, config.networks[0], seed=0)
+        elif read_config(folder).config != run.config:
             raise InputError(f"the run in {folder} has other options; choose another --out")
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{name}: {error}", parameter=error.parameter) from None
+    return run
 
 
 def is_finished(plan: Plan, folder: Path) -> bool:
@@ -248,90 +297,35 @@ def _is_finished(folder: Path) -> bool:
     return (folder / COST).is_file()
 
 
-def _run(folder: Path, config: Config, data: Dataset, observer: Observer) -> None:
+def _results(folder: Path, run: Run, observer: Observer) -> dict[str, Any]:
+    """Return the results of a cell, trained to its end."""
     if _is_finished(folder):
-        return
-    if (folder / CONFIG).is_file():
-        resume(folder, observer)
-    else:
-        start(config, folder, observer)
-    cost = training_cost(config.networks[0], config, data.to(usable_device(str(config.device))))
+        return read_results(folder)
+    begun = (folder / CONFIG).is_file()
+    finished = resume(folder, observer) if begun else start_resolved(run, folder, observer)
+    cost = training_cost(run, run.config.networks[0])
     write_json(folder / COST, {"cost": cost})  # last: it says that the cell is finished
+    return finished.results
 
 
-def _write_table(plan: Plan, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+def _write_table(
+    plan: Plan, runs: Mapping[str, Run], folder: Path, results: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Write the table of the cells that are finished, as JSON and as Markdown."""
-    results = {name: read_results(folder / name) for name in names}
-    costs = {name: _cost(folder / name / COST) for name in names}
-    some = results[names[0]]
-    content = {
-        "plan": plan.to_json(),
-        "data": some["data"],
-        "environment": some["environment"],
-        "rows": score_rows(results, costs),
-    }
-    write_json(folder / f"{TABLE}.json", content)
-    write_text(folder / f"{TABLE}.md", markdown(comparison_cells(content["rows"])))
-    return read_json(folder / f"{TABLE}.json")
+    costs = {name: _cost(folder / name / COST) for name in results}
+    some = next(iter(results.values()))
+    rows = score_rows({name: run.config for name, run in runs.items()}, results, costs)
+    content = {"plan": plan.to_json(), "data": some["data"], "environment": some["environment"], "rows": rows}
+    write_text(folder / f"{TABLE}.md", markdown(comparison_cells(rows)))
+    return write_json(folder / f"{TABLE}.json", content)
 
 
 def _cost(path: Path) -> dict[str, int]:
-    content = read_json(path)
-    checked(CostFile, content, path, "delete it, and the next call makes it anew")
-    cost: dict[str, int] = content["cost"]
-    return cost
+    file = checked(CostFile, read_json(path), path, "delete it, and the next call makes it anew")
+    return file.cost.model_dump(include={"training_flops", "peak_bytes"})
 
 
 def _union(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:
     """Return the entries of both, each once, in their order."""
     entries = [*first, *second]
     return tuple(entry for place, entry in enumerate(entries) if entry not in entries[:place])
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A method or a preset, with options.
-
-    Raises:
-        ValueError: there is no such method, or it does not have such an option.
-    """
-
-    method: str | None = None
-    preset: str | None = None
-    options: dict[str, Value] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        checked = Config(**self.entries())
-        object.__setattr__(self, "method", checked.method)
-        object.__setattr__(self, "options", checked.options)
-
-    @classmethod
-    def parse(cls, text: str, *, preset: bool = False) -> Contestant:
-        """Read ``NAME`` or ``NAME:option=value,option=value``, such as ``gse:distribution=grabo,subset_factor=2``.
-
-        Args:
-            text: see above; hyphens in the names of options are underscores, and an option alone is true.
-            preset: whether the name is that of a preset.
-
-        Raises:
-            ValueError: as the class, or a value of another kind.
-        """
-        name, _, rest = text.partition(":")
-        options: dict[str, Value] = {}
-        for part in filter(None, rest.split(",")):
-            key, given, value = part.partition("=")
-            key = key.strip().replace("-", "_")
-            options[key] = OPTIONS[key].parse(value.strip() if given else "true") if key in OPTIONS else value
-        return cls(preset=name, options=options) if preset else cls(method=name, options=options)
-
-    def entries(self) -> dict[str, Any]:
-        """Return what it says in a :class:`Config`."""
-        return {"method": self.method, "preset": self.preset, "options": dict(self.options)}
-
-    @property
-    def slug(self) -> str:
-        """A name for a folder, such as ``gse-distribution-grabo``."""
-        words = [self.preset or str(self.method)]
-        for name, value in self.options.items():
-            words += [name.replace("_", "-"), str(value).lower()]
-        return "-".join(words)

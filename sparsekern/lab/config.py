@@ -1,4 +1,4 @@
-"""What a run is asked to do: one frozen record, checked once, and its form in ``config.json``."""
+"""Configuration of a run: the options as they are given, and the run that they decide together with the data."""
 
 from __future__ import annotations
 
@@ -12,65 +12,52 @@ import torch
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import DEFAULT
 from sparsekern.lab.formats import LARGEST
-from sparsekern.lab.options import OPTIONS, Value, check_options
-from sparsekern.lab.recipes import RECIPES, find
-from sparsekern.lab.tasks import AUGMENTATIONS
+from sparsekern.lab.options import OPTIONS, STOP, Value, check_options, in_words, part_of
+from sparsekern.lab.recipes import RECIPES, Recipe, find
+from sparsekern.lab.tasks import AUGMENTATIONS, Task
 from sparsekern.topology import check_sparsity
 from sparsekern.training import METHODS, PRESETS, Method
 
-FORMAT_VERSION = 3
-"""Of every JSON file in a run folder. Older ones are read, see :data:`ADDED`."""
-
-ADDED: dict[int, dict[str, Any]] = {
-    2: {"recipe": "mlp", "width_multiplier": 1.0, "augment": "none"},
-    3: {"preset": None, "options": {}},
-}
-"""The entries of a configuration that each format added, with what a run without them did."""
-
 SMALL_DATA = 10_000
-"""Training images up to which a data set counts as small, and gets more epochs by default."""
-
-STOP = 0.75
-"""Fraction of the training after which no block moves, so that the last grown ones have time to learn."""
+"""Training examples up to which a data set counts as small and is trained on for more epochs by default."""
 
 METHOD = "set"
-"""The method where neither it nor a preset is given."""
+"""The method if neither it nor a preset is given."""
 
 OF_RECIPE: Any = None
-"""The default of an option that the recipe, or the preset, decides. It does so at once: no Config holds this, but for
-``width``."""
+"""Default of an option that the recipe or the preset decides as soon as the configuration is made."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one run. Those that are None are chosen by :meth:`resolved`.
+    """The options of one run. Those that are None are decided when the data are known, by :func:`resolve`.
 
     Attributes:
-        recipe: a name in :data:`sparsekern.lab.recipes.RECIPES`. It decides what is not given: ``block_size``,
+        recipe: a name in :data:`sparsekern.lab.recipes.RECIPES`. It decides what is not given of ``block_size``,
             ``width``, ``batch_size``, ``rate`` and ``seeds``.
-        data: None for scikit-learn's digits, or a path that :func:`sparsekern.lab.data.load` takes.
+        data: None for the recipe's own data, or a path that its task loads (:mod:`sparsekern.lab.tasks`).
         data_max_gib: GiB of memory that the data may ask for. Large files may ask for 16 times their own size.
         sparsity: fraction of the hidden weights that is absent, in [0, 1).
         block_size: side of the blocks.
         method: a name in :data:`sparsekern.training.METHODS`. Default: the preset's, or SET.
-        preset: a name in :data:`sparsekern.training.PRESETS`: a publication's options, where none are given.
-        options: of the method, by the names of :data:`sparsekern.lab.options.OPTIONS`.
+        preset: a name in :data:`sparsekern.training.PRESETS`, whose values count where no options are given.
+        options: options of the method, by the names of :data:`sparsekern.lab.options.OPTIONS`.
         width: features of the three hidden layers of the MLP; None for other networks.
-        width_multiplier: times the published channels of other networks; 1 for the MLP.
-        augment: how images are varied, a name in :data:`sparsekern.lab.tasks.AUGMENTATIONS`. Default: the
-            recipe's, but ``"none"`` for grey images.
+        width_multiplier: factor of the published channels of other networks; 1 for the MLP.
+        augment: how images are varied, a name in :data:`sparsekern.lab.tasks.AUGMENTATIONS`. Default: the recipe's,
+            but ``"none"`` for grey images.
         epochs: passes over the training set. Default: the recipe's; of the MLP 20, or 5 with more than 10 000 images.
-        batch_size: images a step.
-        rate: the learning rate at its highest.
-        update_every: steps between moves of blocks. Default: the preset's; or about eight moves, at most as far apart
-            as the recipe says.
+        batch_size: examples a step.
+        rate: highest learning rate.
+        update_every: steps between updates of the topology. Default: the preset's; or about eight updates, at most as
+            far apart as the recipe says.
         seeds: number of runs; run ``i`` has seed ``i``.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``. Default: CUDA where there is one.
         dense: whether the dense twin is trained too.
         sparse: whether the sparse network is trained. Without it only the twin is.
 
     Raises:
-        ValueError: a value out of range; the text names it, the rule and the way out.
+        InputError: a value out of range, or options that contradict each other.
     """
 
     recipe: str = next(iter(RECIPES))
@@ -95,18 +82,17 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("recipe", "method", "preset", "augment"):
-            if not isinstance(value := getattr(self, name), (str, type(None))):
-                raise InputError(f"{name} is {value!r}; it must be a name", parameter=name)
+            self._check(name, isinstance(getattr(self, name), (str, type(None))), "a name")
         self._ask_recipe()
         for name in ("block_size", "width", "epochs", "batch_size", "update_every", "seeds"):
             value = getattr(self, name)
-            optional = name in ("epochs", "update_every", "width")
-            if not (optional and value is None) and (type(value) is not int or not 1 <= value <= LARGEST):
-                bounds = "1 or more" if type(value) is not int or value < 1 else f"1 to {LARGEST}"
-                raise InputError(f"{name} is {value!r}; it must be a whole number of {bounds}", parameter=name)
+            if value is None and name in ("epochs", "update_every", "width"):
+                continue
+            whole = type(value) is int
+            bounds = "1 or more" if not whole or value < 1 else f"1 to {LARGEST}"
+            self._check(name, whole and 1 <= value <= LARGEST, f"a whole number of {bounds}")
         for name in ("sparsity", "rate", "width_multiplier", "data_max_gib"):
-            if type(value := getattr(self, name)) not in (int, float):
-                raise InputError(f"{name} is {value!r}; it must be a number", parameter=name)
+            self._check(name, type(getattr(self, name)) in (int, float), "a number")
         check_sparsity(self.sparsity)
         if self.width is not None and self.block_size > self.width:
             raise InputError(
@@ -115,20 +101,14 @@ class Config:
                 parameter="block_size",
             )
         for name in ("rate", "width_multiplier", "data_max_gib"):
-            if not (math.isfinite(value := getattr(self, name)) and value > 0):
-                raise InputError(f"{name} is {value}; it must be a number above 0", parameter=name)
-        if self.augment is not None and self.augment not in AUGMENTATIONS:
-            raise InputError(
-                f"augment is {self.augment!r}; it must be one of {', '.join(AUGMENTATIONS)}", parameter="augment"
-            )
+            self._check(name, math.isfinite(value := getattr(self, name)) and value > 0, "a number above 0")
+        known = self.augment is None or self.augment in AUGMENTATIONS
+        self._check("augment", known, f"one of {', '.join(AUGMENTATIONS)}")
         self._ask_method()
-        if not (self.data is None or isinstance(self.data, str)):
-            raise InputError(
-                f"data is {self.data!r}; it must be a path, or nothing for the digits of scikit-learn", parameter="data"
-            )
+        text = self.data is None or isinstance(self.data, str)
+        self._check("data", text, "a path, or nothing for the digits of scikit-learn")
         for name in ("dense", "sparse"):
-            if type(value := getattr(self, name)) is not bool:
-                raise InputError(f"{name} is {value!r}; it must be true or false", parameter=name)
+            self._check(name, type(getattr(self, name)) is bool, "true or false")
         if not self.networks:
             raise InputError("dense and sparse are false, which leaves nothing to train; drop one of them")
         if self.options and not self.sparse:
@@ -136,11 +116,14 @@ class Config:
                 f"{', '.join(self.options)} would change nothing: only the dense twin is trained; "
                 f"drop {'it' if len(self.options) == 1 else 'them'}, or train the sparse network too"
             )
-        if self.device is not None:
-            _check_device(self.device)
+        self._check("device", self.device is None or _is_device(self.device), "cpu, cuda or cuda:<number>")
+
+    def _check(self, name: str, right: bool, rule: str) -> None:
+        if not right:
+            raise InputError(f"{name} is {getattr(self, name)!r}; it must be {rule}", parameter=name)
 
     def _ask_recipe(self) -> None:
-        """Fill in what was not given; raise ValueError if there is no such recipe, or its network has no such width."""
+        """Fill in what was not given; raise InputError if there is no such recipe, or its network has no such width."""
         recipe = find(self.recipe)
         if recipe.width is None and self.width is not None:
             raise InputError(
@@ -156,34 +139,25 @@ class Config:
                 object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
 
     def _ask_method(self) -> None:
-        """Let the preset name the method; raise ValueError if they disagree, or an option is not the method's."""
-        if self.preset is not None and self.preset not in PRESETS:
-            raise InputError(f"preset is {self.preset!r}; it must be one of {', '.join(PRESETS)}", parameter="preset")
+        """Let the preset name the method; raise InputError if they disagree, or an option is not the method's."""
+        self._check("preset", self.preset is None or self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         implied = METHOD if self.preset is None else _name_of(PRESETS[self.preset].method)
         if self.method is OF_RECIPE:
             object.__setattr__(self, "method", implied)
-        if self.method not in METHODS:
-            raise InputError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}", parameter="method")
+        self._check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         if self.preset is not None and self.method != implied:
             raise InputError(
                 f"preset is {self.preset!r}, whose method is {implied}, but method is {self.method!r}",
                 parameter="preset",
             )
-        if not isinstance(self.options, dict):
-            raise InputError(
-                f"options is {self.options!r}; it must be a dictionary of names and values", parameter="options"
-            )
+        self._check("options", isinstance(self.options, dict), "a dictionary of names and values")
         object.__setattr__(self, "options", check_options(self.method, self.options))
-
-    def part(self, part: str) -> dict[str, Value]:
-        """Return the given options that one part takes; see :class:`sparsekern.lab.options.Option`."""
-        return {name: value for name, value in self.options.items() if OPTIONS[name].part == part}
 
     @property
     def method_title(self) -> str:
-        """How blocks move, in words, such as "gse, distribution grabo"; without what is only recorded."""
-        given = {name: value for name, value in self.options.items() if OPTIONS[name].part != "record"}
-        return ", ".join((self.preset or self.method, *(_words(name, value) for name, value in given.items())))
+        """How blocks move, such as "gse, distribution grabo"; without options that only record something."""
+        given = [in_words(name, value) for name, value in self.options.items() if OPTIONS[name].part != "record"]
+        return ", ".join((self.preset or self.method, *given))
 
     @property
     def network_title(self) -> str:
@@ -197,27 +171,6 @@ class Config:
     def networks(self) -> tuple[str, ...]:
         """Names of the networks, in the order in which they are trained."""
         return ("sparse",) * self.sparse + ("dense",) * self.dense
-
-    def resolved(self, images: int, channels: int) -> Config:
-        """Return the configuration with nothing left open, for a training set of that many images and channels."""
-        recipe = find(self.recipe)
-        epochs = self.epochs or recipe.epochs or (20 if images <= SMALL_DATA else 5)
-        batches = math.ceil(images / self.batch_size)
-        usual = min(recipe.update_every, max(1, int(STOP * epochs * batches / 8)))
-        return replace(
-            self,
-            epochs=epochs,
-            augment=self.augment or (recipe.augmentation if channels > 1 else "none"),
-            update_every=self.update_every or self._of_preset(batches) or usual,
-            device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        )
-
-    def _of_preset(self, batches: int) -> int | None:
-        """Return what the preset says of ``update_every``, in an epoch of that many batches."""
-        if self.preset is None:
-            return None
-        chosen = PRESETS[self.preset]
-        return batches if chosen.once_an_epoch else chosen.options.get("update_every")
 
     @property
     def kept_dense(self) -> tuple[str, ...]:
@@ -234,6 +187,28 @@ class Config:
         """Which layers are sparse, in words, such as "hidden layers"."""
         return {0: "all layers", 1: "all layers but the first"}.get(len(self.kept_dense), "hidden layers")
 
+    def resolved(self, examples: int, augmentation: str = "none") -> Config:
+        """Return the configuration with nothing left open.
+
+        Args:
+            examples: size of the training set.
+            augmentation: how the task varies these data by default.
+        """
+        recipe = find(self.recipe)
+        epochs = self.epochs or recipe.epochs or (20 if examples <= SMALL_DATA else 5)
+        batches = math.ceil(examples / self.batch_size)
+        update_every = min(recipe.update_every, max(1, int(STOP * epochs * batches / 8)))
+        if self.preset is not None:
+            chosen = PRESETS[self.preset]
+            update_every = batches if chosen.once_an_epoch else chosen.options.get("update_every", update_every)
+        return replace(
+            self,
+            epochs=epochs,
+            augment=self.augment or augmentation,
+            update_every=self.update_every or update_every,
+            device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads."""
         return asdict(self)
@@ -243,7 +218,7 @@ class Config:
         """Read what :meth:`to_json` returned.
 
         Raises:
-            ValueError: a name too many or too few, or a value out of range.
+            InputError: a name too many or too few, or a value out of range.
         """
         names = {entry.name for entry in fields(cls)}
         if values.keys() != names:
@@ -252,47 +227,105 @@ class Config:
         return cls(**values)
 
 
-def _words(name: str, value: Value) -> str:
-    """Return an option in words: "drop fraction 0.1"; one that is on by its name alone, one that is off with a no."""
-    words = name.replace("_", " ")
-    if isinstance(value, bool):
-        return words if value else f"no {words}"
-    return f"{words} {value}"
+@dataclass(frozen=True)
+class Run:
+    """A run in which everything is decided: what the training reads, and needs to look up or parse no more.
+
+    Attributes:
+        config: the options, none of them open. ``config.json`` holds them.
+        recipe: how the network is trained.
+        task: what it is trained on, with the data, on the device.
+        device: of the training.
+        batches: steps of an epoch.
+        steps: steps of the whole training.
+        method: class of the training method.
+        arguments: of its constructor, but for model, optimizer and seed.
+        pool: blocks to store for each one that is to remain; None if the method does not choose among candidates.
+        agent: arguments of AGENT, or None for a training without it.
+        layers: arguments of :func:`sparsekern.sparsify_`, but for sparsity, blocks and what stays dense.
+        transform: name of the Sparse-IFT transform, or None.
+        transform_max_gib: GiB that it may take, or None for its default.
+        spectral: whether the graphs of the blocks are measured at each update.
+    """
+
+    config: Config
+    recipe: Recipe
+    task: Task
+    device: torch.device
+    batches: int
+    steps: int
+    method: type[Method]
+    arguments: Mapping[str, Any]
+    pool: float | None
+    agent: Mapping[str, Any] | None
+    layers: Mapping[str, Any]
+    transform: str | None
+    transform_max_gib: float | None
+    spectral: bool
 
 
-def upgraded(values: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Return a configuration of an older format as one of today's; ``sparse`` and
-    ``data_max_gib`` came while the format was 3 already.
+def resolve(config: Config, task: Task) -> Run:
+    """Decide a run.
 
     Args:
-        values: what :meth:`Config.to_json` returned then.
-        version: the format of the file.
+        config: the options, some of them open.
+        task: with the data.
+
+    Raises:
+        InputError: this machine lacks the device, or the data do not fit the network.
     """
-    missing: dict[str, Any] = {"sparse": True, "data_max_gib": DEFAULT.gib}
-    for number, entries in ADDED.items():
-        if number > version:
-            missing |= entries
-    return missing | dict(values)
+    recipe = find(config.recipe)
+    config = config.resolved(task.examples, task.augmentation(recipe))
+    device = usable_device(str(config.device))
+    batches = math.ceil(task.examples / config.batch_size)
+    steps = (config.epochs or 0) * batches
+    chosen = None if config.preset is None else PRESETS[config.preset]
+    method, options = METHODS[config.method], config.options
+    arguments: dict[str, Any] = {"stop": (STOP if chosen is None else chosen.until) * steps}
+    arguments |= {} if chosen is None else chosen.options
+    arguments["update_every"] = config.update_every
+    for name, value in part_of("method", options).items():
+        arguments[name] = float(value) * steps if OPTIONS[name].fraction else value
+    if "start" in arguments:
+        arguments["start"] = int(arguments["start"])
+    layers = {"distribution": recipe.distribution} | ({} if chosen is None else dict(chosen.layers))
+    layers |= part_of("recipe", options)
+    pool = layers.pop("pool", method.pool)
+    agent, transform = part_of("agent", options), part_of("transform", options)
+    return Run(
+        config=config,
+        recipe=recipe,
+        task=task.prepared(recipe, str(config.augment), device),
+        device=device,
+        batches=batches,
+        steps=steps,
+        method=method,
+        arguments=arguments,
+        pool=float(pool) if method.pool > 1 else None,
+        agent={name.removeprefix("agent_"): v for name, v in agent.items()} if agent.pop("agent", False) else None,
+        layers=layers,
+        transform=transform.get("transform"),
+        transform_max_gib=transform.get("transform_max_gib"),
+        spectral=bool(options.get("spectral")),
+    )
 
 
 def _name_of(method: type[Method]) -> str:
     return next(name for name, known in METHODS.items() if known is method)
 
 
-def _check_device(name: str) -> None:
+def _is_device(name: object) -> bool:
     try:
-        kind = torch.device(name).type
+        return torch.device(name).type in ("cpu", "cuda")  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"device is {name!r}; it must be cpu, cuda or cuda:<number>", parameter="device")
+        return False
 
 
 def usable_device(name: str) -> torch.device:
     """Return the device of that name.
 
     Raises:
-        ValueError: this machine, or this installation of PyTorch, does not have it.
+        InputError: this machine, or this installation of PyTorch, does not have it.
     """
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -1,4 +1,4 @@
-"""What a training costs, whatever the machine: operations in all, and memory at its highest."""
+"""Cost of a training on any machine, in FLOPs and bytes, and the account of a trained network's layers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekern.analysis import Summary, summary
 from sparsekern.analysis.allocations import peak_above
 from sparsekern.lab import checkpoint
-from sparsekern.lab.config import Config, usable_device
-from sparsekern.lab.data import Dataset
+from sparsekern.lab.config import Config, Run, resolve
 from sparsekern.lab.options import OPTIONS
+from sparsekern.lab.recipes import find
 from sparsekern.lab.train import Learner
 from sparsekern.training import AGENT
 
@@ -25,25 +25,24 @@ LONG = 10**6
 """Epochs of a training that is not near its end, and steps to an update that does not come."""
 
 
-def training_cost(network: str, config: Config, data: Dataset) -> dict[str, int]:
+def training_cost(run: Run, network: str) -> dict[str, int]:
     """Return ``training_flops`` and ``peak_bytes`` of a network of seed 0, from a few steps of copies made for it.
 
     FLOPs are those of all matrix products of the whole training, at stored elements: forward, backward, the scores of
     updates, and what changes when no block moves any more. Memory is that of an update's period: what is held between
-    steps and what a step holds above that; native kernels take their scratch beside it.
+    steps and what a step holds above that; the scratch of native kernels comes on top.
 
     Args:
+        run: the training.
         network: ``"sparse"`` or ``"dense"``.
-        config: resolved.
-        data: on the device of the training.
     """
-    with_agent = config
-    config = replace(config, options={n: v for n, v in config.options.items() if OPTIONS[n].part != "agent"})
-    real = Learner(network, config, data, seed=0)
-    steps, period = real.total_steps, max(PERIOD, int(config.options.get("structure_every", 1)))
-    usual = _flops(_learner(network, config, data, update_every=LONG), period) / period
-    moving = _learner(network, config, data, update_every=period)
-    agent = Learner(network, with_agent, data, seed=0).agent
+    options = run.config.options
+    without_agent = {name: value for name, value in options.items() if OPTIONS[name].part != "agent"}
+    real = Learner(_changed(run, options=without_agent), network, seed=0)
+    steps, period = real.total_steps, max(PERIOD, int(options.get("structure_every", 1)))
+    usual = _flops(_long(run, network, options=without_agent, update_every=LONG), period) / period
+    moving = _long(run, network, options=without_agent, update_every=period)
+    agent = None if run.agent is None else Learner(run, network, seed=0).agent
     if real.method is None:
         flops = usual * steps
     else:
@@ -51,10 +50,8 @@ def training_cost(network: str, config: Config, data: Dataset) -> dict[str, int]
         stop = min(steps, steps if schedule.stop is None else schedule.stop)
         updates = sum(schedule.due(step) for step in range(1, steps + 1))
         after = usual
-        if "stop" in OPTIONS and config.method in OPTIONS["stop"].methods:
-            ended = _learner(
-                network, config, data, update_every=LONG, options={**config.options, "start": 0, "stop": 0}
-            )
+        if run.config.method in OPTIONS["stop"].methods:
+            ended = _long(run, network, update_every=LONG, options={**without_agent, "start": 0, "stop": 0})
             _step(ended)
             after = _flops(ended, 1)
         extra = max(0.0, _flops(moving, period) - usual * period)
@@ -63,13 +60,13 @@ def training_cost(network: str, config: Config, data: Dataset) -> dict[str, int]
             begin = 0 if real.method.settled else stop
             flops += _agent_flops(agent, real, begin, after if begin else usual)
     if agent is not None:
-        moving = _with_correction(network, with_agent, data, period)
+        moving = _with_correction(run, network, period)
     _step(moving)  # the optimizer has its state after the first step
     gradients = sum(p.numel() * p.element_size() for p in moving.model.parameters() if p.requires_grad)
     between = moving.training_bytes() - gradients
-    peak = between + peak_above(lambda: _run(moving, period), moving.device)
-    images = data.train_images.shape[0]
-    flops *= images / (real.batches * min(images, real.batch_size))  # the last batch of an epoch may be smaller
+    peak = between + peak_above(lambda: _run(moving, period), run.device)
+    examples = run.task.examples
+    flops *= examples / (run.batches * min(examples, run.config.batch_size))  # the last batch may be smaller
     return {"training_flops": round(flops), "peak_bytes": peak}
 
 
@@ -94,17 +91,21 @@ def _agent_flops(agent: AGENT, learner: Learner, begin: int, step: float) -> flo
     return passes + step * learner.batches * epochs
 
 
-def _with_correction(network: str, config: Config, data: Dataset, period: int) -> Learner:
+def _with_correction(run: Run, network: str, period: int) -> Learner:
     """Return a learner whose AGENT passes over one batch only, and corrects from the first step."""
-    options = {**config.options, "agent_batches": 1}
-    learner = _learner(network, config, data, update_every=period, options=options)
+    learner = _long(run, network, update_every=period, options={**run.config.options, "agent_batches": 1})
     assert learner.agent is not None
     learner.agent.c = dict.fromkeys(learner.agent.c, 1.0)
     return learner
 
 
-def _learner(network: str, config: Config, data: Dataset, **changes: Any) -> Learner:
-    return Learner(network, replace(config, epochs=LONG, **changes), data, seed=0)
+def _changed(run: Run, **changes: Any) -> Run:
+    """Return another run on the same data."""
+    return resolve(replace(run.config, **changes), run.task)
+
+
+def _long(run: Run, network: str, **changes: Any) -> Learner:
+    return Learner(_changed(run, epochs=LONG, **changes), network, seed=0)
 
 
 def _flops(learner: Learner, steps: int) -> int:
@@ -120,7 +121,7 @@ def _run(learner: Learner, steps: int) -> None:
 
 def _step(learner: Learner) -> None:
     """Take a step on a whole batch, and never look at the test images."""
-    if (learner.batch + 1) * learner.batch_size > learner.data.train_images.shape[0]:
+    if (learner.batch + 1) * learner.run.config.batch_size > learner.task.examples:
         learner.epoch, learner.batch = learner.epoch + 1, 0
     learner.step()
 
@@ -138,19 +139,15 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
         timed: whether to time the layers, beside dense ones.
 
     Raises:
-        ValueError: this machine lacks the device, or the checkpoint cannot be loaded.
+        InputError: this machine lacks the device, or the checkpoint cannot be loaded.
     """
-    device = usable_device(str(config.device))
-    count, classes = min(config.batch_size, described["train_images"]), described["classes"]
-    images = torch.randn(count, *described["image_shape"], generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(count) % classes
-    noise = Dataset("noise", images, labels, images[:1], labels[:1], classes, "").to(device)
-    sizes, learner = {}, None
+    run = resolve(config, find(config.recipe).task.noise(described, config.batch_size))
+    sizes = {}
     for network in reversed(config.networks):  # the sparse one last
-        learner = Learner(network, config, noise, seed=0)
+        learner = Learner(run, network, seed=0)
+        inputs, _ = learner.next_batch()
         learner.step()
         sizes[network] = learner.sizes()
-    assert learner is not None
     checkpoint.load_model(newest, learner.network, learner.model)
-    account = summary(learner.model, noise.train_images, optimizer=learner.optimizer, measure=timed)
+    account = summary(learner.model, inputs, optimizer=learner.optimizer, measure=timed)
     return account, {name: sizes[name] for name in config.networks}

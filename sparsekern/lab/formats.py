@@ -1,7 +1,7 @@
-"""What the files of a run hold, as types; every reader checks a file against its type before anything is done with it.
+"""Types of the files of a run folder.
 
-A run folder may come from anywhere. Types say what entries there are and of which kind; :func:`checked` says in one
-sentence what is wrong. What is checked here is plain values: nothing in a file is executed by reading it.
+A run folder may come from anywhere, so every file is checked against its type once, when it is read. Nothing in a file
+is executed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -17,11 +17,14 @@ from torch import Tensor
 
 from sparsekern.errors import InputError
 
+FORMAT_VERSION = 4
+"""Version of every file in a run folder. Files of other versions are refused."""
+
 LARGEST = 2**31 - 1
-"""Of a number that counts something."""
+"""Largest count that is accepted."""
 
 PIXELS = 2**20
-"""Of a block map in a film, at most; those that are written have far fewer."""
+"""Most pixels of a block map in a film; those that are written have far fewer."""
 
 
 def _number(value: Any) -> Any:
@@ -63,7 +66,7 @@ Keys = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_keys)]
 
 
 class Part(BaseModel):
-    """A dictionary with entries of given types. Other entries pass."""
+    """A dictionary with entries of given types. Entries with other names are accepted."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
 
@@ -76,58 +79,50 @@ class Graphs(Part):
 
 
 class Row(Part):
-    """A row of ``metrics.jsonl``; what a method adds are numbers."""
+    """A row of ``metrics.jsonl``. Entries that a method adds are numbers."""
 
     __pydantic_extra__: dict[str, Number]
 
     seed: Count
     network: Name
     epoch: Positive
+    step: Count
     loss: Number
     test_accuracy: Fraction
     ms_per_step: Seconds | None
-    step: Count = 0
-    seconds: Seconds = 0.0
+    seconds: Seconds
     spectral: list[Graphs] = []
 
 
 class Data(Part):
-    """What a run says of its data."""
+    """Description of a data set of images, as its task returns it."""
 
     name: str
     train_images: Positive
     test_images: Positive
-    classes: Positive = 1
-    image_shape: Annotated[Sequence[Positive], Field(min_length=3, max_length=3)] = (1, 1, 1)
+    classes: Positive
+    image_shape: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    sha256: str
 
 
 class Environment(Part):
-    """Where a run was trained."""
+    """Versions and hardware of a training."""
 
     device: str
     threads: Positive
     kernels: str
 
 
-class ConfigFile(Part):
-    """``config.json``."""
-
-    config: dict[str, Any]
-    data: Data
-    environment: dict[str, Any] = {}
-    keeping: dict[str, Any] = {}
-
-
 class Sizes(Part):
-    """What a network stores."""
+    """Parameters and bytes that a network stores."""
 
-    network_sparsity: Fraction | None = None  # results of an older version have none
+    network_sparsity: Fraction
     stored_parameters: Positive
     training_bytes: Positive
 
 
 class Accuracy(Part):
-    """Over seeds."""
+    """Accuracy over the seeds."""
 
     mean: Fraction
     standard_deviation: Seconds | None
@@ -152,18 +147,17 @@ class Times(Part):
 
 
 class Spent(Part):
-    """Seconds of all steps; None in results of an older version."""
+    """Seconds of all steps of a training."""
 
-    mean: Seconds | None
-    by_seed: list[Seconds] | None
+    mean: Seconds
+    by_seed: list[Seconds]
 
 
 class Network(Sizes):
     """The results of one network."""
 
-    seconds: Spent | None = None
-
     sparsity: Fraction
+    seconds: Spent
     test_accuracy: Accuracy
     ms_per_step: Times
 
@@ -181,7 +175,7 @@ class Comparison(Part):
 class Results(Part):
     """``results.json``."""
 
-    config: dict[str, Any]
+    config: Any
     data: Data
     environment: Environment
     networks: Annotated[dict[Name, Network], Field(min_length=1)]
@@ -207,6 +201,24 @@ class CostFile(Part):
     """``cost.json``."""
 
     cost: Cost
+
+
+class ContestantEntries(Part):
+    """A contestant of a comparison."""
+
+    method: str | None
+    preset: str | None
+    options: dict[str, Any]
+
+
+class PlanEntries(Part):
+    """Plan of a comparison."""
+
+    base: dict[str, Any]
+    contestants: list[ContestantEntries]
+    sparsities: list[Number]
+    block_sizes: list[Positive]
+    dense: bool
 
 
 class FilmedLayer(Part):
@@ -237,7 +249,7 @@ class FilmFrame(Part):
 
 
 class Film(Part):
-    """What :class:`~sparsekern.lab.history.History` keeps."""
+    """State of a :class:`~sparsekern.lab.history.History`."""
 
     every: Positive
     layers: dict[str, FilmedLayer]
@@ -254,7 +266,7 @@ class Film(Part):
 
 
 class BlockMap(Part):
-    """Where the blocks of one layer were and are."""
+    """Places of the blocks of one layer, at the start and now."""
 
     layer: str
     rows: Positive
@@ -272,7 +284,7 @@ class BlockMap(Part):
 
 
 class LearnerState(Part):
-    """What a network's training goes on from."""
+    """State of a :class:`~sparsekern.lab.train.Learner`."""
 
     epoch: Count
     batch: Count
@@ -280,39 +292,42 @@ class LearnerState(Part):
     loss_sum: Number
     seconds: Seconds
     milliseconds: list[Seconds]
-    graphs: list[Graphs] = []
+    graphs: list[Graphs]
     optimizer: dict[str, Any]
     method: dict[str, Any] | None
 
 
 class State(Part):
-    """``state.pt`` of a checkpoint: of a seed that is finished, or of one that goes on."""
+    """``state.pt`` of a checkpoint. A finished seed has ``sizes`` and ``map``, an unfinished one ``learners``."""
 
     rows: list[Row]
     finished: bool
-    history: Film | None = None
+    history: Film | None
     sizes: dict[Name, Sizes] = {}
     map: BlockMap | None = None
     learners: dict[Name, LearnerState] = {}
 
 
-def checked(kind: type[Part], value: Any, where: Path | str, way_out: str | None = None) -> None:
-    """Check that a value is of a kind.
+Kind = TypeVar("Kind", bound=Part)
+
+
+def checked(kind: type[Kind], value: Any, where: Path | str, way_out: str | None = None) -> Kind:
+    """Return a value as the type that it must have.
 
     Args:
-        kind: what it must be.
-        value: what a file holds.
-        where: the file, for the error.
-        way_out: what to do, where the caller does not say it.
+        kind: the type.
+        value: content of a file.
+        where: name of the file, for the error.
+        way_out: advice at the end of the error. Default: none; the caller gives it.
 
     Raises:
-        ValueError: it is not; the text says which entry is wrong, and how.
+        InputError: the value is of another type; the text says which entry is wrong, and how.
     """
     try:
-        kind.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_input=False)[0]
         entry = ".".join(str(step) for step in wrong["loc"]) or "it"
         words = wrong["msg"].removeprefix("Value error, ")
-        what = f"{where} is damaged: {entry}: {words[:1].lower()}{words[1:]}"
-        raise InputError(what if way_out is None else f"{what}; {way_out}") from None
+        text = f"{where} is damaged: {entry}: {words[:1].lower()}{words[1:]}"
+        raise InputError(text if way_out is None else f"{text}; {way_out}") from None

@@ -20,6 +20,9 @@ from sparsekern.training.vrpge.probabilities import OPTIMIZERS
 from sparsekern.training.vrpge.projection import PROJECTIONS
 from sparsekern.transforms import TRANSFORMS
 
+STOP = 0.75
+"""Fraction of the training after which no block moves, so that the last grown ones have time to learn."""
+
 Value = bool | int | float | str
 
 ALL = tuple(METHODS)
@@ -63,7 +66,7 @@ class Option:
         return "all methods" if self.methods == ALL else ", ".join(self.methods)
 
     def check(self, value: object) -> None:
-        """Raise ValueError if the value is of another kind, none of the choices, or out of bounds."""
+        """Raise InputError if the value is of another kind, none of the choices, or out of bounds."""
         kinds = (int, float) if self.kind is float else (self.kind,)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
         if self.choices:
@@ -74,13 +77,13 @@ class Option:
         if right and isinstance(value, (int, float)):
             right = math.isfinite(value) and self.low <= value <= self.high
         if not right:
-            raise InputError(f"{self.name} is {value!r}; it must be {words}")
+            raise InputError(f"{self.name} is {value!r}; it must be {words}", parameter=self.name)
 
     def parse(self, text: str) -> Value:
         """Return what a text such as ``"0.3"`` or ``"yes"`` says.
 
         Raises:
-            ValueError: it is of another kind.
+            InputError: it is of another kind.
         """
         value: Value = text
         if self.kind is bool:
@@ -199,7 +202,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
         options: by name.
 
     Raises:
-        ValueError: there is no such option, the method does not have it, or its value is of another kind.
+        InputError: there is no such option, the method does not have it, or its value is of another kind.
     """
     for name, value in options.items():
         if name not in OPTIONS:
@@ -217,6 +220,19 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
         if name.startswith(f"{whole}_") and not options.get(whole):
             raise InputError(f"{name} is {value}, but {whole} is off; turn it on, or drop the option", parameter=name)
     return {name: options[name] for name in OPTIONS if name in options}
+
+
+def part_of(part: str, options: Mapping[str, Value]) -> dict[str, Any]:
+    """Return those of the options that one part takes; see :class:`Option`."""
+    return {name: value for name, value in options.items() if OPTIONS[name].part == part}
+
+
+def in_words(name: str, value: Value) -> str:
+    """Return an option in words: "drop fraction 0.1"; a switch that is on by its name, one that is off with a no."""
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value}"
 
 
 def _names(method: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The recipes: which network, trained how, and where that comes from. Lengths are fractions of the training.
+"""Recipes: a network, how it is trained, and the source of both. Lengths are fractions of the training.
 
 Published networks were dense or sparse in single weights: block sizes are ours throughout. The sources:
 
@@ -25,10 +25,11 @@ from torch import nn
 
 from sparsekern.errors import InputError
 from sparsekern.lab import models
+from sparsekern.lab.tasks import Classification, Task
 
 
 class Schedule(Protocol):
-    """What fraction of the highest learning rate a step has."""
+    """Learning rate over a training, as a fraction of its highest value."""
 
     def factor(self, step: int, steps: int) -> float:
         """Return the fraction for step ``step`` (the first is 0) of ``steps``."""
@@ -149,7 +150,8 @@ class Recipe:
         name: for ``--recipe``.
         title: of the network.
         source: of the training; that of the network is in its file.
-        model: makes the dense network from ``num_classes``, ``in_channels`` and ``width_multiplier``.
+        model: makes the dense network from the task's arguments (of images ``num_classes`` and ``in_channels``) and
+            ``width_multiplier``.
         kept_dense: names of the layers that stay dense: they hold few weights, and sparse ones cost accuracy.
         optimizer: and its weight decay.
         rate: the learning rate at its highest.
@@ -167,6 +169,7 @@ class Recipe:
         needs_image_size: whether ``model`` takes ``image_size``, too.
         smallest_image: pixels that each side of an image must have.
         channels_last: whether weights and images have their channels last in memory, which convolutions want.
+        task: what the network is trained on.
     """
 
     name: str
@@ -190,6 +193,7 @@ class Recipe:
     needs_image_size: bool = False
     smallest_image: int = 1
     channels_last: bool = True
+    task: type[Task] = Classification
 
 
 def _cifar_resnet(name: str, title: str, model: Callable[..., nn.Module]) -> Recipe:
@@ -342,7 +346,7 @@ def find(name: str) -> Recipe:
     """Return a recipe by its name.
 
     Raises:
-        ValueError: there is none; the text names the nearest.
+        InputError: there is none; the text names the nearest.
     """
     if name in RECIPES:
         return RECIPES[name]

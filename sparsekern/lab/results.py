@@ -1,4 +1,4 @@
-"""The numbers at the end of a run, from its rows. No drawing, no rounding."""
+"""Results of runs and of comparisons, from the rows of their metrics. Nothing is drawn or rounded."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsekern.lab.config import Config
+from sparsekern.lab.metric import Metric
+from sparsekern.lab.recipes import find
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
-def summarise(rows: Sequence[Row], sizes: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return accuracy, sizes and times of the networks, and their comparison if the dense twin was trained.
+def summarise(rows: Sequence[Row], sizes: Mapping[str, Mapping[str, float]], metric: Metric) -> dict[str, Any]:
+    """Return metric, sizes and times of the networks, and their comparison if the dense twin was trained.
 
-    Accuracies are fractions, those of the last epoch (never the best one: that would choose by the test set).
+    The metric is that of the last epoch, never of the best one: that would choose by the test set.
 
     Args:
         rows: of ``metrics.jsonl``: all seeds, all epochs.
         sizes: ``network_sparsity``, ``stored_parameters`` and ``training_bytes`` by network.
+        metric: of the task.
     """
-    result: dict[str, Any] = {"networks": {name: _network(rows, name, sizes[name]) for name in sizes}}
+    result: dict[str, Any] = {"networks": {name: _network(rows, name, sizes[name], metric) for name in sizes}}
     if sizes.keys() == {"sparse", "dense"}:
         sparse, dense = (result["networks"][name] for name in ("sparse", "dense"))
-        gaps = [
-            s - d for s, d in zip(sparse["test_accuracy"]["by_seed"], dense["test_accuracy"]["by_seed"], strict=True)
-        ]
+        gaps = _differences(sparse[metric.key]["by_seed"], dense[metric.key]["by_seed"])
         result["comparison"] = {
-            "accuracy_gap": statistics.fmean(gaps),
-            "accuracy_gap_standard_error": statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None,
+            metric.gap: statistics.fmean(gaps),
+            f"{metric.gap}_standard_error": statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None,
             "parameters_dense_over_sparse": dense["stored_parameters"] / sparse["stored_parameters"],
             "bytes_dense_over_sparse": dense["training_bytes"] / sparse["training_bytes"],
             "time_sparse_over_dense": _spread(_time_ratios(rows)),
@@ -37,31 +38,29 @@ def summarise(rows: Sequence[Row], sizes: dict[str, dict[str, float]]) -> dict[s
     return result
 
 
-def _network(rows: Sequence[Row], name: str, sizes: dict[str, float]) -> dict[str, Any]:
+def _network(rows: Sequence[Row], name: str, sizes: Mapping[str, float], metric: Metric) -> dict[str, Any]:
     mine = [row for row in rows if row["network"] == name]
     last = max(row["epoch"] for row in mine)
-    final = [row["test_accuracy"] for row in mine if row["epoch"] == last]
+    final = [row[metric.key] for row in mine if row["epoch"] == last]
+    seconds: dict[int, float] = {}
+    for row in mine:
+        seconds[row["seed"]] = seconds.get(row["seed"], 0.0) + row["seconds"]
     return {
         "sparsity": mine[-1].get("sparsity/global", 0.0),
-        "test_accuracy": {
+        metric.key: {
             "mean": statistics.fmean(final),
             "standard_deviation": statistics.stdev(final) if len(final) > 1 else None,
             "by_seed": final,
         },
         **sizes,
-        "seconds": _seconds(mine),
+        "seconds": {"mean": statistics.fmean(seconds.values()), "by_seed": list(seconds.values())},
         "ms_per_step": _spread([row["ms_per_step"] for row in mine if row["ms_per_step"] is not None]),
     }
 
 
-def _seconds(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the time of all steps of a training: the mean over seeds, and each; None of rows of an older format."""
-    if any("seconds" not in row for row in rows):
-        return {"mean": None, "by_seed": None}
-    by_seed: dict[int, float] = {}
-    for row in rows:
-        by_seed[row["seed"]] = by_seed.get(row["seed"], 0.0) + row["seconds"]
-    return {"mean": statistics.fmean(by_seed.values()), "by_seed": list(by_seed.values())}
+def _differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Return the differences seed by seed: both networks saw the same batches."""
+    return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def _time_ratios(rows: Sequence[Row]) -> list[float]:
@@ -81,35 +80,54 @@ def _spread(values: list[float]) -> dict[str, float | None]:
     return {"median": median, "low": low, "high": high, "highest": highest}
 
 
-def score_rows(results: Mapping[str, dict[str, Any]], costs: Mapping[str, dict[str, int]]) -> list[dict[str, Any]]:
-    """Return a row for each run, in their order.
-
-    Gaps to the dense twin are taken seed by seed: both saw the same batches.
+def best_step(rows: Sequence[Row], networks: Sequence[str], metric: Metric) -> int | None:
+    """Return the number of the checkpoint after the first network's best epoch, or None if none is complete.
 
     Args:
-        results: ``results.json`` of each run, by the name of its folder. Each has one network.
+        rows: of one seed.
+        networks: in the order in which they are trained; a checkpoint is numbered by the steps of all together.
+        metric: of the task.
+    """
+    by_epoch: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        by_epoch.setdefault(row["epoch"], {})[row["network"]] = row
+    complete = [one for one in by_epoch.values() if all(name in one for name in networks)]
+    if not complete:
+        return None
+    better = max if metric.higher_is_better else min
+    best = better(complete, key=lambda one: one[networks[0]][metric.key])  # of equal ones the first
+    return sum(int(best[name]["step"]) for name in networks)
+
+
+def score_rows(
+    cells: Mapping[str, Config], results: Mapping[str, dict[str, Any]], costs: Mapping[str, dict[str, int]]
+) -> list[dict[str, Any]]:
+    """Return the rows of a comparison, one for each run that is finished, in their order.
+
+    Args:
+        cells: configuration of each run, by the name of its folder.
+        results: ``results.json`` of each finished run. Each has one network.
         costs: what :func:`sparsekern.lab.cost.training_cost` returned for it.
     """
     twin = next((r["networks"]["dense"] for r in results.values() if "dense" in r["networks"]), None)
-    return [_row(name, result, costs[name], twin) for name, result in results.items()]
+    return [_row(name, cells[name], results[name], costs[name], twin) for name in results]
 
 
-def _row(name: str, result: dict[str, Any], cost: dict[str, int], twin: dict[str, Any] | None) -> dict[str, Any]:
-    config = Config.from_json(result["config"])
+def _row(
+    name: str, config: Config, result: dict[str, Any], cost: dict[str, int], twin: dict[str, Any] | None
+) -> dict[str, Any]:
+    metric = find(config.recipe).task.metric
     network = result["networks"][config.networks[0]]
-    accuracies = network["test_accuracy"]["by_seed"]
+    by_seed = network[metric.key]["by_seed"]
     dense = not config.sparse
-    gaps = None
-    if twin is not None and not dense:
-        gaps = _mean([s - d for s, d in zip(accuracies, twin["test_accuracy"]["by_seed"], strict=True)])
     return {
         "name": name,
         "method": "dense" if dense else config.method_title,
         "sparsity": None if dense else config.sparsity,
-        "network_sparsity": network.get("network_sparsity"),  # older runs have none
+        "network_sparsity": network["network_sparsity"],
         "block_size": None if dense else config.block_size,
-        "test_accuracy": _mean(accuracies),
-        "gap_to_dense": gaps,
+        metric.key: _mean(by_seed),
+        "gap_to_dense": None if twin is None or dense else _mean(_differences(by_seed, twin[metric.key]["by_seed"])),
         "seconds": _mean(network["seconds"]["by_seed"]),
         "ms_per_step": network["ms_per_step"]["median"],
         "stored_parameters": network["stored_parameters"],

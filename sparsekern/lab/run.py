@@ -1,11 +1,10 @@
-"""The training loop of a run: seed by seed, epoch by epoch, the two networks in turn."""
+"""The loop of a run: seed by seed, epoch by epoch, the two networks in turn, with what is saved on the way."""
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ import torch
 import sparsekern as sk
 from sparsekern.errors import InputError
 from sparsekern.lab import checkpoint
-from sparsekern.lab.config import Config, usable_device
-from sparsekern.lab.data import Dataset, load
+from sparsekern.lab.config import Config, Run, resolve
 from sparsekern.lab.history import History
 from sparsekern.lab.lock import locked
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.pictures import draw_graphs, draw_or_warn, draw_summary
-from sparsekern.lab.results import summarise
+from sparsekern.lab.results import best_step, summarise
 from sparsekern.lab.store import (
-    CONFIG,
     DEFAULT,
     METRICS,
     PICTURE,
@@ -31,20 +28,14 @@ from sparsekern.lab.store import (
     Clock,
     Keeping,
     Metrics,
-    best_step,
     create,
     read_config,
-    read_json,
-    read_keeping,
     read_results,
     write_json,
 )
 from sparsekern.lab.train import Learner
 from sparsekern.nn import sparse_layers
 from sparsekern.ops import BACKENDS, supports
-
-RESUMED = 3
-"""The oldest format of a run folder whose training goes on bit for bit: before it steps were timed otherwise."""
 
 
 class Observer:
@@ -72,91 +63,95 @@ class Interrupted(Exception):
         self.folder = folder
 
 
-def start(config: Config, folder: Path, observer: Observer, keeping: Keeping = DEFAULT) -> dict[str, Any]:
-    """Train in a new run folder; returns what :func:`resume` does.
+@dataclass(frozen=True)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        config: its options.
+        results: the content of ``results.json``.
+    """
+
+    config: Config
+    results: dict[str, Any]
+
+
+def start(config: Config, folder: Path, observer: Observer, keeping: Keeping = DEFAULT) -> Finished:
+    """Train in a new run folder.
 
     Raises:
-        ValueError: data, options or the folder are not usable, or another process uses the folder.
+        InputError: data, options or the folder are not usable, or another process uses the folder.
         Interrupted: the observer asked to stop.
     """
-    data = load(config.data, config.data_max_gib)
-    config = config.resolved(*data.train_images.shape[:2])
-    check(config, data)
+    task = find(config.recipe).task.load(config.data, config.data_max_gib)
+    return start_resolved(resolve(config, task), folder, observer, keeping)
+
+
+def start_resolved(run: Run, folder: Path, observer: Observer, keeping: Keeping = DEFAULT) -> Finished:
+    """Train a run that is resolved already in a new folder; see :func:`start`."""
+    first = {name: Learner(run, name, seed=0) for name in run.config.networks}  # raises before the folder is made
     with locked(folder):
-        create(folder, config, data.describe(), environment(config), keeping)
-        return _train(config, data, folder, observer, keeping)
+        create(folder, run.config, run.task.describe(), environment(run), keeping)
+        return _train(run, folder, observer, keeping, first)
 
 
-def resume(folder: Path, observer: Observer, **keeping: Any) -> dict[str, Any]:
-    """Go on with a run, bit for bit as if it had not stopped (on the CPU); of a finished one read the results.
+def resume(folder: Path, observer: Observer, **keeping: Any) -> Finished:
+    """Go on with a run, on the CPU bit for bit as if it had not stopped; of a finished one read the results.
 
     Args:
         folder: of the run.
         observer: is told what happens.
-        keeping: fields of :class:`Keeping` that are to be others than those the run began with.
-
-    Returns:
-        The content of ``results.json``.
+        keeping: fields of :class:`~sparsekern.lab.store.Keeping` that are to be others than those the run began with.
 
     Raises:
-        ValueError: the folder is not that of a run, the run is unfinished and of an old format, its data have changed,
-            or another process trains in it.
+        InputError: the folder is not that of a run, its data have changed, or another process trains in it.
         Interrupted: the observer asked to stop.
     """
-    config, described = read_config(folder)
-    kept = replace(read_keeping(folder), **keeping)
+    file = read_config(folder)
+    kept = replace(file.keeping, **keeping)
     if (folder / RESULTS).is_file():
-        return _finished(config, folder)
-    if (version := read_json(folder / CONFIG)["format_version"]) < RESUMED:
-        raise InputError(
-            f"{folder} has format version {version}, of which this code reads unfinished runs but cannot go on with "
-            "them: finish it with the version of sparsekern that began it, or start a new run"
-        )
-    data = load(config.data, config.data_max_gib)
-    if data.describe() != described:
+        return _finished(file.config, folder)
+    task = find(file.config.recipe).task.load(file.config.data, file.config.data_max_gib)
+    if task.describe() != file.data.model_dump():
         raise InputError(f"the data of {folder} have changed since it began; restore them, or start a new run")
-    check(config, data)
+    run = resolve(file.config, task)
     with locked(folder):
         if (folder / RESULTS).is_file():  # whoever held the lock before has finished
-            return _finished(config, folder)
-        return _train(config, data, folder, observer, kept)
+            return _finished(file.config, folder)
+        return _train(run, folder, observer, kept, {})
 
 
-def check(config: Config, data: Dataset) -> None:
-    """Raise every error about the options before the run folder is made: building a network finds the last ones."""
-    usable_device(str(config.device))
-    Learner(config.networks[0], config, data, seed=0)
-
-
-def _train(config: Config, data: Dataset, folder: Path, observer: Observer, keeping: Keeping) -> dict[str, Any]:
+def _train(run: Run, folder: Path, observer: Observer, keeping: Keeping, first: dict[str, Learner]) -> Finished:
+    """Train all seeds that are not finished; ``first`` holds the learners of seed 0 that are built already, if any."""
+    config = run.config
     saved = [checkpoint.restore(checkpoint.seed_folder(folder, seed)) for seed in range(config.seeds)]
     for seed, found in enumerate(saved):
         if found is not None:
             _check_state(*found, config, seed)
     before = [row for found in saved if found is not None for row in found[1]["rows"]]
     metrics = Metrics(folder / METRICS, before)
-    observer.begin(config, math.ceil(data.train_images.shape[0] / config.batch_size), before)
-    on_device = data.to(usable_device(str(config.device)))
+    observer.begin(config, run.batches, before)
     finished = []
     for seed, found in enumerate(saved):
         if found is not None and found[1]["finished"]:
-            best = best_step(found[1]["rows"], config.networks)
+            best = best_step(found[1]["rows"], config.networks, run.task.metric)
             # it may have been killed before it did
             checkpoint.tidy(checkpoint.seed_folder(folder, seed), keeping.keep, best)
             finished.append(found[1])
         else:
-            finished.append(_Seed(config, on_device, seed, found, folder, metrics, observer, keeping).train())
+            learners = {name: first.pop(name) if first else Learner(run, name, seed) for name in config.networks}
+            finished.append(_Seed(run, learners, seed, found, folder, metrics, observer, keeping).train())
     rows = [row for state in finished for row in state["rows"]]
     Metrics(folder / METRICS, rows)  # in order, even if a seed was trained anew after a later one had begun
-    results = {
+    content = {
         "config": config.to_json(),
-        "data": data.describe(),
-        "environment": environment(config),
-        **summarise(rows, finished[0]["sizes"]),
+        "data": run.task.describe(),
+        "environment": environment(run),
+        **summarise(rows, finished[0]["sizes"], run.task.metric),
     }
-    write_json(folder / RESULTS, results)  # it says that the run is finished
+    results = write_json(folder / RESULTS, content)  # it says that the run is finished
     _draw(config, folder, results, rows, finished[0]["map"])
-    return read_results(folder)
+    return Finished(config, results)
 
 
 def _draw(
@@ -171,7 +166,7 @@ def _draw(
         draw_or_warn(folder / SPECTRAL, lambda path: draw_graphs(path, results, rows))
 
 
-def _finished(config: Config, folder: Path) -> dict[str, Any]:
+def _finished(config: Config, folder: Path) -> Finished:
     """Return the results of a finished run, and draw its pictures if it was killed before they were."""
     results = read_results(folder)
     if config.sparse and not (folder / PICTURE).exists():
@@ -179,14 +174,14 @@ def _finished(config: Config, folder: Path) -> dict[str, Any]:
         states = [found[1] for found in saved if found is not None and found[1]["finished"]]
         if len(states) == config.seeds:
             _draw(config, folder, results, [row for state in states for row in state["rows"]], states[0]["map"])
-    return results
+    return Finished(config, results)
 
 
 def _check_state(path: Path, state: dict[str, Any], config: Config, seed: int) -> None:
     """Check that the state of a checkpoint is one of this run.
 
     Raises:
-        ValueError: rows or networks are not those of the run at this place.
+        InputError: rows or networks are not those of the run at this place.
     """
     finished, networks = state["finished"], set(config.networks)
     parts: dict[str, Any] = state.get("sizes" if finished else "learners", {})
@@ -206,12 +201,12 @@ def _check_state(path: Path, state: dict[str, Any], config: Config, seed: int) -
 
 
 class _Seed:
-    """The training of one seed, from the checkpoint and its state that were ``found`` if there are any."""
+    """The training of one seed, from the checkpoint and its state that were ``found``, if any."""
 
     def __init__(
         self,
-        config: Config,
-        data: Dataset,
+        run: Run,
+        learners: dict[str, Learner],
         seed: int,
         found: tuple[Path, dict[str, Any]] | None,
         folder: Path,
@@ -219,22 +214,21 @@ class _Seed:
         observer: Observer,
         keeping: Keeping,
     ) -> None:
-        self.config, self.folder, self.metrics, self.observer = config, folder, metrics, observer
+        self.run, self.learners = run, learners
+        self.folder, self.metrics, self.observer = folder, metrics, observer
         self.checkpoints = checkpoint.seed_folder(folder, seed)
-        self.learners = {name: Learner(name, config, data, seed) for name in config.networks}
         self.rows: list[dict[str, Any]] = []
         if found is not None:
             path, state = found
             self.rows = list(state["rows"])
             try:
-                for name, learner in self.learners.items():
+                for name, learner in learners.items():
                     checkpoint.load_model(path, name, learner.model)
                     learner.load_state_dict(state["learners"][name])
-            except ValueError as error:
+            except InputError as error:
                 raise InputError(f"{path} is damaged: {error}; delete it to go on from an older one") from None
-        method = self.learners["sparse"].method if config.sparse else None
-        film = None if found is None else found[1].get("history")
-        self.history = None if method is None else History(method, film)
+        method = learners["sparse"].method if run.config.sparse else None
+        self.history = None if method is None else History(method, None if found is None else found[1]["history"])
         self.keep, self.clock = keeping.keep, Clock(keeping, self.steps)
 
     @property
@@ -245,14 +239,15 @@ class _Seed:
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the state of the last checkpoint, which keeps no optimizer."""
         learners = self.learners.values()
-        for epoch in range(min(learner.epoch for learner in learners), self.config.epochs or 0):
+        epochs = self.run.config.epochs or 0
+        for epoch in range(min(learner.epoch for learner in learners), epochs):
             for learner in learners:
                 if learner.epoch == epoch:  # else it was done with it before the interruption
                     self._finish_epoch(learner)
-            if epoch + 1 != self.config.epochs:
+            if epoch + 1 != epochs:
                 self._save()
         sizes = {name: learner.sizes() for name, learner in self.learners.items()}
-        block_map = _block_map(self.learners["sparse"]) if self.config.sparse else None
+        block_map = _block_map(self.learners["sparse"]) if self.history is not None else None
         return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map})
 
     def _finish_epoch(self, learner: Learner) -> None:
@@ -279,7 +274,7 @@ class _Seed:
     def _write(self, state: dict[str, Any]) -> dict[str, Any]:
         models = {name: learner.model for name, learner in self.learners.items()}
         state["history"] = None if self.history is None else self.history.state_dict()
-        best = best_step(self.rows, list(self.learners))
+        best = best_step(self.rows, list(self.learners), self.run.task.metric)
         checkpoint.save(self.checkpoints, self.steps, models, state, keep=self.keep, best=best)
         self.clock.set(self.steps)
         return state
@@ -303,11 +298,10 @@ def _block_map(sparse: Learner) -> dict[str, Any]:
     }
 
 
-def environment(config: Config) -> dict[str, Any]:
+def environment(run: Run) -> dict[str, Any]:
     """Return what times, and the last bits of results, depend on."""
-    device = usable_device(str(config.device))
-    block = (config.block_size, config.block_size)
-    op = "conv2d" if find(config.recipe).channels_last else "linear"
+    device, block = run.device, (run.config.block_size, run.config.block_size)
+    op = "conv2d" if run.recipe.channels_last else "linear"
     return {
         "sparsekern": sk.__version__,
         "torch": torch.__version__,

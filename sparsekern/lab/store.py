@@ -1,4 +1,4 @@
-"""The files of a run folder, but for the checkpoints: ``config.json``, ``metrics.jsonl``, ``results.json``."""
+"""Files of a run folder, but for the checkpoints: ``config.json``, ``metrics.jsonl``, ``results.json``."""
 
 from __future__ import annotations
 
@@ -10,40 +10,52 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, InstanceOf
 
 from sparsekern.errors import InputError
 from sparsekern.files.atomic_files import append, is_private, make_parents, replace
 from sparsekern.lab import checkpoint
-from sparsekern.lab.config import FORMAT_VERSION, Config, upgraded
-from sparsekern.lab.formats import ConfigFile, Results, Row, checked
+from sparsekern.lab.config import Config
+from sparsekern.lab.formats import FORMAT_VERSION, Data, Part, Results, Row, checked
 from sparsekern.lab.lock import LOCK
+
+CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
+PICTURE, SPECTRAL = "summary.png", "spectral.png"
+
+PLAN = "plan.json"
+"""File of the folder of a comparison, whose runs are folders in it."""
+
+DECIDED = ("epochs", "update_every", "augment", "device")
+"""Options that a run has decided, even if they were open at its start."""
 
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 
-FORM = re.compile(r"([1-9][0-9]{0,8})(s|min|h)?")
+INTERVAL = re.compile(r"([1-9][0-9]{0,8})(s|min|h)?")
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """What of a run is saved when. It changes no result, so a resumed run may be given another one.
+    """When a run saves checkpoints, and how many of them stay.
 
-    Beside the newest ``keep`` checkpoints of a seed the best one stays: that of the epoch in which the run's first
-    network had its highest test accuracy. It is for use; what is reported is the last epoch's.
+    It changes no result, so a resumed run may be given another one. Beside the newest ``keep`` checkpoints of a seed
+    the best one stays: that of the epoch in which the run's first network was best. It is for use; what is reported
+    is the last epoch's.
 
     Attributes:
-        save_every: ``"500"`` steps, or ``"90s"``, ``"10min"``, ``"2h"``. After every epoch a run saves anyway.
+        save_every: ``"500"`` steps, or ``"90s"``, ``"10min"``, ``"2h"``. A run saves after every epoch anyway.
         keep: number of newest checkpoints, 1 or more. If the newest is damaged, a run goes on from the one before.
 
     Raises:
-        ValueError: of another form.
+        InputError: a value of another form.
     """
 
     save_every: str = "10min"
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.save_every, str) and FORM.fullmatch(self.save_every)):
+        if not (isinstance(self.save_every, str) and INTERVAL.fullmatch(self.save_every)):
             raise InputError(
                 f"save_every is {self.save_every!r}; it must be a number of steps such as 500, or a time such as 90s, "
                 "10min or 2h",
@@ -52,76 +64,68 @@ class Keeping:
         if type(self.keep) is not int or self.keep < 1:
             raise InputError(f"keep is {self.keep!r}; it must be a whole number of 1 or more", parameter="keep")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values that :meth:`from_json` reads."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Keeping:
-        """Read what :meth:`to_json` returned; names that are not there have their defaults.
-
-        Raises:
-            ValueError: a name too many, or a value of another form.
-        """
-        if unknown := sorted(values.keys() - {"save_every", "keep"}):
-            raise InputError(
-                f"keeping has entries that this version of sparsekern does not know: {unknown}", parameter="keeping"
-            )
+    def from_json(cls, values: Any) -> Keeping:
+        """Read the values of :func:`dataclasses.asdict`; raise InputError if they are others."""
+        if not isinstance(values, dict) or values.keys() != {"save_every", "keep"}:
+            raise InputError("it must have the entries save_every and keep", parameter="keeping")
         return cls(**values)
+
+
+DEFAULT = Keeping()
 
 
 class Clock:
     """Tells when the next checkpoint is due.
 
     Args:
-        keeping: says how often.
-        steps: those made when the clock is set.
+        keeping: the interval.
+        steps: number of steps made when the clock is set.
     """
 
     def __init__(self, keeping: Keeping, steps: int) -> None:
-        match = FORM.fullmatch(keeping.save_every)
+        match = INTERVAL.fullmatch(keeping.save_every)
         assert match is not None  # Keeping checked it
         self._every, self._seconds = int(match[1]), SECONDS.get(match[2])
         self.set(steps)
 
     def set(self, steps: int) -> None:
-        """Count from now on."""
+        """Begin to count at this number of steps, and now."""
         self._steps, self._since = steps, time.monotonic()
 
     def due(self, steps: int) -> bool:
-        """Return whether so many steps, or so much time, have gone by."""
+        """Return whether the interval has passed."""
         if self._seconds is None:
             return steps - self._steps >= self._every
         return time.monotonic() - self._since >= self._every * self._seconds
 
 
-def best_step(rows: Sequence[Mapping[str, Any]], networks: Sequence[str]) -> int | None:
-    """Return the number of the checkpoint after the first network's best epoch, or None if none is complete.
-
-    Args:
-        rows: of one seed.
-        networks: in the order in which they are trained; a checkpoint is numbered by the steps of all together.
-    """
-    by_epoch: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        by_epoch.setdefault(row["epoch"], {})[row["network"]] = row
-    complete = [one for one in by_epoch.values() if all(name in one for name in networks)]
-    if not complete:
-        return None
-    best = max(complete, key=lambda one: one[networks[0]]["test_accuracy"])  # of equal ones the first
-    return sum(int(best[name]["step"]) for name in networks)
+def _decided(values: Any) -> Config:
+    """Return the configuration of a run that has begun."""
+    if not isinstance(values, dict):
+        raise InputError("input should be a valid dictionary")
+    config = Config.from_json(values)
+    if open_ := [name for name in DECIDED if getattr(config, name) is None]:
+        raise InputError(f"{' and '.join(open_)} must not be null")
+    return config
 
 
-DEFAULT = Keeping()
+Decided = Annotated[InstanceOf[Config], BeforeValidator(_decided)]
 
-CONFIG, METRICS, RESULTS, PICTURE = "config.json", "metrics.jsonl", "results.json", "summary.png"
-SPECTRAL = "spectral.png"
 
-RESOLVED = ("epochs", "update_every", "augment", "device")
-"""Options that a run has decided, whatever was left open at its start."""
+class ConfigFile(Part):
+    """``config.json``."""
 
-PLAN = "plan.json"
-"""What the folder of a comparison has, whose runs are folders in it."""
+    config: Decided
+    data: Data
+    environment: dict[str, Any]
+    keeping: Annotated[InstanceOf[Keeping], BeforeValidator(Keeping.from_json)]
+
+
+class ResultsFile(Results):
+    """``results.json``."""
+
+    config: Decided
 
 
 def default_folder(config: Config, now: datetime) -> Path:
@@ -140,7 +144,7 @@ def create(
     """Make a run folder and write its ``config.json``.
 
     Raises:
-        ValueError: there is something in the folder, or it cannot be made.
+        InputError: there is something in the folder, or it cannot be made.
     """
     try:
         if folder.is_dir() and not is_new(folder):
@@ -151,7 +155,7 @@ def create(
         raise InputError(
             f"out is {folder}, which cannot be made ({error.strerror}); choose another --out", parameter="out"
         ) from None
-    content = {"config": config.to_json(), "data": data, "environment": environment, "keeping": keeping.to_json()}
+    content = {"config": config.to_json(), "data": data, "environment": environment, "keeping": asdict(keeping)}
     write_json(folder / CONFIG, content)
 
 
@@ -160,39 +164,31 @@ def is_new(folder: Path) -> bool:
     return folder.is_dir() and all(path.name == LOCK or is_private(path.name) for path in folder.iterdir())
 
 
-def read_config(folder: Path) -> tuple[Config, dict[str, Any]]:
-    """Return the configuration of a run and the description of its data.
+def read_config(folder: Path, name: str = "resume") -> ConfigFile:
+    """Read the ``config.json`` of a run.
+
+    Args:
+        folder: of the run.
+        name: of the argument that names the folder, for the error.
 
     Raises:
-        ValueError: there is no run in the folder, or its configuration is damaged.
+        InputError: there is no run in the folder, or its configuration is damaged or of another version.
     """
-    check_run("resume", folder)
-    content = read_json(folder / CONFIG)
-    checked(ConfigFile, content, folder / CONFIG, "start a new run")
-    try:
-        config = Config.from_json(content["config"])
-        if open_ := [name for name in RESOLVED if getattr(config, name) is None]:
-            raise InputError(f"{' and '.join(open_)} must not be null")
-    except ValueError as error:
-        raise InputError(
-            f"{folder / CONFIG} cannot be used: {error}; use the version that wrote it, or start a new run"
-        ) from None
-    return config, content["data"]
+    check_run(name, folder)
+    path = folder / CONFIG
+    way_out = "use the version of sparsekern that wrote it, or start a new run"
+    return checked(ConfigFile, read_json(path), path, way_out)
 
 
 def read_results(folder: Path) -> dict[str, Any]:
     """Return the results of a finished run.
 
     Raises:
-        ValueError: they are damaged, or of a newer format version.
+        InputError: they are damaged, or of another format version.
     """
     content = read_json(folder / RESULTS)
     way_out = "delete it and resume the run, whose checkpoints make it anew"
-    checked(Results, content, folder / RESULTS, way_out)
-    try:
-        Config.from_json(content["config"])
-    except ValueError as error:
-        raise InputError(f"{folder / RESULTS} is damaged: config: {error}; {way_out}") from None
+    checked(ResultsFile, content, folder / RESULTS, way_out)
     return content
 
 
@@ -205,7 +201,7 @@ def check_run(name: str, folder: Path, wanted: str = "the folder of a run") -> N
         wanted: what may be given.
 
     Raises:
-        ValueError: it is not; the text says what it is, and what to give.
+        InputError: it is not; the text says what it is, and what to give.
     """
     if (folder / CONFIG).is_file():
         return
@@ -220,43 +216,30 @@ def check_run(name: str, folder: Path, wanted: str = "the folder of a run") -> N
     raise InputError(f"{name} is {folder}, which has no {CONFIG}; give {wanted}", parameter=name)
 
 
-def read_keeping(folder: Path) -> Keeping:
-    """Return what a run keeps; of an older one, which does not say it, the default.
-
-    Raises:
-        ValueError: the configuration is damaged.
-    """
-    try:
-        return Keeping.from_json(read_json(folder / CONFIG).get("keeping", {}))
-    except (TypeError, AttributeError):
-        raise InputError(f"{folder / CONFIG} is not the configuration of a run; start a new run") from None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file with a format version, whole or not at all."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2, allow_nan=False)
-    write_text(path, text + "\n")
+def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON file, whole or not at all, and return its content: the given one with a format version."""
+    whole = {"format_version": FORMAT_VERSION, **content}
+    write_text(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
+    return whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote, now or when the format was an older one.
+    """Read a file of :func:`write_json`.
 
     Raises:
-        ValueError: not JSON, or of a newer format version.
+        InputError: the file is missing, not JSON, or of another format version.
     """
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is missing or damaged; start a new run") from None
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if version != FORMAT_VERSION or type(version) is not int:
         raise InputError(
-            f"{path} has format version {version}; this code reads 1 to {FORMAT_VERSION}: use the version of "
-            "sparsekern that wrote it"
+            f"{path} has format version {version!r}; this code reads {FORMAT_VERSION}: use the version of sparsekern "
+            "that wrote it, or start a new run"
         )
     result: dict[str, Any] = content
-    if isinstance(result.get("config"), dict):
-        result["config"] = upgraded(result["config"], version)
     return result
 
 
@@ -288,17 +271,17 @@ def write_text(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder has it.
+    """A run as its folder has it, finished or not.
 
     Attributes:
         folder: of the run.
         config: its options.
-        data: what ``config.json`` says about the data.
-        environment: where it was trained.
+        data: description of the data.
+        environment: versions and hardware of the training.
         rows: of ``metrics.jsonl``.
         results: of ``results.json``; None while the run is not finished.
         checkpoint: the newest one of the first seed, or None.
-        history: the film of :class:`~sparsekern.lab.history.History` in it, or None.
+        history: its :class:`~sparsekern.lab.history.History`, or None.
         missing: what the folder lacks, a sentence each.
     """
 
@@ -328,10 +311,9 @@ def read_record(folder: Path) -> Record:
     """Read a run folder; what can be done without is noted as missing.
 
     Raises:
-        ValueError: there is no run in the folder, or its ``config.json``, metrics or results are damaged.
+        InputError: there is no run in the folder, or its ``config.json``, metrics or results are damaged.
     """
-    check_run("run", folder)
-    config, data = read_config(folder)
+    file = read_config(folder, "run")
     results = read_results(folder) if (folder / RESULTS).is_file() else None
     missing: list[str] = []
     rows = _read_rows(folder / METRICS, missing)
@@ -343,28 +325,29 @@ def read_record(folder: Path) -> Record:
         missing.append("There is no checkpoint yet: block maps and the layers' sizes and times come from one.")
     else:
         try:
-            history = checkpoint.load_state(newest).get("history")
-            if history is None and config.sparse:
-                missing.append("The run was trained by a version that kept no block maps.")
-        except ValueError as error:
+            history = checkpoint.load_state(newest)["history"]
+        except InputError as error:
             missing.append(f"Block maps: {error}.")
-    environment = (results or read_json(folder / CONFIG)).get("environment", {})
-    return Record(folder, config, data, environment, rows, results, newest, history, missing)
+    environment = file.environment if results is None else results["environment"]
+    return Record(folder, file.config, file.data.model_dump(), environment, rows, results, newest, history, missing)
 
 
 def _read_rows(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     """Return the rows; a last line that a killed run did not finish is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    way_out = "remove the line, or resume the run"
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-            checked(Row, row, f"{path}, line {number}", "remove the line, or resume the run")
-        except (ValueError, RecursionError) as error:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise InputError(f"{where} is damaged; {way_out}") from None
+            checked(Row, row, where, way_out)
+        except InputError:
             if number < len(lines):
-                way_out = "remove the line, or resume the run"
-                cause = str(error) if way_out in str(error) else f"{path}, line {number} is damaged; {way_out}"
-                raise InputError(cause) from None
+                raise
             missing.append(f"The last line of {path.name} was not written to its end.")
             break
         rows.append(row)

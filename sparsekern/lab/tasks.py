@@ -1,21 +1,211 @@
-"""Random crops and flips of a batch of images, on its device, decided by a generator alone."""
+"""Tasks: what a network is trained on. A recipe names its task; the training loop knows none of them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from sparsekern.errors import InputError
+from sparsekern.lab.data import Dataset, load
+from sparsekern.lab.metric import ACCURACY, Metric
+
+if TYPE_CHECKING:
+    from sparsekern.lab.recipes import Recipe
 
 AUGMENTATIONS = ("none", "crop", "crop-flip")
 
 MARGIN = 4
 """Pixels of padding on each side before the crop (He et al. 2016, section 4.2)."""
 
+EVALUATION_BATCH = 512
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs ``(B, ...)`` and targets ``(B, ...)``."""
+
+
+class Task(ABC):
+    """Training and test data, with the loss and the metric of a network on them.
+
+    A task is loaded by :meth:`load` and made ready for one run by :meth:`prepared`. Both networks of a run share it, so
+    it keeps no state of a training.
+
+    Attributes:
+        metric: the number by which networks are judged.
+        examples: size of the training set.
+    """
+
+    metric: ClassVar[Metric]
+    examples: int
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | None, max_gib: float) -> Task:
+        """Load the data from a path, or the task's default data.
+
+        Raises:
+            InputError: the data are missing, damaged or too large.
+        """
+
+    @classmethod
+    @abstractmethod
+    def noise(cls, described: Mapping[str, Any], examples: int) -> Task:
+        """Return a task of random data with the shapes that :meth:`describe` returned, to measure a network on."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what ``config.json`` says about the data. A resumed run compares it."""
+
+    @abstractmethod
+    def augmentation(self, recipe: Recipe) -> str:
+        """Return how the examples are varied where the user does not say."""
+
+    @abstractmethod
+    def prepared(self, recipe: Recipe, augment: str, device: torch.device) -> Task:
+        """Return the task as a run needs it, its data on the device.
+
+        Raises:
+            InputError: the data do not fit the recipe's network.
+        """
+
+    @abstractmethod
+    def model_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the recipe's network that the data decide."""
+
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """Return an input of one example, on the CPU. Only its shape counts."""
+
+    @abstractmethod
+    def order(self, generator: torch.Generator) -> Any:
+        """Return the order of the training examples in one epoch, for :meth:`batch`."""
+
+    @abstractmethod
+    def batch(self, order: Any, number: int, size: int, generator: torch.Generator) -> Batch:
+        """Return a batch of an epoch.
+
+        Args:
+            order: of the epoch.
+            number: of the batch, from 0.
+            size: examples of a batch; the last one of an epoch may have fewer.
+            generator: for all that is random in the batch.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean loss ``()`` of a batch."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return the metric of a network in evaluation mode, and what else a row of ``metrics.jsonl`` shall hold."""
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Classes of images, judged by the accuracy on test images.
+
+    Attributes:
+        data: the images.
+        augment: one of :data:`AUGMENTATIONS`.
+        memory_format: of the batches.
+        label_smoothing: part of the target that all classes share.
+    """
+
+    metric = ACCURACY
+
+    data: Dataset
+    augment: str = "none"
+    memory_format: torch.memory_format = torch.contiguous_format
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def load(cls, path: str | None, max_gib: float) -> Classification:
+        """Load the data set; see :func:`sparsekern.lab.data.load`."""
+        return cls(load(path, max_gib))
+
+    @classmethod
+    def noise(cls, described: Mapping[str, Any], examples: int) -> Classification:
+        """Return a task of normally distributed images."""
+        count, classes = min(examples, described["train_images"]), described["classes"]
+        images = torch.randn(count, *described["image_shape"], generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(count) % classes
+        return cls(Dataset("noise", images, labels, images[:1], labels[:1], classes, ""))
+
+    @property
+    def examples(self) -> int:  # type: ignore[override]
+        """Number of training images."""
+        return self.data.train_images.shape[0]
+
+    def describe(self) -> dict[str, Any]:
+        """Return name, shapes and checksum of the data set."""
+        return self.data.describe()
+
+    def augmentation(self, recipe: Recipe) -> str:
+        """Return the recipe's; of grey images none, as a mirrored digit may mean something else."""
+        return recipe.augmentation if self.data.image_shape[0] > 1 else "none"
+
+    def prepared(self, recipe: Recipe, augment: str, device: torch.device) -> Classification:
+        """Return the task with the recipe's settings; raise InputError if the images are too small for its network."""
+        height, width = self.data.image_shape[1:]
+        side = recipe.smallest_image
+        if min(height, width) < side:
+            raise InputError(
+                f"data has images of {height} x {width}; recipe {recipe.name} needs {side} x {side} or more: "
+                "choose another",
+                parameter="data",
+            )
+        return replace(
+            self,
+            data=self.data.to(device),
+            augment=augment,
+            memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format,
+            label_smoothing=recipe.label_smoothing,
+        )
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Return the number of classes and of channels, and the size of an image."""
+        channels, height, width = self.data.image_shape
+        return {"num_classes": self.data.classes, "in_channels": channels, "image_size": (height, width)}
+
+    def sample(self) -> Tensor:
+        """Return an image ``(1, C, H, W)``."""
+        return torch.empty(1, *self.data.image_shape)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the places of all training images ``(N,)`` in a random order."""
+        return torch.randperm(self.examples, generator=generator).to(self.data.train_images.device)
+
+    def batch(self, order: Tensor, number: int, size: int, generator: torch.Generator) -> Batch:
+        """Return images ``(B, C, H, W)``, varied, and labels ``(B,)``."""
+        chosen = order[number * size : (number + 1) * size]
+        images = augmented(self.data.train_images[chosen], self.augment, generator)
+        return images.contiguous(memory_format=self.memory_format), self.data.train_labels[chosen]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy ``()``."""
+        images, labels = batch
+        return cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return the accuracy on the test images."""
+        right = 0
+        for start in range(0, self.data.test_labels.shape[0], EVALUATION_BATCH):
+            images = self.data.test_images[start : start + EVALUATION_BATCH]
+            images = images.contiguous(memory_format=self.memory_format)
+            labels = self.data.test_labels[start : start + EVALUATION_BATCH]
+            right += int((model(images).argmax(1) == labels).sum())
+        return {self.metric.key: right / self.data.test_labels.shape[0]}
+
 
 def augmented(images: Tensor, augmentation: str, generator: torch.Generator) -> Tensor:
     """Return every image shifted by up to 4 pixels in each direction and, with ``"crop-flip"``, mirrored or not.
 
-    What comes in from outside is 0, the mean of standardised images.
+    Pixels from outside are 0, the mean of standardised images.
 
     Args:
         images: ``(N, C, H, W)``; not changed.

@@ -153,7 +153,7 @@ def _check_room(dense: nn.Module, chosen: dict[str, Dense], sparsity: float, wid
             f"sparsity is {sparsity:g}, for which wide makes the network {width.multiplier:.3g} times as wide: dense, "
             f"as it is while it builds, its weights take {gib:.3g} GiB, and max_gib is {max_gib:g}; choose a lower "
             "sparsity, a smaller network, or a larger max_gib",
-            parameter="sparsity",
+            parameter="max_gib",
         )
 
 

@@ -98,7 +98,7 @@ def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsekern.lab.compare.load", stopped)
+    monkeypatch.setattr("sparsekern.lab.tasks.load", stopped)
     result = invoke("--out", tmp_path / "new")
     assert result.exit_code == 130 and "nothing is saved" in result.stderr
 

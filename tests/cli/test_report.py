@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -102,3 +103,12 @@ def test_a_disk_that_is_full(finished, tmp_path, monkeypatch):
     result = invoke(finished, "--out", tmp_path / "page.html", "--no-measure")
     assert result.exit_code == 2 and "no room left on the disk; free some" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_another_format_has_no_page(finished, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(finished, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"format_version": 3}))
+    result = invoke(folder)
+    assert result.exit_code == 2 and "has format version 3; this code reads 4" in result.stderr

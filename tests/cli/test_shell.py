@@ -21,13 +21,14 @@ from sparsekern.cli.shell import (
     say,
     sentence,
 )
+from sparsekern.errors import InputError
 from sparsekern.lab import Interrupted
 
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ValueError("width is 0"), USAGE_ERROR, "error: width is 0\n"),
+        (InputError("width is 0", parameter="width"), USAGE_ERROR, "error: width is 0\n"),
         (MemoryError(), USAGE_ERROR, "error: the memory does not suffice; choose a smaller width, batch size or data"),
         (RuntimeError("std::bad_alloc"), USAGE_ERROR, "error: the memory does not suffice"),
         (
@@ -54,9 +55,36 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, code, line):
     assert written.err.startswith(line) and written.err.count("\n") == 1
 
 
-def test_a_defect_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="shapes"), explained(error_console(), lambda saved: ""):
-        raise RuntimeError("shapes do not match")
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("optimizer got an empty list")])
+def test_a_defect_keeps_its_traceback(error):
+    with pytest.raises(type(error), match=str(error)), explained(error_console(), lambda saved: ""):
+        raise error
+
+
+def test_an_error_of_another_library_inside_a_command_is_a_defect(monkeypatch, tmp_path):
+    def broken(*_):
+        raise ValueError("a message of torch")
+
+    monkeypatch.setattr("sparsekern.lab.train.build_method", broken)
+    result = CliRunner().invoke(application(), ["train", "--quiet", "--out", str(tmp_path / "run")])
+    assert isinstance(result.exception, ValueError) and result.exit_code == 1 and result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "parameter", "shown"),
+    [
+        ("update_every is 0", "update_every", "update_every is 0 (option --update-every)"),
+        ("gamma is 2", "agent_gamma", "gamma is 2 (option --agent-gamma)"),
+        ("width is 0", "width", "width is 0"),
+        ("drop --update-every", "update_every", "drop --update-every"),
+        ("process_group is 0", "process_group", "process_group is 0"),
+    ],
+)
+def test_an_error_names_the_option_as_the_command_spells_it(capsys, text, parameter, shown):
+    options = ("update_every", "agent_gamma", "width")
+    with pytest.raises(typer.Exit), explained(error_console(), lambda saved: "", options):
+        raise InputError(text, parameter=parameter)
+    assert capsys.readouterr().err == f"error: {shown}\n"
 
 
 def test_a_batch_system_that_is_about_to_kill_asks_too():

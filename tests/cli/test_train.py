@@ -116,7 +116,11 @@ def test_the_default_folder(no_picture, tmp_path, monkeypatch):
         (["--method", "sett"], "error: method is 'sett'; it must be one of static, set"),
         (["--masks", "3"], "masks is 3, but method set has no such option; vrpge has it"),
         (["--preset", "gse", "--method", "set"], "preset is 'gse', whose method is gse, but method is 'set'"),
-        (["--method", "gse", "--subset-factor", "0"], "subset_factor is 0.0; it must be a number above 0"),
+        (
+            ["--method", "gse", "--subset-factor", "0"],
+            "subset_factor is 0.0; it must be a number above 0 (option --subset-factor)",
+        ),
+        (["--agent", "--agent-gamma", "7"], "gamma is 7.0; it must be in [0, 1] (option --agent-gamma)"),
         (["--data", "nothing.npz"], "which does not exist"),
         (["--resume", "nothing"], "error: resume is nothing, which has no config.json"),
         (["--width", "16"], "every layer needs at least one"),
@@ -221,7 +225,7 @@ def test_ctrl_c_before_anything_is_written(tmp_path, monkeypatch):
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsekern.lab.run.load", stopped)
+    monkeypatch.setattr("sparsekern.lab.tasks.load", stopped)
     result = invoke("--out", tmp_path / "run")
     assert result.exit_code == 130 and "nothing is saved" in result.stderr
 

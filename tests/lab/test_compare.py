@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsekern.errors import InputError
 from sparsekern.lab import Interrupted, resume
 from sparsekern.lab.compare import CompareObserver, Contestant, Plan, compare, plan_for, read_plan
 from sparsekern.lab.config import Config
@@ -84,7 +85,7 @@ def test_every_cell_is_a_run_and_the_twin_is_trained_once(straight):
     assert json.loads((folder / "comparison.json").read_text()) == content
     assert len((folder / "comparison.md").read_text().splitlines()) == 2 + 3
     assert told.steps == 3 * 2 * 2 * 4, "cells, seeds, epochs, batches"
-    run = resume(folder / CELLS[2], Told())
+    run = resume(folder / CELLS[2], Told()).results
     assert list(run["networks"]) == ["sparse"] and run["config"]["options"] == {"scope": "global"}
 
 
@@ -203,8 +204,8 @@ def test_a_folder_in_use(tmp_path):
 
 
 def test_a_damaged_plan(tmp_path):
-    (tmp_path / "plan.json").write_text('{"format_version": 3, "plan": {"base": 3}}')
-    with pytest.raises(ValueError, match="the plan of the comparison is damaged"):
+    (tmp_path / "plan.json").write_text('{"format_version": 4, "plan": {"base": 3}}')
+    with pytest.raises(ValueError, match="plan.json is damaged: base: .*; choose another --out"):
         read_plan(tmp_path)
 
 
@@ -223,7 +224,7 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
 
     def diverged(learner):
         if learner.network == "sparse" and type(learner.method).__name__ == "Static":
-            raise ValueError("the loss is nan")
+            raise InputError("the loss is nan")
         return step(learner)
 
     monkeypatch.setattr(Learner, "step", diverged)

@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from sparsekern.lab.config import Config, upgraded, usable_device
+from sparsekern.lab.config import Config, usable_device
+from tests.lab.runs import run_of
 
 
 def test_the_default_is_what_the_readme_promises():
@@ -52,7 +53,7 @@ def test_a_wrong_value_is_named_with_its_rule(name, value, rule):
     ("images", "epochs", "update_every"), [(1438, 20, 43), (10_001, 5, 73), (60_000, 5, 100), (10, 20, 1)]
 )
 def test_open_values_follow_the_size_of_the_data(images, epochs, update_every):
-    resolved = Config().resolved(images, channels=1)
+    resolved = Config().resolved(images)
     assert (resolved.epochs, resolved.update_every) == (epochs, update_every)
     assert resolved.device in ("cpu", "cuda") and resolved.augment == "none"
 
@@ -62,16 +63,17 @@ def test_open_values_follow_the_size_of_the_data(images, epochs, update_every):
     [(3, None, "crop-flip"), (1, None, "none"), (3, "none", "none"), (1, "crop", "crop")],
 )
 def test_grey_images_are_not_varied_unless_asked(channels, augment, resolved):
-    assert Config(recipe="resnet20", augment=augment).resolved(1000, channels).augment == resolved
+    run = run_of(Config(recipe="resnet20", augment=augment), shape=(channels, 8, 8))
+    assert run.config.augment == run.task.augment == resolved
 
 
 def test_the_recipe_decides_what_is_not_given():
     config = Config(recipe="vgg16-small", rate=0.05)
     assert (config.batch_size, config.rate, config.seeds, config.width) == (128, 0.05, 1, None)
-    resolved = config.resolved(50_000, 3)
+    resolved = config.resolved(50_000)
     assert (resolved.epochs, resolved.update_every) == (200, 1000)
-    assert Config(recipe="vgg16-small", epochs=2, update_every=7).resolved(50_000, 3).update_every == 7
-    assert Config(recipe="vgg16-small", epochs=2).resolved(50_000, 3).update_every == 73  # eight moves
+    assert Config(recipe="vgg16-small", epochs=2, update_every=7).resolved(50_000).update_every == 7
+    assert Config(recipe="vgg16-small", epochs=2).resolved(50_000).update_every == 73  # eight moves
 
 
 def test_the_title_of_the_network():
@@ -100,7 +102,7 @@ def test_the_width_of_another_network():
 
 def test_given_values_stay():
     config = Config(epochs=3, update_every=7, augment="crop", device="cpu")
-    assert config.resolved(1438, 1) == config
+    assert config.resolved(1438) == config
 
 
 def test_json_and_back():
@@ -152,9 +154,9 @@ def test_options_of_a_network_that_is_not_trained():
 def test_the_preset_names_the_method():
     config = Config(preset="gse-imagenet")
     assert config.method == "gse" and Config(preset="rigl", method="rigl").method == "rigl"
-    assert config.resolved(50_000, 3).update_every == 1000
-    assert Config(preset="gse", update_every=7).resolved(50_000, 3).update_every == 7
-    assert Config(preset="set-mocanu", batch_size=64).resolved(1000, 3).update_every == 16, "an epoch"
+    assert config.resolved(50_000).update_every == 1000
+    assert Config(preset="gse", update_every=7).resolved(50_000).update_every == 7
+    assert Config(preset="set-mocanu", batch_size=64).resolved(1000).update_every == 16, "an epoch"
     with pytest.raises(ValueError, match="preset is 'gse', whose method is gse, but method is 'set'"):
         Config(preset="gse", method="set")
 
@@ -166,7 +168,8 @@ def test_an_option_of_another_method():
 
 def test_options_by_who_takes_them():
     config = Config(method="vrpge", options={"pool": 3, "masks": 4})
-    assert config.part("method") == {"masks": 4} and config.part("recipe") == {"pool": 3}
+    run = run_of(config)
+    assert run.arguments["masks"] == 4 and run.pool == 3.0 and "pool" not in run.arguments
     assert list(config.options) == ["pool", "masks"]
 
 
@@ -176,36 +179,3 @@ def test_the_title_of_the_method():
     assert Config(method="rigl", options={"regrow": True}).method_title == "rigl, regrow"
     assert Config(options={"drop_fraction": 0.1, "agent": False}).method_title == "set, drop fraction 0.1, no agent"
     assert Config(options={"spectral": True, "agent": True}).method_title == "set, agent", "a record changes no method"
-
-
-OLD = {
-    1: '{"data": null, "sparsity": 0.8, "block_size": 16, "method": "set", "width": 1024, "epochs": 20, '
-    '"batch_size": 64, "rate": 0.001, "update_every": 43, "seeds": 5, "device": "cpu", "dense": true}',
-    2: '{"recipe": "resnet20", "data": "c.tar.gz", "sparsity": 0.8, "block_size": 16, "method": "rigl", "width": null, '
-    '"width_multiplier": 2.0, "augment": "crop-flip", "epochs": 3, "batch_size": 128, "rate": 0.1, "update_every": 99, '
-    '"seeds": 1, "device": "cpu", "dense": false}',
-    3: '{"recipe": "mlp", "data": null, "sparsity": 0.8, "block_size": 16, "method": "gse", "preset": "gse-grabo", '
-    '"options": {"drop_fraction": 0.1}, "width": 64, "width_multiplier": 1.0, "augment": "none", "epochs": 2, '
-    '"batch_size": 64, "rate": 0.001, "update_every": 5, "seeds": 1, "device": "cpu", "dense": true}',
-}
-"""What each format wrote at its beginning."""
-
-
-@pytest.mark.parametrize("version", OLD)
-def test_older_formats_are_read_and_mean_what_they_did(version):
-    old = json.loads(OLD[version])
-    config = Config.from_json(upgraded(old, version))
-    assert {name: getattr(config, name) for name in old} == old and config.sparse
-    if version == 1:
-        assert (config.recipe, config.augment, config.preset, config.options) == ("mlp", "none", None, {})
-    if version == 2:
-        assert (config.augment, config.width_multiplier, config.preset) == ("crop-flip", 2.0, None)
-    if version == 3:
-        assert (config.preset, config.options) == ("gse-grabo", {"drop_fraction": 0.1})
-
-
-def test_what_a_format_has_is_not_made_up():
-    old = json.loads(OLD[3])
-    del old["options"]
-    with pytest.raises(ValueError, match="other entries than this version of sparsekern knows: options"):
-        Config.from_json(upgraded(old, 3))

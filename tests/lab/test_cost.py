@@ -10,8 +10,7 @@ from sparsekern.lab import checkpoint
 from sparsekern.lab.config import Config
 from sparsekern.lab.cost import measure, training_cost
 from sparsekern.lab.data import load
-from sparsekern.lab.networks import build
-from sparsekern.lab.train import Learner
+from tests.lab.runs import changed, learner_of, network_of, run_of
 
 CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=3, batch_size=500, update_every=2, seeds=1, device="cpu")
 IMAGES, STEPS = 1438, 9
@@ -28,8 +27,7 @@ def data():
 
 
 def cost(data, network="sparse", **changes):
-    values = {**CONFIG.to_json(), "augment": "none", **changes}
-    return training_cost(network, Config(**values), data)
+    return training_cost(run_of(changed(CONFIG, **changes), data), network)
 
 
 def images(epochs=3):
@@ -76,7 +74,7 @@ def test_a_dense_score_shows_in_the_peak(data):
 def test_agent_costs_what_it_says_in_a_training(data, options):
     options = {"agent": True, **options}
     plain, whole = cost(data), cost(data, options=options)
-    learner = Learner("sparse", Config(**{**CONFIG.to_json(), "augment": "none", "options": options}), data, seed=0)
+    learner = learner_of("sparse", changed(CONFIG, options=options), data)
     for _ in range(3):
         for _ in range(3):
             learner.step()
@@ -102,7 +100,7 @@ DATA = {"train_images": 40, "image_shape": [1, 8, 8], "classes": 10}
 
 def config(**changes):
     options = {"width": 64, "block_size": 8, "sparsity": 0.75, "epochs": 1, "batch_size": 20, "device": "cpu"}
-    return Config(**options | changes).resolved(40, 1)
+    return Config(**options | changes)
 
 
 @pytest.fixture
@@ -110,7 +108,7 @@ def saved(tmp_path):
     """Return a checkpoint of networks whose blocks are elsewhere than those that a new network has."""
 
     def save(asked):
-        models = {name: build(name, asked, (1, 8, 8), 10, seed=5) for name in asked.networks}
+        models = {name: network_of(name, asked, (1, 8, 8), 10, seed=5) for name in asked.networks}
         return models, checkpoint.save(tmp_path, 1, models, {})
 
     return save

@@ -13,8 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
+from sparsekern.errors import InputError
 from sparsekern.lab import Config, Interrupted, Observer, checkpoint, resume, start
 from sparsekern.lab.store import CONFIG, METRICS, RESULTS
+from tests.lab.runs import StopAt, changed
 
 SMALL = Config(
     width=16,
@@ -52,15 +54,6 @@ PUT = (
 """What is put in the place of an entry."""
 
 
-class StopAt(Observer):
-    def __init__(self, step):
-        self.left = step
-
-    def should_stop(self):
-        self.left -= 1
-        return self.left < 0
-
-
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch):
     monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
@@ -73,7 +66,7 @@ def stopped(tmp_path_factory):
     for method in METHODS:
         options = {"method": method} if method != "agent" else {"options": {"agent": True}}
         folders[method] = folder = tmp_path_factory.mktemp("stopped") / method
-        config = Config(**{**SMALL.to_json(), "preset": None, **options})
+        config = changed(SMALL, **options)
         with pytest.raises(Interrupted):
             start(config, folder, StopAt(11))
     return folders
@@ -119,7 +112,7 @@ def outcome(folder, observer=None):
     """Resume a run; return what it said, None for results. Any other error, or several lines, fails the test."""
     try:
         resume(folder, observer or Observer())
-    except ValueError as error:
+    except InputError as error:
         said = str(error)
         assert said and "\n" not in said
         return said

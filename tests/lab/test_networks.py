@@ -4,11 +4,13 @@ from torch import nn
 
 from sparsekern import SparseLinear, sparse_layers
 from sparsekern.analysis import profile
+from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
 from sparsekern.lab.networks import build, build_agent, build_method
 from sparsekern.topology import allocate
 from sparsekern.training import METHODS, PRESETS
 from sparsekern.transforms import TRANSFORMS
+from tests.lab.runs import changed, network_of, run_of
 
 CONFIG = Config(width=64, block_size=8, sparsity=0.75)
 SHAPE = (1, 4, 5)
@@ -18,7 +20,7 @@ LAYERS = (nn.Linear, nn.Conv2d)
 
 
 def test_hidden_layers_are_sparse_and_the_ends_are_the_twins():
-    sparse, dense = (build(name, CONFIG, SHAPE, 3, seed=1) for name in ("sparse", "dense"))
+    sparse, dense = (network_of(name, CONFIG, SHAPE, 3, seed=1) for name in ("sparse", "dense"))
     kinds = {name: type(module) for name, module in sparse.named_children()}
     assert [name for name, kind in kinds.items() if kind is SparseLinear] == ["hidden1", "hidden2"]
     assert not any(isinstance(module, SparseLinear) for module in dense.modules())
@@ -31,11 +33,11 @@ def test_hidden_layers_are_sparse_and_the_ends_are_the_twins():
 
 def test_only_the_seed_decides():
     torch.manual_seed(5)
-    first = build("sparse", CONFIG, SHAPE, 3, seed=1).state_dict()
+    first = network_of("sparse", CONFIG, SHAPE, 3, seed=1).state_dict()
     after = torch.rand(())
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(())), "the global generator was used"
-    again, other = (build("sparse", CONFIG, SHAPE, 3, seed=seed).state_dict() for seed in (1, 2))
+    again, other = (network_of("sparse", CONFIG, SHAPE, 3, seed=seed).state_dict() for seed in (1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(
         first["hidden1.row"] * 8 + first["hidden1.col"], other["hidden1.row"] * 8 + other["hidden1.col"]
@@ -44,23 +46,23 @@ def test_only_the_seed_decides():
 
 
 def test_dense_layers_have_the_initial_distribution_of_torch():
-    weight = build("dense", CONFIG, (1, 10, 10), 3, seed=0).get_submodule("input").weight
+    weight = network_of("dense", CONFIG, (1, 10, 10), 3, seed=0).get_submodule("input").weight
     assert 0.95 / 10 < weight.abs().max().item() <= 1 / 10
 
 
 def test_a_sparsity_that_leaves_nothing():
     with pytest.raises(ValueError, match="every layer needs at least one"):
-        build("sparse", Config(width=16, block_size=16), SHAPE, 3, seed=0)
+        network_of("sparse", Config(width=16, block_size=16), SHAPE, 3, seed=0)
 
 
 def test_convolutions_have_their_channels_last():
-    model = build("dense", Config(recipe="resnet20", width_multiplier=0.5), (3, 8, 8), 10, seed=0)
+    model = network_of("dense", Config(recipe="resnet20", width_multiplier=0.5), (3, 8, 8), 10, seed=0)
     assert model.get_parameter("layer2.0.conv1.weight").is_contiguous(memory_format=torch.channels_last)
     assert model.get_parameter("layer2.0.conv1.weight").shape == (16, 8, 3, 3)
 
 
 def test_the_image_size_reaches_the_network():
-    model = build("sparse", Config(recipe="simplevit-tiny", width_multiplier=0.25), (1, 8, 12), 3, seed=0)
+    model = network_of("sparse", Config(recipe="simplevit-tiny", width_multiplier=0.25), (1, 8, 12), 3, seed=0)
     assert model.get_buffer("place").shape == (2 * 3, 128)
     assert {name for name, m in model.named_modules() if isinstance(m, SparseLinear)} == {
         f"layers.{i}.{name}"
@@ -70,7 +72,7 @@ def test_the_image_size_reaches_the_network():
 
 
 def test_blocks_are_shared_out_as_the_recipe_says():
-    model = build("sparse", Config(recipe="simplevit-tiny", block_size=16), (3, 32, 32), 10, seed=0)
+    model = network_of("sparse", Config(recipe="simplevit-tiny", block_size=16), (3, 32, 32), 10, seed=0)
     layers = sparse_layers(model).values()
     grids, blocks = [layer.grid for layer in layers], [layer.topology.blocks() for layer in layers]
     assert blocks == allocate(grids, 0.9, "er") != allocate(grids, 0.9, "uniform")
@@ -78,14 +80,13 @@ def test_blocks_are_shared_out_as_the_recipe_says():
 
 def test_images_that_are_too_small():
     with pytest.raises(ValueError, match="data has images of 8 x 40; recipe vgg16 needs 32 x 32 or more: choose"):
-        build("dense", Config(recipe="vgg16"), (3, 8, 40), 10, seed=0)
+        network_of("dense", Config(recipe="vgg16"), (3, 8, 40), 10, seed=0)
 
 
 def method_of(**changes):
-    config = Config(**{**CONFIG.to_json(), **changes}).resolved(1000, 1)
-    model = build("sparse", config, SHAPE, 3, seed=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return model, build_method(config, model, optimizer, steps=200, seed=1)
+    run = run_of(changed(CONFIG, batch_size=100, epochs=20, **changes), None, SHAPE, 3)  # 200 steps
+    model = build(run, "sparse", seed=1)
+    return model, build_method(run, model, torch.optim.SGD(model.parameters(), lr=0.1), seed=1)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -121,7 +122,7 @@ def test_the_layers_of_a_preset():
     assert [layer.topology.slots for layer in method.layers.values()] == [24, 24]
     for preset, names in (("rigl", ["conv1"]), ("gse", []), (None, ["conv1", "fc"])):
         config = Config(recipe="resnet20", preset=preset, block_size=1, sparsity=0.9)
-        dense = [n for n, m in build("sparse", config, (3, 32, 32), 10, 0).named_modules() if type(m) in LAYERS]
+        dense = [n for n, m in network_of("sparse", config, (3, 32, 32), 10, 0).named_modules() if type(m) in LAYERS]
         assert dense == names == list(config.kept_dense)
         assert config.sparse_title == {"rigl": "all layers but the first", "gse": "all layers"}.get(
             preset, "hidden layers"
@@ -157,7 +158,7 @@ def test_a_transform_keeps_the_flops_of_the_dense_network(recipe, transform):
     sizes = {"width": 64} if recipe == "mlp" else {"width_multiplier": 0.5}
     config = Config(recipe=recipe, block_size=8, sparsity=0.75, options={"transform": transform}, **sizes)
     shape = SHAPE if recipe == "mlp" else (3, 8, 8)
-    sparse, dense = (build(name, config, shape, 3, seed=1) for name in ("sparse", "dense"))
+    sparse, dense = (network_of(name, config, shape, 3, seed=1) for name in ("sparse", "dense"))
     x = torch.zeros(1, *shape)
     asked, got = (profile(model, x) for model in (dense, sparse))
     most = max(row.tokens for row in asked.layers.values()) * 64
@@ -168,7 +169,7 @@ def test_a_transform_keeps_the_flops_of_the_dense_network(recipe, transform):
     assert (sparse.get_submodule(kept[1]).weight.shape[1] > dense.get_submodule(kept[1]).weight.shape[1]) == (
         transform == "wide"
     )
-    again = build("sparse", config, shape, 3, seed=1)
+    again = network_of("sparse", config, shape, 3, seed=1)
     assert all(
         torch.equal(a, b) for a, b in zip(sparse.state_dict().values(), again.state_dict().values(), strict=True)
     )
@@ -179,43 +180,48 @@ def test_candidates_of_a_transform_end_at_its_flops(transform):
     """VR-PGE stores two for each block that remains; what remains takes the FLOPs of the dense network."""
     options = {"transform": transform, "pool": 2.0}
     config = Config(width=64, block_size=8, sparsity=0.75, method="vrpge", options=options, update_every=5)
-    model = build("sparse", config, SHAPE, 3, seed=1)
-    plain = build(
+    run = run_of(config, None, SHAPE, 3)
+    model = build(run, "sparse", seed=1)
+    plain = network_of(
         "sparse", Config(width=64, block_size=8, sparsity=0.75, options={"transform": transform}), SHAPE, 3, 1
     )
     stored, wanted = ([n.topology.blocks() for n in sparse_layers(m).values()] for m in (model, plain))
     assert all(abs(n - 2 * m) <= 1 for n, m in zip(stored, wanted, strict=True))
-    method = build_method(config, model, torch.optim.SGD(model.parameters(), lr=0.1), steps=10, seed=0)
+    method = build_method(run, model, torch.optim.SGD(model.parameters(), lr=0.1), seed=0)
     assert method.budget.ratio * sum(stored) == pytest.approx(sum(wanted), abs=1)
 
 
 def test_a_transform_that_needs_more_memory_than_allowed():
     config = Config(sparsity=0.999, options={"transform": "wide"})
-    with pytest.raises(ValueError, match=r"31.6 times as wide: .* GiB, and transform_max_gib is 8; choose a lower"):
-        build("sparse", config, SHAPE, 3, seed=0)
+    with pytest.raises(ValueError, match=r"31.6 times as wide: .* GiB, and max_gib is 8; choose a lower"):
+        network_of("sparse", config, SHAPE, 3, seed=0)
     config = Config(width=64, block_size=8, sparsity=0.75, options={"transform": "wide", "transform_max_gib": 1e-6})
-    with pytest.raises(ValueError, match="transform_max_gib is 1e-06"):
-        build("sparse", config, SHAPE, 3, seed=0)
+    with pytest.raises(InputError, match="max_gib is 1e-06") as error:
+        network_of("sparse", config, SHAPE, 3, seed=0)
+    assert error.value.parameter == "transform_max_gib"
 
 
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [
-        ("agent_gamma", 7.0, r"agent_gamma is 7.0; it must be in \[0, 1\]"),
-        ("agent_alpha", 0.0, "agent_alpha is 0.0; it must be in"),
-        ("agent_batches", 0, "agent_batches is 0; it must be 1 or more$"),
-        ("agent_every", 5, "agent_every is 5, but the losses of batches give one c after a pass; estimate must"),
-        ("agent_scope", "layer", "agent_scope is 'layer', but the losses"),
+        ("agent_gamma", 7.0, r"gamma is 7.0; it must be in \[0, 1\]"),
+        ("agent_alpha", 0.0, "alpha is 0.0; it must be in"),
+        ("agent_batches", 0, "batches is 0; it must be 1 or more$"),
+        ("agent_every", 5, "every is 5, but the losses of batches give one c after a pass; estimate must"),
+        ("agent_scope", "layer", "scope is 'layer', but the losses"),
     ],
 )
-def test_what_is_wrong_for_agent_names_the_option(option, value, text):
-    config = Config(width=64, block_size=8, options={"agent": True, option: value}).resolved(100, 1)
-    model = build("sparse", config, SHAPE, 3, seed=0)
+def test_an_error_of_agent_names_the_option_of_the_run(option, value, text):
+    run = run_of(Config(width=64, block_size=8, options={"agent": True, option: value}), None, SHAPE, 3)
+    model = build(run, "sparse", seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=text):
-        build_agent(config, model, optimizer, build_method(config, model, optimizer, 10, 0))
+    with pytest.raises(InputError, match=text) as error:
+        build_agent(run, model, optimizer, build_method(run, model, optimizer, 0))
+    assert error.value.parameter == option
 
 
 def test_a_transform_of_no_sparsity():
     with pytest.raises(ValueError, match="sparsity is 0, which transform turns into the dense network"):
-        build("sparse", Config(width=64, block_size=8, sparsity=0, options={"transform": "wide"}), SHAPE, 3, seed=0)
+        network_of(
+            "sparse", Config(width=64, block_size=8, sparsity=0, options={"transform": "wide"}), SHAPE, 3, seed=0
+        )

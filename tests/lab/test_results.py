@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from sparsekern.lab.config import Config
-from sparsekern.lab.results import _spread, score_rows, summarise
+from sparsekern.lab.metric import ACCURACY, Metric
+from sparsekern.lab.results import _spread, best_step, score_rows, summarise
 
 SIZES = {
     "sparse": {"stored_parameters": 10, "training_bytes": 100},
@@ -30,7 +31,7 @@ ROWS = [
 
 
 def test_by_hand():
-    result = summarise(ROWS, SIZES)
+    result = summarise(ROWS, SIZES, ACCURACY)
     sparse, dense = result["networks"]["sparse"], result["networks"]["dense"]
     assert sparse["test_accuracy"]["by_seed"] == [0.8, 0.9]  # the last epoch, not the best
     assert sparse["test_accuracy"]["mean"] == pytest.approx(0.85)
@@ -47,7 +48,7 @@ def test_by_hand():
 
 
 def test_one_seed_has_no_deviation():
-    result = summarise([r for r in ROWS if r["seed"] == 0], SIZES)
+    result = summarise([r for r in ROWS if r["seed"] == 0], SIZES, ACCURACY)
     assert result["networks"]["sparse"]["test_accuracy"]["standard_deviation"] is None
     assert result["comparison"]["accuracy_gap_standard_error"] is None
     third = 1 / 3
@@ -66,23 +67,41 @@ def test_quartiles_need_four_values():
 
 def test_the_sparsity_is_the_one_reached():
     rows = [ROWS[0] | {"sparsity/global": 0.875}]
-    assert summarise(rows, {"sparse": SIZES["sparse"]})["networks"]["sparse"]["sparsity"] == 0.875
+    assert summarise(rows, {"sparse": SIZES["sparse"]}, ACCURACY)["networks"]["sparse"]["sparsity"] == 0.875
 
 
 def test_nothing_timed():
     rows = [row("sparse", 0, 1, 0.5, None), row("dense", 0, 1, 0.5, None)]
-    assert summarise(rows, SIZES)["comparison"]["time_sparse_over_dense"]["median"] is None
+    assert summarise(rows, SIZES, ACCURACY)["comparison"]["time_sparse_over_dense"]["median"] is None
 
 
 def test_without_the_twin():
-    result = summarise([r for r in ROWS if r["network"] == "sparse"], {"sparse": SIZES["sparse"]})
+    result = summarise([r for r in ROWS if r["network"] == "sparse"], {"sparse": SIZES["sparse"]}, ACCURACY)
     assert "comparison" not in result and list(result["networks"]) == ["sparse"]
 
 
-def test_rows_of_an_older_format_say_no_seconds():
-    row = {"network": "sparse", "seed": 0, "epoch": 1, "test_accuracy": 0.5, "ms_per_step": 2.0}
-    found = summarise([row], {"sparse": {"stored_parameters": 1, "training_bytes": 4}})
-    assert found["networks"]["sparse"]["seconds"] == {"mean": None, "by_seed": None}
+def scored(network, epoch, accuracy):
+    return {"network": network, "epoch": epoch, "step": 10 * epoch, "test_accuracy": accuracy}
+
+
+def test_the_best_epoch_is_the_first_networks():
+    rows = [scored("sparse", 1, 0.5), scored("dense", 1, 0.9), scored("sparse", 2, 0.7), scored("dense", 2, 0.6)]
+    rows += [scored("sparse", 3, 0.7), scored("dense", 3, 1.0)]
+    both = ["sparse", "dense"]
+    assert best_step(rows, both, ACCURACY) == 40, "of equal ones the first"
+    assert best_step([*rows, scored("sparse", 4, 0.9)], both, ACCURACY) == 40, "the dense one is not done with it"
+    assert best_step(rows[:1], ["sparse"], ACCURACY) == 10
+    assert best_step(rows[:1], both, ACCURACY) is None and best_step([], ["sparse"], ACCURACY) is None
+
+
+def test_another_metric_of_which_less_is_better():
+    bits = Metric("bits_per_byte", "bits_gap", "bits per byte", "bits", 1, "bits", higher_is_better=False)
+    rows = [{**row, "bits_per_byte": 3 * row["test_accuracy"]} for row in ROWS]
+    result = summarise(rows, SIZES, bits)
+    assert result["networks"]["dense"]["bits_per_byte"]["by_seed"] == pytest.approx([2.7, 2.7])
+    assert result["comparison"]["bits_gap"] == pytest.approx(-0.15)
+    steps = [{**scored("sparse", n, 0), "bits_per_byte": number} for n, number in ((1, 2.0), (2, 1.5), (3, 1.7))]
+    assert best_step(steps, ["sparse"], bits) == 20
 
 
 def result(accuracies, seconds, **config):
@@ -95,18 +114,23 @@ def result(accuracies, seconds, **config):
         "stored_parameters": 7,
         "training_bytes": 70,
     }
-    return {"config": config.to_json(), "networks": {config.networks[0]: network}}
+    return config, {"networks": {config.networks[0]: network}}
 
 
-RESULTS = {
+CELLS = {
     "dense": result([0.9, 0.8], [10.0, 20.0], sparse=False),
     "gse-s0.9-b16": result([0.85, 0.81], [1.0, 3.0], method="gse", dense=False, options={"distribution": "grabo"}),
 }
 COSTS = {"dense": {"training_flops": 100, "peak_bytes": 50}, "gse-s0.9-b16": {"training_flops": 10, "peak_bytes": 5}}
 
 
+def rows_of(cells, costs):
+    configs, results = ({name: cell[part] for name, cell in cells.items()} for part in (0, 1))
+    return score_rows(configs, results, costs)
+
+
 def test_rows_by_hand():
-    dense, gse = score_rows(RESULTS, COSTS)
+    dense, gse = rows_of(CELLS, COSTS)
     assert (dense["method"], dense["sparsity"], dense["block_size"], dense["gap_to_dense"]) == (
         "dense",
         None,
@@ -124,5 +148,5 @@ def test_rows_by_hand():
 
 
 def test_without_the_twin_and_with_one_seed():
-    (row,) = score_rows({"x": result([0.5], [1.0], dense=False)}, {"x": {"training_flops": 1, "peak_bytes": 1}})
+    (row,) = rows_of({"x": result([0.5], [1.0], dense=False)}, {"x": {"training_flops": 1, "peak_bytes": 1}})
     assert row["gap_to_dense"] is None and row["test_accuracy"]["standard_deviation"] is None

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.errors import InputError
 from sparsekern.lab import Config, Interrupted, Observer, checkpoint, resume, start
 from sparsekern.lab.networks import build
 from sparsekern.lab.run import _block_map, environment
 from sparsekern.lab.store import Keeping
 from sparsekern.training import METHODS
+from tests.lab.runs import StopAt, changed, network_of, rows_of, run_of
 
 CONFIG = Config(
     width=32,
@@ -29,26 +31,6 @@ CONFIG = Config(
 )
 BATCHES = 4
 STEPS = 2 * 2 * 3 * BATCHES  # seeds, networks, epochs
-
-
-class StopAt(Observer):
-    """Asks to stop before a step, counted from 0."""
-
-    def __init__(self, *steps: int) -> None:
-        self.stops, self.asked, self.seen = steps, 0, []
-
-    def should_stop(self):
-        self.asked += 1
-        return self.asked - 1 in self.stops
-
-    def row(self, row):
-        self.seen.append(row)
-
-
-def rows_of(folder, *, timed=False):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    drop = () if timed else ("ms_per_step", "seconds", "update_seconds")
-    return [{key: value for key, value in row.items() if key not in drop} for row in rows]
 
 
 def weights(folder, networks=("sparse", "dense")):
@@ -70,7 +52,7 @@ def no_picture(monkeypatch):
 def straight(tmp_path_factory):
     """A run that nobody interrupted."""
     folder = tmp_path_factory.mktemp("straight")
-    return folder, start(CONFIG, folder, Observer())
+    return folder, start(CONFIG, folder, Observer()).results
 
 
 def test_the_run_folder(straight):
@@ -83,7 +65,7 @@ def test_the_run_folder(straight):
         "summary.png",
     ]
     assert json.loads((folder / "results.json").read_text()) == results
-    assert results["config"] == CONFIG.to_json()
+    assert results["config"] == CONFIG.to_json() and results["format_version"] == 4
     assert results["networks"]["sparse"]["stored_parameters"] < results["networks"]["dense"]["stored_parameters"]
     assert results["comparison"]["time_sparse_over_dense"]["median"] > 0
     rows = rows_of(folder)
@@ -99,7 +81,7 @@ def test_a_finished_checkpoint_holds_the_network_and_no_optimizer(straight):
     newest = checkpoint.latest(straight[0] / "checkpoints" / "seed-0")
     state = checkpoint.load_state(newest)
     assert state["finished"] and "learners" not in state
-    model = build("sparse", CONFIG, (1, 8, 8), 10, seed=99)
+    model = network_of("sparse", CONFIG, (1, 8, 8), 10, seed=99)
     checkpoint.load_model(newest, "sparse", model)
     keys = sk.sparse_layers(model)["hidden1"].topology.sorted_keys()
     assert torch.equal(keys, state["map"]["end"]) and not torch.equal(keys, state["map"]["start"])
@@ -126,7 +108,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(straight, no_
         with pytest.raises(Interrupted):
             resume(tmp_path, StopAt(stop))
     observer = StopAt()
-    resumed = resume(tmp_path, observer)
+    resumed = resume(tmp_path, observer).results
     assert observer.asked == STEPS - sum(stops), "steps were lost or done twice"
     assert weights(tmp_path) == weights(folder)
     assert rows_of(tmp_path) == rows_of(folder)
@@ -244,7 +226,7 @@ def test_a_run_that_another_process_finished_in_the_meantime_is_only_read(straig
         yield
 
     monkeypatch.setattr("sparsekern.lab.run.locked", locked)
-    assert resume(tmp_path / "run", StopAt(0)) == results
+    assert resume(tmp_path / "run", StopAt(0)).results == results
 
 
 EVERY_METHOD = {
@@ -264,7 +246,7 @@ def test_every_method_is_stopped_and_resumed():
 def test_every_method_ends_bit_for_bit_alike_when_it_is_stopped_or_killed(no_picture, tmp_path, method):
     # updates at steps 3 and 6 of 12, stop at 9: probes are armed for two stages from step 1 or 4 on
     change = {"method": method, "options": EVERY_METHOD[method], "seeds": 1, "dense": False, "update_every": 3}
-    config = Config(**{**CONFIG.to_json(), **change})
+    config = changed(CONFIG, **change)
     start(config, tmp_path / "straight", Observer())
 
     def same(name):
@@ -313,27 +295,27 @@ def test_the_kernel_of_a_convolution_is_known():
 def test_a_finished_run_is_only_read(straight):
     folder, results = straight
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert resume(folder, StopAt(0)) == results
+    assert resume(folder, StopAt(0)).results == results
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_the_global_generator_is_left_alone(no_picture, tmp_path):
     torch.manual_seed(1)
-    start(Config(**{**CONFIG.to_json(), "epochs": 1, "seeds": 1, "dense": False}), tmp_path, Observer())
+    start(changed(CONFIG, epochs=1, seeds=1, dense=False), tmp_path, Observer())
     after = torch.rand(())
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(()))
 
 
 def test_without_the_twin(no_picture, tmp_path):
-    results = start(Config(**{**CONFIG.to_json(), "epochs": 1, "seeds": 1, "dense": False}), tmp_path, Observer())
+    results = start(changed(CONFIG, epochs=1, seeds=1, dense=False), tmp_path, Observer()).results
     assert list(results["networks"]) == ["sparse"] and "comparison" not in results
     newest = checkpoint.latest(tmp_path / "checkpoints" / "seed-0")
     assert sorted(path.name for path in newest.iterdir()) == ["sparse.safetensors", "state.pt"]
 
 
 def test_the_twin_alone_is_the_twin_of_a_pair(straight, tmp_path):
-    results = start(Config(**{**CONFIG.to_json(), "sparse": False, "method": "static"}), tmp_path, Observer())
+    results = start(changed(CONFIG, sparse=False, method="static"), tmp_path, Observer()).results
     assert list(results["networks"]) == ["dense"] and "comparison" not in results
     assert not (tmp_path / "summary.png").exists(), "it shows blocks"
     assert weights(tmp_path, ("dense",)) == {k: v for k, v in weights(straight[0]).items() if "dense" in k}
@@ -342,7 +324,7 @@ def test_the_twin_alone_is_the_twin_of_a_pair(straight, tmp_path):
 def test_an_error_leaves_no_folder(tmp_path):
     for wrong in ({"width": 8, "sparsity": 0.9}, {"device": "cuda:99"}, {"data": str(tmp_path / "nothing.npz")}):
         with pytest.raises(ValueError):
-            start(Config(**{**CONFIG.to_json(), **wrong}), tmp_path / "run", Observer())
+            start(changed(CONFIG, **wrong), tmp_path / "run", Observer())
         assert not (tmp_path / "run").exists()
 
 
@@ -357,7 +339,7 @@ def test_data_that_changed_are_noticed(tmp_path):
     path, folder = tmp_path / "data.npz", tmp_path / "run"
     numpy.savez(path, **content)
     with pytest.raises(Interrupted):
-        start(Config(**{**CONFIG.to_json(), "data": str(path)}), folder, StopAt(1))
+        start(changed(CONFIG, data=str(path)), folder, StopAt(1))
     content["test_images"][0, 0, 0] ^= 1
     numpy.savez(path, **content)
     with pytest.raises(ValueError, match="have changed since it began"):
@@ -365,7 +347,7 @@ def test_data_that_changed_are_noticed(tmp_path):
 
 
 def test_the_environment_names_the_kernels():
-    found = environment(CONFIG)
+    found = environment(run_of(CONFIG))
     assert found["kernels"] in sk.ops.BACKENDS and found["torch"] == torch.__version__
 
 
@@ -373,7 +355,7 @@ def test_the_environment_names_the_kernels_of_convolutions(monkeypatch):
     asked = []
     monkeypatch.setattr("sparsekern.lab.run.supports", lambda name, op, *rest: not asked.append(op))
     for recipe in ("mlp", "resnet20", "simplevit-tiny"):
-        environment(Config(recipe=recipe).resolved(100, 3))
+        environment(run_of(Config(recipe=recipe), shape=(3, 8, 8)))
     assert asked == ["linear", "conv2d", "linear"]
 
 
@@ -384,19 +366,19 @@ def test_what_goes_wrong_with_a_picture_ends_no_training_and_resuming_draws_it(t
 
     with monkeypatch.context() as patch:
         patch.setattr("sparsekern.lab.run.draw_summary", broken)
-        results = start(CONFIG, tmp_path, Observer())
+        results = start(CONFIG, tmp_path, Observer()).results
     assert "summary.png is not drawn (RuntimeError: a formula); the results are complete" in caplog.text
     assert not (tmp_path / "summary.png").exists()
     drawn = []
     monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda path, *what: drawn.append((path, *what)))
-    assert resume(tmp_path, Observer()) == results
+    assert resume(tmp_path, Observer()).results == results
     ((path, read, rows, block_map),) = drawn
     assert path == tmp_path / "summary.png" and read == results and rows == rows_of(tmp_path, timed=True)
     assert block_map["layer"] == "hidden1"
     shutil.rmtree(
         tmp_path / "checkpoints"
     )  # of what is gone no picture can be made, and the results are read all the same
-    assert resume(tmp_path, Observer()) == results and len(drawn) == 1
+    assert resume(tmp_path, Observer()).results == results and len(drawn) == 1
 
 
 def test_data_whose_name_is_a_broken_formula(tmp_path):
@@ -411,3 +393,23 @@ def test_data_whose_name_is_a_broken_formula(tmp_path):
     config = Config(data=str(data), width=16, block_size=8, sparsity=0.5, epochs=1, batch_size=8, seeds=1, device="cpu")
     start(config, tmp_path / "run", Observer())
     assert {"results.json", "summary.png"} < {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_each_network_is_built_once(no_picture, tmp_path, monkeypatch):
+    """Wrong options are found by the networks that train, before the folder is made."""
+    built = []
+    monkeypatch.setattr("sparsekern.lab.train.build", lambda run, *which: built.append(which) or build(run, *which))
+    start(changed(CONFIG, epochs=1), tmp_path / "run", Observer())
+    assert built == [(network, seed) for seed in (0, 1) for network in ("sparse", "dense")]
+
+
+@pytest.mark.parametrize("version", [1, 3, 5])
+@pytest.mark.parametrize("name", ["config.json", "results.json"])
+def test_a_run_of_another_version_is_refused_in_one_sentence(straight, tmp_path, name, version):
+    shutil.copytree(straight[0], tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.write_text(path.read_text().replace('"format_version": 4', f'"format_version": {version}'))
+    said = f"{name} has format version {version}; this code reads 4: use the version of sparsekern that wrote it"
+    with pytest.raises(InputError, match=said) as error:
+        resume(tmp_path / "run", Observer())
+    assert "\n" not in str(error.value)

@@ -11,9 +11,10 @@ from sparsekern.lab.config import Config
 from sparsekern.lab.data import Dataset, load
 from sparsekern.lab.networks import build
 from sparsekern.lab.recipes import RECIPES
-from sparsekern.lab.train import WARM_UP, Learner
+from sparsekern.lab.train import WARM_UP
 from sparsekern.nn import sparse_layers
 from sparsekern.transforms import TRANSFORMS
+from tests.lab.runs import changed, learner_of, run_of
 
 CONFIG = Config(
     width=32, block_size=8, sparsity=0.5, augment="none", epochs=3, batch_size=500, update_every=2, device="cpu"
@@ -48,11 +49,11 @@ def colour():
 
 def small(name, **changes):
     width = {"width": 16, "width_multiplier": 1.0} if RECIPES[name].width is not None else {}
-    return Config(recipe=name, **{**SMALL, **width, **changes}).resolved(12, 3)
+    return Config(recipe=name, **{**SMALL, **width, **changes})
 
 
 def twin(name, data):
-    return build("dense", small(name), data.image_shape, data.classes, seed=0)
+    return build(run_of(small(name), data), "dense", seed=0)
 
 
 def run(learner, steps):
@@ -65,7 +66,7 @@ def run(learner, steps):
 
 
 def test_an_epoch_takes_every_image_once_in_the_same_order_for_both(data):
-    sparse, dense = (Learner(name, CONFIG, data, seed=3) for name in ("sparse", "dense"))
+    sparse, dense = (learner_of(name, CONFIG, data, seed=3) for name in ("sparse", "dense"))
     assert sparse.batches == 3
     seen = {}
     for learner in (sparse, dense):
@@ -82,7 +83,7 @@ def test_an_epoch_takes_every_image_once_in_the_same_order_for_both(data):
 
 
 def test_the_row_of_an_epoch(data):
-    learner = Learner("sparse", CONFIG, data, seed=0)
+    learner = learner_of("sparse", CONFIG, data, seed=0)
     losses = [learner.step() for _ in range(3)]
     row = learner.finish_epoch()
     assert (row["seed"], row["network"], row["epoch"], row["step"]) == (0, "sparse", 1, 3)
@@ -97,33 +98,32 @@ def test_the_row_of_an_epoch(data):
 
 
 def test_the_accuracy_counts_the_test_images(data):
-    learner = Learner("dense", CONFIG, data, seed=0)
+    learner = learner_of("dense", CONFIG, data, seed=0)
     run(learner, 3)
     right = learner.model(data.test_images).argmax(1) == data.test_labels
-    assert learner._accuracy() == pytest.approx(right.float().mean().item())
+    assert learner.evaluate()["test_accuracy"] == pytest.approx(right.float().mean().item())
 
 
 def test_a_dense_row_has_no_numbers_of_a_method(data):
-    learner = Learner("dense", CONFIG, data, seed=0)
+    learner = learner_of("dense", CONFIG, data, seed=0)
     learner.step()
     assert not [key for key in learner.finish_epoch() if "/" in key]
 
 
 def test_no_block_moves_in_the_last_quarter(data):
-    learner = Learner("sparse", CONFIG, data, seed=0)
+    learner = learner_of("sparse", CONFIG, data, seed=0)
     run(learner, 9)  # 9 steps in all: stop at 6, updates after 2 and 4
     assert learner.method.updates == 2
 
 
 @pytest.mark.parametrize("network", ["sparse", "dense"])
 def test_goes_on_bit_for_bit(data, network):
-    learner = Learner(network, CONFIG, data, seed=0)
+    learner = learner_of(network, CONFIG, data, seed=0)
     run(learner, 4)
     model, state = copy.deepcopy(learner.model.state_dict()), copy.deepcopy(learner.state_dict())
     losses = run(learner, 4)
-    other = Learner(network, CONFIG, data, seed=0)
+    other = learner_of(network, CONFIG, data, seed=0)
     other.model.load_state_dict(model)
-    del state["graphs"]  # as in the first checkpoints
     other.load_state_dict(state)
     assert run(other, 4) == losses
     assert all(
@@ -133,7 +133,7 @@ def test_goes_on_bit_for_bit(data, network):
 
 
 def test_sizes(data):
-    learner = Learner("dense", CONFIG, data, seed=0)
+    learner = learner_of("dense", CONFIG, data, seed=0)
     learner.step()
     parameters = 64 * 32 + 32 + 2 * (32 * 32 + 32) + 32 * 10 + 10
     sizes = learner.sizes()
@@ -142,25 +142,25 @@ def test_sizes(data):
 
 
 def test_a_loss_that_is_not_finite(data):
-    learner = Learner("dense", Config(**{**CONFIG.to_json(), "rate": 1e30}), data, seed=0)
+    learner = learner_of("dense", changed(CONFIG, rate=1e30), data, seed=0)
     with pytest.raises(ValueError, match=r"loss of the dense network is nan after \d+ steps; choose a lower rate"):
         run(learner, 5)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_steps(colour, name):
-    learner = Learner("dense", small(name, batch_size=6), colour, seed=0)
+    learner = learner_of("dense", small(name, batch_size=6), colour, seed=0)
     before = {key: value.clone() for key, value in learner.model.named_parameters()}
     assert all(math.isfinite(learner.step()) for _ in range(2))
     still = {key for key, value in learner.model.named_parameters() if torch.equal(value, before[key])}
     # SimpleViT's last layer begins with zeros, so that one step more is needed until all layers get a gradient
     assert not still or name == "simplevit-tiny"
-    assert 0 <= learner._accuracy() <= 1
+    assert 0 <= learner.evaluate()["test_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_sparse_network_takes_steps(colour, name):
-    learner = Learner("sparse", small(name, batch_size=6), colour, seed=0)
+    learner = learner_of("sparse", small(name, batch_size=6), colour, seed=0)
     assert all(math.isfinite(learner.step()) for _ in range(2))
     assert learner.method.updates == 1
     dense = [n for n, m in learner.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -174,7 +174,7 @@ def test_every_sparse_network_takes_steps(colour, name):
     [("resnet20", 0.4, 0.1), ("resnet20", 0.6, 0.01), ("vgg16-small", 0, 0.1 / 2), ("resnet18", 0.5, 0.256 / 2)],
 )
 def test_the_rate_follows_the_schedule(colour, name, place, expected):
-    learner = Learner("dense", small(name, epochs=40, batch_size=6), colour, seed=0)
+    learner = learner_of("dense", small(name, epochs=40, batch_size=6), colour, seed=0)
     learner.steps = round(place * learner.total_steps)  # of 80
     learner.step()
     assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx(
@@ -183,7 +183,7 @@ def test_the_rate_follows_the_schedule(colour, name, place, expected):
 
 
 def test_labels_are_smoothed(colour):
-    learner = Learner("dense", small("resnet18", batch_size=12), colour, seed=0)
+    learner = learner_of("dense", small("resnet18", batch_size=12), colour, seed=0)
     images, labels = learner.next_batch()
     logits = copy.deepcopy(learner.model)(images).log_softmax(1)
     target = torch.full((12, 3), 0.1 / 3).scatter_(1, labels[:, None], 0.9 + 0.1 / 3)
@@ -191,7 +191,7 @@ def test_labels_are_smoothed(colour):
 
 
 def test_gradients_are_cut(colour, monkeypatch):
-    learner = Learner("dense", small("simplevit-tiny", batch_size=12), colour, seed=0)
+    learner = learner_of("dense", small("simplevit-tiny", batch_size=12), colour, seed=0)
     norms = []
     take = learner.optimizer.step
     monkeypatch.setattr(
@@ -210,7 +210,7 @@ def test_images_vary_from_batch_to_batch_and_alike_for_both_networks(colour):
     config = small("mlp", augment="crop-flip")
     seen = []
     for network, seed in (("sparse", 3), ("dense", 3), ("dense", 4)):
-        learner = Learner(network, config, alike, seed)
+        learner = learner_of(network, config, alike, seed)
         seen.append([])
         for learner.epoch, learner.batch in ((0, 0), (0, 1), (1, 0)):
             seen[-1].append(learner.next_batch()[0])
@@ -222,7 +222,7 @@ def test_images_vary_from_batch_to_batch_and_alike_for_both_networks(colour):
 
 def test_convolutions_get_channels_last(colour):
     for augment in ("none", "crop-flip"):
-        learner = Learner("dense", small("resnet20", augment=augment), colour, seed=0)
+        learner = learner_of("dense", small("resnet20", augment=augment), colour, seed=0)
         assert learner.next_batch()[0].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -230,11 +230,11 @@ def test_convolutions_get_channels_last(colour):
     ("name", "options"), [("resnet20", {}), ("simplevit-tiny", {}), ("resnet20", {"agent": True, "agent_gamma": 0.5})]
 )
 def test_a_varied_training_goes_on_bit_for_bit(colour, name, options):
-    learner = Learner("sparse", small(name, options=options), colour, seed=0)
+    learner = learner_of("sparse", small(name, options=options), colour, seed=0)
     run(learner, 4)
     model, saved = copy.deepcopy(learner.model.state_dict()), copy.deepcopy(learner.state_dict())
     losses = run(learner, 4)
-    other = Learner("sparse", small(name, options=options), colour, seed=0)
+    other = learner_of("sparse", small(name, options=options), colour, seed=0)
     other.model.load_state_dict(model)
     other.load_state_dict(saved)
     assert run(other, 4) == losses
@@ -246,17 +246,17 @@ def test_a_varied_training_goes_on_bit_for_bit(colour, name, options):
 
 def test_a_method_with_candidates_stores_more_and_ends_at_the_sparsity(data):
     config = replace(CONFIG, sparsity=0.75, method="vrpge")
-    learner = Learner("sparse", config, data, seed=0)
+    learner = learner_of("sparse", config, data, seed=0)
     assert learner.model.hidden1.sparsity == 0.5, "two candidates for each block that is to remain"
     run(learner, 5)
     state, weights = copy.deepcopy(learner.state_dict()), copy.deepcopy(learner.model.state_dict())
     with learner.method.evaluation():
         right = learner.model.eval()(data.test_images).argmax(1) == data.test_labels
     learner.model.train()
-    assert learner._accuracy() == pytest.approx(right.float().mean().item())
+    assert learner.evaluate()["test_accuracy"] == pytest.approx(right.float().mean().item())
     losses = run(learner, 4)
     assert learner.method.metrics()["sparsity/global"] == 0.75  # chosen at step 6 of 9
-    other = Learner("sparse", config, data, seed=0)
+    other = learner_of("sparse", config, data, seed=0)
     other.model.load_state_dict(weights)
     other.load_state_dict(state)
     assert run(other, 4) == losses
@@ -264,7 +264,7 @@ def test_a_method_with_candidates_stores_more_and_ends_at_the_sparsity(data):
 
 def test_agent_takes_a_snapshot_an_epoch_and_gamma_zero_is_without_it(data):
     learners = [
-        Learner("sparse", replace(CONFIG, options=options), data, seed=0)
+        learner_of("sparse", replace(CONFIG, options=options), data, seed=0)
         for options in ({}, {"agent": True, "agent_gamma": 0.0}, {"agent": True, "agent_batches": 2})
     ]
     losses = [run(learner, 9) for learner in learners]
@@ -275,18 +275,18 @@ def test_agent_takes_a_snapshot_an_epoch_and_gamma_zero_is_without_it(data):
     assert 0 < row["corrected"] <= 1 and row["extra_flops"] > 0 and "churn/hidden1" in row
     held = learner.sizes()["training_bytes"] - learners[0].sizes()["training_bytes"]
     assert held == learner.agent.snapshot.bytes() > 8 * sum(p.numel() for p in learner.model.parameters())
-    assert Learner("dense", replace(CONFIG, options={"agent": True}), data, seed=0).agent is None
+    assert learner_of("dense", replace(CONFIG, options={"agent": True}), data, seed=0).agent is None
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_spectral_measures_are_kept_at_the_start_and_at_each_move(data, transform):
     """And a resumed training has those of the epoch it stopped in."""
     options = {"transform": transform, "spectral": True}
-    config = replace(CONFIG, width=64, sparsity=0.75, options=options).resolved(*data.train_images.shape[:2])
-    learner = Learner("sparse", config, data, seed=0)
+    config = replace(CONFIG, width=64, sparsity=0.75, options=options)
+    learner = learner_of("sparse", config, data, seed=0)
     for _ in range(2):
         learner.step()
-    again = Learner("sparse", config, data, seed=0)
+    again = learner_of("sparse", config, data, seed=0)
     again.model.load_state_dict(learner.model.state_dict())
     again.load_state_dict(copy.deepcopy(learner.state_dict()))
     rows = []
@@ -300,4 +300,4 @@ def test_spectral_measures_are_kept_at_the_start_and_at_each_move(data, transfor
     learner.step()
     (last,) = learner.finish_epoch()["spectral"]
     assert last == {"step": 4, "layers": {name: vars(spectral(layer)) for name, layer in names.items()}}
-    assert "spectral" not in Learner("dense", config, data, seed=0).finish_epoch()
+    assert "spectral" not in learner_of("dense", config, data, seed=0).finish_epoch()

@@ -37,7 +37,7 @@ from sparsekern.files.conversion import bsr_state, dense_state
 from sparsekern.files.weight_files import read_state
 from sparsekern.lab import Config, checkpoint
 from sparsekern.lab.data import load
-from sparsekern.lab.store import CONFIG, create, read_config, read_json, read_keeping
+from sparsekern.lab.store import CONFIG, create, read_config, read_json
 
 MEMORY = 2**31
 """Bytes of address space beyond what the imports take."""
@@ -131,7 +131,7 @@ def readers(base: Path) -> list[Reader]:
     for path in (base / "idx").iterdir():
         (base / "idx.gz" / path.name).write_bytes(path.read_bytes())
     data = {"name": "x", "train_images": 6, "test_images": 3}
-    create(run := base / "run", Config(epochs=3).resolved(6, 1), data, {"torch": "1"})
+    create(run := base / "run", Config(epochs=3).resolved(6), data, {"torch": "1"})
     config = (run / CONFIG).read_bytes()
     model = nn.Sequential(sk.SparseLinear(8, 6, block_size=(4, 3), sparsity=0.5, seed=0))
     even = sk.SparseLinear(4, 4, block_size=2, sparsity=0.5, seed=0)
@@ -150,7 +150,7 @@ def readers(base: Path) -> list[Reader]:
         Reader("safetensors", lambda f: _use(read_state(f / "a")), "a", (_weights(base, "a.safetensors"),)),
         Reader("torch", lambda f: _use(read_state(f / "a")), "a", torch_seeds),
         Reader("state", checkpoint.load_state, checkpoint.STATE, ((step / checkpoint.STATE).read_bytes(), hostile)),
-        Reader("config", lambda f: (read_config(f), read_keeping(f)), CONFIG, (config,)),
+        Reader("config", read_config, CONFIG, (config,)),
         Reader("json", lambda f: read_json(f / "results.json"), "results.json", (config, b"[" * 10**6)),
     ]
 

@@ -82,7 +82,7 @@ def results_so_far(record: Record, sizes: dict[str, Any] | None) -> dict[str, An
         return record.results
     if sizes is None or not record.compared:
         return None
-    numbers = summarise(record.compared, sizes)
+    numbers = summarise(record.compared, sizes, metric_of(record.rows[0]))
     first = next(iter(numbers["networks"].values()))
     seeds = len(first[metric_of(first).key]["by_seed"])
     config = record.config.to_json() | {"seeds": seeds}  # those that the metric is the mean of

@@ -34,8 +34,11 @@ def check_options(
         if value is not None and check_whole(name, value) < 1:
             raise InputError(f"{name} is {value}; it must be 1 or more", parameter=name)
     if estimate == "losses" and (scope == "layer" or every is not None):
-        what = "scope is 'layer'" if scope == "layer" else f"every is {every}"
-        raise InputError(f"{what}, but the losses of batches give one c after a pass; estimate must be gradients")
+        name, what = ("scope", "'layer'") if scope == "layer" else ("every", str(every))
+        raise InputError(
+            f"{name} is {what}, but the losses of batches give one c after a pass; estimate must be gradients",
+            parameter=name,
+        )
 
 
 def check_parallel(model: nn.Module) -> None:
