@@ -42,12 +42,12 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("train --preset gse2", ("preset is 'gse2'", "one of")),
     (
         "train --sparsity 0.999 --transform wide",
-        ("sparsity is 0.999", "31.6 times as wide", "GiB", "transform_max_gib"),
+        ("sparsity is 0.999", "31.6 times as wide", "GiB", "option --transform-max-gib"),
     ),
     ("train --transform-max-gib 3", ("transform_max_gib is 3", "transform is off", "drop the option")),
-    ("train --agent --agent-gamma 7", ("agent_gamma is 7", "[0, 1]")),
-    ("train --agent --agent-batches 0", ("agent_batches is 0", "1 or more")),
-    ("train --agent --agent-every 5", ("agent_every is 5", "estimate must be gradients")),
+    ("train --agent --agent-gamma 7", ("gamma is 7", "[0, 1]", "option --agent-gamma")),
+    ("train --agent --agent-batches 0", ("batches is 0", "1 or more", "option --agent-batches")),
+    ("train --agent --agent-every 5", ("every is 5", "estimate must be gradients", "option --agent-every")),
     ("train --agent --agent-estimate guess", ("agent_estimate is 'guess'", "one of losses, gradients")),
     ("train --agent-gamma 0.5", ("agent_gamma is 0.5", "agent is off", "turn it on")),
     # Where it writes.

@@ -26,7 +26,7 @@ from sparsekern.lab.store import Record
 
 DOT = "data:image/png;base64,AAAA"
 
-CONFIG = Config(width=32, block_size=8, epochs=2, seeds=2, device="cpu", sparsity=0.75).resolved(100, 1)
+CONFIG = Config(width=32, block_size=8, epochs=2, seeds=2, device="cpu", sparsity=0.75).resolved(100)
 
 
 def row(network, seed, epoch):
