@@ -130,14 +130,14 @@ def readers(base: Path) -> list[Reader]:
         (base / name).mkdir()
     for path in (base / "idx").iterdir():
         (base / "idx.gz" / path.name).write_bytes(path.read_bytes())
-    data = {"name": "x", "train_images": 6, "test_images": 3}
+    data = {"name": "x", "train_images": 6, "test_images": 3, "classes": 2, "image_shape": [1, 4, 4], "sha256": ""}
     create(run := base / "run", Config(epochs=3).resolved(6), data, {"torch": "1"})
     config = (run / CONFIG).read_bytes()
     model = nn.Sequential(sk.SparseLinear(8, 6, block_size=(4, 3), sparsity=0.5, seed=0))
     even = sk.SparseLinear(4, 4, block_size=2, sparsity=0.5, seed=0)
     bsr = _bytes(lambda f: torch.save(bsr_state(nn.Sequential(even).state_dict()), f))
     hostile = _bytes(lambda f: torch.save({"a": Harm()}, f))
-    state = {"rows": [], "finished": False, "t": torch.arange(50)}
+    state = {"rows": [], "finished": False, "history": None, "t": torch.arange(50)}
     step = checkpoint.save(base / "made", 5, {"sparse": model}, state)
     (base / "state" / "sparse.safetensors").write_bytes((step / "sparse.safetensors").read_bytes())
     torch_seeds = (_weights(base, "a.pt"), bsr, hostile)
