@@ -167,7 +167,7 @@ def weights_file(path: Path, network: str, seed: int) -> Path:
     """Return the file of weights that a path stands for: of a run the newest checkpoint's.
 
     Raises:
-        InputError: there is none.
+        ValueError: there is none.
     """
     if not path.exists():
         raise InputError(f"{path} does not exist; give {WAYS}")

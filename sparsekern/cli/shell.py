@@ -94,7 +94,7 @@ def check_one_process() -> None:
     """Stop on every rank if a launcher such as torchrun started several processes; the first rank says why.
 
     Raises:
-        InputError: on the first rank.
+        ValueError: on the first rank.
         typer.Exit: on the others, without a word and with code 0: a launcher ends all ranks when one of them fails,
             and the first might not have spoken yet.
     """

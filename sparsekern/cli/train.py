@@ -128,7 +128,7 @@ def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:
 
 
 def _check_agreement(folder: Path, values: dict[str, Any], out: Path | None) -> None:
-    """Raise InputError if an option contradicts the run that is resumed."""
+    """Raise ValueError if an option contradicts the run that is resumed."""
     if out is not None and out.resolve() != folder.resolve():
         raise InputError(f"--out is {out}, but a resumed run stays in its folder {folder}; drop --out")
     config = read_config(folder).config.to_json()

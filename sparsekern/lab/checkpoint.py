@@ -62,7 +62,7 @@ def save(
         best: step of one that stays beside them.
 
     Raises:
-        InputError: a symbolic link is in the place of the folder.
+        ValueError: a symbolic link is in the place of the folder.
     """
     final = _folder(folder, step)
     _refuse_links(folder)
@@ -91,7 +91,7 @@ def tidy(folder: Path, keep: int = 1, best: int | None = None) -> None:
     """Delete what a killed run left unfinished, and all checkpoints but the newest ``keep`` and the ``best``.
 
     Raises:
-        InputError: a symbolic link is in the place of the folder.
+        ValueError: a symbolic link is in the place of the folder.
     """
     _refuse_links(folder)
     remove_leftovers(folder)
@@ -107,7 +107,7 @@ def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     results.
 
     Raises:
-        InputError: all there are are damaged, or a symbolic link is in the place of the folder.
+        ValueError: all there are are damaged, or a symbolic link is in the place of the folder.
         OtherVersion: the newest is of another format version.
     """
     _refuse_links(folder)
@@ -132,7 +132,7 @@ def restore(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise InputError if the folder of a seed, or that of all seeds, is a symbolic link."""
+    """Raise ValueError if the folder of a seed, or that of all seeds, is a symbolic link."""
     for path in (folder.parent, folder):
         refuse_link(path)
 
@@ -151,7 +151,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """Return the state that was saved, on the CPU. Executes nothing that the file might contain.
 
     Raises:
-        InputError: a file is missing, or damaged anywhere in it.
+        ValueError: a file is missing, or damaged anywhere in it.
         OtherVersion: the state is of another format version.
     """
     state = read_torch(checkpoint / STATE)
@@ -178,7 +178,7 @@ def load_model(checkpoint: Path, name: str, model: nn.Module) -> None:
     """Load the weights of one network into a model of the same shape.
 
     Raises:
-        InputError: the file is missing or damaged, or does not fit the model.
+        ValueError: the file is missing or damaged, or does not fit the model.
     """
     load_(model, checkpoint / f"{name}.safetensors")
 

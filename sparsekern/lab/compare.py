@@ -39,7 +39,7 @@ class Contestant:
     """A method or a preset, with options.
 
     Raises:
-        InputError: there is no such method, or it does not have such an option.
+        ValueError: there is no such method, or it does not have such an option.
     """
 
     method: str | None = None
@@ -60,7 +60,7 @@ class Contestant:
             preset: whether the name is that of a preset.
 
         Raises:
-            InputError: as the class, or a value of another kind.
+            ValueError: as the class, or a value of another kind.
         """
         name, _, rest = text.partition(":")
         options: dict[str, Value] = {}
@@ -95,7 +95,7 @@ class Plan:
         dense: whether the dense twin is trained, once a seed.
 
     Raises:
-        InputError: something is missing or wrong.
+        ValueError: something is missing or wrong.
     """
 
     base: Config
@@ -135,7 +135,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, values: Any, where: Path | str = PLAN) -> Plan:
-        """Read what :meth:`to_json` returned; raise InputError if something is wrong in the file ``where``."""
+        """Read what :meth:`to_json` returned; raise ValueError if something is wrong in the file ``where``."""
         file = checked(PlanEntries, values, where, "choose another --out")
         return cls(
             Config.from_json(file.base),
@@ -162,7 +162,7 @@ def read_plan(folder: Path) -> Plan | None:
     """Return the plan of the comparison in a folder; None if there is none yet.
 
     Raises:
-        InputError: the folder holds something else, or the plan is damaged.
+        ValueError: the folder holds something else, or the plan is damaged.
     """
     if (folder / PLAN).is_file():
         return Plan.from_json(read_json(folder / PLAN).get("plan"), folder / PLAN)
@@ -193,7 +193,7 @@ def plan_for(
         dense: whether the dense twin is trained; None for yes, or what the folder has. It can only be added.
 
     Raises:
-        InputError: the folder holds something else, or a comparison whose runs have other values.
+        ValueError: the folder holds something else, or a comparison whose runs have other values.
     """
     known = read_plan(folder)
     if known is None:
@@ -234,7 +234,7 @@ def compare(plan: Plan, folder: Path, observer: CompareObserver) -> dict[str, An
         The content of ``comparison.json``.
 
     Raises:
-        InputError: options, data or the folder are not usable; the text names the cell. Found before any training,
+        ValueError: options, data or the folder are not usable; the text names the cell. Found before any training,
             but for a loss that is not finite: that is raised after all other cells.
         Interrupted: the observer asked to stop.
     """
@@ -271,7 +271,7 @@ def _train(plan: Plan, runs: Mapping[str, Run], folder: Path, observer: CompareO
 
 
 def _resolved(folder: Path, name: str, config: Config, task: Task) -> Run:
-    """Return the run of a cell; raise InputError if it cannot be trained, or the one in its folder has other options.
+    """Return the run of a cell; raise ValueError if it cannot be trained, or the one in its folder has other options.
 
     The network of a run that has not begun is built once here and dropped: what only a network can say, such as a layer
     without a block, is said before hours of training in other cells.

@@ -57,7 +57,7 @@ class Config:
         sparse: whether the sparse network is trained. Without it only the twin is.
 
     Raises:
-        InputError: a value out of range, or options that contradict each other.
+        ValueError: a value out of range, or options that contradict each other.
     """
 
     recipe: str = next(iter(RECIPES))
@@ -123,7 +123,7 @@ class Config:
             raise InputError(f"{name} is {getattr(self, name)!r}; it must be {rule}", parameter=name)
 
     def _ask_recipe(self) -> None:
-        """Fill in what was not given; raise InputError if there is no such recipe, or its network has no such width."""
+        """Fill in what was not given; raise ValueError if there is no such recipe, or its network has no such width."""
         recipe = find(self.recipe)
         if recipe.width is None and self.width is not None:
             raise InputError(
@@ -139,7 +139,7 @@ class Config:
                 object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
 
     def _ask_method(self) -> None:
-        """Let the preset name the method; raise InputError if they disagree, or an option is not the method's."""
+        """Let the preset name the method; raise ValueError if they disagree, or an option is not the method's."""
         self._check("preset", self.preset is None or self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         implied = METHOD if self.preset is None else _name_of(PRESETS[self.preset].method)
         if self.method is OF_RECIPE:
@@ -218,7 +218,7 @@ class Config:
         """Read what :meth:`to_json` returned.
 
         Raises:
-            InputError: a name too many or too few, or a value out of range.
+            ValueError: a name too many or too few, or a value out of range.
         """
         names = {entry.name for entry in fields(cls)}
         if values.keys() != names:
@@ -272,7 +272,7 @@ def resolve(config: Config, task: Task) -> Run:
         task: with the data.
 
     Raises:
-        InputError: this machine lacks the device, or the data do not fit the network.
+        ValueError: this machine lacks the device, or the data do not fit the network.
     """
     recipe = find(config.recipe)
     config = config.resolved(task.examples, task.augmentation(recipe))
@@ -325,7 +325,7 @@ def usable_device(name: str) -> torch.device:
     """Return the device of that name.
 
     Raises:
-        InputError: this machine, or this installation of PyTorch, does not have it.
+        ValueError: this machine, or this installation of PyTorch, does not have it.
     """
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -139,7 +139,7 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
         timed: whether to time the layers, beside dense ones.
 
     Raises:
-        InputError: this machine lacks the device, or the checkpoint cannot be loaded.
+        ValueError: this machine lacks the device, or the checkpoint cannot be loaded.
     """
     run = resolve(config, find(config.recipe).task.noise(described, config.batch_size))
     sizes = {}

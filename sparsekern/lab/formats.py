@@ -321,7 +321,7 @@ def checked(kind: type[Kind], value: Any, where: Path | str, way_out: str | None
         way_out: advice at the end of the error. Default: none; the caller gives it.
 
     Raises:
-        InputError: the value is of another type; the text says which entry is wrong, and how.
+        ValueError: the value is of another type; the text says which entry is wrong, and how.
     """
     try:
         return kind.model_validate(value)

@@ -75,7 +75,7 @@ class History:
         state: of an earlier :meth:`state_dict`, to go on from; None to begin here.
 
     Raises:
-        InputError: the state is of other layers.
+        ValueError: the state is of other layers.
     """
 
     def __init__(self, method: Method, state: dict[str, Any] | None = None) -> None:
@@ -147,7 +147,7 @@ def film(state: dict[str, Any], layer: str) -> tuple[Tensor, list[Frame]]:
     """Return the film of a layer from :meth:`History.state_dict`: the image ``(H, W)`` of the start, and the frames.
 
     Raises:
-        InputError: an image is not one of the shape that the state tells.
+        ValueError: an image is not one of the shape that the state tells.
     """
     shape = tuple(state["layers"][layer]["shape"])
     frames = [

@@ -32,7 +32,7 @@ def build(run: Run, network: str, seed: int) -> nn.Module:
         seed: see above.
 
     Raises:
-        InputError: the data do not fit the network, or the sparsity leaves a layer without a block.
+        ValueError: the data do not fit the network, or the sparsity leaves a layer without a block.
     """
     recipe, config = run.recipe, run.config
     fixed = run.task.model_arguments()
@@ -102,7 +102,7 @@ def build_method(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, s
         seed: decides which blocks move where.
 
     Raises:
-        InputError: an argument that the method refuses.
+        ValueError: an argument that the method refuses.
     """
     arguments = dict(run.arguments)
     if run.pool is not None:
@@ -117,7 +117,7 @@ def build_agent(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, me
     """Return the AGENT of a run around its method; None if the run has none.
 
     Raises:
-        InputError: an argument that AGENT refuses. Its ``parameter`` is the name of the run's option.
+        ValueError: an argument that AGENT refuses. Its ``parameter`` is the name of the run's option.
     """
     if run.agent is None:
         return None

@@ -66,7 +66,7 @@ class Option:
         return "all methods" if self.methods == ALL else ", ".join(self.methods)
 
     def check(self, value: object) -> None:
-        """Raise InputError if the value is of another kind, none of the choices, or out of bounds."""
+        """Raise ValueError if the value is of another kind, none of the choices, or out of bounds."""
         kinds = (int, float) if self.kind is float else (self.kind,)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
         if self.choices:
@@ -83,7 +83,7 @@ class Option:
         """Return what a text such as ``"0.3"`` or ``"yes"`` says.
 
         Raises:
-            InputError: it is of another kind.
+            ValueError: it is of another kind.
         """
         value: Value = text
         if self.kind is bool:
@@ -202,7 +202,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
         options: by name.
 
     Raises:
-        InputError: there is no such option, the method does not have it, or its value is of another kind.
+        ValueError: there is no such option, the method does not have it, or its value is of another kind.
     """
     for name, value in options.items():
         if name not in OPTIONS:

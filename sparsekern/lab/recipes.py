@@ -346,7 +346,7 @@ def find(name: str) -> Recipe:
     """Return a recipe by its name.
 
     Raises:
-        InputError: there is none; the text names the nearest.
+        ValueError: there is none; the text names the nearest.
     """
     if name in RECIPES:
         return RECIPES[name]

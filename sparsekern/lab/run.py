@@ -80,7 +80,7 @@ def start(config: Config, folder: Path, observer: Observer, keeping: Keeping = D
     """Train in a new run folder.
 
     Raises:
-        InputError: data, options or the folder are not usable, or another process uses the folder.
+        ValueError: data, options or the folder are not usable, or another process uses the folder.
         Interrupted: the observer asked to stop.
     """
     task = find(config.recipe).task.load(config.data, config.data_max_gib)
@@ -104,7 +104,7 @@ def resume(folder: Path, observer: Observer, **keeping: Any) -> Finished:
         keeping: fields of :class:`~sparsekern.lab.store.Keeping` that are to be others than those the run began with.
 
     Raises:
-        InputError: the folder is not that of a run, its data have changed, or another process trains in it.
+        ValueError: the folder is not that of a run, its data have changed, or another process trains in it.
         Interrupted: the observer asked to stop.
     """
     file = read_config(folder)
@@ -181,7 +181,7 @@ def _check_state(path: Path, state: dict[str, Any], config: Config, seed: int) -
     """Check that the state of a checkpoint is one of this run.
 
     Raises:
-        InputError: rows or networks are not those of the run at this place.
+        ValueError: rows or networks are not those of the run at this place.
     """
     finished, networks = state["finished"], set(config.networks)
     parts: dict[str, Any] = state.get("sizes" if finished else "learners", {})

@@ -48,7 +48,7 @@ class Keeping:
         keep: number of newest checkpoints, 1 or more. If the newest is damaged, a run goes on from the one before.
 
     Raises:
-        InputError: a value of another form.
+        ValueError: a value of another form.
     """
 
     save_every: str = "10min"
@@ -66,7 +66,7 @@ class Keeping:
 
     @classmethod
     def from_json(cls, values: Any) -> Keeping:
-        """Read the values of :func:`dataclasses.asdict`; raise InputError if they are others."""
+        """Read the values of :func:`dataclasses.asdict`; raise ValueError if they are others."""
         if not isinstance(values, dict) or values.keys() != {"save_every", "keep"}:
             raise InputError("it must have the entries save_every and keep", parameter="keeping")
         return cls(**values)
@@ -144,7 +144,7 @@ def create(
     """Make a run folder and write its ``config.json``.
 
     Raises:
-        InputError: there is something in the folder, or it cannot be made.
+        ValueError: there is something in the folder, or it cannot be made.
     """
     try:
         if folder.is_dir() and not is_new(folder):
@@ -172,7 +172,7 @@ def read_config(folder: Path, name: str = "resume") -> ConfigFile:
         name: of the argument that names the folder, for the error.
 
     Raises:
-        InputError: there is no run in the folder, or its configuration is damaged or of another version.
+        ValueError: there is no run in the folder, or its configuration is damaged or of another version.
     """
     check_run(name, folder)
     path = folder / CONFIG
@@ -184,7 +184,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Return the results of a finished run.
 
     Raises:
-        InputError: they are damaged, or of another format version.
+        ValueError: they are damaged, or of another format version.
     """
     content = read_json(folder / RESULTS)
     way_out = "delete it and resume the run, whose checkpoints make it anew"
@@ -201,7 +201,7 @@ def check_run(name: str, folder: Path, wanted: str = "the folder of a run") -> N
         wanted: what may be given.
 
     Raises:
-        InputError: it is not; the text says what it is, and what to give.
+        ValueError: it is not; the text says what it is, and what to give.
     """
     if (folder / CONFIG).is_file():
         return
@@ -227,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file of :func:`write_json`.
 
     Raises:
-        InputError: the file is missing, not JSON, or of another format version.
+        ValueError: the file is missing, not JSON, or of another format version.
     """
     try:
         content = json.loads(path.read_text())
@@ -311,7 +311,7 @@ def read_record(folder: Path) -> Record:
     """Read a run folder; what can be done without is noted as missing.
 
     Raises:
-        InputError: there is no run in the folder, or its ``config.json``, metrics or results are damaged.
+        ValueError: there is no run in the folder, or its ``config.json``, metrics or results are damaged.
     """
     file = read_config(folder, "run")
     results = read_results(folder) if (folder / RESULTS).is_file() else None

@@ -49,7 +49,7 @@ class Task(ABC):
         """Load the data from a path, or the task's default data.
 
         Raises:
-            InputError: the data are missing, damaged or too large.
+            ValueError: the data are missing, damaged or too large.
         """
 
     @classmethod
@@ -70,7 +70,7 @@ class Task(ABC):
         """Return the task as a run needs it, its data on the device.
 
         Raises:
-            InputError: the data do not fit the recipe's network.
+            ValueError: the data do not fit the recipe's network.
         """
 
     @abstractmethod
@@ -150,7 +150,7 @@ class Classification(Task):
         return recipe.augmentation if self.data.image_shape[0] > 1 else "none"
 
     def prepared(self, recipe: Recipe, augment: str, device: torch.device) -> Classification:
-        """Return the task with the recipe's settings; raise InputError if the images are too small for its network."""
+        """Return the task with the recipe's settings; raise ValueError if the images are too small for its network."""
         height, width = self.data.image_shape[1:]
         side = recipe.smallest_image
         if min(height, width) < side:

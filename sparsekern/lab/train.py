@@ -40,7 +40,7 @@ class Learner:
         steps: optimizer steps in total.
 
     Raises:
-        InputError: the options or the data do not fit the network, which only the network can tell.
+        ValueError: the options or the data do not fit the network, which only the network can tell.
     """
 
     def __init__(self, run: Run, network: str, seed: int) -> None:
@@ -64,7 +64,7 @@ class Learner:
         """Train on the next batch of the epoch and return its mean loss. Call finish_epoch() after the last one.
 
         Raises:
-            InputError: the loss is not finite.
+            ValueError: the loss is not finite.
         """
         if self.batch == 0:
             self._loss_sum, self._seconds, self._milliseconds, self._graphs = 0.0, 0.0, [], []
@@ -164,7 +164,7 @@ class Learner:
         """Go on where :meth:`state_dict` was taken. Load the model's own state first.
 
         Raises:
-            InputError: the state is not one of this training.
+            ValueError: the state is not one of this training.
         """
         epoch, batch, epochs = state["epoch"], state["batch"], self.total_steps // self.batches
         if not (batch < self.batches and epoch * self.batches + batch == state["steps"] <= self.total_steps):
@@ -222,7 +222,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     Fused optimizers take the sizes of a state on trust: too small a one makes them write beyond its end.
 
     Raises:
-        InputError: options other than these, but for the rate, or an entry of another shape or dtype.
+        ValueError: options other than these, but for the rate, or an entry of another shape or dtype.
     """
     groups = optimizer.state_dict()["param_groups"]
     if not _same_groups(state.get("param_groups"), groups) or not isinstance(state.get("state"), dict):
