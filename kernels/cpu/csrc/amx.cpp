@@ -3,8 +3,6 @@
 #if defined(WITH_AVX) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) // the latter by clang before 16
 #define VL 16
 #include "amx.h"
-#include "conv_outer_bf16.h"
-#include "conv_product_bf16.h"
 #include "outer_bf16.h"
 #include "product_bf16.h"
 const HalfKernels amx_kernels = {"amx", multiply_bf16, outer_bf16, convolve_bf16, conv_outer_bf16, 5};

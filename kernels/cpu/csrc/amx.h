@@ -1,12 +1,12 @@
-// The tiles of AMX: 8 registers of 16 rows of 64 bytes. One instruction adds to 16 x 16 float32 sums the products of 32
-// bfloat16 numbers a row: 16 of them busy the unit for 16 cycles, and a sum is ready for its next products after about 50,
-// so that four tiles of sums are held. (Names: _tile_* of the compilers; their numbers must be literal.)
+// The tiles of AMX: 8 registers of 16 rows of 64 bytes. One instruction adds 32 products of bfloat16 numbers to each of 16 x 16
+// float32 sums. It takes 16 cycles, and its sums are ready for the next one after about 50, so four tiles of sums are held.
+// The _tile_* functions need literal register numbers.
 #pragma once
-#include "bf16.h"
+#include "pack_bf16.h"
 
 namespace {
 
-// The compilers do not know what a tile instruction reads and writes.
+// Compilers do not know what memory a tile instruction reads and writes.
 INLINE void memory_is_written() { asm volatile("" ::: "memory"); }
 
 // The shapes of the registers: sums and left factors have 16 rows, right factors one for each pair of the `depth` numbers.
@@ -45,7 +45,7 @@ template <int M, int N> INLINE void amx_product(const HalfRow &row, const float 
   if constexpr (N == 1 && M > 3) _tile_loadd(3, start, 0);
   for (int64_t e = 0; e < row.count; e++) {
     const Half *x = row.x + row.other[e] * row.x_block, *w = row.w + e * row.size;
-    for (int64_t k = 0; k < row.in; k += depth, x += row.x_piece, w += depth * 16) {
+    for (int64_t k = 0; k < row.in; k += depth, x += row.x_slice, w += depth * 16) {
       _tile_loadd(6, w, 64);
       _tile_loadd(4, x, x_step);
       _tile_dpbf16ps(0, 4, 6);
@@ -102,7 +102,7 @@ inline void product_tile(const HalfRow &row, int64_t tokens, const float *bias, 
 
 // M x N tiles of one block over a panel. Registers: sums 0 to 3, dy 4 and 5, x 6 and 7.
 template <int M, int N>
-INLINE void amx_outer(const Half *dy, const Half *x, int64_t x_piece, int64_t tokens, int64_t bo, int64_t bi, float *out,
+INLINE void amx_outer(const Half *dy, const Half *x, int64_t x_slice, int64_t tokens, int64_t bo, int64_t bi, float *out,
                       bool add) {
   const int64_t step = bi * 4;
   memory_is_written();
@@ -122,7 +122,7 @@ INLINE void amx_outer(const Half *dy, const Half *x, int64_t x_piece, int64_t to
     _tile_loadd(6, x, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (N == 2) {
-      _tile_loadd(7, x + x_piece, 64);
+      _tile_loadd(7, x + x_slice, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (M == 2) {
@@ -191,11 +191,11 @@ inline int64_t outer_group(const HalfGroup &group) {
   float *out = group.out + group.slot[0] * bo * bi;
   for (int64_t o = 0; o < bo; o += 32) {
     for (int64_t i = 0; i < bi; i += 32) {
-      const Half *left = group.dy + o * 32, *right = x + i / 16 * group.x_piece;
+      const Half *left = group.dy + o * 32, *right = x + i / 16 * group.x_slice;
       float *to = out + o * bi + i;
-      if (bo == 16) amx_outer<1, 2>(left, right, group.x_piece, group.tokens, bo, bi, to, group.add);
-      else if (bi == 16) amx_outer<2, 1>(left, right, group.x_piece, group.tokens, bo, bi, to, group.add);
-      else amx_outer<2, 2>(left, right, group.x_piece, group.tokens, bo, bi, to, group.add);
+      if (bo == 16) amx_outer<1, 2>(left, right, group.x_slice, group.tokens, bo, bi, to, group.add);
+      else if (bi == 16) amx_outer<2, 1>(left, right, group.x_slice, group.tokens, bo, bi, to, group.add);
+      else amx_outer<2, 2>(left, right, group.x_slice, group.tokens, bo, bi, to, group.add);
     }
   }
   return 1;

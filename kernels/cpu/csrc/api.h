@@ -1,9 +1,18 @@
-// What the Python side passes, and the functions that every instruction set implements. Axes: kernels/contract.py.
+// The structures that Python passes, and the functions that each instruction set implements. Axes: kernels/contract.py.
+//
+// Words. entry: one stored block in an order of the index. slot: where its values are. panel: some tokens (or images), packed
+// as the kernels read them. tile: sums that are held in registers. aside: where a tile is written that does not fit y.
+// strip: successive rows of a 1x1 weight. piece: the strips whose entries a thread arranges at a time. chunk: successive
+// features, or channels, at 1x1. run: the entries of a row in a chunk. slice: 16 or 32 features of a block in bfloat16.
+// band: rows of one image. span: outputs of a convolution that lie in a row in a panel. group: of block rows, or of channels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
-// Not on macOS: it compiles a file for two processors at once, and the flags are those of one.
+// Not on macOS, which compiles a file for two processors at once, with the flags of one.
 #if defined(__x86_64__) && !defined(__APPLE__)
 #define WITH_AVX
 #endif
@@ -38,27 +47,26 @@ struct Call {
 };
 }
 
-// One order of an index: the entries of block row r are ptr[r] .. ptr[r + 1] of the other two lists.
+// An order of the index, checked: the entries of block row r are ptr[r] to ptr[r + 1] of the other two lists.
 struct Order {
   const int32_t *ptr, *other, *slot;
   int64_t rows;       // block rows (block columns for dx)
   int64_t slots;      // Z
-  int64_t others;     // block columns (block rows for dx); the library fills in what follows `slots`
-  int32_t *illegal;   // set where an entry lies outside: see CheckedOrder of library.h
+  int64_t others;     // block columns (block rows for dx)
+  int32_t *illegal;   // set to 1 by a kernel that finds an entry outside: see CheckedOrder of library.h
 };
 
 // 1x1: how rows, features and tokens are cut. See elements.h.
 struct ElementPlan {
-  int64_t lanes;                      // tokens of a panel; up to NARROW: all of them, elements_few.h
+  int64_t lanes;                      // tokens of a panel; all of them where they are up to NARROW (elements_few.h)
   int64_t tokens;                     // tokens that are packed at a time
   int64_t strip, strips;              // rows of a strip, strips of a piece
   int64_t chunks;                     // of 2^shift features
-  int64_t entries;                    // the most of a piece
+  int64_t entries;                    // of the largest piece
   int32_t shift;
 };
 
-// y = x W' + bias (or dx = dy W): see product.h, few.h, elements.h and product_bf16.h. The library fills in what follows
-// `threads`: linear.cpp.
+// y = x W' + bias (or dx = dy W): see product.h, few.h, elements.h and product_bf16.h.
 struct Multiply {
   Matrix x, y;
   const float *values;   // (Z, bo, bi), contiguous; bfloat16 if values_dtype says so, which only HalfKernels take
@@ -66,14 +74,14 @@ struct Multiply {
   Order order;
   int32_t in, out;       // sides of a block: the one that is summed over, the one along y
   int32_t transposed;    // dx: values are read as they are stored
-  int32_t values_dtype;  // of float32 values the HalfKernels take what bfloat16 can hold
+  int32_t values_dtype;  // HalfKernels round float32 values to bfloat16
   int32_t threads;
   int32_t past;          // y is written past the caches: see writes_past() of library.cpp
-  const uint8_t *wanted; // by block of x: whether an entry reads it; what none reads is not packed
+  const uint8_t *wanted; // by block of x: whether an entry reads it; the others are not packed
   int64_t panel;         // tokens that are packed at a time
   ElementPlan plan;      // 1x1
   int64_t groups;        // bfloat16: of block rows; see product_bf16.h
-  int64_t group_entries; // the most of a group, or of a block row, where that is packed just before its use; else 0
+  int64_t group_entries; // of the largest group (or block row), if each is packed just before its use; else 0
   int32_t shared;        // bfloat16: the whole weight is packed first
   char *scratch;
 };
@@ -110,7 +118,7 @@ struct Convolve;
 struct ConvOuter;
 struct ConvBackward;
 
-// What an instruction set offers.
+// The kernels of an instruction set.
 struct Kernels {
   const char *name;
   void (*multiply)(const Multiply &);
@@ -128,15 +136,15 @@ struct Kernels {
   bool (*all_inside)(const int32_t *numbers, int64_t count, int64_t bound);
 };
 
-// What it offers beside for inputs in bfloat16, with instructions of its own. None where the compiler lacks them. There is
-// none for float16: AVX512_FP16 forms its sums in float16.
+// Its kernels for inputs in bfloat16, by instructions of its own; null where the compiler lacks them. There are none for
+// float16: AVX512_FP16 forms its sums in float16.
 struct HalfKernels {
   const char *name;
   void (*multiply)(const Multiply &);  // any number of tokens
   void (*outer)(const Outer &);
   void (*convolve)(const Convolve &);
   void (*conv_outer)(const ConvOuter &);
-  int most_packed;  // pixels that conv_outer may pack for every two real ones: with more of them float32 is faster
+  int most_packed;  // conv_outer packs at most this many pixels for every two real ones: float32 is faster with more
 };
 
 extern const Kernels generic_kernels;
@@ -145,7 +153,7 @@ extern const Kernels avx2_kernels, avx512_kernels;
 extern const HalfKernels avx512_bf16_kernels, amx_kernels;
 #endif
 
-// Of numbers that an index holds: whatever they are, nothing outside the tensors is read or written.
+// Checks of the numbers in an index: whatever they are, nothing outside the tensors is read or written.
 inline bool inside(int32_t number, int64_t count) { return uint32_t(number) < uint64_t(count); }
 inline void refuse(const Order &order) { __atomic_store_n(order.illegal, 1, __ATOMIC_RELAXED); }
 
@@ -154,21 +162,39 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 inline int64_t blocks_of(int64_t features, int64_t side) { return (features + side - 1) / side; }
 constexpr int64_t LINE = 16;         // floats of a cache line: buffers start at one
 constexpr int64_t MOST_ROWS = 24;    // tokens of the largest tile
-constexpr int64_t ASIDE = MOST_ROWS * 2 * LINE;  // floats of a tile that is written aside first
-constexpr int64_t FEW_TOKENS = 16;   // up to so many the forward reads blocks as they are stored
+constexpr int64_t ASIDE = MOST_ROWS * 2 * LINE;  // floats of a tile that is written aside
+constexpr int64_t FEW_TOKENS = 16;   // for up to this many the forward reads blocks as they are stored
 constexpr int64_t MOST_SIDE = 128;   // of a block
 constexpr int64_t HALF_TOKENS = 32;  // panels of bfloat16 are multiples of it, the last one filled up with zeros
 constexpr int64_t HALF_TILE = 1024;  // sums of the largest tile of HalfKernels
 constexpr int64_t GROUP = 32;           // block rows (columns) of a sketch that are multiplied together
 constexpr int64_t GROUP_PAIRS = 8;
-constexpr int64_t SKETCH_TOKENS = 256;  // at most so many are projected before they are multiplied; a multiple of 32
+constexpr int64_t SKETCH_TOKENS = 256;  // the most that are projected before they are multiplied; a multiple of 32
 
 inline int64_t sketch_floats(int64_t pairs) { return 128 * 32 + round_up(pairs, GROUP_PAIRS) * 2 * 16 * 16; }  // a thread
 
-constexpr int64_t NARROW = 16;       // up to so many tokens 1x1 needs no panels: elements_few.h
+constexpr int64_t NARROW = 16;       // for up to this many tokens 1x1 needs no panels: elements_few.h
 
-// Floats that a thread needs beside the packed tokens: its part of y or dy, and arranged_in() of arrange.h.
+// Floats that a thread needs beside the packed tokens: its rows of y or dy, and the lists of arranged_in() in arrange.h.
 inline int64_t thread_floats(const ElementPlan &p, bool gradient) {
   return round_up(p.strip * p.lanes + p.strips * p.chunks * (3 * p.strip + 1) + (gradient ? 2 : 1) * p.entries +
                   round_up(p.entries, 2) / 2 + 2 * p.strip, LINE);
 }
+
+namespace {
+
+// OpenMP's threads, or one where the library is built without.
+#if defined(_OPENMP)
+inline long thread_number() { return omp_get_thread_num(); }
+inline long thread_count() { return omp_get_num_threads(); }
+#else
+inline long thread_number() { return 0; }
+inline long thread_count() { return 1; }
+#endif
+
+// Groups of block rows into which a panel is cut: threads share panels where these are few.
+inline long groups_of(long panels, long threads) {
+  return threads > 1 && (panels < 2 * threads || panels % threads) ? 2 * threads : 1;
+}
+
+}  // namespace

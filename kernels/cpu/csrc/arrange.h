@@ -1,18 +1,18 @@
-// 1x1: the entries of a few rows in the order in which the kernels of elements.h read them.
-// `other` is by slot here, as the topology stores it (kernels/contract.py, Index).
+// 1x1: the entries of a few rows, arranged in the order in which the kernels of elements.h read them. `other` is by slot
+// here, as the topology stores it (Index in kernels/contract.py).
 #pragma once
 #include "pack.h"
 
 namespace {
 
-constexpr int SLOTS_AHEAD = 32;  // blocks that have moved lie anywhere: so many entries before its turn a slot is asked for
+constexpr int SLOTS_AHEAD = 32;  // entries by which a slot is prefetched: blocks that have moved lie anywhere
 
-// Asks for a number before it is known to be there.
-INLINE void ask_for_number(const void *list, int32_t number) {
+// Prefetch a number of a list that may be shorter.
+INLINE void prefetch_number(const void *list, int32_t number) {
   __builtin_prefetch((const void *)(uintptr_t(list) + uint32_t(number) * uintptr_t(4)), 0, 3);
 }
 
-constexpr int SHORT = 64;  // entries from which on the length of a run matters little
+constexpr int SHORT = 64;  // entries: the lengths of longer runs do not matter
 
 struct Run {        // the entries of one row in one chunk
   int32_t first, count;
@@ -21,13 +21,13 @@ struct Run {        // the entries of one row in one chunk
 
 // The entries of a piece in the order (strip, chunk, row); the buffers are scratch.
 struct Arranged {
-  Run *runs;            // a (strip, chunk) has its short ones first: the kernel's loop then ends where it did before
+  Run *runs;            // those of a (strip, chunk) by length, so that the kernel's loops are predicted
   int32_t *ends;        // of each (strip, chunk) in `runs`
   float *number;        // by entry: the weight, or its gradient
   int32_t *slot;        // by entry, for the gradient
   uint16_t *feature;    // by entry: the feature within its chunk
-  int32_t *next;        // by row of a strip that is being arranged: the first entry that is not
-  int32_t *counts;      // the same: the entries in the chunk
+  int32_t *next;        // by row of the strip that is being arranged: the next entry
+  int32_t *counts;      // by row of that strip: its entries in the chunk
 };
 
 INLINE Arranged arranged_in(float *scratch, const ElementPlan &plan, bool gradient) {
@@ -42,9 +42,10 @@ INLINE Arranged arranged_in(float *scratch, const ElementPlan &plan, bool gradie
   return a;
 }
 
-// Columns ascend within a row, so a chunk's entries are a run of it. For the gradient slots are noted, not values.
-// Each entry is read once; false where it is illegal, columns that do not ascend too, and nothing may be computed then.
-// Chunk after chunk: by column, the slots of a row lie far apart, and those of its neighbours beside them.
+// Arrange the rows from `start` to below `stop`. Columns ascend within a row, so the entries of a chunk follow each other. The
+// gradient notes slots, the product values. Each entry is read once; returns false if one is illegal or columns do not
+// ascend, and then nothing may be computed. Goes chunk by chunk: in an order by column the slots of a row are far apart, and
+// those of the neighbouring rows beside them.
 template <bool GRADIENT>
 NOINLINE bool arrange(const Order &order, int64_t start, int64_t stop, const ElementPlan &plan, const Arranged &a, const float *values) {
   const int32_t *__restrict slots = order.slot, *__restrict other = order.other;
@@ -62,15 +63,15 @@ NOINLINE bool arrange(const Order &order, int64_t start, int64_t stop, const Ele
       const int32_t begin = int32_t(c << plan.shift);
       const uint32_t wide = c + 1 < plan.chunks ? uint32_t(1) << plan.shift : uint32_t(order.others) - uint32_t(begin);
       const int32_t before = n;
-      int32_t starts[SHORT + 2] = {};  // of the runs of each length; all the long ones are together
+      int32_t starts[SHORT + 2] = {};  // of the runs of each length; all long ones count as one length
       for (int64_t r = 0; r < rows; r++) {
         int32_t e = a.next[r];
         const int32_t last = order.ptr[r0 + r + 1], first = n;
         for (; e < last; e++, n++) {
           const uint32_t slot = uint32_t(slots[e]);
           const int32_t far = slots[e + SLOTS_AHEAD < used ? e + SLOTS_AHEAD : e];
-          ask_for_number(other, far);
-          if (!GRADIENT) ask_for_number(values, far);
+          prefetch_number(other, far);
+          if (!GRADIENT) prefetch_number(values, far);
           if (slot >= all) return false;
           const uint32_t column = uint32_t(other[slot]) - uint32_t(begin);
           if (column >= wide) {  // of a later chunk, or of none

@@ -3,8 +3,6 @@
 #if defined(WITH_AVX) && defined(__AVX512BF16__)
 #define VL 16
 #include "dot.h"
-#include "conv_outer_bf16.h"
-#include "conv_product_bf16.h"
 #include "outer_bf16.h"
 #include "product_bf16.h"
 const HalfKernels avx512_bf16_kernels = {"avx512_bf16", multiply_bf16, outer_bf16, convolve_bf16, conv_outer_bf16, 3};

@@ -3,10 +3,9 @@
 //   y[o][lane] += w[e] * x[offset[e] + lane]
 //   number[e]  += sum over lanes of dy[o][lane] * x[offset[e] + lane]
 //
-// An entry reads some lines of the panel anywhere, so that they should sit in the L1 cache: the channels are cut into chunks,
-// and the entries are read in the order (strip of rows, chunk, row).
-// In the product rows are as wide as they are packed: lanes beside the outputs are computed and thrown away. In the gradient
-// they would carry a NaN where it does not belong, so there the images always lie in turn (conv.h).
+// Entries read lines of the panel in any order, so these should be in the L1 cache: the channels are cut into chunks, and the
+// entries are read in the order (strip of rows, chunk, row). The product computes rows as wide as they are packed and drops
+// the lanes beside the outputs. In the gradient such lanes could spread a NaN, so images are always in turn there (conv.h).
 #pragma once
 #include "conv_product.h"
 
@@ -14,7 +13,7 @@ namespace {
 
 constexpr int LANES_HELD = VL == 16 ? 16 : 8;  // vectors of dy in registers
 
-// Adds the runs of a strip in one chunk to its lanes: N vectors of each row.
+// Add the runs of a strip in one chunk to N vectors of lanes of each row.
 template <int N> void add_runs(const ElementRuns &runs, const int32_t *start, int64_t rows, const float *x, float *lanes, int64_t step) {
   for (int64_t l = 0; l < rows; l++, lanes += step) {
     const int64_t stop = start[l + 1];
@@ -36,7 +35,7 @@ void convolve_elements(const Convolve &c) {
   static const AddRuns by_vectors[] = {nullptr,     add_runs<1>, add_runs<2>, add_runs<3>, add_runs<4>,
                                        add_runs<5>, add_runs<6>, add_runs<7>, add_runs<8>};
   constexpr int64_t MOST = 8, T = MOST * VL;
-  const int64_t packed = conv_floats(c.x) + c.slack, strips_out = blocks_of(c.channels, STRIP), panels = panels_of(c);
+  const int64_t packed = conv_floats(c.x) + c.slack, strips = blocks_of(c.channels, STRIP), panels = panels_of(c);
   const int threads = c.threads;
   const int64_t groups = groups_of(panels, threads);
 
@@ -51,12 +50,12 @@ void convolve_elements(const Convolve &c) {
       const ConvPart part = part_at(c, p);
       if (p != held) pack_images(c.x, part.n0, part.n1, part.m0, part.m1 - part.m0 + c.reach, panel), held = p;
       for_subgrids(c, part, [&](const Subgrid &s, int64_t y0, int64_t y1) {
-        const int64_t length = (y1 - y0) * c.x.row_pitch, vectors = blocks_of(length, VL), pieces = blocks_of(vectors, MOST);
-        const Place place = {c, s, part.n0, part.n1, y0, c.x.cols};
-        for (int64_t j = 0, t = 0; j < pieces; j++) {
-          const int64_t count = vectors / pieces + (j < vectors % pieces), wide = count * VL;
+        const int64_t length = (y1 - y0) * c.x.row_pitch, vectors = blocks_of(length, VL), parts = blocks_of(vectors, MOST);
+        const Outputs out(c, s, part, y0, y1);
+        for (int64_t j = 0, t = 0; j < parts; j++) {
+          const int64_t count = vectors / parts + (j < vectors % parts), wide = count * VL;
           const float *x = panel + (y0 - part.m0) * c.x.row_pitch + t;
-          for (int64_t o = strips_out * g / groups * STRIP; o < strips_out * (g + 1) / groups * STRIP; o += STRIP) {
+          for (int64_t o = strips * g / groups * STRIP; o < strips * (g + 1) / groups * STRIP; o += STRIP) {
             const int64_t rows = c.channels - o < STRIP ? c.channels - o : STRIP;
             const int32_t *start = s.ptr + o * c.runs.chunks;
             for (int64_t l = 0; l < STRIP; l++)
@@ -69,7 +68,7 @@ void convolve_elements(const Convolve &c) {
                 transpose(a);
                 UNROLL for (int l = 0; l < VL; l++) store(tokens + (v + l) * VL, a[l]);
               }
-              scatter(place, t, length - t < wide ? length - t : wide, o + r, rows - r < VL ? rows - r : VL, tokens, VL);
+              scatter(out, t, length - t < wide ? length - t : wide, o + r, rows - r < VL ? rows - r : VL, tokens, VL);
             }
           }
           t += wide;
@@ -80,7 +79,7 @@ void convolve_elements(const Convolve &c) {
   }
 }
 
-// The first lanes of a vector, zeros for the rest: whatever lies there, NaN too.
+// A mask of the first lanes of a vector; only() sets the others to zero, also where they are NaN.
 INLINE Bits first_lanes(int64_t count) {
   Bits mask;
   for (int l = 0; l < VL; l++) mask[l] = l < count ? ~0u : 0u;
@@ -88,7 +87,7 @@ INLINE Bits first_lanes(int64_t count) {
 }
 INLINE Vector only(Bits mask, Vector v) { return (Vector)((Bits)v & mask); }
 
-// Adds N vectors of lanes to the runs of a strip in one chunk; PART: of the last one only what the mask says.
+// Add N vectors of lanes to the runs of a strip in one chunk. PART: of the last vector only the lanes of the mask.
 template <int N, bool PART>
 void add_lanes(const ElementRuns &runs, const int32_t *start, int64_t rows, const float *x, const float *dy, int64_t step, Bits mask) {
   for (int64_t r = 0; r < rows; r++, dy += step) {
@@ -124,16 +123,15 @@ template <bool PART, int N> struct FillLanes {
 template <bool PART> struct FillLanes<PART, 0> {
   static void into(AddLanes *) {}
 };
-struct LanesTable {  // by the number of vectors
+struct LanesTable {  // tables by the number of vectors
   AddLanes whole[LANES_HELD + 1] = {}, part[LANES_HELD + 1] = {};
   LanesTable() { FillLanes<false, LANES_HELD>::into(whole), FillLanes<true, LANES_HELD>::into(part); }
 };
 
 void conv_outer_elements(const ConvOuter &m) {
   static const LanesTable table;
-  const int64_t x_panel = conv_floats(m.x), used = m.order.ptr[m.order.rows], strips_out = blocks_of(m.order.rows, STRIP);
-  const int64_t strips = (m.rows + m.strip - 1) / m.strip, panels = (m.images + m.images_at_once - 1) / m.images_at_once * strips;
-  float *x = m.scratch, *dy = x + x_panel, *number = m.runs.number;
+  const int64_t used = m.order.ptr[m.order.rows], strips = blocks_of(m.order.rows, STRIP), panels = panels_of(m);
+  float *x = m.scratch, *dy = x + conv_floats(m.x), *number = m.runs.number;
   const int threads = m.threads;
 
 #pragma omp parallel num_threads(threads)
@@ -141,28 +139,27 @@ void conv_outer_elements(const ConvOuter &m) {
 #pragma omp for schedule(static)
     for (int64_t e = 0; e < used; e++) number[e] = 0.f;
     for (int64_t p = 0; p < panels; p++) {
-      const int64_t n0 = p / strips * m.images_at_once, y0 = p % strips * m.strip;
-      const int64_t n1 = n0 + m.images_at_once < m.images ? n0 + m.images_at_once : m.images;
-      const int64_t rows = m.rows - y0 < m.strip ? m.rows - y0 : m.strip, length = rows * m.dy.row_pitch;
+      const ConvPart at = part_at(m, p);
+      const int64_t rows = at.m1 - at.m0, length = rows * m.dy.row_pitch;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t q = 0; q < 2 * m.images_at_once; q++) {
-        const int64_t n = n0 + q / 2, shift = q / 2;  // images that are not there, in the last panel, are zeros
+        const int64_t shift = q / 2, n = at.n0 + shift;  // images missing in the last panel are zeros
         Packing part = q & 1 ? m.x : m.dy;
         const int64_t high = q & 1 ? rows + m.reach : rows;
         float *out = (q & 1 ? x : dy) + shift * part.image_pitch;
-        if (n >= n1) part.height = 0;
-        pack_images(part, n < n1 ? n : 0, n < n1 ? n + 1 : 1, y0, high, out);
+        if (n >= at.n1) part.height = 0;
+        pack_images(part, n < at.n1 ? n : 0, n < at.n1 ? n + 1 : 1, at.m0, high, out);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t s = 0; s < strips_out; s++) {
+      for (int64_t s = 0; s < strips; s++) {
         const int64_t r0 = s * STRIP, some = m.order.rows - r0 < STRIP ? m.order.rows - r0 : STRIP;
         const int32_t *start = m.runs.start + r0 * m.runs.chunks;
         const float *g = dy + r0 * m.dy.plane;
-        const int64_t vectors = blocks_of(length, VL), rest = length % VL, pieces = blocks_of(vectors, LANES_HELD);
+        const int64_t vectors = blocks_of(length, VL), rest = length % VL, parts = blocks_of(vectors, LANES_HELD);
         const Bits mask = first_lanes(rest);
-        for (int64_t j = 0, t = 0; j < pieces; j++) {
-          const int64_t wide = vectors / pieces + (j < vectors % pieces);
-          const AddLanes add = (rest && j + 1 == pieces ? table.part : table.whole)[wide];
+        for (int64_t j = 0, t = 0; j < parts; j++) {
+          const int64_t wide = vectors / parts + (j < vectors % parts);
+          const AddLanes add = (rest && j + 1 == parts ? table.part : table.whole)[wide];
           for (int64_t k = 0; k < m.runs.chunks; k++) add(m.runs, start + k * STRIP, some, x + t, g + t, m.dy.plane, mask);
           t += wide * VL;
         }
@@ -170,12 +167,7 @@ void conv_outer_elements(const ConvOuter &m) {
     }
 #pragma omp for schedule(static)
     for (int64_t e = 0; e < used; e++) m.out[m.runs.slot[e]] = number[e];
-#pragma omp for schedule(static)
-    for (int64_t e = used; e < m.order.slots; e++) {
-      const int32_t slot = m.order.slot[e];
-      if (inside(slot, m.order.slots)) m.out[slot] = 0.f;
-      else refuse(m.order);
-    }
+    clear_free(m.order, m.out);
   }
 }
 

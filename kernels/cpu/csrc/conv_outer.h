@@ -4,12 +4,12 @@
 //
 // A thread owns a range of entries, and images are added in order: results are the same to the bit however many there are.
 #pragma once
-#include "conv_share.h"
+#include "conv_panels.h"
 #include "outer.h"
 
 namespace {
 
-struct Rows {  // that a tile goes through
+struct Rows {  // of outputs that are added to a tile
   const float *dy, *x;
   int64_t images, rows, cols;
   int64_t dy_image, dy_row, x_image, x_row;  // floats between them
@@ -45,12 +45,12 @@ template <int C, int R> void rows_block(Rows g, int64_t bo, int64_t bi, float *o
   }
 }
 
-// Adds some images to the entries of a thread, some rows at a time, for which the blocks of x and dy stay in the L1 cache.
+// Add some images to the entries of a thread, some rows at a time, for which the blocks of x and dy stay in the L1 cache.
 INLINE void add_some(const ConvOuter &m, const Share &mine, const float *xs, const float *dys, int64_t images, int64_t rows, bool add,
                      Ahead &ahead) {
   const int64_t bo = m.dy.side, bi = m.x.side;
-  for (int64_t y = 0; y < rows; y += m.short_strip) {
-    Rows g = {nullptr, nullptr, images, rows - y < m.short_strip ? rows - y : m.short_strip, m.cols,
+  for (int64_t y = 0; y < rows; y += m.few_rows) {
+    Rows g = {nullptr, nullptr, images, rows - y < m.few_rows ? rows - y : m.few_rows, m.cols,
               m.dy.image_pitch * bo, m.dy.row_pitch * bo, m.x.image_pitch * bi, m.x.row_pitch * bi};
     int64_t row = mine.row;
     for (int64_t e = mine.first; e < mine.last; e++) {
@@ -69,7 +69,7 @@ INLINE void add_some(const ConvOuter &m, const Share &mine, const float *xs, con
   }
 }
 
-// Adds one panel, few images at a time: the order of the sums is that of the pixels, whatever the panel.
+// Add one panel, few images at a time: sums run in the order of the pixels, whatever the panel.
 INLINE void add_rows(const ConvOuter &m, const Share &mine, const float *xs, const float *dys, int64_t images, int64_t rows, bool add,
                      Ahead &ahead) {
   for (int64_t n = 0; n < images; n += m.few_images)
@@ -77,48 +77,36 @@ INLINE void add_rows(const ConvOuter &m, const Share &mine, const float *xs, con
              images - n < m.few_images ? images - n : m.few_images, rows, add || n, ahead);
 }
 
-// What a call holds: packed panels of x and of dy.
-struct ConvPanels {
-  float *x, *dy;
-  int64_t x_panel, dy_panel;  // floats a panel
-};
-
-INLINE ConvPanels conv_panels_in(float *scratch, const ConvOuter &m) {
-  ConvPanels s = {scratch, nullptr, conv_floats(m.x), conv_floats(m.dy)};
-  s.dy = s.x + m.panels_at_once * s.x_panel;
-  return s;
-}
+INLINE Panels<float> panels_in(float *scratch, const ConvOuter &m) { return {scratch, m.panels_at_once, conv_floats(m.x), conv_floats(m.dy)}; }
 
 void conv_outer(const ConvOuter &m) {
-  const int64_t panels = outer_panels(m);
-  const ConvPanels s = conv_panels_in(m.scratch, m);
+  const int64_t panels = panels_of(m);
+  const Panels<float> s = panels_in(m.scratch, m);
   const int threads = m.threads;
 
 #pragma omp parallel num_threads(threads)
   {
     const Share mine = my_share(m.order);
     Ahead ahead;
-    for (int64_t p0 = 0; p0 < panels; p0 += m.panels_at_once) {
-      const int64_t p1 = p0 + m.panels_at_once < panels ? p0 + m.panels_at_once : panels;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
-        const int64_t p = p0 + q / 2;
-        const ConvPart part = outer_part_at(m, p);
-        if (q & 1) pack_images(m.x, part.n0, part.n1, part.m0, part.m1 - part.m0 + m.reach, s.x + (p - p0) * s.x_panel);
-        else pack_images(m.dy, part.n0, part.n1, part.m0, part.m1 - part.m0, s.dy + (p - p0) * s.dy_panel);
-      }
-      if (threads == 1 && p1 < panels) {
-        const ConvPart next = outer_part_at(m, p1);
-        ahead = first_then(ahead_of(m.dy, next.n0, next.n1, next.m0, next.m1 - next.m0),
-                           ahead_of(m.x, next.n0, next.n1, next.m0, next.m1 - next.m0 + m.reach));
-      }
-      for (int64_t p = p0; p < p1; p++) {
-        const ConvPart part = outer_part_at(m, p);
-        add_rows(m, mine, s.x + (p - p0) * s.x_panel, s.dy + (p - p0) * s.dy_panel, part.n1 - part.n0, part.m1 - part.m0, p > 0, ahead);
-      }
-#pragma omp barrier
-    }
-    clear_phantom(m, mine);
+    for_panels(
+        panels, m.panels_at_once,
+        [&](int64_t p, int64_t i, bool of_x) {
+          const ConvPart part = part_at(m, p);
+          if (of_x) pack_images(m.x, part.n0, part.n1, part.m0, part.m1 - part.m0 + m.reach, s.x + i * s.x_panel);
+          else pack_images(m.dy, part.n0, part.n1, part.m0, part.m1 - part.m0, s.dy + i * s.dy_panel);
+        },
+        [&](int64_t p0, int64_t p1) {
+          if (threads == 1 && p1 < panels) {
+            const ConvPart next = part_at(m, p1);
+            ahead = first_then(ahead_of(m.dy, next.n0, next.n1, next.m0, next.m1 - next.m0),
+                               ahead_of(m.x, next.n0, next.n1, next.m0, next.m1 - next.m0 + m.reach));
+          }
+          for (int64_t p = p0; p < p1; p++) {
+            const ConvPart part = part_at(m, p);
+            add_rows(m, mine, s.x + (p - p0) * s.x_panel, s.dy + (p - p0) * s.dy_panel, part.n1 - part.n0, part.m1 - part.m0, p > 0, ahead);
+          }
+        });
+    clear_rest(m.order, mine, edges_of(m), m.dy.side, m.x.side, m.out);
   }
 }
 

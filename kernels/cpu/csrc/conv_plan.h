@@ -1,43 +1,120 @@
-// How a convolution is cut up: what each tap reads, how much is packed at a time. Compiled for the baseline alone.
+// The plan of a convolution: what each tap reads, how much is packed at a time. Compiled for the baseline.
 #pragma once
-#include "conv_axis.h"
+#include <algorithm>
+#include <cstdlib>
+#include <initializer_list>
+#include <vector>
+
+#include "conv.h"
 #include "library.h"
 
 namespace {
 
-constexpr int64_t SHORT_ROW = 12;  // outputs: below, images lie in turn
+typedef std::vector<int64_t> Numbers;
+
+// Thrown where the sizes of a convolution are too large for its plan.
+struct TooLarge {};
+
+// The product of some sizes.
+int64_t product_of(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(product, size, &product)) throw TooLarge();
+  return product;
+}
+
+// Paddings, strides and dilations may be anything. After this check sums and products of any two fit into 64 bits.
+void check_sizes(const Conv &c) {
+  constexpr int64_t MOST_PHASES = int64_t(1) << 20;
+  for (int axis = 0; axis < 2; axis++)
+    for (const int64_t size : {c.in_size[axis], c.out_size[axis], c.kernel[axis], c.stride[axis], c.dilation[axis], std::abs(c.padding[axis])})
+      if (size > INT32_MAX) throw TooLarge();
+  if (c.transposed && c.stride[0] * c.stride[1] > MOST_PHASES) throw TooLarge();
+}
+
+int64_t floor_of(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+int64_t ceil_of(int64_t a, int64_t b) { return -floor_of(-a, b); }
+
+// One axis of a convolution. Outputs m of `first` to `last`; tap i reads element m + shift[i] of view[i], and element m of
+// view v is number step * m + base[v] of the tensor.
+struct Axis {
+  Numbers base, view, shift;
+  int64_t step = 1, first = 0, last = 0, reach = 0;
+  std::vector<int64_t> phase, from, to;  // of each tap; the outputs of each phase
+
+  int64_t outputs() const { return last - first; }
+  void tap(int64_t its_base, int64_t its_shift) {
+    const int64_t v = std::find(base.begin(), base.end(), its_base) - base.begin();
+    if (v == (int64_t)base.size()) base.push_back(its_base);
+    view.push_back(v), shift.push_back(its_shift), reach = std::max(reach, its_shift);
+  }
+};
+
+// Output m reads element m * stride + i * dilation - padding: a view for each phase of the stride, or for each tap.
+Axis forward_axis(const Conv &c, int axis, bool by_tap) {
+  Axis a;
+  const int64_t stride = c.stride[axis];
+  a.step = stride, a.last = c.out_size[axis];
+  for (int64_t i = 0; i < c.kernel[axis]; i++) {
+    const int64_t at = i * c.dilation[axis];
+    a.phase.push_back(0);
+    if (by_tap) a.tap(at - c.padding[axis], 0);
+    else a.tap(at % stride - c.padding[axis], at / stride);
+  }
+  a.from = {0}, a.to = {a.last};
+  return a;
+}
+
+// Element m * stride + phase - padding of x was read by output m - i * dilation / stride through tap i of that phase.
+Axis backward_axis(const Conv &c, int axis, bool by_tap) {
+  Axis a;
+  const int64_t stride = c.stride[axis], farthest = (c.kernel[axis] - 1) * c.dilation[axis] / stride;
+  for (int64_t i = 0; i < c.kernel[axis]; i++) {
+    const int64_t at = i * c.dilation[axis];
+    a.phase.push_back(at % stride);
+    if (by_tap) a.tap(-(at / stride), 0);
+    else a.tap(-farthest, farthest - at / stride);
+  }
+  a.first = INT64_MAX, a.last = INT64_MIN;
+  for (int64_t p = 0; p < stride; p++) {
+    a.from.push_back(ceil_of(c.padding[axis] - p, stride));
+    a.to.push_back(floor_of(c.padding[axis] + c.in_size[axis] - 1 - p, stride) + 1);
+    if (a.from[p] < a.to[p]) a.first = std::min(a.first, a.from[p]), a.last = std::max(a.last, a.to[p]);
+  }
+  return a;
+}
+
+constexpr int64_t SHORT_ROW = 12;  // outputs: images with shorter rows are in turn
 
 // What is packed at a time: rows of outputs, and images.
 struct Panel {
-  int64_t strip, images;
+  int64_t band, images;
 };
 
-// As many floats as the blocks have are enough for a panel to pay for reading them; what is packed, what comes next and
-// what is written then stay in the L2 cache together.
+// A panel with as many floats as the blocks have pays for reading them; then it, the next one and the outputs fit the L2
+// cache together.
 Panel plan_panel(int64_t images, int64_t rows, int64_t reach, int64_t row_floats, int64_t weights, int threads, int64_t most_images) {
   const int64_t room = half_of_l2(), image = product_of({rows + reach, row_floats}), enough = std::clamp(2 * weights, room / 4, room);
   Panel p = {rows, 1};
   if (image > room + room / 4) {
-    p.strip = std::max(room / row_floats - reach, std::min<int64_t>(rows, reach + 1));
-    p.strip = std::min(p.strip, rows);
-    const int64_t strips = (rows + p.strip - 1) / p.strip;
-    p.strip = (rows + strips - 1) / strips;
+    p.band = std::max(room / row_floats - reach, std::min<int64_t>(rows, reach + 1));
+    p.band = std::min(p.band, rows);
+    p.band = blocks_of(rows, blocks_of(rows, p.band));
     return p;
   }
   p.images = std::min(std::max<int64_t>(enough / image, 1), std::min((images + threads - 1) / threads, most_images));
-  int64_t panels = (images + p.images - 1) / p.images;
-  panels = (panels + threads - 1) / threads * threads;
-  p.images = std::max<int64_t>((images + panels - 1) / panels, 1);
+  const int64_t panels = round_up(blocks_of(images, p.images), threads);
+  p.images = std::max<int64_t>(blocks_of(images, panels), 1);
   return p;
 }
 
-// TooLarge where a panel is beyond all reason; an entry names a pixel of it by an int32.
+// Throws TooLarge if a panel has more than 2^30 numbers: entries name its pixels by int32.
 void lay_out(Packing &p, const Axis &rows, const Axis &cols, const Panel &panel, int64_t width, bool in_turn) {
   p.row_step = rows.step, p.col_step = cols.step;
   p.row_views = rows.base.size(), p.col_views = cols.base.size();
   p.row_base = rows.base.data(), p.col_base = cols.base.data();
   p.cols = width;
-  const int64_t high = panel.strip + rows.reach;
+  const int64_t high = panel.band + rows.reach;
   p.row_pitch = in_turn ? panel.images * width : width;
   p.image_pitch = in_turn ? width : high * width;
   p.view_pitch = product_of({high, panel.images, width});
@@ -50,7 +127,7 @@ int threads_of(const Conv &c) {
   return threads_for(2 * products, c.threads);
 }
 
-// Of a product: y, or dx.
+// Bytes of y, or of dx.
 int64_t bytes_written(const Conv &c) {
   const int64_t *size = c.transposed ? c.in_size : c.out_size;
   return c.images * size[0] * size[1] * (c.transposed ? c.in_channels : c.out_channels) * itemsize(c.dtype);
@@ -63,7 +140,7 @@ bool writes_past(const Conv &c) {
 Packing packing_of(const void *data, const Conv &c, const int64_t *size, int64_t channels, int64_t side) {
   Packing p = {};
   p.data = data, p.height = size[0], p.width = size[1], p.channels = channels, p.groups = c.groups, p.side = side;
-  p.dtype = c.dtype, p.pieces = 1;
+  p.dtype = c.dtype, p.slices = 1;
   return p;
 }
 
@@ -77,7 +154,7 @@ Tap tap_of(const Packing &p, const Axis &rows, const Axis &cols, int64_t i, int6
   return {view, view * p.view_pitch + rows.shift[i] * p.row_pitch + cols.shift[j]};
 }
 
-// The lists of a call: by entry where its block begins in a panel.
+// The lists of a call: where the block of each entry begins in a panel.
 struct Lists {
   std::vector<int32_t> offset, slot, ptr;
   std::vector<Subgrid> subgrids;
@@ -93,7 +170,7 @@ struct Lists {
   }
 };
 
-// The columns start at the first output: their views do too.
+// Let the views begin at the first output's column.
 void from_first(Axis &a) {
   for (int64_t &base : a.base) base += a.first * a.step;
 }
@@ -111,13 +188,13 @@ void forward_offsets(Lists &l, const Conv &c, Packing &p, const Axis &rows, cons
       const int64_t col = c.order.other[e];
       const Tap tap = taps[col / col_blocks];
       const int64_t block = r / row_blocks * col_blocks + col % col_blocks;
-      l.offset[e] = int32_t(tap.pixel + block * p.pieces * p.plane);
+      l.offset[e] = int32_t(tap.pixel + block * p.slices * p.plane);
       l.wanted[tap.view * blocks + block] = 1;
     }
   }
 }
 
-// By phase, group and block of channels: the entries of all taps of the phase, one after the other.
+// The entries of each phase, group and block of channels: those of all taps of the phase, one after the other.
 void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const Axis &cols) {
   const int64_t col_blocks = blocks_of(c.in_channels / c.groups, c.bi), row_blocks = blocks_of(c.out_channels / c.groups, c.bo);
   const int64_t lists = c.groups * col_blocks, phases = rows.from.size() * cols.from.size();
@@ -138,7 +215,7 @@ void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const
             int64_t &e = next[column];
             for (; e < c.order.ptr[column + 1] && c.order.other[e] < (g + 1) * row_blocks; e++) {
               const int64_t row = c.order.other[e];
-              l.offset.push_back(int32_t(tap.pixel + row * p.pieces * p.plane));
+              l.offset.push_back(int32_t(tap.pixel + row * p.slices * p.plane));
               l.slot.push_back(c.order.slot[e]);
               l.wanted[tap.view * blocks + row] = 1;
             }
@@ -150,7 +227,7 @@ void backward_lists(Lists &l, const Conv &c, Packing &p, const Axis &rows, const
   }
 }
 
-// A product and what its addresses point into.
+// A product and the memory that it points to.
 struct MultiplyPlan {
   Convolve v = {};
   Axis rows, cols;
@@ -175,7 +252,7 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
   Convolve &v = p.v;
   v.threads = threads_of(c);
   v.x = packing_of(back ? c.y : c.x, c, back ? c.out_size : c.in_size, back ? c.out_channels : c.in_channels, back ? c.bo : c.bi);
-  if (half && v.x.side > 32) v.x.pieces = v.x.side / 32;
+  if (half && v.x.side > 32) v.x.slices = v.x.side / 32;
   const int64_t *result = back ? c.in_size : c.out_size;
   v.y = back ? c.x : c.y, v.images = c.images, v.height = result[0], v.width = result[1];
   v.channels = back ? c.in_channels : c.out_channels, v.in = back ? c.bo : c.bi, v.out = back ? c.bi : c.bo;
@@ -188,12 +265,12 @@ void plan_multiply(MultiplyPlan &p, const Conv &c, int64_t beside, bool half) {
   const int64_t row_floats = product_of({conv_blocks(v.x), v.x.side, width, views}) / (half ? 2 : 1) + beside;
   const Panel panel = plan_panel(c.images, rows.outputs(), rows.reach, row_floats, used * size, v.threads,
                                  elements && !in_turn ? 1 : INT32_MAX);
-  v.strip = panel.strip, v.images_at_once = panel.images, v.reach = rows.reach, v.in_turn = in_turn;
+  v.band = panel.band, v.images_at_once = panel.images, v.reach = rows.reach, v.in_turn = in_turn;
   v.transposed = back, v.dtype = c.dtype, v.values = c.values, v.used = used;
   from_first(p.cols);
   lay_out(v.x, rows, cols, panel, width, in_turn);
 
-  if (elements) p.l.want_all(v.x);  // conv_runs.h has their lists
+  if (elements) p.l.want_all(v.x);  // their lists are in conv_runs.h
   else if (back) backward_lists(p.l, c, v.x, rows, cols);
   else forward_offsets(p.l, c, v.x, rows, cols);
   const int64_t all_blocks = c.groups * v.group_blocks;

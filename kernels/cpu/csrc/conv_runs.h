@@ -1,5 +1,5 @@
-// 1x1: brings the entries of a convolution into the order in which they are read (ElementRuns of conv.h). For the baseline.
-// The chunks depend on the shape and the topology alone: they change how a sum is formed.
+// 1x1: arranges the entries of a convolution in the order in which they are read (ElementRuns of conv.h). Compiled for the
+// baseline. The chunks follow from shape and topology alone, not from the threads: they change how a sum is formed.
 #pragma once
 #include "conv_plan.h"
 
@@ -7,14 +7,14 @@ namespace {
 
 constexpr int64_t MOST_CHUNKS = 64;
 
-// How a list of `rows` rows in each of some subgrids is arranged.
+// The arrangement of lists: `rows` of them in each subgrid.
 struct RunsPlan {
   int64_t subgrids, rows, used;
-  int64_t most = 0;  // entries of a strip
+  int64_t most = 0;  // entries of the longest strip
   int shift = 3;     // of a channel to its chunk
   int64_t chunks = 1;
 
-  // `first`: of each row and behind the last, its entries. `lanes`: of a channel, that are read for one tile of outputs.
+  // `first`: where the entries of each row begin, and the end. `lanes`: numbers of a channel that one tile of outputs reads.
   RunsPlan(int64_t subgrids, int64_t rows, const int32_t *first, int64_t channels, int64_t groups, int64_t lanes)
       : subgrids(subgrids), rows(rows), used(first[subgrids * rows]) {
     constexpr int64_t IN_L1 = 6656, RUN = 8;  // floats: 26 KiB
@@ -45,9 +45,9 @@ struct RunsPlan {
   }
 };
 
-// Row r of subgrid q has the entries first[q * rows + r] and on; each(q, r, f) calls f(channel, offset, slot) for as many,
-// reading each once, or returns false: one is illegal. A strip is counted and then written from a copy that only its thread
-// sees. The values are noted, or for a gradient the slots.
+// Arrange the entries. Row r of subgrid q has those from first[q * rows + r] on: each(q, r, f) calls f(channel, offset, slot)
+// for them, reading each once, or returns false if one is illegal. A strip is counted and then written from a copy that only
+// its thread sees. The product notes values, the gradient slots.
 template <bool GRADIENT, class Each>
 bool arrange_runs(const RunsPlan &p, const ElementRuns &runs, const int32_t *first, const float *values, int threads, const Each &each) {
   const int64_t strips = p.strips(), count = p.chunks * STRIP;
@@ -90,8 +90,8 @@ bool arrange_runs(const RunsPlan &p, const ElementRuns &runs, const int32_t *fir
   return !illegal;
 }
 
-// A number of an index, which another thread may write: what is checked is what is used. An atomic would keep the compiler
-// from holding anything else in registers meanwhile.
+// Read a number that another thread may write, so that what is checked is what is used. With an atomic load the compiler
+// reloads everything else around it.
 inline int32_t read_once(const int32_t *number) { return *(const volatile int32_t *)number; }
 
 // Entries by row of the weight.
@@ -131,7 +131,7 @@ struct BackwardEntries {
   const int64_t col_blocks, row_blocks, plane;
   std::vector<std::vector<std::pair<int64_t, int32_t>>> taps;  // of each phase: the number of the tap, where it begins
   std::vector<int32_t> first;
-  bool legal = true;  // else there is nothing to call it for
+  bool legal = true;  // false: do not call it
 
   BackwardEntries(const Conv &c, const Packing &p, const Axis &rows, const Axis &cols)
       : c(c), col_blocks(c.in_channels / c.groups), row_blocks(c.out_channels / c.groups), plane(p.plane),
@@ -155,7 +155,7 @@ struct BackwardEntries {
     legal = at == used;
   }
 
-  // Those of a channel and a tap; groups share the columns of the weight, rows ascend in them.
+  // The entries of a channel and a tap. Groups share the columns of the weight, in which rows ascend.
   std::pair<int64_t, int64_t> entries(int64_t tap, int64_t r) const {
     const int64_t column = tap * col_blocks + r % col_blocks, group = r / col_blocks;
     const int32_t *slots = c.order.slot;
@@ -171,7 +171,7 @@ struct BackwardEntries {
   template <class F> bool operator()(int64_t q, int64_t r, const F &f) const {
     const Order order = c.order;
     const int32_t *begin = first.data() + q * c.in_channels + r, pitch = int32_t(plane);
-    int64_t left = begin[1] - begin[0];  // with groups the lists are searched again, and may have changed
+    int64_t left = begin[1] - begin[0];  // with groups the lists are searched again and may have changed
     for (const auto &tap : taps[q]) {
       const auto range = entries(tap.first, r);
       left -= range.second - range.first;
@@ -189,7 +189,7 @@ struct BackwardEntries {
   }
 };
 
-// Lanes of a channel that a tile reads: those of all views, with the rows around them. Images in turn make rows long.
+// Numbers of a channel that a tile of outputs reads, in all views, with the rows around it. Rows of images in turn are long.
 int64_t lanes_read(const Packing &p, const Axis &rows, const Axis &cols, int64_t tile, bool in_turn) {
   const int64_t wide = in_turn ? tile / 2 : cols.outputs() + cols.reach;
   return p.row_views * p.col_views * (tile + rows.reach * wide + cols.reach);

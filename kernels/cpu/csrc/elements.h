@@ -3,21 +3,20 @@
 //   y[o][lane]   += w[e] * x[col[e]][lane]
 //   total[e]     += sum over lanes of dy[o][lane] * x[col[e]][lane]
 //
-// An entry reads some lines of the panel anywhere, so what is read should sit in the L1 cache: the features of x are cut
-// into chunks, and the entries are read in the order (strip of rows, chunk, row). A thread brings those of a few strips
-// into this order at a time, a piece, small enough to stay in its L2 cache while all panels go by.
-// A panel of so many features that it leaves the L2 cache is read once a strip: strips are long then.
-// A sum runs over ascending columns whatever the chunks, strips and panels are.
+// Entries read lines of the panel in any order, so these should be in the L1 cache: the features of x are cut into chunks, and
+// the entries are read in the order (strip of rows, chunk, row). A thread arranges those of a few strips at a time, a piece,
+// which stays in its L2 cache while it goes through all panels. A panel that does not fit the L2 cache is read once for each
+// strip, so strips are long then. A sum runs over ascending columns, whatever the chunks, strips and panels are.
 #pragma once
 #include "arrange.h"
 #include "elements_few.h"
 
 namespace {
 
-// Writes some outputs of a panel, given as [output][lane], to rows of y.
+// Write some outputs of a panel, given as [output][lane], to rows of y.
 template <int T>
 NOINLINE void store_lanes(const Matrix &y, bool past, int64_t t0, int64_t count, int64_t feature, int64_t width, const float *lanes) {
-  for (int64_t t = 0; t < count; t += VL) {  // all outputs of these tokens: lines of y far apart are slow to come by
+  for (int64_t t = 0; t < count; t += VL) {  // all outputs of these tokens: lines of y that are far apart are slow
     for (int64_t f = 0; f < width; f += VL) {
       Vector a[VL];
       UNROLL for (int l = 0; l < VL; l++) a[l] = load(lanes + (f + l) * T + t);
@@ -36,7 +35,7 @@ NOINLINE void store_lanes(const Matrix &y, bool past, int64_t t0, int64_t count,
   }
 }
 
-// Called by all threads: the panels of some tokens, each [feature][T].
+// Pack the panels of some tokens, each [feature][T]. Called by all threads.
 template <int T> NOINLINE void pack_panels(const Matrix &x, int64_t t0, int64_t count, float *out) {
   const int64_t wide = 16 * VL, parts = (x.cols + wide - 1) / wide, panels = (count + T - 1) / T;
 #pragma omp for schedule(dynamic, 1)
@@ -106,7 +105,7 @@ template <int T> void multiply_lanes(const Multiply &m) {
   }
 }
 
-// Dot products of a run with a row of dy, to vectors that are still to be summed up over their lanes.
+// Multiply a run by a row of dy, into vectors that add_sums() adds up over their lanes.
 template <int T> INLINE void dot_run(const uint16_t *feature, int64_t count, const float *x, const float *dy, Vector *partial) {
   constexpr int VECTORS = T / VL, AT_ONCE = VECTORS < 8 ? VECTORS : 8;
   for (int v0 = 0; v0 < VECTORS; v0 += AT_ONCE) {
@@ -125,13 +124,13 @@ template <int T> INLINE void dot_run(const uint16_t *feature, int64_t count, con
   }
 }
 
-// The first `held` vectors are summed up over their lanes and added to as many totals.
+// Add the sums over the lanes of the first `held` vectors to as many totals.
 NOINLINE void add_sums(Vector *partial, int64_t held, float *total) {
   int64_t e = 0;
   for (; e + VL <= held; e += VL) store(total + e, load(total + e) + sums(partial + e));
   if (e < held) {
     float line[VL];
-    store(line, sums(partial + e));  // those behind are of former entries: their sums go nowhere
+    store(line, sums(partial + e));  // the vectors behind are of former entries; their sums are not used
     for (int64_t l = 0; e + l < held; l++) total[e + l] += line[l];
   }
 }
@@ -168,7 +167,7 @@ template <int T> void outer_lanes(const Outer &m) {
           const int64_t count = some - p < T ? some - p : T;
           const Run *run = a.runs;
           const int32_t *end = a.ends;
-          int64_t held = 0;  // vectors that wait to be summed up
+          int64_t held = 0;  // vectors that wait for add_sums()
           total = a.number;
           for (int64_t r0 = start; r0 < stop; r0 += plan.strip) {
             pack_lanes<T>(columns(m.dy, r0, r0 + plan.strip < stop ? plan.strip : stop - r0), t0 + p, count, dy);

@@ -1,5 +1,5 @@
-// Unstructured weights (1x1 blocks) and so few tokens that one or two vectors hold them: entries are read once, as the
-// topology has them. Bringing them into a better order first (arrange.h) would cost more than the products.
+// Unstructured weights (1x1 blocks) and so few tokens that one or two vectors hold them. Entries are read once, in the order of
+// the index: arranging them first (arrange.h) would cost more than the products.
 #pragma once
 #include "pack.h"
 #include "share.h"
@@ -17,18 +17,8 @@ template <int L> INLINE void pack_narrow(const Matrix &x, float *out) {
   }
 }
 
-// Called by all threads: zeros for the gradient of free slots.
-INLINE void clear_free(const Order &order, float *out) {
-#pragma omp for schedule(static)
-  for (int64_t e = order.ptr[order.rows]; e < order.slots; e++) {
-    const int32_t slot = order.slot[e];
-    if (inside(slot, order.slots)) out[slot] = 0.f;
-    else refuse(order);
-  }
-}
-
-// Strip by strip and chunk by chunk of features: by column, the slots of a row lie far apart, and those of its
-// neighbours beside them.
+// Strip by strip and chunk by chunk of features: in an order by column the slots of a row are far apart, and those of the
+// neighbouring rows beside them.
 template <int L> void multiply_narrow(const Multiply &m) {
   typedef float Narrow __attribute__((vector_size(L * 4), aligned(4), may_alias));
   const int64_t rows = m.order.rows, strip = m.plan.strip, strips = (rows + strip - 1) / strip;
@@ -58,7 +48,7 @@ template <int L> void multiply_narrow(const Multiply &m) {
 #pragma GCC unroll 2
           for (; at < last; at++) {
             const uint32_t slot = uint32_t(*at);
-            if (slot >= all) break;  // in each chunk: it is still there at the end
+            if (slot >= all) break;  // in this and each later chunk, so that it is found below
             const uint32_t column = uint32_t(other[slot]);
             if (column >= limit) break;
             Narrow sum = even + values[slot] * *(const Narrow *)(packed + int64_t(column) * L);
@@ -78,7 +68,7 @@ template <int L> void multiply_narrow(const Multiply &m) {
   }
 }
 
-// Up to VL entries of a row, whose gradient is g: false where an entry is illegal.
+// Up to VL entries of a row, whose gradient is g; false if an entry is illegal.
 INLINE bool outer_entries(const Outer &m, const int32_t *slots, int64_t count, const float *x, const Vector *g) {
   constexpr int L = 16, VECTORS = L / VL;
   const uint32_t wide = uint32_t(m.order.others);
@@ -95,7 +85,7 @@ INLINE bool outer_entries(const Outer &m, const int32_t *slots, int64_t count, c
   return true;
 }
 
-// One row of the weight: false where an entry is illegal.
+// One row of the weight; false if an entry is illegal.
 INLINE bool outer_row(const Outer &m, int64_t r, const float *x, const float *dy) {
   constexpr int L = 16, VECTORS = L / VL, AT_ONCE = 256;
   const int64_t last = m.order.ptr[r + 1];

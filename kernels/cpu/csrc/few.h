@@ -2,22 +2,22 @@
 //
 //   acc[o][t] += w[o][k ..] * x[t][k ..]      the accumulators are summed up over their lanes at the end of the row
 //
-// With few tokens the time is that of reading the stored blocks once; transposing them first would double it. So the
-// outputs go by in the outer loop and groups of tokens in the inner one: their slice of the blocks stays in the L1 cache.
+// With few tokens the time is that of reading the stored blocks once; transposing them first would double it. The outer loop
+// goes over outputs and the inner one over a few tokens at a time, so that their rows of the blocks stay in the L1 cache.
 #pragma once
 #include "pack.h"
 
 namespace {
 
-constexpr int64_t READ_AHEAD = 512;  // floats of blocks that are asked for before they are used
+constexpr int64_t READ_AHEAD = 512;  // floats of blocks that are prefetched
 
 // `outs` features of block row r from o on, times TOKENS tokens from t0 on (the last one again where there are no more).
 template <int TOKENS, int OUTS, bool FIRST>
 void few_tile(const Multiply &m, int64_t r, int64_t o, int64_t outs, const float *packed, int64_t t0) {
   const int64_t in = m.in, size = in * m.out, count = m.x.rows;
   const int64_t start = m.order.ptr[r], stop = m.order.ptr[r + 1];
-  // Blocks lie anywhere, which the hardware does not foresee. Behind the last one of the row come the first ones at the
-  // next features, or those of the next row; the lists go on for PADDING entries, so that all of this can be read.
+  // Blocks lie anywhere, so the hardware does not prefetch them. The last one of the row is followed by the first ones at
+  // the next features, or by those of the next row; CheckedOrder puts zeros behind the lists, which are read here.
   const int64_t distance = READ_AHEAD / (OUTS * in) < 1 ? 1 : READ_AHEAD / (OUTS * in) > 8 ? 8 : READ_AHEAD / (OUTS * in);
   const int64_t wrapped = o + OUTS < m.out ? start - stop : 0, wrapped_o = o + OUTS < m.out ? o + OUTS : 0;
   int64_t at[TOKENS];
@@ -63,17 +63,15 @@ template <int TOKENS, int OUTS> void few_row(const Multiply &m, int64_t r, const
 
 void multiply_few(const Multiply &m) {
   const int threads = m.threads;
-  const int64_t strips = blocks_of(m.x.cols, m.in), rows = m.order.rows, some = rows / (8 * threads) + 1;
+  const int64_t blocks = blocks_of(m.x.cols, m.in), rows = m.order.rows, some = rows / (8 * threads) + 1;
   float *packed = (float *)m.scratch;
 
 #pragma omp parallel num_threads(threads)
   {
     const int64_t me = thread_number(), all_of_us = thread_count();
-    const int64_t first = strips * me / all_of_us, last = strips * (me + 1) / all_of_us;
+    const int64_t first = blocks * me / all_of_us, last = blocks * (me + 1) / all_of_us;
     if (first < last) {
-      Matrix part = m.x;
-      part.data = (char *)part.data + first * m.in * part.col_stride * (part.dtype == FLOAT32 ? 4 : 2);
-      part.cols = (last * m.in < m.x.cols ? last * m.in : m.x.cols) - first * m.in;
+      const Matrix part = columns(m.x, first * m.in, (last - first) * m.in);
       pack_panel(part, 0, m.x.rows, m.in, m.wanted + first, packed + first * m.x.rows * m.in);
     }
 #pragma omp barrier

@@ -1,4 +1,4 @@
-// The exported functions: choose an instruction set, lend scratch memory, dispatch. Compiled for the baseline.
+// The exported functions of layers, the choice of the instruction set, and the scratch memory. Compiled for the baseline.
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -14,8 +14,8 @@
 #include <cpuid.h>
 #endif
 
-// The scratch memory: arenas that grow, one a running call, idle ones kept for the next until the thread ends that asked
-// the system for them.
+// The scratch memory: arenas that grow, one for each running call. Idle ones are kept until the thread ends that allocated
+// them.
 struct Arena {
   char *memory = nullptr;
   size_t size = 0;
@@ -27,20 +27,20 @@ struct Arena {
 
 namespace {
 
-const int ABI = 10;  // raised with every change of api.h or of a signature below or in places.cpp; library.py asks for it
+const int ABI = 10;  // raise it with every change of Call or of an exported signature; library.py compares it
 
-constexpr int ARENAS = 128;  // pieces of scratch in use at the same time that are kept; more are allocated and freed
+constexpr int ARENAS = 128;  // calls at the same time whose scratch is kept; that of more is allocated and freed
 Arena arenas[ARENAS];
 std::mutex lock;
 bool forked = false;  // OpenMP's threads do not survive a fork: a child runs on one
 
-// One a thread that has used scratch: gives back what the thread leaves behind.
+// One for each thread that has used scratch: frees the arenas of a thread that ends.
 struct Leaving {
   ~Leaving() {
     std::lock_guard<std::mutex> guard(lock);
     for (Arena &a : arenas) {
       if (a.owner != this) continue;
-      a.owner = nullptr;  // of a busy one the thread that uses it next
+      a.owner = nullptr;  // a busy one goes to the thread that uses it next
       if (!a.busy) a.release();
     }
   }
@@ -62,7 +62,7 @@ void *allocate(size_t bytes) {
 Scratch::Scratch(size_t bytes) {
   std::lock_guard<std::mutex> guard(lock);
   for (Arena &a : arenas) {
-    // The smallest idle one that is large enough, else the largest.
+    // The smallest idle arena that is large enough, else the largest one.
     const bool fits = a.size >= bytes, better = !arena || (arena->size >= bytes ? fits && a.size < arena->size : a.size > arena->size);
     if (!a.busy && better) arena = &a;
   }
@@ -88,11 +88,11 @@ Scratch::~Scratch() {
 
 namespace {
 
-// A fork waits until no thread is in the middle of growing or releasing an arena: the child gets whole ones.
+// A fork waits until no thread is growing or releasing an arena, so that the child gets whole ones.
 void before_fork() { lock.lock(); }
 void in_parent() { lock.unlock(); }
 void in_child() {
-  new (&lock) std::mutex;  // held since before_fork, by the thread of the parent
+  new (&lock) std::mutex;  // the old one is held by a thread of the parent
   for (Arena &a : arenas) a.busy = false;
   forked = true;
 }
@@ -100,7 +100,7 @@ void in_child() {
 struct Level {
   const char *name = "";
   const Kernels *kernels = nullptr;
-  const HalfKernels *half = nullptr;  // for bfloat16, if it has its own
+  const HalfKernels *half = nullptr;  // those for bfloat16, if it has any
 };
 Level live;
 
@@ -124,17 +124,18 @@ bool may_use_amx() {
 }
 #endif
 
-// The level of this name, the best one for "". Each includes those below; without kernels when the machine lacks it.
+// The level of this name, or the best one for ""; its kernels are null if the machine lacks it. Each level includes the
+// ones below.
 Level by_name(const char *name) {
   const auto wanted = [&](const char *level) { return !*name || !std::strcmp(name, level); };
 #if defined(WITH_AVX)
-  const bool f16c = has(1, 0, 2, 29);  // older compilers do not know its name
+  const bool f16c = has(1, 0, 2, 29);  // __builtin_cpu_supports of older compilers does not know it
   const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && has(7, 1, 0, 5);
   if (bf16 && amx_kernels.multiply && wanted("amx") && may_use_amx()) return {"amx", &avx512_kernels, &amx_kernels};
-  // Intel's processors multiply float32 about as fast as pairs of bfloat16 (measured): there it must be asked for.
+  // Intel's processors multiply float32 about as fast as pairs of bfloat16 (measured), so it is not chosen there.
   if (bf16 && avx512_bf16_kernels.multiply && wanted("avx512_bf16") && (*name || !__builtin_cpu_is("intel")))
     return {"avx512_bf16", &avx512_kernels, &avx512_bf16_kernels};
   if (avx512 && wanted("avx512")) return {"avx512", &avx512_kernels, nullptr};
@@ -148,11 +149,11 @@ Level by_name(const char *name) {
 const Kernels &kernels() { return *live.kernels; }
 const HalfKernels *half_kernels() { return live.half; }
 
-// Storage that was resized to nothing has no address.
+// A tensor whose storage was resized to nothing has no address.
 static bool has_memory(const Matrix &x) { return x.data || !x.rows || !x.cols; }
 
 CheckedOrder::CheckedOrder(const Call &c) : order{c.ptr, c.other, c.slot, c.lists, c.slots, 0, &illegal} {
-  constexpr int64_t AHEAD = 16;  // zeros behind the lists, which may be read
+  constexpr int64_t AHEAD = 16;  // zeros behind the lists: kernels prefetch by them
   const Sizes &s = c.sizes;
   const int64_t groups = of_convolution(c) ? s.groups : 1, taps = of_convolution(c) ? s.kernel[0] * s.kernel[1] : 1;
   const int64_t block_rows = groups * blocks_of(c.y.cols / groups, c.bo), block_cols = taps * blocks_of(c.x.cols / groups, c.bi);
@@ -205,16 +206,16 @@ void expect_large(void *data, int64_t bytes) {
 #endif
 }
 
-// Whether a float32 output is to be written past the caches. What leaves the L2 caches before it is read gains nothing by
-// passing through them, and to fetch its lines only to overwrite them takes longer than the products at high sparsity.
-// Measured in networks, with what reads it next: never slower from the size of the L2 caches on. (bfloat16: slower at times.)
+// An output that is larger than the L2 caches leaves them before it is read, and fetching its lines only to overwrite them
+// takes longer than the products at high sparsity. Measured in networks, with the layer that reads it next: never slower
+// for float32 from the size of the L2 caches on; for bfloat16 sometimes slower.
 bool writes_past(const void *data, int64_t step, int64_t bytes, int threads) {
   constexpr int64_t line = 4 * LINE;
   return (uintptr_t)data % line == 0 && step % line == 0 && bytes > threads * 8 * half_of_l2();
 }
 
 int threads_for(int64_t flops, int threads) {
-  if (forked || flops < (int64_t(1) << 20)) return 1;  // too little to wake anyone up for
+  if (forked || flops < (int64_t(1) << 20)) return 1;  // too little work to wake other threads
   return threads < 1 ? 1 : threads;
 }
 
@@ -224,9 +225,16 @@ int64_t half_of_l2() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-    return int64_t(bytes < (256 << 10) ? 1 << 20 : bytes) / 8;  // unknown or odd: 1 MiB
+    return int64_t(bytes < (256 << 10) ? 1 << 20 : bytes) / 8;  // 1 MiB if the system does not know
   }();
   return floats;
+}
+
+static int with_order(const Call &c, int (*product)(const Call &, const Order &)) {
+  const CheckedOrder checked(c);
+  if (checked.failed) return checked.failed;
+  const int failed = product(c, checked.order);
+  return failed ? failed : checked.result();
 }
 
 #pragma GCC visibility push(default)
@@ -234,19 +242,19 @@ extern "C" {
 
 int sk_abi() { return ABI; }
 
-// Chooses the instruction set by name, the best one for "". Returns 0 when the machine lacks it.
+// Choose the instruction set by name, the best one for "". Returns 0 if the machine lacks it.
 int sk_use(const char *name) {
   static std::once_flag once;
   std::call_once(once, [] { pthread_atfork(before_fork, in_parent, in_child); });
   const Level found = by_name(name);
   std::lock_guard<std::mutex> guard(lock);
-  if (found.kernels && (live.kernels != found.kernels || live.half != found.half)) live = found;  // others may be in a call
+  if (found.kernels && (live.kernels != found.kernels || live.half != found.half)) live = found;  // other threads may be in a call
   return found.kernels != nullptr;
 }
 
 const char *sk_name() { return live.name; }
 
-// Whether bfloat16 inputs meet kernels of their own, which take bfloat16 values.
+// Whether there are kernels for bfloat16 inputs, which also take bfloat16 values.
 int sk_bfloat16() { return live.half != nullptr; }
 
 int sk_openmp() {
@@ -257,7 +265,7 @@ int sk_openmp() {
 #endif
 }
 
-// Bytes of scratch that are held for the next calls.
+// Bytes of scratch that are kept for the next calls.
 int64_t sk_scratch_bytes() {
   std::lock_guard<std::mutex> guard(lock);
   int64_t total = 0;
@@ -271,21 +279,11 @@ void sk_release_scratch() {
     if (!a.busy) a.release();
 }
 
-// All of these return 0, or what library.h says.
+// The products. All of them return 0 or an error code of library.h.
 
-int sk_multiply(const Call *c) {
-  const CheckedOrder checked(*c);
-  if (checked.failed) return checked.failed;
-  const int failed = (of_convolution(*c) ? conv_multiply : linear_multiply)(*c, checked.order);
-  return failed ? failed : checked.result();
-}
+int sk_multiply(const Call *c) { return with_order(*c, of_convolution(*c) ? conv_multiply : linear_multiply); }
 
-int sk_outer(const Call *c) {
-  const CheckedOrder checked(*c);
-  if (checked.failed) return checked.failed;
-  const int failed = (of_convolution(*c) ? conv_outer : linear_outer)(*c, checked.order);
-  return failed ? failed : checked.result();
-}
+int sk_outer(const Call *c) { return with_order(*c, of_convolution(*c) ? conv_outer : linear_outer); }
 
 int sk_backward(const Call *dx, const Call *dvalues) {
   const CheckedOrder by_col(*dx), by_row(*dvalues);
@@ -307,11 +305,11 @@ int sk_sketch(const Call *c) {
   const int64_t wide = s.groups * groups * GROUP * pairs, room = (int64_t(2) << 20) / wide / 32 * 32;
   m.panel = room < 32 ? 32 : room > SKETCH_TOKENS ? SKETCH_TOKENS : room;
   if (m.panel > tokens) m.panel = round_up(tokens, 32);
-  Scratch scratch((m.panel * wide + m.threads * sketch_floats(pairs)) * 4);
-  if (!scratch.memory) return NO_MEMORY;
-  m.scratch = scratch.memory;
-  live.kernels->sketch(m);
-  return 0;
+  return with_scratch(m.panel * wide + m.threads * sketch_floats(pairs), [&](float *memory) {
+    m.scratch = (char *)memory;
+    live.kernels->sketch(m);
+    return 0;
+  });
 }
 
 }  // extern "C"

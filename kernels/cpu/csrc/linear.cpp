@@ -1,4 +1,4 @@
-// Calls of the linear layer: plan how its products are cut up, lend scratch memory, dispatch. Compiled for the baseline.
+// Products of the linear layer: plan, allocate scratch memory, call the kernel. Compiled for the baseline.
 #include <algorithm>
 #include <cstring>
 
@@ -6,10 +6,10 @@
 
 namespace {
 
-// What a product takes, in operations: with few tokens the time is that of reading (or writing) the blocks.
+// Operations that a product is worth: with few tokens its time is that of reading (or writing) the blocks.
 int64_t work(int64_t values, int64_t tokens) { return 2 * values * (tokens < 8 ? 8 : tokens); }
 
-// Which blocks of x, by block column, and of dy, by block row, an entry reads: a byte each, at the end of the scratch.
+// A byte for each block of x (by block column) and of dy (by block row), at the end of the scratch: whether an entry reads it.
 int64_t wanted_floats(int64_t cols) { return round_up(cols, 4) / 4; }
 
 const uint8_t *wanted_cols(const Order &order, int64_t cols, uint8_t *wanted) {
@@ -28,7 +28,7 @@ void find_wanted(Outer &m, char *memory) {
   m.wanted_dy = rows;
 }
 
-// Tokens a panel: a packed panel fills half of the L2 cache, and every thread gets one.
+// Tokens of a panel: a packed panel fills half the L2 cache, and every thread gets one.
 int64_t panel_tokens(int64_t tokens, int64_t features, int64_t least, int64_t most, int threads) {
   int64_t panel = half_of_l2() / features;
   panel = panel < least ? least : panel > most ? most : panel;
@@ -40,7 +40,8 @@ int64_t panel_tokens(int64_t tokens, int64_t features, int64_t least, int64_t mo
   return panel < 1 ? 1 : panel;
 }
 
-// The panels of a product. Where one holds all tokens, block rows are transposed just before their use. Returns the floats.
+// Plan the panels of a product; returns the floats of scratch. If one panel holds all tokens, each block row is transposed
+// just before its use.
 int64_t plan_product(Multiply &m) {
   const int64_t width = blocks_of(m.x.cols, m.in) * m.in, size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
   m.panel = panel_tokens(m.x.rows, width, MOST_ROWS, 256, m.threads);
@@ -56,11 +57,11 @@ int64_t plan_product(Multiply &m) {
          m.threads * round_up(width * m.panel + ASIDE + m.group_entries * size, LINE);
 }
 
-// The panels of an outer product, and how many are packed at a time. Returns the floats that they take.
+// Plan the panels of an outer product; returns the floats of scratch.
 int64_t plan_superpanel(Outer &m) {
   const int64_t tokens = m.x.rows, bytes = 4 * int64_t(m.order.ptr[m.order.rows]) * m.bo * m.bi;
   const int64_t x_width = blocks_of(m.x.cols, m.bi) * m.bi, dy_width = blocks_of(m.dy.cols, m.bo) * m.bo;
-  // Each panel reads and writes all blocks of the thread once: when they leave the cache, long panels pay for it.
+  // Each panel reads and writes all blocks of the thread: if these do not fit the cache, panels are long.
   const bool large = bytes > (int64_t(4) << 20);
   m.panel = large ? (tokens < 256 ? tokens : 256) : panel_tokens(tokens, x_width + dy_width, 48, 256, 1);
   const int64_t panels = (tokens + m.panel - 1) / m.panel;
@@ -68,7 +69,7 @@ int64_t plan_superpanel(Outer &m) {
   return m.panels_at_once * m.panel * (x_width + dy_width);
 }
 
-// bfloat16: the same.
+// The same in bfloat16.
 int64_t plan_half(Outer &m) {
   const int64_t width = blocks_of(m.x.cols, m.bi) * m.bi + blocks_of(m.dy.cols, m.bo) * m.bo, tokens = m.x.rows;
   m.panel = round_up(tokens < 256 ? tokens : 256, HALF_TOKENS);
@@ -78,23 +79,23 @@ int64_t plan_half(Outer &m) {
 }
 
 int64_t lanes_for(int64_t tokens, int64_t most) {
-  while (most > 2 * NARROW && round_up(tokens, most) * 4 > tokens * 5) most /= 2;  // a quarter of them idle
+  while (most > 2 * NARROW && round_up(tokens, most) * 4 > tokens * 5) most /= 2;  // else a quarter of them are idle
   return most;
 }
 
-// 1x1: see elements.h. Without `threads` in lanes and chunks: these may change how a sum is formed.
+// Plan a product at 1x1: see elements.h. Lanes and chunks do not depend on `threads`: they change how a sum is formed.
 ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, bool gradient, int threads) {
   constexpr int64_t IN_L2 = 128 << 10;  // floats of a panel that may stay whole; entries of a piece
   ElementPlan p = {};
   const double mean = double(order.ptr[order.rows]) / order.rows, density = mean / features;
-  int64_t run;  // entries of a row in a chunk: what it costs to begin one is spread over them
+  int64_t run;  // least mean entries of a run, over which the cost of beginning one is spread
   if (tokens <= NARROW) {
     p.lanes = gradient || tokens > 8 ? 16 : tokens > 4 ? 8 : 4;
     p.shift = 9, run = 32;
-  } else if (gradient || density > 0.18) {  // the most lanes, and chunks that the L1 cache holds at least half of
+  } else if (gradient || density > 0.18) {  // the most lanes, and chunks of up to twice the L1 cache
     p.lanes = lanes_for(tokens, 128);
     p.shift = density > 0.35 && features * p.lanes <= 2 * IN_L2 ? 6 : 7, run = 8;
-  } else {  // the L2 cache serves as many entries as there are
+  } else {  // few entries: the L2 cache is fast enough for them
     p.lanes = lanes_for(tokens, 64);
     p.shift = features * p.lanes <= IN_L2 ? 16 : 9, run = 8;
   }
@@ -103,12 +104,12 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
   p.tokens = (int64_t(4) << 20) / features / p.lanes * p.lanes;
   if (p.tokens > round_up(tokens, p.lanes)) p.tokens = round_up(tokens, p.lanes);
   if (p.tokens < p.lanes) p.tokens = p.lanes;
-  // A panel that leaves the L2 cache is read once a strip: long strips, of which the part of y (or dy) fills a quarter.
+  // A panel that does not fit the L2 cache is read once for each strip: long strips, whose part of y (or dy) fills a quarter.
   const bool long_strips = tokens > NARROW && features * p.lanes > 2 * IN_L2;
   p.strip = long_strips ? IN_L2 / p.lanes : p.shift == 6 ? 32 : p.chunks == 1 ? 64 : 128;  // 6: all of it in the L1 cache
   while (p.strip > LINE && (mean * p.strip > IN_L2 || p.strip * 2 * threads > order.rows)) p.strip /= 2;
   p.strips = int64_t(IN_L2 / (mean * p.strip + 1));
-  const int64_t share = order.rows / (p.strip * 4 * threads);  // of pieces, so that threads end together
+  const int64_t share = order.rows / (p.strip * 4 * threads);  // several pieces for each thread, so that they end together
   if (threads > 1 && p.strips > share) p.strips = share;
   if (p.strips < 1) p.strips = 1;
   if (p.strips > blocks_of(order.rows, p.strip)) p.strips = blocks_of(order.rows, p.strip);
@@ -120,7 +121,7 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
   return p;
 }
 
-// bfloat16: how the weight and the tokens are cut (product_bf16.h), and the floats of scratch.
+// Plan a product in bfloat16 (product_bf16.h); returns the floats of scratch.
 int64_t plan_half(Multiply &m) {
   const int64_t width = blocks_of(m.x.cols, m.in) * m.in, size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
   int64_t most = 2 * half_of_l2() / width;
@@ -176,13 +177,13 @@ int linear_multiply(const Call &c, const Order &order) {
     floats = half ? plan_half(m) : few ? blocks_of(m.x.cols, m.in) * m.in * m.x.rows : plan_product(m);
   }
   const int64_t cols = elements ? 0 : blocks_of(m.x.cols, m.in);
-  Scratch scratch((floats + wanted_floats(cols)) * 4);
-  if (!scratch.memory) return NO_MEMORY;
-  m.scratch = scratch.memory;
-  if (!elements) m.wanted = wanted_cols(order, cols, (uint8_t *)(scratch.memory + floats * 4));
-  const Kernels &k = kernels();
-  (half ? half_kernels()->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(m);
-  return 0;
+  return with_scratch(floats + wanted_floats(cols), [&](float *memory) {
+    m.scratch = (char *)memory;
+    if (!elements) m.wanted = wanted_cols(order, cols, (uint8_t *)(memory + floats));
+    const Kernels &k = kernels();
+    (half ? half_kernels()->multiply : elements ? k.multiply_elements : few ? k.multiply_few : k.multiply)(m);
+    return 0;
+  });
 }
 
 int linear_outer(const Call &c, const Order &order) {
@@ -196,17 +197,17 @@ int linear_outer(const Call &c, const Order &order) {
   } else {
     floats = half ? plan_half(m) : plan_superpanel(m);
   }
-  Scratch scratch((floats + (elements ? 0 : wanted_floats(m))) * 4);
-  if (!scratch.memory) return NO_MEMORY;
-  m.scratch = scratch.memory;
-  if (!elements) find_wanted(m, scratch.memory + floats * 4);
-  (half ? half_kernels()->outer : elements ? kernels().outer_elements : kernels().outer)(m);
-  return 0;
+  return with_scratch(floats + (elements ? 0 : wanted_floats(m)), [&](float *memory) {
+    m.scratch = (char *)memory;
+    if (!elements) find_wanted(m, (char *)(memory + floats));
+    (half ? half_kernels()->outer : elements ? kernels().outer_elements : kernels().outer)(m);
+    return 0;
+  });
 }
 
 int linear_backward(const Call &dx, const Order &by_col, const Call &dvalues, const Order &by_row) {
   if (of_elements(dx) || (half_kernels() && dx.y.dtype == BFLOAT16)) {
-    const int failed = linear_multiply(dx, by_col);  // they pack differently
+    const int failed = linear_multiply(dx, by_col);  // the two pack dy differently
     return failed ? failed : linear_outer(dvalues, by_row);
   }
   Backward b = {multiply_of(dx, by_col), outer_of(dvalues, by_row)};
@@ -214,10 +215,10 @@ int linear_backward(const Call &dx, const Order &by_col, const Call &dvalues, co
   d.threads = threads_for(2 * work(by_row.ptr[by_row.rows] * d.bo * d.bi, d.x.rows), dvalues.threads);
   b.dx.past = is_written_past(b.dx.y, d.threads);
   const int64_t floats = plan_superpanel(d) + d.threads * ASIDE;
-  Scratch scratch((floats + wanted_floats(d)) * 4);
-  if (!scratch.memory) return NO_MEMORY;
-  d.scratch = scratch.memory;
-  find_wanted(d, scratch.memory + floats * 4);
-  kernels().backward(b);
-  return 0;
+  return with_scratch(floats + wanted_floats(d), [&](float *memory) {
+    d.scratch = (char *)memory;
+    find_wanted(d, (char *)(memory + floats));
+    kernels().backward(b);
+    return 0;
+  });
 }

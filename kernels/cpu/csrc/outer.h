@@ -1,5 +1,4 @@
-// The stored blocks of dy' x: a tile of R rows and C vectors of a block stays in registers over a panel of tokens,
-// or some of it.
+// The stored blocks of dy' x: a tile of R rows and C vectors of a block stays in registers over a panel of tokens, or a part.
 //
 //   acc[r][c] += dy[t][o + r] * x[t][i + c]
 //
@@ -14,7 +13,7 @@ template <int C, int R>
 INLINE void outer_tile(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
                        const float *next, int64_t next_step, const float *next_out) {
   Vector acc[R][C];
-  // The next tile adds to what may lie far off.
+  // The next tile may lie far away.
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C * VL; c += LINE) __builtin_prefetch(next_out + r * bi + c, 1, 3);
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = add ? load(out + r * bi + c * VL) : Vector{};
   for (int64_t t = 0; t < tokens; t++) {
@@ -29,7 +28,7 @@ INLINE void outer_tile(const float *dy, int64_t bo, const float *x, int64_t bi, 
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(out + r * bi + c * VL, acc[r][c]);
 }
 
-// A whole block; the tiles share the work of asking for the next block of x.
+// A whole block. Its tiles share the prefetches of the next block of x.
 template <int C, int R>
 INLINE void outer_part(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
                        const float *next, const float *next_out) {
@@ -41,7 +40,7 @@ INLINE void outer_part(const float *dy, int64_t bo, const float *x, int64_t bi, 
                        i + C * VL < bi ? out + o * bi + i + C * VL : o + R < bo ? out + (o + R) * bi : next_out);
 }
 
-// Of a long panel some tokens at a time: every tile goes through x and dy, which stay in the L1 cache so.
+// Some tokens of a long panel at a time, for which x and dy stay in the L1 cache: every tile reads them.
 template <int C, int R>
 void outer_block(const float *dy, int64_t bo, const float *x, int64_t bi, int64_t tokens, float *out, bool add,
                  const float *next, const float *next_out) {
@@ -53,16 +52,8 @@ void outer_block(const float *dy, int64_t bo, const float *x, int64_t bi, int64_
   }
 }
 
-// What a call holds beside its output: panels of x and dy, packed.
-struct Superpanel {
-  float *x, *dy;
-  int64_t x_panel, dy_panel;  // floats a panel
-};
-
-INLINE Superpanel superpanel_in(char *scratch, const Outer &m) {
-  Superpanel s = {(float *)scratch, nullptr, blocks_of(m.x.cols, m.bi) * m.bi * m.panel, blocks_of(m.dy.cols, m.bo) * m.bo * m.panel};
-  s.dy = s.x + m.panels_at_once * s.x_panel;
-  return s;
+INLINE Panels<float> panels_in(char *scratch, const Outer &m) {
+  return {scratch, m.panels_at_once, blocks_of(m.x.cols, m.bi) * m.bi * m.panel, blocks_of(m.dy.cols, m.bo) * m.bo * m.panel};
 }
 
 INLINE int64_t tokens_of(const Outer &m, int64_t panel) {
@@ -70,18 +61,14 @@ INLINE int64_t tokens_of(const Outer &m, int64_t panel) {
   return left < m.panel ? left : m.panel;
 }
 
-// Called by all threads: panels [p0, p1) of both, in shares as OpenMP deals them. All are packed when it returns.
-INLINE void pack_both(const Outer &m, const Superpanel &s, int64_t p0, int64_t p1) {
-#pragma omp for schedule(static)
-  for (int64_t q = 0; q < 2 * (p1 - p0); q++) {
-    const int64_t p = p0 + q / 2, t0 = p * m.panel, count = tokens_of(m, p);
-    if (q & 1) pack_panel(m.x, t0, count, m.bi, m.wanted_x, s.x + (p - p0) * s.x_panel);
-    else pack_panel(m.dy, t0, count, m.bo, m.wanted_dy, s.dy + (p - p0) * s.dy_panel);
-  }
+INLINE void pack_factor(const Outer &m, const Panels<float> &s, int64_t p, int64_t i, bool of_x) {
+  const int64_t t0 = p * m.panel, count = tokens_of(m, p);
+  if (of_x) pack_panel(m.x, t0, count, m.bi, m.wanted_x, s.x + i * s.x_panel);
+  else pack_panel(m.dy, t0, count, m.bo, m.wanted_dy, s.dy + i * s.dy_panel);
 }
 
-// Adds panels [p0, p1) to the blocks of a thread; panel 0 writes them.
-INLINE void add_panels(const Outer &m, const Superpanel &s, const Share &mine, int64_t p0, int64_t p1) {
+// Add the panels [p0, p1) to the blocks of a thread. Panel 0 writes them.
+INLINE void add_panels(const Outer &m, const Panels<float> &s, const Share &mine, int64_t p0, int64_t p1) {
   const int64_t size = int64_t(m.bo) * m.bi;
   for (int64_t p = p0; p < p1; p++) {
     const int64_t count = tokens_of(m, p);
@@ -105,20 +92,15 @@ INLINE void add_panels(const Outer &m, const Superpanel &s, const Share &mine, i
 }
 
 void outer(const Outer &m) {
-  const int64_t panels = (m.x.rows + m.panel - 1) / m.panel;
-  const Superpanel s = superpanel_in(m.scratch, m);
+  const Panels<float> s = panels_in(m.scratch, m);
   const int threads = m.threads;
 
 #pragma omp parallel num_threads(threads)
   {
     const Share mine = my_share(m.order);
-    for (int64_t p0 = 0; p0 < panels; p0 += m.panels_at_once) {
-      const int64_t p1 = p0 + m.panels_at_once < panels ? p0 + m.panels_at_once : panels;
-      pack_both(m, s, p0, p1);
-      add_panels(m, s, mine, p0, p1);
-#pragma omp barrier
-    }
-    clear_rest(m, mine);
+    for_panels(blocks_of(m.x.rows, m.panel), m.panels_at_once, [&](int64_t p, int64_t i, bool of_x) { pack_factor(m, s, p, i, of_x); },
+               [&](int64_t p0, int64_t p1) { add_panels(m, s, mine, p0, p1); });
+    clear_rest(m.order, mine, edges_of(m), m.bo, m.bi, m.out);
   }
 }
 

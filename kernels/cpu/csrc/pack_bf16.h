@@ -1,5 +1,5 @@
-// Activations and blocks in bfloat16 into the orders in which the processor's bf16 instructions read them: 32 bits are two
-// neighbouring products of a sum. These instructions take subnormal numbers for zero, and so does the rounding here.
+// Activations and blocks in bfloat16, packed as the processor's bf16 instructions read them: 32 bits are two neighbouring
+// factors of a sum. These instructions take subnormal numbers for zero, and so does the rounding here.
 #pragma once
 #include "vector.h"
 
@@ -21,13 +21,13 @@ INLINE Vector pairs(Halves low, Halves high) {
 INLINE void store_pairs(Half *to, Vector v) { *(Pairs *)to = v; }
 INLINE Vector load_pairs(const Half *from) { return *(const Pairs *)from; }
 
-// Asks for a block before its turn: the next one lies anywhere.
-INLINE void ask_for(const void *p, int64_t bytes) {
+// Prefetch a block: the hardware does not, for blocks lie anywhere.
+INLINE void prefetch_block(const void *p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)p + i, 0, 2);
 }
 
-// Features b * side and on of token t: where they lie if all are there, else a copy filled up with zeros.
-INLINE const Half *piece_of(const Matrix &x, int64_t t, int64_t b, int64_t side, Half *copy) {
+// Features b * side and on of token t: in place if all are inside, else a copy filled up with zeros.
+INLINE const Half *slice_of(const Matrix &x, int64_t t, int64_t b, int64_t side, Half *copy) {
   const Half *from = (const Half *)x.data + t * x.row_stride;
   if (x.col_stride == 1 && t < x.rows && (b + 1) * side <= x.cols) return from + b * side;
   for (int64_t c = 0; c < side; c++) {
@@ -37,17 +37,17 @@ INLINE const Half *piece_of(const Matrix &x, int64_t t, int64_t b, int64_t side,
   return copy;
 }
 
-// x[first .. first + count) -> out[block][token][side]: the blocks that are wanted. A side of more than 32 is cut into pieces of 32, each a block here.
+// x[first .. first + count) -> out[block][token][side]: the blocks that are wanted. A side of more than 32 is cut into slices of 32, each a block here.
 INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, Half *out) {
-  const int64_t piece = side < 32 ? side : 32, pieces = side / piece, blocks = blocks_of(x.cols, side);
+  const int64_t slice = side < 32 ? side : 32, slices = side / slice, blocks = blocks_of(x.cols, side);
   Half copy[32];
   for (int64_t t = 0; t < count; t++) {
     for (int64_t b = 0; b < blocks; b++) {
       if (!wanted[b]) continue;
-      for (int64_t p = b * pieces; p < (b + 1) * pieces; p++) {
-        const Half *from = piece_of(x, first + t, p, piece, copy);
-        Half *to = out + (p * count + t) * piece;
-        if (piece == 32) store_pairs(to, load_pairs(from));
+      for (int64_t p = b * slices; p < (b + 1) * slices; p++) {
+        const Half *from = slice_of(x, first + t, p, slice, copy);
+        Half *to = out + (p * count + t) * slice;
+        if (slice == 32) store_pairs(to, load_pairs(from));
         else *(Halves *)to = *(const Halves *)from;
       }
     }
@@ -56,13 +56,13 @@ INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t sid
 
 // x[first .. first + count) -> out[feature / 16][token / 2][16][2].
 INLINE void pack_pairs(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, Half *out) {
-  const int64_t pieces = side / 16, blocks = blocks_of(x.cols, side);
+  const int64_t slices = side / 16, blocks = blocks_of(x.cols, side);
   Half low[16], high[16];
   for (int64_t t = 0; t < count; t += 2) {
     for (int64_t b = 0; b < blocks; b++) {
       if (!wanted[b]) continue;
-      for (int64_t p = b * pieces; p < (b + 1) * pieces; p++) {
-        const Half *even = piece_of(x, first + t, p, 16, low), *odd = piece_of(x, first + t + 1, p, 16, high);
+      for (int64_t p = b * slices; p < (b + 1) * slices; p++) {
+        const Half *even = slice_of(x, first + t, p, 16, low), *odd = slice_of(x, first + t + 1, p, 16, high);
         store_pairs(out + (p * count + t) * 16, pairs(*(const Halves *)even, *(const Halves *)odd));
       }
     }
@@ -77,7 +77,7 @@ INLINE void pack_turned(const Matrix &x, int64_t first, int64_t count, int64_t s
     for (int64_t b = 0; b < blocks; b++) {
       if (!wanted[b]) continue;
       const Half *rows[32];
-      for (int64_t l = 0; l < 32; l++) rows[l] = piece_of(x, first + t + l, b, side, copies[l]);
+      for (int64_t l = 0; l < 32; l++) rows[l] = slice_of(x, first + t + l, b, side, copies[l]);
       Half *to = out + (b * count + t) * side;
       for (int64_t c = 0; c < side; c += 16) {
         Vector a[16];
@@ -121,5 +121,28 @@ INLINE void pack_block(const void *values, int64_t at, int dtype, int64_t in, in
       store_pairs(to + o * in + i * 16,
                   pairs(halves(values, at + i * out + o, dtype), halves(values, at + (i + 1) * out + o, dtype)));
 }
+
+// The arguments of the tiles of HalfKernels.
+
+struct HalfRow {            // the entries of one block row
+  const Half *x;            // [in / 32][token][32] (in = 16: [token][16]) at the tile's first token; block b at b * x_block
+  int64_t x_block;
+  int64_t x_slice;          // from 32 numbers of a block to the next 32
+  const Half *w;            // [out / 16][in / 2][16][2] at the tile's first output, in the order of the entries
+  const int32_t *other;
+  int64_t count, size;      // entries; numbers of a block
+  int64_t in, out;
+};
+
+struct HalfGroup {          // the entries that are left of one block row
+  const Half *dy;           // [token / 32][bo][32], of this block row
+  const Half *x;            // [bi / 16][token / 2][16][2]; block b at x + b * x_block
+  int64_t x_block;
+  int64_t x_slice;          // from 16 numbers of a block to the next 16
+  const int32_t *other, *slot;
+  float *out;
+  int64_t count, tokens, bo, bi;
+  bool add;                 // to what an earlier panel left
+};
 
 }  // namespace

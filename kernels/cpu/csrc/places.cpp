@@ -1,6 +1,6 @@
-// What an update of the topology does with places, in whole numbers: sorting, selecting, looking up. Compiled for the
-// baseline. Every function gives what kernels/eager/places.py gives; time and scratch are linear in its lists. A list is
-// read more than once, so a number is checked at each reading: another thread may write into it.
+// Lists of places for updates of the topology: sorting, selecting, looking up. Compiled for the baseline. A place is a block's
+// (row, col), its key row * cols + col. The functions return the numbers of kernels/eager/places.py; time and scratch are
+// linear in the lists. A list is read more than once, and a number is checked each time: another thread may write into it.
 #include <cstring>
 
 #include "library.h"
@@ -13,7 +13,7 @@ int bits_of(int64_t bound) {
   return bits;
 }
 
-// Counts become the positions at which each value begins.
+// Turn counts into the positions at which each value begins.
 void starts_from(int32_t *counts, int64_t n) {
   int32_t sum = 0;
   for (int64_t i = 0; i < n; i++) {
@@ -28,8 +28,8 @@ void starts_from(int32_t *counts, int64_t n) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Both orders of an index by counting, free slots last. `row_col` and `col_row` may be null. With `ascending` the slots
-// are in the order of the row lists already, free ones last. Refuses places outside the grid.
+// Write both orders of an index by counting, free slots last. `row_col` and `col_row` may be null. `ascending`: the slots are
+// in the order of the row lists already, free ones last. Refuses places outside the grid.
 int sk_orders(const int32_t *row, const int32_t *col, int64_t slots, int64_t rows, int64_t cols, int64_t ascending, int32_t *row_ptr,
               int32_t *row_slot, int32_t *row_col, int32_t *col_ptr, int32_t *col_slot, int32_t *col_row) {
   Scratch scratch((rows + cols + slots + 1) * 4);
@@ -50,7 +50,7 @@ int sk_orders(const int32_t *row, const int32_t *col, int64_t slots, int64_t row
   row_ptr[rows] = col_ptr[cols] = used;
   if (ascending) {
     for (int64_t z = 0; z < slots; z++) row_slot[z] = int32_t(z);
-  } else {  // by column, then by row without changing the order of a row's
+  } else {  // by column, then by row, which keeps the columns of a row in order
     int32_t last = used;
     for (int64_t z = 0; z < slots; z++) {
       const int32_t r = row[z], c = col[z];
@@ -88,7 +88,7 @@ int sk_orders(const int32_t *row, const int32_t *col, int64_t slots, int64_t row
   return 0;
 }
 
-// Refuses places of which one is outside the grid, half free, or there twice.
+// Refuses places if one is outside the grid, half free, or there twice.
 int sk_check(const int32_t *row, const int32_t *col, int64_t slots, int64_t rows, int64_t cols) {
   Scratch scratch((rows + 1 + cols + slots) * 4);
   if (!scratch.memory) return NO_MEMORY;
@@ -119,8 +119,8 @@ int sk_check(const int32_t *row, const int32_t *col, int64_t slots, int64_t rows
   return 0;
 }
 
-// The different ones of some keys from 0 to below `bound`, ascending, but for those in an ascending list. Keys are put
-// into parts of their range; within a part a key is a bit. How many they are is written to `found`.
+// Write the distinct keys, ascending, without those in the ascending list `present`; their number goes to `found`. Keys are
+// from 0 to below `bound`. They are sorted into parts of that range; within a part a key is a bit.
 int sk_distinct(const int32_t *keys, int64_t count, const int32_t *present, int64_t length, int64_t bound, int32_t *into, int64_t *found) {
   const int half = (bits_of(bound) + 1) / 2;
   const int64_t parts = (bound >> half) + 1, words = ((int64_t(1) << half) + 63) / 64;
@@ -157,7 +157,7 @@ int sk_distinct(const int32_t *keys, int64_t count, const int32_t *present, int6
   return 0;
 }
 
-// Closes the gaps that numbers at some positions, which ascend, leave behind.
+// Remove the numbers at some ascending positions and close the gaps.
 int sk_leave_out(int32_t *numbers, int64_t count, const int64_t *positions, int64_t out) {
   int64_t position = out ? positions[0] : count;
   if (position < 0) return REFUSED;
@@ -170,9 +170,8 @@ int sk_leave_out(int32_t *numbers, int64_t count, const int64_t *positions, int6
   return 0;
 }
 
-// Positions of the `count` lowest numbers (floats of 0 or more as they lie in memory), ascending; the first of equal ones.
-// Or of the highest ones. Infinite ones are never taken: of the lowest those above zero, of the highest those below.
-// How many there were is written behind the `wanted` positions.
+// Write the ascending positions of the `wanted` lowest (or highest) numbers, the first among equal ones. `bits` are floats of 0
+// or more, as they lie in memory. Infinite numbers are never taken. The number found is written behind the positions.
 int sk_select(const int32_t *bits, int64_t count, int64_t highest, int64_t wanted, int64_t *positions) {
   constexpr int32_t INFINITE = 0x7F800000;
   constexpr int DIGITS[] = {11, 10, 10};  // of 31 bits, from above
@@ -181,7 +180,7 @@ int sk_select(const int32_t *bits, int64_t count, int64_t highest, int64_t wante
     return highest ? (b < 0 ? -1 : INT32_MAX - b) : b < INFINITE ? b : -1;
   };
   int64_t *found = positions + wanted;
-  int32_t edge = 0;       // the upper bits of the last number that is taken
+  int32_t edge = 0;       // upper bits of the last number that is taken
   int64_t left = wanted;  // numbers still to find among those that agree with it
   Scratch scratch((count + 1) * 4);
   if (!scratch.memory) return NO_MEMORY;
@@ -195,7 +194,7 @@ int sk_select(const int32_t *bits, int64_t count, int64_t highest, int64_t wante
   for (int d = 0, shift = 31; d < 3; d++) {
     shift -= DIGITS[d];
     const int32_t mask = (1 << DIGITS[d]) - 1;
-    int32_t counts[4][2048] = {};  // several, or a number after one of the same digit waits for its count
+    int32_t counts[4][2048] = {};  // four, or a number would wait for the count of the one before
     for (int64_t i = 0; i < those; i++) counts[i & 3][(some[i] >> shift) & mask]++;
     if (!left) return *found = 0;
     int32_t digit = 0;
@@ -221,7 +220,7 @@ int sk_select(const int32_t *bits, int64_t count, int64_t highest, int64_t wante
   return 0;
 }
 
-// Where each key is in an ascending list of distinct numbers from 0 to below `bound`, or -1.
+// Write the position of each key in an ascending list of distinct numbers from 0 to below `bound`, or -1.
 int sk_find(const int32_t *list, int64_t length, int64_t bound, const int32_t *keys, int64_t count, int32_t *positions) {
   int shift = 0;
   while ((bound >> shift) > length) shift++;  // about a number or two for each value of the upper bits
@@ -247,8 +246,8 @@ int sk_find(const int32_t *list, int64_t length, int64_t bound, const int32_t *k
   return 0;
 }
 
-// Keeps a key the first time that it comes by, unless it is in an ascending list; all from 0 to below `bound`.
-// Key after key within a part of their range that is small enough for the cache.
+// Mark the first occurrence of each key that is not in the ascending list `present`; all from 0 to below `bound`. Goes through
+// one part of that range after the other, each small enough for the cache.
 int sk_first(const int32_t *keys, int64_t count, const int32_t *present, int64_t length, int64_t bound, uint8_t *keep) {
   const int half = (bits_of(bound) + 1) / 2;
   const int64_t width = int64_t(1) << half, parts = (bound >> half) + 1;
@@ -281,7 +280,7 @@ int sk_first(const int32_t *keys, int64_t count, const int32_t *present, int64_t
   return 0;
 }
 
-// The places of keys; -1 for a negative one. Keys of one row in succession are divided once.
+// Write the places of keys, -1 for a negative key. Successive keys of one row are divided once.
 int sk_places(const int32_t *keys, int64_t count, int64_t cols, int32_t *row, int32_t *col) {
   int32_t r = 0;
   int64_t first = 0;
@@ -297,8 +296,8 @@ int sk_places(const int32_t *keys, int64_t count, int64_t cols, int32_t *row, in
   return 0;
 }
 
-// For each query the first of some ascending edges that is above it, as torch.searchsorted(right=True).
-// Queries are from 0 to below the last edge; a search begins at the first edge of a part of that range.
+// Write for each query the first of the ascending edges above it, as torch.searchsorted(right=True). Queries are from 0 to below
+// the last edge; a search begins at the first edge of a part of that range.
 int sk_search(const double *edges, int64_t count, const double *queries, int64_t asked, int32_t *found) {
   if (!count) return REFUSED;
   const int64_t parts = 2 * count;

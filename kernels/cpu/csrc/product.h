@@ -5,12 +5,13 @@
 // Every element of y has one order of summation (the entries of its block row, k within a block), whatever the tile, the
 // panel or the number of threads: results are the same to the bit.
 #pragma once
+#include <type_traits>
+
 #include "pack.h"
-#include "threads.h"
 
 namespace {
 
-struct Row {           // what a tile reads: the entries of one block row
+struct Row {           // the entries of one block row, as a tile reads them
   const float *x;      // the panel at the tile's first token; block b at x + b * x_block
   int64_t x_block;
   const float *w;      // transposed blocks in the order of the entries, or values as stored
@@ -27,7 +28,7 @@ template <int IN, int C, int R> void tile(const Row &row, float *y, int64_t y_st
   for (int64_t e = 0; e < row.count; e++) {
     const float *x = row.x + row.other[e] * row.x_block;
     const float *w = row.w + (row.slot ? row.slot[e] : e) * row.size;
-    // The hardware does not prefetch across blocks, which lie anywhere: the next one is asked for while this one is used.
+    // The hardware does not prefetch the next block, which lies anywhere: it is prefetched here while this one is used.
     int64_t ahead = e + 1 < row.count ? e + 1 : 0;
     const float *next_x = row.x + row.other[ahead] * row.x_block + (ahead ? 0 : R * IN);
     const float *next_w = row.w + (row.slot ? row.slot[ahead] : ahead) * row.size;
@@ -57,7 +58,7 @@ template <int IN, int C, int R> struct Fill {
 template <int IN, int C> struct Fill<IN, C, 0> {
   static void into(Tile *) {}
 };
-template <int IN, int C> struct Tiles {  // by the number of tokens
+template <int IN, int C> struct Tiles {  // a table by the number of tokens
   static constexpr int MOST = ACCUMULATORS / C;
   Tile by_rows[MOST + 1];
   Tiles() { by_rows[0] = nullptr, Fill<IN, C, MOST>::into(by_rows); }
@@ -68,7 +69,7 @@ template <int IN, int C>
 void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, int64_t count, int64_t first, int64_t last,
                    const float *w, const float *bias, float *aside) {
   static const Tiles<IN, C> tiles;
-  const int64_t step = C * VL, most = Tiles<IN, C>::MOST, pieces = (count + most - 1) / most, before = m.order.ptr[first];
+  const int64_t step = C * VL, tokens_each = Tiles<IN, C>::MOST, parts = blocks_of(count, tokens_each), before = m.order.ptr[first];
   for (int64_t r = first; r < last; r++) {
     int64_t start = m.order.ptr[r];
     row.count = m.order.ptr[r + 1] - start;
@@ -79,8 +80,8 @@ void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, 
     row.past = direct && m.past;
     for (int64_t n = 0; n < features; n += step) {
       row.w = (m.transposed ? w : w + (start - before) * row.size) + n;
-      for (int64_t i = 0, t = 0; i < pieces; i++) {
-        int64_t rows = count / pieces + (i < count % pieces);
+      for (int64_t i = 0, t = 0; i < parts; i++) {
+        int64_t rows = count / parts + (i < count % parts);
         row.x = packed + t * IN;
         const float *b = bias ? bias + r * m.out + n : nullptr;
         int64_t at = (t0 + t) * m.y.row_stride + r * m.out + n;
@@ -99,19 +100,26 @@ void panel_product(const Multiply &m, Row row, const float *packed, int64_t t0, 
 typedef void (*PanelProduct)(const Multiply &, Row, const float *, int64_t, int64_t, int64_t, int64_t, const float *,
                              const float *, float *);
 
-template <int IN> PanelProduct by_width(int64_t out) {
+// Return f(the side that is summed over, vectors of a tile), both as constants.
+template <class F> INLINE auto for_sides(int64_t in, int64_t out, const F &f) {
+  const auto by_width = [&](auto side) {
 #if VL == 16
-  if (out == 16) return panel_product<IN, 1>;
+    if (out == 16) return f(side, std::integral_constant<int, 1>());
 #endif
-  (void)out;
-  return panel_product<IN, 2>;
+    (void)out;
+    return f(side, std::integral_constant<int, 2>());
+  };
+  return in == 16   ? by_width(std::integral_constant<int, 16>())
+         : in == 32 ? by_width(std::integral_constant<int, 32>())
+         : in == 64 ? by_width(std::integral_constant<int, 64>())
+                    : by_width(std::integral_constant<int, 128>());
 }
 
-PanelProduct product_of(const Multiply &m) {
-  return m.in == 16 ? by_width<16>(m.out) : m.in == 32 ? by_width<32>(m.out) : m.in == 64 ? by_width<64>(m.out) : by_width<128>(m.out);
+INLINE PanelProduct product_of(const Multiply &m) {
+  return for_sides(m.in, m.out, [](auto in, auto c) -> PanelProduct { return panel_product<decltype(in)::value, decltype(c)::value>; });
 }
 
-// Entries [first, last) transposed. The hardware does not prefetch across blocks.
+// Transpose the entries [first, last). The hardware does not prefetch the next block.
 INLINE void transpose_entries(const Multiply &m, int64_t first, int64_t last, float *to) {
   const int64_t size = int64_t(m.in) * m.out;
   for (int64_t e = first; e < last; e++, to += size) {
@@ -125,8 +133,8 @@ void multiply(const Multiply &m) {
   const PanelProduct product = product_of(m);
   const int64_t size = int64_t(m.in) * m.out, used = m.order.ptr[m.order.rows];
   const int64_t panels = (m.x.rows + m.panel - 1) / m.panel, packed = blocks_of(m.x.cols, m.in) * m.in * m.panel;
-  // The scratch: transposed blocks (forward), the bias filled up, and for each thread its panel, its tile, and in place of
-  // all transposed blocks those of a row, where there is but one panel to use them.
+  // The scratch: all transposed blocks (forward), the bias filled up, and for each thread its panel and the tile written
+  // aside. If one panel holds all tokens, each thread has the transposed blocks of one row instead.
   const bool by_row = m.group_entries > 0, at_first = !m.transposed && !by_row;
   float *w = (float *)m.scratch, *bias = w + (at_first ? round_up(used * size, LINE) : 0);
   float *mine = bias + (m.bias ? round_up(m.order.rows * m.out, LINE) : 0);

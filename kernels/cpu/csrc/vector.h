@@ -1,6 +1,6 @@
 // Vectors of VL floats through the compilers' vector extensions: one source for AVX-512, AVX2 and 128-bit machines.
-// Included by the file of one instruction set; all of it is local to that file, lest the linker keep the AVX-512 copy
-// of a function for a machine without.
+// Included by the file of one instruction set. Everything is local to that file: the linker might keep the AVX-512 copy of a
+// shared function, for a machine without AVX-512.
 #pragma once
 #include <cstring>
 #include "api.h"
@@ -23,9 +23,8 @@ typedef uint16_t Halves __attribute__((vector_size(VL * 2), aligned(2), may_alia
 INLINE Vector load(const float *p) { return *(const Unaligned *)p; }
 INLINE void store(float *p, Vector v) { *(Unaligned *)p = v; }
 
-// Past the caches: a line is not fetched to be overwritten, nor does it drive out what is read again. p is at a multiple of
-// VL floats, and a line is written at once (so not where two vectors do not fill one); fence() comes before anyone else
-// may read it.
+// Store past the caches: a line is not fetched to be overwritten, and evicts nothing that is read again. p is a multiple of VL
+// floats, and whole lines are written at once. Call fence() before other threads may read them.
 INLINE void store_past(float *p, Vector v) {
 #if VL == 16
   _mm512_stream_ps(p, (__m512)v);
@@ -56,8 +55,8 @@ INLINE uint16_t to_bfloat16(float x) {
   return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// float16, by the bits: used where there is no instruction. What there is follows from VL and not from the compiler's
-// __F16C__: flags of the user's may define that for the generic file too, which runs on every machine.
+// float16, by bits where there is no instruction. Whether there is one follows from VL, not from __F16C__: a user's compiler
+// flags may define that for the generic file too, which runs on every machine.
 INLINE float from_float16(uint16_t h) {
 #if VL >= 8
   return _cvtsh_ss(h);
@@ -96,7 +95,7 @@ INLINE uint16_t to_float16(float x) {
 #endif
 }
 
-// One element, any dtype.
+// One element of any dtype.
 INLINE float read(const void *p, int64_t i, int dtype) {
   if (dtype == FLOAT32) return ((const float *)p)[i];
   return dtype == BFLOAT16 ? from_bfloat16(((const uint16_t *)p)[i]) : from_float16(((const uint16_t *)p)[i]);
@@ -118,7 +117,7 @@ INLINE Vector read_vector(const void *p, int64_t i, int dtype) {
 #endif
 }
 
-// n floats to contiguous elements of a dtype.
+// Write n floats to contiguous elements of a dtype.
 INLINE void write_row(void *p, int64_t i, int dtype, const float *from, int64_t n) {
   int64_t c = 0;
   if (dtype == FLOAT32) {
@@ -149,7 +148,7 @@ INLINE void write_row(void *p, int64_t i, int dtype, const float *from, int64_t 
   for (; c < n; c++) to[c] = to_float16(from[c]);
 }
 
-// One step of the transposition of VL vectors: exchanges quadrants of side S. Of the first N vectors only.
+// One step of the transposition of VL vectors, the first N of them: exchange quadrants of side S.
 template <int S, int N = VL> INLINE void exchange(Vector *a) {
   Lanes low, high;
   UNROLL for (int l = 0; l < VL; l++) {
@@ -172,7 +171,7 @@ template <int S, int N = VL> INLINE void exchange(Vector *a) {
   }
 }
 
-// VL vectors in registers become their transpose.
+// Transpose VL vectors in registers.
 INLINE void transpose(Vector *a) {
 #if VL == 16
   exchange<8>(a);
@@ -184,7 +183,7 @@ INLINE void transpose(Vector *a) {
   exchange<1>(a);
 }
 
-// One step of sums(): of 2 S vectors S, whose lanes are sums of two.
+// One step of sums(): 2 S vectors become S, whose lanes are sums of two lanes.
 template <int S> INLINE void fold(Vector *a) {
   exchange<S, 2 * S>(a);
   UNROLL for (int i = 0; i < S; i++) a[i] += a[i + S];
