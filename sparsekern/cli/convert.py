@@ -14,8 +14,8 @@ from sparsekern.cli.inspect import MaxGib, MaxTensors, describe_state, weights_f
 from sparsekern.cli.shell import error_console, explained, say, stopped
 from sparsekern.errors import InputError
 from sparsekern.files.conversion import State, bsr_state, dense_state, sparse_state
-from sparsekern.files.foreign_states import merge_pruned
 from sparsekern.files.size_limits import DEFAULT, Limits
+from sparsekern.files.states import merge_pruned
 from sparsekern.files.weight_files import read_state, write_state
 from sparsekern.nn.selectors import matches_name
 from sparsekern.topology import block_pair, check_sparsity

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsekern.cli.shell import PlainConsole, error_console, explained, say, stopped
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import DEFAULT, Limits
-from sparsekern.files.stored_layers import StoredLayer, stored_layers
+from sparsekern.files.states import StoredLayer, stored_layers
 from sparsekern.files.weight_files import FORMAT_VERSION, read_state
 from sparsekern.lab import checkpoint
 from sparsekern.lab.report.text import printable

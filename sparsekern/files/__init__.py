@@ -1,4 +1,4 @@
-"""Weights on disk: saving and loading models, reading other people's files, converting between formats."""
+"""Weights on disk: saving, loading and converting them."""
 
 from sparsekern.files.saving import load_, save
 

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, whoever else writes them and whatever happens meanwhile.
+"""Files and folders that appear complete or not at all, even with several writers or after a crash.
 
-Everything is written in a private folder beside its final place, and renamed when it is complete. The name of the
-private folder is random, so writers of one path never meet, and nothing that lies there beforehand, such as a symbolic
-link, is ever opened. A lock in the private folder tells whether its writer still lives.
+Everything is written in a private folder beside its final place and renamed when complete. The private folder has a
+random name, so writers of the same path do not interfere, and no existing file or symbolic link is ever opened. A lock
+in the private folder shows whether its writer is still running.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 LOCK = "lock"
-"""The file in a private folder that its writer holds locked."""
+"""Name of the file in a private folder that its writer keeps locked."""
 
 PRIVATE = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.unfinished")
-"""Names of private folders: the writer's machine, and a random number."""
+"""Names of private folders: a hash of the writer's machine, and a random number."""
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-"""Errors of disks that have no locks, as some of clusters: nobody there takes a folder without one for a leftover."""
+"""Errors of file systems without locks, as on some clusters; folders without a lock are never removed there."""
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file, sync it to the disk, and give it its name, in place of an older file or symbolic link.
+    """Write a file, sync it to the disk, and rename it to ``path``, replacing an older file or symbolic link.
 
-    Of several writers the last one wins. Whatever ``write`` raises leaves an older file as it was.
+    If there are several writers, the last one wins. If ``write`` raises, an older file stays unchanged.
 
     Args:
         path: the file. Its permissions follow the umask.
-        write: gets the path of an empty file with the same suffix, and writes that.
+        write: function that is given the path of an empty file with the same suffix and writes to it.
 
     Raises:
         OSError: the file cannot be written.
@@ -60,13 +60,13 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def make_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Make a folder with its content, synced to the disk.
+    """Make a folder with content, synced to the disk.
 
-    Of several writers the first one wins: a folder that is there already stays, and the new one is dropped.
+    If there are several writers, the first one wins: an existing folder stays, and the new one is discarded.
 
     Args:
         path: the folder.
-        fill: gets the path of an empty folder, and writes files into it.
+        fill: function that is given the path of an empty folder and writes files into it.
 
     Raises:
         OSError: the folder cannot be made.
@@ -87,20 +87,20 @@ def make_folder(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder, or a symbolic link in its place: at once by name, so that no half of it is ever found.
+    """Delete a folder or symbolic link. It is renamed first, so that no partial folder is ever visible.
 
     Raises:
-        OSError: it is not there, or cannot be moved.
+        OSError: it does not exist, or cannot be renamed.
     """
     with _private_folder(path) as folder:
         path.rename(folder / "content")
 
 
 def make_parents(path: Path) -> None:
-    """Make a folder and those that it lies in, and sync the entries of the new ones. Existing ones are left alone.
+    """Make a folder and its parents where they do not exist, synced to the disk.
 
     Raises:
-        OSError: one of them cannot be made, or is no folder.
+        OSError: one of them cannot be made, or is not a folder.
     """
     if path.is_dir():
         return
@@ -110,7 +110,7 @@ def make_parents(path: Path) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add text at the end of a file, which is made if it is not there.
+    """Append text to a file, which is made if it does not exist.
 
     Raises:
         OSError: the file cannot be written, or is a symbolic link.
@@ -121,28 +121,23 @@ def append(path: Path, text: str) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Check that a path into which the package writes is no symbolic link.
-
-    Raises:
-        ValueError: it is one.
-    """
+    """Raise ValueError if a path that the package writes to is a symbolic link."""
     if path.is_symlink():
         raise InputError(
-            f"{path} is a symbolic link, and files are not written through links: put the folder itself in its place, "
-            "or choose another folder"
+            f"{path} is a symbolic link, and files are not written through links: replace it by the folder itself, or "
+            "choose another folder"
         )
 
 
 def is_private(name: str) -> bool:
-    """Return whether a name is that of a private folder, which no reader needs to look at."""
+    """Return whether a name is that of a private folder, which readers ignore."""
     return PRIVATE.fullmatch(name) is not None
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete the private folders of writers that were killed.
+    """Delete the private folders of killed writers in ``parent``.
 
-    A folder whose lock is held is being written. The lock of a writer on another machine may not be visible here, so
-    its folder stays.
+    Folders whose lock is held are kept, and so are those of other machines, whose locks may not be visible here.
     """
     from filelock import FileLock
 
@@ -154,8 +149,8 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and needs no sync of one
+    """Wait until a file, or the list of a folder's entries, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders and need not sync them
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -166,9 +161,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _private_folder(path: Path) -> Iterator[Path]:
-    """Make a private folder beside a path, hold its lock, and delete it in the end with what it holds.
+    """Make a private folder beside ``path``, hold its lock, and finally delete it with its content.
 
-    Errors of the system name ``path``.
+    Errors of the operating system are changed to name ``path``.
     """
     try:
         remove_leftovers(path.parent)
@@ -176,7 +171,7 @@ def _private_folder(path: Path) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            lock.release()  # first: a network disk keeps files that are open
+            lock.release()  # first, because network disks keep open files
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         if error.filename is not None:
@@ -194,7 +189,7 @@ def _new_private_folder(parent: Path) -> tuple[Path, FileLock]:
         try:
             lock.acquire()
         except (FileNotFoundError, Timeout):
-            continue  # another writer took the folder, not locked yet, for a leftover, and deletes it
+            continue  # another writer took the folder, before it was locked, for a leftover and deletes it
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""From one form of a state to another, without a model: dense weights, stored blocks, torch's own BSR tensors."""
+"""Conversion of state dicts, without a model, between dense weights, stored blocks, and torch's BSR tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import DEFAULT, Limits
-from sparsekern.files.stored_layers import StoredLayer, stored_layers
-from sparsekern.files.weight_files import Metadata, metadata_of, with_metadata
+from sparsekern.files.states import Metadata, StoredLayer, metadata_of, stored_layers, with_metadata
 from sparsekern.nn.layer_state import LAYER_VERSION, STORED, describe
 from sparsekern.topology import (
     Grid,
@@ -31,14 +30,18 @@ from sparsekern.topology import (
 State = OrderedDict[str, Tensor]
 
 EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
-"""Floating point types of one byte that weights may have; the others are scales, or two numbers in a byte."""
+"""Eight-bit floating point dtypes of weights; other one-byte dtypes are scales or hold two numbers per byte."""
 
 
 def dense_state(state: Mapping[str, Tensor], limits: Limits = DEFAULT) -> State:
-    """Return the state with a dense weight in the place of every sparse layer, and of every BSR tensor.
+    """Return the state dict with every sparse layer and every BSR tensor replaced by a dense weight.
+
+    Args:
+        state: the state dict; not changed.
+        limits: limits on the memory it may ask for.
 
     Raises:
-        ValueError: the state does not say what matrix the blocks are of, or that matrix is larger than the limits.
+        ValueError: the state dict does not hold the sizes of a layer, or exceeds the limits.
     """
     layers = stored_layers(state)
     _check_room(state, sum(_dense_bytes(_known(layer)) for layer in layers.values()), limits)
@@ -46,12 +49,12 @@ def dense_state(state: Mapping[str, Tensor], limits: Limits = DEFAULT) -> State:
 
 
 def bsr_state(state: Mapping[str, Tensor], limits: Limits = DEFAULT) -> State:
-    """Return the state with a ``torch.sparse_bsr`` weight in the place of every sparse linear layer.
+    """Return the state dict with every sparse linear layer replaced by a ``torch.sparse_bsr`` weight.
 
-    torch has no sparse convolution, and no transposed BSR weight: these layers become dense.
+    Convolutions and transposed weights become dense: torch has no such BSR tensors.
 
     Raises:
-        ValueError: as :func:`dense_state`; or blocks do not divide the matrix, which torch's format cannot hold.
+        ValueError: as for :func:`dense_state`; or the blocks do not divide a matrix, as BSR tensors require.
     """
     layers = stored_layers(state)
     wanted = [
@@ -70,21 +73,21 @@ def sparse_state(
     chosen: Callable[[str], bool] = lambda name: True,
     limits: Limits = DEFAULT,
 ) -> State:
-    """Return the state with stored blocks in the place of the weights of linear layers and convolutions.
+    """Return the state dict with the weights of linear layers and convolutions replaced by stored blocks.
 
-    Those are the floating point tensors ``<name>.weight`` of two to four axes. Depthwise convolutions and stems, with
-    three input channels or fewer, stay dense. Layers that are sparse already are cut anew if ``block`` says so.
+    These are the floating point tensors ``<name>.weight`` with two to four dimensions, except depthwise convolutions
+    and stems (at most three input channels). Layers that are already sparse are re-cut to blocks of size ``block``.
 
     Args:
-        state: dense, sparse, or with BSR tensors.
-        sparsity: fraction of each layer's blocks to leave out, those of smallest norm. None: exact, every block with a
-            nonzero element is kept, and every block that is stored.
-        block: ``(out, in)``; None keeps that of layers that are sparse, and is refused for dense ones.
-        chosen: whether to convert the layer of a name; others stay as they are.
-        limits: of what the state may ask for. Norms of the blocks of a sparse layer need its dense weight.
+        state: a state dict with dense weights, sparse layers or BSR tensors; not changed.
+        sparsity: fraction of each layer's blocks to leave out, those of smallest norm. None: the conversion is exact,
+            and keeps every stored block and every block with a nonzero element.
+        block: block size ``(out, in)``. None keeps the block size of sparse layers, and is an error for dense ones.
+        chosen: function of a layer's name that returns whether to convert it.
+        limits: limits on the memory the state dict may ask for; the norms of a sparse layer need its dense weight.
 
     Raises:
-        ValueError: the state does not say what matrix the blocks are of, or has no layer to convert.
+        ValueError: the state dict does not hold the sizes of a layer, has no layer to convert, or exceeds the limits.
     """
     state = with_metadata(state, metadata_of(state))
     found: dict[str, tuple[Topology, Tensor]] = {}
@@ -100,13 +103,13 @@ def sparse_state(
             weight = state[_key(name, "weight")]
             if block is None:
                 raise InputError(
-                    "block_size is missing; dense weights must be told how to be cut", parameter="block_size"
+                    "block_size is missing; it must be given to convert dense weights", parameter="block_size"
                 )
             grid = _grid(weight, block)
             _check_block(name, grid, block)
             found[name] = _choose(weight, grid, sparsity)
     if not found:
-        raise InputError("nothing to convert: the file has no weight of a linear layer or convolution that is chosen")
+        raise InputError("nothing to convert: the file has no chosen weight of a linear layer or convolution")
     return _put(state, found)
 
 
@@ -126,7 +129,7 @@ def _grid(weight: Tensor, block: tuple[int, int]) -> Grid:
 
 
 def _check_block(name: str, grid: Grid, block: tuple[int, int] | None) -> None:
-    """Raise ValueError if a block would be more than the whole of a layer, most of it padding that is stored."""
+    """Raise ValueError if a block is larger than the whole layer, so that padding would be stored."""
     if block is not None and block[0] > grid.group_out and block[1] > grid.tap_in:
         raise InputError(
             f"block_size is {block[0]}x{block[1]}, larger than layer {name!r} of {grid.group_out} x "
@@ -139,7 +142,7 @@ def _choose(weight: Tensor, grid: Grid, sparsity: float | None) -> tuple[Topolog
     if sparsity is not None:
         topology = by_norm(grid, weight, allocate([grid], sparsity)[0])
     else:
-        # nan and inf are nonzero too; a layer of zeros keeps its first block: a layer without one cannot be built
+        # nan and inf count as nonzero; a layer of zeros keeps its first block, because a layer needs one
         nonzero = (_comparable(weight) != 0).to(torch.float32)
         keys = (dense_block_norms(grid, nonzero) > 0).flatten().nonzero().squeeze(1)
         topology = from_keys(grid, keys if keys.numel() else keys.new_zeros(1))
@@ -147,7 +150,7 @@ def _choose(weight: Tensor, grid: Grid, sparsity: float | None) -> tuple[Topolog
 
 
 def _comparable(weight: Tensor) -> Tensor:
-    """Return a tensor that is zero where the weight is."""
+    """Return the weight in a dtype that can be compared with zero."""
     return weight.float() if weight.dtype in EIGHT_BIT else weight
 
 
@@ -175,7 +178,7 @@ def _to_bsr(layer: StoredLayer) -> Tensor:
         ]
         raise InputError(
             f"layer {layer.name!r} is {grid.out_features} x {grid.in_features} in blocks of {grid.block[0]}x"
-            f"{grid.block[1]}, which do not divide it, and torch's BSR needs that; convert it first to sparse, keeping "
+            f"{grid.block[1]}, which do not divide it as torch's BSR requires; first convert it to sparse, keeping "
             f"zeros, with a block_size that does, such as {fits[0]}x{fits[1]}"
         )
     order = topology.keys().argsort(stable=True)[: topology.blocks()]
@@ -191,8 +194,8 @@ def _to_bsr(layer: StoredLayer) -> Tensor:
 def _known(layer: StoredLayer) -> StoredLayer:
     if not layer.described:
         raise InputError(
-            f"the file does not say how large layer {layer.name!r} is, as older ones do not; load it into the model "
-            "with sparsekern.load_, and save that with sparsekern.save"
+            f"the file does not hold the size of layer {layer.name!r}; load it into the model with sparsekern.load_, "
+            "and save that with sparsekern.save"
         )
     return layer
 
@@ -218,7 +221,7 @@ def _replaced(
     layers: Mapping[str, StoredLayer],
     convert: Callable[[StoredLayer], dict[str, Tensor]],
 ) -> State:
-    """Return the state with what ``convert`` returns in the place of each sparse layer."""
+    """Return the state dict with each sparse layer replaced by the tensors that ``convert`` returns."""
     new: State = OrderedDict()
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
@@ -231,7 +234,7 @@ def _replaced(
 
 
 def _put(state: Mapping[str, Tensor], found: dict[str, tuple[Topology, Tensor]]) -> State:
-    """Return the state with blocks in the place of the weights of layers."""
+    """Return the state dict with the weights of some layers replaced by blocks."""
     new: State = OrderedDict()
     metadata: Metadata = dict(metadata_of(state))
     for key, tensor in state.items():

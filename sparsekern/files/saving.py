@@ -1,4 +1,4 @@
-"""Saving the weights of a model in a file, and loading them into whatever form the model has now."""
+"""Saving the weights of a model in a file, and loading weights into dense or sparse layers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.files.foreign_states import ORIGINAL, merge_pruned, shared_prefix, without_compile
 from sparsekern.files.size_limits import DEFAULT, Limits
-from sparsekern.files.stored_layers import stored_layers
-from sparsekern.files.weight_files import (
-    check_writable,
+from sparsekern.files.states import (
+    ORIGINAL,
+    merge_pruned,
     metadata_of,
-    read_state,
+    shared_prefix,
     sparse_names,
+    stored_layers,
     with_metadata,
-    write_state,
+    without_compile,
 )
+from sparsekern.files.weight_files import check_writable, read_state, write_state
 from sparsekern.nn import BlockSparse, is_replaceable, plain_name, refuse_sharded, sparse_layers
 from sparsekern.nn.converters import grid_of
 from sparsekern.nn.layer_state import STORED, adapt, source_grid
@@ -36,13 +37,17 @@ logger = logging.getLogger("sparsekern")
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the weights of a model as safetensors, or with ``torch.save`` if ``path`` ends in ``.pt`` or ``.pth``.
 
-    The file is there whole or not at all, also if several processes write it: the last one wins. A symbolic link of
-    that name is replaced, not followed. The file says what matrices the blocks are of, so it can be converted
-    (``sparsekern convert``) and loaded without the code of the model. What DDP and ``torch.compile`` add to names is
-    left out.
+    The file appears complete or not at all; if several processes write it, the last one wins. A symbolic link of that
+    name is replaced, not followed. The file holds the sizes of the weights, so it can be converted (``sparsekern
+    convert``) and loaded without the code of the model. The prefixes that DDP and ``torch.compile`` add to names are
+    removed.
+
+    Args:
+        model: the model.
+        path: the file.
 
     Raises:
-        ValueError: the file cannot be written; or the places of a layer are not valid, and then nothing is.
+        ValueError: the file cannot be written, or the places of a layer are invalid; an older file is left unchanged.
         ModuleNotFoundError: the package safetensors is not installed.
         NotImplementedError: the values are sharded.
     """
@@ -55,11 +60,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         stored_layers(state)
     except ValueError as error:
         raise InputError(
-            f"{path} is not written: {error}; row and col were changed by something else than move_ and load_, such as "
-            "an average over state_dict(): load an earlier state first"
+            f"{path} is not written: {error}; other code than move_ and load_ has changed row and col, such as an "
+            "average over state_dict(): load an earlier state first"
         ) from None
     for layer in sparse_layers(model).values():
-        _ = layer.index  # raises where other code wrote other places, valid by accident
+        _ = layer.index  # raises if other code wrote other places that happen to be valid
     write_state(Path(path), state)
 
 
@@ -72,31 +77,30 @@ def load_(
     max_gib: float = DEFAULT.gib,
     max_tensors: int = DEFAULT.tensors,
 ) -> nn.Module:
-    """Load weights into a model, in place: dense or sparse ones into dense or sparse layers.
+    """Load dense or sparse weights into the dense or sparse layers of a model, in place.
 
-    A sparse layer takes the places of a sparse checkpoint, whatever its blocks' size, if it has slots enough; of a
-    dense one it takes the blocks it has. An ``nn.Linear``, ``nn.Conv1d`` or ``nn.Conv2d`` takes a sparse
-    layer as the dense weight.
-    Everything is checked before anything is changed, and nothing in a file is executed.
+    From a sparse checkpoint a sparse layer takes the places too, for any block size, if it has enough slots; from a
+    dense checkpoint it takes the blocks it has. A dense layer takes a sparse checkpoint as a dense weight. Everything
+    is checked before the model is changed, and nothing in a file is executed.
 
-    A prefix that all names share, such as DDP's ``module.``, is left out if the names are the model's without it; so is
-    what ``torch.compile`` adds. A parameter that PyTorch's pruning split becomes its product with the mask.
+    A prefix of all names, such as DDP's ``module.``, is removed if the model has the names without it; so are the
+    prefixes of ``torch.compile``. A parameter split by PyTorch's pruning is multiplied by its mask.
 
     Args:
-        model: on any device; on the meta device with ``assign=True``.
-        source: a file, safetensors or of ``torch.save``; the index of several, such as
-            ``model.safetensors.index.json``; or a state dict.
-        strict: whether names that only one side has are an error.
-        assign: as in ``load_state_dict``: take over the tensors instead of copying into the model's.
-        max_gib: GiB of memory that a file may ask for. One of more than a sixteenth of that may ask for 16 times its
+        model: the model, on any device; on the meta device with ``assign=True``.
+        source: a file (safetensors or of ``torch.save``), the index of several files such as
+            ``model.safetensors.index.json``, or a state dict.
+        strict: whether names that only the model or only the source has are an error.
+        assign: as in ``load_state_dict``, replace the tensors of the model instead of copying into them.
+        max_gib: memory in GiB that a file may ask for. Files larger than a sixteenth of it may ask for 16 times their
             own size.
-        max_tensors: tensors that a file may hold.
+        max_tensors: number of tensors that a file may hold.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the file cannot be read, or does not fit; one sentence says why.
+        ValueError: the file cannot be read, or the weights do not fit the model.
         NotImplementedError: the values of the model are sharded.
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
@@ -124,21 +128,21 @@ def load_(
     problems = problems or _differences(model, fitting, strict)
     if problems:
         raise InputError(f"{where} does not fit the model: {'; '.join(problems)}")
-    # Layers that fit now are of the model's own grids: what the file said about them is used up.
+    # The layers now have the model's own grids, so the metadata of the file no longer apply to them.
     kept = {name: entry for name, entry in metadata.items() if f"{name}.values".lstrip(".") not in fitting}
     model.load_state_dict(with_metadata(fitting, kept), strict=strict, assign=assign)
     return model
 
 
 def _in_names_of(model: nn.Module, state: Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
-    """Return a state in the names of a model's parameters and buffers, as far as it has them under other ones."""
+    """Return a state dict with its entries renamed to those of the model, where prefixes or wrappers differ."""
     own = list(model.state_dict(keep_vars=True))
-    if not any(key.endswith(ORIGINAL) for key in own):  # else the model itself is being pruned
+    if not any(key.endswith(ORIGINAL) for key in own):  # otherwise the model itself is being pruned
         state = merge_pruned(state)
     modules = {plain_name(model, name): name for name in (key.rpartition(".")[0] for key in own)}
     prefix = shared_prefix([without_compile(key) for key in state], set(modules))
     if prefix:
-        logger.info("%s: all names begin with %r, which is left out", where, prefix)
+        logger.info("%s: all names begin with %r, which is removed", where, prefix)
 
     def rename(name: str) -> str:
         plain = f"{without_compile(name)}.".removeprefix(prefix).removesuffix(".")
@@ -151,14 +155,14 @@ def _in_names_of(model: nn.Module, state: Mapping[str, Tensor], where: str) -> M
 
 
 def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> OrderedDict[str, Tensor]:
-    """Return a state, and its metadata, under other names.
+    """Return a state dict and its metadata with renamed entries.
 
     Raises:
-        ValueError: two entries would have one name.
+        ValueError: two entries would have the same name.
     """
     renamed = OrderedDict((rename(key), tensor) for key, tensor in state.items())
     if len(renamed) < len(state):
-        raise InputError("two entries of the state have one name once torch.compile's prefix is left out; rename one")
+        raise InputError("two entries of the state have the same name without torch.compile's prefix; rename one")
     return with_metadata(renamed, {rename(name): entry for name, entry in metadata_of(state).items()})
 
 
@@ -173,7 +177,7 @@ def _densify(own: Grid, state: dict[str, Any], prefix: str, metadata: dict[str, 
 
 
 def _differences(model: nn.Module, state: Mapping[str, Any], strict: bool) -> list[str]:
-    """Return what ``load_state_dict`` would find wrong."""
+    """Return the errors that ``load_state_dict`` would raise."""
     own: dict[str, Any] = dict(model.state_dict(keep_vars=True))  # a module's extra state is anything
     problems = []
     if strict:

@@ -1,7 +1,7 @@
-"""Limits on what a file may ask for, checked against its headers before memory is allocated.
+"""Limits on the memory that a file may ask for, checked against its headers before any is allocated.
 
-A few hundred bytes can describe terabytes: compressed zeros, expanded tensors, sizes in metadata. Files that people
-exchange seldom hold more than a few times their own size.
+A few hundred bytes can describe terabytes: compressed zeros, expanded tensors, sizes in metadata. Ordinary files need
+at most a few times their own size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_number
 
 FACTOR = 16
-"""Times its own size that any file may ask for: images are packed to a quarter, and become float32."""
+"""Multiple of its own size that any file may ask for: images are stored in a quarter of their bytes as float32."""
 
 
 class TooLarge(InputError):
@@ -21,12 +21,12 @@ class TooLarge(InputError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may ask for.
+    """Limits on what a file may ask for.
 
     Attributes:
-        gib: GiB of memory; a file of more than a sixteenth of that may ask for 16 times its own size.
+        gib: memory in GiB; files larger than a sixteenth of it may ask for 16 times their own size.
         tensors: number of tensors.
-        option: what a user calls ``gib``, for errors.
+        option: the user's name for ``gib``, for errors.
 
     Raises:
         TypeError, ValueError: ``gib`` or ``tensors`` is not a number above 0.
@@ -46,12 +46,12 @@ class Limits:
         """Check the memory that a file asks for.
 
         Args:
-            source: names the file in an error.
-            wanted: bytes.
+            source: name of the file, for the error.
+            wanted: bytes of memory.
             file_bytes: size of the file.
 
         Raises:
-            TooLarge: it is too much.
+            TooLarge: it asks for too much.
         """
         if wanted > max(self.gib * 2**30, FACTOR * file_bytes):
             raise TooLarge(

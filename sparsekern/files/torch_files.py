@@ -1,4 +1,4 @@
-"""Reading what ``torch.save`` wrote without running anything, and without believing what the file says of itself."""
+"""Reading files of ``torch.save`` without executing anything in them, and without trusting their sizes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sparsekern.errors import InputError
 from sparsekern.files.size_limits import DEFAULT, Limits, TooLarge
 
 PICKLE_BYTES = 160
-"""Of a tensor in the pickle of a state, about: its name, its shape, and where its numbers are."""
+"""Estimated bytes per tensor in the pickle of a state dict: its name, shape and storage."""
 
 ITEMS = 100
-"""Values of any kind that a file may hold for each tensor that it may hold."""
+"""Values of any kind that a file may hold, per tensor that it may hold."""
 
 
 def read_torch(path: Path, limits: Limits = DEFAULT) -> Any:
-    """Return the content of a ``torch.save`` file, tensors on the CPU, if that is tensors and plain values.
+    """Read the content of a ``torch.save`` file, tensors and plain values, with tensors on the CPU.
 
     Raises:
-        ValueError: the file is damaged, anywhere in it, holds anything else, or asks for more than the limits. Nothing
-            of it has run.
+        ValueError: the file is damaged anywhere, holds anything else, or asks for more than the limits. Nothing in it
+            has been executed.
     """
     try:
         size = path.stat().st_size
@@ -42,24 +42,24 @@ def read_torch(path: Path, limits: Limits = DEFAULT) -> Any:
             damaged = archive.testzip()
         if damaged is not None:
             raise InputError(f"the checksum of {damaged} is wrong")
-        # Mapped, no tensor can reach beyond the file, whatever its pickle says.
+        # With mmap no tensor can extend beyond the file, whatever its pickle says.
         with named_in_utf8(path) as named:
             content = torch.load(named, map_location="cpu", weights_only=True, mmap=True)
         limits.check_bytes(path, _bytes(path, content, limits), size)
         return _owned(content)
     except TooLarge:
         raise
-    except Exception as error:  # what a damaged file makes the readers raise is any exception at all
+    except Exception as error:  # a damaged file can raise anything
         unsafe = isinstance(error, pickle.UnpicklingError)
         reason = "it asks for more than tensors, which is not loaded" if unsafe else first_line(error)
-        raise InputError(f"{path} is damaged, or no torch.save file of plain tensors: {reason}") from None
+        raise InputError(f"{path} is damaged, or not a torch.save file of plain tensors: {reason}") from None
 
 
 @contextmanager
 def named_in_utf8(path: Path) -> Iterator[Path]:
-    """Yield a path that means the same file and is text in UTF-8, as a name need not be and libraries want it.
+    """Yield a path to the same file that can be encoded in UTF-8, as some libraries require.
 
-    Mapping a file wants a name; a link lends it one.
+    If the file's own name cannot be, this is a temporary symbolic link.
     """
     try:
         str(path).encode()
@@ -73,15 +73,15 @@ def named_in_utf8(path: Path) -> Iterator[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or the name of its type if it has none."""
+    """Return the first line of an error's message, or the name of its type if there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _bytes(path: Path, content: Any, limits: Limits) -> int:
-    """Return the bytes of all tensors in a content if each has a copy of its own.
+    """Return the bytes that all tensors in the content take if each is copied.
 
     Raises:
-        TooLarge: there are more values than the limits allow; a list that holds itself has no end.
+        TooLarge: there are more values than the limits allow, as in a list that contains itself.
     """
     todo, seen, total = [content], 0, 0
     while todo:
@@ -102,7 +102,7 @@ def _bytes(path: Path, content: Any, limits: Limits) -> int:
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    """Return the tensors with numbers of a tensor in memory."""
+    """Return the dense tensors that make up a tensor of any layout."""
     if tensor.is_meta:
         return ()
     if tensor.layout == torch.sparse_coo:
@@ -115,7 +115,7 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
 
 
 def _owned(content: Any) -> Any:
-    """Return the content with copies in place of tensors that lie in the mapped file."""
+    """Return the content with tensors copied out of the mapped file."""
     if isinstance(content, Tensor):
         return content.clone()
     if isinstance(content, dict):

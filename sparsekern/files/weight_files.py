@@ -1,11 +1,11 @@
-"""Files of weights: safetensors, and what ``torch.save`` writes. Nothing in a file is ever executed."""
+"""Files of weights: safetensors, and those of ``torch.save``. Nothing in a file is ever executed."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,71 +14,56 @@ from torch import Tensor
 
 from sparsekern.errors import InputError
 from sparsekern.files.atomic_files import replace
-from sparsekern.files.foreign_states import read_index
 from sparsekern.files.size_limits import DEFAULT, Limits, TooLarge
+from sparsekern.files.states import metadata_of, sparse_names, with_metadata
 from sparsekern.files.torch_files import first_line, named_in_utf8, read_torch
-from sparsekern.nn.layer_state import LAYER_VERSION, STORED, described_grid
+from sparsekern.nn.layer_state import LAYER_VERSION, grid_in
 
 FORMAT_VERSION = 2
-"""Of a safetensors file with sparse layers. Version 2 says what matrices the blocks are of; 1 has no such entry."""
+"""Version of a safetensors file with sparse layers, whose metadata hold the grids of the layers."""
 
 ENTRY = "sparsekern"
-"""That entry in the metadata of a safetensors file."""
+"""Key of these grids in the metadata of a safetensors file."""
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
-"""How the files of ``torch.save`` begin: a zip archive since PyTorch 1.6, a bare pickle before."""
+"""First bytes of the files of ``torch.save``: a zip archive since PyTorch 1.6, a bare pickle before."""
 
 LONGEST_HEADER = 100_000_000
-"""Bytes, of a safetensors file; its library reads no longer one."""
+"""Maximum length in bytes of the header of a safetensors file, as in its library."""
 
 HEADER_BYTES = 200
-"""Of a tensor in that header, about; most names are shorter than that allows."""
+"""Estimated bytes of that header per tensor, for names of usual length."""
 
-Metadata = dict[str, dict[str, Any]]
-"""What ``load_state_dict`` hands on to each module, by its name."""
-
-
-def metadata_of(state: Mapping[str, Tensor]) -> Metadata:
-    """Return the metadata of a state, empty if it has none."""
-    found = getattr(state, "_metadata", None)
-    return {str(name): entry for name, entry in found.items()} if isinstance(found, dict) else {}
-
-
-def with_metadata(tensors: Mapping[str, Tensor], metadata: Metadata) -> OrderedDict[str, Tensor]:
-    """Return a state as ``module.state_dict()`` does: tensors by name, and metadata where torch expects them."""
-    state = OrderedDict(tensors)
-    state._metadata = metadata  # type: ignore[attr-defined]
-    return state
-
-
-def sparse_names(state: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the sparse layers in a state; the name of a layer that is the whole model is empty."""
-    ends = (key.removesuffix("values") for key in state if key == "values" or key.endswith(".values"))
-    return [end.removesuffix(".") for end in ends if all(end + part in state for part in STORED)]
+LARGEST_INDEX = 2**26
+"""Maximum size in bytes of the index of a state in several files, ten times that of the largest published models."""
 
 
 def check_writable(path: Path, state: Mapping[str, Any]) -> None:
-    """Check that a state holds tensors only, with numbers.
+    """Check that a state dict holds only tensors with data.
+
+    Args:
+        path: where it is to be written, for the error.
+        state: the state dict.
 
     Raises:
-        ValueError: it does not; ``path`` is where it was to be written.
+        ValueError: it does not.
     """
     if other := [key for key, tensor in state.items() if not isinstance(tensor, Tensor)]:
         raise InputError(
-            f"{path} cannot be written: {other[0]} is no tensor, and a file holds only those; leave it out"
+            f"{path} cannot be written: {other[0]} is not a tensor, and files hold only tensors; leave it out"
         )
     if absent := [key for key, tensor in state.items() if tensor.is_meta]:
         raise InputError(
-            f"{path} cannot be written: {absent[0]} is on the meta device, where tensors have no numbers; load or "
-            "initialise the model first"
+            f"{path} cannot be written: {absent[0]} is on the meta device and has no data; load or initialise the "
+            "model first"
         )
 
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a state as safetensors, or with ``torch.save`` if the name ends in ``.pt`` or ``.pth``.
+    """Write a state dict as safetensors, or with ``torch.save`` if the name ends in ``.pt`` or ``.pth``.
 
-    The file is there whole or not at all; an older file, or a symbolic link, is replaced. What the state's metadata say
-    about sparse layers is kept.
+    The file appears complete or not at all; an older file or a symbolic link is replaced. The metadata of sparse layers
+    are kept.
 
     Raises:
         ValueError: the file cannot be written.
@@ -99,20 +84,20 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
         entry = {ENTRY: json.dumps({"format_version": FORMAT_VERSION, "layers": layers})}
 
         def write(aside: Path) -> None:
-            # cloned: the library refuses tensors that share memory, as a tied weight does
+            # cloned because the library refuses tensors that share memory, such as tied weights
             whole = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
             save_file(whole, aside, metadata={"format": "pt", **entry})
             _sort_metadata(aside)
 
     try:
         replace(path, write)
-    except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, as who writes likes it
+    except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
         why = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path} cannot be written: {why}; choose another name or folder") from None
 
 
 def _sort_metadata(path: Path) -> None:
-    """Give the metadata of a safetensors file an order: the library writes them in any, and equal states differ."""
+    """Sort the metadata of a safetensors file, so that equal states give equal files."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -124,20 +109,20 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_state(path: Path, limits: Limits = DEFAULT) -> OrderedDict[str, Tensor]:
-    """Return the tensors of a file on the CPU, by name.
+    """Read the tensors of a file onto the CPU, by name.
 
-    The first bytes say which format it is, not the name. Of a ``torch.save`` file that holds more, the entry
-    ``state_dict`` or ``model`` is taken. A file ``.json`` is the index of several, as Transformers writes it. A pickle
-    runs nothing: ``weights_only``.
+    The format is determined by the first bytes, not by the name: safetensors, a file of ``torch.save`` (if it holds
+    more than tensors, its entry ``state_dict`` or ``model``), or a ``.json`` index of several files, as Transformers
+    writes it. Pickles are read with ``weights_only=True`` and execute nothing.
 
     Raises:
-        ValueError: the file is missing, empty, truncated, damaged, of a newer version, of another kind, or asks for
-            more than the limits.
+        ValueError: the file is missing, empty, truncated, damaged, of another version or format, or asks for more than
+            the limits.
         ModuleNotFoundError: the package safetensors is not installed.
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size  # of this file: another one may take its name
+            size = os.fstat(file.fileno()).st_size  # of this open file; another one may take its name
             head = file.read(9)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -157,10 +142,43 @@ def read_state(path: Path, limits: Limits = DEFAULT) -> OrderedDict[str, Tensor]
         return _checked(path, with_metadata(tensors, metadata))
     if head.startswith(PICKLE):
         raise InputError(
-            f"{path} is a bare pickle, which could run code and is not read; load it where you trust it, and save its "
-            "state_dict as safetensors"
+            f"{path} is a bare pickle, which could run code and is not read; if you trust it, load it with PyTorch and "
+            "save its state_dict as safetensors"
         )
     raise InputError(f"{path} is neither a safetensors file nor one of torch.save; give a file of weights")
+
+
+def read_index(path: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a state dict in several files by the index that Transformers writes; return tensors and metadata.
+
+    Args:
+        path: ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json``, in the folder of the files.
+        read: function that reads one of the files.
+
+    Raises:
+        ValueError: the file is not such an index, or a tensor is not in the file that it names.
+    """
+    try:
+        if path.stat().st_size > LARGEST_INDEX:
+            raise ValueError
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(
+            f"{path} is not an index of weights in several files, with an entry weight_map; give a file of weights"
+        ) from None
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or file.endswith(".json"):
+            raise InputError(f"{path} names the file {file!r}; it must name files of weights in its own folder")
+        part = read(path.with_name(file))
+        absent = [name for name, where in files.items() if where == file and name not in part]
+        if absent:
+            raise InputError(f"{path.with_name(file)} lacks the tensor {absent[0]!r} that {path.name} names")
+        tensors |= {name: part[name] for name, where in files.items() if where == file}
+        metadata |= getattr(part, "_metadata", {})
+    return tensors, metadata
 
 
 def _state_in(path: Path, content: Any) -> OrderedDict[str, Tensor]:
@@ -171,14 +189,14 @@ def _state_in(path: Path, content: Any) -> OrderedDict[str, Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise InputError(f"{path} holds no state_dict, which is a dict of tensors by name; save model.state_dict()")
+        raise InputError(f"{path} does not hold a state_dict, a dict of tensors by name; save model.state_dict()")
     for key, tensor in content.items():
         is_bsr = tensor.layout == torch.sparse_bsr and tensor.dim() == 2 and f".{key}".endswith(".weight")
         if tensor.is_meta or tensor.is_nested or not (tensor.layout == torch.strided or is_bsr):
             kind = "on the meta device" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
             raise InputError(
-                f"{path} has a tensor {key!r} that is {kind}; only dense tensors, and weights that are "
-                "torch.sparse_bsr, are read: save it as one of those"
+                f"{path} has a tensor {key!r} that is {kind}; only dense tensors and torch.sparse_bsr weights are "
+                "read: save it as one of these"
             )
     return with_metadata(content, metadata_of(content))
 
@@ -187,11 +205,11 @@ def _read_safetensors(path: Path, limits: Limits) -> OrderedDict[str, Tensor]:
     try:
         with named_in_utf8(path) as named, _safetensors().safe_open(named, "pt") as file:
             limits.check_tensors(path, len(file.keys()))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
             entry = (file.metadata() or {}).get(ENTRY)
     except (ModuleNotFoundError, TooLarge):
         raise
-    except Exception as error:  # what a damaged file makes the library raise is any exception at all
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{path} is truncated or damaged: {first_line(error)}; fetch it again") from None
     if entry is None:
         return with_metadata(tensors, {})
@@ -200,34 +218,24 @@ def _read_safetensors(path: Path, limits: Limits) -> OrderedDict[str, Tensor]:
         version, layers = content["format_version"], content["layers"]
         metadata = {str(name): {"version": LAYER_VERSION, "grid": grid} for name, grid in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{path} is damaged: the entry {ENTRY!r} of its metadata is not one; fetch it again") from None
-    if type(version) is not int or version > FORMAT_VERSION:
+        raise InputError(f"{path} is damaged: the entry {ENTRY!r} of its metadata is invalid; fetch it again") from None
+    if version != FORMAT_VERSION:
         raise InputError(
-            f"{path} has format version {version}, and this sparsekern reads up to {FORMAT_VERSION}: install a newer "
-            "one"
+            f"{path} has format version {version}, and this sparsekern reads version {FORMAT_VERSION}; use the version "
+            "of sparsekern that wrote it"
         )
     return with_metadata(tensors, metadata)
 
 
 def _checked(path: Path, state: OrderedDict[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """Raise ValueError if what the metadata say about a sparse layer is damaged, or newer than this code."""
+    """Return the state dict; raise ValueError if the metadata of a sparse layer are damaged or of another version."""
     metadata = metadata_of(state)
     for name in sparse_names(state):
-        layer = metadata.get(name, {})
-        version = layer.get("version") if isinstance(layer, dict) else "?"
-        if version is not None and type(version) is not int:
-            raise InputError(f"{path} is damaged: the metadata of layer {name!r} are not such; fetch it again")
-        if version is not None and version > LAYER_VERSION:
-            raise InputError(
-                f"{path} has layers of version {version}, and this sparsekern reads up to {LAYER_VERSION}: install a "
-                "newer one"
-            )
-        if "grid" in layer:
-            shape = state[f"{name}.values".lstrip(".")].shape
-            try:
-                described_grid(layer["grid"], (shape[1], shape[2]) if len(shape) == 3 else (1, 1))
-            except ValueError as error:
-                raise InputError(f"{path} is damaged: {error}; fetch it again") from None
+        shape = state[f"{name}.values".lstrip(".")].shape
+        try:
+            grid_in(metadata.get(name, {}), (shape[1], shape[2]) if len(shape) == 3 else (1, 1))
+        except InputError as error:
+            raise InputError(f"{path} cannot be read: layer {name!r}: {error}") from None
     return state
 
 

@@ -32,12 +32,23 @@ def describe(grid: Grid) -> dict[str, Any]:
     return described | ({"transposed": True} if grid.transposed else {})
 
 
-def described_grid(described: Any, block: tuple[int, int]) -> Grid:
-    """Return the grid of metadata that :func:`describe` made, with the block size ``block``.
+def grid_in(metadata: Any, block: tuple[int, int]) -> Grid | None:
+    """Return the grid in the metadata of a layer, with the block size ``block``; None if they hold none.
 
     Raises:
-        ValueError: the metadata are damaged.
+        ValueError: the metadata are damaged or of another version.
     """
+    if not isinstance(metadata, dict):
+        raise InputError(f"its metadata are {metadata!r}, which is damaged; save it again")
+    version = metadata.get("version")
+    if version is not None and version != LAYER_VERSION:
+        raise InputError(
+            f"it has version {version!r}, and this sparsekern reads version {LAYER_VERSION}; use the version of "
+            "sparsekern that saved it"
+        )
+    if "grid" not in metadata:
+        return None
+    described: Any = metadata["grid"]
     try:
         kernel = described["kernel"]
         sizes = [described["out_features"], described["in_features"], described["groups"], *(kernel or ())]
@@ -46,7 +57,7 @@ def described_grid(described: Any, block: tuple[int, int]) -> Grid:
             raise TypeError
         return Grid(sizes[0], sizes[1], block, None if kernel is None else tuple(kernel), sizes[2], transposed)
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise InputError(f"the metadata describe a layer as {described!r}, which is damaged") from None
+        raise InputError(f"its metadata describe the grid as {described!r}, which is damaged; save it again") from None
 
 
 def adapt(
@@ -111,11 +122,6 @@ def source_grid(values: Tensor, row: Tensor, col: Tensor, grid: Grid, metadata: 
     Raises:
         ValueError: the tensors are inconsistent, or the blocks belong to another matrix than the layer's.
     """
-    if (version := metadata.get("version")) is not None and version > LAYER_VERSION:
-        raise InputError(
-            f"the checkpoint's layer has version {version}, and this sparsekern reads up to {LAYER_VERSION}: install a "
-            "newer one"
-        )
     if values.dim() != 3 or min(values.shape[1:]) < 1:
         raise InputError(f"the checkpoint's values have shape {tuple(values.shape)}; they must be (slots, bo, bi)")
     if row.shape != values.shape[:1] or col.shape != row.shape:
@@ -124,9 +130,10 @@ def source_grid(values: Tensor, row: Tensor, col: Tensor, grid: Grid, metadata: 
             f"{values.shape[0]} slots; it is damaged"
         )
     block = (values.shape[1], values.shape[2])
-    if "grid" not in metadata:
+    found = grid_in(metadata, block)
+    if found is None:
         return replace(grid, block=block)
-    found = replace(described_grid(metadata["grid"], block), transposed=grid.transposed)  # blocks do not depend on it
+    found = replace(found, transposed=grid.transposed)  # blocks do not depend on it
     if replace(found, block=grid.block, groups=grid.groups) != grid:
         raise InputError(
             f"the checkpoint is for a weight {found.weight_shape}, and the layer has {grid.weight_shape}; load it into "

@@ -139,7 +139,7 @@ def test_a_link_in_place_of_a_folder_is_refused(tmp_path):
     af.refuse_link(tmp_path)
     af.refuse_link(tmp_path / "none")
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="link is a symbolic link, and files are not written through links: put the"):
+    with pytest.raises(ValueError, match="link is a symbolic link, and files are not written through links: replace"):
         af.refuse_link(tmp_path / "link")
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.files.conversion import EIGHT_BIT, bsr_state, dense_state, sparse_state
-from sparsekern.files.stored_layers import stored_layers
-from sparsekern.files.weight_files import read_state, with_metadata, write_state
+from sparsekern.files.states import stored_layers, with_metadata
+from sparsekern.files.weight_files import read_state, write_state
 from tests.nn.test_block_sparse import layer
 
 
@@ -94,11 +94,11 @@ def test_a_layer_of_zeros_keeps_a_block():
 @pytest.mark.parametrize(
     ("state", "convert", "message"),
     [
-        (dict(layer(0).state_dict()), dense_state, "does not say how large layer '' is, as older ones do not; load it"),
+        (dict(layer(0).state_dict()), dense_state, "does not hold the size of layer ''; load it"),
         (
             layer(0).state_dict(),
             bsr_state,
-            "is 14 x 10 in blocks of 4x3, which do not divide it, .* first to sparse, .*, such as 2x2$",
+            "is 14 x 10 in blocks of 4x3, which do not divide it .* first convert it to sparse, .*, such as 2x2$",
         ),
         ({"a": torch.ones(3)}, lambda s: sparse_state(s, sparsity=0.5, block=(1, 1)), "nothing to convert"),
         ({"weight": torch.ones(3, 3)}, lambda s: sparse_state(s, sparsity=0.5, block=None), "block_size is missing"),

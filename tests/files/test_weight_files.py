@@ -1,9 +1,13 @@
-"""Files of weights: back as they went in, and one sentence for each that is not one."""
+"""Files of weights: what is written comes back, and damaged ones are refused before anything in them runs."""
+
+from __future__ import annotations
 
 import json
 import os
 import pickle
 import re
+import zipfile
+from collections import OrderedDict
 
 import pytest
 import safetensors
@@ -11,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsekern.files.weight_files import ENTRY, metadata_of, read_state, sparse_names, with_metadata, write_state
+from sparsekern.files.states import metadata_of, sparse_names, with_metadata
+from sparsekern.files.torch_files import first_line, read_torch
+from sparsekern.files.weight_files import ENTRY, read_state, write_state
 from tests.nn.test_block_sparse import layer
 
 
@@ -59,7 +65,7 @@ def test_a_layer_that_is_the_whole_model_and_tied_weights(tmp_path):
 
 
 def test_files_without_our_entry(tmp_path):
-    """Of version 1, or of anybody else."""
+    """Files of other libraries."""
     save_file(model().state_dict(), tmp_path / "a.safetensors")
     assert metadata_of(read_state(tmp_path / "a.safetensors")) == {}
     torch.save({"epoch": 3, "state_dict": model().state_dict()}, tmp_path / "a.pt")
@@ -117,30 +123,30 @@ BAD = {
     "safetensors in a tensor": (lambda t: whole(t)[:-20], "is truncated or damaged: "),
     "safetensors with a tail": (lambda t: whole(t) + b"x", "is truncated or damaged: "),
     "safetensors header": (lambda t: whole(t).replace(b'"dtype"', b'"dtipe"', 1), "is truncated or damaged: "),
-    "entry is no JSON": (with_entry("{"), "the entry 'sparsekern' of its metadata is not one"),
-    "entry is another": (with_entry("[]"), "the entry 'sparsekern' of its metadata is not one"),
-    "entry is deep": (with_entry("[" * 10**5), "the entry 'sparsekern' of its metadata is not one"),
+    "entry is no JSON": (with_entry("{"), "the entry 'sparsekern' of its metadata is invalid"),
+    "entry is another": (with_entry("[]"), "the entry 'sparsekern' of its metadata is invalid"),
+    "entry is deep": (with_entry("[" * 10**5), "the entry 'sparsekern' of its metadata is invalid"),
     "entry lacks layers": (with_entry('{"format_version": 2}'), "the entry 'sparsekern' of its metadata"),
     "newer safetensors": (
         with_entry(json.dumps({"format_version": 3, "layers": {}})),
-        "has format version 3, and this sparsekern reads up to 2: install a newer one",
+        "has format version 3, and this sparsekern reads version 2; use the version of",
     ),
     "entry with a bad grid": (
         with_entry(json.dumps({"format_version": 2, "layers": {"0": {"out_features": -1}}})),
-        "is damaged: the metadata describe a layer as",
+        "its metadata describe the grid as",
     ),
-    "zip in the middle": (lambda t: whole(t, "good.pt")[:300], "is damaged, or no torch.save file"),
-    "zip at its end": (lambda t: whole(t, "good.pt")[:-5], "is damaged, or no torch.save file"),
-    "zip of something else": (lambda _: b"PK\x03\x04" + bytes(100), "is damaged, or no torch.save file"),
+    "zip in the middle": (lambda t: whole(t, "good.pt")[:300], "is damaged, or not a torch.save file"),
+    "zip at its end": (lambda t: whole(t, "good.pt")[:-5], "is damaged, or not a torch.save file"),
+    "zip of something else": (lambda _: b"PK\x03\x04" + bytes(100), "is damaged, or not a torch.save file"),
     "code": (torch_file({"a": Harm()}), "it asks for more than tensors, which is not loaded"),
     "a model": (torch_file(nn.Linear(2, 2)), "it asks for more than tensors"),
-    "a list": (torch_file([1, 2]), "holds no state_dict, which is a dict of tensors by name"),
-    "a state of training": (torch_file({"epoch": 3}), "holds no state_dict"),
-    "numbered": (torch_file({1: torch.ones(1)}), "holds no state_dict"),
-    "newer torch": (torch_file(newer(3)), "has layers of version 3, and this sparsekern reads up to 2"),
-    "odd version": (torch_file(newer("x")), "the metadata of layer '' are not such"),
-    "odd grid": (torch_file(described([4])), "is damaged: the metadata describe a layer as [4]"),
-    "small grid": (torch_file(described(dict.fromkeys(("out_features", "in_features", "groups"), 0))), "is damaged"),
+    "a list": (torch_file([1, 2]), "does not hold a state_dict, a dict of tensors by name"),
+    "a state of training": (torch_file({"epoch": 3}), "does not hold a state_dict"),
+    "numbered": (torch_file({1: torch.ones(1)}), "does not hold a state_dict"),
+    "newer torch": (torch_file(newer(3)), "it has version 3, and this sparsekern reads version 2"),
+    "odd version": (torch_file(newer("x")), "it has version 'x', and this sparsekern reads version 2"),
+    "odd grid": (torch_file(described([4])), "its metadata describe the grid as [4]"),
+    "small grid": (torch_file(described(dict.fromkeys(("out_features", "in_features", "groups"), 0))), "damaged"),
 }  # fmt: skip
 
 
@@ -181,9 +187,73 @@ def test_a_matrix_too_large_for_blocks_of_one_element(tmp_path):
 
 def test_only_tensors_with_numbers_are_written(tmp_path):
     for entry, message in (
-        (3, "a is no tensor, and"),
+        (3, "a is not a tensor, and"),
         (torch.empty(2, device="meta"), "a is on the meta device, where"),
     ):
         with pytest.raises(ValueError, match=rf"x.pt cannot be written: {message}"):
             write_state(tmp_path / "x.pt", {"a": entry})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_and_plain_values_come_back_as_copies(tmp_path):
+    state = OrderedDict(a=torch.arange(3))
+    state._metadata = {"": {"version": 2}}
+    content = {"state": state, 1: [torch.ones(2), None], "t": (1.5, "x"), "b": torch.eye(4).to_sparse_bsr((2, 2))}
+    torch.save(content, tmp_path / "a.pt")
+    found = read_torch(tmp_path / "a.pt")
+    os.truncate(tmp_path / "a.pt", 0)  # a mapped tensor would now crash
+    assert found["state"]["a"].tolist() == [0, 1, 2] and found["state"]._metadata == {"": {"version": 2}}
+    assert found[1][0].tolist() == [1, 1] and found["t"] == (1.5, "x")
+    assert torch.equal(found["b"].to_dense(), torch.eye(4))
+
+
+def test_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"harm": Harm()}, "a.pt")
+    with pytest.raises(ValueError, match=r"a.pt is damaged, or not a .*: it asks for more than tensors"):
+        read_torch(tmp_path / "a.pt")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_damage_inside_a_tensor_is_seen(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(bytes(3000)) + 1500] = 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"the checksum of .*data/0 is wrong"):
+        read_torch(tmp_path / "a.pt")
+
+
+def test_a_tensor_that_claims_more_than_the_file_has(tmp_path):
+    torch.save({"a": torch.zeros(7)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert content.count(b"K\x07") >= 2  # the number of elements of the storage, and of the tensor
+                content = content.replace(b"K\x07", b"J" + (2**30).to_bytes(4, "little"))
+            new.writestr(entry.filename, content)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_torch(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": 1})])
+def test_no_such_file(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged, or not a torch.save file"):
+        read_torch(tmp_path / "a.pt")
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**6))
+    with pytest.raises(ValueError, match="it is compressed"):
+        read_torch(tmp_path / "a.pt")
+
+
+def test_the_first_line_of_an_error():
+    assert (first_line(ValueError("a\nb")), first_line(KeyError()), first_line(ValueError("\n"))) == (
+        "a",
+        "KeyError",
+        "ValueError",
+    )

@@ -64,7 +64,7 @@ def test_a_damaged_state_is_described(tmp_path, content):
     if content is not None:
         (tmp_path / "step-00000003" / "state.pt").write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"state.pt is damaged, or no .+; there is no older checkpoint: delete .* to train"
+        ValueError, match=r"state.pt is damaged, or not a .+; there is no older checkpoint: delete .* to train"
     ):
         checkpoint.restore(tmp_path)
 
@@ -192,5 +192,5 @@ def test_random_damage_is_one_clear_error_or_harmless(tmp_path, seed):
 def test_text_in_place_of_a_state(tmp_path):
     last = checkpoint.save(tmp_path, 5, {}, state(a=1))
     (last / "state.pt").write_text("junk")
-    with pytest.raises(ValueError, match=r"state.pt is damaged, or no torch.save file of plain tensors: .*"):
+    with pytest.raises(ValueError, match=r"state.pt is damaged, or not a torch.save file of plain tensors: .*"):
         checkpoint.load_state(last)

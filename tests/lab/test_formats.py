@@ -215,7 +215,7 @@ def test_the_optimizer_never_gets_a_state_of_another_shape(stopped, tmp_path, ch
     kept[number][entry] = change(tensor)
     replace_state(tmp_path / "run", state)
     said = outcome(tmp_path / "run")
-    assert f"{entry} of parameter {number} must be" in said or "is damaged, or no torch.save file" in said
+    assert f"{entry} of parameter {number} must be" in said or "is damaged, or not a torch.save file" in said
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""States of DDP, compiled models, PyTorch's pruning and Transformers' files load into plain models."""
+"""State dicts: the sparse layers in them, and names as other libraries write them."""
+
+from __future__ import annotations
 
 import json
 
@@ -11,9 +13,55 @@ from typer.testing import CliRunner
 
 import sparsekern as sk
 from sparsekern.cli.main import application
-from sparsekern.files.foreign_states import merge_pruned, shared_prefix, without_compile
-from sparsekern.files.weight_files import metadata_of, read_state, with_metadata
+from sparsekern.files.states import (
+    merge_pruned,
+    metadata_of,
+    shared_prefix,
+    stored_layers,
+    with_metadata,
+    without_compile,
+)
+from sparsekern.files.weight_files import read_state
 from tests.nn.test_block_sparse import X, layer
+
+
+def test_layers_with_their_grids():
+    model = nn.Sequential(layer(0), nn.Linear(14, 8), sk.SparseConv2d(8, 6, 3, groups=2, sparsity=0.5, block_size=2))
+    found = stored_layers(model.state_dict())
+    assert list(found) == ["0", "2"] and all(one.described for one in found.values())
+    assert [one.topology.grid for one in found.values()] == [model[0].grid, model[2].grid]
+    assert found["0"].bytes() == {"values": 8 * 12 * 4, "places": 2 * 8 * 4}
+
+
+def test_without_metadata_the_smallest_grid():
+    found = stored_layers(dict(layer(0).state_dict()))[""]
+    assert not found.described and found.topology.grid.weight_shape == (16, 12)
+
+
+def test_bsr_tensors():
+    dense = torch.kron(torch.tensor([[0, 1, 0], [2, 0, 3]]), torch.ones(2, 4))
+    found = stored_layers({"a.weight": dense.to_sparse_bsr((2, 4)), "b.weight": dense})
+    assert list(found) == ["a"] and found["a"].topology.grid.weight_shape == (4, 12)
+    assert (found["a"].topology.row.tolist(), found["a"].topology.col.tolist()) == ([0, 1, 1], [1, 0, 2])
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "message"),
+    [
+        ("values", torch.ones(8), r"of shapes \(8,\), \(8,\), \(8,\); they must be"),
+        ("values", torch.ones(8, 0, 3), "they must be"),
+        ("row", torch.zeros(3, dtype=torch.int32), "they must be"),
+        ("row", torch.zeros(8), "row is torch.float32 and col is torch.int32; they must be int32"),
+        ("row", torch.zeros(8, dtype=torch.int32), "slots . and . are both at block"),
+        ("row", torch.full((8,), -7, dtype=torch.int32), "slot 0 is at block"),
+        ("col", torch.full((8,), 2**31 - 1, dtype=torch.int32), "cells; there must be fewer than"),
+    ],
+)
+def test_damage_is_named_with_the_layer(part, tensor, message):
+    state = with_metadata({f"a.{key}": value for key, value in layer(0).state_dict().items()}, {})
+    state[f"a.{part}"] = tensor
+    with pytest.raises(ValueError, match=f"layer 'a' .*{message}"):
+        stored_layers(state)
 
 
 def model(seed=0):
@@ -58,7 +106,7 @@ def test_a_prefix_that_all_names_share_is_left_out_and_said(prefix, caplog):
     target = sk.load_(model(1), with_metadata(state, metadata))
     assert torch.equal(target(X), model()(X))
     told = prefix.replace("_orig_mod.", "")
-    assert f"the state: all names begin with {told!r}, which is left out" in caplog.text or not told
+    assert f"the state: all names begin with {told!r}, which is removed" in caplog.text or not told
     dense = sk.load_(sk.densify(model(1)), with_metadata(state, metadata))
     assert torch.allclose(dense(X), model()(X))
 
@@ -83,7 +131,7 @@ def test_names_that_do_not_fit_stay_as_they_are():
 def test_two_names_that_become_one():
     state = {"0.weight": torch.ones(2, 2), "0._orig_mod.weight": torch.zeros(2, 2)}
     target = nn.Sequential(nn.Linear(2, 2, bias=False))
-    with pytest.raises(ValueError, match="two entries of the state have one name once torch.compile's prefix"):
+    with pytest.raises(ValueError, match="two entries of the state have the same name without torch.compile's"):
         sk.load_(target, state)
 
 
@@ -118,7 +166,7 @@ def test_what_pruning_split_is_multiplied(tmp_path):
 
 
 def test_a_mask_of_another_shape():
-    with pytest.raises(ValueError, match=r"w_orig has shape \(2,\) and w_mask \(3,\); a mask of pruning has the shape"):
+    with pytest.raises(ValueError, match=r"w_orig has shape \(2,\) and w_mask \(3,\); a pruning mask must have"):
         merge_pruned({"w_orig": torch.ones(2), "w_mask": torch.ones(3)})
     alone = {"w_mask": torch.ones(3), "v_orig": torch.ones(2)}
     assert merge_pruned(alone) == alone
@@ -148,11 +196,14 @@ def test_the_index_of_several_files(tmp_path, name):
     [
         (
             {"0.weight": "../model-1.safetensors"},
-            r"names the file '../model-1.safetensors'; its files must be files of we",
+            r"names the file '../model-1.safetensors'; it must name files",
         ),
-        ({"0.weight": "model.safetensors.index.json"}, "names the file 'model.safetensors.index.json'; its files must"),
+        (
+            {"0.weight": "model.safetensors.index.json"},
+            "the file 'model.safetensors.index.json'; it must name",
+        ),
         ({"0.weight": "none.bin"}, "none.bin cannot be read: No such file"),
-        ({"x": "model-2.bin"}, "model-2.bin has no tensor 'x', which model.safetensors.index.json names"),
+        ({"x": "model-2.bin"}, "model-2.bin lacks the tensor 'x' that model.safetensors.index.json names"),
     ],
 )
 def test_a_damaged_index(tmp_path, changes, message):
@@ -164,5 +215,5 @@ def test_a_damaged_index(tmp_path, changes, message):
 @pytest.mark.parametrize("text", ["{}", "[]", "[" * 10**5, '{"weight_map": 3}', '{"weight_map": {"a": ', "x"])
 def test_no_index(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a.json is no index of a state in several files, which has an"):
+    with pytest.raises(ValueError, match=r"a.json is not an index of weights in several files"):
         read_state(tmp_path / "a.json")
