@@ -201,6 +201,9 @@ def soak(kills: int, seed: int, base: Path) -> Counter[str]:
     log = base / "log"
     import_all(base, [f"--data={base / 'data.npz'}"], log)
     for number, (name, options) in enumerate(VARIANTS.items()):
+        quota, trial = kills // len(VARIANTS) + (number < kills % len(VARIANTS)), 0
+        if not quota:
+            continue
         options = [*options, f"--data={base / 'data.npz'}"]
         reference = base / f"{name}-straight"
         began = time.perf_counter()
@@ -208,7 +211,6 @@ def soak(kills: int, seed: int, base: Path) -> Counter[str]:
             raise RuntimeError("the run that is to be left alone was killed")
         seconds, calls = time.perf_counter() - began, int((base / "count").read_text())
         expected = outcome(reference)
-        quota, trial = kills // len(VARIANTS) + (number < kills % len(VARIANTS)), 0
         before = counted["kills"]
         while counted["kills"] - before < quota:
             folder, trial = base / f"{name}-{trial}", trial + 1
