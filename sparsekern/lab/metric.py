@@ -18,6 +18,7 @@ class Metric:
         scale: the number as it is written, over the number as it is stored.
         difference: the unit of a difference of two such numbers.
         higher_is_better: whether more of it is better.
+        examples: the entry of a data set's description that counts what it is measured on, such as "test_images".
     """
 
     key: str
@@ -27,6 +28,7 @@ class Metric:
     scale: float
     difference: str
     higher_is_better: bool
+    examples: str
 
     @property
     def title(self) -> str:
@@ -51,6 +53,7 @@ ACCURACY = Metric(
     scale=100,
     difference="points",
     higher_is_better=True,
+    examples="test_images",
 )
 
 METRICS = (ACCURACY,)

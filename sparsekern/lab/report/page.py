@@ -11,7 +11,7 @@ from typing import Any
 from sparsekern.analysis import Summary
 from sparsekern.lab.config import Config
 from sparsekern.lab.history import Frame, film
-from sparsekern.lab.metric import ACCURACY, metric_of
+from sparsekern.lab.metric import metric_of
 from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panels, png, shades
 from sparsekern.lab.report.charts import curve_chart, curves_of, layer_chart
 from sparsekern.lab.report.pictures import network_labels, run_title
@@ -108,7 +108,7 @@ def page_contents(
         "missing": record.missing,
         "table": None if results is None else result_cells(results),
         "notes": [] if results is None else result_notes(results),
-        "metric": metric_of(record.rows[0]) if record.rows else ACCURACY,
+        "metric": metric_of(record.rows[0]) if record.rows else None,
         "charts": _charts(record),
         "legend": LEGEND,
         "films": [] if record.history is None else _films(record, record.history),

@@ -93,7 +93,7 @@ def result_notes(results: dict[str, Any]) -> list[tuple[str, str]]:
     metric = metric_of(next(iter(networks.values())))
     seeds = results["config"]["seeds"]
     gap = "; gap ± standard error" if "comparison" in results and seeds > 1 else ""
-    on = f"{results['data']['test_images']:,} test images"
+    on = f"{results['data'][metric.examples]:,} {metric.examples.replace('_', ' ')}"
     notes = [
         (metric.name, f"after the last epoch, {over_seeds(seeds)}{gap}; on {on}"),
         (
