@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 
 from sparsekern.cli.live import Live
 from sparsekern.cli.options import RUN_OPTIONS, Json, Quiet, absolute, given, of_recipe, option, takes_run_options
-from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
-from sparsekern.cli.table import aligned, comparison_table
+from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
 from sparsekern.lab.compare import PICTURE, TABLE, Contestant, compare, default_folder, is_finished, plan_for
 from sparsekern.lab.config import Config
-from sparsekern.lab.report.tables import comparison_notes
+from sparsekern.lab.report.tables import comparison_cells, comparison_notes, comparison_title
+from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import PLAN
 from sparsekern.training import METHODS, PRESETS
 
@@ -89,7 +90,8 @@ def compare_methods(
         console = PlainConsole()
         if not console.is_terminal:
             console.width = WIDTH
-        console.print(comparison_table(content))
+        cells = comparison_cells(content["rows"])
+        console.print(table(comparison_title(content), cells, len(cells[0]), SIMPLE_HEAD))
         say(aligned(comparison_notes(content)))
         say(f"{folder}: {TABLE}.json, {TABLE}.md, the picture {folder / PICTURE}, a folder for each run")
 

@@ -10,11 +10,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from sparsekern.lab import Config
 from sparsekern.lab.compare import CompareObserver
+from sparsekern.lab.metric import metric_of
 from sparsekern.lab.train import Learner
 
 
 class Live(CompareObserver):
-    """Shows seed, epoch, and the loss and accuracy of both networks. Use it in a ``with`` block.
+    """Shows seed, epoch, and the loss and metric of both networks. Use it in a ``with`` block.
 
     A comparison has a bar of its own above that of its run.
 
@@ -54,7 +55,7 @@ class Live(CompareObserver):
         self._config = config
         self._steps: dict[tuple[int, str], int] = {}
         self._state: dict[str, str] = {}
-        self._accuracy: dict[str, float] = {}
+        self._reached: dict[str, str] = {}
         if self._task is not None:
             self._progress.remove_task(self._task)
         total = config.seeds * len(config.networks) * (config.epochs or 0) * batches
@@ -76,7 +77,7 @@ class Live(CompareObserver):
         self._show(learner.seed, learner.network, learner.epoch + 1, learner.steps, loss)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Remember the accuracy; without a bar, print a line."""
+        """Remember the metric; without a bar, print a line."""
         self._take(row)
         if self._progress.disable and not self._quiet and row["network"] == self._config.networks[-1]:
             where = self._where(row["seed"], row["epoch"])
@@ -87,13 +88,13 @@ class Live(CompareObserver):
         return self._asked()
 
     def _take(self, row: dict[str, Any]) -> None:
-        self._accuracy[row["network"]] = row["test_accuracy"]
+        metric = metric_of(row)
+        self._reached[row["network"]] = f" {metric.text(row[metric.key], 1)}"
         self._show(row["seed"], row["network"], row["epoch"], row["step"], row["loss"])
 
     def _show(self, seed: int, network: str, epoch: int, steps: int, loss: float) -> None:
         self._steps[seed, network] = steps
-        accuracy = f" {100 * self._accuracy[network]:.1f} %" if network in self._accuracy else ""
-        self._state[network] = f"{network} loss {loss:.4f}{accuracy}"
+        self._state[network] = f"{network} loss {loss:.4f}{self._reached.get(network, '')}"
         assert self._task is not None  # begin() comes first
         self._progress.update(
             self._task,

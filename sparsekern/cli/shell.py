@@ -12,12 +12,15 @@ from types import FrameType
 from typing import Any, cast
 
 import typer
+from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
 from sparsekern.errors import InputError
 from sparsekern.lab import Interrupted
+from sparsekern.lab.report.tables import Cells
 from sparsekern.lab.report.text import printable
 
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -38,6 +41,17 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Return the text, printable; rich calls this for every string that it prints."""
         return super().render_str(printable(text), **options)
+
+
+def table(title: str, cells: Cells, numbers: int, box: Box = HEAVY_HEAD) -> Table:
+    """Return a table for the terminal, of which ``numbers`` columns after the first are aligned right."""
+    made = Table(title=title, title_justify="left", box=box)
+    heading, rows = cells
+    for column, name in enumerate(heading):
+        made.add_column(name, justify="right" if 0 < column <= numbers else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def error_console() -> Console:

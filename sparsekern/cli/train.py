@@ -24,13 +24,13 @@ from sparsekern.cli.options import (
     takes_method_options,
     takes_run_options,
 )
-from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say
-from sparsekern.cli.table import aligned, result_table
+from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, resume, start
 from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import RECIPES, Recipe
-from sparsekern.lab.report.tables import result_notes
+from sparsekern.lab.report.tables import result_cells, result_notes, result_title
+from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
 from sparsekern.training import METHODS, PRESETS
 
@@ -106,7 +106,8 @@ def train(
     if as_json:
         say(json.dumps(run.results | {"folder": str(folder)}))
     else:
-        PlainConsole().print(result_table(run.results))
+        title, cells = result_title(run.results), result_cells(run.results)
+        PlainConsole().print(table(title, cells, len(run.results["networks"])))
         say(aligned(result_notes(run.results)))
         drawn = [str(folder / name) for name in (PICTURE, SPECTRAL) if (folder / name).is_file()]
         pictures = f", and the picture{'s' * (len(drawn) > 1)} {' and '.join(drawn)}" if drawn else ""

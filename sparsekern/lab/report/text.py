@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -35,3 +36,9 @@ def mean_and_deviation(numbers: dict[str, Any], scale: float, digits: int) -> st
     deviation = numbers["standard_deviation"]
     spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
     return f"{scale * numbers['mean']:.{digits}f}{spread}"
+
+
+def aligned(notes: Sequence[tuple[str, str]]) -> str:
+    """Return notes on a line each, behind their topics."""
+    width = max(len(topic) for topic, _ in notes) + 2
+    return "\n".join(f"{topic:<{width}}{text}" for topic, text in notes)

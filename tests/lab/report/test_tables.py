@@ -4,9 +4,18 @@ import io
 import pytest
 from rich.console import Console
 
-from sparsekern.cli.table import aligned, comparison_table, result_table
+from sparsekern.cli.shell import table
 from sparsekern.lab import Config
-from sparsekern.lab.report.tables import comparison_cells, comparison_notes, markdown, result_notes
+from sparsekern.lab.report.tables import (
+    comparison_cells,
+    comparison_notes,
+    comparison_title,
+    markdown,
+    result_cells,
+    result_notes,
+    result_title,
+)
+from sparsekern.lab.report.text import aligned
 
 
 def network(mean, deviation, parameters, size, ms, absent=0.0):
@@ -38,18 +47,18 @@ RESULTS = {
 }
 
 
-def shown(table, width=100):
+def shown(results, width=100):
     console = Console(file=io.StringIO(), width=width)
-    console.print(table)
+    console.print(table(result_title(results), result_cells(results), len(results["networks"])))
     return console.file.getvalue()
 
 
 def words(results):
-    return " ".join(shown(result_table(results), width=200).split())
+    return " ".join(shown(results, width=200).split())
 
 
 def test_a_slower_sparse_network_is_called_slower():
-    text = shown(result_table(RESULTS))
+    text = shown(RESULTS)
     for cell in ("97.89 ± 0.21 %", "98.12 ± 0.16 %", "-0.23 ± 0.11 points", "288,522", "7.54x fewer", "4.4 MiB"):
         assert cell in text
     assert "8.00 ms" in text and "1.25x SLOWER" in text
@@ -95,7 +104,7 @@ def test_one_seed_without_the_twin():
     del results["comparison"], results["networks"]["dense"]
     results["config"] |= {"dense": False, "seeds": 1}
     results["networks"]["sparse"] = network(0.9, None, 5, 5, None)
-    text = shown(result_table(results))
+    text = shown(results)
     assert "90.00 %" in text and "not measured" in text and "against" not in text
     assert "one seed" in dict(result_notes(results))["accuracy"] and "ratio" not in dict(result_notes(results))
 
@@ -112,7 +121,7 @@ def test_the_network_and_its_sparsity_are_named():
 
 
 def test_fits_a_narrow_terminal():
-    text = shown(result_table(RESULTS), width=80)
+    text = shown(RESULTS, width=80)
     assert "median time a step" in text and "-0.23 ± 0.11 points" in text
 
 
@@ -157,12 +166,11 @@ def test_large_numbers_are_short(flops, text):
     assert row[7:9] == ["", text]
 
 
-def test_a_comparison_on_a_terminal():
+def test_what_is_said_of_a_comparison():
     content = {"plan": {"base": Config(seeds=1).to_json()}, "rows": ROWS} | {
         key: RESULTS[key] for key in ("data", "environment")
     }
-    text = shown(comparison_table(content), width=132)
-    assert "digits, MLP of width 2048" in text and "accuracy (%)" in text and "gse, scope global" in text
+    assert comparison_title(content) == "digits, MLP of width 2048"
     notes = aligned(comparison_notes(content))
     assert "accuracy  after the last epoch, one seed; to dense: difference in points\n" in notes
     assert "seconds   all steps of a training, on CPU, 2 threads\n" in notes
