@@ -1,4 +1,4 @@
-"""What every backend offers, and the index that its kernels read.
+"""What every backend offers, and the data that its kernels read.
 
 One letter per axis, used in all kernels and their tests:
 
@@ -8,36 +8,38 @@ One letter per axis, used in all kernels and their tests:
     Z  slots: stored blocks, free ones included
 
     x       (T, I)        the compute dtype: float16 | bfloat16 | float32 | float64, any strides
-    dy      (T, O)        the compute dtype, any strides (autograd hands expanded views)
+    dy      (T, O)        the compute dtype, any strides (autograd passes expanded views)
     values  (Z, bo, bi)   any floating dtype, rounded to the compute dtype when read
     y       (T, O)        the compute dtype, contiguous; sums in float32 (float64 for float64)
 
 When ``bo`` does not divide O (or ``bi`` I), the last block row (column) sticks out. The part of a block outside the
-matrix is *phantom*: ``dvalues`` writes zeros there, and no result depends on what it holds as long as that is finite.
+matrix is *phantom*: ``dvalues`` writes zeros there, and its contents affect no result as long as they are finite.
 
 A slot that is in no block row is free. Free slots are in no list of the index, and ``dvalues`` writes zeros there.
 
-A convolution is the same on the matrix ``O x (kh*kw*I)`` of each group, ``I = Cin / groups``, whose columns are in
-(tap, channel) order, tap ``(i, j)`` being number ``i * kw + j``. Its tokens are the pixels of y:
+A convolution multiplies by the matrix ``O x (kh*kw*I)`` of each group, ``I = Cin / groups``, with columns in (tap,
+channel) order; tap ``(i, j)`` is number ``i * kw + j``. Its tokens are the pixels of y:
 
     N, H, W     images, and the rows and columns of x      Ho, Wo  the rows and columns of y: ConvShape.output_size
     CB          block columns of one tap, ceil(Cin / groups / bi); C = kh * kw * CB and c = tap * CB + cb
     RB          block rows of one group, ceil(Cout / groups / bo); R = groups * RB and r = group * RB + rb
 
     x   (N, Cin, H, W)     the compute dtype, channels last: ``x.permute(0, 2, 3, 1)`` is contiguous
-    dy  (N, Cout, Ho, Wo)  likewise; so are y and dx, which the kernels make
+    dy  (N, Cout, Ho, Wo)  likewise; so are y and dx, which the kernels allocate
 
-A block at ``(r, c)`` reads channels ``group * Cin / groups + cb * bi`` and on: the group only offsets the channel. The
-last block of each tap and of each group may stick out; that part is phantom.
+A block at ``(r, c)`` reads the channels from ``group * Cin / groups + cb * bi`` on: the group only offsets the channel.
+The last block of each tap and of each group may stick out; that part is phantom.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+Lists = tuple[Tensor, Tensor, Tensor]
+"""Half of an index: where each block row (column) begins, and the block column (row) and slot of each entry."""
 
 PADDING = 16
 """Zero entries behind every list of an :class:`Index`, so that a kernel may read one group ahead."""
@@ -72,9 +74,35 @@ class Index(NamedTuple):
         """Z, the number of slots."""
         return self.row_slot.shape[0] - PADDING
 
+    @property
+    def by_row(self) -> Lists:
+        """``row_ptr``, ``row_col`` and ``row_slot``."""
+        return self[:3]
+
+    @property
+    def by_col(self) -> Lists:
+        """``col_ptr``, ``col_row`` and ``col_slot``."""
+        return self[3:]
+
+
+class LinearShape(NamedTuple):
+    """The geometry of a linear layer: all sizes except the number of tokens."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def op(self) -> str:
+        """The name of the op: ``"linear"``."""
+        return "linear"
+
+    def cells(self, block: tuple[int, int]) -> tuple[int, int]:
+        """Return ``(R, C)``."""
+        return -(-self.out_features // block[0]), -(-self.in_features // block[1])
+
 
 class ConvShape(NamedTuple):
-    """The sizes of a convolution, but for those of its input."""
+    """The geometry of a convolution: all sizes except those of its input."""
 
     in_channels: int
     out_channels: int
@@ -84,6 +112,11 @@ class ConvShape(NamedTuple):
     """Zeros around x: top, bottom, left, right. ``"same"`` with an even kernel needs one more on one side."""
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    @property
+    def op(self) -> str:
+        """The name of the op: ``"conv2d"``."""
+        return "conv2d"
 
     @property
     def taps(self) -> int:
@@ -121,84 +154,58 @@ class ConvShape(NamedTuple):
         """Return CB, the block columns of one tap."""
         return -(-self.group_in // bi)
 
+    def cells(self, block: tuple[int, int]) -> tuple[int, int]:
+        """Return ``(R, C)``."""
+        return self.groups * self.block_rows(block[0]), self.taps * self.block_cols(block[1])
 
-class Backend(Protocol):
-    """The functions of a backend. ``kernels/eager`` is the one to read first."""
 
-    def why_not(self, op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
-        """Return None when the backend can run ``op`` so, else the reason as half a sentence."""
+Geometry = LinearShape | ConvShape
+Shape = TypeVar("Shape", LinearShape, ConvShape, contravariant=True)
 
-    def fwd(self, x: Tensor, values: Tensor, bias: Tensor | None, index: Index, out_features: int) -> Tensor:
+
+class Kernels(Protocol[Shape]):
+    """The functions of a backend for one geometry: a module. Those of ``kernels/eager`` are the ones to read first."""
+
+    def fwd(self, x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Shape) -> Tensor:
         """Return ``y = x W' + bias``. An empty block row yields the bias."""
 
-    def dx(self, dy: Tensor, values: Tensor, index: Index, in_features: int) -> Tensor:
-        """Return ``dx = dy W``, shape ``(T, I)``. An empty block column yields zeros."""
+    def dx(self, dy: Tensor, values: Tensor, index: Index, geometry: Shape, size: tuple[int, ...]) -> Tensor:
+        """Return ``dx = dy W``. An empty block column yields zeros.
 
-    def dvalues(self, dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return the stored blocks of ``dW = dy' x`` as ``(Z, bo, bi)`` of ``dtype``."""
+        ``size`` is what x has behind its first two axes: ``(H, W)`` of a convolution, nothing of a linear layer.
+        """
 
-    def backward(self, dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tensor, Tensor]:
-        """Return ``dx`` and ``dvalues`` (of the dtype of ``values``): both gradients of a layer, at once."""
-
-    def block_norms(self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
-        """Return the Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])`` of ``dy' x``."""
-
-    def all_block_norms(self, dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
-        """Return the Frobenius norms ``(R, C)`` of all blocks of ``dy' x``, none of them stored."""
-
-    def sketch(self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) -> Tensor:
-        """Return ``(r, R, C)``: ``u[q]' G v[q]`` block by block, for ``u (r, O)``, ``v (r, I)``, ``G = dy' x``."""
-
-    def conv2d_fwd(self, x: Tensor, values: Tensor, bias: Tensor | None, index: Index, shape: ConvShape) -> Tensor:
-        """Return ``y (N, Cout, Ho, Wo)``, channels last, plus ``bias (Cout,)``. An empty block row yields the bias."""
-
-    def conv2d_dx(self, dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: tuple[int, int]) -> Tensor:
-        """Return ``dx (N, Cin, H, W)``, channels last, for the ``size (H, W)`` that x had."""
-
-    def conv2d_dvalues(
-        self, dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], shape: ConvShape, dtype: torch.dtype
+    def dvalues(
+        self, dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], geometry: Shape, dtype: torch.dtype
     ) -> Tensor:
-        """Return the stored blocks of the weight's gradient as ``(Z, bo, bi)`` of ``dtype``."""
+        """Return the stored blocks of the weight's gradient ``dy' x`` as ``(Z, bo, bi)`` of ``dtype``."""
 
-    def conv2d_backward(
-        self, dy: Tensor, x: Tensor, values: Tensor, index: Index, shape: ConvShape
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``dx`` and ``dvalues`` (of the dtype of ``values``): both gradients of a layer, at once."""
+    def backward(self, dy: Tensor, x: Tensor, values: Tensor, index: Index, geometry: Shape) -> tuple[Tensor, Tensor]:
+        """Return ``dx`` and ``dvalues`` (of the dtype of ``values``): both gradients of a layer at once."""
 
-    def conv2d_block_norms(
-        self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], shape: ConvShape
+    def block_norms(
+        self, dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], geometry: Shape
     ) -> Tensor:
         """Return the Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])`` of the weight's gradient."""
 
-    def conv2d_all_block_norms(self, dy: Tensor, x: Tensor, block: tuple[int, int], shape: ConvShape) -> Tensor:
-        """Return the Frobenius norms ``(R, C)`` of all blocks of the weight's gradient, none of them stored."""
+    def all_block_norms(self, dy: Tensor, x: Tensor, block: tuple[int, int], geometry: Shape) -> Tensor:
+        """Return the Frobenius norms ``(R, C)`` of all blocks of the weight's gradient, which is never stored."""
 
-    def conv2d_sketch(
-        self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], shape: ConvShape
-    ) -> Tensor:
-        """Return ``(r, R, C)``: :meth:`sketch` for ``u (r, Cout)`` and ``v (r, kh*kw*Cin/groups)``."""
+    def sketch(self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], geometry: Shape) -> Tensor:
+        """Return ``(r, R, C)``: ``u[q]' G v[q]`` block by block, G being the weight's gradient.
 
-
-def backward_in_two_calls(
-    dx: Callable[..., Tensor], dvalues: Callable[..., Tensor], dy: Tensor, x: Tensor, values: Tensor, index: Index
-) -> tuple[Tensor, Tensor]:
-    """Return what :meth:`Backend.backward` does, where doing both at once saves nothing."""
-    block = (values.shape[1], values.shape[2])
-    return dx(dy, values, index, x.shape[1]), dvalues(dy, x, index, block, values.dtype)
+        ``u`` is ``(r, O)`` and ``v`` ``(r, I)``; of a convolution ``(r, Cout)`` and ``(r, kh*kw*Cin/groups)``.
+        """
 
 
-def conv2d_backward_in_two_calls(
-    dx: Callable[..., Tensor],
-    dvalues: Callable[..., Tensor],
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    index: Index,
-    shape: ConvShape,
-) -> tuple[Tensor, Tensor]:
-    """Return what :meth:`Backend.conv2d_backward` does, where doing both at once saves nothing."""
-    block, size = (values.shape[1], values.shape[2]), (x.shape[2], x.shape[3])
-    return dx(dy, values, index, shape, size), dvalues(dy, x, index, block, shape, values.dtype)
+class Backend(Protocol):
+    """A package of kernels."""
+
+    def why_not(self, op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
+        """Return None when the backend can run ``op`` on such tensors, else the reason as half a sentence."""
+
+    def kernels(self, geometry: Geometry) -> Kernels[Any]:
+        """Return the module whose kernels run this geometry."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -51,8 +51,7 @@ del _use_kernels_beside_package, _let_ctrl_c_end_a_command_that_starts
 from sparsekern import ops, topology, transforms  # noqa: E402  the finder must be in place first
 from sparsekern.analysis import summary  # noqa: E402
 from sparsekern.files import load_, save  # noqa: E402
-from sparsekern.kernels.cpu import release_scratch  # noqa: E402
-from sparsekern.kernels.cpu.memory import keep_freed_memory  # noqa: E402
+from sparsekern.kernels.cpu import keep_freed_memory, release_scratch  # noqa: E402
 from sparsekern.nn import (  # noqa: E402
     SparseConv1d,
     SparseConv2d,

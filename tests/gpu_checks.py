@@ -92,17 +92,17 @@ SUPERTILE = Supertile(tile_out=64, tile_in=32, tile_t=16, warps=4, stages=3)
 
 def fwd(case: Case) -> Tensor:
     here = case.on(DEVICE)
-    return gpu.fwd(here.x, here.values, here.bias, here.index, case.grid.out_features)
+    return gpu.linear.fwd(here.x, here.values, here.bias, here.index, case.geometry)
 
 
 def dx(case: Case) -> Tensor:
     here = case.on(DEVICE)
-    return gpu.dx(here.dy, here.values, here.index, case.grid.in_features)
+    return gpu.linear.dx(here.dy, here.values, here.index, case.geometry)
 
 
 def dvalues(case: Case, dtype: torch.dtype | None = None) -> Tensor:
     here = case.on(DEVICE)
-    return gpu.dvalues(here.dy, here.x, here.index, case.grid.block, dtype or case.values.dtype)
+    return gpu.linear.dvalues(here.dy, here.x, here.index, case.grid.block, case.geometry, dtype or case.values.dtype)
 
 
 # Checks.
@@ -128,7 +128,7 @@ def check_block_norms(case: Case, *configs: Config) -> None:
     here, order = case.on(DEVICE), torch.randperm(case.grid.cells, generator=torch.Generator().manual_seed(1))
     row, col = (places[order].to(DEVICE) for places in all_cells(case))
     with forced(*configs):
-        norms = gpu.block_norms(here.dy, here.x, row, col, case.grid.block)
+        norms = gpu.linear.block_norms(here.dy, here.x, row, col, case.grid.block, case.geometry)
     check_norms(case, norms.cpu()[order.argsort()])
 
 
@@ -136,13 +136,15 @@ def check_all_block_norms(case: Case, *configs: Config) -> None:
     """Raise AssertionError unless the norms of all blocks, asked for at once, are right."""
     here = case.on(DEVICE)
     with forced(*configs):
-        check_norms(case, gpu.all_block_norms(here.dy, here.x, case.grid.block))
+        check_norms(case, gpu.linear.all_block_norms(here.dy, here.x, case.grid.block, case.geometry))
 
 
 def check_sketches(case: Case, pairs: int = 3) -> None:
     """Raise AssertionError unless sketches of random directions are right."""
     here, u, v = case.on(DEVICE), signs(pairs, case.grid.out_features, 0), signs(pairs, case.grid.in_features, 1)
-    check_sketch(case, gpu.sketch(here.dy, here.x, u.to(DEVICE), v.to(DEVICE), case.grid.block), u, v)
+    check_sketch(
+        case, gpu.linear.sketch(here.dy, here.x, u.to(DEVICE), v.to(DEVICE), case.grid.block, case.geometry), u, v
+    )
 
 
 def check_that_nan_stays_where_it_is_read(product: Product) -> None:
@@ -211,8 +213,8 @@ def check_far_values(product: Product) -> None:
     index = build_index(Topology(case.grid, *(torch.cat([free, places]).to(DEVICE) for places in (case.row, case.col))))
     here = case.on(DEVICE)
     with forced(product.config):
-        check_y(case, gpu.fwd(here.x, values, here.bias, index, 256))
-        check_dx(case, gpu.dx(here.dy, values, index, 256))
+        check_y(case, gpu.linear.fwd(here.x, values, here.bias, index, case.geometry))
+        check_dx(case, gpu.linear.dx(here.dy, values, index, case.geometry))
 
 
 def far_apart(x: Tensor, stride: int | None = None) -> Tensor:
@@ -231,5 +233,5 @@ def check_far_tokens(product: Product) -> None:
     ):
         here, x, dy = case.on(DEVICE), far_apart(case.x, stride), far_apart(case.dy, stride)
         with forced(product.config):
-            check_y(case, gpu.fwd(x, here.values, here.bias, here.index, case.grid.out_features))
-            check_dx(case, gpu.dx(dy, here.values, here.index, case.grid.in_features))
+            check_y(case, gpu.linear.fwd(x, here.values, here.bias, here.index, case.geometry))
+            check_dx(case, gpu.linear.dx(dy, here.values, here.index, case.geometry))

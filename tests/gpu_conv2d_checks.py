@@ -69,15 +69,15 @@ def check_far_pixels() -> None:
     x = huge(side * side * 16).view(1, side, side, 16).permute(0, 3, 1, 2)
     x[:, :, :: side - 1, :: side - 1] = here.x[:, :, ::2, ::2]
     with forced(*GATHER):
-        check_conv_y(case, gpu.conv2d_fwd(x, here.values, None, here.index, shape).cpu())
-        grad = gpu.conv2d_dvalues(here.dy, x, here.index, case.grid.block, shape, case.values.dtype)
+        check_conv_y(case, gpu.conv2d.fwd(x, here.values, None, here.index, shape).cpu())
+        grad = gpu.conv2d.dvalues(here.dy, x, here.index, case.grid.block, shape, case.values.dtype)
     check_conv_dvalues(case, grad.cpu(), case.values.dtype)
 
 
 def norms_of(case: ConvCase, order: Tensor) -> Tensor:
     """Return the norms of all blocks, asked for one by one in this order, sorted again."""
     here, (row, col) = case.on(DEVICE), (places[order].to(DEVICE) for places in all_conv_cells(case))
-    norms = gpu.conv2d_block_norms(here.dy, here.x, row, col, case.grid.block, case.shape)
+    norms = gpu.conv2d.block_norms(here.dy, here.x, row, col, case.grid.block, case.shape)
     return norms.cpu()[order.argsort()]
 
 
@@ -94,7 +94,7 @@ def check_outer(case: ConvCase, *configs: Config, dtype: torch.dtype | None = No
     """Raise AssertionError unless the stored gradient is right, its free slots and phantom parts zero."""
     here, wanted = case.on(DEVICE), dtype or case.values.dtype
     with forced(*configs):
-        grad = gpu.conv2d_dvalues(here.dy, here.x, here.index, case.grid.block, case.shape, wanted)
+        grad = gpu.conv2d.dvalues(here.dy, here.x, here.index, case.grid.block, case.shape, wanted)
     check_conv_dvalues(case, grad.cpu(), wanted)
 
 
@@ -109,14 +109,14 @@ def check_all_block_norms(case: ConvCase, *configs: Config) -> None:
     """Raise AssertionError unless the norms of all blocks, asked for at once, are right."""
     here = case.on(DEVICE)
     with forced(*configs):
-        norms = gpu.conv2d_all_block_norms(here.dy, here.x, case.grid.block, case.shape)
+        norms = gpu.conv2d.all_block_norms(here.dy, here.x, case.grid.block, case.shape)
     check_conv_norms(case, norms.cpu())
 
 
 def check_sketches(case: ConvCase, pairs: int = 2) -> None:
     """Raise AssertionError unless sketches of random directions are right."""
     here, u, v = case.on(DEVICE), signs(pairs, case.shape.out_channels, 0), signs(pairs, case.grid.in_features, 1)
-    sketch = gpu.conv2d_sketch(here.dy, here.x, u.to(DEVICE), v.to(DEVICE), case.grid.block, case.shape)
+    sketch = gpu.conv2d.sketch(here.dy, here.x, u.to(DEVICE), v.to(DEVICE), case.grid.block, case.shape)
     check_conv_sketch(case, sketch.cpu(), u, v)
 
 
@@ -124,7 +124,7 @@ def check_that_phantom_elements_are_zero(case: ConvCase, *configs: Config) -> No
     """Raise AssertionError if a NaN in x and dy reaches the part of a block outside the matrix, or a free slot."""
     broken = replace(case, x=torch.full_like(case.x, NAN), dy=torch.full_like(case.dy, NAN)).on(DEVICE)
     with forced(*configs):
-        grad = gpu.conv2d_dvalues(broken.dy, broken.x, broken.index, case.grid.block, case.shape, case.values.dtype)
+        grad = gpu.conv2d.dvalues(broken.dy, broken.x, broken.index, case.grid.block, case.shape, case.values.dtype)
     real_rows, real_cols = case.grid.real_rows(case.row), case.grid.real_cols(case.col)
     for block, rows, cols in zip(grad.cpu(), real_rows.tolist(), real_cols.tolist(), strict=True):
         assert not block[rows:].any() and not block[:, cols:].any(), "phantom elements are wrong"
@@ -135,15 +135,15 @@ def check_that_nan_stays_where_it_is_read(case: ConvCase, *configs: Config) -> N
     """Raise AssertionError if a NaN in a channel of x (of dy) reaches a result that does not read that channel."""
     with forced(*configs):
         here, shape, (bo, bi) = case.on(DEVICE), case.shape, case.grid.block
-        y = gpu.conv2d_fwd(here.x, here.values, None, here.index, shape).cpu()
-        dx = gpu.conv2d_dx(here.dy, here.values, here.index, shape, case.size).cpu()
+        y = gpu.conv2d.fwd(here.x, here.values, None, here.index, shape).cpu()
+        dx = gpu.conv2d.dx(here.dy, here.values, here.index, shape, case.size).cpu()
         pairs = [
             (r, c % case.grid.tap_cols) for r, c in zip(case.row.tolist(), case.col.tolist(), strict=True) if r >= 0
         ]
         for cb in range(case.grid.tap_cols):
             x = case.x.clone()
             x[:, cb * bi] = NAN
-            result = gpu.conv2d_fwd(x.to(DEVICE), here.values, None, here.index, shape).cpu()
+            result = gpu.conv2d.fwd(x.to(DEVICE), here.values, None, here.index, shape).cpu()
             unread = [r for r in range(case.grid.rows) if (r, cb) not in pairs]
             for r in unread:
                 part = slice(r * bo, (r + 1) * bo)
@@ -152,7 +152,7 @@ def check_that_nan_stays_where_it_is_read(case: ConvCase, *configs: Config) -> N
         for r in range(case.grid.rows):
             dy = case.dy.clone()
             dy[:, r * bo] = NAN
-            result = gpu.conv2d_dx(dy.to(DEVICE), here.values, here.index, shape, case.size).cpu()
+            result = gpu.conv2d.dx(dy.to(DEVICE), here.values, here.index, shape, case.size).cpu()
             for cb in range(case.grid.tap_cols):
                 part = slice(cb * bi, (cb + 1) * bi)
                 if (r, cb) not in pairs:

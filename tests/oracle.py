@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from sparsekern.kernels.contract import Index, accumulate_dtype
+from sparsekern.kernels.contract import Index, LinearShape, accumulate_dtype
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
@@ -83,6 +83,10 @@ class Case:
     @property
     def index(self) -> Index:
         return build_index(Topology(self.grid, self.row, self.col))
+
+    @property
+    def geometry(self) -> LinearShape:
+        return LinearShape(self.grid.in_features, self.grid.out_features)
 
     def on(self, device: str) -> Case:
         """Return the case with its tensors on a device, in the same layout; checks want the one on the CPU."""
@@ -177,12 +181,12 @@ def check_kernels(backend: ModuleType, case: Case, device: str = "cpu") -> None:
     """Raise AssertionError unless the linear kernels of a backend give what the oracle says."""
     here, grid, dtype = case.on(device), case.grid, case.values.dtype
     index = here.index
-    y = backend.fwd(here.x, here.values, here.bias, index, grid.out_features)
+    y = backend.linear.fwd(here.x, here.values, here.bias, index, case.geometry)
     check_y(case, y)
     assert y.is_contiguous()
-    check_dx(case, backend.dx(here.dy, here.values, index, grid.in_features))
-    check_dvalues(case, backend.dvalues(here.dy, here.x, index, grid.block, dtype), dtype)
-    dx, dvalues = backend.backward(here.dy, here.x, here.values, index)
+    check_dx(case, backend.linear.dx(here.dy, here.values, index, case.geometry))
+    check_dvalues(case, backend.linear.dvalues(here.dy, here.x, index, grid.block, case.geometry, dtype), dtype)
+    dx, dvalues = backend.linear.backward(here.dy, here.x, here.values, index, case.geometry)
     assert dx.is_contiguous() and dvalues.is_contiguous()
     check_dx(case, dx)
     check_dvalues(case, dvalues, dtype)

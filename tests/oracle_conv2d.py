@@ -89,6 +89,10 @@ class ConvCase:
     dy: Tensor
 
     @property
+    def geometry(self) -> ConvShape:
+        return self.shape
+
+    @property
     def index(self) -> Index:
         return build_index(Topology(self.grid, self.row, self.col))
 
@@ -229,15 +233,15 @@ def check_conv(backend: ModuleType, case: ConvCase, device: str = "cpu", product
     """Raise AssertionError unless the three convolution kernels of a backend give what the oracle says."""
     here, shape, dtype = case.on(device), case.shape, case.values.dtype
     index = here.index
-    y = backend.conv2d_fwd(here.x, here.values, here.bias, index, shape)
+    y = backend.conv2d.fwd(here.x, here.values, here.bias, index, shape)
     check_conv_y(case, y, products)
-    dx = backend.conv2d_dx(here.dy, here.values, index, shape, case.size)
+    dx = backend.conv2d.dx(here.dy, here.values, index, shape, case.size)
     check_conv_dx(case, dx, products)
     for name, result in (("y", y), ("dx", dx)):
         assert result.permute(0, 2, 3, 1).is_contiguous(), f"{name} is not channels last: {result.stride()}"
-    dvalues = backend.conv2d_dvalues(here.dy, here.x, index, case.grid.block, shape, dtype)
+    dvalues = backend.conv2d.dvalues(here.dy, here.x, index, case.grid.block, shape, dtype)
     check_conv_dvalues(case, dvalues, dtype, products)
-    both = backend.conv2d_backward(here.dy, here.x, here.values, index, shape)
+    both = backend.conv2d.backward(here.dy, here.x, here.values, index, shape)
     assert all(torch.equal(a, b) for a, b in zip(both, (dx, dvalues), strict=True)), "backward differs from its halves"
     assert both[0].stride() == dx.stride() and both[1].dtype == dtype
 

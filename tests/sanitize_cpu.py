@@ -187,9 +187,8 @@ def sweep(library_file: Path, seeds: int) -> None:
             library.release_scratch()
             real(which, *arguments)
 
-        parts = ("linear", "scores", "conv2d", "conv2d_scores")
-        patches = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in parts)
-        with next(patches), next(patches), next(patches), next(patches):
+        linear, conv2d = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in ("linear", "conv2d"))
+        with linear, conv2d:
             for seed, given in enumerate(cases(seeds)):
                 case = random_case(seed, **given)
                 run_linear(case, seed % 11 + 1, check=seed % len(LEVELS) == turn)
@@ -218,18 +217,21 @@ def run_linear(case: Case, pairs: int, *, check: bool) -> None:
 
     grid, index, block = case.grid, case.index, case.grid.block
     u, v = signs(pairs, grid.out_features, 1), signs(pairs, grid.in_features, 2)
-    sketch, norms = cpu.sketch(case.dy, case.x, u, v, block), cpu.all_block_norms(case.dy, case.x, block)
+    sketch, norms = (
+        cpu.linear.sketch(case.dy, case.x, u, v, block, case.geometry),
+        cpu.linear.all_block_norms(case.dy, case.x, block, case.geometry),
+    )
     used = case.row >= 0
-    cpu.block_norms(case.dy, case.x, case.row[used], case.col[used], block)
+    cpu.linear.block_norms(case.dy, case.x, case.row[used], case.col[used], block, case.geometry)
     if check:
         check_kernels(cpu, case)
         check_sketch(case, sketch, u, v)
         check_norms(case, norms)
     else:
-        cpu.fwd(case.x, case.values, case.bias, index, grid.out_features)
-        cpu.dx(case.dy, case.values, index, grid.in_features)
-        cpu.dvalues(case.dy, case.x, index, block, case.values.dtype)
-        cpu.backward(case.dy, case.x, case.values, index)
+        cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry)
+        cpu.linear.dx(case.dy, case.values, index, case.geometry)
+        cpu.linear.dvalues(case.dy, case.x, index, block, case.geometry, case.values.dtype)
+        cpu.linear.backward(case.dy, case.x, case.values, index, case.geometry)
 
 
 def run_noise(calls: Calls, index: Index, block: tuple[int, int], seed: int) -> None:
@@ -329,16 +331,16 @@ def run_conv(case: ConvCase, pairs: int, *, check: bool) -> None:
 
     index, block, shape = case.index, case.grid.block, case.shape
     u, v = signs(pairs, case.grid.out_features, 1), signs(pairs, case.grid.in_features, 2)
-    sketch = cpu.conv2d_sketch(case.dy, case.x, u, v, block, shape)
-    cpu.conv2d_all_block_norms(case.dy, case.x, block, shape)
+    sketch = cpu.conv2d.sketch(case.dy, case.x, u, v, block, shape)
+    cpu.conv2d.all_block_norms(case.dy, case.x, block, shape)
     if check:
         check_conv(cpu, case)
         check_conv_sketch(case, sketch, u, v)
     else:
-        cpu.conv2d_fwd(case.x, case.values, case.bias, index, shape)
-        cpu.conv2d_dx(case.dy, case.values, index, shape, case.size)
-        cpu.conv2d_dvalues(case.dy, case.x, index, block, shape, case.values.dtype)
-        cpu.conv2d_backward(case.dy, case.x, case.values, index, shape)
+        cpu.conv2d.fwd(case.x, case.values, case.bias, index, shape)
+        cpu.conv2d.dx(case.dy, case.values, index, shape, case.size)
+        cpu.conv2d.dvalues(case.dy, case.x, index, block, shape, case.values.dtype)
+        cpu.conv2d.backward(case.dy, case.x, case.values, index, shape)
 
 
 def main() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,6 @@ from tests.oracle_conv2d import ConvCase, check_conv, check_conv_dvalues, check_
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-CONV2D = sys.modules["sparsekern.kernels.eager.conv2d"]  # in the package that name is also a function's prefix
-
 
 @pytest.fixture
 def case() -> ConvCase:
@@ -28,15 +25,15 @@ def case() -> ConvCase:
 
 
 def y_is_right(case: ConvCase) -> None:
-    check_conv_y(case, eager.conv2d_fwd(case.x, case.values, case.bias, case.index, case.shape))
+    check_conv_y(case, eager.conv2d.fwd(case.x, case.values, case.bias, case.index, case.shape))
 
 
 def dx_is_right(case: ConvCase) -> None:
-    check_conv_dx(case, eager.conv2d_dx(case.dy, case.values, case.index, case.shape, case.size))
+    check_conv_dx(case, eager.conv2d.dx(case.dy, case.values, case.index, case.shape, case.size))
 
 
 def dvalues_are_right(case: ConvCase) -> None:
-    grad = eager.conv2d_dvalues(case.dy, case.x, case.index, case.grid.block, case.shape, torch.float32)
+    grad = eager.conv2d.dvalues(case.dy, case.x, case.index, case.grid.block, case.shape, torch.float32)
     check_conv_dvalues(case, grad, torch.float32)
 
 
@@ -93,8 +90,10 @@ def test_the_taps_of_dx_in_reverse_order(case, monkeypatch):
 @pytest.mark.parametrize("check", [y_is_right, dx_is_right])
 def test_a_free_slot_multiplied(case, check, monkeypatch):
     check(case)
-    healthy = CONV2D.entry_owners
-    monkeypatch.setattr(CONV2D, "entry_owners", lambda ptr, *span: healthy(ptr, *span).clamp(max=ptr.shape[0] - 2))
+    healthy = eager.conv2d.entry_owners
+    monkeypatch.setattr(
+        eager.conv2d, "entry_owners", lambda ptr, *span: healthy(ptr, *span).clamp(max=ptr.shape[0] - 2)
+    )
     assert_red(check, case)
 
 
@@ -102,18 +101,18 @@ def test_phantom_elements_not_cleared_where_a_nan_meets_the_filling(case, monkey
     nan = torch.full_like(case.x, float("nan"))
 
     def phantom(case: ConvCase) -> bool:
-        grad = eager.conv2d_dvalues(case.dy, nan, case.index, case.grid.block, case.shape, torch.float32)
+        grad = eager.conv2d.dvalues(case.dy, nan, case.index, case.grid.block, case.shape, torch.float32)
         return bool(grad[case.row % 2 == 1, 3:].any())  # 7 = 4 + 3 channels in each group
 
     assert not phantom(case)
-    monkeypatch.setattr(CONV2D, "clear_phantom", lambda *args, **kwargs: None)
+    monkeypatch.setattr(eager.conv2d, "clear_phantom", lambda *args, **kwargs: None)
     assert phantom(case)
 
 
 def test_a_result_that_is_not_channels_last(case, monkeypatch):
     check_conv(eager, case)
-    healthy = eager.conv2d_fwd
-    monkeypatch.setattr(eager, "conv2d_fwd", lambda *args: healthy(*args).contiguous())
+    healthy = eager.conv2d.fwd
+    monkeypatch.setattr(eager.conv2d, "fwd", lambda *args: healthy(*args).contiguous())
     with pytest.raises(AssertionError, match="y is not channels last"):
         check_conv(eager, case)
 

@@ -23,7 +23,7 @@ def images(count: int, blocks: int = 6, **given: object) -> ConvCase:
 
 def dvalues(case: ConvCase, first: int = 0, last: int | None = None) -> Tensor:
     dy, x = case.dy[first:last], case.x[first:last]
-    return cpu.conv2d_dvalues(dy, x, case.index, case.grid.block, case.shape, torch.float32)
+    return cpu.conv2d.dvalues(dy, x, case.index, case.grid.block, case.shape, torch.float32)
 
 
 def test_few_blocks_are_summed_by_parts_and_many_are_not() -> None:
@@ -43,11 +43,11 @@ def test_any_number_of_images_and_threads(count: int, given: dict[str, object], 
     case = images(count, **given)
     check_conv(cpu, case)
     threads(1)
-    dx = cpu.conv2d_dx(case.dy, case.values, case.index, case.shape, case.size)
+    dx = cpu.conv2d.dx(case.dy, case.values, case.index, case.shape, case.size)
     expected = dvalues(case)
     for number in (1, 2, 3, 4):
         threads(number)
-        found = cpu.conv2d_backward(case.dy, case.x, case.values, case.index, case.shape)
+        found = cpu.conv2d.backward(case.dy, case.x, case.values, case.index, case.shape)
         assert torch.equal(dvalues(case), expected), f"{number} threads"
         assert torch.equal(found[0], dx), f"{number} threads"
         assert torch.equal(found[1].float(), expected.to(found[1].dtype).float()), f"{number} threads"
@@ -55,8 +55,8 @@ def test_any_number_of_images_and_threads(count: int, given: dict[str, object], 
 
 def test_an_image_that_leaves_the_caches_is_written_past_them_by_each_thread(threads: Callable[[int], None]) -> None:
     case = images(2, height=300, width=290, group_in=64)
-    dx = cpu.conv2d_dx(case.dy, case.values, case.index, case.shape, case.size)
+    dx = cpu.conv2d.dx(case.dy, case.values, case.index, case.shape, case.size)
     for number in (1, 2):
         threads(number)
-        found = cpu.conv2d_backward(case.dy, case.x, case.values, case.index, case.shape)
+        found = cpu.conv2d.backward(case.dy, case.x, case.values, case.index, case.shape)
         assert torch.equal(found[0], dx) and torch.equal(found[1], dvalues(case))

@@ -35,19 +35,19 @@ def layer(block: tuple[int, int], out_features: int, in_features: int, dtype: to
 @pytest.mark.parametrize("block", [(1, 1), (16, 16), (32, 64), (16, 128)])
 def test_linear(block: tuple[int, int], wide: int, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     case = layer(block, wide, 64, dtype)
-    y = [cpu.fwd(x, case.values, case.bias, case.index, wide) for x in (case.x, *case.x.split(SOME))]
+    y = [cpu.linear.fwd(x, case.values, case.bias, case.index, case.geometry) for x in (case.x, *case.x.split(SOME))]
     assert torch.equal(y[0], torch.cat(y[1:]))
     threads(2)
-    assert torch.equal(y[0], cpu.fwd(case.x, case.values, case.bias, case.index, wide))
+    assert torch.equal(y[0], cpu.linear.fwd(case.x, case.values, case.bias, case.index, case.geometry))
 
     threads(1)
     case = layer(block, 64, wide, dtype)
-    dx = [cpu.dx(dy, case.values, case.index, wide) for dy in (case.dy, *case.dy.split(SOME))]
+    dx = [cpu.linear.dx(dy, case.values, case.index, case.geometry) for dy in (case.dy, *case.dy.split(SOME))]
     assert torch.equal(dx[0], torch.cat(dx[1:]))
-    dvalues = cpu.dvalues(case.dy, case.x, case.index, block, dtype)
+    dvalues = cpu.linear.dvalues(case.dy, case.x, case.index, block, case.geometry, dtype)
     for count in (1, 2):
         threads(count)
-        found = cpu.backward(case.dy, case.x, case.values, case.index)
+        found = cpu.linear.backward(case.dy, case.x, case.values, case.index, case.geometry)
         assert torch.equal(dx[0], found[0]) and torch.equal(dvalues, found[1])
 
 
@@ -78,14 +78,14 @@ def test_convolution(
 ) -> None:
     """9 MB of y and dx, or more."""
     case = images(block, kernel, count * stride**2, size, wide, 16, stride)
-    y = [cpu.conv2d_fwd(x, case.values, case.bias, case.index, case.shape) for x in (case.x, *case.x.split(some))]
+    y = [cpu.conv2d.fwd(x, case.values, case.bias, case.index, case.shape) for x in (case.x, *case.x.split(some))]
     assert torch.equal(y[0], torch.cat(y[1:]))
 
     case = images(block, kernel, count, size, 16, wide, stride)
-    dx = [cpu.conv2d_dx(dy, case.values, case.index, case.shape, case.size) for dy in (case.dy, *case.dy.split(some))]
+    dx = [cpu.conv2d.dx(dy, case.values, case.index, case.shape, case.size) for dy in (case.dy, *case.dy.split(some))]
     assert torch.equal(dx[0], torch.cat(dx[1:]))
-    dvalues = cpu.conv2d_dvalues(case.dy, case.x, case.index, block, case.shape, torch.float32)
+    dvalues = cpu.conv2d.dvalues(case.dy, case.x, case.index, block, case.shape, torch.float32)
     for number in (1, 2):
         threads(number)
-        found = cpu.conv2d_backward(case.dy, case.x, case.values, case.index, case.shape)
+        found = cpu.conv2d.backward(case.dy, case.x, case.values, case.index, case.shape)
         assert torch.equal(dx[0], found[0]) and torch.equal(dvalues, found[1])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import LinearShape
 
 from sparsekern.topology import Grid, Topology, build_index
 from tests.kernels.cpu.linear_calls import (
@@ -48,8 +49,12 @@ def test_a_nan_in_x_reaches_only_the_rows_that_read_it(side: int, tokens: int) -
     x[:, 0] = NAN
     reached = torch.arange(2 * side) < side
 
-    assert torch.equal(cpu.fwd(x, values, None, index, 2 * side).isnan(), reached.expand(tokens, -1))
-    assert torch.equal(cpu.dx(x, values, index, 2 * side).isnan(), reached.expand(tokens, -1))
+    assert torch.equal(
+        cpu.linear.fwd(x, values, None, index, LinearShape(x.shape[-1], 2 * side)).isnan(), reached.expand(tokens, -1)
+    )
+    assert torch.equal(
+        cpu.linear.dx(x, values, index, LinearShape(2 * side, x.shape[-1])).isnan(), reached.expand(tokens, -1)
+    )
 
 
 @pytest.mark.parametrize("tokens", [7, 40])

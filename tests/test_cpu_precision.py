@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from sparsekern.kernels import cpu
-from sparsekern.kernels.contract import Index
+from sparsekern.kernels.contract import Index, LinearShape
 from sparsekern.kernels.cpu import library
 from torch import Tensor
 
@@ -35,10 +35,12 @@ def through(x: Tensor, way: str) -> Tensor:
     features = x.shape[1]
     values, index = diagonal(features, 1 if "1x1" in way else 16)
     if way == "fwd few":
-        return torch.cat([cpu.fwd(part, values, None, index, features) for part in x.split(2)])
+        return torch.cat(
+            [cpu.linear.fwd(part, values, None, index, LinearShape(part.shape[-1], features)) for part in x.split(2)]
+        )
     if way.startswith("fwd"):
-        return cpu.fwd(x, values, None, index, features)
-    return cpu.dx(x, values, index, features)
+        return cpu.linear.fwd(x, values, None, index, LinearShape(x.shape[-1], features))
+    return cpu.linear.dx(x, values, index, LinearShape(features, x.shape[-1]))
 
 
 def one_sum(way: str, a: Tensor, b: Tensor) -> Tensor:
@@ -52,10 +54,12 @@ def one_sum(way: str, a: Tensor, b: Tensor) -> Tensor:
     x = torch.cat([a, b], 1)
     if way.startswith("dx"):
         index = build_index(Topology(Grid(2 * features, features, (side, side)), col, row))
-        return cpu.dx(x, values, index, features)
+        return cpu.linear.dx(x, values, index, LinearShape(features, x.shape[-1]))
     index = build_index(Topology(Grid(features, 2 * features, (side, side)), row, col))
     pieces = x.split(2) if way == "fwd few" else [x]
-    return torch.cat([cpu.fwd(piece, values, None, index, features) for piece in pieces])
+    return torch.cat(
+        [cpu.linear.fwd(piece, values, None, index, LinearShape(piece.shape[-1], features)) for piece in pieces]
+    )
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -93,7 +97,7 @@ def test_nan_and_infinity_stay_what_they_are(dtype: torch.dtype, tokens: int, si
         x[:, block * side] = number
     values, index = diagonal(4 * side, side)
 
-    y = cpu.fwd(x, torch.ones_like(values), None, index, 4 * side)
+    y = cpu.linear.fwd(x, torch.ones_like(values), None, index, LinearShape(x.shape[-1], 4 * side))
 
     expected = torch.tensor([float("nan"), float("inf"), float("-inf"), side]).repeat_interleave(side).to(dtype)
     same(y, expected.expand(tokens, -1).contiguous())
@@ -149,9 +153,28 @@ def test_sums_over_many_inputs_are_not_formed_in_half_precision(dtype: torch.dty
     ones, index = torch.ones(4096 // side, side, side).to(dtype), build_index(topology)
 
     for tokens in (1, 30):
-        assert (cpu.fwd(torch.ones(tokens, 4096).to(dtype), ones, None, index, side) == 4096).all()
+        assert (
+            cpu.linear.fwd(
+                torch.ones(tokens, 4096).to(dtype),
+                ones,
+                None,
+                index,
+                LinearShape(torch.ones(tokens, 4096).to(dtype).shape[-1], side),
+            )
+            == 4096
+        ).all()
     many = torch.ones(4096, side).to(dtype)
-    assert (cpu.dvalues(many, torch.ones(4096, 4096).to(dtype), index, (side, side), torch.float32) == 4096).all()
+    assert (
+        cpu.linear.dvalues(
+            many,
+            torch.ones(4096, 4096).to(dtype),
+            index,
+            (side, side),
+            LinearShape(torch.ones(4096, 4096).to(dtype).shape[-1], many.shape[-1]),
+            torch.float32,
+        )
+        == 4096
+    ).all()
 
 
 @pytest.mark.parametrize("side", [1, 16])
@@ -160,5 +183,8 @@ def test_dvalues_of_half_precision_inputs_keep_the_precision_of_their_sums(side:
     values, index = diagonal(side, side)
     x, dy = torch.ones(2, side).half(), torch.tensor([[1.0], [2**-13]]).expand(2, side).half()
 
-    assert (cpu.dvalues(dy, x, index, (side, side), torch.float32) == 1 + 2**-13).all()
+    assert (
+        cpu.linear.dvalues(dy, x, index, (side, side), LinearShape(x.shape[-1], dy.shape[-1]), torch.float32)
+        == 1 + 2**-13
+    ).all()
     assert values.shape == (1, side, side)

@@ -24,9 +24,9 @@ PAGE = 4096
 def all_three(case: Case) -> list[torch.Tensor]:
     grid, index = case.grid, case.index
     return [
-        cpu.fwd(case.x, case.values, case.bias, index, grid.out_features),
-        cpu.dx(case.dy, case.values, index, grid.in_features),
-        cpu.dvalues(case.dy, case.x, index, grid.block, case.values.dtype),
+        cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry),
+        cpu.linear.dx(case.dy, case.values, index, case.geometry),
+        cpu.linear.dvalues(case.dy, case.x, index, grid.block, case.geometry, case.values.dtype),
     ]
 
 
@@ -56,13 +56,15 @@ import os, sys, threading, time
 import torch
 import sparsekern as sk
 from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import LinearShape
 
 torch.set_num_threads(2)
 layer = sk.SparseLinear(512, 512, block_size=32, sparsity=0.5, seed=0)
 values, index = layer.values.detach(), layer.index
 x = torch.randn(300, 512)
-call = lambda: (cpu.fwd(x, values, None, index, 512), cpu.dx(x, values, index, 512),
-                cpu.dvalues(x, x, index, (32, 32), torch.float32))
+sizes = LinearShape(512, 512)
+call = lambda: (cpu.linear.fwd(x, values, None, index, sizes), cpu.linear.dx(x, values, index, sizes),
+                cpu.linear.dvalues(x, x, index, (32, 32), sizes, torch.float32))
 expected = call()  # on two threads, which live on and which no child will have
 
 def right():
@@ -119,7 +121,7 @@ torch.set_num_threads(1)
 stop = False
 def grow_and_release():
     while not stop:
-        cpu.fwd(x[:16], values, None, index, 512)
+        cpu.linear.fwd(x[:16], values, None, index, sizes)
         cpu.release_scratch()
 other = threading.Thread(target=grow_and_release)
 other.start()
@@ -127,7 +129,7 @@ ends = []
 for _ in range(150):
     child = os.fork()
     if child == 0:
-        cpu.fwd(x[:16], values, None, index, 512)
+        cpu.linear.fwd(x[:16], values, None, index, sizes)
         os._exit(0)
     ends.append(end_of(child))
 stop = True
@@ -153,7 +155,7 @@ class Multiplied(torch.utils.data.Dataset):
     def __len__(self):
         return 8
     def __getitem__(self, item):
-        return cpu.fwd(x + item, values, None, index, 512)[:4]
+        return cpu.linear.fwd(x + item, values, None, index, sizes)[:4]
 
 alone = [Multiplied()[item] for item in range(8)]
 loader = torch.utils.data.DataLoader(
@@ -203,8 +205,8 @@ def test_ten_thousand_calls_of_changing_shapes_leave_memory_as_it_was() -> None:
     def calls(number: int) -> None:
         for n in range(number):
             case, index = ready[n % len(ready)]
-            cpu.fwd(case.x, case.values, case.bias, index, case.grid.out_features)
-            cpu.dvalues(case.dy, case.x, index, case.grid.block, torch.float32)
+            cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry)
+            cpu.linear.dvalues(case.dy, case.x, index, case.grid.block, case.geometry, torch.float32)
 
     calls(1000)
     before, scratch = resident(), library.scratch_bytes()

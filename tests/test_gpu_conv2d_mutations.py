@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sparsekern.kernels.gpu import conv2d_scores
+from sparsekern.kernels.gpu import conv2d
 
 from tests.broken_kernels import SEEN, mutate
 from tests.device import interpreted_only
@@ -75,7 +75,7 @@ def sketch(**given: Any) -> Callable[[], None]:
 
 def sketch_in_panels() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv2d_scores, "SKETCH_BYTES", 1)
+        patch.setattr(conv2d, "SKETCH_BYTES", 1)
         check_sketches(edge_case(kernel=(1, 2)))
 
 
@@ -85,12 +85,8 @@ STRIDED, GROUPED, DILATED = SHAPES["strided"], SHAPES["grouped"], SHAPES["dilate
 
 
 TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
-    "conv2d_multiply": [
+    "conv2d_multiply.conv2d_multiply_kernel": [
         ("missing int64 cast of the pitch", check_far_pixels, "(groups * in_group).to(tl.int64)", "groups * in_group"),
-        ("all taps the first", kernels(), "tap = quotient(number, per_tap, SIDE)", "tap = number * 0"),
-        ("rows of the kernel for columns", kernels(kernel=(1, 3)),
-         "(tap - i * kernel_width) * step_x", "i * step_x"),
-        ("steps upside down", kernels(), "i * step_y) // DIV_Y", "0 - i * step_y) // DIV_Y"),
         ("phase of rows forgotten", kernels(**STRIDED), "origin_y += phase_y", "origin_y += 0"),
         ("phase of columns forgotten", kernels(**STRIDED), "origin_x += phase_x", "origin_x += 0"),
         ("lists of the first phase only", kernels(**STRIDED),
@@ -131,7 +127,13 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("last pixel not read again", whole, "pixel, y, x = place_of_token(tl.minimum(t, last)",
          "pixel, y, x = place_of_token(t"),
     ],
-    "conv2d_lists": [
+    "conv2d_multiply.place_of_block": [
+        ("all taps the first", kernels(), "tap = quotient(number, per_tap, SIDE)", "tap = number * 0"),
+        ("rows of the kernel for columns", kernels(kernel=(1, 3)),
+         "(tap - i * kernel_width) * step_x", "i * step_x"),
+        ("steps upside down", kernels(), "i * step_y) // DIV_Y", "0 - i * step_y) // DIV_Y"),
+    ],
+    "conv2d_multiply.lists_kernel": [
         ("lists: order of taps forgotten", kernels(), "tap * rows + row % rows", "row % rows"),
         ("lists: row of the whole weight", kernels(**GROUPED), "row % rows, mask", "row, mask"),
         ("lists: taps of all phases", kernels(**STRIDED), "high = tl.where(its == phase, high, low)", "high = high"),
@@ -141,12 +143,14 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
          "high = tl.where(its == phase, high, low)", "high = tl.where(its == phase, stop, low)"),
         ("lists: wrong slot", kernels(), "begin + entry - low, slot, mask", "begin + entry - low, entry, mask"),
         ("lists: the end not written", kernels(), "tl.store(ptr_ptr + number + 1, begin, mask=last)", "pass"),
+    ],
+    "conv2d_multiply.phase_of_tap": [
         ("lists: padding of the other side", kernels(**STRIDED, padding=(1, 1, 2, 2)),
          "dilation_y - top", "dilation_y - left"),
         ("lists: dilation forgotten", kernels(**SHAPES["dilated and strided"]),
          "tap // kernel_width * dilation_y", "tap // kernel_width"),
     ],
-    "conv2d_outer": [
+    "conv2d_outer.conv2d_outer_kernel": [
         ("outer: missing int64 cast of the pitch", check_far_pixels,
          "(groups * in_group).to(tl.int64)", "groups * in_group"),
         ("outer: no bound of rows", outer(), "is_inside(y[None, :] + tap_y[:, None], height) &", ""),
@@ -170,7 +174,7 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("outer: all splits the first", in_splits, "begin = split * tokens_per_split", "begin = split * 0"),
         ("norms: the square kept", block_norms(), "tl.sqrt(tl.sum(tl.reshape", "(tl.sum(tl.reshape"),
     ],
-    "conv2d_supertiles": [
+    "conv2d_outer.conv2d_supertile_kernel": [
         ("supertile: no bound of rows", all_block_norms(), "is_inside(y + tap_y, height) &", ""),
         ("supertile: all groups the first", all_block_norms(groups=2), "(group * in_group + i)", "i"),
         ("supertile: taps in the place of one", all_block_norms(), "(tap * per_tap + c)", "c"),
@@ -179,7 +183,7 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("supertile: mask of the norms dropped", all_block_norms(groups=2),
          "mask=(r < rows)[:, None] & (c < per_tap)[None, :]", ""),
     ],
-    "conv2d_projection": [
+    "conv2d_outer.conv2d_projection_kernel": [
         ("projection: no bound of columns", sketch(), " & is_inside(x + tap_x, width)", ""),
         ("projection: the first tap of directions", sketch(), "(line * taps + tap)", "(line * taps)"),
         ("projection: all groups the first", sketch(groups=2),
@@ -199,14 +203,13 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("pixels: rounded down", kernels(group_in=100), "number.to(tl.float32) + 0.5", "number.to(tl.float32) - 0.001"),
     ],
     "conv2d": [
-        ("dx by the taps of the forward", kernels(), "(-shape.dilation[0], -shape.dilation[1])", "shape.dilation"),
+        ("dx by the taps of the forward", kernels(),
+         "(-geometry.dilation[0], -geometry.dilation[1])", "geometry.dilation"),
         ("padding of the other side", kernels(padding=(1, 0, 2, 0)),
          "origin, step = (-top, -left)", "origin, step = (-left, -top)"),
         ("workspace not reduced", in_splits, "if splits > 1:", "if splits > 99:"),
         ("norms of splits added up", block_norms(images=8, groups=2), "NORMS=norms and splits == 1", "NORMS=norms"),
         ("nothing written without pixels", outer(images=0), "out.zero_()", "pass"),
-    ],
-    "conv2d_scores": [
         ("sketch: the first group of dy", sketch(groups=2), "enumerate(zip(part.chunk(groups, 1)",
          "enumerate(zip(part.chunk(groups, 1)[:1] * groups"),
     ],
@@ -214,7 +217,7 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("the filling of images not cleared", kernels(**GROUPED), "filled[..., features:] = 0", "pass"),
     ],
 }  # fmt: skip
-"""By file: a name, the check that must turn red, what is replaced, by what."""
+"""By file, or function of a file: a name, the check that must turn red, what is replaced, by what."""
 
 MUTATIONS = [(name, file, *rest) for file, rows in TABLE.items() for name, *rest in rows]
 

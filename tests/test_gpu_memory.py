@@ -43,8 +43,8 @@ def test_what_a_product_holds(given: dict[str, Any], fwd_copies: int, dx_copies:
     case = drawn(("xxxx",) * 4, **settings, x_layout="contiguous", dy_layout="contiguous")
     index = case.index
 
-    fwd = held(lambda: gpu.fwd(case.x, case.values, None, index, 256))
-    dx = held(lambda: gpu.dx(case.dy, case.values, index, 256))
+    fwd = held(lambda: gpu.linear.fwd(case.x, case.values, None, index, case.geometry))
+    dx = held(lambda: gpu.linear.dx(case.dy, case.values, index, case.geometry))
 
     assert fwd <= fwd_copies * case.values.numel() + SMALL
     assert dx <= dx_copies * case.values.numel() + SMALL
@@ -56,7 +56,7 @@ def test_what_a_product_holds(given: dict[str, Any], fwd_copies: int, dx_copies:
 def test_only_rows_that_are_not_aligned_are_copied(layout: str, copied: bool) -> None:
     case = drawn(("x",), block=(16, 16), tokens=1024, out_features=16, in_features=16, dy_layout=layout, free=0)
 
-    extra = held(lambda: gpu.dx(case.dy, case.values, case.index, 16))
+    extra = held(lambda: gpu.linear.dx(case.dy, case.values, case.index, case.geometry))
 
     assert (extra > case.dy.numel() * 4 // 2) is copied
 
@@ -75,7 +75,7 @@ def test_a_gradient_holds_a_workspace_only_where_blocks_are_few(
     )  # fmt: skip
     index, dtype = case.index, torch.float32
 
-    extra = held(lambda: gpu.dvalues(case.dy, case.x, index, (128, 128), dtype))
+    extra = held(lambda: gpu.linear.dvalues(case.dy, case.x, index, (128, 128), case.geometry, dtype))
 
     assert set(launched) == {splits}
     workspace = splits * case.values.numel() * 4 if splits > 1 else 0
@@ -91,11 +91,11 @@ def test_a_convolution_holds_no_windows_and_no_dense_gradient(dtype: torch.dtype
     def copies(run: Callable[[], Tensor], allowed: int) -> None:
         assert held(run) <= allowed + SMALL < 9 * case.x.numel() * dtype.itemsize
 
-    copies(lambda: gpu.conv2d_fwd(case.x, case.values, None, index, shape), 0)
+    copies(lambda: gpu.conv2d.fwd(case.x, case.values, None, index, shape), 0)
     in_dx = 8 * index.slots + transposed * case.values.numel()  # the lists by phase, and values transposed
-    copies(lambda: gpu.conv2d_dx(case.dy, case.values, index, shape, case.size), in_dx)
-    copies(lambda: gpu.conv2d_dvalues(case.dy, case.x, index, block, shape, dtype), 0)
-    copies(lambda: gpu.conv2d_all_block_norms(case.dy, case.x, block, shape), 0)
+    copies(lambda: gpu.conv2d.dx(case.dy, case.values, index, shape, case.size), in_dx)
+    copies(lambda: gpu.conv2d.dvalues(case.dy, case.x, index, block, shape, dtype), 0)
+    copies(lambda: gpu.conv2d.all_block_norms(case.dy, case.x, block, shape), 0)
 
 
 class Grids:

@@ -111,7 +111,7 @@ def sketch() -> None:
 
 def sketch_in_panels() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu.scores, "SKETCH_BYTES", 1)
+        patch.setattr(gpu.linear, "SKETCH_BYTES", 1)
         check_sketches(corners((16, 16), tokens=70))
 
 
@@ -125,17 +125,13 @@ PARTS_AHEAD = "start + (i + 1) // PARTS"
 PART = "part = (i + 1) % PARTS * TILE_K"
 
 TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
-    "multiply": [
+    "multiply.place_of_entry": [
         ("wrong slot", products("gather"), "tl.load(slot_ptr + entry)", "entry"),
         ("values: missing int64 cast", far_values("gather"), ".to(tl.int64) * SIZE", " * SIZE"),
         ("few: missing int64 cast of values", far_values("few gather"), ".to(tl.int64) * SIZE", " * SIZE"),
+    ],
+    "multiply.multiply_kernel": [
         ("x: missing int64 cast", far_tokens("gather"), "tile.to(tl.int64) * TILE_T", "tile * TILE_T"),
-        ("group tail unmasked", products("gather"), "size = tl.minimum(tiles - first, GROUP)", "size = GROUP"),
-        ("tma: group tail unmasked", products("tma"), "size = tl.minimum(tiles - first, GROUP)", "size = GROUP"),
-        ("bias dropped", products("gather"), "if HAS_BIAS:", "if False:"),
-        ("edge mask of y dropped", products("gather"), "feature < out_features if EDGE_OUT else", ""),
-        ("token mask of y dropped", aligned_products("gather"),
-         "mask=(t[:, None] < T) & n_mask", "mask=(t[:, None] >= 0) & n_mask"),
         ("gather: pointer not advanced", products("gather"), GATHER_AHEAD, "slot_ptr, start + k // IN,"),
         ("parts: pointer not advanced", products("parts"), PARTS_AHEAD, "start"),
         ("parts: part not advanced", products("parts"), PART, "part = 0"),
@@ -152,7 +148,17 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("gather: tail of the row unmasked in x", nan_stays("gather"),
          "if EDGE_IN else in_row\n", "if EDGE_IN else k >= 0\n"),
     ],
-    "multiply_tma": [
+    "multiply.place_of_tile": [
+        ("group tail unmasked", products("gather"), "size = tl.minimum(tiles - first, GROUP)", "size = GROUP"),
+        ("tma: group tail unmasked", products("tma"), "size = tl.minimum(tiles - first, GROUP)", "size = GROUP"),
+    ],
+    "multiply.store_tile": [
+        ("bias dropped", products("gather"), "if HAS_BIAS:", "if False:"),
+        ("edge mask of y dropped", products("gather"), "feature < out_features if EDGE_OUT else", ""),
+        ("token mask of y dropped", aligned_products("gather"),
+         "mask=(t[:, None] < T) & n_mask", "mask=(t[:, None] >= 0) & n_mask"),
+    ],
+    "multiply.multiply_tma_kernel": [
         ("tma: part forgotten", products("tma"), PART, "part = 0"),
         ("tma: part of values forgotten", products("tma"),
          "values_desc.load([line, part])", "values_desc.load([line, 0])"),
@@ -162,7 +168,7 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("tma: wrong slot", products("tma"), "tl.load(slot_ptr + ahead) * BO", "ahead * BO"),
         ("tma: lines of the other side", products("tma"), "IN if TRANSPOSED else OUT", "OUT if TRANSPOSED else IN"),
     ],
-    "few_tokens": [
+    "multiply.few_tokens_kernel": [
         ("few gather: pointer not advanced", products("few gather"),
          GATHER_AHEAD, "slot_ptr, start + k // IN,"),
         ("few parts: pointer not advanced", products("few parts"), PARTS_AHEAD, "start"),
@@ -186,7 +192,7 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
          "x_ptr + t.to(tl.int64)[None, :]", "x_ptr + t[None, :]"),
         ("few: all pieces the first", products("few gather"), "tl.program_id(0) % PIECES * TILE_N", "0"),
     ],
-    "outer": [
+    "outer.outer_kernel": [
         ("outer: splits longer than the tokens", outer("groups"),
          "count = tl.minimum(tokens_per_split, T - begin)", "count = tokens_per_split"),
         ("outer: token mask dropped", outer("groups"), "here = t < (count - i if EDGE_T else TILE_T)", "here = t >= 0"),
@@ -201,7 +207,6 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("outer: block transposed", outer("groups"),
          OUTER_STORE, OUTER_STORE.replace("g % BI)", "g % BI * BO)").replace("(n * BI)", "n")),
         ("outer: wrong slot", outer("groups"), "tl.load(slot_ptr + entry).to(tl.int64)", "entry.to(tl.int64)"),
-        ("outer: wrong row", outer("groups"), "// BLOCKS + middle <= task", "// BLOCKS + middle < task"),
         ("outer: tail of the group unmasked", outer("groups"),
          "mask=(first + g // BI < stop)[:, None]", "mask=(g >= 0)[:, None]"),
         ("outer: free slots not zeroed", outer("groups"),
@@ -214,26 +219,29 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("outer: splits on top of each other", outer("groups", 300),
          SPLIT_SLOT, "slot = tl.load(slot_ptr + entry).to(tl.int64)"),
         ("outer: all pieces the first", outer("pieces"), "g = piece * TILE_IN", "g = 0 * TILE_IN"),
-        ("first split only", outer("groups", 300), "for split in range(splits):", "for split in range(1):"),
         ("norms: tail of the group unmasked", block_norms(), "mask=first + b < stop", "mask=b >= 0"),
         ("norms: the square kept", block_norms(), "tl.sqrt(tl.sum(tl.reshape", "(tl.sum(tl.reshape"),
+    ],
+    "outer.place_of_group": [
+        ("outer: wrong row", outer("groups"), "// BLOCKS + middle <= task", "// BLOCKS + middle < task"),
+    ],
+    "outer.sum_splits_kernel": [
+        ("first split only", outer("groups", 300), "for split in range(splits):", "for split in range(1):"),
     ],
     "linear": [
         ("workspace not reduced", outer("groups", 300), "if splits > 1:", "if splits > 99:"),
         ("outer: nothing written without tokens", outer_of_no_tokens, "out.zero_()", "pass"),
         ("norms of splits added up", block_norms(300), "NORMS=norms and splits == 1", "NORMS=norms"),
         ("dx by the row lists", products("gather"),
-         "(index.col_ptr, index.col_row, index.col_slot)", "(index.row_ptr, index.row_col, index.row_slot)"),
+         "index.by_col", "index.by_row"),
         ("gather: block transposed", products("gather"),
          "(bi, 1) if transposed else (1, bi)", "(1, bi) if transposed else (bi, 1)"),
         ("dx: the strides of the copy forgotten", products("gather"), "stride_k, stride_n = 1, bo", "pass"),
-    ],
-    "scores": [
         ("norms in the order of rows", block_norms(), "order.int()", "order.argsort().int()"),
         ("sketch: the first panel only", sketch_in_panels,
          "x[start : start + panel]", "x[: min(panel, tokens - start)]"),
     ],
-    "supertiles": [
+    "outer.supertile_kernel": [
         ("supertile: token mask of dy dropped", all_block_norms,
          "mask=(t < T - begin)[None, :] & o_mask", "mask=o_mask"),
         ("supertile: edge mask of x dropped", all_block_norms, "(i < in_units * ALIGN)", "(i >= 0)"),
@@ -241,7 +249,7 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("supertile: every fourth row of G", all_block_norms,
          "(ROWS, BO, COLS, BI)), 3), 1)", "(BO, ROWS, COLS, BI)), 3), 0)"),
     ],
-    "projection": [
+    "outer.projection_kernel": [
         ("projection: feature mask dropped", sketch, "(t < T)[:, None] & (i < features)[None, :]", "(t < T)[:, None]"),
         ("projection: token mask dropped", sketch,
          "out, tl.sum(x * direction[None, :], 1), mask=t < T", "out, tl.sum(x * direction[None, :], 1)"),
@@ -252,7 +260,7 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("a feature stride ignored", expanded("gather"), "x.stride(1) == 1 and ", ""),
     ],
 }  # fmt: skip
-"""By file: a name, the check that must turn red, what is replaced, by what."""
+"""By file, or function of a file: a name, the check that must turn red, what is replaced, by what."""
 
 MUTATIONS = [(name, file, *rest) for file, rows in TABLE.items() for name, *rest in rows]
 

@@ -150,7 +150,7 @@ def test_a_plain_value_error_is_found(copy):
 
 
 def test_an_import_of_kernels_by_its_folder_is_found(copy):
-    plant(copy / "sparsekern/ops/linear.py", "from kernels import eager")
+    plant(copy / "sparsekern/ops/products.py", "from kernels import eager")
     assert [v for v in arrow_violations(copy) if "by the name of its folder" in v]
 
 

@@ -18,7 +18,7 @@ import torch
 from sparsekern.kernels.eager import places
 
 import sparsekern as sk
-from sparsekern.ops import conv2d_answers, conv2d_marginals, linear_answers, marginals
+from sparsekern.ops import marginals, probes
 from sparsekern.topology import sampling as cells
 from sparsekern.training import followers, metrics, scores
 from sparsekern.training.growth import competition, gse
@@ -204,13 +204,13 @@ MUTATIONS: dict[str, Mutation] = {
         t_marginals.test_magnitudes_by_hand,
     ),
     "a tap sees one pixel further": (
-        conv2d_marginals._seen,
+        marginals._seen,
         "first[axis] - before",
         "first[axis] - before + 1",
         t_conv_marginals.test_magnitudes_by_hand,
     ),
     "a lattice of tokens starts at the edge": (
-        conv2d_answers._thin,
+        probes._thin,
         "first = (every - 1) // 2",
         "first = 0",
         t_answers.test_a_lattice_by_hand,
@@ -246,7 +246,7 @@ MUTATIONS: dict[str, Mutation] = {
         partial(t_true.test_what_grows_is_largest_in_the_gradient_that_the_optimizer_takes, "linear", "GSE", GAN),
     ),
     "several parts of a gradient count as one": (
-        linear_answers.counted,
+        probes.counted,
         "norms.new_ones(1)",
         "norms.new_zeros(1)",
         partial(

@@ -15,7 +15,6 @@ import torch
 from sparsekern.kernels import eager
 from sparsekern.kernels.contract import Index
 from sparsekern.kernels.eager import chunks, products
-from sparsekern.kernels.eager import linear as eager_linear
 from torch import Tensor
 
 from sparsekern.topology import Topology, mask_index
@@ -60,15 +59,19 @@ def mutate(monkeypatch: pytest.MonkeyPatch) -> Mutate:
 
 
 def y_is_right(case: Case) -> None:
-    check_y(case, eager.fwd(case.x, case.values, case.bias, case.index, case.grid.out_features))
+    check_y(case, eager.linear.fwd(case.x, case.values, case.bias, case.index, case.geometry))
 
 
 def dx_is_right(case: Case) -> None:
-    check_dx(case, eager.dx(case.dy, case.values, case.index, case.grid.in_features))
+    check_dx(case, eager.linear.dx(case.dy, case.values, case.index, case.geometry))
 
 
 def dvalues_are_right(case: Case) -> None:
-    check_dvalues(case, eager.dvalues(case.dy, case.x, case.index, case.grid.block, torch.float32), torch.float32)
+    check_dvalues(
+        case,
+        eager.linear.dvalues(case.dy, case.x, case.index, case.grid.block, case.geometry, torch.float32),
+        torch.float32,
+    )
 
 
 def both_agree(case: Case) -> None:
@@ -107,7 +110,7 @@ def test_healthy_code_passes(case: Case) -> None:
 @pytest.mark.parametrize("factor", [1 + 1e-5, 1 - 1e-5])
 def test_an_error_in_the_sixth_digit_is_seen(case: Case, factor: float) -> None:
     """The tolerance is not so wide that it hides anything."""
-    y = eager.fwd(case.x, case.values, case.bias, case.index, case.grid.out_features)
+    y = eager.linear.fwd(case.x, case.values, case.bias, case.index, case.geometry)
     check_y(case, y)
 
     with pytest.raises(AssertionError):
@@ -118,7 +121,7 @@ def test_an_error_in_the_sixth_digit_is_seen(case: Case, factor: float) -> None:
 def test_block_transposed(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
     check(case)
     mutate(
-        eager_linear,
+        eager.linear,
         "multiply",
         lambda healthy, x, values, *rest, **kw: healthy(x, values.transpose(1, 2), *rest, **kw),
     )
@@ -132,7 +135,7 @@ def test_block_of_the_gradient_transposed(case: Case, mutate: Mutate) -> None:
         for start, stop, part in healthy(*args):
             yield start, stop, part.transpose(1, 2).clone()
 
-    mutate(eager_linear, "outer_blocks", transposed)
+    mutate(eager.linear, "outer_blocks", transposed)
     assert_red(dvalues_are_right, case)
 
 
@@ -199,7 +202,7 @@ def test_a_pointer_off_by_one(case: Case, mutate: Mutate) -> None:
 
 def test_phantom_elements_written(case: Case, mutate: Mutate) -> None:
     dvalues_are_right(case)
-    mutate(eager_linear, "outer_blocks", garbage_in_phantom)
+    mutate(eager.linear, "outer_blocks", garbage_in_phantom)
     assert_red(dvalues_are_right, case, r"dvalues\[.*\] is 1000.0, not 0.0 \+- 0;")
 
 
@@ -211,11 +214,11 @@ def garbage_in_phantom(healthy: Any, dy: Tensor, x: Tensor, places: Any, *rest: 
 
 def test_phantom_elements_not_cleared_where_a_nan_meets_the_filling(case: Case, mutate: Mutate) -> None:
     """Without NaN the filling keeps them zero by itself."""
-    mutate(products, "clear_phantom", lambda healthy, *args, **kwargs: None)
+    mutate(eager.linear, "clear_phantom", lambda healthy, *args, **kwargs: None)
     dvalues_are_right(case)
 
     broken = replace(case, x=case.x.clone().fill_(float("nan")))
-    grad = eager.dvalues(broken.dy, broken.x, broken.index, (4, 4), torch.float32)
+    grad = eager.linear.dvalues(broken.dy, broken.x, broken.index, (4, 4), broken.geometry, torch.float32)
     with pytest.raises(AssertionError):
         assert_phantom_is_zero(broken, grad)
 
@@ -228,13 +231,13 @@ def assert_phantom_is_zero(case: Case, grad: Tensor) -> None:
 def test_a_free_slot_multiplied(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
     """What it holds is added to the last block row (block column)."""
     check(case)
-    mutate(products, "entry_owners", lambda healthy, ptr, *span: healthy(ptr, *span).clamp(max=ptr.shape[0] - 2))
+    mutate(eager.linear, "entry_owners", lambda healthy, ptr, *span: healthy(ptr, *span).clamp(max=ptr.shape[0] - 2))
     assert_red(check, case)
 
 
 def test_a_free_slot_given_a_gradient(case: Case, mutate: Mutate) -> None:
     dvalues_are_right(case)
-    mutate(eager_linear, "entry_owners", lambda healthy, ptr, *span: healthy(ptr, *span).clamp(max=ptr.shape[0] - 2))
+    mutate(products, "entry_owners", lambda healthy, ptr, *span: healthy(ptr, *span).clamp(max=ptr.shape[0] - 2))
     assert_red(dvalues_are_right, case, r"dvalues\[.*\] is .*, not 0.0 \+- 0;")
 
 
@@ -242,13 +245,13 @@ def test_a_free_slot_given_a_gradient(case: Case, mutate: Mutate) -> None:
 def test_dx_by_the_row_lists(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
     check(case)
     mutate(
-        eager,
+        eager.linear,
         "dx",
-        lambda healthy, dy, values, index, features: healthy(
+        lambda healthy, dy, values, index, *rest: healthy(
             dy,
             values,
             Index(*index[:3], col_ptr=index.row_ptr, col_row=index.row_col, col_slot=index.row_slot),
-            features,
+            *rest,
         ),
     )
     assert_red(check, case)
@@ -264,7 +267,7 @@ def test_the_bias_dropped_in_the_edge_row(case: Case, mutate: Mutate, check: Cal
             total[rows - 1] = 0
         return total
 
-    mutate(products, "start_sums", start)
+    mutate(eager.linear, "start_sums", start)
     assert_red(check, case)
 
 
@@ -284,7 +287,7 @@ def test_the_last_token_of_a_panel_dropped(
             panels = [(start, stop - 1), *others]
         yield from panels
 
-    mutate(products, "spans", spans)
+    mutate(eager.linear, "spans", spans)
     assert_red(check, case)
 
 
@@ -295,7 +298,9 @@ def test_a_chunk_of_blocks_dropped(
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", 3000)
     check(case)
     mutate(
-        products, "spans", lambda healthy, total, step: [*healthy(total, step)][1 if total == 12 and step < 12 else 0 :]
+        eager.linear,
+        "spans",
+        lambda healthy, total, step: [*healthy(total, step)][1 if total == 12 and step < 12 else 0 :],
     )
     assert_red(check, case)
 
@@ -306,7 +311,7 @@ def test_sums_formed_in_half_precision(mutate: Mutate) -> None:
         0, block=(4, 4), rows=2, cols=64, blocks=128, free=0, tokens=33, dtype=torch.bfloat16, dy_layout="contiguous"
     )
     y_is_right(case)
-    mutate(products, "accumulate_dtype", lambda healthy, dtype: dtype)
+    mutate(eager.linear, "accumulate_dtype", lambda healthy, dtype: dtype)
     assert_red(y_is_right, case)
 
 
@@ -316,7 +321,7 @@ def test_a_mask_that_lets_free_slots_in(case: Case, mutate: Mutate) -> None:
 
     def masked_y_is_right(case: Case) -> None:
         index = mask_index(case.index, keep, (4, 4))
-        check_y(case, eager.fwd(case.x, case.values, case.bias, index, case.grid.out_features))
+        check_y(case, eager.linear.fwd(case.x, case.values, case.bias, index, case.geometry))
 
     masked_y_is_right(case)
 

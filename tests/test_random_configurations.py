@@ -48,7 +48,7 @@ def test_a_layer_of_no_tokens_has_zero_gradients(dtype: torch.dtype) -> None:
     case = random_case(1, tokens=0, block=(4, 4), dtype=dtype, bias=True)
     values = case.values.requires_grad_()
     torch.ops.sparsekern.linear(
-        case.x, values, case.bias, list(case.index), case.grid.out_features, None, "", [], "auto"
+        case.x, values, case.bias, list(case.index), list(case.geometry), "auto"
     ).sum().backward()
     assert values.grad is not None
     assert not values.grad.any()

@@ -15,13 +15,11 @@ import torch
 from sparsekern.kernels import cpu
 from sparsekern.kernels.cpu import scores as cpu_scores
 from sparsekern.kernels.eager import chunks
-from sparsekern.kernels.eager import scores as eager_scores
+from sparsekern.kernels.eager import linear as eager_linear
 from torch import Tensor
 
 import sparsekern as sk
 from sparsekern.nn import BlockSparse
-from sparsekern.ops import conv2d_scores
-from sparsekern.ops.shapes import pack_shape
 from sparsekern.topology import dense_block_norms, gather_blocks, to_dense
 from tests.memory import Allocations, allocations
 
@@ -146,7 +144,7 @@ def check_bytes(part: str, found: Allocations, largest: float, allowed: float) -
 def small_scratch(monkeypatch):
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", SCRATCH)
     monkeypatch.setattr(cpu_scores, "CHUNK_BYTES", SCRATCH)
-    monkeypatch.setattr(eager_scores, "TILE", 128)
+    monkeypatch.setattr(eager_linear, "TILE", 128)
 
 
 @pytest.fixture(params=["cpu", "eager"])
@@ -237,15 +235,14 @@ def test_scores_of_small_blocks(method, block, sparsity, monkeypatch):
 def test_scores_hold_no_gradient(kind, kernels):
     x, name = KINDS[kind].input().detach(), sk.ops.requested_backend()
     row, col = torch.arange(16, dtype=torch.int32), torch.arange(16, dtype=torch.int32)
-    u, scores, args = torch.randn(8, SIDE), sk.ops, (32, 32, name)
-    v = u
+    u, v, args = torch.randn(8, SIDE), torch.randn(8, SIDE), (32, 32, name)
     if kind == "conv2d":
-        u, v, scores = torch.randn(8, CHANNELS), torch.randn(8, 9 * CHANNELS), conv2d_scores
-        args = (16, 16, pack_shape(conv2d((16, 16), 0.9).conv_shape), name)
+        u, v, args = torch.randn(8, CHANNELS), torch.randn(8, 9 * CHANNELS), (16, 16, name)
+        args = (*args, conv2d((16, 16), 0.9).conv_shape)
     for score in (
-        lambda: scores.all_block_norms(x, x, *args),
-        lambda: scores.block_norms(x, x, row, col, *args),
-        lambda: scores.sketch(x, x, u, v, *args),
+        lambda: sk.ops.all_block_norms(x, x, *args),
+        lambda: sk.ops.block_norms(x, x, row, col, *args),
+        lambda: sk.ops.sketch(x, x, u, v, *args),
     ):
         found = allocations(score)
         assert found.largest <= KINDS[kind].dense / 4 and found.peak < KINDS[kind].dense / 2

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from sparsekern.kernels import cpu
-from sparsekern.kernels.contract import ConvShape, Index
+from sparsekern.kernels.contract import ConvShape, Index, LinearShape
 
 import sparsekern as sk
 from sparsekern import ops
+from sparsekern.ops import products
+from sparsekern.ops.geometry import pack
 from sparsekern.topology import Grid, balanced, build_index, conv_grid, generator_for
 from tests.index_noise import conv_calls, illegal, linear_calls, noises, survive, survive_writer
 from tests.oracle import Case, check_kernels, random_case
@@ -68,12 +68,12 @@ def test_the_ops_below_check_too(block):
     grid = Grid(64, 32, block)
     index = build_index(balanced(grid, 5, generator_for(0)))
     lists = list(index._replace(col_slot=index.col_slot.long()))
-    op, values = torch.ops.sparsekern, torch.ones(5, *block)
+    op, values, sizes = torch.ops.sparsekern, torch.ones(5, *block), [32, 64]
     for call in (
-        lambda: op.linear(torch.ones(3, 32), values, None, lists, 64, None, "", [], "auto"),
-        lambda: op.linear_dx(torch.ones(3, 64), values, lists, 32, "auto"),
-        lambda: op.linear_dvalues(torch.ones(3, 64), torch.ones(3, 32), lists, *block, torch.float32, "auto"),
-        lambda: op.linear_backward(torch.ones(3, 64), torch.ones(3, 32), values, lists, "auto"),
+        lambda: op.linear(torch.ones(3, 32), values, None, lists, sizes, "auto"),
+        lambda: op.linear_dx(torch.ones(3, 64), values, lists, sizes, [], "auto"),
+        lambda: op.linear_dvalues(torch.ones(3, 64), torch.ones(3, 32), lists, *block, sizes, torch.float32, "auto"),
+        lambda: op.linear_backward(torch.ones(3, 64), torch.ones(3, 32), values, lists, sizes, "auto"),
     ):
         with pytest.raises(ValueError, match="col_slot of the index is torch.int64"):
             call()
@@ -148,17 +148,17 @@ def test_directions_of_a_sketch_have_the_length_of_the_layer():
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
 def test_an_empty_list_may_arrive_as_none(name):
     """As AOTInductor hands it to the kernel of the Autograd key."""
-    module = importlib.import_module(f"sparsekern.ops.{name}")
-    block, kernel = (16, 16), getattr(module, f"_{name}_autograd")
+    family = products.LINEAR if name == "linear" else products.CONV2D
+    block, kernel = (16, 16), family._forward_at_autograd
     grid = Grid(64, 32, block) if name == "linear" else conv_grid(16, 32, (3, 3), block)
     lists = list(build_index(balanced(grid, 5, generator_for(0))))
     x = torch.ones(3, 32) if name == "linear" else torch.ones(2, 16, 5, 5)
-    sizes = 64 if name == "linear" else importlib.import_module("sparsekern.ops.shapes").pack_shape(SHAPE)
+    sizes = pack(LinearShape(32, 64) if name == "linear" else SHAPE)
     values = torch.ones(5, *block, requires_grad=True)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            y = kernel(x, values, None, lists, sizes, None, "", None, "auto")
-            assert torch.equal(y, kernel(x, values, None, lists, sizes, None, "", [], "auto"))
+            y = kernel(x, values, None, lists, sizes, "auto", None, "", None)
+            assert torch.equal(y, kernel(x, values, None, lists, sizes, "auto", None, "", []))
 
 
 # The native kernels alone, on every instruction set: what is illegal is refused, and what is legal is still computed.

@@ -14,8 +14,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from sparsekern.kernels.contract import PADDING, ConvShape, Index
-from sparsekern.kernels.gpu import conv2d, conv2d_scores, linear, roofline, scores, tables
+from sparsekern.kernels.contract import PADDING, ConvShape, Index, LinearShape
+from sparsekern.kernels.gpu import conv2d, linear, roofline, tables
 from sparsekern.kernels.gpu.config import Config, Multiply, Problem
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -71,20 +71,20 @@ def _call(case: Case) -> None:
     x = torch.empty(FEW if few else TOKENS, features, dtype=dtype)
     values = torch.empty(slots, *block, dtype=dtype)
     index = _index(features // case.bo, features // case.bi, slots)
-    operation = case.kernel.removeprefix("few_").removesuffix("_tma")
+    operation, square = case.kernel.removeprefix("few_").removesuffix("_tma"), LinearShape(features, features)
     if operation == "fwd":
-        linear.fwd(x, values, torch.empty(features, dtype=dtype), index, features)
+        linear.fwd(x, values, torch.empty(features, dtype=dtype), index, square)
     elif operation == "dx":
-        linear.dx(x, values, index, features)
+        linear.dx(x, values, index, square)
     elif operation in ("dvalues", "sum_splits"):
-        linear.dvalues(x, x, index, block, dtype)
+        linear.dvalues(x, x, index, block, square, dtype)
     elif operation == "block_norms":
-        scores.block_norms(x, x, index.row_col[:slots], index.row_col[:slots], block)
+        linear.block_norms(x, x, index.row_col[:slots], index.row_col[:slots], block, square)
     elif operation == "all_block_norms":
-        scores.all_block_norms(x, x, block)
+        linear.all_block_norms(x, x, block, square)
     else:
         directions = torch.empty(2, features)
-        scores.sketch(x[:64], x[:64], directions, directions, block)
+        linear.sketch(x[:64], x[:64], directions, directions, block, square)
 
 
 def _call_conv2d(case: Case) -> None:
@@ -97,16 +97,16 @@ def _call_conv2d(case: Case) -> None:
     values = torch.empty(slots, *block, dtype=dtype)
     index = _index(CHANNELS // case.bo, shape.taps * CHANNELS // case.bi, slots)
     if operation == "fwd":
-        conv2d.conv2d_fwd(x, values, torch.empty(CHANNELS, dtype=dtype), index, shape)
+        conv2d.fwd(x, values, torch.empty(CHANNELS, dtype=dtype), index, shape)
     elif operation in ("dx", "lists"):
-        conv2d.conv2d_dx(x, values, index, shape, (SIDE, SIDE))
+        conv2d.dx(x, values, index, shape, (SIDE, SIDE))
     elif operation == "dvalues":
-        conv2d.conv2d_dvalues(x, x, index, block, shape, dtype)
+        conv2d.dvalues(x, x, index, block, shape, dtype)
     elif operation == "all_block_norms":
-        conv2d_scores.conv2d_all_block_norms(x, x, block, shape)
+        conv2d.all_block_norms(x, x, block, shape)
     else:
         u, v = torch.empty(2, CHANNELS), torch.empty(2, shape.taps * CHANNELS)
-        conv2d_scores.conv2d_sketch(x[:1], x[:1], u, v, block, shape)
+        conv2d.sketch(x[:1], x[:1], u, v, block, shape)
 
 
 def _index(rows: int, cols: int, slots: int) -> Index:
@@ -145,6 +145,6 @@ def _warm_ups_for(arch: str) -> Iterator[list[tuple[str, Any]]]:
         patch.object(JITFunction, "run", warm_up),
         ExitStack() as patches,
     ):
-        for module in (conv2d, conv2d_scores, linear, scores):
+        for module in (conv2d, linear):
             patches.enter_context(patch.object(module, "arch", lambda device: arch))
         yield launched

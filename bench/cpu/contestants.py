@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import LinearShape
 from sparsekern.kernels.cpu.library import load
 from torch import Tensor
 from torch.nn.functional import linear
@@ -32,6 +33,7 @@ Maker = Callable[[Scene, str], Contestant]
 def sparsekern(scene: Scene, op: str) -> Contestant:
     """Return the native kernels."""
     x, dy, values, index, grid = scene.x, scene.dy, scene.values, scene.index, scene.grid
+    sizes = LinearShape(grid.in_features, grid.out_features)
     if (reason := cpu.why_not("linear", x.device, x.dtype, grid.block)) is not None:
         raise NotSupported(reason)
     return joined(
@@ -39,10 +41,10 @@ def sparsekern(scene: Scene, op: str) -> Contestant:
         OURS,
         scene,
         op,
-        fwd=lambda: cpu.fwd(x, values, None, index, grid.out_features),
-        dx=lambda: cpu.dx(dy, values, index, grid.in_features),
-        dvalues=lambda: cpu.dvalues(dy, x, index, grid.block, x.dtype),
-        backward=lambda: cpu.backward(dy, x, values, index),
+        fwd=lambda: cpu.linear.fwd(x, values, None, index, sizes),
+        dx=lambda: cpu.linear.dx(dy, values, index, sizes),
+        dvalues=lambda: cpu.linear.dvalues(dy, x, index, grid.block, sizes, x.dtype),
+        backward=lambda: cpu.linear.backward(dy, x, values, index, sizes),
     )
 
 

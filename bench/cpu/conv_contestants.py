@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import LinearShape
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -22,7 +23,6 @@ from bench.cpu.conv_scene import ConvScene
 from bench.gpu.contestants import DENSE, OURS, SPARSE, Contestant, joined, named
 from bench.gpu.peers import NotSupported
 from bench.gpu.scene import Answer
-from sparsekern.ops import BACKENDS
 
 ConvMaker = Callable[[ConvScene, str], Contestant]
 
@@ -31,7 +31,6 @@ def sparsekern(scene: ConvScene, op: str) -> Contestant:
     """Return the native kernels."""
     x, dy, values, index, grid = scene.x, scene.dy, scene.values, scene.index, scene.grid
     shape, size = scene.layer.conv_shape, (scene.x.shape[2], scene.x.shape[3])
-    native = BACKENDS["cpu"]
     if shape.is_pointwise:
         _refuse("linear", scene)
         return _on_rows("sparsekern", OURS, scene, op, lambda: _rows(x), lambda rows: _images(rows, x))
@@ -41,10 +40,10 @@ def sparsekern(scene: ConvScene, op: str) -> Contestant:
         OURS,
         scene,
         op,
-        fwd=lambda: native.conv2d_fwd(x, values, None, index, shape),
-        dx=lambda: native.conv2d_dx(dy, values, index, shape, size),
-        dvalues=lambda: native.conv2d_dvalues(dy, x, index, grid.block, shape, x.dtype),
-        backward=lambda: native.conv2d_backward(dy, x, values, index, shape),
+        fwd=lambda: cpu.conv2d.fwd(x, values, None, index, shape),
+        dx=lambda: cpu.conv2d.dx(dy, values, index, shape, size),
+        dvalues=lambda: cpu.conv2d.dvalues(dy, x, index, grid.block, shape, x.dtype),
+        backward=lambda: cpu.conv2d.backward(dy, x, values, index, shape),
     )
 
 
@@ -118,15 +117,15 @@ def _on_rows(
     fold: Callable[[Tensor], Tensor],
 ) -> Contestant:
     """Return the linear kernels on rows: what ``windows`` makes of x; ``fold`` makes dx of the rows' gradient."""
-    values, index, grid = scene.values, scene.index, scene.grid
-    dy = _rows(scene.dy)
+    values, index, dy = scene.values, scene.index, _rows(scene.dy)
+    sizes = LinearShape(scene.grid.in_features, scene.grid.out_features)
 
     def forward(rows: Tensor) -> Tensor:
-        return _images(cpu.fwd(rows, values, None, index, grid.out_features), scene.dy)
+        return _images(cpu.linear.fwd(rows, values, None, index, sizes), scene.dy)
 
     def step() -> tuple[Tensor, ...]:
         rows = windows()
-        drows, dvalues = cpu.backward(dy, rows, values, index)
+        drows, dvalues = cpu.linear.backward(dy, rows, values, index, sizes)
         return forward(rows), fold(drows), dvalues
 
     runs: dict[str, Callable[[], object]] = {"fwd": lambda: forward(windows()), "step": step}

@@ -76,7 +76,7 @@ def problem_of(case: AnyCase, device: torch.device, few_tokens: int) -> Problem:
 
 
 def _problem_of_conv2d(case: scene_conv2d.Case, device: torch.device) -> Problem:
-    """Return what :mod:`sparsekern.kernels.gpu.conv2d` and ``conv2d_scores`` ask the tables for."""
+    """Return what :mod:`sparsekern.kernels.gpu.conv2d` asks the tables for."""
     shape, dtype, block = case.shape, DTYPES[case.dtype], (case.block, case.block)
     rows, per_tap = shape.block_rows(case.block), shape.block_cols(case.block)
     cells, tokens, majors = rows * shape.taps * per_tap, case.tokens, rows

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from sparsekern.kernels import gpu
+from sparsekern.kernels.contract import LinearShape
 from torch.nn.functional import linear as dense_linear
 
 import sparsekern
@@ -33,6 +34,8 @@ def sparsekern_gpu(scene: Scene, op: str) -> Contestant:
     """Return the package's Triton kernels; a step goes through autograd."""
     values, x = scene.values.detach().requires_grad_(), scene.x.detach().requires_grad_()
     grid = scene.grid
+    sizes = LinearShape(grid.in_features, grid.out_features)
+    kernels = gpu.kernels(sizes)
 
     def step() -> tuple[torch.Tensor, ...]:
         with sparsekern.backend("gpu"):
@@ -40,11 +43,11 @@ def sparsekern_gpu(scene: Scene, op: str) -> Contestant:
             return y.detach(), *torch.autograd.grad(y, (x, values), scene.dy)
 
     runs = {
-        "fwd": lambda: gpu.fwd(scene.x, scene.values, None, scene.index, grid.out_features),
-        "dx": lambda: gpu.dx(scene.dy, scene.values, scene.index, grid.in_features),
-        "dvalues": lambda: gpu.dvalues(scene.dy, scene.x, scene.index, grid.block, scene.dtype),
-        "block_norms": lambda: gpu.block_norms(scene.dy, scene.x, scene.row, scene.col, grid.block),
-        "all_block_norms": lambda: gpu.all_block_norms(scene.dy, scene.x, grid.block),
+        "fwd": lambda: kernels.fwd(scene.x, scene.values, None, scene.index, sizes),
+        "dx": lambda: kernels.dx(scene.dy, scene.values, scene.index, sizes, ()),
+        "dvalues": lambda: kernels.dvalues(scene.dy, scene.x, scene.index, grid.block, sizes, scene.dtype),
+        "block_norms": lambda: kernels.block_norms(scene.dy, scene.x, scene.row, scene.col, grid.block, sizes),
+        "all_block_norms": lambda: kernels.all_block_norms(scene.dy, scene.x, grid.block, sizes),
         "step": step,
     }
     return Contestant("sparsekern", OURS, runs[op], lambda result: named(op, result))

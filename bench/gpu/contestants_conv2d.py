@@ -19,6 +19,7 @@ def sparsekern_gpu(scene: Scene, op: str) -> Contestant:
     """Return the package's Triton kernels; a step goes through autograd."""
     values, x = scene.values.detach().requires_grad_(), scene.x.detach().requires_grad_()
     grid, shape, size = scene.grid, scene.shape, (scene.x.shape[2], scene.x.shape[3])
+    kernels = gpu.kernels(shape)
 
     def step() -> tuple[torch.Tensor, ...]:
         with sparsekern.backend("gpu"):
@@ -26,11 +27,11 @@ def sparsekern_gpu(scene: Scene, op: str) -> Contestant:
             return y.detach(), *torch.autograd.grad(y, (x, values), scene.dy)
 
     runs = {
-        "fwd": lambda: gpu.conv2d_fwd(scene.x, scene.values, None, scene.index, shape),
-        "dx": lambda: gpu.conv2d_dx(scene.dy, scene.values, scene.index, shape, size),
-        "dvalues": lambda: gpu.conv2d_dvalues(scene.dy, scene.x, scene.index, grid.block, shape, scene.dtype),
-        "block_norms": lambda: gpu.conv2d_block_norms(scene.dy, scene.x, scene.row, scene.col, grid.block, shape),
-        "all_block_norms": lambda: gpu.conv2d_all_block_norms(scene.dy, scene.x, grid.block, shape),
+        "fwd": lambda: kernels.fwd(scene.x, scene.values, None, scene.index, shape),
+        "dx": lambda: kernels.dx(scene.dy, scene.values, scene.index, shape, size),
+        "dvalues": lambda: kernels.dvalues(scene.dy, scene.x, scene.index, grid.block, shape, scene.dtype),
+        "block_norms": lambda: kernels.block_norms(scene.dy, scene.x, scene.row, scene.col, grid.block, shape),
+        "all_block_norms": lambda: kernels.all_block_norms(scene.dy, scene.x, grid.block, shape),
         "step": step,
     }
     return Contestant("sparsekern", OURS, runs[op], lambda result: named(op, result))

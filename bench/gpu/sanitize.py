@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from sparsekern.kernels import gpu
-from sparsekern.kernels.contract import ConvShape
+from sparsekern.kernels.contract import ConvShape, LinearShape
 from sparsekern.kernels.gpu import roofline
 from sparsekern.kernels.gpu.config import Config, Multiply, Problem
 
@@ -95,14 +95,16 @@ def call_each(size: Size, device: torch.device, kind: torch.dtype) -> int:
 
     x, dy = numbers(size.tokens, size.in_features), numbers(size.tokens, size.out_features)
     values, bias = numbers(roomy.slots, size.side, size.side), numbers(size.out_features)
-    gpu.fwd(x, values, bias, index, size.out_features)
-    gpu.dx(dy, values, index, size.in_features)
-    gpu.dvalues(dy, x, index, grid.block, kind)
+    sizes = LinearShape(size.in_features, size.out_features)
+    kernels = gpu.kernels(sizes)
+    kernels.fwd(x, values, bias, index, sizes)
+    kernels.dx(dy, values, index, sizes, ())
+    kernels.dvalues(dy, x, index, grid.block, sizes, kind)
     row, col = drawn.row.to(device), drawn.col.to(device)
-    gpu.block_norms(dy, x, row, col, grid.block)
-    gpu.all_block_norms(dy, x, grid.block)
+    kernels.block_norms(dy, x, row, col, grid.block, sizes)
+    kernels.all_block_norms(dy, x, grid.block, sizes)
     u, v = (numbers(2, features, dtype=torch.float32) for features in (size.out_features, size.in_features))
-    gpu.sketch(dy, x, u, v, grid.block)
+    kernels.sketch(dy, x, u, v, grid.block, sizes)
     return 6 + call_convolution(size, device, kind)
 
 
@@ -122,13 +124,14 @@ def call_convolution(size: Size, device: torch.device, kind: torch.dtype) -> int
     x, dy = images(shape.in_channels, edge, edge), images(shape.out_channels, *shape.output_size(edge, edge))
     values = torch.randn(roomy.slots, *grid.block, generator=generator).to(device, kind)
     bias, (row, col) = torch.zeros(shape.out_channels, device=device, dtype=kind), (drawn.row, drawn.col)
-    gpu.conv2d_fwd(x, values, bias, index, shape)
-    gpu.conv2d_dx(dy, values, index, shape, (edge, edge))
-    gpu.conv2d_dvalues(dy, x, index, grid.block, shape, kind)
-    gpu.conv2d_block_norms(dy, x, row.to(device), col.to(device), grid.block, shape)
-    gpu.conv2d_all_block_norms(dy, x, grid.block, shape)
+    kernels = gpu.kernels(shape)
+    kernels.fwd(x, values, bias, index, shape)
+    kernels.dx(dy, values, index, shape, (edge, edge))
+    kernels.dvalues(dy, x, index, grid.block, shape, kind)
+    kernels.block_norms(dy, x, row.to(device), col.to(device), grid.block, shape)
+    kernels.all_block_norms(dy, x, grid.block, shape)
     u, v = (torch.ones(2, features, device=device) for features in (grid.out_features, grid.in_features))
-    gpu.conv2d_sketch(dy, x, u, v, grid.block, shape)
+    kernels.sketch(dy, x, u, v, grid.block, shape)
     return 6
 
 

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict
 
 import torch
-from sparsekern.kernels.gpu import roofline, tables, tune
+from sparsekern.kernels.gpu import roofline, tables
 from sparsekern.kernels.gpu.config import Config, Problem
 
 from bench.gpu.calls import AnyCase, Launch, call_with, calls, choosing, ours, problem_of, scene_of
@@ -111,7 +111,7 @@ def tune_one(part: Part, clock: Clock, which: Problem, case: AnyCase) -> None:
             rows[config]["ms"] = time * 1e3
             return time
 
-        return tune.fastest(good, launch, seconds)  # type: ignore[arg-type]
+        return tables.fastest(good, launch, seconds)  # type: ignore[arg-type]
 
     chosen: list[Config] = []
     problem_row: Row = {"key": which.key, "call": case.key}

@@ -7,41 +7,24 @@ take its subnormal numbers for zero.
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from typing import Any
+
 import torch
-from sparsekern.kernels.cpu.conv2d import conv2d_backward, conv2d_dvalues, conv2d_dx, conv2d_fwd
-from sparsekern.kernels.cpu.conv2d_scores import conv2d_all_block_norms, conv2d_block_norms, conv2d_sketch
+from sparsekern.kernels.contract import ConvShape, Geometry, Kernels
+from sparsekern.kernels.cpu import conv2d, linear
 from sparsekern.kernels.cpu.library import DTYPES, load, release_scratch, scratch_bytes
-from sparsekern.kernels.cpu.linear import backward, dvalues, dx, fwd
-from sparsekern.kernels.cpu.scores import all_block_norms, block_norms, sketch
 
-__all__ = [
-    "all_block_norms",
-    "backward",
-    "block_norms",
-    "conv2d_all_block_norms",
-    "conv2d_backward",
-    "conv2d_block_norms",
-    "conv2d_dvalues",
-    "conv2d_dx",
-    "conv2d_fwd",
-    "conv2d_sketch",
-    "dvalues",
-    "dx",
-    "fwd",
-    "release_scratch",
-    "scratch_bytes",
-    "sketch",
-    "why_not",
-]
+__all__ = ["conv2d", "keep_freed_memory", "kernels", "linear", "release_scratch", "scratch_bytes", "why_not"]
 
-OPS = ("linear", "conv2d")
 SIDES = (16, 32, 64, 128)
 CPU = torch.device("cpu")
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
     """Return None when these kernels can run ``op`` so, else the reason."""
-    if op not in OPS:
+    if op not in ("linear", "conv2d"):
         return f"it has no kernels for {op}"
     if device != CPU and device.type != "cpu":  # the name of the type costs five times as much
         return f"the tensors are on {device.type}"
@@ -51,3 +34,35 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int,
         return f"blocks are {block[0]}x{block[1]}; it has 1x1 and sides {', '.join(map(str, SIDES))}"
     library, reason = load()
     return None if library is not None else reason
+
+
+def kernels(geometry: Geometry) -> Kernels[Any]:
+    """Return the module whose kernels run this geometry."""
+    return conv2d if isinstance(geometry, ConvShape) else linear
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+MOST_INT = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory of freed CPU tensors for the next ones, up to 2 GiB at the end of its heap.
+
+    Otherwise glibc gives memory back to the system when large tensors are freed, that of 32 MiB and more each time, and
+    the next ones are cleared anew, page by page. Of the steps of a sparse layer whose kernels took 5.4 ms some took 8.4
+    so; a dense layer of the same size loses as much, of 85. An allocator such as jemalloc or tcmalloc, which PyTorch
+    recommends for CPUs, keeps memory anyway; this is for the C library's own. It holds for the whole process, but for
+    allocations of more than 64 MiB on other threads than the first, so it is for programs to call, early on:
+    ``sparsekern train``, ``bench.race`` and ``bench.end_to_end`` do.
+
+    Returns:
+        Whether glibc took it: False on other systems.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    # Without separate mappings, all of it lies in the heap; the other is 128 KiB of free memory at its end.
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, MOST_INT))

@@ -228,6 +228,23 @@ def call(name: str, *calls: Call) -> None:
         raise kind(f"{name} {text}")
 
 
+def positive(x: Tensor) -> Tensor:
+    """Return a tensor that is no negated view: the library reads memory, where that flag is not."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def numbers(x: Tensor) -> Tensor:
+    """Return a tensor as the library reads weights: contiguous float32."""
+    # Each question costs less than a conversion that changes nothing.
+    x = positive(x if x.dtype is torch.float32 else x.float())
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values rounded to the dtype of the inputs, as :func:`numbers`."""
+    return numbers(values if values.dtype is dtype else values.to(dtype))
+
+
 def takes_bfloat16() -> bool:
     """Return whether the live instruction set multiplies bfloat16 numbers itself, except at 1x1."""
     library, _ = load()

@@ -8,34 +8,16 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from sparsekern.kernels.contract import ConvShape, Index, backward_in_two_calls, conv2d_backward_in_two_calls
+from sparsekern.kernels.contract import ConvShape, Geometry, Kernels
 from sparsekern.kernels.gpu.launch import interpreted
-from torch import Tensor
 
 SIDES = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-__all__ = [
-    "DTYPES",
-    "SIDES",
-    "all_block_norms",
-    "backward",
-    "block_norms",
-    "conv2d_all_block_norms",
-    "conv2d_backward",
-    "conv2d_block_norms",
-    "conv2d_dvalues",
-    "conv2d_dx",
-    "conv2d_fwd",
-    "conv2d_sketch",
-    "dvalues",
-    "dx",
-    "fwd",
-    "sketch",
-    "why_not",
-]
+__all__ = ["DTYPES", "SIDES", "kernels", "why_not"]
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
@@ -66,99 +48,12 @@ def _why_not_here(device: torch.device) -> str | None:
     return None
 
 
-def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, out_features: int) -> Tensor:
-    """Return ``y (T, O)``; see :meth:`sparsekern.kernels.contract.Backend.fwd`."""
+def kernels(geometry: Geometry) -> Kernels[Any]:
+    """Return the module whose kernels run this geometry. Triton is imported by the first call."""
+    if isinstance(geometry, ConvShape):
+        from sparsekern.kernels.gpu import conv2d
+
+        return conv2d
     from sparsekern.kernels.gpu import linear
 
-    return linear.fwd(x, values, bias, index, out_features)
-
-
-def dx(dy: Tensor, values: Tensor, index: Index, in_features: int) -> Tensor:
-    """Return ``dx (T, I)``; see :meth:`sparsekern.kernels.contract.Backend.dx`."""
-    from sparsekern.kernels.gpu import linear
-
-    return linear.dx(dy, values, index, in_features)
-
-
-def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.dvalues`."""
-    from sparsekern.kernels.gpu import linear
-
-    return linear.dvalues(dy, x, index, block, dtype)
-
-
-def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index) -> tuple[Tensor, Tensor]:
-    """Return ``dx, dvalues``; see :meth:`sparsekern.kernels.contract.Backend.backward`."""
-    return backward_in_two_calls(dx, dvalues, dy, x, values, index)
-
-
-def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the norms ``(K,)`` of chosen blocks; see :meth:`sparsekern.kernels.contract.Backend.block_norms`."""
-    from sparsekern.kernels.gpu import scores
-
-    return scores.block_norms(dy, x, row, col, block)
-
-
-def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return the norms ``(R, C)`` of all blocks; see :meth:`sparsekern.kernels.contract.Backend.all_block_norms`."""
-    from sparsekern.kernels.gpu import scores
-
-    return scores.all_block_norms(dy, x, block)
-
-
-def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return ``(r, R, C)``; see :meth:`sparsekern.kernels.contract.Backend.sketch`."""
-    from sparsekern.kernels.gpu import scores
-
-    return scores.sketch(dy, x, u, v, block)
-
-
-def conv2d_fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, shape: ConvShape) -> Tensor:
-    """Return ``y (N, Cout, Ho, Wo)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_fwd`."""
-    from sparsekern.kernels.gpu import conv2d
-
-    return conv2d.conv2d_fwd(x, values, bias, index, shape)
-
-
-def conv2d_dx(dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: tuple[int, int]) -> Tensor:
-    """Return ``dx (N, Cin, H, W)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_dx`."""
-    from sparsekern.kernels.gpu import conv2d
-
-    return conv2d.conv2d_dx(dy, values, index, shape, size)
-
-
-def conv2d_dvalues(
-    dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], shape: ConvShape, dtype: torch.dtype
-) -> Tensor:
-    """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_dvalues`."""
-    from sparsekern.kernels.gpu import conv2d
-
-    return conv2d.conv2d_dvalues(dy, x, index, block, shape, dtype)
-
-
-def conv2d_backward(dy: Tensor, x: Tensor, values: Tensor, index: Index, shape: ConvShape) -> tuple[Tensor, Tensor]:
-    """Return ``dx, dvalues``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_backward`."""
-    return conv2d_backward_in_two_calls(conv2d_dx, conv2d_dvalues, dy, x, values, index, shape)
-
-
-def conv2d_block_norms(
-    dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], shape: ConvShape
-) -> Tensor:
-    """Return the norms ``(K,)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_block_norms`."""
-    from sparsekern.kernels.gpu import conv2d_scores
-
-    return conv2d_scores.conv2d_block_norms(dy, x, row, col, block, shape)
-
-
-def conv2d_all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], shape: ConvShape) -> Tensor:
-    """Return the norms ``(R, C)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_all_block_norms`."""
-    from sparsekern.kernels.gpu import conv2d_scores
-
-    return conv2d_scores.conv2d_all_block_norms(dy, x, block, shape)
-
-
-def conv2d_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], shape: ConvShape) -> Tensor:
-    """Return ``(r, R, C)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_sketch`."""
-    from sparsekern.kernels.gpu import conv2d_scores
-
-    return conv2d_scores.conv2d_sketch(dy, x, u, v, block, shape)
+    return linear

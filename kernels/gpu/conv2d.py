@@ -4,7 +4,7 @@ These functions choose a configuration and launch; they check nothing. What they
 
     x, dy     a copy, if the channels of a group are no multiple of 16 bytes
     values    as in :mod:`sparsekern.kernels.gpu.linear`
-    dx        the lists of blocks by phase: 8 bytes a block (:mod:`sparsekern.kernels.gpu.conv2d_lists`)
+    dx        the lists of blocks by phase, 8 bytes a block: ``lists_kernel`` of ``conv2d_multiply.py``
     dvalues   a float32 workspace of all blocks for each split of the pixels, if blocks are too few for the device
 """
 
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import torch
 import triton
-from sparsekern.kernels.contract import PADDING, ConvShape, Index
+from sparsekern.kernels.contract import PADDING, ConvShape, Index, Lists
 from sparsekern.kernels.gpu import tables
-from sparsekern.kernels.gpu.config import Config, Multiply, Outer, problem
-from sparsekern.kernels.gpu.conv2d_lists import lists_kernel
-from sparsekern.kernels.gpu.conv2d_multiply import conv2d_multiply_kernel
-from sparsekern.kernels.gpu.conv2d_outer import conv2d_outer_kernel
+from sparsekern.kernels.gpu.config import Config, Multiply, Outer, Supertile, problem
+from sparsekern.kernels.gpu.conv2d_multiply import conv2d_multiply_kernel, lists_kernel
+from sparsekern.kernels.gpu.conv2d_outer import (
+    conv2d_outer_kernel,
+    conv2d_projection_kernel,
+    conv2d_supertile_kernel,
+)
 from sparsekern.kernels.gpu.launch import (
     aligned_images,
     alignment,
@@ -26,23 +29,21 @@ from sparsekern.kernels.gpu.launch import (
     multiprocessors,
     on_device_of,
 )
-from sparsekern.kernels.gpu.linear import WAVES, tokens_per_split
+from sparsekern.kernels.gpu.linear import PROJECTED, SKETCH_BYTES, WAVES, lists_of, project, tokens_per_split
 from sparsekern.kernels.gpu.outer import sum_splits_kernel
 from torch import Tensor
 
-Lists = tuple[Tensor, Tensor, Tensor]
+
+def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: ConvShape) -> Tensor:
+    """Return ``y (N, Cout, Ho, Wo)``; see :meth:`sparsekern.kernels.contract.Kernels.fwd`."""
+    size_out = geometry.output_size(x.shape[2], x.shape[3])
+    return _multiply("conv2d_fwd", x, values, bias, index.by_row, geometry, size_out)
 
 
-def conv2d_fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, shape: ConvShape) -> Tensor:
-    """Return ``y (N, Cout, Ho, Wo)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_fwd`."""
-    size_out = shape.output_size(x.shape[2], x.shape[3])
-    return _multiply("conv2d_fwd", x, values, bias, (index.row_ptr, index.row_col, index.row_slot), shape, size_out)
-
-
-def conv2d_dx(dy: Tensor, values: Tensor, index: Index, shape: ConvShape, size: tuple[int, int]) -> Tensor:
-    """Return ``dx (N, Cin, H, W)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_dx`."""
-    lists = lists_by_phase(index, shape, (values.shape[1], values.shape[2]))
-    return _multiply("conv2d_dx", dy, values, None, lists, shape, size)
+def dx(dy: Tensor, values: Tensor, index: Index, geometry: ConvShape, size: tuple[int, ...]) -> Tensor:
+    """Return ``dx (N, Cin, H, W)``; see :meth:`sparsekern.kernels.contract.Kernels.dx`."""
+    lists = lists_by_phase(index, geometry, (values.shape[1], values.shape[2]))
+    return _multiply("conv2d_dx", dy, values, None, lists, geometry, size)
 
 
 def _multiply(
@@ -51,21 +52,21 @@ def _multiply(
     values: Tensor,
     bias: Tensor | None,
     lists: Lists,
-    shape: ConvShape,
-    size_out: tuple[int, int],
+    geometry: ConvShape,
+    size_out: tuple[int, ...],
 ) -> Tensor:
     (slots, bo, bi), is_dx = values.shape, op == "conv2d_dx"
-    (images, _, height, width), groups, (height_out, width_out) = x.shape, shape.groups, size_out
-    top, _, left, _ = shape.padding
+    (images, _, height, width), groups, (height_out, width_out) = x.shape, geometry.groups, size_out
+    top, _, left, _ = geometry.padding
     # As conv2d_multiply.py names them. All but the sides is between the source and the result.
     if is_dx:
-        side_in, side_out, group_in, group_out = bo, bi, shape.group_out, shape.group_in
-        rows, per_tap, mul, div = shape.block_cols(bi), shape.block_rows(bo), (1, 1), shape.stride
-        origin, step = (top, left), (-shape.dilation[0], -shape.dilation[1])
+        side_in, side_out, group_in, group_out = bo, bi, geometry.group_out, geometry.group_in
+        rows, per_tap, mul, div = geometry.block_cols(bi), geometry.block_rows(bo), (1, 1), geometry.stride
+        origin, step = (top, left), (-geometry.dilation[0], -geometry.dilation[1])
     else:
-        side_in, side_out, group_in, group_out = bi, bo, shape.group_in, shape.group_out
-        rows, per_tap, mul, div = shape.block_rows(bo), shape.block_cols(bi), shape.stride, (1, 1)
-        origin, step = (-top, -left), shape.dilation
+        side_in, side_out, group_in, group_out = bi, bo, geometry.group_in, geometry.group_out
+        rows, per_tap, mul, div = geometry.block_rows(bo), geometry.block_cols(bi), geometry.stride, (1, 1)
+        origin, step = (-top, -left), geometry.dilation
     y = x.new_empty(images, height_out, width_out, groups * group_out)
     if y.numel() == 0:
         return y.permute(0, 3, 1, 2)
@@ -86,7 +87,7 @@ def _multiply(
         conv2d_multiply_kernel[(triton.cdiv(pixels, config.tile_t) * groups * rows, phases)](
             x, values, bias, *lists, y,
             images, height, width, height_out, width_out,
-            groups, rows, per_tap, shape.kernel[1], *origin, *step, x.shape[4] // align, group_out,
+            groups, rows, per_tap, geometry.kernel[1], *origin, *step, x.shape[4] // align, group_out,
             ALIGN=align, IN=side_in, OUT=side_out, STRIDE_K=stride_k, STRIDE_N=stride_n,
             MUL_Y=mul[0], MUL_X=mul[1], DIV_Y=div[0], DIV_X=div[1],
             TILE_T=config.tile_t, TILE_K=config.tile_k, GROUP=config.group,
@@ -100,31 +101,36 @@ def _multiply(
     return y.permute(0, 3, 1, 2)
 
 
-def lists_by_phase(index: Index, shape: ConvShape, block: tuple[int, int]) -> Lists:
+def lists_by_phase(index: Index, geometry: ConvShape, block: tuple[int, int]) -> Lists:
     """Return the lists of dx: where each begins, and tap with block row, and slot, of each entry."""
-    rows, per_tap, (sh, sw) = shape.block_rows(block[0]), shape.block_cols(block[1]), shape.stride
-    top, _, left, _ = shape.padding
-    count, length = sh * sw * shape.groups * per_tap, index.slots + PADDING
+    rows, per_tap, (sh, sw) = geometry.block_rows(block[0]), geometry.block_cols(block[1]), geometry.stride
+    top, _, left, _ = geometry.padding
+    count, length = sh * sw * geometry.groups * per_tap, index.slots + PADDING
     memory = torch.empty(count + 1 + 2 * length, dtype=torch.int32, device=index.col_ptr.device)
     starts, numbers, slots = memory.split([count + 1, length, length])
     with on_device_of(memory):
         lists_kernel[(count,)](
             index.col_ptr, index.col_row, index.col_slot, starts, numbers, slots,
-            shape.taps * per_tap, per_tap, shape.kernel[1], rows, shape.groups, top, left, *shape.dilation,
-            (shape.groups * rows).bit_length(),
+            geometry.taps * per_tap, per_tap, geometry.kernel[1], rows, geometry.groups, top, left, *geometry.dilation,
+            (geometry.groups * rows).bit_length(),
             STRIDE_Y=sh, STRIDE_X=sw, PADDING=PADDING, COLS=128, RUN=32, num_warps=1,
         )  # fmt: skip
     return starts, numbers, slots
 
 
-def conv2d_dvalues(
-    dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], shape: ConvShape, dtype: torch.dtype
+def dvalues(
+    dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], geometry: ConvShape, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.conv2d_dvalues`."""
+    """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Kernels.dvalues`."""
     out = torch.empty(index.slots, *block, dtype=dtype, device=x.device)
-    lists = (index.row_ptr, index.row_col, index.row_slot)
-    outer_blocks("conv2d_dvalues", dy, x, lists, index.slots, block, shape, out)
+    outer_blocks("conv2d_dvalues", dy, x, index.by_row, index.slots, block, geometry, out)
     return out
+
+
+def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index, geometry: ConvShape) -> tuple[Tensor, Tensor]:
+    """Return ``dx, dvalues``; see :meth:`sparsekern.kernels.contract.Kernels.backward`."""
+    block, size = (values.shape[1], values.shape[2]), (x.shape[2], x.shape[3])
+    return dx(dy, values, index, geometry, size), dvalues(dy, x, index, block, geometry, values.dtype)
 
 
 def outer_blocks(
@@ -134,7 +140,7 @@ def outer_blocks(
     lists: Lists,
     slots: int,
     block: tuple[int, int],
-    shape: ConvShape,
+    geometry: ConvShape,
     out: Tensor,
 ) -> None:
     """Write blocks of the weight's gradient into ``out (Z, bo, bi)``, or their norms into ``out (Z,)``.
@@ -146,17 +152,17 @@ def outer_blocks(
         lists: ``row_ptr``, ``row_col`` and ``row_slot`` of an index of these blocks.
         slots: Z.
         block: ``(bo, bi)``.
-        shape: of the convolution.
+        geometry: of the convolution.
         out: contiguous, of any dtype.
     """
-    (images, _, height_out, width_out), (bo, bi), groups = dy.shape, block, shape.groups
-    tokens, rows, norms = images * height_out * width_out, shape.block_rows(bo), kernel == "conv2d_block_norms"
+    (images, _, height_out, width_out), (bo, bi), groups = dy.shape, block, geometry.groups
+    tokens, rows, norms = images * height_out * width_out, geometry.block_rows(bo), kernel == "conv2d_block_norms"
     if slots == 0:
         return
     if tokens == 0:
         out.zero_()
         return
-    (height, width), (top, _, left, _) = x.shape[2:], shape.padding
+    (height, width), (top, _, left, _) = x.shape[2:], geometry.padding
     x, dy = aligned_images(x, groups), aligned_images(dy, groups)
     align, precision = alignment(x.dtype), dot_precision(x.dtype)
 
@@ -170,11 +176,13 @@ def outer_blocks(
         conv2d_outer_kernel[(count, splits, pieces)](
             dy, x, *lists, parts,
             tokens, per_split, groups, rows, slots, (groups * rows + 1).bit_length(),
-            height, width, height_out, width_out, shape.block_cols(bi), shape.kernel[1], top, left, *shape.dilation,
-            shape.group_in, shape.group_out, x.shape[4] // align, dy.shape[4] // align,
+            height, width, height_out, width_out,
+            geometry.block_cols(bi), geometry.kernel[1], top, left, *geometry.dilation,
+            geometry.group_in, geometry.group_out, x.shape[4] // align, dy.shape[4] // align,
             ALIGN=align, BO=bo, BI=bi, TILE_IN=config.tile_in, TILE_T=config.tile_t,
-            STRIDE_Y=shape.stride[0], STRIDE_X=shape.stride[1],
-            EDGE_T=tokens % config.tile_t != 0, EDGE_IN=shape.group_in % bi != 0, EDGE_OUT=shape.group_out % bo != 0,
+            STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1],
+            EDGE_T=tokens % config.tile_t != 0,
+            EDGE_IN=geometry.group_in % bi != 0, EDGE_OUT=geometry.group_out % bo != 0,
             NORMS=norms and splits == 1, PRECISION=precision,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -186,3 +194,78 @@ def outer_blocks(
     which = problem(kernel, arch(x.device), x.dtype, precision, block, tokens, slots, groups * rows)
     with on_device_of(x):
         launch(tables.choose(which, launch))
+
+
+def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], geometry: ConvShape) -> Tensor:
+    """Return the norms ``(K,)``; see :meth:`sparsekern.kernels.contract.Kernels.block_norms`."""
+    norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
+    lists = lists_of(row, col, geometry.groups * geometry.block_rows(block[0]))
+    outer_blocks("conv2d_block_norms", dy, x, lists, row.shape[0], block, geometry, norms)
+    return norms
+
+
+def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], geometry: ConvShape) -> Tensor:
+    """Return the norms ``(R, C)``; see :meth:`sparsekern.kernels.contract.Kernels.all_block_norms`."""
+    (bo, bi), (images, _, height_out, width_out), groups = block, dy.shape, geometry.groups
+    rows, per_tap, tokens = geometry.block_rows(bo), geometry.block_cols(bi), images * height_out * width_out
+    norms = torch.empty(groups * rows, geometry.taps * per_tap, dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return norms.zero_()
+    (height, width), (top, _, left, _) = x.shape[2:], geometry.padding
+    x, dy = aligned_images(x, groups), aligned_images(dy, groups)
+    align, precision = alignment(x.dtype), dot_precision(x.dtype)
+
+    def launch(config: Config) -> None:
+        assert isinstance(config, Supertile)
+        tiles = triton.cdiv(rows * bo, config.tile_out), triton.cdiv(per_tap * bi, config.tile_in)
+        conv2d_supertile_kernel[(*tiles, groups * geometry.taps)](
+            dy, x, norms,
+            tokens, groups, rows, height, width, height_out, width_out,
+            geometry.taps, per_tap, geometry.kernel[1], top, left, *geometry.dilation,
+            geometry.group_in, geometry.group_out, x.shape[4] // align, dy.shape[4] // align,
+            ALIGN=align, BO=bo, BI=bi, STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1],
+            TILE_OUT=config.tile_out, TILE_IN=config.tile_in, TILE_T=config.tile_t, PRECISION=precision,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    name = "conv2d_all_block_norms"
+    which = problem(name, arch(x.device), x.dtype, precision, block, tokens, norms.numel(), groups * rows)
+    with on_device_of(x):
+        launch(tables.choose(which, launch))
+    return norms
+
+
+def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], geometry: ConvShape) -> Tensor:
+    """Return ``(r, R, C)``; see :meth:`sparsekern.kernels.contract.Kernels.sketch`.
+
+    As :func:`sparsekern.kernels.gpu.linear.sketch`: pixels of dy, and of x as each tap sees them, are projected first.
+    """
+    (bo, bi), pairs, groups = block, u.shape[0], geometry.groups
+    rows, cols = geometry.block_rows(bo), geometry.taps * geometry.block_cols(bi)
+    total = torch.zeros(pairs, groups, rows, cols, dtype=torch.float32, device=x.device)
+    tokens = dy.permute(0, 2, 3, 1).reshape(-1, geometry.out_channels)
+    panel = max(PROJECTED, SKETCH_BYTES // max(1, 4 * pairs * groups * (rows + cols)) // PROJECTED * PROJECTED)
+    for start in range(0, tokens.shape[0] if pairs else 0, panel):
+        part = tokens[start : start + panel]
+        right = _project(x, v, (start, part.shape[0]), (dy.shape[2], dy.shape[3]), bi, geometry)
+        for group, (of_group, directions) in enumerate(zip(part.chunk(groups, 1), u.chunk(groups, 1), strict=True)):
+            total[:, group] += project(of_group, directions, bo) @ right[:, group].transpose(1, 2)
+    return total.flatten(1, 2)
+
+
+def _project(
+    x: Tensor, directions: Tensor, pixels: tuple[int, int], size_out: tuple[int, int], side: int, geometry: ConvShape
+) -> Tensor:
+    """Return ``(r, groups, C, T)`` for ``pixels``: the first one of y and how many, T."""
+    (first, tokens), pairs, per_tap = pixels, directions.shape[0], geometry.block_cols(side)
+    (height, width), (top, _, left, _) = x.shape[2:], geometry.padding
+    out = torch.empty(pairs, geometry.groups, geometry.taps * per_tap, tokens, dtype=torch.float32, device=x.device)
+    with on_device_of(x):
+        conv2d_projection_kernel[(triton.cdiv(tokens, PROJECTED) * geometry.groups * geometry.taps * per_tap,)](
+            x, directions.float().contiguous(), out,
+            first, tokens, geometry.groups, geometry.group_in, height, width, *size_out,
+            geometry.taps, per_tap, geometry.kernel[1], top, left, *geometry.dilation, pairs,
+            SIDE=side, TILE_T=PROJECTED, STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1],
+            num_warps=8 if side == 128 else 4,
+        )  # fmt: skip
+    return out

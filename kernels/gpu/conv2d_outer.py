@@ -1,5 +1,6 @@
-"""Chosen blocks of the weight's gradient of a convolution, or their norms: groups, pieces and splits of the pixels as
-in :mod:`sparsekern.kernels.gpu.outer`, with tokens that are pixels of y.
+"""Triton kernels for the gradient of a convolution's weight, as :mod:`sparsekern.kernels.gpu.outer` for linear layers.
+
+Groups, pieces and splits of the pixels are as there, with pixels of y as tokens.
 
 out[slot, n, i] = sum over t of dy[t, row * bo + n] * x[where the block's tap sees it from t, its channel i]
 
@@ -81,3 +82,85 @@ def conv2d_outer_kernel(
         slot = tl.load(slot_ptr + entry).to(tl.int64) + split.to(tl.int64) * slots
         out = out_ptr + (slot * (BO * BI) + g % BI)[:, None] + (n * BI)[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(first + g // BI < stop)[:, None])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T", "groups", "rows", "height", "width", "height_out", "width_out", "taps", "per_tap", "kernel_width",
+        "top", "left", "dilation_y", "dilation_x",
+    ]
+)  # fmt: skip
+def conv2d_supertile_kernel(
+    dy_ptr, x_ptr, norms_ptr,
+    T, groups, rows, height, width, height_out, width_out,
+    taps, per_tap, kernel_width, top, left, dilation_y, dilation_x, group_in, group_out, in_units, out_units,
+    ALIGN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+    TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write ``TILE_OUT / BO`` by ``TILE_IN / BI`` norms of one tap of one group, both by the last program number."""
+    ROWS: tl.constexpr = TILE_OUT // BO
+    COLS: tl.constexpr = TILE_IN // BI
+    group, tap = tl.program_id(2) // taps, tl.program_id(2) % taps
+    o = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
+    i = tl.program_id(1) * TILE_IN + tl.arange(0, TILE_IN)
+    t = tl.arange(0, TILE_T)
+    in_group, out_group = in_units * ALIGN, out_units * ALIGN
+    x_pitch, dy_pitch = (groups * in_group).to(tl.int64), (groups * out_group).to(tl.int64)
+    tap_y, tap_x = tap // kernel_width * dilation_y - top, tap % kernel_width * dilation_x - left
+    o_mask, i_mask = (o < out_group)[:, None], (i < in_group)[None, :]
+    dy_ptrs = dy_ptr + (group * out_group + o)[:, None] + (t.to(tl.int64) * dy_pitch)[None, :]
+    x_columns = x_ptr + (tap_y * width + tap_x).to(tl.int64) * x_pitch + (group * in_group + i)
+
+    pixel, y, x = place_of_token(t, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
+    acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
+    for begin in range(0, T, TILE_T):
+        here = t < T - begin
+        seen = here & is_inside(y + tap_y, height) & is_inside(x + tap_x, width)
+        dy = tl.load(dy_ptrs + tl.cast(begin, tl.int64) * dy_pitch, mask=here[None, :] & o_mask, other=0.0)
+        columns = tl.load(x_columns[None, :] + (pixel * x_pitch)[:, None], mask=seen[:, None] & i_mask, other=0.0)
+        pixel, y, x = place_of_next_token(pixel, y, x, TILE_T, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
+        acc = tl.dot(dy, columns, acc, input_precision=PRECISION)
+
+    # An infinity that met the filling is no NaN.
+    acc = tl.where((o < group_out)[:, None] & (i < group_in)[None, :], acc, 0.0)
+    squares = tl.sum(tl.sum(tl.reshape(acc * acc, (ROWS, BO, COLS, BI)), 3), 1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    out = norms_ptr + (group * rows + r).to(tl.int64)[:, None] * (taps * per_tap) + (tap * per_tap + c)[None, :]
+    tl.store(out, tl.sqrt(squares), mask=(r < rows)[:, None] & (c < per_tap)[None, :])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first", "T", "groups", "group_in", "height", "width", "height_out", "width_out", "taps", "per_tap",
+        "kernel_width", "top", "left", "dilation_y", "dilation_x", "pairs",
+    ]
+)  # fmt: skip
+def conv2d_projection_kernel(
+    x_ptr, direction_ptr, out_ptr,
+    first, T, groups, group_in, height, width, height_out, width_out,
+    taps, per_tap, kernel_width, top, left, dilation_y, dilation_x, pairs,
+    SIDE: tl.constexpr, TILE_T: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+):  # fmt: skip
+    """Write ``out[all q, one group, one block column, TILE_T pixels]``; t counts the T pixels from ``first`` on.
+
+    out[q, group, tap * CB + cb, t] = sum over i in block cb of x[where the tap sees it from t, group, i] * v[q, tap, i]
+    """
+    blocks = groups * taps * per_tap
+    block = tl.program_id(0) % blocks
+    group, column = block // (taps * per_tap), block % (taps * per_tap)
+    tap = column // per_tap
+    t = tl.program_id(0) // blocks * TILE_T + tl.arange(0, TILE_T)
+    pixel, y, x = place_of_token(first + t, height, width, height_out, width_out, STRIDE_Y, STRIDE_X)
+    tap_y, tap_x = tap // kernel_width * dilation_y - top, tap % kernel_width * dilation_x - left
+    i = column % per_tap * SIDE + tl.arange(0, SIDE)
+    seen = (t < T) & is_inside(y + tap_y, height) & is_inside(x + tap_x, width)
+    start = (pixel + (tap_y * width + tap_x)).to(tl.int64) * (groups * group_in) + group * group_in
+    x = tl.load(x_ptr + start[:, None] + i[None, :], mask=seen[:, None] & (i < group_in)[None, :], other=0.0)
+    x = x.to(tl.float32)
+    for q in range(pairs):
+        line = tl.cast(q, tl.int64)
+        direction = direction_ptr + (line * taps + tap) * group_in + i
+        direction = tl.load(direction, mask=i < group_in, other=0.0)
+        out = out_ptr + (line * blocks + block) * T + t
+        tl.store(out, tl.sum(x * direction[None, :], 1), mask=t < T)

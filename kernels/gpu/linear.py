@@ -12,38 +12,44 @@ from __future__ import annotations
 
 import torch
 import triton
-from sparsekern.kernels.contract import Index
+from sparsekern.kernels.contract import Index, LinearShape, Lists
 from sparsekern.kernels.gpu import tables
-from sparsekern.kernels.gpu.config import Config, FewTokens, Multiply, Outer, problem
-from sparsekern.kernels.gpu.few_tokens import few_tokens_kernel
+from sparsekern.kernels.gpu.config import Config, FewTokens, Multiply, Outer, Supertile, problem
 from sparsekern.kernels.gpu.launch import aligned_rows, alignment, arch, dot_precision, multiprocessors, on_device_of
-from sparsekern.kernels.gpu.multiply import multiply_kernel
-from sparsekern.kernels.gpu.multiply_tma import can_describe, descriptor, multiply_tma_kernel
-from sparsekern.kernels.gpu.outer import outer_kernel, sum_splits_kernel
+from sparsekern.kernels.gpu.multiply import (
+    can_describe,
+    descriptor,
+    few_tokens_kernel,
+    multiply_kernel,
+    multiply_tma_kernel,
+)
+from sparsekern.kernels.gpu.outer import outer_kernel, projection_kernel, sum_splits_kernel, supertile_kernel
 from torch import Tensor
 
 FEW_TOKENS = 32
-"""Up to so many tokens the weight goes on M."""
+"""Up to this many tokens the weight goes on M."""
 
 WAVES = 2
-"""Tokens are split until there are so many programs for each multiprocessor."""
+"""Tokens are split until there are this many programs for each multiprocessor."""
+
+SKETCH_BYTES = 64 * 2**20
+"""Bytes of projected tokens that :func:`sketch` may hold at a time."""
+
+PROJECTED = 64
+"""Tokens of a program that projects them."""
 
 
-def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, out_features: int) -> Tensor:
-    """Return ``y (T, O)``; see :meth:`sparsekern.kernels.contract.Backend.fwd`."""
-    lists = (index.row_ptr, index.row_col, index.row_slot)
-    return _multiply("fwd", x, values, bias, lists, out_features)
+def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: LinearShape) -> Tensor:
+    """Return ``y (T, O)``; see :meth:`sparsekern.kernels.contract.Kernels.fwd`."""
+    return _multiply("fwd", x, values, bias, index.by_row, geometry.out_features)
 
 
-def dx(dy: Tensor, values: Tensor, index: Index, in_features: int) -> Tensor:
-    """Return ``dx (T, I)``; see :meth:`sparsekern.kernels.contract.Backend.dx`."""
-    lists = (index.col_ptr, index.col_row, index.col_slot)
-    return _multiply("dx", dy, values, None, lists, in_features)
+def dx(dy: Tensor, values: Tensor, index: Index, geometry: LinearShape, size: tuple[int, ...] = ()) -> Tensor:
+    """Return ``dx (T, I)``; see :meth:`sparsekern.kernels.contract.Kernels.dx`."""
+    return _multiply("dx", dy, values, None, index.by_col, geometry.in_features)
 
 
-def _multiply(
-    op: str, x: Tensor, values: Tensor, bias: Tensor | None, lists: tuple[Tensor, Tensor, Tensor], features: int
-) -> Tensor:
+def _multiply(op: str, x: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, features: int) -> Tensor:
     (tokens, in_features), (slots, bo, bi) = x.shape, values.shape
     transposed = op == "dx"
     side_in, side_out = (bo, bi) if transposed else (bi, bo)
@@ -106,18 +112,26 @@ def _multiply(
     return y
 
 
-def dvalues(dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Backend.dvalues`."""
+def dvalues(
+    dy: Tensor, x: Tensor, index: Index, block: tuple[int, int], geometry: LinearShape, dtype: torch.dtype
+) -> Tensor:
+    """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Kernels.dvalues`."""
     out = torch.empty(index.slots, *block, dtype=dtype, device=x.device)
-    outer_blocks("dvalues", dy, x, (index.row_ptr, index.row_col, index.row_slot), index.slots, block, out)
+    outer_blocks("dvalues", dy, x, index.by_row, index.slots, block, out)
     return out
+
+
+def backward(dy: Tensor, x: Tensor, values: Tensor, index: Index, geometry: LinearShape) -> tuple[Tensor, Tensor]:
+    """Return ``dx, dvalues``; see :meth:`sparsekern.kernels.contract.Kernels.backward`."""
+    block = (values.shape[1], values.shape[2])
+    return dx(dy, values, index, geometry), dvalues(dy, x, index, block, geometry, values.dtype)
 
 
 def outer_blocks(
     kernel: str,
     dy: Tensor,
     x: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor],
+    lists: Lists,
     slots: int,
     block: tuple[int, int],
     out: Tensor,
@@ -176,3 +190,86 @@ def tokens_per_split(tokens: int, tile_t: int, programs: int, wanted: int) -> in
     splits = min(-(-wanted // programs), max(1, tokens // (8 * tile_t)))
     per_split: int = triton.cdiv(triton.cdiv(tokens, splits), tile_t) * tile_t
     return per_split
+
+
+def block_norms(
+    dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], geometry: LinearShape
+) -> Tensor:
+    """Return the norms ``(K,)`` of chosen blocks; see :meth:`sparsekern.kernels.contract.Kernels.block_norms`."""
+    norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
+    lists = lists_of(row, col, geometry.cells(block)[0])
+    outer_blocks("block_norms", dy, x, lists, row.shape[0], block, norms)
+    return norms
+
+
+def lists_of(row: Tensor, col: Tensor, rows: int) -> Lists:
+    """Return the lists of chosen blocks: where each block row begins, and the column and number of each block.
+
+    In the order of block rows, blocks side by side share the tiles of dy.
+    """
+    sorted_row, order = row.sort(stable=True)
+    starts = torch.arange(rows + 1, dtype=row.dtype, device=row.device)
+    row_ptr = torch.searchsorted(sorted_row, starts, out_int32=True)
+    return row_ptr, col[order], order.int()
+
+
+def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], geometry: LinearShape) -> Tensor:
+    """Return the norms ``(R, C)`` of all blocks; see :meth:`sparsekern.kernels.contract.Kernels.all_block_norms`."""
+    (bo, bi), tokens = block, x.shape[0]
+    (in_features, out_features), (rows, cols) = geometry, geometry.cells(block)
+    norms = torch.empty(rows, cols, dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return norms.zero_()
+    x, dy = aligned_rows(x), aligned_rows(dy)
+    align, precision = alignment(x.dtype), dot_precision(x.dtype)
+
+    def launch(config: Config) -> None:
+        assert isinstance(config, Supertile)
+        grid = (triton.cdiv(rows * bo, config.tile_out), triton.cdiv(cols * bi, config.tile_in))
+        supertile_kernel[grid](
+            dy, x, norms,
+            tokens, in_features, out_features,
+            x.shape[1] // align, dy.shape[1] // align, x.stride(0) // align, dy.stride(0) // align, rows, cols,
+            ALIGN=align, BO=bo, BI=bi,
+            TILE_OUT=config.tile_out, TILE_IN=config.tile_in, TILE_T=config.tile_t, PRECISION=precision,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    with on_device_of(x):
+        which = problem("all_block_norms", arch(x.device), x.dtype, precision, block, tokens, rows * cols, rows)
+        launch(tables.choose(which, launch))
+    return norms
+
+
+def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], geometry: LinearShape) -> Tensor:
+    """Return ``(r, R, C)``; see :meth:`sparsekern.kernels.contract.Kernels.sketch`.
+
+    ``u' G v`` of a block is a sum over tokens of ``(dy . u) (x . v)``: both are projected first, which is one pass over
+    each, and multiplied then. That is ``bo * bi / r`` times less work than forming G in an accumulator.
+    """
+    (bo, bi), pairs, tokens = block, u.shape[0], x.shape[0]
+    rows, cols = geometry.cells(block)
+    total = torch.zeros(pairs, rows, cols, dtype=torch.float32, device=x.device)
+    if pairs == 0:
+        return total
+    panel = max(PROJECTED, SKETCH_BYTES // (4 * pairs * (rows + cols)) // PROJECTED * PROJECTED)
+    for start in range(0, tokens, panel):
+        left = project(dy[start : start + panel], u, bo)
+        right = project(x[start : start + panel], v, bi)
+        total.baddbmm_(left, right.transpose(1, 2))
+    return total
+
+
+def project(x: Tensor, directions: Tensor, side: int) -> Tensor:
+    """Return ``(r, blocks, T)``: each block of columns of ``x (T, F)`` times that part of each direction ``(r, F)``."""
+    (tokens, features), pairs = x.shape, directions.shape[0]
+    blocks = -(-features // side)
+    out = torch.empty(pairs, blocks, tokens, dtype=torch.float32, device=x.device)
+    directions = directions.float().contiguous()
+    with on_device_of(x):
+        projection_kernel[(triton.cdiv(tokens, PROJECTED) * blocks,)](
+            x, directions, out,
+            tokens, features, blocks, pairs, x.stride(0), x.stride(1),
+            SIDE=side, TILE_T=PROJECTED, num_warps=4,
+        )  # fmt: skip
+    return out

@@ -1,6 +1,8 @@
-"""One Triton kernel for ``y = x W' + bias`` and for ``dx = dy W``: tokens on M, so that any block reaches ``wgmma``.
+"""Triton kernels of a linear layer for ``y = x W' + bias`` and for ``dx = dy W``.
 
-It is written for the forward; dx is the same product with rows and columns exchanged and the block not transposed.
+They are written for the forward; dx is the same product with rows and columns exchanged and the block not transposed.
+:func:`multiply_kernel` has tokens on M, so that any block reaches ``wgmma``; :func:`multiply_tma_kernel` does the same
+for blocks of 64 and more, loaded by Hopper's copy engine; :func:`few_tokens_kernel` is for decoding.
 
     t  tokens, TILE_T a program              IN   side of a block that is summed over (bi; bo for dx)
     n  output features, one block row        OUT  side of a block along the output (bo; bi for dx)
@@ -19,6 +21,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -104,3 +108,114 @@ def multiply_kernel(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
     store_tile(y_ptr, bias_ptr, acc, t, row, T, out_features, OUT, HAS_BIAS, EDGE_OUT)
+
+
+@triton.jit(do_not_specialize=["T"])
+def few_tokens_kernel(
+    x_ptr, values_ptr, bias_ptr, row_ptr_ptr, other_ptr, slot_ptr, y_ptr,
+    T, in_units, out_features, stride_units,
+    ALIGN: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
+    TOKENS: tl.constexpr, TILE_K: tl.constexpr, TILE_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EDGE_IN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write ``y[all tokens, TILE_N features of one block row]``; T is at most TOKENS.
+
+    The weight is on M and all tokens on N. With few tokens the time is that of reading the stored blocks once, so a
+    program takes only TILE_N rows of a block: many programs, many loads in flight. Values of another dtype than x are
+    converted in registers here: a copy first would read them twice.
+    """
+    PIECES: tl.constexpr = OUT // TILE_N
+    row = tl.program_id(0) // PIECES
+    start, stop = tl.load(row_ptr_ptr + row), tl.load(row_ptr_ptr + row + 1)
+
+    t, k = tl.arange(0, TOKENS), tl.arange(0, TILE_K)
+    n = tl.program_id(0) % PIECES * TILE_N + tl.arange(0, TILE_N)
+    in_features = in_units * ALIGN
+    x_rows = x_ptr + t.to(tl.int64)[None, :] * (stride_units * ALIGN)
+    t_mask = t[None, :] < T
+    acc = tl.zeros((TILE_N, TOKENS), tl.float32)
+
+    if IN < TILE_K:
+        BLOCKS: tl.constexpr = TILE_K // IN
+        column, offset = place_of_entry(other_ptr, slot_ptr, start + k // IN, IN, IN * OUT)
+        for i in range(start, stop, BLOCKS):
+            columns = tl.max_contiguous(tl.multiple_of(column + k % IN, IN), IN)
+            offsets = offset + k % IN * STRIDE_K
+            offsets = tl.max_contiguous(tl.multiple_of(offsets, IN), IN) if STRIDE_K == 1 else offsets
+            in_row = i + k // IN < stop  # masks both: a NaN or an infinity of another row times zero is a NaN
+            x_mask = in_row & (columns < in_features) if EDGE_IN else in_row
+            x = tl.load(x_rows + columns[:, None], mask=t_mask & x_mask[:, None], other=0.0)
+            w = tl.load(values_ptr + (offsets[None, :] + n[:, None] * STRIDE_N), mask=in_row[None, :], other=0.0)
+            column, offset = place_of_entry(other_ptr, slot_ptr, i + BLOCKS + k // IN, IN, IN * OUT)
+            acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision=PRECISION)
+    else:
+        PARTS: tl.constexpr = IN // TILE_K
+        column, offset = place_of_entry(other_ptr, slot_ptr, start, IN, IN * OUT)
+        for i in range(0, (stop - start) * PARTS):
+            x_mask = (t_mask & (column + k < in_features)[:, None]) if EDGE_IN else t_mask
+            x = tl.load(x_rows + (column + k)[:, None], mask=x_mask, other=0.0)
+            w = tl.load(values_ptr + offset + (k[None, :] * STRIDE_K + n[:, None] * STRIDE_N))
+            # At most stop, or the compiler advances 64-bit pointers instead, which takes more instructions.
+            ahead = tl.minimum(start + (i + 1) // PARTS, stop)
+            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
+            part = (i + 1) % PARTS * TILE_K
+            column += part
+            offset += part * STRIDE_K
+            acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision=PRECISION)
+
+    feature = row * OUT + n
+    n_mask = feature < out_features
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + feature, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+    y = y_ptr + t.to(tl.int64)[None, :] * out_features + feature[:, None]
+    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=t_mask & n_mask[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def multiply_tma_kernel(
+    x_desc, values_desc, bias_ptr, row_ptr_ptr, other_ptr, slot_ptr, y_ptr,
+    T, rows, out_features,
+    IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EDGE_OUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the tile ``y[tokens, one block row]``. values_desc is ``(Z * bo, bi)``; TRANSPOSED is set for dx.
+
+    Descriptors made on the host replace the pointers of x and values: fewer instructions and registers, and elements
+    beyond the last token or feature read as zero without a mask. :func:`can_describe` says what they require.
+    """
+    tile, row = place_of_tile(T, rows, TILE_T, GROUP)
+    start, stop = tl.load(row_ptr_ptr + row), tl.load(row_ptr_ptr + row + 1)
+    PARTS: tl.constexpr = IN // TILE_K
+    BO: tl.constexpr = IN if TRANSPOSED else OUT
+
+    acc = tl.zeros((TILE_T, OUT), tl.float32)
+    column, line = tl.load(other_ptr + start) * IN, tl.load(slot_ptr + start) * BO
+    part = 0
+    for i in range(0, (stop - start) * PARTS):
+        x = x_desc.load([tile * TILE_T, column + part])
+        w = values_desc.load([line + part, 0]) if TRANSPOSED else values_desc.load([line, part]).T
+        ahead = tl.minimum(start + (i + 1) // PARTS, stop)
+        part = (i + 1) % PARTS * TILE_K
+        column, line = tl.load(other_ptr + ahead) * IN, tl.load(slot_ptr + ahead) * BO
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    t = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    store_tile(y_ptr, bias_ptr, acc, t, row, T, out_features, OUT, HAS_BIAS, EDGE_OUT)
+
+
+def can_describe(x: Tensor, values: Tensor, tile: tuple[int, int]) -> bool:
+    """Return whether the copy engine can load tiles of x, and of values (contiguous).
+
+    Rows of 16 bytes at a multiple of 16 bytes, coordinates in int32; nothing that drivers are known to stumble over: no
+    tile larger than x, and no holes between its rows (triton-lang/triton#9235).
+    """
+    rows = x.is_contiguous() and x.shape[1] * x.element_size() % 16 == 0 and max(x.shape) < 2**31
+    boxes = x.shape[0] >= tile[0] and x.shape[1] >= tile[1]
+    blocks = 0 < values.shape[0] * values.shape[1] < 2**31
+    return rows and boxes and blocks and x.data_ptr() % 16 == 0 and values.data_ptr() % 16 == 0
+
+
+def descriptor(matrix: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
+    """Return the descriptor by which a kernel loads tiles of a matrix."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(tile))

@@ -1,4 +1,7 @@
-"""Chosen blocks of ``G = dy' x``: the gradient of the stored blocks, or their norms.
+"""Triton kernels of a linear layer for its weight's gradient ``G = dy' x``, which is never stored whole.
+
+:func:`outer_kernel` forms chosen blocks (the gradient of the stored ones) or their norms; :func:`supertile_kernel` the
+norms of all blocks; :func:`projection_kernel` each half of a sketch. Of the first:
 
     g  columns of x, TILE_IN a program: several small blocks of one block row side by side, or a part of a large one
     n  the bo rows of the block row
@@ -101,3 +104,64 @@ def sum_splits_kernel(parts_ptr, out_ptr, slots, splits, SIZE: tl.constexpr, NOR
         tl.store(out_ptr + slot, tl.sqrt(tl.sum(total * total)))
     else:
         tl.store(out_ptr + slot * SIZE + e, total.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "rows", "cols"])
+def supertile_kernel(
+    dy_ptr, x_ptr, norms_ptr,
+    T, in_features, out_features, in_units, out_units, x_stride_units, dy_stride_units, rows, cols,
+    ALIGN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write ``TILE_OUT / BO`` by ``TILE_IN / BI`` norms of G, of which this program forms a tile and stores nothing.
+
+    norms[r, c] = sqrt(sum over the block (r, c) of G ** 2). It costs the time of a dense weight gradient and the memory
+    of one float a block.
+    """
+    ROWS: tl.constexpr = TILE_OUT // BO
+    COLS: tl.constexpr = TILE_IN // BI
+    o = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
+    i = tl.program_id(1) * TILE_IN + tl.arange(0, TILE_IN)
+    t = tl.arange(0, TILE_T)
+    o_mask, i_mask = (o < out_units * ALIGN)[:, None], (i < in_units * ALIGN)[None, :]
+    dy_stride, x_stride = dy_stride_units * ALIGN, x_stride_units * ALIGN
+    dy_ptrs = dy_ptr + o[:, None] + t.to(tl.int64)[None, :] * dy_stride
+    x_ptrs = x_ptr + t.to(tl.int64)[:, None] * x_stride + i[None, :]
+
+    acc = tl.zeros((TILE_OUT, TILE_IN), tl.float32)
+    for begin in range(0, T, TILE_T):
+        ahead = tl.cast(begin, tl.int64)
+        dy = tl.load(dy_ptrs + ahead * dy_stride, mask=(t < T - begin)[None, :] & o_mask, other=0.0)
+        x = tl.load(x_ptrs + ahead * x_stride, mask=(t < T - begin)[:, None] & i_mask, other=0.0)
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+
+    # An infinity that met the filling is no NaN.
+    acc = tl.where((o < out_features)[:, None] & (i < in_features)[None, :], acc, 0.0)
+    squares = tl.sum(tl.sum(tl.reshape(acc * acc, (ROWS, BO, COLS, BI)), 3), 1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    out = norms_ptr + r.to(tl.int64)[:, None] * cols + c[None, :]
+    tl.store(out, tl.sqrt(squares), mask=(r < rows)[:, None] & (c < cols)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "blocks", "pairs"])
+def projection_kernel(
+    x_ptr, direction_ptr, out_ptr,
+    T, features, blocks, pairs, stride_t, stride_i,
+    SIDE: tl.constexpr, TILE_T: tl.constexpr,
+):  # fmt: skip
+    """Write ``out[all q, one block, TILE_T tokens]``: x is read once for all directions, in float32.
+
+    out[q, b, t] = sum over i in block b of x[t, i] * direction[q, i]
+    """
+    block = tl.program_id(0) % blocks
+    t = (tl.program_id(0) // blocks).to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    i = block * SIDE + tl.arange(0, SIDE)
+    mask = (t < T)[:, None] & (i < features)[None, :]
+    x = tl.load(x_ptr + t[:, None] * stride_t + i.to(tl.int64)[None, :] * stride_i, mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    for q in range(pairs):
+        line = tl.cast(q, tl.int64)
+        direction = tl.load(direction_ptr + line * features + i, mask=i < features, other=0.0)
+        out = out_ptr + (line * blocks + block) * T + t
+        tl.store(out, tl.sum(x * direction[None, :], 1), mask=t < T)

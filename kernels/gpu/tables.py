@@ -13,20 +13,25 @@ A table is ``sm_90.json`` and so on: ``{"measured": {...where, when...}, "config
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparsekern.kernels.gpu import roofline, tune
+import torch
+from sparsekern.kernels.gpu import roofline
 from sparsekern.kernels.gpu.config import KINDS, Config, Problem, package_data, well_formed
+from sparsekern.kernels.gpu.launch import interpreted
 
 MODES = ("offline", "0", "1")
+
+CAPTURING = "a CUDA graph is being captured"
 
 _NEAR = sorted((abs(t) + abs(n), t, n) for t in range(-3, 4) for n in range(-3, 4))
 """How far, in powers of two: distance, tokens, blocks. Farther than that the roofline knows better."""
@@ -102,7 +107,7 @@ def write(problem: Problem, config: Config) -> None:
     path = folder / f"{problem.arch}.json"
     with _writing:
         table = _user_table(problem.arch) or {"measured": {}, "configs": {}}
-        table["measured"] = tune.circumstances()
+        table["measured"] = circumstances()
         table["configs"][problem.key] = asdict(config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -114,17 +119,84 @@ def write(problem: Problem, config: Config) -> None:
             _log.warning("%s is not written: %s. Set SPARSEKERN_CACHE to a folder that can be", path, error)
 
 
+def why_not_measured() -> str | None:
+    """Return why no configuration can be measured now, or None."""
+    if interpreted() or not torch.cuda.is_available():
+        return "there is no GPU"
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        # Ranks would choose differently, or wait for each other while one of them measures inside a collective.
+        return "several ranks are running; tune in one process first, all ranks read the same table"
+    if torch.cuda.is_current_stream_capturing():
+        return CAPTURING
+    return None
+
+
+def fastest(
+    configs: Sequence[Config],
+    launch: Callable[[Config], object],
+    seconds: Callable[[Callable[[], object]], float] | None = None,
+) -> Config:
+    """Return the configuration whose launch takes the least time; one that does not compile or fit is passed over.
+
+    Args:
+        configs: to choose from, best guess first.
+        launch: runs the call with a configuration.
+        seconds: measures a call; by default :func:`median_seconds`.
+
+    Raises:
+        RuntimeError: none of them runs; from the error of the first.
+    """
+    best, best_time, failures = None, float("inf"), []
+    for config in configs:
+        try:
+            time = (seconds or median_seconds)(lambda config=config: launch(config))  # type: ignore[misc]
+        except Exception as error:  # out of shared memory or registers, or a compiler's defect: the next one may do
+            _log.info("%s does not run: %s", config, error)
+            failures.append(error)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # raises if the error took the device with it: nothing measured so far counts
+            continue
+        if time < best_time:
+            best, best_time = config, time
+    if best is None:
+        raise RuntimeError(f"none of {len(configs)} configurations runs") from failures[0]
+    return best
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    """Return the median time of a call on the GPU, caches flushed before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=10, rep=40, return_mode="median")) / 1e3
+
+
+def circumstances() -> dict[str, str]:
+    """Return what a measured figure must be told with: device, versions, date."""
+    import triton
+
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
 def _choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
     asked = mode()
     config = None if asked == "0" else read(problem)
     if config is None and asked == "1":
-        reason = tune.why_not()
+        reason = why_not_measured()
         if reason is not None:
             _log.info("%s is not tuned: %s", problem.key, reason)
-            if reason == tune.CAPTURING:  # not remembered: the next call may be able to
+            if reason == CAPTURING:  # not remembered: the next call may be able to
                 return read_near(problem) or roofline.candidates(problem)[0]
         else:
-            config = tune.fastest(roofline.candidates(problem), launch)
+            config = fastest(roofline.candidates(problem), launch)
             _chosen[problem] = config
             write(problem, config)
     if config is None and asked != "0":

@@ -2,10 +2,9 @@
 
 from sparsekern.ops import onnx as _onnx  # noqa: F401  enters decompositions into PyTorch's table
 from sparsekern.ops.backends import BACKENDS, backend, requested_backend, supports
-from sparsekern.ops.conv2d import conv2d
 from sparsekern.ops.flops import stored_elements
-from sparsekern.ops.linear import linear
 from sparsekern.ops.probes import Probe
+from sparsekern.ops.products import conv2d, linear
 from sparsekern.ops.scores import all_block_norms, block_norms, sketch
 
 __all__ = [

@@ -1,25 +1,26 @@
-"""Which backend runs an op. The order is that of speed; an explicit request never falls back."""
+"""The choice of the backend that runs an op: the fastest that can, or the one asked for, which never falls back."""
 
 from __future__ import annotations
 
 import functools
 import logging
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from sparsekern.errors import InputError
 from sparsekern.kernels import cpu, eager, gpu
-from sparsekern.kernels.contract import Backend
+from sparsekern.kernels.contract import Backend, Geometry, Kernels
 
 BACKENDS: dict[str, Backend] = {"gpu": gpu, "cpu": cpu, "eager": eager}
 """Fastest first."""
 
 DEVICE_TYPES = {"gpu": "cuda", "cpu": "cpu"}
-"""Where a backend is chosen by itself. By name "gpu" runs on a CPU too, in Triton's interpreter: that is for tests."""
+"""The device where ``"auto"`` takes a backend. Asked for by name, "gpu" also runs on a CPU, in Triton's interpreter."""
 
 USUAL = (torch.float32, (32, 32))
-"""A dtype and a block size that every fast backend has."""
+"""A dtype and a block size that every fast backend supports."""
 
 AUTO = "auto"
 
@@ -30,9 +31,9 @@ _log = logging.getLogger("sparsekern")
 class backend:
     """Ask for one backend, or for ``"auto"``, the fastest that can (the default).
 
-    As a statement it holds until the next one; in a ``with`` block until its end. It holds for the whole process: of
-    blocks that overlap, in two threads or tasks, the one begun last, and each ends with its own. A backward runs on the
-    backend of its forward, wherever it is called.
+    A statement holds until the next one, a ``with`` block until its end. There is one setting for the whole process:
+    where blocks of two threads or tasks overlap, the one entered last holds, and each ends only its own. A backward
+    runs on the backend of its forward, wherever it is called.
 
     Args:
         name: ``"auto"`` or a name in :data:`sparsekern.ops.backends.BACKENDS`.
@@ -53,7 +54,7 @@ class backend:
                 f"backend is {name!r}; it must be one of {', '.join([AUTO, *BACKENDS])}", parameter="backend"
             )
         self._name, self._entered = name, False
-        last = [s for s in _settings if not s._entered][-1:]  # the statement that can hold again, where this is a block
+        last = [s for s in _settings if not s._entered][-1:]  # the statement that holds again after this block
         _settings[:] = [*(setting for setting in _settings if setting._entered or setting in last), self]
         _requested = name
 
@@ -107,7 +108,7 @@ def resolve(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> str:
 
 
 def _fastest(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str:
-    kind = device.type  # every time it is asked for it costs as much as the rest of a turn
+    kind = device.type  # builds a string each time, which takes as long as the rest of an iteration
     for name, candidate in BACKENDS.items():
         if DEVICE_TYPES.get(name, kind) != kind:
             continue
@@ -115,7 +116,7 @@ def _fastest(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int
         if reason is None:
             return name
         if name == "cpu" and reason != candidate.why_not(op, device, *USUAL):
-            continue  # float64 or odd blocks were chosen, and run nowhere faster; a library that is not there is news
+            continue  # nothing runs float64 or odd blocks faster; that the library is missing is worth a warning
         _say_once(name, op, reason)
     raise AssertionError("the eager backend runs everything")
 
@@ -125,6 +126,6 @@ def _say_once(name: str, op: str, reason: str) -> None:
     _log.warning("the slower backend runs %s, because %r cannot: %s", op, name, reason)
 
 
-def backend_for(name: str, op: str, x: torch.Tensor, block: tuple[int, int]) -> Backend:
-    """Return the kernels that run ``op``; the arguments and errors are those of :func:`resolve`."""
-    return BACKENDS[resolve(name, op, x, block)]
+def kernels_for(name: str, geometry: Geometry, x: torch.Tensor, block: tuple[int, int]) -> Kernels[Any]:
+    """Return the kernels that run a geometry on the backend that :func:`resolve` returns; its errors too."""
+    return BACKENDS[resolve(name, geometry.op, x, block)].kernels(geometry)

@@ -1,4 +1,4 @@
-"""Every user error of an op, raised once, here. Kernels check nothing but the entries of an index, the native ones."""
+"""The checks of an op's arguments. Kernels check nothing; only the native ones check the entries of an index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsekern.topology import Grid, current_index
 INT32 = torch.int32
 
 
-def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:
+def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid, probe: Probe | None) -> None:
     """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.linear` fit together."""
     _check_tensor(x)
     if x.dim() == 0 or x.shape[-1] != grid.in_features:
@@ -24,9 +24,13 @@ def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
             parameter="input",
         )
     _check_weight(x, values, bias, index, grid)
+    if probe is not None:
+        _check_probe(probe, x, grid)
 
 
-def check_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid, shape: ConvShape) -> None:
+def check_conv2d(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid, shape: ConvShape, probe: Probe | None
+) -> None:
     """Raise ValueError or TypeError unless the arguments of :func:`sparsekern.ops.conv2d` fit together."""
     wanted = (shape.out_channels, shape.group_in, *shape.kernel)
     kernel = None if grid.kernel is None else (1, *grid.kernel)[-2:]  # in one dimension: a single row
@@ -49,6 +53,8 @@ def check_conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
             parameter="input",
         )
     _check_weight(x, values, bias, index, grid)
+    if probe is not None:
+        _check_probe(probe, x, grid)
 
 
 def _check_tensor(x: object) -> None:
@@ -120,14 +126,14 @@ def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
 
 
 def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: Tensor) -> Index:
-    """Return the index that an op was given, for kernels, which read it at its addresses.
+    """Return the index that an op was given, checked: kernels read it at its addresses.
 
-    Called by the implementations of the ops, so that what a compiled or exported program passes is checked too.
+    The implementations of the ops call this, so the arguments of a compiled or exported program are checked too.
 
     Args:
-        lists: of the index.
+        lists: the six tensors of the index.
         slots_block: ``(Z, bo, bi)``.
-        tensors: what the kernels read beside it.
+        tensors: what the kernels read beside the index.
 
     Raises:
         ValueError: a list is not int32, not contiguous or of another length, or the storage of a tensor was resized;
@@ -138,7 +144,7 @@ def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: T
     slots, bo, bi = slots_block
     entries = slots + PADDING
     others = slots if bo == bi == 1 else entries
-    # Once a forward and once a backward: written out, it takes a quarter of what a loop does.
+    # This runs in each forward and backward: written out it takes a quarter of the time of a loop.
     if not (
         row_ptr.dtype is row_col.dtype is row_slot.dtype is col_ptr.dtype is col_row.dtype is col_slot.dtype is INT32
         and row_slot.numel() == col_slot.numel() == entries
@@ -167,7 +173,7 @@ def _what_is_wrong(index: Index, lengths: tuple[int, ...], slots: int) -> str:
     return next(wrong)
 
 
-def check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
+def _check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
     """Raise ValueError unless a probe is of a known kind and of the shape that the grid asks for."""
     rows_cols = (grid.rows, grid.cols)
     wanted: tuple[int, ...]

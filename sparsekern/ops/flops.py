@@ -1,7 +1,12 @@
-"""FLOP formulas, so that :class:`torch.utils.flop_counter.FlopCounterMode` counts stored elements only."""
+"""FLOP formulas, so that :class:`torch.utils.flop_counter.FlopCounterMode` counts stored elements only.
+
+As PyTorch counts a convolution, every output pixel sees all its taps, including those in the padding.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,17 +14,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-import sparsekern.ops.conv2d
-import sparsekern.ops.linear  # noqa: F401  the ops must be defined before their formulas
-from sparsekern.kernels.contract import Index
-from sparsekern.ops.shapes import unpack_shape
+import sparsekern.ops.products
+import sparsekern.ops.scores  # noqa: F401  the ops must be defined before their formulas
+from sparsekern.kernels.contract import ConvShape, Index
+from sparsekern.ops.geometry import unpack
 from sparsekern.topology import Grid, conv_grid
 
 
 def stored_elements(index: Index, grid: Grid) -> int:
     """Return the elements of the stored blocks that are inside the matrix.
 
-    Without data (fake tensors) the blocks' places are unknown: every slot counts, whole.
+    Without data (fake tensors) the places of the blocks are unknown: every slot counts as a whole block.
     """
     if isinstance(index.row_ptr, FakeTensor) or index.row_ptr.is_meta:
         return index.slots * grid.block[0] * grid.block[1]
@@ -41,98 +46,62 @@ def stored_elements(index: Index, grid: Grid) -> int:
     return used * bo * bi - below * bi * int(in_bottom.sum()) - right * bo * in_last + below * right * in_both
 
 
-def _flops(tokens: int, index: Any, block: tuple[int, int], out_features: int, in_features: int) -> int:
-    return 2 * tokens * stored_elements(Index(*index), Grid(out_features, in_features, block))
+def _grid(sizes: Sequence[int], block: Sequence[int]) -> Grid:
+    geometry, sides = unpack(sizes), (block[0], block[1])
+    if isinstance(geometry, ConvShape):
+        given = geometry.in_channels, geometry.out_channels, geometry.kernel, sides, geometry.groups
+        return conv_grid(*given)
+    return Grid(geometry.out_features, geometry.in_features, sides)
 
 
-@register_flop_formula(torch.ops.sparsekern.linear, get_raw=True)
-def _linear(x: Tensor, values: Tensor, bias: Any, index: Any, out_features: int, *_: Any, **__: Any) -> int:
-    return _flops(x.shape[0], index, (values.shape[1], values.shape[2]), out_features, x.shape[1])
+def _tokens(y: Tensor) -> int:
+    return math.prod(y.shape) // y.shape[1]
 
 
-@register_flop_formula(torch.ops.sparsekern.linear_dx, get_raw=True)
-def _linear_dx(dy: Tensor, values: Tensor, index: Any, in_features: int, *_: Any, **__: Any) -> int:
-    return _flops(dy.shape[0], index, (values.shape[1], values.shape[2]), dy.shape[1], in_features)
+def _product(y: Tensor, index: Sequence[Tensor], sizes: Sequence[int], block: Sequence[int]) -> int:
+    return 2 * _tokens(y) * stored_elements(Index(*index), _grid(sizes, block))
 
 
-@register_flop_formula(torch.ops.sparsekern.linear_dvalues, get_raw=True)
-def _linear_dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, *_: Any, **__: Any) -> int:
-    return _flops(x.shape[0], index, (bo, bi), dy.shape[1], x.shape[1])
+def _forward(x: Tensor, values: Tensor, bias: Any, index: Any, sizes: Any, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return _product(out_val, index, sizes, values.shape[1:])
 
 
-@register_flop_formula(torch.ops.sparsekern.linear_backward, get_raw=True)
-def _linear_backward(dy: Tensor, x: Tensor, values: Tensor, index: Any, *_: Any, **__: Any) -> int:
-    block = (values.shape[1], values.shape[2])
-    return 2 * _flops(x.shape[0], index, block, dy.shape[1], x.shape[1])
+def _dx(dy: Tensor, values: Tensor, index: Any, sizes: Any, *_: Any, **__: Any) -> int:
+    return _product(dy, index, sizes, values.shape[1:])
 
 
-@register_flop_formula(torch.ops.sparsekern.linear_block_norms, get_raw=True)
-def _linear_block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, *_: Any, **__: Any) -> int:
-    return 2 * x.shape[0] * row.shape[0] * bo * bi
+def _dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, sizes: Any, *_: Any, **__: Any) -> int:
+    return _product(dy, index, sizes, (bo, bi))
 
 
-@register_flop_formula(torch.ops.sparsekern.linear_all_block_norms, get_raw=True)
-def _linear_all_block_norms(dy: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * x.shape[0] * dy.shape[1] * x.shape[1]
+def _backward(dy: Tensor, x: Tensor, values: Tensor, index: Any, sizes: Any, *_: Any, **__: Any) -> int:
+    return 2 * _product(dy, index, sizes, values.shape[1:])
 
 
-@register_flop_formula(torch.ops.sparsekern.linear_sketch, get_raw=True)
-def _linear_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, *_: Any, **__: Any) -> int:
-    cells = -(-dy.shape[1] // bo) * -(-x.shape[1] // bi)
-    return 2 * x.shape[0] * u.shape[0] * (dy.shape[1] + x.shape[1] + cells)
+def _block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, *_: Any, **__: Any) -> int:
+    return 2 * _tokens(dy) * row.shape[0] * bo * bi
 
 
-# As PyTorch counts a convolution: every output pixel sees all its taps, also those in the padding.
+def _all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, sizes: Any, *_: Any, **__: Any) -> int:
+    grid = _grid(sizes, (bo, bi))
+    return 2 * _tokens(dy) * grid.out_features * grid.in_features
 
 
-def _conv_flops(pixels: int, index: Any, block: tuple[int, int], shape: list[int]) -> int:
-    sizes = unpack_shape(shape)
-    grid = conv_grid(sizes.in_channels, sizes.out_channels, sizes.kernel, block, sizes.groups)
-    return 2 * pixels * stored_elements(Index(*index), grid)
+def _sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, sizes: Any, *_: Any, **__: Any) -> int:
+    grid = _grid(sizes, (bo, bi))
+    return 2 * _tokens(dy) * u.shape[0] * (grid.out_features + grid.groups * grid.in_features + grid.cells)
 
 
-def _pixels(y: Tensor) -> int:
-    return y.shape[0] * y.shape[2] * y.shape[3]
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "": _forward,
+    "_dx": _dx,
+    "_dvalues": _dvalues,
+    "_backward": _backward,
+    "_block_norms": _block_norms,
+    "_all_block_norms": _all_block_norms,
+    "_sketch": _sketch,
+}
 
-
-@register_flop_formula(torch.ops.sparsekern.conv2d, get_raw=True)
-def _conv2d(
-    x: Tensor, values: Tensor, bias: Any, index: Any, shape: list[int], *_: Any, out_val: Tensor, **__: Any
-) -> int:
-    return _conv_flops(_pixels(out_val), index, (values.shape[1], values.shape[2]), shape)
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d_dx, get_raw=True)
-def _conv2d_dx(dy: Tensor, values: Tensor, index: Any, shape: list[int], *_: Any, **__: Any) -> int:
-    return _conv_flops(_pixels(dy), index, (values.shape[1], values.shape[2]), shape)
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d_dvalues, get_raw=True)
-def _conv2d_dvalues(dy: Tensor, x: Tensor, index: Any, bo: int, bi: int, shape: list[int], *_: Any, **__: Any) -> int:
-    return _conv_flops(_pixels(dy), index, (bo, bi), shape)
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d_backward, get_raw=True)
-def _conv2d_backward(dy: Tensor, x: Tensor, values: Tensor, index: Any, shape: list[int], *_: Any, **__: Any) -> int:
-    return 2 * _conv_flops(_pixels(dy), index, (values.shape[1], values.shape[2]), shape)
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d_block_norms, get_raw=True)
-def _conv2d_block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, *_: Any, **__: Any) -> int:
-    return 2 * _pixels(dy) * row.shape[0] * bo * bi
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d_all_block_norms, get_raw=True)
-def _conv2d_all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, shape: list[int], *_: Any, **__: Any) -> int:
-    sizes = unpack_shape(shape)
-    return 2 * _pixels(dy) * sizes.out_channels * sizes.group_in * sizes.taps
-
-
-@register_flop_formula(torch.ops.sparsekern.conv2d_sketch, get_raw=True)
-def _conv2d_sketch(
-    dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, shape: list[int], *_: Any, **__: Any
-) -> int:
-    sizes = unpack_shape(shape)
-    cells = sizes.groups * sizes.block_rows(bo) * sizes.taps * sizes.block_cols(bi)
-    features = sizes.out_channels + sizes.taps * sizes.in_channels
-    return 2 * _pixels(dy) * u.shape[0] * (features + cells)
+for _op in ("linear", "conv2d"):
+    for _suffix, _formula in _FORMULAS.items():
+        register_flop_formula(getattr(torch.ops.sparsekern, _op + _suffix), get_raw=True)(_formula)

@@ -1,7 +1,7 @@
-"""What ``torch.onnx.export`` writes for the forward ops: a dense weight made of plain PyTorch ops, and a dense product.
+"""The form in which ``torch.onnx.export`` writes the forward ops: a product with a dense weight, in plain PyTorch ops.
 
-The exporter decomposes ops that it has no translation of by PyTorch's table of decompositions; ours are entered there.
-Values and index stay what the file stores; a runtime that folds constants makes the dense weight once, when it loads.
+The exporter decomposes an op that it cannot translate by PyTorch's table of decompositions, where these are entered.
+The file stores values and index; a runtime that folds constants makes the dense weight once, when it loads the file.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.nn import functional as F
 
-import sparsekern.ops.conv2d
-import sparsekern.ops.linear  # noqa: F401  the ops must be defined before their decompositions
-from sparsekern.kernels.contract import Index
-from sparsekern.ops.shapes import unpack_shape
+import sparsekern.ops.products  # noqa: F401  the ops must be defined before their decompositions
+from sparsekern.kernels.contract import Geometry, Index, LinearShape
+from sparsekern.ops.geometry import unpack
 
 
 def dense_blocks(values: Tensor, index: Index, rows: int, cols: int) -> Tensor:
@@ -33,25 +32,26 @@ def dense_blocks(values: Tensor, index: Index, rows: int, cols: int) -> Tensor:
     return flat.reshape(rows + 1, cols, bo, bi)[:rows].permute(0, 2, 1, 3)
 
 
-@register_decomposition(torch.ops.sparsekern.linear.default)
-def linear(x: Tensor, values: Tensor, bias: Tensor | None, index: list[Tensor], out_features: int, *_: Any) -> Tensor:
-    """Return ``sparsekern::linear`` in plain ops; ``x (T, I)``."""
-    full = Index(*index)
+def dense_weight(values: Tensor, index: Index, geometry: Geometry) -> Tensor:
+    """Return ``(O, I)``, or ``(Cout, Cin / groups, kh, kw)`` of a convolution."""
     bo, bi = values.shape[1:]
-    rows, cols = full.row_ptr.shape[0] - 1, full.col_ptr.shape[0] - 1
-    weight = dense_blocks(values, full, rows, cols).reshape(rows * bo, cols * bi)
-    return F.linear(x, weight[:out_features, : x.shape[1]], bias)
+    rows, cols = index.row_ptr.shape[0] - 1, index.col_ptr.shape[0] - 1
+    blocks = dense_blocks(values, index, rows, cols)
+    if isinstance(geometry, LinearShape):
+        return blocks.reshape(rows * bo, cols * bi)[: geometry.out_features, : geometry.in_features]
+    groups, taps = geometry.groups, geometry.taps
+    parts = blocks.reshape(groups, rows // groups * bo, taps, cols // taps * bi)
+    parts = parts[:, : geometry.group_out, :, : geometry.group_in]
+    return parts.reshape(geometry.out_channels, *geometry.kernel, geometry.group_in).permute(0, 3, 1, 2)
 
 
-@register_decomposition(torch.ops.sparsekern.conv2d.default)
-def conv2d(x: Tensor, values: Tensor, bias: Tensor | None, index: list[Tensor], shape: list[int], *_: Any) -> Tensor:
-    """Return ``sparsekern::conv2d`` in plain ops; ``x (N, Cin, H, W)``."""
-    sizes = unpack_shape(shape)
-    bo, bi = values.shape[1:]
-    rows, cols = sizes.block_rows(bo), sizes.block_cols(bi)
-    blocks = dense_blocks(values, Index(*index), sizes.groups * rows, sizes.taps * cols)
-    parts = blocks.reshape(sizes.groups, rows * bo, sizes.taps, cols * bi)[:, : sizes.group_out, :, : sizes.group_in]
-    weight = parts.reshape(sizes.out_channels, *sizes.kernel, sizes.group_in).permute(0, 3, 1, 2)
-    top, bottom, left, right = sizes.padding
-    padded = F.pad(x, (left, right, top, bottom)) if any(sizes.padding) else x
-    return F.conv2d(padded, weight, bias, sizes.stride, 0, sizes.dilation, sizes.groups)
+@register_decomposition([torch.ops.sparsekern.linear.default, torch.ops.sparsekern.conv2d.default])
+def forward(x: Tensor, values: Tensor, bias: Tensor | None, index: list[Tensor], sizes: list[int], *_: Any) -> Tensor:
+    """Return ``sparsekern::linear`` of ``x (T, I)`` or ``sparsekern::conv2d`` of ``x (N, Cin, H, W)`` in plain ops."""
+    geometry = unpack(sizes)
+    weight = dense_weight(values, Index(*index), geometry)
+    if isinstance(geometry, LinearShape):
+        return F.linear(x, weight, bias)
+    top, bottom, left, right = geometry.padding
+    padded = F.pad(x, (left, right, top, bottom)) if any(geometry.padding) else x
+    return F.conv2d(padded, weight, bias, geometry.stride, 0, geometry.dilation, geometry.groups)

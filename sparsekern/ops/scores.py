@@ -1,6 +1,8 @@
-"""Scores of the blocks of a linear layer's gradient ``G = dy' x``, which is never formed.
+"""Scores of the blocks of a weight's gradient ``G = dy' x``, which is never formed whole.
 
-Each op runs on the backend it is given by name; ``"auto"`` takes the fastest that can.
+Each op is registered for both geometries, as ``linear_block_norms``, ``conv2d_block_norms`` and so on. The functions
+here run on the backend that is given by name; ``"auto"`` takes the fastest that can. Without a ``geometry`` they are
+those of a linear layer with ``dy (T, O)`` and ``x (T, I)``.
 """
 
 from __future__ import annotations
@@ -11,88 +13,90 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekern.kernels.contract import accumulate_dtype
-from sparsekern.ops.backends import backend_for
+from sparsekern.kernels.contract import Geometry, LinearShape, accumulate_dtype
+from sparsekern.ops.backends import kernels_for
+from sparsekern.ops.geometry import channels_last, pack, unpack
 from sparsekern.ops.library import below_autograd, define, wants_grad
 
 
+def block_norms(
+    dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, backend: str, geometry: Geometry | None = None
+) -> Tensor:
+    """Return the Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])``: float32, or float64 for float64."""
+    return _score("block_norms", dy, x, (row, col), (bo, bi), backend, geometry)
+
+
+def all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, backend: str, geometry: Geometry | None = None) -> Tensor:
+    """Return the Frobenius norms ``(R, C)`` of all blocks: float32, or float64 for float64."""
+    return _score("all_block_norms", dy, x, (), (bo, bi), backend, geometry)
+
+
+def sketch(
+    dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, backend: str, geometry: Geometry | None = None
+) -> Tensor:
+    """Return ``u[q]' G v[q]`` of every block, ``(r, R, C)``: float32, or float64 for float64."""
+    return _score("sketch", dy, x, (u, v), (bo, bi), backend, geometry)
+
+
+def _score(
+    name: str,
+    dy: Tensor,
+    x: Tensor,
+    more: tuple[Tensor, ...],
+    block: tuple[int, int],
+    backend: str,
+    geometry: Geometry | None,
+) -> Tensor:
+    geometry = geometry or LinearShape(x.shape[1], dy.shape[1])
+    op: Callable[..., Tensor] = getattr(torch.ops.sparsekern, f"{geometry.op}_{name}").default
+    return op(dy, x, *more, *block, pack(geometry), backend)
+
+
 class _NotDifferentiable(torch.autograd.Function):
-    """Scores choose blocks; a gradient through the choice has no meaning, and zero would be a silent lie."""
+    """Scores choose blocks: a gradient through the choice has no meaning, and zeros would be wrong without a word."""
 
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Tensor], dy: Tensor, x: Tensor, *args: Any) -> Tensor:
-        return below_autograd(op, dy, x, *args)
+    def forward(ctx: Any, op: Callable[..., Tensor], *args: Any) -> Tensor:
+        return below_autograd(op, *args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError("block scores are not differentiable; detach them, or use the candidates' gradients")
 
 
-def autograd_kernel(name: str) -> Any:
-    """Return what runs at the Autograd key of a score op ``name(dy, x, ...)``: its gradient raises."""
-
-    def kernel(dy: Tensor, x: Tensor, *args: Any) -> Tensor:
-        op: Callable[..., Tensor] = getattr(torch.ops.sparsekern, name).default
-        if wants_grad(dy, x):
-            result: Tensor = _NotDifferentiable.apply(op, dy, x, *args)
-            return result
-        return below_autograd(op, dy, x, *args)
-
-    return kernel
+def _shape(name: str, more: tuple[Any, ...], cells: tuple[int, int]) -> tuple[int, ...]:
+    """Return the shape of a score, given the tensors it takes beside dy and x, and ``(R, C)``."""
+    if name == "block_norms":
+        return (more[0].shape[0],)
+    return cells if name == "all_block_norms" else (more[0].shape[0], *cells)
 
 
-def _run_block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, backend: str) -> Tensor:
-    chosen = backend_for(backend, "linear", x, (bo, bi))
-    return chosen.block_norms(dy, x, row, col, (bo, bi))
+def _define(op: str, name: str, tensors: str, sizes: str) -> None:
+    """Register a score op of a geometry; ``tensors`` are those that it takes beside dy and x."""
+
+    def run(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        *more, bo, bi, numbers, backend = rest
+        geometry = unpack(numbers)
+        kernel = getattr(kernels_for(backend, geometry, x, (bo, bi)), name)
+        score: Tensor = kernel(channels_last(dy), channels_last(x), *more, (bo, bi), geometry)
+        return score
+
+    def fake(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        *more, bo, bi, numbers, _ = rest
+        shape = _shape(name, tuple(more), unpack(numbers).cells((bo, bi)))
+        return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+
+    def at_autograd(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        if not wants_grad(dy, x):
+            return below_autograd(registered, dy, x, *rest)
+        score: Tensor = _NotDifferentiable.apply(registered, dy, x, *rest)
+        return score
+
+    schema = f"(Tensor dy, Tensor x, {tensors}SymInt bo, SymInt bi, {sizes}[] sizes, str backend) -> Tensor"
+    registered = define(f"{op}_{name}", schema, fake=fake, run=run, autograd=at_autograd)
 
 
-def _run_all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, backend: str) -> Tensor:
-    return backend_for(backend, "linear", x, (bo, bi)).all_block_norms(dy, x, (bo, bi))
-
-
-def _run_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, backend: str) -> Tensor:
-    return backend_for(backend, "linear", x, (bo, bi)).sketch(dy, x, u, v, (bo, bi))
-
-
-def _fake_block_norms(dy: Tensor, x: Tensor, row: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(row.shape[0], dtype=accumulate_dtype(x.dtype))
-
-
-def _fake_all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, backend: str) -> Tensor:
-    return x.new_empty(_cells(dy, bo), _cells(x, bi), dtype=accumulate_dtype(x.dtype))
-
-
-def _fake_sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, backend: str) -> Tensor:
-    return x.new_empty(u.shape[0], _cells(dy, bo), _cells(x, bi), dtype=accumulate_dtype(x.dtype))
-
-
-def _cells(x: Tensor, side: int) -> int:
-    return (x.shape[1] + side - 1) // side
-
-
-block_norms: Callable[..., Tensor] = define(
-    "linear_block_norms",
-    "(Tensor dy, Tensor x, Tensor row, Tensor col, SymInt bo, SymInt bi, str backend) -> Tensor",
-    fake=_fake_block_norms,
-    run=_run_block_norms,
-    autograd=autograd_kernel("linear_block_norms"),
-)
-"""Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])``; float32 (float64 for float64)."""
-
-all_block_norms: Callable[..., Tensor] = define(
-    "linear_all_block_norms",
-    "(Tensor dy, Tensor x, SymInt bo, SymInt bi, str backend) -> Tensor",
-    fake=_fake_all_block_norms,
-    run=_run_all_block_norms,
-    autograd=autograd_kernel("linear_all_block_norms"),
-)
-"""Frobenius norms ``(R, C)`` of all blocks; float32 (float64 for float64)."""
-
-sketch: Callable[..., Tensor] = define(
-    "linear_sketch",
-    "(Tensor dy, Tensor x, Tensor u, Tensor v, SymInt bo, SymInt bi, str backend) -> Tensor",
-    fake=_fake_sketch,
-    run=_run_sketch,
-    autograd=autograd_kernel("linear_sketch"),
-)
-"""``u[q]' G v[q]`` of every block, ``(r, R, C)``; float32 (float64 for float64)."""
+for _op, _sizes in (("linear", "SymInt"), ("conv2d", "int")):
+    _define(_op, "block_norms", "Tensor row, Tensor col, ", _sizes)
+    _define(_op, "all_block_norms", "", _sizes)
+    _define(_op, "sketch", "Tensor u, Tensor v, ", _sizes)

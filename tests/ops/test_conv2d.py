@@ -14,7 +14,7 @@ from torch.library import opcheck
 import sparsekern as sk
 from sparsekern import ops
 from sparsekern.ops import Probe
-from sparsekern.ops.shapes import pack_shape
+from sparsekern.ops.geometry import pack
 from sparsekern.topology import Topology, conv_grid
 from tests.oracle_conv2d import (
     ConvCase,
@@ -108,8 +108,8 @@ def test_inputs_and_gradients_of_any_strides(given, layout):
 def test_what_is_channels_last_reaches_the_kernel_without_a_copy(monkeypatch):
     case = small_case(**GIVEN["3x3"])
     seen = []
-    fwd = eager.conv2d_fwd
-    monkeypatch.setattr(eager, "conv2d_fwd", lambda x, *a: (seen.append(x.data_ptr()), fwd(x, *a))[1])
+    fwd = eager.conv2d.fwd
+    monkeypatch.setattr(eager.conv2d, "fwd", lambda x, *a: (seen.append(x.data_ptr()), fwd(x, *a))[1])
     run(case, case.x, case.values, case.bias)
     assert seen == [case.x.data_ptr()]
 
@@ -119,9 +119,9 @@ def test_only_the_gradients_asked_for_are_computed(wanted, monkeypatch):
     case = small_case(**GIVEN["3x3"])
     x, values, bias = inputs(case)
     calls = []
-    for name in ("conv2d_dx", "conv2d_dvalues", "conv2d_backward", "conv2d_all_block_norms"):
-        real = getattr(eager, name)
-        monkeypatch.setattr(eager, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    for name in ("dx", "dvalues", "backward", "all_block_norms"):
+        real = getattr(eager.conv2d, name)
+        monkeypatch.setattr(eager.conv2d, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     probe = Probe.all_norms(case.grid)
     named = {"x": x, "values": values, "bias": bias, "probe": probe.tensor}
     for name, tensor in named.items():
@@ -130,9 +130,9 @@ def test_only_the_gradients_asked_for_are_computed(wanted, monkeypatch):
     assert y.requires_grad == bool(wanted)
     if wanted:
         y.sum().backward()
-    kernels = {"x": "conv2d_dx", "values": "conv2d_dvalues", "probe": "conv2d_all_block_norms"}
+    kernels = {"x": "dx", "values": "dvalues", "probe": "all_block_norms"}
     expected = [kernels[name] for name in wanted.split() if name in kernels]
-    assert calls == ["conv2d_backward"] * (wanted == "x values") + expected  # which makes two calls of it
+    assert calls == ["backward"] * (wanted == "x values") + expected  # which makes two calls of it
     assert all((tensor.grad is not None) == (name in wanted.split()) for name, tensor in named.items())
 
 
@@ -140,8 +140,8 @@ def test_a_pointwise_convolution_is_the_linear_op_on_a_view(monkeypatch):
     """So that every backend that has a linear kernel has this one."""
     case = small_case(**GIVEN["pointwise"], block=(16, 16), dtype=torch.float32, blocks=1)
     calls = []
-    fwd = eager.fwd
-    monkeypatch.setattr(eager, "fwd", lambda x, *a: (calls.append((x.shape, x.data_ptr())), fwd(x, *a))[1])
+    fwd = eager.linear.fwd
+    monkeypatch.setattr(eager.linear, "fwd", lambda x, *a: (calls.append((x.shape, x.data_ptr())), fwd(x, *a))[1])
     with sk.backend("eager"):
         run(case, case.x, case.values, case.bias)
     assert calls == [((2 * 3 * 5, 4), case.x.data_ptr())]
@@ -183,11 +183,11 @@ def test_the_gradient_of_a_probe_is_the_answer(given, kind):
 def arguments(dtype: torch.dtype = F64, images: int = 2, height: int = 4):
     case = small_case(**GIVEN["stride"], dtype=dtype, images=images, height=height)
     x, values, bias = inputs(case)
-    index, sizes, dy = list(case.index), pack_shape(case.shape), case.dy.clone().requires_grad_()
+    index, sizes, dy = list(case.index), pack(case.shape), case.dy.clone().requires_grad_()
     u, v = torch.ones(3, 3, dtype=dtype), torch.ones(3, case.grid.in_features, dtype=dtype)
     row, col = case.row.clamp(min=0), case.col.clamp(min=0)
     return {
-        "conv2d": (x, values, bias, index, sizes, None, "", [], "auto"),
+        "conv2d": (x, values, bias, index, sizes, "auto"),
         "conv2d_dx": (dy, values, index, sizes, list(case.size), "auto"),
         "conv2d_dvalues": (dy, x, index, 2, 3, sizes, dtype, "auto"),
         "conv2d_backward": (dy, x, values, index, sizes, "auto"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsekern.kernels.contract import ConvShape
+from sparsekern.kernels.contract import ConvShape, LinearShape
 from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekern import ops
-from sparsekern.ops import Probe, linear_answers, marginals
-from sparsekern.ops.conv2d_answers import spread
+from sparsekern.ops import Probe, marginals
+from sparsekern.ops.probes import spread
 from sparsekern.topology import Grid, balanced, build_index, conv_grid, generator_for
 from tests.ops.test_conv2d_marginals import tokens as unfolded
 from tests.oracle_conv2d import conv_blocks, dense_gradients
@@ -60,7 +60,7 @@ def kept(dy: Tensor, x: Tensor, shape: ConvShape, tokens: int) -> Tensor:
     positions = dy.shape[0] * dy.shape[2] * dy.shape[3]
     numbers = torch.arange(positions, dtype=F64).view(dy.shape[0], 1, *dy.shape[2:])
     if shape.is_pointwise:  # the linear op on a view
-        left = linear_answers.spread(numbers.view(-1, 1), numbers.view(-1, 1), tokens)[0]
+        left = spread(numbers.view(-1, 1), numbers.view(-1, 1), LinearShape(1, 1), tokens)[0]
     else:
         left = spread(numbers.expand_as(dy), x, shape, tokens)[0]
     return torch.isin(numbers, left.contiguous())

@@ -8,9 +8,8 @@ from sparsekern.kernels.contract import ConvShape
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
-from sparsekern.ops import conv2d_marginals
-from sparsekern.ops.conv2d_marginals import magnitudes, signed_sums
-from sparsekern.ops.marginals import token_signs
+from sparsekern.ops import marginals
+from sparsekern.ops.marginals import magnitudes, signed_sums, token_signs
 
 F64 = torch.float64
 SHAPES = {
@@ -112,5 +111,5 @@ def test_magnitudes_by_hand():
 
 def test_no_more_than_the_input_is_held(monkeypatch):
     """The places that a tap looks at are laid out for as many taps at a time as there are channels."""
-    taps = [list(range(s.start, s.stop)) for s in conv2d_marginals._some_taps(ConvShape(2, 3, (5, 1)))]
+    taps = [list(range(s.start, s.stop)) for s in marginals._some_taps(ConvShape(2, 3, (5, 1)))]
     assert taps == [[0, 1], [2, 3], [4]]

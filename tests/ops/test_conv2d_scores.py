@@ -7,18 +7,17 @@ import torch
 from sparsekern.kernels import eager
 from sparsekern.kernels.contract import ConvShape
 
-from sparsekern.ops import conv2d_scores as scores
-from sparsekern.ops.shapes import pack_shape
+from sparsekern.ops import scores
 
 # A kernel of 1 x 2 over one channel of four pixels 1 2 3 4, and dy = 1 0 10: gradients 31 and 42.
-SHAPE = pack_shape(ConvShape(1, 1, (1, 2)))
+SHAPE = ConvShape(1, 1, (1, 2))
 X, DY = torch.tensor([[[[1.0, 2, 3, 4]]]]), torch.tensor([[[[1.0, 0, 10]]]])
 ROW, COL = torch.tensor([0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
 SCORES = {
-    "all_block_norms": (lambda dy, x, to: scores.all_block_norms(dy, x, 1, 1, SHAPE, to), [[31.0, 42.0]]),
-    "block_norms": (lambda dy, x, to: scores.block_norms(dy, x, ROW, COL, 1, 1, SHAPE, to), [42.0]),
+    "all_block_norms": (lambda dy, x, to: scores.all_block_norms(dy, x, 1, 1, to, SHAPE), [[31.0, 42.0]]),
+    "block_norms": (lambda dy, x, to: scores.block_norms(dy, x, ROW, COL, 1, 1, to, SHAPE), [42.0]),
     "sketch": (
-        lambda dy, x, to: scores.sketch(dy, x, torch.ones(1, 1), torch.ones(1, 2), 1, 1, SHAPE, to),
+        lambda dy, x, to: scores.sketch(dy, x, torch.ones(1, 1), torch.ones(1, 2), 1, 1, to, SHAPE),
         [[[31.0, 42.0]]],
     ),
 }

@@ -9,8 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern import ops
-from sparsekern.ops import conv2d_scores
-from sparsekern.ops.shapes import pack_shape
+from sparsekern.ops import scores
 from sparsekern.topology import Grid, Topology, build_index, conv_grid, random, with_capacity
 from tests.memory import allocations
 
@@ -116,12 +115,12 @@ def test_a_full_convolution_counts_as_torchs():
 
 def test_scores_of_a_convolution():
     dy, x = torch.ones(2, 6, 2, 6), torch.ones(2, 10, 4, 7)
-    row, sizes = torch.zeros(3, dtype=torch.int32), pack_shape(CONV)
+    row = torch.zeros(3, dtype=torch.int32)
     for score, flops in (
-        (lambda: conv2d_scores.all_block_norms(dy, x, 2, 4, sizes, "auto"), 2 * PIXELS * 6 * 10),
-        (lambda: conv2d_scores.block_norms(dy, x, row, row, 2, 4, sizes, "auto"), 2 * PIXELS * 3 * 8),
+        (lambda: scores.all_block_norms(dy, x, 2, 4, "auto", CONV), 2 * PIXELS * 6 * 10),
+        (lambda: scores.block_norms(dy, x, row, row, 2, 4, "auto", CONV), 2 * PIXELS * 3 * 8),
         (
-            lambda: conv2d_scores.sketch(dy, x, torch.ones(4, 6), torch.ones(4, 10), 2, 4, sizes, "auto"),
+            lambda: scores.sketch(dy, x, torch.ones(4, 6), torch.ones(4, 10), 2, 4, "auto", CONV),
             2 * PIXELS * 4 * (6 + 2 * 10 + 16),
         ),
     ):

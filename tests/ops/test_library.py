@@ -25,13 +25,13 @@ def arguments(dtype: torch.dtype = torch.float64):
     u, v = draw(3, 11).detach(), draw(3, 9).detach()
     row, col = topology.row[:7], topology.col[:7]
     return {
-        "linear": (x, values, bias, index, 11, None, "", [], "auto"),
-        "linear_dx": (dy, values, index, 9, "auto"),
-        "linear_dvalues": (dy, x, index, 4, 2, dtype, "auto"),
-        "linear_backward": (dy, x, values, index, "auto"),
-        "linear_block_norms": (dy.detach(), x.detach(), row, col, 4, 2, "auto"),
-        "linear_all_block_norms": (dy.detach(), x.detach(), 4, 2, "auto"),
-        "linear_sketch": (dy.detach(), x.detach(), u, v, 4, 2, "auto"),
+        "linear": (x, values, bias, index, [9, 11], "auto"),
+        "linear_dx": (dy, values, index, [9, 11], [], "auto"),
+        "linear_dvalues": (dy, x, index, 4, 2, [9, 11], dtype, "auto"),
+        "linear_backward": (dy, x, values, index, [9, 11], "auto"),
+        "linear_block_norms": (dy.detach(), x.detach(), row, col, 4, 2, [9, 11], "auto"),
+        "linear_all_block_norms": (dy.detach(), x.detach(), 4, 2, [9, 11], "auto"),
+        "linear_sketch": (dy.detach(), x.detach(), u, v, 4, 2, [9, 11], "auto"),
     }
 
 
@@ -54,8 +54,7 @@ def test_opcheck_with_a_probe(kind):
         "all_norms": lambda: Probe.all_norms(GRID, dtype=torch.float64),
         "sketch": lambda: Probe.sketch(GRID, u, v),
     }[kind]()
-    args = list(arguments()["linear"])
-    args[5:8] = [probe.tensor, probe.kind, list(probe.args)]
+    args = [*arguments()["linear"], probe.tensor, probe.kind, list(probe.args)]
     assert set(opcheck(torch.ops.sparsekern.linear.default, tuple(args)).values()) == {"SUCCESS"}
     through_dx = (*arguments()["linear_dx"], probe.tensor, probe.kind, list(probe.args))
     assert set(opcheck(torch.ops.sparsekern.linear_dx.default, through_dx).values()) == {"SUCCESS"}

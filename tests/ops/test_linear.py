@@ -50,8 +50,8 @@ def test_only_the_gradients_asked_for_are_computed(wanted, monkeypatch):
     topology, x, values, bias = case(grid)
     calls = []
     for name in ("dx", "dvalues", "all_block_norms"):
-        real = getattr(eager, name)
-        monkeypatch.setattr(eager, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+        real = getattr(eager.linear, name)
+        monkeypatch.setattr(eager.linear, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     probe = ops.Probe.all_norms(grid)
     named = {"x": x, "values": values, "bias": bias, "probe": probe.tensor}
     for name, tensor in named.items():
@@ -69,7 +69,7 @@ def test_a_backward_computes_both_gradients_at_once_unless_it_is_differentiated_
     grid = GRIDS["edges"]
     topology, x, values, _ = case(grid)
     calls = []
-    monkeypatch.setattr(eager, "backward", lambda *a, real=eager.backward: (calls.append(a), real(*a))[1])
+    monkeypatch.setattr(eager.linear, "backward", lambda *a, real=eager.linear.backward: (calls.append(a), real(*a))[1])
 
     def gradients(**how):
         return torch.autograd.grad(ops.linear(x, values, None, build_index(topology), grid).sum(), (x, values), **how)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sparsekern.kernels.contract import LinearShape
 
-from sparsekern.ops.linear_answers import spread
+from sparsekern.ops.probes import spread
 
 
 @pytest.mark.parametrize(
@@ -13,6 +14,6 @@ from sparsekern.ops.linear_answers import spread
 )
 def test_tokens_are_evenly_spread_and_not_copied(tokens, taken):
     dy, x = torch.arange(14.0).view(7, 2), torch.arange(7.0).view(7, 1)
-    found = spread(dy, x, tokens)
+    found = spread(dy, x, LinearShape(1, 2), tokens)
     assert found[1].flatten().tolist() == list(taken) and torch.equal(found[0], dy[list(taken)])
     assert found[0].data_ptr() == dy.data_ptr() and found[1].data_ptr() == x.data_ptr()

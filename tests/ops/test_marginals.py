@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sparsekern.kernels.contract import LinearShape
+from torch import Tensor
 
 from sparsekern.ops.marginals import magnitudes, signed_sums, token_signs
 
 F64 = torch.float64
+
+
+def shape_of(dy: Tensor, x: Tensor) -> LinearShape:
+    return LinearShape(x.shape[1], dy.shape[1])
 
 
 def data(tokens: int = 6, dtype: torch.dtype = F64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,10 +27,10 @@ def seeded(seed: int) -> torch.Tensor:
 
 def test_magnitudes_by_hand():
     dy, x = torch.tensor([[1.0, -2.0, 3.0], [0.0, 4.0, -1.0]]), torch.tensor([[1.0, -1.0], [2.0, 0.0]])
-    assert magnitudes(dy, x, (1, 1)).tolist() == [1, 6, 4, 3, 1]
+    assert magnitudes(dy, x, (1, 1), shape_of(dy, x)).tolist() == [1, 6, 4, 3, 1]
     # blocks of 2 x 1: squares of dy in rows {0, 1} and {2}, and of x
-    torch.testing.assert_close(magnitudes(dy, x, (2, 1)), torch.tensor([21.0, 10, 5, 1]))
-    assert magnitudes(dy, x, (2, 2)).tolist() == [21, 10, 6]
+    torch.testing.assert_close(magnitudes(dy, x, (2, 1), shape_of(dy, x)), torch.tensor([21.0, 10, 5, 1]))
+    assert magnitudes(dy, x, (2, 2), shape_of(dy, x)).tolist() == [21, 10, 6]
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 2), (1, 3), (4, 1)])
@@ -35,7 +41,7 @@ def test_their_product_bounds_the_gradient(block):
     g = torch.zeros(rows * block[0], -(-5 // block[1]) * block[1], dtype=F64)
     g[:7, :5] = dy.T @ x
     norms = g.unflatten(0, (rows, block[0])).unflatten(2, (-1, block[1])).norm(dim=(1, 3))
-    parts = magnitudes(dy, x, block)
+    parts = magnitudes(dy, x, block, shape_of(dy, x))
     parts = parts if block == (1, 1) else parts.sqrt()
     bound = parts[:rows, None] * parts[rows:]
     assert (norms <= bound).all() and (norms > bound / 10).any()
@@ -46,7 +52,7 @@ def test_signed_sums_use_one_sign_a_token_for_both(dtype):
     dy, x = data(dtype=dtype)
     signs = token_signs(dy, x, seeded(0), 6)
     assert set(signs.tolist()) == {-1, 1}
-    sums = signed_sums(dy, x, seeded(0))
+    sums = signed_sums(dy, x, seeded(0), shape_of(dy, x))
     assert sums.dtype == (F64 if dtype == F64 else torch.float32)
     expected = torch.cat([signs.to(F64) @ dy.to(F64), signs.to(F64) @ x.to(F64)])
     # Six signed numbers summed in float32 and the sum rounded once to the dtype, as the design bounds a kernel's error.
@@ -91,7 +97,7 @@ def sketch_error(batches: list[tuple[torch.Tensor, torch.Tensor]], draws: int) -
     variance = (dy**2).sum(0)[:, None] * (x**2).sum(0) + g**2 - 2 * (dy**2).T @ x**2
     mean = torch.zeros_like(g)
     for seed in range(draws):
-        sums = sum(signed_sums(*batch, seeded(seed)) for batch in batches).double()
+        sums = sum(signed_sums(*batch, seeded(seed), shape_of(*batch)) for batch in batches).double()
         mean += torch.outer(sums[: dy.shape[1]], sums[dy.shape[1] :]) / draws
     return ((mean - g) / (variance / draws).sqrt()).abs().max()
 
@@ -100,7 +106,7 @@ def test_the_product_of_the_sums_is_an_unbiased_sketch_of_the_gradient():
     """E[(s dy)(s x)'] = dy' x, with variance |x|^2 |y|^2 + (x.y)^2 - 2 sum x^2 y^2 for an element."""
     dy, x = data(8)
     assert sketch_error([(dy, x)], 4000) < 5
-    sums = torch.stack([signed_sums(dy, x, seeded(seed)) for seed in range(6000)])
+    sums = torch.stack([signed_sums(dy, x, seeded(seed), shape_of(dy, x)) for seed in range(6000)])
     estimates, g = sums[:, :7, None] * sums[:, None, 7:], dy.T @ x
     variance = (dy**2).sum(0)[:, None] * (x**2).sum(0) + g**2 - 2 * (dy**2).T @ x**2
     assert (estimates.var(0) / variance - 1).abs().max() < 0.25

@@ -4,14 +4,14 @@ import pytest
 import torch
 from sparsekern.kernels.contract import ConvShape
 
-from sparsekern.ops.shapes import channels_last, pack_shape, unpack_shape
+from sparsekern.ops.geometry import channels_last, pack, unpack
 
 
 def test_a_shape_comes_back():
     shape = ConvShape(6, 10, (3, 5), (2, 1), (1, 2, 3, 4), (7, 8), 2)
 
-    assert pack_shape(shape) == [6, 10, 3, 5, 2, 1, 1, 2, 3, 4, 7, 8, 2]
-    assert unpack_shape(pack_shape(shape)) == shape
+    assert pack(shape) == [6, 10, 3, 5, 2, 1, 1, 2, 3, 4, 7, 8, 2]
+    assert unpack(pack(shape)) == shape
 
 
 @pytest.mark.parametrize("size", [(2, 3, 4, 5), (1, 1, 4, 5), (2, 3, 1, 1), (0, 3, 4, 5), (2, 1, 4, 1)])

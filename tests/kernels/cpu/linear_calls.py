@@ -19,19 +19,19 @@ def ints(*numbers: int) -> Tensor:
 
 
 def fwd(case: Case) -> Tensor:
-    return cpu.fwd(case.x, case.values, case.bias, case.index, case.grid.out_features)
+    return cpu.linear.fwd(case.x, case.values, case.bias, case.index, case.geometry)
 
 
 def dx(case: Case) -> Tensor:
-    return cpu.dx(case.dy, case.values, case.index, case.grid.in_features)
+    return cpu.linear.dx(case.dy, case.values, case.index, case.geometry)
 
 
 def dvalues(case: Case, dtype: torch.dtype | None = None) -> Tensor:
-    return cpu.dvalues(case.dy, case.x, case.index, case.grid.block, dtype or case.values.dtype)
+    return cpu.linear.dvalues(case.dy, case.x, case.index, case.grid.block, case.geometry, dtype or case.values.dtype)
 
 
 def backward(case: Case) -> tuple[Tensor, Tensor]:
-    return cpu.backward(case.dy, case.x, case.values, case.index)
+    return cpu.linear.backward(case.dy, case.x, case.values, case.index, case.geometry)
 
 
 def check_backward_is_dx_and_dvalues(case: Case) -> None:

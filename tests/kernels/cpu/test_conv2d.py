@@ -37,9 +37,9 @@ def ints(*numbers: int) -> Tensor:
 def results(case: ConvCase) -> tuple[Tensor, Tensor, Tensor]:
     index, shape, block = case.index, case.shape, case.grid.block
     return (
-        cpu.conv2d_fwd(case.x, case.values, case.bias, index, shape),
-        cpu.conv2d_dx(case.dy, case.values, index, shape, case.size),
-        cpu.conv2d_dvalues(case.dy, case.x, index, block, shape, torch.float32),
+        cpu.conv2d.fwd(case.x, case.values, case.bias, index, shape),
+        cpu.conv2d.dx(case.dy, case.values, index, shape, case.size),
+        cpu.conv2d.dvalues(case.dy, case.x, index, block, shape, torch.float32),
     )
 
 
@@ -153,9 +153,9 @@ def test_no_slots() -> None:
     index = build_index(Topology(conv_grid(16, 16, (3, 3), (16, 16)), ints(), ints()))
     x, values = channels_last(torch.ones(2, 4, 4, 16)), torch.ones(0, 16, 16)
 
-    assert not cpu.conv2d_fwd(x, values, None, index, shape).any()
-    assert not cpu.conv2d_dx(x, values, index, shape, (4, 4)).any()
-    assert cpu.conv2d_dvalues(x, x, index, (16, 16), shape, torch.float32).shape == (0, 16, 16)
+    assert not cpu.conv2d.fwd(x, values, None, index, shape).any()
+    assert not cpu.conv2d.dx(x, values, index, shape, (4, 4)).any()
+    assert cpu.conv2d.dvalues(x, x, index, (16, 16), shape, torch.float32).shape == (0, 16, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -171,7 +171,7 @@ def test_values_of_another_dtype_are_rounded_when_read(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_dvalues_come_in_the_dtype_that_is_asked_for(dtype: torch.dtype) -> None:
     case = small_case()
-    found = cpu.conv2d_dvalues(case.dy, case.x, case.index, case.grid.block, case.shape, dtype)
+    found = cpu.conv2d.dvalues(case.dy, case.x, case.index, case.grid.block, case.shape, dtype)
 
     check_conv_dvalues(case, found, dtype)
 
@@ -305,10 +305,10 @@ def test_a_convolution_that_nobody_has_is_refused(block, kernel, stride, padding
     dy = torch.ones(1, *out, 16).permute(0, 3, 1, 2)
     x, values = torch.ones(1, 1, 1, 600).permute(0, 3, 1, 2), torch.ones(4, *block)
     for call in (
-        lambda: cpu.conv2d_fwd(x, values, None, index, shape),
-        lambda: cpu.conv2d_dx(dy, values, index, shape, (1, 1)),
-        lambda: cpu.conv2d_dvalues(dy, x, index, block, shape, torch.float32),
-        lambda: cpu.conv2d_backward(dy, x, values, index, shape),
+        lambda: cpu.conv2d.fwd(x, values, None, index, shape),
+        lambda: cpu.conv2d.dx(dy, values, index, shape, (1, 1)),
+        lambda: cpu.conv2d.dvalues(dy, x, index, block, shape, torch.float32),
+        lambda: cpu.conv2d.backward(dy, x, values, index, shape),
     ):
         with pytest.raises(MemoryError, match="cannot plan a convolution of such a padding, stride or dilation"):
             call()

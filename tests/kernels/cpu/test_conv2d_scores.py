@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("instructions")
 def check_scores(case: ConvCase) -> None:
     block, shape = case.grid.block, case.shape
     u, v = signs(3, case.grid.out_features, 0), signs(3, case.grid.in_features, 1)
-    check_conv_norms(case, cpu.conv2d_all_block_norms(case.dy, case.x, block, shape))
-    check_conv_norms(case, cpu.conv2d_block_norms(case.dy, case.x, *all_conv_cells(case), block, shape))
-    check_conv_sketch(case, cpu.conv2d_sketch(case.dy, case.x, u, v, block, shape), u, v)
+    check_conv_norms(case, cpu.conv2d.all_block_norms(case.dy, case.x, block, shape))
+    check_conv_norms(case, cpu.conv2d.block_norms(case.dy, case.x, *all_conv_cells(case), block, shape))
+    check_conv_sketch(case, cpu.conv2d.sketch(case.dy, case.x, u, v, block, shape), u, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -39,11 +39,11 @@ def test_scores_of_any_block_and_dtype(block: tuple[int, int], dtype: torch.dtyp
 def test_chunks_change_no_bit(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = conv_case(3, block=(16, 16), images=2, dtype=torch.float32)
     block, shape = case.grid.block, case.shape
-    expected = cpu.conv2d_all_block_norms(case.dy, case.x, block, shape)
+    expected = cpu.conv2d.all_block_norms(case.dy, case.x, block, shape)
     monkeypatch.setattr(scores, "CHUNK_BYTES", chunk)
 
-    assert torch.equal(cpu.conv2d_all_block_norms(case.dy, case.x, block, shape), expected)
-    found = cpu.conv2d_block_norms(case.dy, case.x, *all_conv_cells(case), block, shape)
+    assert torch.equal(cpu.conv2d.all_block_norms(case.dy, case.x, block, shape), expected)
+    found = cpu.conv2d.block_norms(case.dy, case.x, *all_conv_cells(case), block, shape)
     assert torch.equal(found.view_as(expected), expected)
 
 
@@ -52,11 +52,11 @@ def test_blocks_are_chosen_in_any_order_and_more_than_once(generator: torch.Gene
     block, shape = case.grid.block, case.shape
     row, col = all_conv_cells(case)
     which = torch.randint(len(row), (20,), generator=generator)
-    expected = cpu.conv2d_all_block_norms(case.dy, case.x, block, shape).flatten()[which]
+    expected = cpu.conv2d.all_block_norms(case.dy, case.x, block, shape).flatten()[which]
 
-    assert torch.equal(cpu.conv2d_block_norms(case.dy, case.x, row[which], col[which], block, shape), expected)
+    assert torch.equal(cpu.conv2d.block_norms(case.dy, case.x, row[which], col[which], block, shape), expected)
     nothing = torch.empty(0, dtype=torch.int32)
-    assert cpu.conv2d_block_norms(case.dy, case.x, nothing, nothing, block, shape).shape == (0,)
+    assert cpu.conv2d.block_norms(case.dy, case.x, nothing, nothing, block, shape).shape == (0,)
 
 
 # The sketch.
@@ -67,7 +67,7 @@ def pairs_for(case: ConvCase, count: int) -> tuple[Tensor, Tensor]:
 
 
 def sketched(case: ConvCase, count: int) -> Tensor:
-    return cpu.conv2d_sketch(case.dy, case.x, *pairs_for(case, count), case.grid.block, case.shape)
+    return cpu.conv2d.sketch(case.dy, case.x, *pairs_for(case, count), case.grid.block, case.shape)
 
 
 def plain_case(**given: object) -> ConvCase:
@@ -112,7 +112,7 @@ def test_threads_and_other_pairs_change_no_sketch(block: tuple[int, int], thread
         threads(count)
         assert torch.equal(sketched(case, 5), expected)
     u, v = pairs_for(case, 5)
-    assert torch.equal(cpu.conv2d_sketch(case.dy, case.x, u[:2], v[:2], block, case.shape), expected[:2])
+    assert torch.equal(cpu.conv2d.sketch(case.dy, case.x, u[:2], v[:2], block, case.shape), expected[:2])
 
 
 def test_a_nan_reaches_only_the_sketches_of_its_blocks() -> None:
@@ -132,7 +132,7 @@ def test_a_sketch_of_nothing_is_zero() -> None:
     u, v = pairs_for(case, 2)
 
     assert torch.equal(sketched(plain_case(images=0), 2), torch.zeros(2, 2, 18))
-    assert cpu.conv2d_sketch(case.dy, case.x, u[:0], v[:0], (16, 16), case.shape).shape == (0, 2, 18)
+    assert cpu.conv2d.sketch(case.dy, case.x, u[:0], v[:0], (16, 16), case.shape).shape == (0, 2, 18)
 
 
 def test_pairs_and_images_may_be_given_in_any_strides_and_as_negated_views() -> None:
@@ -141,7 +141,7 @@ def test_pairs_and_images_may_be_given_in_any_strides_and_as_negated_views() -> 
     expected = sketched(case, 3)
 
     for given in ((u.double(), v.bfloat16()), (u.t().contiguous().t(), v.repeat(2, 1)[:3]), (negated(u), negated(v))):
-        assert torch.equal(cpu.conv2d_sketch(case.dy, case.x, *given, (16, 16), case.shape), expected)
+        assert torch.equal(cpu.conv2d.sketch(case.dy, case.x, *given, (16, 16), case.shape), expected)
     turned = replace(case, dy=negated(case.dy), x=negated(case.x))
     assert torch.equal(sketched(turned, 3), expected)
 
@@ -152,7 +152,7 @@ def test_a_sketch_holds_projections_of_bounded_size() -> None:
     x = dy = channels_last(torch.ones(2, 80, 80, 128))
     u, v = torch.ones(4, 128), torch.ones(4, 9 * 128)
     cpu.release_scratch()
-    found = allocations(lambda: cpu.conv2d_sketch(dy, x, u, v, (16, 16), shape))
+    found = allocations(lambda: cpu.conv2d.sketch(dy, x, u, v, (16, 16), shape))
 
     assert cpu.scratch_bytes() <= 10 * 2**20
     assert found.peak < 2**20

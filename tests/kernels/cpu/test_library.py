@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from sparsekern.kernels import cpu
-from sparsekern.kernels.contract import Backend
+from sparsekern.kernels.contract import Backend, LinearShape
 from sparsekern.kernels.cpu import library
 
 from sparsekern.topology import Grid, balanced, build_index, generator_for
@@ -247,20 +247,21 @@ def test_no_memory_for_the_scratch_is_a_memory_error(monkeypatch: pytest.MonkeyP
     library.load.cache_clear()
 
     with pytest.raises(MemoryError, match="sk_multiply finds no memory for its scratch"):
-        cpu.fwd(case.x, case.values, None, index, case.grid.out_features)
+        cpu.linear.fwd(case.x, case.values, None, index, case.geometry)
     with pytest.raises(MemoryError, match="sk_outer finds no memory for its scratch"):
-        cpu.dvalues(case.dy, case.x, index, (16, 16), torch.float32)
+        cpu.linear.dvalues(case.dy, case.x, index, (16, 16), case.geometry, torch.float32)
     with pytest.raises(MemoryError, match="sk_backward finds no memory for its scratch"):
-        cpu.backward(case.dy, case.x, case.values, index)
+        cpu.linear.backward(case.dy, case.x, case.values, index, case.geometry)
 
 
 TOO_LITTLE = """
 import resource, torch, sparsekern as sk
 from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import LinearShape
 torch.set_num_threads(1)
 layer = sk.SparseLinear(2**19, 16, block_size=16, sparsity=0.999)
 x = torch.ones(24, 2**19)
-run = lambda: cpu.fwd(x, layer.values.detach(), None, layer.index, 16)
+run = lambda: cpu.linear.fwd(x, layer.values.detach(), None, layer.index, LinearShape(2**19, 16))
 expected = (x @ layer.dense_weight().detach().T)
 run()
 assert cpu.scratch_bytes() >= 24 * 2**19 * 4
@@ -292,15 +293,15 @@ def test_the_scratch_is_kept_for_the_next_call_and_can_be_given_back() -> None:
     library.release_scratch()
     assert library.scratch_bytes() == 0
 
-    y = cpu.fwd(case.x, case.values, None, case.index, case.grid.out_features)
+    y = cpu.linear.fwd(case.x, case.values, None, case.index, case.geometry)
     held = library.scratch_bytes()
-    again = cpu.fwd(case.x, case.values, None, case.index, case.grid.out_features)
+    again = cpu.linear.fwd(case.x, case.values, None, case.index, case.geometry)
 
     assert torch.equal(y, again)
     assert library.scratch_bytes() == held > 0
     library.release_scratch()
     assert library.scratch_bytes() == 0
-    assert torch.equal(cpu.fwd(case.x, case.values, None, case.index, case.grid.out_features), y)
+    assert torch.equal(cpu.linear.fwd(case.x, case.values, None, case.index, case.geometry), y)
 
 
 # One OpenMP.
@@ -335,7 +336,7 @@ def test_a_thread_that_ends_gives_its_scratch_back():
     held = []
 
     def run() -> None:
-        cpu.fwd(x, torch.ones(8, 16, 16), None, index, 64)
+        cpu.linear.fwd(x, torch.ones(8, 16, 16), None, index, LinearShape(x.shape[-1], 64))
         held.append(library.scratch_bytes())
 
     thread = threading.Thread(target=run)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import LinearShape
 from torch import Tensor
 
 from sparsekern.topology import Grid, Topology, build_index, mask_index
@@ -136,11 +137,14 @@ def test_a_layer_of_no_slots(block: tuple[int, int]) -> None:
     index = build_index(Topology(grid, ints(), ints()))
     x, dy, values = torch.ones(5, grid.in_features), torch.ones(5, grid.out_features), torch.zeros(0, *block)
 
-    assert not cpu.fwd(x, values, None, index, grid.out_features).any()
-    assert not cpu.dx(dy, values, index, grid.in_features).any()
-    assert cpu.dvalues(dy, x, index, block, torch.float32).shape == (0, *block)
-    assert not cpu.backward(dy, x, values, index)[0].any()
-    assert cpu.backward(dy, x, values, index)[1].shape == (0, *block)
+    assert not cpu.linear.fwd(x, values, None, index, LinearShape(x.shape[-1], grid.out_features)).any()
+    assert not cpu.linear.dx(dy, values, index, LinearShape(grid.in_features, dy.shape[-1])).any()
+    assert cpu.linear.dvalues(dy, x, index, block, LinearShape(x.shape[-1], dy.shape[-1]), torch.float32).shape == (
+        0,
+        *block,
+    )
+    assert not cpu.linear.backward(dy, x, values, index, LinearShape(x.shape[-1], dy.shape[-1]))[0].any()
+    assert cpu.linear.backward(dy, x, values, index, LinearShape(x.shape[-1], dy.shape[-1]))[1].shape == (0, *block)
 
 
 def test_a_bias_of_any_strides() -> None:
@@ -191,12 +195,12 @@ def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> No
         try:
             with torch.device("meta"):
                 found = (
-                    cpu.dvalues(case.dy, case.x, index, block, torch.float32),
-                    cpu.fwd(case.x, case.values, case.bias, index, case.grid.out_features),
-                    cpu.dx(case.dy, case.values, index, case.grid.in_features),
-                    *cpu.backward(case.dy, case.x, case.values, index),
+                    cpu.linear.dvalues(case.dy, case.x, index, block, case.geometry, torch.float32),
+                    cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry),
+                    cpu.linear.dx(case.dy, case.values, index, case.geometry),
+                    *cpu.linear.backward(case.dy, case.x, case.values, index, case.geometry),
                 )
-                empty = cpu.dvalues(case.dy[:0], case.x[:0], index, block, torch.float32)
+                empty = cpu.linear.dvalues(case.dy[:0], case.x[:0], index, block, case.geometry, torch.float32)
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -232,6 +236,6 @@ def test_a_masked_index_leaves_blocks_out(block: tuple[int, int], tokens: int) -
     index = mask_index(case.index, keep, block)
     kept = replace(case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int())
 
-    check_y(kept, cpu.fwd(case.x, case.values, case.bias, index, case.grid.out_features))
-    check_dx(kept, cpu.dx(case.dy, case.values, index, case.grid.in_features))
-    check_dvalues(kept, cpu.dvalues(case.dy, case.x, index, block, torch.float32), torch.float32)
+    check_y(kept, cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry))
+    check_dx(kept, cpu.linear.dx(case.dy, case.values, index, case.geometry))
+    check_dvalues(kept, cpu.linear.dvalues(case.dy, case.x, index, block, case.geometry, torch.float32), torch.float32)

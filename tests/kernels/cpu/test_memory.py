@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sparsekern.kernels.cpu.memory import keep_freed_memory
+from sparsekern.kernels.cpu import keep_freed_memory
 
 PROGRAM = """
 import resource, torch

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import LinearShape
 from sparsekern.kernels.cpu import scores
 from torch import Tensor
 
@@ -29,12 +30,12 @@ def edge_case(**given: object) -> Case:
 
 
 def all_norms(case: Case) -> Tensor:
-    return cpu.all_block_norms(case.dy, case.x, case.grid.block)
+    return cpu.linear.all_block_norms(case.dy, case.x, case.grid.block, case.geometry)
 
 
 def chosen(case: Case, which: Tensor) -> Tensor:
     row, col = all_cells(case)
-    return cpu.block_norms(case.dy, case.x, row[which], col[which], case.grid.block)
+    return cpu.linear.block_norms(case.dy, case.x, row[which], col[which], case.grid.block, case.geometry)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,7 +47,7 @@ def test_norms_of_all_blocks_and_dtypes(block: tuple[int, int], dtype: torch.dty
 
         assert norms.shape == (case.grid.rows, case.grid.cols)
         check_norms(case, norms)
-        check_norms(case, cpu.block_norms(case.dy, case.x, *all_cells(case), block))
+        check_norms(case, cpu.linear.block_norms(case.dy, case.x, *all_cells(case), block, case.geometry))
 
 
 @pytest.mark.parametrize("dy_layout", DY_LAYOUTS)
@@ -119,11 +120,11 @@ def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> No
     for block in ((1, 1), (16, 32)):
         case = edge_case(block=block, out_features=3 * block[0], in_features=4 * block[1])
         cells = all_cells(case)
-        expected = all_norms(case), cpu.block_norms(case.dy, case.x, *cells, block)
+        expected = all_norms(case), cpu.linear.block_norms(case.dy, case.x, *cells, block, case.geometry)
         torch.set_default_dtype(default)
         try:
             with torch.device("meta"):
-                found = all_norms(case), cpu.block_norms(case.dy, case.x, *cells, block)
+                found = all_norms(case), cpu.linear.block_norms(case.dy, case.x, *cells, block, case.geometry)
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -149,7 +150,9 @@ def test_chosen_blocks_may_be_given_in_int64_and_in_any_strides() -> None:
     pairs = torch.stack([row, col], 1)
 
     for given in ((row.long(), col.long()), pairs.unbind(1), pairs.long().unbind(1)):
-        assert torch.equal(cpu.block_norms(case.dy, case.x, *given, case.grid.block), all_norms(case).flatten())
+        assert torch.equal(
+            cpu.linear.block_norms(case.dy, case.x, *given, case.grid.block, case.geometry), all_norms(case).flatten()
+        )
 
 
 def test_the_norms_of_all_blocks_never_hold_the_gradient() -> None:
@@ -157,7 +160,7 @@ def test_the_norms_of_all_blocks_never_hold_the_gradient() -> None:
     dy = x = torch.ones(2, 2048)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "CHUNK_BYTES", 2**20)
-        found = allocations(lambda: cpu.all_block_norms(dy, x, (16, 16)))
+        found = allocations(lambda: cpu.linear.all_block_norms(dy, x, (16, 16), LinearShape(x.shape[-1], dy.shape[-1])))
 
     assert found.largest <= 2**20
     assert found.peak < 2 * 2**20
@@ -167,7 +170,7 @@ def test_the_norms_of_single_elements_hold_little_beside_them() -> None:
     """4 million of them, 16 MiB; what says where an element is takes more than the element."""
     dy = x = torch.ones(2, 2048)
     cpu.release_scratch()
-    found = allocations(lambda: cpu.all_block_norms(dy, x, (1, 1)))
+    found = allocations(lambda: cpu.linear.all_block_norms(dy, x, (1, 1), LinearShape(x.shape[-1], dy.shape[-1])))
 
     assert found.peak - 4 * 2048**2 + cpu.scratch_bytes() < 32 * 2**20
 
@@ -180,7 +183,7 @@ def pairs_for(case: Case, count: int) -> tuple[Tensor, Tensor]:
 
 
 def sketched(case: Case, count: int) -> Tensor:
-    return cpu.sketch(case.dy, case.x, *pairs_for(case, count), case.grid.block)
+    return cpu.linear.sketch(case.dy, case.x, *pairs_for(case, count), case.grid.block, case.geometry)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -231,7 +234,7 @@ def test_threads_and_other_pairs_change_no_sketch(
         threads(count)
         assert torch.equal(sketched(case, 9), expected)
     u, v = pairs_for(case, 9)
-    assert torch.equal(cpu.sketch(case.dy, case.x, u[:4], v[:4], block), expected[:4])
+    assert torch.equal(cpu.linear.sketch(case.dy, case.x, u[:4], v[:4], block, case.geometry), expected[:4])
 
 
 def cells(block: tuple[int, int]) -> dict[str, int]:
@@ -254,18 +257,22 @@ def test_a_sketch_of_nothing_is_zero() -> None:
     case = edge_case()
     u, v = pairs_for(case, 2)
 
-    assert torch.equal(cpu.sketch(case.dy[:0], case.x[:0], u, v, case.grid.block), torch.zeros(2, 3, 4))
-    assert cpu.sketch(case.dy, case.x, u[:0], v[:0], case.grid.block).shape == (0, 3, 4)
+    assert torch.equal(
+        cpu.linear.sketch(case.dy[:0], case.x[:0], u, v, case.grid.block, case.geometry), torch.zeros(2, 3, 4)
+    )
+    assert cpu.linear.sketch(case.dy, case.x, u[:0], v[:0], case.grid.block, case.geometry).shape == (0, 3, 4)
 
 
 def test_pairs_may_be_given_in_any_strides_and_dtypes() -> None:
     case = edge_case()
     u, v = pairs_for(case, 3)
-    expected = cpu.sketch(case.dy, case.x, u, v, case.grid.block)
+    expected = cpu.linear.sketch(case.dy, case.x, u, v, case.grid.block, case.geometry)
 
     for given in ((u.double(), v.bfloat16()), (u.t().contiguous().t(), v.repeat(2, 1)[:3]), (negated(u), negated(v))):
-        assert torch.equal(cpu.sketch(case.dy, case.x, *given, case.grid.block), expected)
-    assert torch.equal(cpu.sketch(negated(case.dy), negated(case.x), u, v, case.grid.block), expected)
+        assert torch.equal(cpu.linear.sketch(case.dy, case.x, *given, case.grid.block, case.geometry), expected)
+    assert torch.equal(
+        cpu.linear.sketch(negated(case.dy), negated(case.x), u, v, case.grid.block, case.geometry), expected
+    )
 
 
 def negated(x: Tensor) -> Tensor:
@@ -281,8 +288,8 @@ def test_the_default_dtype_and_device_change_no_sketch(default: torch.dtype) -> 
     torch.set_default_dtype(default)
     try:
         with torch.device("meta"):
-            found = cpu.sketch(case.dy, case.x, u, v, case.grid.block)
-            nothing = cpu.sketch(case.dy[:0], case.x[:0], u, v, case.grid.block)
+            found = cpu.linear.sketch(case.dy, case.x, u, v, case.grid.block, case.geometry)
+            nothing = cpu.linear.sketch(case.dy[:0], case.x[:0], u, v, case.grid.block, case.geometry)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -294,7 +301,7 @@ def test_a_sketch_holds_projections_of_bounded_size() -> None:
     dy = x = torch.ones(2000, 1024)
     u = v = torch.ones(4, 1024)
     cpu.release_scratch()
-    found = allocations(lambda: cpu.sketch(dy, x, u, v, (16, 16)))
+    found = allocations(lambda: cpu.linear.sketch(dy, x, u, v, (16, 16), LinearShape(x.shape[-1], dy.shape[-1])))
 
     assert cpu.scratch_bytes() <= 10 * 2**20
     assert found.peak < 2**20

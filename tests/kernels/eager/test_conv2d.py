@@ -30,15 +30,15 @@ def ints(*numbers: int) -> Tensor:
 
 
 def fwd(case: ConvCase) -> Tensor:
-    return eager.conv2d_fwd(case.x, case.values, case.bias, case.index, case.shape)
+    return eager.conv2d.fwd(case.x, case.values, case.bias, case.index, case.shape)
 
 
 def dx(case: ConvCase) -> Tensor:
-    return eager.conv2d_dx(case.dy, case.values, case.index, case.shape, case.size)
+    return eager.conv2d.dx(case.dy, case.values, case.index, case.shape, case.size)
 
 
 def dvalues(case: ConvCase, dtype: torch.dtype | None = None) -> Tensor:
-    return eager.conv2d_dvalues(case.dy, case.x, case.index, case.grid.block, case.shape, dtype or case.values.dtype)
+    return eager.conv2d.dvalues(case.dy, case.x, case.index, case.grid.block, case.shape, dtype or case.values.dtype)
 
 
 def small_case(**given: object) -> ConvCase:
@@ -68,9 +68,9 @@ def test_a_row_of_three_taps_by_hand() -> None:
     x = torch.tensor([[[[1.0, 2, 3]], [[10, 20, 30]]]]).contiguous(memory_format=torch.channels_last)
     dy = torch.tensor([[[[1.0, 10, 100]]]])
 
-    y = eager.conv2d_fwd(x, values, torch.tensor([0.5]), index, shape)
-    dx = eager.conv2d_dx(dy, values, index, shape, (1, 3))
-    dvalues = eager.conv2d_dvalues(dy, x, index, (1, 2), shape, torch.float32)
+    y = eager.conv2d.fwd(x, values, torch.tensor([0.5]), index, shape)
+    dx = eager.conv2d.dx(dy, values, index, shape, (1, 3))
+    dvalues = eager.conv2d.dvalues(dy, x, index, (1, 2), shape, torch.float32)
 
     assert y.tolist() == [[[[86.5, 150.5, 42.5]]]]  # 2*3+20*4, 1+20+9+120, 2+40
     assert dx.tolist() == [[[[10, 103, 30]], [[20, 204, 40]]]]  # from the right (1 2), from the left (3 4)
@@ -83,8 +83,8 @@ def test_a_stride_by_hand() -> None:
     index = build_index(Topology(conv_grid(1, 1, (1, 1), (1, 1)), ints(0), ints(0)))
     values, x = torch.tensor([[[2.0]]]), torch.tensor([[[[1.0, 2, 3, 4, 5]]]])
 
-    assert eager.conv2d_fwd(x, values, None, index, shape).tolist() == [[[[2, 6, 10]]]]
-    dx = eager.conv2d_dx(torch.tensor([[[[1.0, 10, 100]]]]), values, index, shape, (1, 5))
+    assert eager.conv2d.fwd(x, values, None, index, shape).tolist() == [[[[2, 6, 10]]]]
+    dx = eager.conv2d.dx(torch.tensor([[[[1.0, 10, 100]]]]), values, index, shape, (1, 5))
     assert dx.tolist() == [[[[2, 0, 20, 0, 200]]]]
 
 
@@ -94,9 +94,9 @@ def test_groups_share_block_columns_but_not_channels() -> None:
     index = build_index(Topology(conv_grid(2, 2, (1, 1), (1, 1), groups=2), ints(0, 1), ints(0, 0)))
     values, x = torch.tensor([[[2.0]], [[3.0]]]), torch.tensor([[[[1.0]], [[10]]]])
 
-    assert eager.conv2d_fwd(x, values, None, index, shape).flatten().tolist() == [2, 30]
-    assert eager.conv2d_dx(x, values, index, shape, (1, 1)).flatten().tolist() == [2, 30]
-    assert eager.conv2d_dvalues(x, x, index, (1, 1), shape, torch.float32).flatten().tolist() == [1, 100]
+    assert eager.conv2d.fwd(x, values, None, index, shape).flatten().tolist() == [2, 30]
+    assert eager.conv2d.dx(x, values, index, shape, (1, 1)).flatten().tolist() == [2, 30]
+    assert eager.conv2d.dvalues(x, x, index, (1, 1), shape, torch.float32).flatten().tolist() == [1, 100]
 
 
 # Against the oracle.
@@ -250,9 +250,9 @@ def test_a_masked_index_leaves_blocks_out(block: tuple[int, int]) -> None:
     index = mask_index(case.index, keep, block)
     kept = replace(case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int())
 
-    check_conv_y(kept, eager.conv2d_fwd(case.x, case.values, case.bias, index, case.shape))
-    check_conv_dx(kept, eager.conv2d_dx(case.dy, case.values, index, case.shape, case.size))
-    grad = eager.conv2d_dvalues(case.dy, case.x, index, block, case.shape, torch.float32)
+    check_conv_y(kept, eager.conv2d.fwd(case.x, case.values, case.bias, index, case.shape))
+    check_conv_dx(kept, eager.conv2d.dx(case.dy, case.values, index, case.shape, case.size))
+    grad = eager.conv2d.dvalues(case.dy, case.x, index, block, case.shape, torch.float32)
     check_conv_dvalues(kept, grad, torch.float32)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sparsekern.kernels import eager
 from sparsekern.kernels.contract import ConvShape
-from sparsekern.kernels.eager import chunks, conv2d_scores
+from sparsekern.kernels.eager import chunks, conv2d
 from torch import Tensor
 
 from tests.memory import allocations
@@ -21,9 +21,9 @@ def ints(*numbers: int) -> Tensor:
 def check_scores(case: ConvCase) -> None:
     block, shape = case.grid.block, case.shape
     u, v = signs(3, case.grid.out_features, 0), signs(3, case.grid.in_features, 1)
-    check_conv_norms(case, eager.conv2d_all_block_norms(case.dy, case.x, block, shape))
-    check_conv_norms(case, eager.conv2d_block_norms(case.dy, case.x, *all_conv_cells(case), block, shape))
-    check_conv_sketch(case, eager.conv2d_sketch(case.dy, case.x, u, v, block, shape), u, v)
+    check_conv_norms(case, eager.conv2d.all_block_norms(case.dy, case.x, block, shape))
+    check_conv_norms(case, eager.conv2d.block_norms(case.dy, case.x, *all_conv_cells(case), block, shape))
+    check_conv_sketch(case, eager.conv2d.sketch(case.dy, case.x, u, v, block, shape), u, v)
 
 
 def test_by_hand() -> None:
@@ -32,9 +32,9 @@ def test_by_hand() -> None:
     x, dy = torch.tensor([[[[1.0, 2, 3, 4]]]]), torch.tensor([[[[1.0, 0, 10]]]])
     u, v = torch.tensor([[2.0]]), torch.tensor([[1.0, -1]])
 
-    assert eager.conv2d_all_block_norms(dy, x, (1, 1), shape).tolist() == [[31, 42]]
-    assert eager.conv2d_block_norms(dy, x, ints(0, 0), ints(1, 0), (1, 1), shape).tolist() == [42, 31]
-    assert eager.conv2d_sketch(dy, x, u, v, (1, 1), shape).tolist() == [[[62, -84]]]
+    assert eager.conv2d.all_block_norms(dy, x, (1, 1), shape).tolist() == [[31, 42]]
+    assert eager.conv2d.block_norms(dy, x, ints(0, 0), ints(1, 0), (1, 1), shape).tolist() == [42, 31]
+    assert eager.conv2d.sketch(dy, x, u, v, (1, 1), shape).tolist() == [[[62, -84]]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,10 +51,10 @@ def test_random_convolutions(seed: int) -> None:
 
 @pytest.mark.parametrize("tile", [1, 4, 9, 1000])
 def test_tiles_meet_without_gap_or_overlap(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv2d_scores, "TILE", tile)
+    monkeypatch.setattr(conv2d, "TILE", tile)
     for seed in range(4):
         case = conv_case(seed, block=(4, 4), images=1, dtype=torch.float32)
-        check_conv_norms(case, eager.conv2d_all_block_norms(case.dy, case.x, (4, 4), case.shape))
+        check_conv_norms(case, eager.conv2d.all_block_norms(case.dy, case.x, (4, 4), case.shape))
 
 
 @pytest.mark.parametrize("scratch", [1, 3000, 50_000])
@@ -67,8 +67,8 @@ def test_scores_do_not_depend_on_the_scratch(scratch: int, monkeypatch: pytest.M
 def test_norms_of_no_blocks_and_of_no_images() -> None:
     case = conv_case(3, images=0)
 
-    assert eager.conv2d_block_norms(case.dy, case.x, ints(), ints(), case.grid.block, case.shape).shape == (0,)
-    assert not eager.conv2d_all_block_norms(case.dy, case.x, case.grid.block, case.shape).any()
+    assert eager.conv2d.block_norms(case.dy, case.x, ints(), ints(), case.grid.block, case.shape).shape == (0,)
+    assert not eager.conv2d.all_block_norms(case.dy, case.x, case.grid.block, case.shape).any()
 
 
 def test_a_nan_reaches_only_the_blocks_that_it_belongs_to() -> None:
@@ -79,9 +79,9 @@ def test_a_nan_reaches_only_the_blocks_that_it_belongs_to() -> None:
     u, v = signs(2, 11, 0), signs(2, 54, 1)
 
     for nans in (
-        eager.conv2d_all_block_norms(dy, case.x, (4, 4), case.shape).isnan(),
-        eager.conv2d_block_norms(dy, case.x, *all_conv_cells(case), (4, 4), case.shape).view(3, 18).isnan(),
-        eager.conv2d_sketch(dy, case.x, u, v, (4, 4), case.shape)[0].isnan(),
+        eager.conv2d.all_block_norms(dy, case.x, (4, 4), case.shape).isnan(),
+        eager.conv2d.block_norms(dy, case.x, *all_conv_cells(case), (4, 4), case.shape).view(3, 18).isnan(),
+        eager.conv2d.sketch(dy, case.x, u, v, (4, 4), case.shape)[0].isnan(),
     ):
         assert nans[2].any() and not nans[:2].any()
 
@@ -94,8 +94,8 @@ def test_the_scratch_stays_within_what_is_declared(monkeypatch: pytest.MonkeyPat
     row, col = all_conv_cells(case)
 
     for score in (
-        lambda: eager.conv2d_all_block_norms(case.dy, case.x, (16, 16), case.shape),
-        lambda: eager.conv2d_block_norms(case.dy, case.x, row, col, (16, 16), case.shape),
-        lambda: eager.conv2d_sketch(case.dy, case.x, u, v, (16, 16), case.shape),
+        lambda: eager.conv2d.all_block_norms(case.dy, case.x, (16, 16), case.shape),
+        lambda: eager.conv2d.block_norms(case.dy, case.x, row, col, (16, 16), case.shape),
+        lambda: eager.conv2d.sketch(case.dy, case.x, u, v, (16, 16), case.shape),
     ):
         assert allocations(score).peak <= chunks.SCRATCH_BYTES

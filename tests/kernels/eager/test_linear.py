@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sparsekern.kernels import eager
+from sparsekern.kernels.contract import LinearShape
 from torch import Tensor
 
 from sparsekern.topology import Grid, Topology, build_index, mask_index
@@ -29,15 +30,15 @@ def ints(*numbers: int) -> Tensor:
 
 
 def fwd(case: Case) -> Tensor:
-    return eager.fwd(case.x, case.values, case.bias, case.index, case.grid.out_features)
+    return eager.linear.fwd(case.x, case.values, case.bias, case.index, case.geometry)
 
 
 def dx(case: Case) -> Tensor:
-    return eager.dx(case.dy, case.values, case.index, case.grid.in_features)
+    return eager.linear.dx(case.dy, case.values, case.index, case.geometry)
 
 
 def dvalues(case: Case, dtype: torch.dtype | None = None) -> Tensor:
-    return eager.dvalues(case.dy, case.x, case.index, case.grid.block, dtype or case.values.dtype)
+    return eager.linear.dvalues(case.dy, case.x, case.index, case.grid.block, case.geometry, dtype or case.values.dtype)
 
 
 def small_case(**given: object) -> Case:
@@ -64,10 +65,18 @@ def test_a_layer_of_three_blocks_by_hand() -> None:
     x = torch.tensor([[1.0, 2, 3, 4], [1, 0, 0, 0]])
     dy = torch.tensor([[1.0, 10, 100], [2, 0, 0]])
 
-    assert eager.fwd(x, values, None, index, 3).tolist() == [[28, 0, 25], [5, 0, 0]]
-    assert eager.fwd(x, values, torch.tensor([0.5, 7, 0]), index, 3).tolist() == [[28.5, 7, 25], [5.5, 7, 0]]
-    assert eager.dx(dy, values, index, 4).tolist() == [[5, 6, 301, 402], [10, 12, 2, 4]]
-    assert eager.dvalues(dy, x, index, (1, 2), torch.float32).tolist() == [[[3, 4]], [[0, 0]], [[300, 400]], [[3, 2]]]
+    assert eager.linear.fwd(x, values, None, index, LinearShape(x.shape[-1], 3)).tolist() == [[28, 0, 25], [5, 0, 0]]
+    assert eager.linear.fwd(x, values, torch.tensor([0.5, 7, 0]), index, LinearShape(x.shape[-1], 3)).tolist() == [
+        [28.5, 7, 25],
+        [5.5, 7, 0],
+    ]
+    assert eager.linear.dx(dy, values, index, LinearShape(4, dy.shape[-1])).tolist() == [
+        [5, 6, 301, 402],
+        [10, 12, 2, 4],
+    ]
+    assert eager.linear.dvalues(
+        dy, x, index, (1, 2), LinearShape(x.shape[-1], dy.shape[-1]), torch.float32
+    ).tolist() == [[[3, 4]], [[0, 0]], [[300, 400]], [[3, 2]]]
 
 
 def test_an_edge_block_by_hand() -> None:
@@ -76,9 +85,11 @@ def test_an_edge_block_by_hand() -> None:
     values = torch.tensor([[[2.0, 0], [0, 0]]])
     x, dy = torch.tensor([[3.0], [5]]), torch.tensor([[1.0], [10]])
 
-    assert eager.fwd(x, values, torch.tensor([1.0]), index, 1).tolist() == [[7], [11]]
-    assert eager.dx(dy, values, index, 1).tolist() == [[2], [20]]
-    assert eager.dvalues(dy, x, index, (2, 2), torch.float32).tolist() == [[[53, 0], [0, 0]]]
+    assert eager.linear.fwd(x, values, torch.tensor([1.0]), index, LinearShape(x.shape[-1], 1)).tolist() == [[7], [11]]
+    assert eager.linear.dx(dy, values, index, LinearShape(1, dy.shape[-1])).tolist() == [[2], [20]]
+    assert eager.linear.dvalues(
+        dy, x, index, (2, 2), LinearShape(x.shape[-1], dy.shape[-1]), torch.float32
+    ).tolist() == [[[53, 0], [0, 0]]]
 
 
 # Against the oracle.
@@ -158,7 +169,16 @@ def test_sums_over_many_inputs_are_not_formed_in_half_precision() -> None:
     topology = Topology(grid, torch.zeros(256, dtype=torch.int32), torch.arange(256, dtype=torch.int32))
     ones = torch.ones(256, 1, 16).half()
 
-    assert eager.fwd(torch.ones(1, 4096).half(), ones, None, build_index(topology), 1).item() == 4096
+    assert (
+        eager.linear.fwd(
+            torch.ones(1, 4096).half(),
+            ones,
+            None,
+            build_index(topology),
+            LinearShape(torch.ones(1, 4096).half().shape[-1], 1),
+        ).item()
+        == 4096
+    )
 
 
 # What must not leak.
@@ -182,8 +202,12 @@ def test_a_nan_in_x_reaches_only_the_rows_that_read_it() -> None:
     index = build_index(Topology(Grid(4, 4, (2, 2)), ints(0, 1), ints(0, 1)))
     values, x = torch.ones(2, 2, 2), torch.tensor([[NAN, 1, 1, 1]])
 
-    assert eager.fwd(x, values, None, index, 4).isnan().tolist() == [[True, True, False, False]]
-    assert eager.dx(x, values, index, 4).isnan().tolist() == [[True, True, False, False]]
+    assert eager.linear.fwd(x, values, None, index, LinearShape(x.shape[-1], 4)).isnan().tolist() == [
+        [True, True, False, False]
+    ]
+    assert eager.linear.dx(x, values, index, LinearShape(4, x.shape[-1])).isnan().tolist() == [
+        [True, True, False, False]
+    ]
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
@@ -277,6 +301,8 @@ def test_a_masked_index_leaves_blocks_out(block: tuple[int, int]) -> None:
         case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int(), values=case.values
     )
 
-    check_y(kept, eager.fwd(case.x, case.values, case.bias, index, case.grid.out_features))
-    check_dx(kept, eager.dx(case.dy, case.values, index, case.grid.in_features))
-    check_dvalues(kept, eager.dvalues(case.dy, case.x, index, block, torch.float32), torch.float32)
+    check_y(kept, eager.linear.fwd(case.x, case.values, case.bias, index, case.geometry))
+    check_dx(kept, eager.linear.dx(case.dy, case.values, index, case.geometry))
+    check_dvalues(
+        kept, eager.linear.dvalues(case.dy, case.x, index, block, case.geometry, torch.float32), torch.float32
+    )

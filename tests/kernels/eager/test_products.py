@@ -7,7 +7,8 @@ import torch
 from sparsekern.kernels import eager
 from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.kernels.eager import chunks
-from sparsekern.kernels.eager.products import entry_owners, multiply, outer_blocks
+from sparsekern.kernels.eager.linear import multiply, outer_blocks
+from sparsekern.kernels.eager.products import entry_owners
 from torch import Tensor
 
 from tests.memory import allocations
@@ -126,12 +127,16 @@ def kernel_peaks(case: Case) -> dict[str, int]:
     at_0 = (case.row.clamp(min=0), case.col.clamp(min=0))
     u, v = torch.randn(4, grid.out_features), torch.randn(4, grid.in_features)
     return {
-        "fwd": bytes_beside(lambda: eager.fwd(case.x, case.values, case.bias, index, grid.out_features)),
-        "dx": bytes_beside(lambda: eager.dx(case.dy, case.values, index, grid.in_features)),
-        "dvalues": bytes_beside(lambda: eager.dvalues(case.dy, case.x, index, grid.block, dtype)),
-        "block_norms": bytes_beside(lambda: eager.block_norms(case.dy, case.x, *at_0, grid.block)),
-        "all_block_norms": bytes_beside(lambda: eager.all_block_norms(case.dy, case.x, grid.block)),
-        "sketch": bytes_beside(lambda: eager.sketch(case.dy, case.x, u, v, grid.block)),
+        "fwd": bytes_beside(lambda: eager.linear.fwd(case.x, case.values, case.bias, index, case.geometry)),
+        "dx": bytes_beside(lambda: eager.linear.dx(case.dy, case.values, index, case.geometry)),
+        "dvalues": bytes_beside(lambda: eager.linear.dvalues(case.dy, case.x, index, grid.block, case.geometry, dtype)),
+        "block_norms": bytes_beside(
+            lambda: eager.linear.block_norms(case.dy, case.x, *at_0, grid.block, case.geometry)
+        ),
+        "all_block_norms": bytes_beside(
+            lambda: eager.linear.all_block_norms(case.dy, case.x, grid.block, case.geometry)
+        ),
+        "sketch": bytes_beside(lambda: eager.linear.sketch(case.dy, case.x, u, v, grid.block, case.geometry)),
     }
 
 

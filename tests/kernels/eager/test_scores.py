@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from sparsekern.kernels import eager
-from sparsekern.kernels.eager import chunks, scores
+from sparsekern.kernels.contract import LinearShape
+from sparsekern.kernels.eager import chunks, linear
 from torch import Tensor
 
 from tests.oracle import DTYPES, DY_LAYOUTS, Case, random_case
@@ -37,8 +38,13 @@ def test_norms_by_hand() -> None:
     """
     dy, x = torch.eye(3), torch.tensor([[3.0, 4, 0], [0, 0, 2], [6, 8, 1]])
 
-    assert eager.all_block_norms(dy, x, (2, 2)).tolist() == [[5, 2], [10, 1]]
-    assert eager.block_norms(dy, x, ints(1, 0, 0), ints(0, 1, 0), (2, 2)).tolist() == [10, 2, 5]
+    assert eager.linear.all_block_norms(dy, x, (2, 2), LinearShape(x.shape[-1], dy.shape[-1])).tolist() == [
+        [5, 2],
+        [10, 1],
+    ]
+    assert eager.linear.block_norms(
+        dy, x, ints(1, 0, 0), ints(0, 1, 0), (2, 2), LinearShape(x.shape[-1], dy.shape[-1])
+    ).tolist() == [10, 2, 5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,46 +52,49 @@ def test_norms_by_hand() -> None:
 def test_norms_of_any_block_and_dtype(block: tuple[int, int], dtype: torch.dtype) -> None:
     case = random_case(21, block=block, dtype=dtype, tokens=19)
 
-    check_norms(case, eager.all_block_norms(case.dy, case.x, block))
-    check_norms(case, eager.block_norms(case.dy, case.x, *all_cells(case), block))
+    check_norms(case, eager.linear.all_block_norms(case.dy, case.x, block, case.geometry))
+    check_norms(case, eager.linear.block_norms(case.dy, case.x, *all_cells(case), block, case.geometry))
 
 
 @pytest.mark.parametrize("tile", [1, 2, 8, 9, 12, 1000])
 @pytest.mark.parametrize("block", [(1, 1), (4, 4), (5, 2)])
 def test_tiles_meet_without_gap_or_overlap(block: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "TILE", tile)
+    monkeypatch.setattr(linear, "TILE", tile)
     for seed in range(4):
         case = random_case(seed, block=block, tokens=9, dtype=torch.float32)
-        check_norms(case, eager.all_block_norms(case.dy, case.x, block))
+        check_norms(case, eager.linear.all_block_norms(case.dy, case.x, block, case.geometry))
 
 
 @pytest.mark.parametrize("dy_layout", DY_LAYOUTS)
 def test_norms_of_any_strides(dy_layout: str) -> None:
     case = edge_case(dy_layout=dy_layout)
 
-    check_norms(case, eager.all_block_norms(case.dy, case.x, (4, 3)))
-    check_norms(case, eager.block_norms(case.dy, case.x, *all_cells(case), (4, 3)))
+    check_norms(case, eager.linear.all_block_norms(case.dy, case.x, (4, 3), case.geometry))
+    check_norms(case, eager.linear.block_norms(case.dy, case.x, *all_cells(case), (4, 3), case.geometry))
 
 
 def test_norms_of_no_tokens_are_zero() -> None:
     case = edge_case(tokens=0)
 
-    assert eager.all_block_norms(case.dy, case.x, (4, 3)).tolist() == [[0.0] * 4] * 3
-    assert eager.block_norms(case.dy, case.x, *all_cells(case), (4, 3)).tolist() == [0.0] * 12
+    assert eager.linear.all_block_norms(case.dy, case.x, (4, 3), case.geometry).tolist() == [[0.0] * 4] * 3
+    assert eager.linear.block_norms(case.dy, case.x, *all_cells(case), (4, 3), case.geometry).tolist() == [0.0] * 12
 
 
 def test_norms_of_no_blocks() -> None:
     case = edge_case()
 
-    assert eager.block_norms(case.dy, case.x, ints(), ints(), (4, 3)).shape == (0,)
+    assert eager.linear.block_norms(case.dy, case.x, ints(), ints(), (4, 3), case.geometry).shape == (0,)
 
 
 def test_norms_of_half_precision_do_not_overflow() -> None:
     """300 * 300 is beyond float16; the gradient is 90000 and so is its norm."""
     big = torch.full((1, 1), 300.0).half()
 
-    assert eager.all_block_norms(big, big, (1, 1)).item() == 90_000
-    assert eager.block_norms(big, big, ints(0), ints(0), (1, 1)).item() == 90_000
+    assert eager.linear.all_block_norms(big, big, (1, 1), LinearShape(big.shape[-1], big.shape[-1])).item() == 90_000
+    assert (
+        eager.linear.block_norms(big, big, ints(0), ints(0), (1, 1), LinearShape(big.shape[-1], big.shape[-1])).item()
+        == 90_000
+    )
 
 
 # Sketches.
@@ -96,7 +105,9 @@ def test_sketch_by_hand() -> None:
     dy, x = torch.eye(3), torch.tensor([[3.0, 4, 0], [0, 0, 2], [6, 8, 1]])
     u, v = torch.tensor([[1.0, -1, 2]]), torch.tensor([[1.0, 1, 3]])
 
-    assert eager.sketch(dy, x, u, v, (2, 2)).tolist() == [[[7, -6], [28, 6]]]
+    assert eager.linear.sketch(dy, x, u, v, (2, 2), LinearShape(x.shape[-1], dy.shape[-1])).tolist() == [
+        [[7, -6], [28, 6]]
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,14 +116,16 @@ def test_sketch_of_any_block_and_dtype(block: tuple[int, int], dtype: torch.dtyp
     case = random_case(22, block=block, dtype=dtype, tokens=19)
     u, v = signs(3, case.grid.out_features, 0), signs(3, case.grid.in_features, 1)
 
-    check_sketch(case, eager.sketch(case.dy, case.x, u, v, block), u, v)
+    check_sketch(case, eager.linear.sketch(case.dy, case.x, u, v, block, case.geometry), u, v)
 
 
 def test_sketches_of_micro_batches_add_up() -> None:
     case = edge_case(tokens=33)
     u, v = signs(5, 11, 0), signs(5, 10, 1)
 
-    parts = [eager.sketch(case.dy[t : t + 8], case.x[t : t + 8], u, v, (4, 3)) for t in range(0, 33, 8)]
+    parts = [
+        eager.linear.sketch(case.dy[t : t + 8], case.x[t : t + 8], u, v, (4, 3), case.geometry) for t in range(0, 33, 8)
+    ]
 
     check_sketch(case, torch.stack(parts).sum(0), u, v)
 
@@ -126,8 +139,8 @@ def test_the_mean_of_squares_estimates_the_squared_norm() -> None:
     pairs = 3200
     u, v = signs(pairs, 11, 2), signs(pairs, 10, 3)
 
-    estimate = eager.sketch(case.dy, case.x, u, v, (4, 3)).square().mean(0)
-    squared = eager.all_block_norms(case.dy, case.x, (4, 3)).square()
+    estimate = eager.linear.sketch(case.dy, case.x, u, v, (4, 3), case.geometry).square().mean(0)
+    squared = eager.linear.all_block_norms(case.dy, case.x, (4, 3), case.geometry).square()
 
     assert float((estimate / squared - 1).abs().max()) < 5 * (8 / pairs) ** 0.5
 
@@ -135,7 +148,7 @@ def test_the_mean_of_squares_estimates_the_squared_norm() -> None:
 def test_a_sketch_of_no_tokens_is_zero() -> None:
     case = edge_case(tokens=0)
 
-    assert not eager.sketch(case.dy, case.x, signs(2, 11, 0), signs(2, 10, 1), (4, 3)).any()
+    assert not eager.linear.sketch(case.dy, case.x, signs(2, 11, 0), signs(2, 10, 1), (4, 3), case.geometry).any()
 
 
 # Both.
@@ -148,9 +161,9 @@ def test_scores_do_not_depend_on_the_scratch(scratch: int, monkeypatch: pytest.M
         case = random_case(2, block=block, tokens=33, dtype=torch.float32)
         u, v = signs(3, case.grid.out_features, 0), signs(3, case.grid.in_features, 1)
 
-        check_norms(case, eager.all_block_norms(case.dy, case.x, block))
-        check_norms(case, eager.block_norms(case.dy, case.x, *all_cells(case), block))
-        check_sketch(case, eager.sketch(case.dy, case.x, u, v, block), u, v)
+        check_norms(case, eager.linear.all_block_norms(case.dy, case.x, block, case.geometry))
+        check_norms(case, eager.linear.block_norms(case.dy, case.x, *all_cells(case), block, case.geometry))
+        check_sketch(case, eager.linear.sketch(case.dy, case.x, u, v, block, case.geometry), u, v)
 
 
 @pytest.mark.parametrize("which", ["dy", "x"])
@@ -165,9 +178,15 @@ def test_a_nan_reaches_only_the_blocks_that_it_belongs_to(which: str) -> None:
         expected.select(int(which == "x"), block).fill_(True)
         case_now = replace(case, **broken)
 
-        norms = eager.all_block_norms(case_now.dy, case_now.x, (4, 3))
-        chosen = eager.block_norms(case_now.dy, case_now.x, *all_cells(case), (4, 3))
-        sketch = eager.sketch(case_now.dy, case_now.x, u, v, (4, 3))
+        norms = eager.linear.all_block_norms(
+            case_now.dy, case_now.x, (4, 3), LinearShape(case_now.x.shape[-1], case_now.dy.shape[-1])
+        )
+        chosen = eager.linear.block_norms(
+            case_now.dy, case_now.x, *all_cells(case), (4, 3), LinearShape(case_now.x.shape[-1], case_now.dy.shape[-1])
+        )
+        sketch = eager.linear.sketch(
+            case_now.dy, case_now.x, u, v, (4, 3), LinearShape(case_now.x.shape[-1], case_now.dy.shape[-1])
+        )
 
         assert torch.equal(norms.isnan(), expected)
         assert torch.equal(chosen.view(3, 4).isnan(), expected)
@@ -179,9 +198,9 @@ def test_two_calls_agree_to_the_bit() -> None:
     u, v = signs(2, 11, 0), signs(2, 10, 1)
 
     for score in (
-        lambda: eager.all_block_norms(case.dy, case.x, (4, 3)),
-        lambda: eager.block_norms(case.dy, case.x, *all_cells(case), (4, 3)),
-        lambda: eager.sketch(case.dy, case.x, u, v, (4, 3)),
+        lambda: eager.linear.all_block_norms(case.dy, case.x, (4, 3), case.geometry),
+        lambda: eager.linear.block_norms(case.dy, case.x, *all_cells(case), (4, 3), case.geometry),
+        lambda: eager.linear.sketch(case.dy, case.x, u, v, (4, 3), case.geometry),
     ):
         assert torch.equal(score(), score())
 
@@ -193,6 +212,6 @@ def test_the_norms_of_all_blocks_never_hold_the_gradient(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append((t := zeros(*a, **k)).numel()) or t)
     dy = x = torch.ones(2, 1024)
 
-    eager.all_block_norms(dy, x, (16, 16))
+    eager.linear.all_block_norms(dy, x, (16, 16), LinearShape(x.shape[-1], dy.shape[-1]))
 
     assert max(made) == 256 * 256

@@ -94,19 +94,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
 def run_all(case: Case) -> None:
     fwd(case), dx(case), dvalues(case)
     here, places = case.on(DEVICE), torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
-    gpu.block_norms(here.dy, here.x, places, places, case.grid.block)
-    gpu.all_block_norms(here.dy, here.x, case.grid.block)
+    gpu.linear.block_norms(here.dy, here.x, places, places, case.grid.block, case.geometry)
+    gpu.linear.all_block_norms(here.dy, here.x, case.grid.block, case.geometry)
 
 
 def run_all_of_a_convolution() -> None:
     case = edge_case(images=1, height=2, width=2, kernel=(1, 2))
     here, shape, block = case.on(DEVICE), case.shape, case.grid.block
-    gpu.conv2d_fwd(here.x, here.values, None, here.index, shape)
-    gpu.conv2d_dx(here.dy, here.values, here.index, shape, case.size)
-    gpu.conv2d_dvalues(here.dy, here.x, here.index, block, shape, torch.float32)
+    gpu.conv2d.fwd(here.x, here.values, None, here.index, shape)
+    gpu.conv2d.dx(here.dy, here.values, here.index, shape, case.size)
+    gpu.conv2d.dvalues(here.dy, here.x, here.index, block, shape, torch.float32)
     places = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
-    gpu.conv2d_block_norms(here.dy, here.x, places, places, block, shape)
-    gpu.conv2d_all_block_norms(here.dy, here.x, block, shape)
+    gpu.conv2d.block_norms(here.dy, here.x, places, places, block, shape)
+    gpu.conv2d.all_block_norms(here.dy, here.x, block, shape)
 
 
 def test_every_kernel_asks_under_its_name(asked: list[Problem]) -> None:

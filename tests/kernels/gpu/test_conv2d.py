@@ -48,16 +48,16 @@ def test_no_blocks_are_the_bias_and_zeros() -> None:
         **{name: getattr(here.index, name)[-16:] for name in ("row_col", "row_slot", "col_row", "col_slot")},
     )  # fmt: skip
     with forced(*GATHER):
-        y = gpu.conv2d_fwd(here.x, none, here.bias, index, case.shape)
-        dx = gpu.conv2d_dx(here.dy, none, index, case.shape, case.size)
-        dvalues = gpu.conv2d_dvalues(here.dy, here.x, index, (16, 16), case.shape, torch.float32)
+        y = gpu.conv2d.fwd(here.x, none, here.bias, index, case.shape)
+        dx = gpu.conv2d.dx(here.dy, none, index, case.shape, case.size)
+        dvalues = gpu.conv2d.dvalues(here.dy, here.x, index, (16, 16), case.shape, torch.float32)
     assert torch.equal(y, here.bias.view(1, -1, 1, 1).expand_as(y)) and not dx.any() and dvalues.shape == (0, 16, 16)
 
 
 def test_the_gradient_of_no_images_is_zero() -> None:
     case = edge_case(images=0)
     here = case.on(DEVICE)
-    assert not gpu.conv2d_dvalues(here.dy, here.x, here.index, (16, 16), case.shape, torch.float32).any()
+    assert not gpu.conv2d.dvalues(here.dy, here.x, here.index, (16, 16), case.shape, torch.float32).any()
 
 
 def test_problems_are_counted_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,5 +67,5 @@ def test_problems_are_counted_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "choose", lambda problem, launch: asked.append(problem) or healthy(problem, launch))
     case = edge_case(stride=(2, 2), blocks=46, free=2)
     here = case.on(DEVICE)
-    conv2d.conv2d_dx(here.dy, here.values, here.index, case.shape, case.size)
+    conv2d.dx(here.dy, here.values, here.index, case.shape, case.size)
     assert [(p.kernel, p.log2_tokens, p.log2_blocks) for p in asked] == [("conv2d_dx", 5, 2)]

@@ -71,8 +71,8 @@ def test_infinities_stay_infinite() -> None:
     case = whole_case(height=2, width=2, images=1, blocks=5)
     here, inf = case.on(DEVICE), float("inf")
     with forced(*GATHER):
-        y = gpu.conv2d_fwd(torch.full_like(here.x, inf), here.values.abs(), None, here.index, case.shape)
-        dx = gpu.conv2d_dx(torch.full_like(here.dy, inf), here.values.abs(), here.index, case.shape, case.size)
+        y = gpu.conv2d.fwd(torch.full_like(here.x, inf), here.values.abs(), None, here.index, case.shape)
+        dx = gpu.conv2d.dx(torch.full_like(here.dy, inf), here.values.abs(), here.index, case.shape, case.size)
     for result in (y, dx):
         assert result.isinf().any() and not result.isnan().any()
 
@@ -81,7 +81,7 @@ def test_two_calls_agree_to_the_bit() -> None:
     case = edge_case(stride=(2, 2))
     here = case.on(DEVICE)
     with forced(*GATHER):
-        first, second = (gpu.conv2d_dx(here.dy, here.values, here.index, case.shape, case.size) for _ in range(2))
+        first, second = (gpu.conv2d.dx(here.dy, here.values, here.index, case.shape, case.size) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -89,5 +89,5 @@ def test_values_of_another_dtype_are_rounded() -> None:
     case = edge_case(dtype=torch.float16, values_dtype=torch.float32, images=1)
     here = case.on(DEVICE)
     with forced(*GATHER):
-        check_conv_y(case, gpu.conv2d_fwd(here.x, here.values, here.bias, here.index, case.shape).cpu())
-        check_conv_dx(case, gpu.conv2d_dx(here.dy, here.values, here.index, case.shape, case.size).cpu())
+        check_conv_y(case, gpu.conv2d.fwd(here.x, here.values, here.bias, here.index, case.shape).cpu())
+        check_conv_dx(case, gpu.conv2d.dx(here.dy, here.values, here.index, case.shape, case.size).cpu())

@@ -62,7 +62,7 @@ def test_two_calls_agree_to_the_bit() -> None:
     here = case.on(DEVICE)
 
     def run() -> torch.Tensor:
-        return gpu.conv2d_dvalues(here.dy, here.x, here.index, case.grid.block, case.shape, torch.float32)
+        return gpu.conv2d.dvalues(here.dy, here.x, here.index, case.grid.block, case.shape, torch.float32)
 
     with forced(*GATHER):
         assert torch.equal(run(), run())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from sparsekern.kernels import gpu
-from sparsekern.kernels.gpu import conv2d_scores
-from sparsekern.kernels.gpu.projection import TILE_T
+from sparsekern.kernels.gpu import conv2d
+from sparsekern.kernels.gpu.linear import PROJECTED
 
 from tests.device import DEVICE
 from tests.gpu_conv2d_checks import check_sketches, edge_case, norms_of
@@ -26,9 +26,9 @@ def test_scores_of_no_images_are_zero_and_no_blocks_have_no_norms() -> None:
     u, v = signs(2, case.shape.out_channels, 0).to(DEVICE), signs(2, case.grid.in_features, 1).to(DEVICE)
     zeros = torch.zeros(case.grid.rows, case.grid.cols)
 
-    assert torch.equal(gpu.conv2d_all_block_norms(here.dy, here.x, (16, 16), case.shape).cpu(), zeros)
-    assert torch.equal(gpu.conv2d_sketch(here.dy, here.x, u, v, (16, 16), case.shape).cpu(), zeros.expand(2, -1, -1))
-    assert gpu.conv2d_block_norms(here.dy, here.x, none, none, (16, 16), case.shape).shape == (0,)
+    assert torch.equal(gpu.conv2d.all_block_norms(here.dy, here.x, (16, 16), case.shape).cpu(), zeros)
+    assert torch.equal(gpu.conv2d.sketch(here.dy, here.x, u, v, (16, 16), case.shape).cpu(), zeros.expand(2, -1, -1))
+    assert gpu.conv2d.block_norms(here.dy, here.x, none, none, (16, 16), case.shape).shape == (0,)
     assert not norms_of(case, torch.arange(case.grid.cells)).any()
 
 
@@ -36,17 +36,17 @@ def test_a_sketch_of_no_directions_is_empty() -> None:
     case = edge_case(images=1)
     here, none = case.on(DEVICE), torch.empty(0, 1, device=DEVICE)
 
-    shape = gpu.conv2d_sketch(here.dy, here.x, none, none, (16, 16), case.shape).shape
+    shape = gpu.conv2d.sketch(here.dy, here.x, none, none, (16, 16), case.shape).shape
     assert shape == (0, case.grid.rows, case.grid.cols)
 
 
 def test_sketches_over_several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of at least one tile of pixels each, over the end of images."""
-    monkeypatch.setattr(conv2d_scores, "SKETCH_BYTES", 1)
+    monkeypatch.setattr(conv2d, "SKETCH_BYTES", 1)
     panels = []
-    healthy = conv2d_scores._project
-    monkeypatch.setattr(conv2d_scores, "_project", lambda *args: panels.append(args[2]) or healthy(*args))
+    healthy = conv2d._project
+    monkeypatch.setattr(conv2d, "_project", lambda *args: panels.append(args[2]) or healthy(*args))
 
     check_sketches(edge_case(images=3, groups=2, group_out=20, group_in=20))
 
-    assert panels == [(0, TILE_T), (TILE_T, 105 - TILE_T)]
+    assert panels == [(0, PROJECTED), (PROJECTED, 105 - PROJECTED)]

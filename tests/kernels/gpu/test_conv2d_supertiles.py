@@ -33,5 +33,5 @@ def test_a_nan_reaches_only_the_blocks_that_it_belongs_to(which: str) -> None:
     else:
         expected[:, 0, 2] = True
     with forced(SUPERTILE):
-        norms = gpu.conv2d_all_block_norms(*(tensors[n].to(DEVICE) for n in ("dy", "x")), (16, 16), case.shape)
+        norms = gpu.conv2d.all_block_norms(*(tensors[n].to(DEVICE) for n in ("dy", "x")), (16, 16), case.shape)
     assert torch.equal(norms.isnan().cpu().view(2, 2, 3), expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sparsekern.kernels.gpu import linear
 from sparsekern.kernels.gpu.config import FewTokens
-from sparsekern.kernels.gpu.few_tokens import few_tokens_kernel
+from sparsekern.kernels.gpu.multiply import few_tokens_kernel
 
 from tests.device import DEVICE, DTYPES, huge
 from tests.gpu_checks import HOLES, PRODUCTS, check_products, corners, drawn, fwd

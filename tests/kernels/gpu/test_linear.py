@@ -98,8 +98,8 @@ def test_arguments_are_not_written_to(product: Product) -> None:
     before = [t.clone() for t in (here.x, here.dy, here.values)]
 
     with forced(product.config):
-        gpu.fwd(here.x, here.values, here.bias, here.index, here.grid.out_features)
-        gpu.dx(here.dy, here.values, here.index, here.grid.in_features)
+        gpu.linear.fwd(here.x, here.values, here.bias, here.index, here.geometry)
+        gpu.linear.dx(here.dy, here.values, here.index, here.geometry)
 
     assert all(torch.equal(t, b) for t, b in zip((here.x, here.dy, here.values), before, strict=True))
 
@@ -205,9 +205,9 @@ def test_a_masked_index_leaves_blocks_out(product: Product) -> None:
     here, index = case.on(DEVICE), type(index)(*(moved(t, DEVICE) for t in index))
 
     with forced(product.config):
-        check_y(kept, gpu.fwd(here.x, here.values, here.bias, index, case.grid.out_features))
-        check_dx(kept, gpu.dx(here.dy, here.values, index, case.grid.in_features))
-    grad = gpu.dvalues(here.dy, here.x, index, product.block, torch.float32)
+        check_y(kept, gpu.linear.fwd(here.x, here.values, here.bias, index, case.geometry))
+        check_dx(kept, gpu.linear.dx(here.dy, here.values, index, case.geometry))
+    grad = gpu.linear.dvalues(here.dy, here.x, index, product.block, case.geometry, torch.float32)
     check_dvalues(kept, grad, torch.float32)
 
 

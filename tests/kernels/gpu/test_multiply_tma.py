@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparsekern.kernels.gpu import linear
 from sparsekern.kernels.gpu.config import Multiply
-from sparsekern.kernels.gpu.multiply_tma import can_describe, descriptor
+from sparsekern.kernels.gpu.multiply import can_describe, descriptor
 
 from tests.device import DEVICE, DTYPES
 from tests.gpu_checks import HOLES, check_products, corners, drawn

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sparsekern.kernels.contract import LinearShape
 from sparsekern.kernels.gpu import linear
 from sparsekern.kernels.gpu.config import Outer
 from sparsekern.kernels.gpu.outer import outer_kernel, sum_splits_kernel
@@ -174,7 +175,7 @@ def test_tokens_behind_the_element_2_to_the_31(tile_t: int, per_split: int, monk
     here = case.on(DEVICE)
 
     with forced(config(tile_t=tile_t)):
-        grad = linear.dvalues(far_apart(case.dy), far_apart(case.x), here.index, (16, 16), torch.float16)
+        grad = linear.dvalues(far_apart(case.dy), far_apart(case.x), here.index, (16, 16), case.geometry, torch.float16)
 
     check_dvalues(case, grad, torch.float16)
 
@@ -185,7 +186,9 @@ def test_rows_that_are_2_to_the_31_elements_apart() -> None:
     x, dy = far_apart(case.x, 2**31), far_apart(case.dy, 2**31)
 
     with forced(config(tile_t=16)):
-        grad = linear.dvalues(dy, x, case.on(DEVICE).index, (16, 16), torch.float16)
+        grad = linear.dvalues(
+            dy, x, case.on(DEVICE).index, (16, 16), LinearShape(x.shape[-1], dy.shape[-1]), torch.float16
+        )
 
     check_dvalues(case, grad, torch.float16)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsekern.kernels.gpu.projection import TILE_T
-from sparsekern.kernels.gpu.scores import project
+from sparsekern.kernels.gpu.linear import PROJECTED, project
 from torch import Tensor
 
 from tests.device import DEVICE, DTYPES, huge
@@ -45,7 +44,7 @@ def test_any_side_and_dtype(side: int, dtype: torch.dtype, generator: torch.Gene
     check_projection(x, x.to(DEVICE), side)
 
 
-@pytest.mark.parametrize("tokens", [1, TILE_T, TILE_T + 1])
+@pytest.mark.parametrize("tokens", [1, PROJECTED, PROJECTED + 1])
 @pytest.mark.parametrize("pairs", [1, 4])
 def test_any_number_of_tokens_and_directions(tokens: int, pairs: int, generator: torch.Generator) -> None:
     x = torch.randn(tokens, 48, generator=generator)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from sparsekern.kernels import gpu
-from sparsekern.kernels.gpu import scores
+from sparsekern.kernels.contract import LinearShape
+from sparsekern.kernels.gpu import linear
 from torch import Tensor
 
 from tests.device import DEVICE, DTYPES
@@ -40,9 +41,9 @@ def test_scores_are_float32_whatever_the_default_dtype(tokens: int) -> None:
     torch.set_default_dtype(torch.float16)
     try:
         results = (
-            gpu.block_norms(here.dy, here.x, ints(0), ints(0), BLOCK),
-            gpu.all_block_norms(here.dy, here.x, BLOCK),
-            gpu.sketch(here.dy, here.x, u, v, BLOCK),
+            gpu.linear.block_norms(here.dy, here.x, ints(0), ints(0), BLOCK, here.geometry),
+            gpu.linear.all_block_norms(here.dy, here.x, BLOCK, here.geometry),
+            gpu.linear.sketch(here.dy, here.x, u, v, BLOCK, here.geometry),
         )
     finally:
         torch.set_default_dtype(before)
@@ -54,7 +55,7 @@ def test_a_sketch_of_no_directions_is_empty() -> None:
     here = corners(BLOCK).on(DEVICE)
     none = torch.ones(0, here.dy.shape[1], device=DEVICE), torch.ones(0, here.x.shape[1], device=DEVICE)
 
-    assert gpu.sketch(here.dy, here.x, *none, BLOCK).shape == (0, here.grid.rows, here.grid.cols)
+    assert gpu.linear.sketch(here.dy, here.x, *none, BLOCK, here.geometry).shape == (0, here.grid.rows, here.grid.cols)
 
 
 def test_norms_by_hand() -> None:
@@ -63,48 +64,53 @@ def test_norms_by_hand() -> None:
     dy[0, 0] = dy[1, 1] = dy[2, 31] = 1
     x[0, 0], x[1, 5], x[2, 31] = 3, 4, -2  # the corner above left holds 3 and 4, that below right -2
 
-    assert gpu.all_block_norms(dy, x, BLOCK).tolist() == [[5, 0], [0, 2]]
-    assert gpu.block_norms(dy, x, ints(1, 0, 1, 0), ints(1, 0, 0, 0), BLOCK).tolist() == [2, 5, 0, 5]
+    assert gpu.linear.all_block_norms(dy, x, BLOCK, LinearShape(x.shape[-1], dy.shape[-1])).tolist() == [[5, 0], [0, 2]]
+    assert gpu.linear.block_norms(
+        dy, x, ints(1, 0, 1, 0), ints(1, 0, 0, 0), BLOCK, LinearShape(x.shape[-1], dy.shape[-1])
+    ).tolist() == [2, 5, 0, 5]
 
 
 @pytest.mark.parametrize("row", [0, 2])
 def test_norms_of_blocks_in_one_row_only(row: int) -> None:
     here = corners(BLOCK).on(DEVICE)
 
-    norms = gpu.block_norms(here.dy, here.x, ints(row, row, row), ints(3, 0, 2), BLOCK)
+    norms = gpu.linear.block_norms(here.dy, here.x, ints(row, row, row), ints(3, 0, 2), BLOCK, here.geometry)
 
-    assert torch.equal(norms, gpu.block_norms(here.dy, here.x, ints(row, row, row), ints(0, 2, 3), BLOCK)[[2, 0, 1]])
+    assert torch.equal(
+        norms,
+        gpu.linear.block_norms(here.dy, here.x, ints(row, row, row), ints(0, 2, 3), BLOCK, here.geometry)[[2, 0, 1]],
+    )
 
 
 def test_norms_of_no_blocks() -> None:
     here = corners(BLOCK).on(DEVICE)
 
-    assert gpu.block_norms(here.dy, here.x, ints(), ints(), BLOCK).shape == (0,)
+    assert gpu.linear.block_norms(here.dy, here.x, ints(), ints(), BLOCK, here.geometry).shape == (0,)
 
 
 def test_scores_of_no_tokens_are_zero() -> None:
     here = corners(BLOCK, tokens=0).on(DEVICE)
     u, v = signs(2, 37, 0).to(DEVICE), signs(2, 55, 1).to(DEVICE)
 
-    assert gpu.all_block_norms(here.dy, here.x, BLOCK).tolist() == [[0.0] * 4] * 3
-    assert gpu.block_norms(here.dy, here.x, ints(0, 1), ints(0, 3), BLOCK).tolist() == [0, 0]
-    assert gpu.sketch(here.dy, here.x, u, v, BLOCK).tolist() == [[[0.0] * 4] * 3] * 2
+    assert gpu.linear.all_block_norms(here.dy, here.x, BLOCK, here.geometry).tolist() == [[0.0] * 4] * 3
+    assert gpu.linear.block_norms(here.dy, here.x, ints(0, 1), ints(0, 3), BLOCK, here.geometry).tolist() == [0, 0]
+    assert gpu.linear.sketch(here.dy, here.x, u, v, BLOCK, here.geometry).tolist() == [[[0.0] * 4] * 3] * 2
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 200])
 def test_sketches_over_several_panels(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A panel has at least one tile of 64 tokens."""
-    monkeypatch.setattr(scores, "SKETCH_BYTES", 1)
+    monkeypatch.setattr(linear, "SKETCH_BYTES", 1)
 
     check_sketches(corners(BLOCK, tokens=tokens))
 
 
 def test_what_a_sketch_holds_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 directions, 3 + 4 blocks, 4 bytes: 84 bytes a token; 200 tokens and no whole number of tiles."""
-    monkeypatch.setattr(scores, "SKETCH_BYTES", 84 * 200)
+    monkeypatch.setattr(linear, "SKETCH_BYTES", 84 * 200)
     panels = []
-    healthy = scores.project
-    monkeypatch.setattr(scores, "project", lambda x, *rest: panels.append(x.shape[0]) or healthy(x, *rest))
+    healthy = linear.project
+    monkeypatch.setattr(linear, "project", lambda x, *rest: panels.append(x.shape[0]) or healthy(x, *rest))
 
     check_sketches(corners(BLOCK, tokens=400))
 
@@ -115,9 +121,13 @@ def test_sketches_of_micro_batches_add_up() -> None:
     case = corners(BLOCK, tokens=33)
     here, u, v = case.on(DEVICE), signs(3, 37, 0).to(DEVICE), signs(3, 55, 1).to(DEVICE)
 
-    parts = [gpu.sketch(here.dy[t : t + 8], here.x[t : t + 8], u, v, BLOCK) for t in range(0, 33, 8)]
+    parts = [
+        gpu.linear.sketch(here.dy[t : t + 8], here.x[t : t + 8], u, v, BLOCK, case.geometry) for t in range(0, 33, 8)
+    ]
 
-    torch.testing.assert_close(torch.stack(parts).sum(0), gpu.sketch(here.dy, here.x, u, v, BLOCK))
+    torch.testing.assert_close(
+        torch.stack(parts).sum(0), gpu.linear.sketch(here.dy, here.x, u, v, BLOCK, case.geometry)
+    )
 
 
 @pytest.mark.parametrize("layout", DY_LAYOUTS)
@@ -142,6 +152,10 @@ def test_a_nan_reaches_only_the_blocks_that_it_belongs_to(which: str) -> None:
         expected = torch.zeros(3, 4, dtype=torch.bool)
         expected.select(int(which == "x"), block).fill_(True)
 
-        assert torch.equal(gpu.all_block_norms(here.dy, here.x, BLOCK).isnan().cpu(), expected)
-        assert torch.equal(gpu.block_norms(here.dy, here.x, row, col, BLOCK).view(3, 4).isnan().cpu(), expected)
-        assert torch.equal(gpu.sketch(here.dy, here.x, u, v, BLOCK).isnan().cpu(), expected.expand(2, 3, 4))
+        assert torch.equal(gpu.linear.all_block_norms(here.dy, here.x, BLOCK, case.geometry).isnan().cpu(), expected)
+        assert torch.equal(
+            gpu.linear.block_norms(here.dy, here.x, row, col, BLOCK, case.geometry).view(3, 4).isnan().cpu(), expected
+        )
+        assert torch.equal(
+            gpu.linear.sketch(here.dy, here.x, u, v, BLOCK, case.geometry).isnan().cpu(), expected.expand(2, 3, 4)
+        )

@@ -50,7 +50,7 @@ def test_tokens_behind_the_element_2_to_the_31(tile_t: int) -> None:
     case = drawn(("xx",), block=(16, 16), tokens=33, out_features=16, in_features=32, dtype=torch.float16)
 
     with forced(config(16, 32, tile_t)):
-        norms = gpu.all_block_norms(far_apart(case.dy), far_apart(case.x), (16, 16))
+        norms = gpu.linear.all_block_norms(far_apart(case.dy), far_apart(case.x), (16, 16), case.geometry)
 
     check_norms(case, norms.cpu())
 
@@ -60,7 +60,7 @@ def test_rows_that_are_2_to_the_31_elements_apart() -> None:
     case = drawn(("xx",), block=(16, 16), tokens=2, out_features=16, in_features=32, dtype=torch.float16)
 
     with forced(SUPERTILE):
-        norms = gpu.all_block_norms(far_apart(case.dy, 2**31), far_apart(case.x, 2**31), (16, 16))
+        norms = gpu.linear.all_block_norms(far_apart(case.dy, 2**31), far_apart(case.x, 2**31), (16, 16), case.geometry)
 
     check_norms(case, norms.cpu())
 
@@ -71,7 +71,7 @@ def test_an_infinity_that_meets_the_filling_is_no_nan() -> None:
     dy[2, 3] = float("inf")
 
     with forced(SUPERTILE):
-        norms = gpu.all_block_norms(dy.to(DEVICE), (case.x.abs() + 1).to(DEVICE), (16, 16)).cpu()
+        norms = gpu.linear.all_block_norms(dy.to(DEVICE), (case.x.abs() + 1).to(DEVICE), (16, 16), case.geometry).cpu()
 
     assert norms[0].isinf().all() and norms[1:].isfinite().all()
 
@@ -80,6 +80,6 @@ def test_two_calls_agree_to_the_bit() -> None:
     here = corners((16, 16)).on(DEVICE)
 
     with forced(SUPERTILE):
-        norms = [gpu.all_block_norms(here.dy, here.x, (16, 16)) for _ in range(2)]
+        norms = [gpu.linear.all_block_norms(here.dy, here.x, (16, 16), here.geometry) for _ in range(2)]
 
     assert torch.equal(*norms)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sparsekern.kernels.gpu import roofline, tables, tune
+from sparsekern.kernels.gpu import roofline, tables
 from sparsekern.kernels.gpu.config import Config, Multiply, Outer, Problem
 
 PROBLEM = Problem("fwd", "sm_90", "fp16", 32, 32, 12, 3)
@@ -52,8 +52,8 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> list[list[Config]]:
     """``SPARSEKERN_AUTOTUNE=1`` on a machine that can; every list of configurations that was measured."""
     measured: list[list[Config]] = []
     monkeypatch.setenv("SPARSEKERN_AUTOTUNE", "1")
-    monkeypatch.setattr(tune, "why_not", lambda: None)
-    monkeypatch.setattr(tune, "fastest", lambda configs, launch: measured.append(list(configs)) or MEASURED)
+    monkeypatch.setattr(tables, "why_not_measured", lambda: None)
+    monkeypatch.setattr(tables, "fastest", lambda configs, launch: measured.append(list(configs)) or MEASURED)
     return measured
 
 
@@ -179,13 +179,13 @@ def test_mode_1_waits_until_it_can_measure(
     folder: Path, measuring: list[list[Config]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A guess made inside a graph capture must not be remembered as if it were measured."""
-    monkeypatch.setattr(tune, "why_not", lambda: "a CUDA graph is being captured")
+    monkeypatch.setattr(tables, "why_not_measured", lambda: "a CUDA graph is being captured")
     with caplog.at_level(logging.INFO, "sparsekern"):
         assert tables.choose(PROBLEM, never) == GUESS
     assert caplog.messages == [f"{PROBLEM.key} is not tuned: a CUDA graph is being captured"]
     assert measuring == [] and not folder.exists()
 
-    monkeypatch.setattr(tune, "why_not", lambda: None)
+    monkeypatch.setattr(tables, "why_not_measured", lambda: None)
 
     assert tables.choose(PROBLEM, never) == MEASURED
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_measured_is_chosen_once(
     """Ranks would read the table in every step; and take the nearest entry, as offline does."""
     near = PROBLEM._replace(log2_tokens=PROBLEM.log2_tokens + 1)
     give_user(folder, {near.key: asdict(USERS)})
-    monkeypatch.setattr(tune, "why_not", lambda: "several ranks are running")
+    monkeypatch.setattr(tables, "why_not_measured", lambda: "several ranks are running")
 
     assert tables.choose(PROBLEM, never) == USERS
     monkeypatch.setattr(tables, "read", lambda problem: pytest.fail("the table was read again"))

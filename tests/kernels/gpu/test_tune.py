@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sparsekern.kernels.gpu import tune
+from sparsekern.kernels.gpu import tables
 from sparsekern.kernels.gpu.config import Config, Outer
 
 CONFIGS = [Outer(tile_in, 16, 4, 3) for tile_in in (16, 32, 64, 128)]
@@ -37,21 +37,21 @@ class Bench:
 def test_the_least_time_wins(best: int) -> None:
     bench = Bench(*(1.0 if i == best else 2.0 for i in range(4)))
 
-    assert tune.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[best]
+    assert tables.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[best]
     assert bench.launched == CONFIGS
 
 
 def test_of_equal_ones_the_better_guess_wins() -> None:
     bench = Bench(3.0, 2.0, 2.0, 2.0)
 
-    assert tune.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[1]
+    assert tables.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[1]
 
 
 def test_one_that_does_not_run_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(RuntimeError("out of resource: shared memory"), 2.0, ValueError("a compiler's defect"), 1.0)
 
     with caplog.at_level(logging.INFO, "sparsekern"):
-        assert tune.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[3]
+        assert tables.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[3]
 
     assert [r.getMessage().split(" does not run: ")[1] for r in caplog.records] == [
         "out of resource: shared memory",
@@ -69,7 +69,7 @@ def test_an_error_that_takes_the_device_with_it_is_not_passed_over(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        tune.fastest(CONFIGS, bench.launch, bench.seconds)
+        tables.fastest(CONFIGS, bench.launch, bench.seconds)
 
 
 def test_none_that_runs() -> None:
@@ -77,16 +77,16 @@ def test_none_that_runs() -> None:
     bench = Bench(first, *(RuntimeError("later") for _ in range(3)))
 
     with pytest.raises(RuntimeError, match="none of 4 configurations runs") as raised:
-        tune.fastest(CONFIGS, bench.launch, bench.seconds)
+        tables.fastest(CONFIGS, bench.launch, bench.seconds)
 
     assert raised.value.__cause__ is first
 
 
 def test_by_default_the_median_of_real_launches_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(4.0, 3.0, 1.0, 2.0)
-    monkeypatch.setattr(tune, "median_seconds", bench.seconds)
+    monkeypatch.setattr(tables, "median_seconds", bench.seconds)
 
-    assert tune.fastest(CONFIGS, bench.launch) == CONFIGS[2]
+    assert tables.fastest(CONFIGS, bench.launch) == CONFIGS[2]
 
 
 def test_median_seconds_are_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,28 +95,28 @@ def test_median_seconds_are_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton.testing, "do_bench", lambda run, **how: 250.0 if how["return_mode"] == "median" else 0.0)
 
-    assert tune.median_seconds(lambda: None) == 0.25
+    assert tables.median_seconds(lambda: None) == 0.25
 
 
 @pytest.fixture
 def gpu_there(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine on which it is possible to measure."""
-    monkeypatch.setattr(tune, "interpreted", lambda: False)
+    monkeypatch.setattr(tables, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return monkeypatch
 
 
 def test_one_process_on_a_gpu_may_measure(gpu_there: pytest.MonkeyPatch) -> None:
-    assert tune.why_not() is None
+    assert tables.why_not_measured() is None
 
 
 @pytest.mark.parametrize("interpreted", [True, False])
 def test_without_a_gpu_there_is_nothing_to_measure(gpu_there: pytest.MonkeyPatch, interpreted: bool) -> None:
-    gpu_there.setattr(tune, "interpreted", lambda: interpreted)
+    gpu_there.setattr(tables, "interpreted", lambda: interpreted)
     gpu_there.setattr(torch.cuda, "is_available", lambda: interpreted)
 
-    assert tune.why_not() == "there is no GPU"
+    assert tables.why_not_measured() == "there is no GPU"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -124,7 +124,7 @@ def test_several_ranks_do_not_measure(gpu_there: pytest.MonkeyPatch, ranks: int)
     gpu_there.setattr(torch.distributed, "is_initialized", lambda: True)
     gpu_there.setattr(torch.distributed, "get_world_size", lambda: ranks)
 
-    reason = tune.why_not()
+    reason = tables.why_not_measured()
 
     assert reason is None if ranks == 1 else reason is not None and reason.startswith("several ranks are running")
 
@@ -132,11 +132,11 @@ def test_several_ranks_do_not_measure(gpu_there: pytest.MonkeyPatch, ranks: int)
 def test_nothing_is_measured_inside_a_graph(gpu_there: pytest.MonkeyPatch) -> None:
     gpu_there.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
-    assert tune.why_not() == "a CUDA graph is being captured"
+    assert tables.why_not_measured() == "a CUDA graph is being captured"
 
 
 def test_a_figure_says_where_and_when_it_was_measured() -> None:
-    found = tune.circumstances()
+    found = tables.circumstances()
 
     assert set(found) == {"device", "torch", "triton", "date"}
     assert found["torch"] == torch.__version__
