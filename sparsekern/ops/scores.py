@@ -1,8 +1,6 @@
 """Scores of the blocks of a weight's gradient ``G = dy' x``, which is never formed whole.
 
-Each op is registered for both geometries, as ``linear_block_norms``, ``conv2d_block_norms`` and so on. The functions
-here run on the backend that is given by name; ``"auto"`` takes the fastest that can. Without a ``geometry`` they are
-those of a linear layer with ``dy (T, O)`` and ``x (T, I)``.
+Each op is registered for both geometries, as ``linear_block_norms``, ``conv2d_block_norms`` and so on.
 """
 
 from __future__ import annotations
@@ -22,19 +20,46 @@ from sparsekern.ops.library import below_autograd, define, wants_grad
 def block_norms(
     dy: Tensor, x: Tensor, row: Tensor, col: Tensor, bo: int, bi: int, backend: str, geometry: Geometry | None = None
 ) -> Tensor:
-    """Return the Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])``: float32, or float64 for float64."""
+    """Return the Frobenius norms ``(K,)`` of the blocks ``(row[k], col[k])``: float32, or float64 for float64.
+
+    Args:
+        dy: ``(T, O)``, or images ``(N, Cout, Ho, Wo)``.
+        x: ``(T, I)``, or images ``(N, Cin, H, W)``.
+        row, col: ``(K,)``, the places.
+        bo, bi: rows and columns of a block.
+        backend: its name, or ``"auto"`` for the fastest that can.
+        geometry: of a convolution; None for a linear layer with these dy and x.
+    """
     return _score("block_norms", dy, x, (row, col), (bo, bi), backend, geometry)
 
 
 def all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, backend: str, geometry: Geometry | None = None) -> Tensor:
-    """Return the Frobenius norms ``(R, C)`` of all blocks: float32, or float64 for float64."""
+    """Return the Frobenius norms ``(R, C)`` of all blocks: float32, or float64 for float64.
+
+    Args:
+        dy: ``(T, O)``, or images ``(N, Cout, Ho, Wo)``.
+        x: ``(T, I)``, or images ``(N, Cin, H, W)``.
+        bo, bi: rows and columns of a block.
+        backend: its name, or ``"auto"`` for the fastest that can.
+        geometry: of a convolution; None for a linear layer with these dy and x.
+    """
     return _score("all_block_norms", dy, x, (), (bo, bi), backend, geometry)
 
 
 def sketch(
     dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, backend: str, geometry: Geometry | None = None
 ) -> Tensor:
-    """Return ``u[q]' G v[q]`` of every block, ``(r, R, C)``: float32, or float64 for float64."""
+    """Return ``u[q]' G v[q]`` of every block, ``(r, R, C)``: float32, or float64 for float64.
+
+    Args:
+        dy: ``(T, O)``, or images ``(N, Cout, Ho, Wo)``.
+        x: ``(T, I)``, or images ``(N, Cin, H, W)``.
+        u: ``(r, O)``; of a convolution ``(r, Cout)``.
+        v: ``(r, I)``; of a convolution ``(r, kh * kw * Cin / groups)``.
+        bo, bi: rows and columns of a block.
+        backend: its name, or ``"auto"`` for the fastest that can.
+        geometry: of a convolution; None for a linear layer with these dy and x.
+    """
     return _score("sketch", dy, x, (u, v), (bo, bi), backend, geometry)
 
 
