@@ -346,27 +346,27 @@ def test_a_step_of_vrpge(part, kind, block, kernels):
 
 
 def plant_forward(monkeypatch, kernels, layer):
-    def fwd(x, values, bias, index, out_features):
+    def linear(x, values, bias, index, geometry):
         return torch.nn.functional.linear(x, to_dense(layer.topology, values), bias)
 
-    def conv2d_fwd(x, values, bias, index, shape):
+    def conv2d(x, values, bias, index, geometry):
         return layer.dense_forward(x, to_dense(layer.topology, values))
 
-    monkeypatch.setattr(kernels, "fwd", fwd)
-    monkeypatch.setattr(kernels, "conv2d_fwd", conv2d_fwd)
+    monkeypatch.setattr(kernels.linear, "fwd", linear)
+    monkeypatch.setattr(kernels.conv2d, "fwd", conv2d)
 
 
 def plant_backward(monkeypatch, kernels, layer):
-    def backward(dy, x, values, index):
-        return kernels.dx(dy, values, index, x.shape[1]), gather_blocks(layer.topology, dy.T @ x)
+    def linear(dy, x, values, index, geometry):
+        return kernels.linear.dx(dy, values, index, geometry), gather_blocks(layer.topology, dy.T @ x)
 
-    def conv2d_backward(dy, x, values, index, shape):
+    def conv2d(dy, x, values, index, geometry):
         weight = torch.nn.grad.conv2d_weight(x, layer.weight.shape, dy, padding=1)
-        dx = kernels.conv2d_dx(dy, values, index, shape, (x.shape[2], x.shape[3]))
+        dx = kernels.conv2d.dx(dy, values, index, geometry, (x.shape[2], x.shape[3]))
         return dx, gather_blocks(layer.topology, weight)
 
-    monkeypatch.setattr(kernels, "backward", backward)
-    monkeypatch.setattr(kernels, "conv2d_backward", conv2d_backward)
+    monkeypatch.setattr(kernels.linear, "backward", linear)
+    monkeypatch.setattr(kernels.conv2d, "backward", conv2d)
 
 
 def plant_update(monkeypatch, kernels, layer):
