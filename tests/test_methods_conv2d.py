@@ -82,21 +82,6 @@ def test_gse_scores_are_the_norms_of_the_dense_gradients_blocks(name, distributi
     assert sorted(grown.tolist()) == sorted(offer.keys[norms.topk(count).indices].tolist())
 
 
-@pytest.mark.parametrize("method_name", ["RigL", "RigL, screened"])
-@pytest.mark.parametrize("name", CONVS)
-def test_rigl_grows_where_the_dense_gradient_is_largest(name, method_name):
-    layer = conv(name)
-    kind, options = METHODS[method_name]
-    method = build(layer, kind, **options)
-    before = layer.topology.keys().clone()
-    for step in range(2):
-        norms = step_of(layer, method, step).norm(dim=(1, 2))
-        method.step()
-    norms[before.long()] = -1
-    grown = layer.topology.keys()[layer.topology.keys() != before]
-    assert set(grown.tolist()) == set(norms.topk(part_of(before.numel(), 0.3)).indices.tolist()) and grown.numel()
-
-
 @pytest.mark.parametrize("distribution", ["grabo", "graest"])
 def test_guided_candidates_of_groups_follow_the_joint_distribution(distribution):
     """A pair is drawn by what *its* group sees of the window."""
