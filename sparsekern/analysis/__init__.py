@@ -1,4 +1,4 @@
-"""Numbers about models: what they store and compute."""
+"""Measures of models: parameters, FLOPs, bytes, milliseconds and spectral gaps."""
 
 from sparsekern.analysis.account import (
     Account,
@@ -8,10 +8,10 @@ from sparsekern.analysis.account import (
     stored_parameters,
     training_bytes,
 )
+from sparsekern.analysis.measure import race, time_layer
 from sparsekern.analysis.profile import LayerProfile, Profile, arguments, profile
 from sparsekern.analysis.spectral import Spectral, spectral
 from sparsekern.analysis.summary import Summary, summary
-from sparsekern.analysis.timing import race, time_layer
 
 __all__ = [
     "Account",

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a layer, sparse and dense; numbers only."""
+"""Parameters, FLOPs and bytes of sparse and dense layers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sparsekern.topology import index_bytes
 
 @dataclass(frozen=True)
 class Account:
-    """What one layer stores and computes. Elements and FLOPs count real elements, bytes count what is allocated.
+    """What one layer stores and computes: elements and FLOPs without phantom elements, bytes as allocated.
 
-    ``flops`` are those of one training step on the given tokens: forward and both gradients, ``6 * tokens * elements``.
+    ``flops`` are those of one training step on the given tokens, forward and both gradients: ``6 * tokens * elements``.
     The tokens of a convolution are the pixels of its output.
 
     Attributes:
-        name, kind: of the layer, and of its class.
-        shape: of the dense weight.
-        block: ``(bo, bi)``; None of a dense layer.
-        blocks, cells: stored blocks, and places for one.
-        elements, bias: stored elements of the weight, and entries of the bias.
-        tokens: rows of the output, or its pixels.
-        values_bytes, index_bytes, gradient_bytes, state_bytes: what training holds; the last is the optimizer's.
-        dense_bytes: what a dense layer of that shape would take.
+        name, kind: names of the layer and of its class.
+        shape: shape of the dense weight.
+        block: ``(bo, bi)``, or None for a dense layer.
+        blocks, cells: number of stored blocks, and of places for one.
+        elements, bias: number of stored elements of the weight, and of entries of the bias.
+        tokens: number of rows of the output, or of its pixels.
+        values_bytes, index_bytes, gradient_bytes, state_bytes: bytes that training holds; the last are the optimizer's.
+        dense_bytes: bytes that a dense layer of that shape would take.
         note: why a layer is left dense.
     """
 
@@ -50,46 +50,46 @@ class Account:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole weight."""
+        """The number of elements of the dense weight."""
         return math.prod(self.shape)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weight that is absent."""
+        """The fraction of the weight that is not stored."""
         return 1 - self.elements / self.numel
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers: stored real elements and the bias."""
+        """The number of trainable elements: stored elements and the bias."""
         return self.elements + self.bias
 
     @property
     def flops(self) -> int:
-        """Floating point operations of one training step."""
+        """The floating point operations of one training step."""
         return 6 * self.tokens * self.elements
 
     @property
     def dense_flops(self) -> int:
-        """The same for the dense layer."""
+        """The floating point operations of one training step of the dense layer."""
         return 6 * self.tokens * self.numel
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of training state: values, index, gradient and optimizer state."""
+        """The bytes of values, index, gradient and optimizer state."""
         return self.values_bytes + self.index_bytes + self.gradient_bytes + self.state_bytes
 
 
 def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim.Optimizer | None = None) -> Account:
-    """Return the account of a sparse layer, or of a dense one of a class that can become sparse.
+    """Return the account of a sparse layer, or of a dense layer that can become sparse.
 
     Args:
         name: the layer's name in the model.
         layer: the layer.
-        tokens: rows of its output; of a convolution its pixels.
-        optimizer: counted as it is now: before the first step it has no state.
+        tokens: number of rows of its output, or of its pixels.
+        optimizer: optimizer whose present state is counted; before the first step it has none.
 
     Raises:
-        TypeError: another kind of layer.
+        TypeError: the layer is neither.
     """
     bias = getattr(layer, "bias", None)
     bias_count = bias.numel() if isinstance(bias, Tensor) else 0
@@ -134,7 +134,7 @@ def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim
 
 
 def state_bytes(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> int:
-    """Return the bytes of an optimizer's state for one ``parameter (...)`` of any shape, as it is now."""
+    """Return the bytes of an optimizer's present state for one ``parameter (...)`` of any shape."""
     if optimizer is None:
         return 0
     states = optimizer.state.get(parameter, {}).values()
@@ -142,9 +142,9 @@ def state_bytes(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> i
 
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Return the bytes that training holds between steps: parameters, their gradients, buffers, optimizer state.
+    """Return the bytes that training holds between steps: parameters, gradients, buffers and optimizer state.
 
-    Gradients are counted for every parameter that trains, whether or not they exist at the moment.
+    Gradients are counted for every parameter that requires them, whether or not they exist now.
     """
     total = sum(b.numel() * b.element_size() for b in model.buffers())
     for parameter in model.parameters():
@@ -154,7 +154,7 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
 
 
 def stored_parameters(model: nn.Module) -> int:
-    """Return the trainable numbers of a model, phantom elements and free slots not counted."""
+    """Return the number of parameters of a model without phantom elements and free slots."""
     total = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
         if isinstance(layer, BlockSparse):
@@ -163,10 +163,10 @@ def stored_parameters(model: nn.Module) -> int:
 
 
 def network_sparsity(model: nn.Module) -> float:
-    """Return the fraction absent of all weights of a model, dense layers and embeddings included; 0 without any.
+    """Return the fraction of all weights of a model, including dense layers and embeddings, that is not stored.
 
-    Weights are parameters of two axes or more, however often they are used, and the matrices of sparse layers. So a
-    model whose sparse layers lack 90 % has less than that, according to what stays dense.
+    Weights are the matrices of sparse layers and all parameters with two or more dimensions, counted once. A model
+    with sparse layers at 90 % is less sparse than that, depending on what stays dense; 0 without any weight.
     """
     stored = whole = 0
     matrices = {id(layer.values): layer for layer in model.modules() if isinstance(layer, BlockSparse)}

@@ -1,4 +1,4 @@
-"""The FLOPs of a forward pass, under two conventions: products only, and that of the Sparse-IFT paper's code."""
+"""The FLOPs of a forward pass: of products only, and by the convention of the Sparse-IFT paper's code."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What one sparse layer, linear layer or convolution does in a forward pass.
+    """One sparse layer, linear layer or convolution in a forward pass.
 
-    ``tokens`` are rows of its output, of a convolution pixels; ``elements`` those of its weight that are stored.
+    ``tokens`` counts the rows of its output, or the pixels of a convolution; ``elements`` the stored elements of its
+    weight.
     """
 
     tokens: int
@@ -32,7 +33,7 @@ class LayerProfile:
 
     @property
     def multiply_adds(self) -> int:
-        """One multiplication and one addition together."""
+        """The multiply-adds: one multiplication and one addition each."""
         return self.tokens * self.elements
 
 
@@ -41,13 +42,13 @@ class Profile:
     """The operations of one forward pass.
 
     Attributes:
-        multiply_adds: of all products of matrices and all convolutions, those of attention included; bias, norms,
-            activations and pooling are not counted. Blocks that are not stored cost nothing.
-        paper_flops: under the convention of the Sparse-IFT paper's code (Thangarasa et al., ICML 2024):
-            multiplications and additions, each one, of linear layers, convolutions, norms (their statistics included)
-            and pooling; activations, sums of branches and the products of attention are not counted. A convolution of
-            n elements takes ``2 n - 1`` a pixel there, not one less for each output.
-        layers: by name, in the order in which they first run.
+        multiply_adds: multiply-adds of all matrix products and convolutions, including attention, without bias, norms,
+            activations and pooling. Blocks that are not stored cost nothing.
+        paper_flops: FLOPs by the convention of the Sparse-IFT paper's code (Thangarasa et al., ICML 2024): the
+            multiplications and additions of linear layers, convolutions, norms (with their statistics) and pooling,
+            without activations, sums of branches and the products of attention. A convolution of n elements takes
+            ``2 n - 1`` per pixel there, not one less for each output.
+        layers: the layers by name, in the order in which they first run.
     """
 
     multiply_adds: int
@@ -56,14 +57,15 @@ class Profile:
 
     @property
     def flops(self) -> int:
-        """Floating point operations of the products: two a multiply-add."""
+        """The floating point operations of the products: two per multiply-add."""
         return 2 * self.multiply_adds
 
 
 def arguments(sample_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments, positional and by name, that a ``sample_input`` stands for.
+    """Return the positional and keyword arguments of a ``sample_input``.
 
-    A tuple holds positional ones, a mapping (a dict, what a tokenizer returns) those by name; all else is the only one.
+    A tuple holds positional arguments, a mapping (a dict, or what a tokenizer returns) keyword arguments; anything else
+    is the only argument.
     """
     if isinstance(sample_input, Mapping):
         return (), dict(sample_input)
@@ -71,19 +73,35 @@ def arguments(sample_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def profile(model: nn.Module, sample_input: Any) -> Profile:
-    """Count the operations of ``model(sample_input)``, whose values play no part: it runs on the meta device.
+    """Count the operations of ``model(sample_input)``, run on the meta device in evaluation mode.
 
     Args:
-        model: not changed; runs in evaluation mode.
-        sample_input: what the model takes: one tensor, a tuple of arguments, or a dict of them by name. ``paper_flops``
-            of a batch of one are the paper's.
+        model: the model; not changed.
+        sample_input: a tensor, a tuple of arguments, or a dict of keyword arguments. For the paper's ``paper_flops``,
+            a batch of one.
     """
     tokens: dict[str, int] = {}
     extra = [0]
+
+    def counting(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            tokens[name] = tokens.get(name, 0) + output.numel() // out_features(module, output)
+
+        return hook
+
+    def adding(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        extra[0] += _paper_extra(module, args[0], output)
+
+    hooks: dict[nn.Module, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparse) or is_replaceable(module):
+            hooks[module] = counting(name)
+        elif isinstance(module, (Norm, nn.LayerNorm, *POOLS)):
+            hooks[module] = adding
     state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    # Attention in plain products, which the counter knows: not every fused kernel is.
+    # Attention as plain products, because the counter does not know every fused kernel.
     with (
-        _hooked(model, tokens, extra),
+        hooked(model, hooks),
         torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
@@ -100,14 +118,14 @@ def profile(model: nn.Module, sample_input: Any) -> Profile:
         else:
             assert isinstance(module.weight, Tensor)
             layers[name] = LayerProfile(count, module.weight.numel())
-    # Without data the counter takes every slot for a whole block.
+    # On the meta device the counter takes every slot for a whole block.
     multiply_adds = counter.get_total_flops() // 2 + stored_slots
     paper = extra[0] + sum(_paper(modules[name], layer) for name, layer in layers.items())
     return Profile(multiply_adds, paper, layers)
 
 
 def _paper(module: nn.Module, layer: LayerProfile) -> int:
-    """Return the operations of a layer: those that save their first addition are outputs, or all pixels at once."""
+    """Return the operations of a layer by the paper's convention, which subtracts one addition per output or pixel."""
     weight = module.weight
     assert isinstance(weight, (Tensor, WeightInfo))
     outputs = weight.shape[0]
@@ -116,11 +134,11 @@ def _paper(module: nn.Module, layer: LayerProfile) -> int:
 
 
 def _paper_extra(module: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Return the operations of a norm or of pooling."""
+    """Return the operations of a norm or of pooling by the paper's convention."""
     if isinstance(module, (Norm, nn.LayerNorm)):
-        groups = x.shape[1] if isinstance(module, Norm) else x.shape[0]  # the code's groups of a layer norm: images
+        groups = x.shape[1] if isinstance(module, Norm) else x.shape[0]  # images, for a layer norm
         affine = 2 if module.weight is not None else 0
-        return (5 + affine) * x.numel() - groups  # two sums, a square, a difference and a quotient; a square root
+        return (5 + affine) * x.numel() - groups  # two sums, a square, a difference, a quotient; a root per group
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return x.numel()
     kernel = module.kernel_size
@@ -129,27 +147,17 @@ def _paper_extra(module: nn.Module, x: Tensor, y: Tensor) -> int:
 
 
 @contextmanager
-def _hooked(model: nn.Module, tokens: dict[str, int], extra: list[int]) -> Iterator[None]:
-    """Count the tokens of each layer, and the rest of the paper's operations, while the model runs."""
+def hooked(model: nn.Module, hooks: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Put a model into evaluation mode with forward hooks; restore both afterwards.
 
-    def counting(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            tokens[name] = tokens.get(name, 0) + output.numel() // out_features(module, output)
-
-        return hook
-
-    def adding(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        extra[0] += _paper_extra(module, args[0], output)
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, BlockSparse) or is_replaceable(module):
-            handles.append(module.register_forward_hook(counting(name)))
-        elif isinstance(module, (Norm, nn.LayerNorm, *POOLS)):
-            handles.append(module.register_forward_hook(adding))
+    Args:
+        model: the model; in evaluation mode, the statistics of norms do not change.
+        hooks: for each module a function ``(module, args, kwargs, output)``.
+    """
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
     training = [module for module in model.modules() if module.training]
     try:
-        model.eval()  # so that norm statistics stay as they are
+        model.eval()
         yield
     finally:
         for handle in handles:

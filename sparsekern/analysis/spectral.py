@@ -1,8 +1,8 @@
-"""How well the blocks of a layer connect its inputs with its outputs: singular values of its bipartite graph.
+"""Spectral measures of how well the blocks of a layer connect its inputs with its outputs.
 
-A vertex is a block column (left) or a block row (right), an edge a stored block: the *block graph*. The graph of single
-elements would multiply all singular values by ``sqrt(bo * bi)`` and the bound only by about ``sqrt(b)``, so that blocks
-of any topology looked badly connected. Vertices without an edge are left out.
+They are singular values of the *block graph*: its vertices are block columns (left) and block rows (right), its edges
+stored blocks. In the graph of single elements all singular values would be ``sqrt(bo * bi)`` times as large and the
+bound only about ``sqrt(b)`` times, so every topology would seem badly connected. Vertices without an edge are left out.
 
 Sources: Hoang et al., "Revisiting Pruning at Initialization through the Lens of Ramanujan Graph", ICLR 2023 (the gaps
 and their means over regular subgraphs); Thangarasa et al., "Sparse-IFT", ICML 2024, who follow them over training.
@@ -19,25 +19,25 @@ from torch import Tensor
 from sparsekern.nn import BlockSparse
 
 LEAST = 3
-"""Degree below which the bound says nothing, and vertices that make a regular subgraph."""
+"""Minimum degree for the bound to be meaningful, and minimum number of vertices of a regular subgraph."""
 
 DENSE_CELLS = 2**22
-"""Cells of a block graph up to which all singular values are computed; of larger ones the two largest."""
+"""Number of cells up to which all singular values are computed; for larger graphs only the two largest."""
 
 ITERATIONS = 500
 
 
 @dataclass(frozen=True)
 class Spectral:
-    """Measures of one layer; None where a mean degree is below 3, or no degree is shared by three vertices.
+    """Measures of one layer; None if a mean degree is below 3, or no degree is shared by three vertices.
 
     Attributes:
-        ramanujan_gap: ``sqrt(dl - 1) + sqrt(dr - 1) - s2``: mean degrees left and right, and the second singular value
-            of the graph. 0 or more: as well connected as a Ramanujan graph.
+        ramanujan_gap: ``sqrt(dl - 1) + sqrt(dr - 1) - s2``, with the mean degrees left and right and the second
+            singular value of the graph. At 0 or more the graph is as well connected as a Ramanujan graph.
         weighted_gap: ``s1 - s2`` of the matrix of the blocks' Frobenius norms.
-        mean_ramanujan_gap: the mean of the gap over subgraphs, one for each degree of 3 or more that three block
-            columns or more share: these columns with all block rows.
-        mean_weighted_gap: the same of the weighted gap.
+        mean_ramanujan_gap: mean of the gap over regular subgraphs, one for each degree of 3 or more that at least three
+            block columns share: these columns with all block rows.
+        mean_weighted_gap: mean of the weighted gap over the same subgraphs.
     """
 
     ramanujan_gap: float | None
@@ -47,9 +47,9 @@ class Spectral:
 
 
 def spectral(layer: BlockSparse) -> Spectral:
-    """Return the measures of a sparse layer as it is now (waits for the device).
+    """Return the measures of a sparse layer (synchronises the device).
 
-    Each group of a convolution has block columns of its own; taps are columns of their own, as in the weight matrix.
+    In a convolution each group has its own block columns, and so has each tap, as in the weight matrix.
     """
     grid, used = layer.grid, layer.topology.used()
     norms = torch.linalg.vector_norm(layer.values.detach().double(), dim=(1, 2))[used].cpu()
@@ -59,7 +59,7 @@ def spectral(layer: BlockSparse) -> Spectral:
 
 
 def measure(left: Tensor, right: Tensor, weights: Tensor) -> Spectral:
-    """Return the measures of a bipartite graph from its edges ``(E,)``: vertices on both sides, and weights."""
+    """Return the measures of a bipartite graph from its edges ``(E,)``: left and right vertices, and weights."""
     whole = _gaps(left, right, weights)
     parts = [_gaps(left[of], right[of], weights[of]) for of in _regular(left)]
     known = [gaps for gaps in parts if gaps is not None]
@@ -68,7 +68,7 @@ def measure(left: Tensor, right: Tensor, weights: Tensor) -> Spectral:
 
 
 def _regular(left: Tensor) -> list[Tensor]:
-    """Return of each degree that makes a regular subgraph the edges ``(E,)`` bool of its left vertices."""
+    """Return a mask of edges ``(E,)`` for each regular subgraph: those of the left vertices with one degree."""
     _, vertex, degree = left.unique(return_inverse=True, return_counts=True)
     values, shared = degree.unique(return_counts=True)
     wanted = values[(values >= LEAST) & (shared >= LEAST)].tolist()
@@ -76,11 +76,11 @@ def _regular(left: Tensor) -> list[Tensor]:
 
 
 def _gaps(left: Tensor, right: Tensor, weights: Tensor) -> tuple[float, float] | None:
-    """Return the Ramanujan gap and the weighted gap; None where a mean degree is too small."""
+    """Return the Ramanujan gap and the weighted gap; None if a mean degree is too small."""
     edges = left.shape[0]
     if edges == 0:
         return None
-    left, right = (side.unique(return_inverse=True)[1] for side in (left, right))  # no vertex without an edge
+    left, right = (side.unique(return_inverse=True)[1] for side in (left, right))  # drops vertices without an edge
     sides = (int(left.max()) + 1, int(right.max()) + 1)
     degrees = [edges / side for side in sides]
     if min(degrees) < LEAST:
@@ -92,7 +92,7 @@ def _gaps(left: Tensor, right: Tensor, weights: Tensor) -> tuple[float, float] |
 
 
 def two_largest(left: Tensor, right: Tensor, weights: Tensor, sides: tuple[int, int]) -> tuple[float, float]:
-    """Return the two largest singular values of the ``sides`` matrix with these entries, float64 ``(E,)``."""
+    """Return the two largest singular values of a matrix of size ``sides`` with these entries ``(E,)``, float64."""
     if sides[0] * sides[1] <= DENSE_CELLS:
         matrix = torch.zeros(sides, dtype=torch.float64, device="cpu").index_put_((left, right), weights)
         values = torch.linalg.svdvals(matrix)

@@ -1,4 +1,4 @@
-"""The table of a model's layers: what is stored, what is computed, and what the dense layer would take."""
+"""The table of a model's layers: what each stores and computes, and what its dense layer would take."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.analysis.account import Account, account, network_sparsity
-from sparsekern.analysis.profile import arguments, profile
-from sparsekern.analysis.timing import time_layer
+from sparsekern.analysis.measure import time_layer
+from sparsekern.analysis.profile import arguments, hooked, profile
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, DenseShare, dense_share, is_replaceable, refuse_sharded
 from sparsekern.nn.converters import out_features
@@ -22,16 +22,16 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Summary:
-    """The accounts of a model's sparse and dense layers; ``print`` it for the table.
+    """The accounts of a model's sparse and dense layers; ``print`` it for a table.
 
     Attributes:
-        rows: one :class:`~sparsekern.analysis.Account` a layer, in the model's order.
-        milliseconds: ``{name: (sparse, dense)}`` of forward and backward, where they were measured.
-        dense_flops: ``{name: FLOPs}`` of a training step of the dense layer beside: of the same shape, or of the dense
-            network given.
-        network_sparsity: fraction absent of all weights of the model
+        rows: one :class:`~sparsekern.analysis.Account` per layer, in the model's order.
+        milliseconds: ``{name: (sparse, dense)}`` of forward and backward, if measured.
+        dense_flops: ``{name: FLOPs}`` of a training step of the dense layer: of the same shape, or of the given dense
+            network.
+        network_sparsity: fraction of all weights of the model that is not stored
             (:func:`~sparsekern.analysis.account.network_sparsity`).
-        dense_share: which of the model's parameters are in no sparse layer.
+        dense_share: the model's parameters that are in no sparse layer.
     """
 
     rows: list[Account]
@@ -110,23 +110,24 @@ def summary(
 ) -> Summary:
     """Return the table of a model's sparse layers, linear layers and convolutions.
 
-    Convolutions that :func:`sparsekern.sparsify_` leaves dense say why: ``dense (stem)``, ``dense (depthwise)``.
+    Convolutions that :func:`sparsekern.sparsify_` leaves dense show the reason: ``dense (stem)``, ``dense
+    (depthwise)``.
 
     Args:
-        model: not changed; its gradients stay as they are.
-        sample_input: what the model takes: a tensor, a tuple of arguments, or a dict of them by name. With it FLOPs are
-            those of this batch (else of one token) and the sparse layers are timed.
-        optimizer: whose state is counted, as it is now.
-        measure: whether to time the layers, each beside a dense one of its size.
-        dense: the dense network that ``model`` was made from, where its layers have other shapes
-            (:func:`sparsekern.transforms.transform`): its FLOPs stand beside.
+        model: the model; not changed, nor are its gradients.
+        sample_input: a tensor, a tuple of arguments, or a dict of keyword arguments of the model. If given, FLOPs are
+            those of this batch (otherwise of one token), and the sparse layers are timed.
+        optimizer: optimizer whose present state is counted.
+        measure: whether to time the layers, each against a dense layer of its size.
+        dense: the dense network that ``model`` was made from, if its layers have other shapes
+            (:func:`sparsekern.transforms.transform`), to show its FLOPs.
 
     Returns:
         A :class:`Summary`.
 
     Raises:
-        ValueError: the model has no such layer, or ``dense`` has one that the model has not.
-        NotImplementedError: sharded layers were to be timed.
+        ValueError: the model has no such layer, or lacks a layer of ``dense``.
+        NotImplementedError: sharded layers would be timed.
 
     Example:
         >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
@@ -143,10 +144,13 @@ def summary(
         if isinstance(module, BlockSparse) or is_replaceable(module)
     }
     if not layers:
-        raise InputError("the model has no sparse layer, linear layer or convolution; there is nothing to summarise")
+        raise InputError(
+            "the model has no sparse layer, linear layer or convolution; there is nothing to summarise",
+            parameter="model",
+        )
     if measure and sample_input is not None:
         sharded = {name: layer for name, layer in layers.items() if isinstance(layer, BlockSparse)}
-        refuse_sharded(sharded, "layers that others hold parts of cannot be timed alone; use measure=False")
+        refuse_sharded(sharded, "sharded layers cannot be timed one by one; use measure=False")
     inputs, tokens = ({}, {}) if sample_input is None else _run(model, layers, sample_input)
     rows = []
     milliseconds = {}
@@ -159,12 +163,12 @@ def summary(
 
 
 def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Any) -> dict[str, int]:
-    """Return the FLOPs of the dense layers; those of one that became several stand beside its first part."""
+    """Return the FLOPs of the dense layers; if a layer became several, they are those of its first part."""
     if dense is None:
         return {row.name: row.dense_flops for row in rows}
     if sample_input is None:
         raise InputError(
-            "dense is given without a sample_input, which says how many tokens its layers have", parameter="dense"
+            "dense is given without a sample_input, which determines the tokens of its layers", parameter="dense"
         )
     found = {}
     for name, layer in profile(dense, sample_input).layers.items():
@@ -179,7 +183,7 @@ def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Any
 
 
 def _run(model: nn.Module, layers: dict[str, nn.Module], sample_input: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Run the model once and return what each layer was given, and its tokens; the last call counts."""
+    """Run the model once and return the input and the tokens of each layer in its last call."""
     inputs: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
 
@@ -190,16 +194,7 @@ def _run(model: nn.Module, layers: dict[str, nn.Module], sample_input: Any) -> t
 
         return hook
 
-    handles = [layer.register_forward_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()  # so that norm statistics stay as they are
-        with torch.no_grad():
-            args, kwargs = arguments(sample_input)
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+    args, kwargs = arguments(sample_input)
+    with hooked(model, {layer: remember(name) for name, layer in layers.items()}), torch.no_grad():
+        model(*args, **kwargs)
     return inputs, tokens

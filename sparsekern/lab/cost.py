@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern.analysis import Summary, summary
-from sparsekern.analysis.allocations import peak_above
+from sparsekern.analysis.measure import peak_above
 from sparsekern.lab import checkpoint
 from sparsekern.lab.config import Config, Run, resolve
 from sparsekern.lab.options import OPTIONS

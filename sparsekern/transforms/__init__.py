@@ -1,4 +1,4 @@
-"""Sparse-IFT: layers that spend sparsity on capacity at the FLOPs of the dense layer (Thangarasa et al., ICML 2024)."""
+"""Sparse-IFT: larger sparse layers with the FLOPs of a dense layer (Thangarasa et al., ICML 2024)."""
 
 from sparsekern.transforms.doped import SparseDoped, sparse_doped
 from sparsekern.transforms.factorized import SparseFactorized, sparse_factorized

@@ -1,4 +1,4 @@
-"""Sparse Doped: a sparse layer and beside it a dense path of low rank, which takes the FLOPs that the other saves."""
+"""Sparse Doped: a sparse layer plus a dense path of low rank, which takes the FLOPs that the sparse layer saves."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.converters import grid_of
-from sparsekern.transforms.init import check_init, draw_, draw_bias_, draw_dense_, wanted_variance
-from sparsekern.transforms.match import match_blocks
-from sparsekern.transforms.sizes import doped_rank
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin
+from sparsekern.transforms.sizes import doped_rank, match_blocks
+from sparsekern.transforms.twins import (
+    Dense,
+    check,
+    dense_twin,
+    draw_,
+    draw_bias_,
+    draw_dense_,
+    features,
+    sparse_twin,
+    wanted_variance,
+)
 
 
 class SparseDoped(nn.Module):
-    """``y = W x + V U x + b``: W sparse, U and V dense.
+    """``y = W x + V U x + b`` with a sparse W and dense U and V.
 
     Attributes:
         sparse: W and the bias.
-        inner: U; of a convolution its kernel and stride.
-        outer: V; of a convolution pointwise.
+        inner: U; for a convolution, with its kernel and stride.
+        outer: V; for a convolution, pointwise.
     """
 
     def __init__(self, sparse: BlockSparse, inner: nn.Module, outer: nn.Module) -> None:
@@ -43,29 +51,24 @@ def sparse_doped(
     seed: int = 0,
     name: str = "",
 ) -> nn.Module:
-    """Return a :class:`SparseDoped` that takes as many FLOPs as a dense layer; a copy of that at sparsity 0.
+    """Return a :class:`SparseDoped` with the FLOPs of a dense layer, or a copy of that at sparsity 0.
 
-    Its place in a network is that of the dense layer. The authors' code sparsifies the path of low rank too, so that
-    its sum is below the FLOPs of the dense layer; here that path is dense, as the paper's formula says.
+    It can replace the dense layer in a network. The path of low rank is dense, as in the paper's formula; the authors'
+    code makes it sparse too, and then takes fewer FLOPs than the dense layer.
 
     Args:
-        layer: an :class:`torch.nn.Linear` or :class:`torch.nn.Conv2d`; not changed.
-        sparsity: of the sparse path, in [0, 1); decides the rank of the other, a multiple of 8. The number of blocks is
-            such that the sum takes the dense layer's FLOPs.
-        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
-            than its channels.
-        pool: blocks to store for each one that the FLOPs allow, 1 or more: candidates of a method that chooses.
-        init: ``"variance"``: the output varies as the dense layer's, each path according to its FLOPs. ``"paper"``:
-            Kaiming normal.
-        seed: with ``name`` it decides topology and values.
-        name: the layer's name in the model.
+        layer: a :class:`torch.nn.Linear` or :class:`torch.nn.Conv2d`; not changed.
+        sparsity: sparsity of the sparse path, in [0, 1); determines the rank of the dense path, a multiple of 8. Both
+            together take the FLOPs of the dense layer.
+        init: ``"variance"``: the output has the variance of the dense layer's, each path in proportion to its FLOPs.
+            ``"paper"``: Kaiming normal.
+        block_size, pool, seed, name: as in :func:`sparse_wide`.
 
     Raises:
-        TypeError: another kind of layer.
-        ValueError: a sparsity or init out of range, a grouped convolution, or no work left for a block.
+        TypeError: the layer is of another class.
+        ValueError: an option is out of range, the layer is a grouped convolution, or no FLOPs are left for a block.
     """
-    check(layer, sparsity, pool)
-    check_init(init)
+    check(layer, sparsity, pool, init)
     if sparsity == 0:
         return copy.deepcopy(layer)
     variance = wanted_variance(layer, init)

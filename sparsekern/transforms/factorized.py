@@ -1,4 +1,4 @@
-"""Sparse Factorized: two sparse factors with a nonlinearity between, ``1 / (1 - s)`` times as wide as dense ones."""
+"""Sparse Factorized: two sparse factors with a nonlinearity, ``1 / (1 - s)`` times as wide as dense factors."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.converters import grid_of
-from sparsekern.transforms.init import check_init, draw_, draw_bias_, moments, wanted_variance
-from sparsekern.transforms.match import match_blocks
-from sparsekern.transforms.sizes import factorized_features
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, norm_of, sparse_twin
+from sparsekern.transforms.sizes import factorized_features, match_blocks
+from sparsekern.transforms.twins import (
+    Dense,
+    check,
+    dense_twin,
+    draw_,
+    draw_bias_,
+    features,
+    moments,
+    norm_of,
+    sparse_twin,
+    wanted_variance,
+)
 
 
 class SparseFactorized(nn.Module):
-    """``y = V activation(norm(U x)) + b``, both factors sparse.
+    """``y = V activation(norm(U x)) + b`` with sparse factors U and V.
 
     Attributes:
-        inner: U; of a convolution its kernel and stride.
-        norm: between the factors; an identity for linear layers.
-        activation: between the factors.
-        outer: V, and the bias; of a convolution pointwise.
+        inner: U; for a convolution, with its kernel and stride.
+        norm: norm between the factors; an identity for linear layers.
+        activation: nonlinearity between the factors.
+        outer: V and the bias; for a convolution, pointwise.
     """
 
     def __init__(self, inner: BlockSparse, norm: nn.Module, activation: nn.Module, outer: BlockSparse) -> None:
@@ -46,29 +55,23 @@ def sparse_factorized(
     seed: int = 0,
     name: str = "",
 ) -> nn.Module:
-    """Return a :class:`SparseFactorized` that takes as many FLOPs as a dense layer; a copy of that at sparsity 0.
+    """Return a :class:`SparseFactorized` with the FLOPs of a dense layer, or a copy of that at sparsity 0.
 
-    Its place in a network is that of the dense layer. A convolution has batch norm between its factors, as in the
-    paper.
+    It can replace the dense layer in a network. A convolution has batch norm between its factors, as in the paper.
 
     Args:
-        layer: an :class:`torch.nn.Linear` or :class:`torch.nn.Conv2d`; not changed.
-        sparsity: of both factors, in [0, 1); decides the features between them, which are whole blocks. The blocks of
-            both together have the elements of the dense layer.
-        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
-            than its channels.
-        activation: makes the nonlinearity between the factors.
-        pool: blocks to store for each one that the FLOPs allow, 1 or more: candidates of a method that chooses.
-        init: ``"variance"``: the output varies as the dense layer's. ``"paper"``: Kaiming normal.
-        seed: with ``name`` it decides topology and values.
-        name: the layer's name in the model.
+        layer: a :class:`torch.nn.Linear` or :class:`torch.nn.Conv2d`; not changed.
+        sparsity: sparsity of both factors, in [0, 1); determines the features between them, in whole blocks. Together
+            the factors store as much as the dense layer.
+        activation: function that returns the nonlinearity between the factors.
+        init: ``"variance"``: the output has the variance of the dense layer's. ``"paper"``: Kaiming normal.
+        block_size, pool, seed, name: as in :func:`sparse_wide`.
 
     Raises:
-        TypeError: another kind of layer.
-        ValueError: a sparsity or init out of range, a grouped convolution, or no room for the blocks.
+        TypeError: the layer is of another class.
+        ValueError: an option is out of range, the layer is a grouped convolution, or the blocks do not fit.
     """
-    check(layer, sparsity, pool)
-    check_init(init)
+    check(layer, sparsity, pool, init)
     if sparsity == 0:
         return copy.deepcopy(layer)
     variance = wanted_variance(layer, init)

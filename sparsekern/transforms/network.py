@@ -1,4 +1,4 @@
-"""Sparse-IFT for a whole network: as many FLOPs as the dense one, products of stem, head and attention charged."""
+"""Sparse-IFT for a whole network with the FLOPs of the dense one, including stem, head and attention."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from sparsekern.nn.surgery import swap_
 from sparsekern.topology import check_sparsity, gather_blocks, generator_for
 from sparsekern.transforms.doped import sparse_doped
 from sparsekern.transforms.factorized import sparse_factorized
-from sparsekern.transforms.init import check_init, draw_, draw_bias_, output_variance
-from sparsekern.transforms.match import match_blocks
 from sparsekern.transforms.parallel import sparse_parallel
-from sparsekern.transforms.sizes import Width, wide_width
-from sparsekern.transforms.twins import Dense, check, has_twin
+from sparsekern.transforms.sizes import Width, match_blocks, wide_width
+from sparsekern.transforms.twins import Dense, check, check_init, draw_, draw_bias_, has_twin, output_variance
 
 logger = logging.getLogger("sparsekern")
 
@@ -33,7 +31,7 @@ IN_PLACE: Mapping[str, Callable[..., nn.Module]] = {
     "factorized": sparse_factorized,
     "doped": sparse_doped,
 }
-"""The transforms that keep a layer's inputs and outputs, so that it keeps its place in any network."""
+"""Transforms that keep the inputs and outputs of a layer, so that it can be replaced in any network."""
 
 TRANSFORMS = ("wide", *IN_PLACE)
 
@@ -59,40 +57,40 @@ def transform(
     seed: int = 0,
     max_gib: float = 8.0,
 ) -> nn.Module:
-    """Return a sparse network that takes as many FLOPs as a dense one, by a Sparse-IFT transform.
+    """Return a sparse network with the FLOPs of a dense one, by a Sparse-IFT transform.
 
     Source: Thangarasa et al., "Sparse-IFT: Sparse Iso-FLOP Transformations for Maximizing Training Efficiency", ICML
-    2024. The training is that of the dense network; any method may move the blocks.
+    2024. Train the result like the dense network; any training method may move its blocks.
 
-    ``"wide"`` needs to build the network anew, wider: give a function of the :class:`Width`, such as
-    ``lambda width: MyNetwork(hidden=width(512))``. While it builds, the wider network is dense for a moment.
+    ``"wide"`` has to build a wider network, so pass a function of the :class:`Width`, such as
+    ``lambda width: MyNetwork(hidden=width(512))``. The wider network is dense while it is built.
 
     Args:
-        model: a function that builds the dense network at a width; for the other transforms also a network, not
+        model: a function that builds the dense network for a width, or (except for ``"wide"``) a network, which is not
             changed.
         name: ``"wide"``, ``"parallel"``, ``"factorized"`` or ``"doped"``.
-        sparsity: the one hyper-parameter, in [0, 1). 0 gives the dense network back.
-        sample_input: what the network takes; only its shape counts: FLOPs are those of this input.
-        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
-            than its channels.
-        targets: which layers; see :func:`sparsekern.sparsify_`.
-        ignore: which of them to leave dense. Default: the first and the last that run.
-        distribution: how the blocks of ``"wide"`` are shared out: ``"uniform"``, ``"er"`` or ``"erk"``.
-        match: ``"network"``: all products together take the FLOPs of the dense network; what is widened and stays
-            dense (stem, head, attention) is charged to the sparse layers. ``"layers"``: only the sparse layers take
-            those of their dense twins. They differ for ``"wide"`` alone.
-        activation: makes the nonlinearity inside ``"parallel"`` and ``"factorized"``.
-        pool: blocks to store for each one that the FLOPs allow, 1 or more: the candidates of a method that chooses
-            among them (VR-PGE), whose FLOPs are then those of the dense network.
-        init: ``"variance"``: each layer's output varies as that of its dense twin. ``"paper"``: as the paper's code
-            draws; of ``"wide"``: the wide network's own initial values, masked.
-        seed: decides initial values and topology.
-        max_gib: GiB that the weights of the ``"wide"`` network may take while it builds: they grow as
+        sparsity: the only hyper-parameter, in [0, 1). 0 returns the dense network.
+        sample_input: an input of the network, whose shape determines the FLOPs.
+        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; in a convolution no larger
+            than its channels need.
+        targets: selector of the layers to transform; see :func:`sparsekern.sparsify_`.
+        ignore: selector of layers to leave dense. Default: the first and the last layer that run.
+        distribution: how the blocks of ``"wide"`` are distributed: ``"uniform"``, ``"er"`` or ``"erk"``.
+        match: what has the FLOPs of the dense network in ``"wide"`` (the other transforms keep those of each layer).
+            ``"network"``: all products together; the sparse layers make up for what is widened and stays dense (stem,
+            head, attention). ``"layers"``: the sparse layers alone.
+        activation: function that returns the nonlinearity inside ``"parallel"`` and ``"factorized"``.
+        pool: stored blocks per block that the FLOPs allow, 1 or more: the candidates of a method that chooses among
+            them (VR-PGE), which then takes the FLOPs of the dense network.
+        init: ``"variance"``: the output of each layer has the variance of its dense twin's. ``"paper"``: as in the
+            paper's code; for ``"wide"``, the initial values of the wide network, masked.
+        seed: seed of the initial values and topologies.
+        max_gib: memory in GiB that the weights of the ``"wide"`` network may take while it is built; they grow as
             ``1 / (1 - s)``.
 
     Raises:
-        ValueError: an option out of range; ``"wide"`` of a network that is built already; a function whose network
-            does not follow the width; or FLOPs that do not suffice for what stays dense.
+        ValueError: an option is out of range; ``"wide"`` is given a network; the network that the function builds does
+            not follow the width; or what stays dense takes all FLOPs.
     """
     check_sparsity(sparsity)
     check_init(init)
@@ -102,8 +100,8 @@ def transform(
     if isinstance(model, nn.Module):
         if name == "wide" and sparsity > 0:
             raise InputError(
-                f"model is a {type(model).__name__} that is built already: the sums of its residual branches, its "
-                "norms and its reshapes have a width that no rule can find. Give a function that builds it, such as "
+                f"model is a {type(model).__name__} that is built already, and cannot be widened: its residual sums, "
+                "norms and reshapes have fixed widths. Give a function that builds it, such as "
                 f"lambda width: {type(model).__name__}(hidden=width(512)), or use parallel, factorized or doped",
                 parameter="model",
             )
@@ -116,7 +114,7 @@ def transform(
     chosen = _chosen(dense, twins, targets, ignore)
     if name == "wide":
         assert not isinstance(model, nn.Module)
-        check(next(iter(chosen.values())), sparsity, pool)
+        check(next(iter(chosen.values())), sparsity, pool, init)
         width = wide_width(sparsity, _block(block_size, next(iter(chosen.values()))))
         _check_room(dense, chosen, sparsity, width, max_gib)
         wide = _built(model, width, seed)
@@ -136,23 +134,23 @@ def transform(
 
 
 def _built(build: Build, width: Width, seed: int) -> nn.Module:
-    """Build without a trace in the global generator."""
+    """Build the network from the seed, without changing the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_for(seed, "transform").initial_seed())
         return build(width)
 
 
 def _check_room(dense: nn.Module, chosen: dict[str, Dense], sparsity: float, width: Width, max_gib: float) -> None:
-    """Raise ValueError if the wide network is too large to be dense for a moment; what is not chosen grows one way."""
+    """Raise ValueError if the wide network, dense while it is built, is too large; other layers grow one way only."""
     if not max_gib > 0:
         raise InputError(f"max_gib is {max_gib}; it must be a number above 0", parameter="max_gib")
     wider = {id(layer.weight): width.multiplier**2 for layer in chosen.values()}
     gib = sum(p.nbytes * wider.get(id(p), width.multiplier) for p in dense.parameters()) / 2**30
     if gib > max_gib:
         raise InputError(
-            f"sparsity is {sparsity:g}, for which wide makes the network {width.multiplier:.3g} times as wide: dense, "
-            f"as it is while it builds, its weights take {gib:.3g} GiB, and max_gib is {max_gib:g}; choose a lower "
-            "sparsity, a smaller network, or a larger max_gib",
+            f"sparsity is {sparsity:g}, which makes the network {width.multiplier:.3g} times as wide: dense, as it is "
+            f"while it is built, its weights take {gib:.3g} GiB, and max_gib is {max_gib:g}; choose a lower sparsity, "
+            "a smaller network, or a larger max_gib",
             parameter="max_gib",
         )
 
@@ -169,7 +167,8 @@ def _chosen(dense: nn.Module, twins: Profile, targets: Selector, ignore: Selecto
     for name, layer in choose_layers(dense, targets, ignore).items():
         if not has_twin(layer):
             raise InputError(
-                f"targets match {name!r}, a {type(layer).__name__}; Sparse-IFT takes nn.Linear and nn.Conv2d"
+                f"targets match {name!r}, a {type(layer).__name__}; Sparse-IFT takes nn.Linear and nn.Conv2d",
+                parameter="targets",
             )
         chosen[name] = layer
     return chosen
@@ -178,13 +177,17 @@ def _chosen(dense: nn.Module, twins: Profile, targets: Selector, ignore: Selecto
 def _wide_work(
     dense: nn.Module, wide: nn.Module, twins: Profile, sample_input: Tensor, chosen: dict[str, Dense], match: str
 ) -> tuple[int, dict[str, int]]:
-    """Return the multiply-adds that the sparse layers have together, and the tokens of each."""
+    """Return the multiply-adds of all sparse layers together, and the tokens of each."""
     widened = profile(wide, sample_input)
     if list(widened.layers) != list(twins.layers):
         odd = sorted(widened.layers.keys() ^ twins.layers.keys())
-        raise InputError(f"model builds another network at another width: {', '.join(odd) or 'its layers'} differ")
+        raise InputError(
+            f"model builds another network at another width: {', '.join(odd) or 'its layers'} differ", parameter="model"
+        )
     if not any(widened.layers[n].elements > twins.layers[n].elements for n in chosen):
-        raise InputError("model builds no wider layer at a larger width: it must pass width(...) to the network")
+        raise InputError(
+            "model builds no wider layer at a larger width: it must pass width(...) to the network", parameter="model"
+        )
     tokens = {name: widened.layers[name].tokens for name in chosen}
     if match == "layers":
         return sum(twins.layers[name].multiply_adds for name in chosen), tokens
@@ -205,7 +208,7 @@ def _counts(
     distribution: str,
     pool: float,
 ) -> dict[str, tuple[int, int]]:
-    """Return of each layer its blocks and the cells of its grid."""
+    """Return the number of blocks and of cells of each layer."""
     grids = [grid_of(wide.get_submodule(name), block_size) for name in chosen]
     total, tokens = work
     blocks = match_blocks(grids, [tokens[name] for name in chosen], pool * total, distribution)
@@ -223,7 +226,7 @@ def _sparse(
 ) -> nn.Module:
     """Make the chosen layers of the wide network sparse and draw their values."""
     own = {name: wide.get_submodule(name) for name in chosen}
-    absent = {name: 1 - blocks / cells for name, (blocks, cells) in counts.items()}  # rounds to that many blocks
+    absent = {name: 1 - blocks / cells for name, (blocks, cells) in counts.items()}  # rounded to that many blocks again
     ran_dense = [n for n, m in wide.named_modules() if has_twin(m, n) and n not in chosen]
     sparsify_(wide, absent, block_size, targets=list(chosen), seed=seed)
     for name, layer in sparse_layers(wide).items():
@@ -251,7 +254,7 @@ def _take_own(layer: BlockSparse, own: nn.Module) -> None:
 
 @torch.no_grad()
 def _rescale(layer: Dense, twin: Dense) -> None:
-    """Give the output of a wider dense layer the variance of its twin's; a layer of zeros stays one."""
+    """Give the output of a wider dense layer the variance of its twin's; a layer of zeros is left unchanged."""
     now, wanted = output_variance(layer), output_variance(twin)
     if now > 0:
         layer.weight.mul_((wanted / now) ** 0.5)

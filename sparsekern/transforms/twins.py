@@ -1,30 +1,50 @@
-"""Sparse layers in the likeness of a dense one, with other sizes."""
+"""Layers in the likeness of a dense one, with other sizes, and their initial values.
+
+Initial values are drawn in one of two ways. ``"variance"``: the output of a layer has the variance of the output of
+the dense layer it replaces, as given by that layer's weight. Only the stored inputs of an output count: values drawn
+for the full width and then masked would leave ``1 - s`` of the variance, which batch norm hides and residual networks
+with layer norm do not. ``"paper"``: as in the paper's code, Kaiming's normal distribution for the full shape, masked.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, TypeGuard
 
+import torch
 from torch import nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, SparseConv2d, SparseLinear
 from sparsekern.nn.conv import conv_arguments
-from sparsekern.topology import check_sparsity
+from sparsekern.nn.init import fan_in
+from sparsekern.topology import check_sparsity, generator_for
 
 Dense = nn.Linear | nn.Conv2d
+
+INITS = ("variance", "paper")
+
+GRID = 4001
+"""Number of points of the integral over a normal distribution."""
 
 POINTWISE: dict[str, Any] = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
 
 
 def has_twin(module: nn.Module, name: str = "") -> TypeGuard[Dense]:
-    """Return whether a layer is of a kind that transforms know. A selector."""
+    """Return whether the transforms apply to the class of a layer. A selector: ``name`` is ignored."""
     return isinstance(module, (nn.Linear, nn.Conv2d))
 
 
-def check(layer: nn.Module, sparsity: float, pool: float) -> None:
-    """Raise ValueError or TypeError where no transform fits a layer, or a number is out of range."""
+def check(layer: nn.Module, sparsity: float, pool: float, init: str) -> None:
+    """Check the arguments of a transform.
+
+    Raises:
+        TypeError: the layer is of another class.
+        ValueError: the layer is a grouped convolution, a number is out of range, or ``init`` is unknown.
+    """
     check_sparsity(sparsity)
+    check_init(init)
     if not 1 <= pool < math.inf:
         raise InputError(f"pool is {pool}; it must be 1 or more", parameter="pool")
     if type(layer) not in (nn.Linear, nn.Conv2d):
@@ -36,17 +56,28 @@ def check(layer: nn.Module, sparsity: float, pool: float) -> None:
         )
 
 
+def check_init(init: str) -> None:
+    """Raise ValueError unless ``init`` is one of :data:`INITS`."""
+    if init not in INITS:
+        raise InputError(f"init is {init!r}; it must be one of {', '.join(INITS)}", parameter="init")
+
+
 def features(layer: Dense) -> tuple[int, int]:
-    """Return input and output features, or channels."""
+    """Return the numbers of input and output features, or channels."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
 
 
 def dense_twin(layer: Dense, ins: int, outs: int, *, pointwise: bool = False, bias: bool, device: Any = None) -> Dense:
-    """Return a dense layer of the same kind with other features; ``pointwise``: a convolution of one tap.
+    """Return a dense layer of the same class with other features.
 
-    On the layer's device, or that given: ``"meta"`` for one that only has sizes.
+    Args:
+        layer: the layer to imitate.
+        ins, outs: numbers of input and output features, or channels.
+        pointwise: make a convolution of a single tap.
+        bias: whether it has a bias.
+        device: its device. Default: that of ``layer``. ``"meta"`` for a layer of which only the sizes are used.
     """
     placed: dict[str, Any] = {"device": layer.weight.device if device is None else device, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Linear):
@@ -56,14 +87,14 @@ def dense_twin(layer: Dense, ins: int, outs: int, *, pointwise: bool = False, bi
 
 
 def norm_of(layer: Dense, features: int) -> nn.Module:
-    """Return batch norm for so many features in the likeness of a convolution; of a linear layer an identity."""
+    """Return batch norm for the ``features`` of a convolution, or an identity for a linear layer."""
     if isinstance(layer, nn.Linear):
         return nn.Identity()
     return nn.BatchNorm2d(features, device=layer.weight.device, dtype=layer.weight.dtype)
 
 
 def sparse_twin(twin: Dense, blocks: int, block: tuple[int, int], *, layer: Dense, seed: int, name: str) -> BlockSparse:
-    """Return the sparse layer of a twin's sizes, on the device of ``layer``, and trained if that is."""
+    """Return a sparse layer with the sizes of ``twin``, and the device and ``requires_grad`` of ``layer``."""
     options: dict[str, Any] = {"block_size": block, "blocks": blocks, "seed": seed, "name": name}
     options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
     sparse: BlockSparse
@@ -73,3 +104,84 @@ def sparse_twin(twin: Dense, blocks: int, block: tuple[int, int], *, layer: Dens
         sparse = SparseConv2d(**conv_arguments(twin), **options)
     sparse.values.requires_grad_(layer.weight.requires_grad)
     return sparse
+
+
+def output_variance(layer: nn.Linear | nn.Conv2d) -> float:
+    """Return the variance of a dense layer's output without bias, for independent inputs of mean square 1."""
+    weight = layer.weight.detach()
+    return float(weight[0].numel() * weight.double().square().mean())
+
+
+def moments(activation: nn.Module, variance: float) -> tuple[float, float]:
+    """Return the mean square and the variance of an activation of normal inputs with mean 0 and this ``variance``."""
+    x = torch.linspace(-8, 8, GRID, dtype=torch.float64, device="cpu")
+    density = torch.exp(-x.square() / 2)
+    density /= density.sum()
+    activation = copy.deepcopy(activation).to("cpu", torch.float64)  # it may have parameters
+    with torch.no_grad():
+        y = activation(math.sqrt(variance) * x)
+    mean, square = float((density * y).sum()), float((density * y.square()).sum())
+    return square, square - mean**2
+
+
+def variance_before(activation: nn.Module, wanted: float) -> float:
+    """Return the variance of normal inputs with mean 0 whose activation has the variance ``wanted``.
+
+    It is very large if the activation saturates below that.
+    """
+    low, high = 1e-12, 1e12
+    for _ in range(100):  # halves the logarithm of the ratio; ends far below the precision of the integral
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if moments(activation, middle)[1] < wanted else (low, middle)
+    return math.sqrt(low * high)
+
+
+def wanted_variance(layer: nn.Linear | nn.Conv2d, init: str) -> float | None:
+    """Return the variance that the output of a replacement should have; None for ``"paper"``."""
+    return output_variance(layer) if init == "variance" else None
+
+
+@torch.no_grad()
+def draw_(layer: BlockSparse, variance: float | None) -> None:
+    """Draw the values of a sparse layer from a normal distribution.
+
+    Args:
+        layer: the layer.
+        variance: variance of its output without bias, for inputs of mean square 1. None: that of the paper, weights of
+            variance ``2 / fan_out`` for the full shape.
+    """
+    if variance is None:
+        fan_out = layer.grid.out_features * layer.grid.taps
+        std = torch.tensor(math.sqrt(2 / fan_out), dtype=torch.float64, device="cpu")
+    else:
+        inputs = fan_in(layer.topology).clamp(min=1).double()
+        std = (variance / inputs).sqrt()[layer.row.clamp(min=0).long()].view(-1, 1, 1)
+    generator = generator_for(layer.seed, layer.name, "values")
+    drawn = torch.randn(layer.values.shape, generator=generator, dtype=torch.float64, device="cpu")
+    drawn *= std.to(drawn.device)
+    real = layer.topology.real()
+    layer.values.copy_(drawn if real is None else drawn.masked_fill_(~real.to(drawn.device), 0))
+
+
+@torch.no_grad()
+def draw_dense_(layer: nn.Linear | nn.Conv2d, variance: float | None, seed: int, name: str) -> None:
+    """Draw the weight of a dense layer by the rule of :func:`draw_`."""
+    weight = layer.weight
+    fan = weight[0].numel() if variance is not None else weight.shape[0] * weight[0, 0].numel()
+    std = math.sqrt((2.0 if variance is None else variance) / fan)
+    drawn = torch.randn(weight.shape, generator=generator_for(seed, name, "values"), dtype=torch.float64, device="cpu")
+    weight.copy_(drawn * std)
+
+
+@torch.no_grad()
+def draw_bias_(layer: BlockSparse, dense: nn.Linear | nn.Conv2d) -> None:
+    """Copy the bias of the dense layer, or, if the numbers of outputs differ, draw it with the same mean square."""
+    if layer.bias is None or dense.bias is None:
+        return
+    if layer.bias.shape == dense.bias.shape:
+        layer.bias.copy_(dense.bias)
+        return
+    bound = math.sqrt(3) * float(dense.bias.double().square().mean().sqrt())
+    generator = generator_for(layer.seed, layer.name, "bias")
+    drawn = torch.rand(layer.bias.shape, generator=generator, dtype=torch.float64, device="cpu")
+    layer.bias.copy_((2 * drawn - 1) * bound)

@@ -1,4 +1,4 @@
-"""Sparse Wide: a layer with ``sqrt(1 / (1 - s))`` times the inputs and outputs, and as many weights."""
+"""Sparse Wide: ``sqrt(1 / (1 - s))`` times the inputs and outputs, and as many stored weights as the dense layer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import copy
 from torch import nn
 
 from sparsekern.nn.converters import grid_of
-from sparsekern.transforms.init import check_init, draw_, draw_bias_, wanted_variance
-from sparsekern.transforms.match import match_blocks
-from sparsekern.transforms.sizes import wide_width
-from sparsekern.transforms.twins import Dense, check, dense_twin, features, sparse_twin
+from sparsekern.transforms.sizes import match_blocks, wide_width
+from sparsekern.transforms.twins import (
+    Dense,
+    check,
+    dense_twin,
+    draw_,
+    draw_bias_,
+    features,
+    sparse_twin,
+    wanted_variance,
+)
 
 
 def sparse_wide(
@@ -25,28 +32,28 @@ def sparse_wide(
     seed: int = 0,
     name: str = "",
 ) -> nn.Module:
-    """Return a wider sparse layer that takes as many FLOPs as a dense one; a copy of that at sparsity 0.
+    """Return a wider sparse layer with the FLOPs of a dense layer, or a copy of that at sparsity 0.
 
-    The layers around it must be widened too: :func:`transform` does that for a network.
+    The layers around it must be widened too; :func:`transform` does so for a whole network.
 
     Args:
-        layer: an :class:`torch.nn.Linear` or :class:`torch.nn.Conv2d`; not changed.
-        sparsity: decides the width, in [0, 1). Widths are rounded to whole blocks, so the fraction that is absent in
-            the end may differ; the number of blocks is such that the FLOPs do not.
-        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; a convolution's no wider
-            than its channels.
-        widen_in, widen_out: whether its inputs, its outputs are widened.
-        pool: blocks to store for each one that the FLOPs allow, 1 or more: candidates of a method that chooses.
-        init: ``"variance"``: outputs vary as the dense layer's. ``"paper"``: Kaiming normal for the full shape.
-        seed: with ``name`` it decides topology and values.
+        layer: a :class:`torch.nn.Linear` or :class:`torch.nn.Conv2d`; not changed.
+        sparsity: determines the width, in [0, 1). Since widths are rounded to whole blocks, the resulting sparsity may
+            differ; the FLOPs do not.
+        block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; in a convolution no larger
+            than its channels need.
+        widen_in, widen_out: whether to widen the inputs and the outputs.
+        pool: stored blocks per block that the FLOPs allow, 1 or more: the candidates of a method that chooses blocks.
+        init: ``"variance"``: the output has the variance of the dense layer's. ``"paper"``: Kaiming normal for the full
+            shape.
+        seed: seed of the topology and the values, together with ``name``.
         name: the layer's name in the model.
 
     Raises:
-        TypeError: another kind of layer.
-        ValueError: a sparsity or init out of range, a grouped convolution, or no room for the blocks.
+        TypeError: the layer is of another class.
+        ValueError: an option is out of range, the layer is a grouped convolution, or the blocks do not fit.
     """
-    check(layer, sparsity, pool)
-    check_init(init)
+    check(layer, sparsity, pool, init)
     if sparsity == 0:
         return copy.deepcopy(layer)
     variance = wanted_variance(layer, init)

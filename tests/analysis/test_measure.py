@@ -1,4 +1,4 @@
-"""Contestants take turns, every one is run alike, and nothing is left behind. No test here looks at a time."""
+"""Races of contestants, and peaks of memory. No test here looks at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern.analysis import race, time_layer
+from sparsekern.analysis.measure import peak_above
 
 
 def test_contestants_take_turns_after_two_rounds_of_warming_up():
@@ -40,3 +41,30 @@ def test_timing_and_summary_of_values_that_are_computed():
     assert min(time_layer(layer, torch.ones(3, 16), repeats=1)) > 0
     summary = str(sk.summary(torch.nn.Sequential(layer, torch.nn.Linear(24, 4)), torch.ones(3, 16)))
     assert f"of the model's {16 * 24 + 24 + 24 * 4 + 4} parameters stay dense" in summary
+
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_freed_in_between_does_not_add_up():
+    def run():
+        for _ in range(3):
+            torch.zeros(1000)  # 4000 bytes, gone before the next
+
+    assert peak_above(run, CPU) == 4000
+
+
+def test_the_highest_moment_counts():
+    def run():
+        a = torch.zeros(16)
+        b = torch.zeros(32)
+        del a
+        del b
+        torch.zeros(16)
+
+    assert peak_above(run, CPU) == 64 + 128
+
+
+def test_nothing():
+    kept = torch.zeros(8)
+    assert peak_above(kept.zero_, CPU) == 0
