@@ -16,7 +16,7 @@ from sparsekern.cli.options import RUN_OPTIONS, Json, Quiet, absolute, given, of
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
 from sparsekern.lab.compare import PICTURE, TABLE, Contestant, compare, default_folder, is_finished, plan_for
 from sparsekern.lab.config import Config
-from sparsekern.lab.report.tables import comparison_cells, comparison_notes, comparison_title
+from sparsekern.lab.report.tables import comparison_cells, comparison_notes
 from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import PLAN
 from sparsekern.training import METHODS, PRESETS
@@ -91,7 +91,7 @@ def compare_methods(
         if not console.is_terminal:
             console.width = WIDTH
         cells = comparison_cells(content["rows"])
-        console.print(table(comparison_title(content), cells, len(cells[0]), SIMPLE_HEAD))
+        console.print(table(f"{content['data']['name']}, {plan.base.network_title}", cells, len(cells[0]), SIMPLE_HEAD))
         say(aligned(comparison_notes(content)))
         say(f"{folder}: {TABLE}.json, {TABLE}.md, the picture {folder / PICTURE}, a folder for each run")
 

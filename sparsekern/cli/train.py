@@ -106,7 +106,7 @@ def train(
     if as_json:
         say(json.dumps(run.results | {"folder": str(folder)}))
     else:
-        title, cells = result_title(run.results), result_cells(run.results)
+        title, cells = result_title(run.config, run.results), result_cells(run.results)
         PlainConsole().print(table(title, cells, len(run.results["networks"])))
         say(aligned(result_notes(run.results)))
         drawn = [str(folder / name) for name in (PICTURE, SPECTRAL) if (folder / name).is_file()]

@@ -161,9 +161,9 @@ def _draw(
     if not config.sparse or block_map is None:
         return
     if not (folder / PICTURE).exists():
-        draw_or_warn(folder / PICTURE, lambda path: draw_summary(path, results, rows, block_map))
+        draw_or_warn(folder / PICTURE, lambda path: draw_summary(path, config, results, rows, block_map))
     if not (folder / SPECTRAL).exists():
-        draw_or_warn(folder / SPECTRAL, lambda path: draw_graphs(path, results, rows))
+        draw_or_warn(folder / SPECTRAL, lambda path: draw_graphs(path, config, results, rows))
 
 
 def _finished(config: Config, folder: Path) -> Finished:

@@ -95,7 +95,7 @@ def test_the_best_epoch_is_the_first_networks():
 
 
 def test_another_metric_of_which_less_is_better():
-    bits = Metric("bits_per_byte", "bits_gap", "bits per byte", "bits", 1, "bits", higher_is_better=False)
+    bits = Metric("bits_per_byte", "bits_gap", "bits per byte", "bits", 1, "bits", False, "test_bytes")
     rows = [{**row, "bits_per_byte": 3 * row["test_accuracy"]} for row in ROWS]
     result = summarise(rows, SIZES, bits)
     assert result["networks"]["dense"]["bits_per_byte"]["by_seed"] == pytest.approx([2.7, 2.7])

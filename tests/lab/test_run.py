@@ -33,12 +33,12 @@ BATCHES = 4
 STEPS = 2 * 2 * 3 * BATCHES  # seeds, networks, epochs
 
 
-def weights(folder, networks=("sparse", "dense")):
+def weights(folder, networks=("sparse", "dense"), seeds=(0, 1)):
     return {
         f"{seed}/{network}": (
             checkpoint.latest(folder / "checkpoints" / f"seed-{seed}") / f"{network}.safetensors"
         ).read_bytes()
-        for seed in (0, 1)
+        for seed in seeds
         for network in networks
     }
 
@@ -117,13 +117,16 @@ def test_an_interrupted_run_ends_bit_for_bit_like_one_that_was_not(straight, no_
         assert resumed["networks"][name]["test_accuracy"] == results["networks"][name]["test_accuracy"]
 
 
-def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path):
-    class Killed(StopAt):
-        def should_stop(self):
-            if super().should_stop():
-                raise RuntimeError("killed")
-            return False
+class Killed(StopAt):
+    """Dies before a step, counted from 0."""
 
+    def should_stop(self):
+        if super().should_stop():
+            raise RuntimeError("killed")
+        return False
+
+
+def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         start(CONFIG, tmp_path, Killed(3 * BATCHES + 1))  # the sparse row of the second epoch is written, and lost
     assert len(rows_of(tmp_path)) == 3
@@ -137,12 +140,6 @@ def test_a_long_epoch_is_not_lost(straight, no_picture, tmp_path, every, monkeyp
     """Killed right after a save that was due, and again; the steps between two saves are all that is done twice."""
     seconds = iter(range(10**6))
     monkeypatch.setattr("sparsekern.lab.store.time.monotonic", lambda: next(seconds))
-
-    class Killed(StopAt):
-        def should_stop(self):
-            if super().should_stop():
-                raise RuntimeError("killed")
-            return False
 
     done = 0
     with pytest.raises(RuntimeError, match="killed"):
@@ -238,23 +235,17 @@ EVERY_METHOD = {
 }
 
 
-def test_every_method_is_stopped_and_resumed():
-    assert EVERY_METHOD.keys() == METHODS.keys()
-
-
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_bit_for_bit_alike_when_it_is_stopped_or_killed(no_picture, tmp_path, method):
     # updates at steps 3 and 6 of 12, stop at 9: probes are armed for two stages from step 1 or 4 on
-    change = {"method": method, "options": EVERY_METHOD[method], "seeds": 1, "dense": False, "update_every": 3}
-    config = changed(CONFIG, **change)
+    options = {"options": EVERY_METHOD[method], "seeds": 1, "dense": False, "update_every": 3}
+    config = changed(CONFIG, method=method, **options)
     start(config, tmp_path / "straight", Observer())
 
     def same(name):
         rows = rows_of(tmp_path / name)
         assert rows == rows_of(tmp_path / "straight") and rows[-1]["updates"] >= 2
-        parts = [checkpoint.latest(tmp_path / part / "checkpoints" / "seed-0") for part in (name, "straight")]
-        first, second = ((part / "sparse.safetensors").read_bytes() for part in parts)
-        assert first == second
+        assert weights(tmp_path / name, ("sparse",), (0,)) == weights(tmp_path / "straight", ("sparse",), (0,))
 
     with pytest.raises(Interrupted):
         start(config, tmp_path / "stopped", StopAt(2))
@@ -264,31 +255,27 @@ def test_every_method_ends_bit_for_bit_alike_when_it_is_stopped_or_killed(no_pic
     resume(tmp_path / "stopped", Observer())
     same("stopped")
 
-    class Killed(Observer):
-        steps = 0
-
-        def step(self, learner, loss):
-            Killed.steps += 1
-            if Killed.steps == 7:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        start(config, tmp_path / "killed", Killed())
+    with pytest.raises(RuntimeError, match="killed"):
+        start(config, tmp_path / "killed", Killed(7))
     resume(tmp_path / "killed", Observer())
     same("killed")
+
+
+def map_of(model):
+    return _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
 
 
 def test_the_largest_layer_is_shown():
     sizes = ((8, 16), (16, 24), (24, 16), (16, 8))  # the second and the third have 6 places
     model = torch.nn.Sequential(*(sk.SparseLinear(*size, block_size=8, sparsity=0.5) for size in sizes))
-    found = _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
+    found = map_of(model)
     assert (found["layer"], found["rows"], found["cols"]) == ("1", 3, 2)
     assert torch.equal(found["start"], found["end"]) and len(found["end"]) == 3 and found["kernel"] is None
 
 
 def test_the_kernel_of_a_convolution_is_known():
     model = torch.nn.Sequential(sk.SparseConv2d(8, 16, (3, 1), block_size=8, sparsity=0.5))
-    found = _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
+    found = map_of(model)
     assert (found["rows"], found["cols"], found["kernel"]) == (2, 3, (3, 1))
 
 
@@ -328,22 +315,29 @@ def test_an_error_leaves_no_folder(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_data_that_changed_are_noticed(tmp_path):
-    rng = numpy.random.default_rng(0)
-    content = {
-        "train_images": rng.integers(0, 256, (40, 4, 4), dtype="uint8"),
-        "train_labels": numpy.arange(40) % 3,
-        "test_images": rng.integers(0, 256, (6, 4, 4), dtype="uint8"),
-        "test_labels": numpy.arange(6) % 3,
-    }
+@pytest.fixture
+def small_data():
+    generator = numpy.random.default_rng(0)
+    images = {f"{part}_images": generator.integers(0, 256, (40, 6, 6), dtype="uint8") for part in ("train", "test")}
+    return images | {f"{part}_labels": numpy.arange(40) % 3 for part in ("train", "test")}
+
+
+def test_data_that_changed_are_noticed(small_data, tmp_path):
     path, folder = tmp_path / "data.npz", tmp_path / "run"
-    numpy.savez(path, **content)
+    numpy.savez(path, **small_data)
     with pytest.raises(Interrupted):
         start(changed(CONFIG, data=str(path)), folder, StopAt(1))
-    content["test_images"][0, 0, 0] ^= 1
-    numpy.savez(path, **content)
-    with pytest.raises(ValueError, match="have changed since it began"):
+    small_data["test_images"][0, 0, 0] ^= 1
+    numpy.savez(path, **small_data)
+    with pytest.raises(InputError, match="have changed since it began"):
         resume(folder, Observer())
+
+
+def test_data_whose_name_is_a_broken_formula(small_data, tmp_path):
+    data = tmp_path / r"$\frac{1}{$ [red]<b>.npz"
+    numpy.savez(data, **small_data)
+    start(changed(CONFIG, data=str(data), epochs=1, seeds=1), tmp_path / "run", Observer())
+    assert {"results.json", "summary.png"} < {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_the_environment_names_the_kernels():
@@ -360,7 +354,7 @@ def test_the_environment_names_the_kernels_of_convolutions(monkeypatch):
 
 
 def test_what_goes_wrong_with_a_picture_ends_no_training_and_resuming_draws_it(tmp_path, monkeypatch, caplog):
-    def broken(path, results, rows, block_map):
+    def broken(path, config, results, rows, block_map):
         assert (tmp_path / "results.json").is_file(), "the results come first"
         raise RuntimeError("a formula")
 
@@ -372,27 +366,18 @@ def test_what_goes_wrong_with_a_picture_ends_no_training_and_resuming_draws_it(t
     drawn = []
     monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda path, *what: drawn.append((path, *what)))
     assert resume(tmp_path, Observer()).results == results
-    ((path, read, rows, block_map),) = drawn
-    assert path == tmp_path / "summary.png" and read == results and rows == rows_of(tmp_path, timed=True)
+    ((path, config, read, rows, block_map),) = drawn
+    assert (
+        path == tmp_path / "summary.png"
+        and config == CONFIG
+        and read == results
+        and rows == rows_of(tmp_path, timed=True)
+    )
     assert block_map["layer"] == "hidden1"
     shutil.rmtree(
         tmp_path / "checkpoints"
     )  # of what is gone no picture can be made, and the results are read all the same
     assert resume(tmp_path, Observer()).results == results and len(drawn) == 1
-
-
-def test_data_whose_name_is_a_broken_formula(tmp_path):
-    generator = numpy.random.default_rng(0)
-    parts = {
-        f"{part}_{what}": generator.integers(0, 256 if what == "images" else 2, (8, 6, 6) if what == "images" else 8)
-        for part in ("train", "test")
-        for what in ("images", "labels")
-    }
-    data = tmp_path / r"$\frac{1}{$ [red]<b>.npz"
-    numpy.savez(data, **{name: value.astype("uint8") for name, value in parts.items()})
-    config = Config(data=str(data), width=16, block_size=8, sparsity=0.5, epochs=1, batch_size=8, seeds=1, device="cpu")
-    start(config, tmp_path / "run", Observer())
-    assert {"results.json", "summary.png"} < {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_each_network_is_built_once(no_picture, tmp_path, monkeypatch):

@@ -63,13 +63,14 @@ def network_labels(config: Config) -> dict[str, str]:
 
 
 def draw_summary(
-    path: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]], block_map: dict[str, Any]
+    path: Path, config: Config, results: dict[str, Any], rows: Sequence[dict[str, Any]], block_map: dict[str, Any]
 ) -> None:
     """Draw the metric and the loss of all seeds, and the blocks of one layer of seed 0 at the start and at the end.
 
     Args:
         path: of the picture; its suffix gives the format, such as ``.png``.
-        results: of the run.
+        config: of the run.
+        results: its ``results.json``.
         rows: of ``metrics.jsonl``.
         block_map: of a layer: its name, ``rows``, ``cols``, ``kernel``, and the keys ``row * cols + col`` of its blocks
             at the ``start`` and the ``end``. ``kernel`` is None for a linear layer; the columns of a convolution are in
@@ -77,7 +78,7 @@ def draw_summary(
     """
     from matplotlib.figure import Figure
 
-    config, networks = Config.from_json(results["config"]), results["networks"]
+    networks = results["networks"]
     metric = metric_of(rows[0])
     labels = network_labels(config)
     reached = ", ".join(f"{name} {metric.text(network[metric.key]['mean'], 1)}" for name, network in networks.items())
@@ -159,12 +160,13 @@ def _label_panels(axes: Axes, rows: int, cols: int, kernel: tuple[int, int], siz
     axes.set_ylabel("row of the kernel; in each panel,\ntop to bottom: output block")
 
 
-def draw_graphs(path: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def draw_graphs(path: Path, config: Config, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Draw the spectral measures of each layer of seed 0 by step, a panel a measure, if the run recorded them.
 
     Args:
         path: of the picture; its suffix gives the format.
-        results: of the run.
+        config: of the run.
+        results: its ``results.json``.
         rows: of ``metrics.jsonl``. A measure that is None is left out.
     """
     from matplotlib import colormaps
@@ -173,7 +175,6 @@ def draw_graphs(path: Path, results: dict[str, Any], rows: Sequence[dict[str, An
     records = [record for row in rows if row["seed"] == 0 for record in row.get("spectral", ())]
     if not records:
         return
-    config = Config.from_json(results["config"])
     names = list(records[0]["layers"])
     lines = {
         measure: {

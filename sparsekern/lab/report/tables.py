@@ -21,9 +21,9 @@ Cells = tuple[list[str], list[list[str]]]
 """A heading and rows of cells."""
 
 
-def result_title(results: dict[str, Any]) -> str:
-    """Return the title of the table of ``results.json``."""
-    config, networks = Config.from_json(results["config"]), results["networks"]
+def result_title(config: Config, results: dict[str, Any]) -> str:
+    """Return the title of the table of a run's ``results.json``."""
+    networks = results["networks"]
     sparse = "dense"
     if "sparse" in networks:
         sparse = (
@@ -122,11 +122,6 @@ def result_notes(results: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return notes
-
-
-def comparison_title(content: dict[str, Any]) -> str:
-    """Return the title of the table of ``comparison.json``."""
-    return f"{content['data']['name']}, {Config.from_json(content['plan']['base']).network_title}"
 
 
 def comparison_cells(rows: Sequence[dict[str, Any]]) -> Cells:

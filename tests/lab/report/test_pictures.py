@@ -29,8 +29,8 @@ def draw(path, *, seeds=2, epochs=3, dense=True, **where):
         for epoch in range(1, epochs + 1)
         for name in shown
     ]
-    config = Config(epochs=epochs, dense=dense).to_json()
-    draw_summary(path, {"config": config, "data": {"name": "digits"}, "networks": shown}, rows, block_map(**where))
+    config = Config(epochs=epochs, dense=dense)
+    draw_summary(path, config, {"data": {"name": "digits"}, "networks": shown}, rows, block_map(**where))
     return path.read_text() if path.suffix == ".svg" else ""
 
 
@@ -130,7 +130,7 @@ def graphs(path, *records):
         for step, *values in records
     ]
     rows = [{"seed": 0, "spectral": layers}, {"seed": 1, "spectral": [None]}, {"seed": 0}]
-    draw_graphs(path, {"config": Config().to_json(), "data": {"name": "digits"}}, rows)
+    draw_graphs(path, Config(), {"data": {"name": "digits"}}, rows)
     return path.read_text()
 
 
@@ -154,7 +154,7 @@ def test_many_layers_are_told_by_their_shade(tmp_path):
 
 
 def test_a_run_without_spectral_measures_has_no_such_picture(tmp_path):
-    draw_graphs(tmp_path / "a.svg", {}, [{"seed": 0}])
+    draw_graphs(tmp_path / "a.svg", Config(), {}, [{"seed": 0}])
     assert not (tmp_path / "a.svg").exists()
 
 

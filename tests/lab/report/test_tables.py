@@ -9,7 +9,6 @@ from sparsekern.lab import Config
 from sparsekern.lab.report.tables import (
     comparison_cells,
     comparison_notes,
-    comparison_title,
     markdown,
     result_cells,
     result_notes,
@@ -49,7 +48,11 @@ RESULTS = {
 
 def shown(results, width=100):
     console = Console(file=io.StringIO(), width=width)
-    console.print(table(result_title(results), result_cells(results), len(results["networks"])))
+    console.print(
+        table(
+            result_title(Config.from_json(results["config"]), results), result_cells(results), len(results["networks"])
+        )
+    )
     return console.file.getvalue()
 
 
@@ -170,7 +173,6 @@ def test_what_is_said_of_a_comparison():
     content = {"plan": {"base": Config(seeds=1).to_json()}, "rows": ROWS} | {
         key: RESULTS[key] for key in ("data", "environment")
     }
-    assert comparison_title(content) == "digits, MLP of width 2048"
     notes = aligned(comparison_notes(content))
     assert "accuracy  after the last epoch, one seed; to dense: difference in points\n" in notes
     assert "seconds   all steps of a training, on CPU, 2 threads\n" in notes
