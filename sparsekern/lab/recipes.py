@@ -17,8 +17,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,64 +28,68 @@ from sparsekern.lab import models
 from sparsekern.lab.tasks import Classification, Task
 
 
-class Schedule(Protocol):
-    """Learning rate over a training, as a fraction of its highest value."""
-
-    def factor(self, step: int, steps: int) -> float:
-        """Return the fraction for step ``step`` (the first is 0) of ``steps``."""
-        ...
-
-
 @dataclass(frozen=True)
 class Constant:
-    """The same rate throughout."""
+    """The same learning rate throughout. Base of the other schedules.
+
+    Attributes:
+        warm_up: the part of the training in which the rate rises linearly, before the schedule begins.
+    """
+
+    warm_up: float = field(default=0.0, kw_only=True)
 
     def factor(self, step: int, steps: int) -> float:
-        """Return 1."""
+        """Return the rate of step ``step`` (the first is 0) of ``steps``, as a fraction of the highest rate."""
+        rising = round(self.warm_up * steps)
+        return (step + 1) / rising if step < rising else self._after(step, steps, rising)
+
+    def _after(self, step: int, steps: int, rising: int) -> float:
         return 1.0
 
 
 @dataclass(frozen=True)
-class Cosine:
-    """Down to 0 along half a cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5, without restarts.
+class Cosine(Constant):
+    """Down to 0 along half a cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5, without restarts."""
 
-    Attributes:
-        warm_up: the part of the training in which the rate rises in a line, before the cosine.
-    """
-
-    warm_up: float = 0.0
-
-    def factor(self, step: int, steps: int) -> float:
-        """Return the fraction for step ``step`` of ``steps``."""
-        rising = round(self.warm_up * steps)
-        if step < rising:
-            return (step + 1) / rising
+    def _after(self, step: int, steps: int, rising: int) -> float:
         return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
 
 
 @dataclass(frozen=True)
-class Milestones:
+class Milestones(Constant):
     """Multiplied by ``drop`` at each milestone.
 
     Attributes:
-        at: the milestones, such as (0.5, 0.75).
+        at: the milestones, such as (0.5, 0.75); the warm-up ends before the first.
         drop: such as 0.1.
-        warm_up: the part of the training in which the rate rises in a line; ends before the first milestone.
     """
 
     at: tuple[float, ...]
     drop: float
-    warm_up: float = 0.0
 
-    def factor(self, step: int, steps: int) -> float:
-        """Return the fraction for step ``step`` of ``steps``."""
-        rising = round(self.warm_up * steps)
-        if step < rising:
-            return (step + 1) / rising
+    def _after(self, step: int, steps: int, rising: int) -> float:
         return self.drop ** sum(step >= round(place * steps) for place in self.at)
 
 
 # fused: on a CPU the default forms are slow, most of all for the dense twin, and would flatter the sparse network
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay: a step takes ``rate * weight_decay * parameter`` away.
+
+    Attributes:
+        weight_decay: see above.
+        decay_all: whether norms and biases decay too.
+    """
+
+    weight_decay: float = 0.01
+    decay_all: bool = True
+
+    def build(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        """Return the optimizer of a model's parameters."""
+        groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
 @dataclass(frozen=True)
@@ -108,24 +112,6 @@ class SGD:
         """Return the optimizer of a model's parameters."""
         groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
         return torch.optim.SGD(groups, lr=rate, momentum=self.momentum, nesterov=self.nesterov, fused=True)
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """Adam with decoupled weight decay: a step takes ``rate * weight_decay * parameter`` away.
-
-    Attributes:
-        weight_decay: see above.
-        decay_all: whether norms and biases decay too.
-    """
-
-    weight_decay: float = 0.01
-    decay_all: bool = True
-
-    def build(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        """Return the optimizer of a model's parameters."""
-        groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
-        return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_all: bool) -> list[dict[str, Any]]:
@@ -179,7 +165,7 @@ class Recipe:
     kept_dense: tuple[str, ...]
     optimizer: SGD | AdamW
     rate: float
-    schedule: Schedule
+    schedule: Constant
     batch_size: int
     epochs: int | None
     block_size: int = 16
