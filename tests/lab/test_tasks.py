@@ -1,8 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
-from sparsekern.lab.tasks import MARGIN, augmented
+from sparsekern.lab.config import Config, resolve
+from sparsekern.lab.recipes import RECIPES
+from sparsekern.lab.results import best_step
+from sparsekern.lab.tasks import MARGIN, Metric, Task, augmented
+from sparsekern.lab.train import Learner
 
 
 def images(n=6):
@@ -49,3 +56,64 @@ def test_none_is_nothing(generator):
     x, state = images(), generator.get_state()
     assert augmented(x, "none", generator) is x
     assert torch.equal(generator.get_state(), state)
+
+
+class Copying(Task):
+    """Repeat the input. Another kind of task than images: no classes, and less of its metric is better."""
+
+    metric = Metric("test_error", "error_gap", "error", "", 1, "", higher_is_better=False)
+    examples = 8
+
+    def describe(self):
+        return {"name": "copying"}
+
+    def augmentation(self, recipe):
+        return "none"
+
+    def prepared(self, recipe, augment, device):
+        return self
+
+    def model_arguments(self):
+        return {"size": 16}
+
+    def sample(self):
+        return torch.empty(1, 16)
+
+    def order(self, generator):
+        return torch.randn(8, 16, generator=generator)
+
+    def batch(self, order, number, size, generator):
+        inputs = order[number * size : (number + 1) * size]
+        return inputs, inputs
+
+    def loss(self, model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    def evaluate(self, model):
+        return {"test_error": float(self.loss(model, (torch.eye(16), torch.eye(16))))}
+
+    @classmethod
+    def load(cls, path, max_gib):
+        return cls()
+
+    @classmethod
+    def noise(cls, described, examples):
+        return cls()
+
+
+@pytest.mark.parametrize("network", ["sparse", "dense"])
+def test_another_kind_of_task_needs_no_other_loop(monkeypatch, network):
+    def model(size, width):
+        return nn.Sequential(nn.Linear(size, width), nn.Linear(width, size))
+
+    recipe = replace(RECIPES["mlp"], name="copying", model=model, kept_dense=("1",), task=Copying, width=16)
+    monkeypatch.setitem(RECIPES, "copying", replace(recipe, needs_image_size=False, block_size=8, batch_size=4))
+    run = resolve(Config(recipe="copying", sparsity=0.5, epochs=2, device="cpu", update_every=2), Copying())
+    assert (run.batches, run.steps) == (2, 4)
+    learner = Learner(run, network, seed=0)
+    before = learner.evaluate()["test_error"]
+    for _ in range(2):
+        learner.step(), learner.step()
+        row = learner.finish_epoch()
+    assert row["test_error"] < before and "test_accuracy" not in row
+    assert best_step([row], [network], Copying.metric) == 4
