@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn.functional import pad
 
 from sparsekern.lab.config import Config, resolve
+from sparsekern.lab.metric import Metric
 from sparsekern.lab.recipes import RECIPES
 from sparsekern.lab.results import best_step
-from sparsekern.lab.tasks import MARGIN, Metric, Task, augmented
+from sparsekern.lab.tasks import MARGIN, Task, augmented
 from sparsekern.lab.train import Learner
 
 
@@ -61,7 +62,7 @@ def test_none_is_nothing(generator):
 class Copying(Task):
     """Repeat the input. Another kind of task than images: no classes, and less of its metric is better."""
 
-    metric = Metric("test_error", "error_gap", "error", "", 1, "", higher_is_better=False)
+    metric = Metric("test_error", "error_gap", "error", "", 1, "", higher_is_better=False, examples="test_images")
     examples = 8
 
     def describe(self):
