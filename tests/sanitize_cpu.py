@@ -1,13 +1,13 @@
-"""Build the native CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, and feed it random inputs.
+"""Build the native CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, and run it on random inputs.
 
     python tests/sanitize_cpu.py [seeds]      (200; ``make soak`` takes 5000)
 
-The inputs keep the contract that the checks in Python guarantee: every function that the library exports gets, on each
-instruction set of this machine, so many drawn ones and some of fixed sizes, and of some of them an index that holds
-noise, also while it is written. On one instruction set in turn the results
-are compared with the oracle too; tests/kernels/cpu does that on all of them, without sanitizers. Scratch memory is
-given out to the byte here and freed after every call: the usual pieces of 2 MiB, kept for the next call, would hide a
-kernel that reads or writes beyond its own. ``tests/test_cpu_sanitizers.py`` runs this file.
+Every exported function gets, on each instruction set of this machine, this many random inputs and some of fixed sizes,
+which keep the contract that the checks in Python guarantee; some of them also with an index of noise, and while another
+thread writes into it. Each is compared with the oracle on one of the instruction sets; tests/kernels/cpu does that on
+all of them, without sanitizers. Scratch memory is allocated to the byte here and freed after every call: the usual
+steps of 2 MiB, kept for the next call, would hide a kernel that reads or writes beyond its own.
+``tests/test_cpu_sanitizers.py`` runs this file.
 """
 
 from __future__ import annotations
@@ -111,48 +111,17 @@ def conv_cases(seeds: int) -> Iterator[dict[str, Any]]:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for seed in range(seeds):
         yield {"block": blocks[seed % 7], "dtype": dtypes[seed % 3]}
+    square = {"kernel": (3, 3), "dilation": (1, 1), "groups": 1, "group_out": 33, "group_in": 35}
     for block in ((1, 1), (16, 32)):
         for width in (1, 4, 12, 17, 40):  # rows in turn and by themselves; enough for two threads
-            yield {
-                "block": block,
-                "dtype": dtypes[width % 3],
-                "height": 9,
-                "width": width,
-                "kernel": (3, 3),
-                "dilation": (1, 1),
-                "padding": (1, 1, 1, 1),
-                "images": 5,
-                "groups": 1,
-                "group_out": 33,
-                "group_in": 35,
-            }
-        yield {
-            "block": block,
-            "dtype": torch.float32,
-            "height": 150,
-            "width": 130,
-            "kernel": (3, 3),
-            "images": 1,
-            "groups": 1,
-            "group_in": 64,
-            "group_out": 16,
-            "blocks": 4,
-        }
+            size = {"height": 9, "width": width, "images": 5, "padding": (1, 1, 1, 1), "dtype": dtypes[width % 3]}
+            yield {"block": block, **square, **size}
+        large = {"height": 150, "width": 130, "images": 1, "group_in": 64, "group_out": 16, "blocks": 4}
+        yield {"block": block, "dtype": torch.float32, "kernel": (3, 3), "groups": 1, **large}
     for images in (2, 16, 17):  # two parts of the images
         for block, dtype in (((1, 1), dtypes[0]), ((16, 32), dtypes[0]), ((16, 32), dtypes[1])):
-            yield {
-                "block": block,
-                "dtype": dtype,
-                "height": 20,
-                "width": 23,
-                "kernel": (3, 3),
-                "dilation": (1, 1),
-                "images": images,
-                "groups": 1,
-                "group_in": 35,
-                "group_out": 33,
-                "blocks": 500 // block[0] ** 2 + 2,
-            }
+            size = {"height": 20, "width": 23, "images": images, "blocks": 500 // block[0] ** 2 + 2}
+            yield {"block": block, "dtype": dtype, **square, **size}
 
 
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
@@ -191,12 +160,12 @@ def sweep(library_file: Path, seeds: int) -> None:
         with linear, conv2d:
             for seed, given in enumerate(cases(seeds)):
                 case = random_case(seed, **given)
-                run_linear(case, seed % 11 + 1, check=seed % len(LEVELS) == turn)
+                run(case, seed % 11 + 1, check=seed % len(LEVELS) == turn)
                 if seed < 3:  # one of each: 1x1, and blocks in two dtypes
                     run_noise(linear_calls(case), case.index, case.grid.block, seed)
             for seed, given in enumerate(conv_cases(seeds // 4)):
                 conv = conv_case(seed, **given)
-                run_conv(conv, seed % 9 + 1, check=seed % len(LEVELS) == turn)
+                run(conv, seed % 9 + 1, check=seed % len(LEVELS) == turn)
                 if seed < 2:
                     run_noise(conv_calls(conv), conv.index, conv.grid.block, seed)
             run_extremes(turn)
@@ -208,30 +177,27 @@ def sweep(library_file: Path, seeds: int) -> None:
     print(f"{total} inputs, no report of the sanitizers")
 
 
-def run_linear(case: Case, pairs: int, *, check: bool) -> None:
-    """Call what the linear layer and its scores have; compare the results with the oracle if asked to."""
-    from sparsekern.kernels import cpu
-
-    from tests.oracle import check_kernels
+def run(case: Case | ConvCase, pairs: int, *, check: bool) -> None:
+    """Call the products and the scores of a layer; compare the results with the oracle if asked to."""
+    from tests.kernels.cpu import calls
+    from tests.oracle_conv2d import ConvCase
+    from tests.oracle_conv2d_scores import check_conv_sketch
     from tests.oracle_scores import check_norms, check_sketch, signs
 
-    grid, index, block = case.grid, case.index, case.grid.block
-    u, v = signs(pairs, grid.out_features, 1), signs(pairs, grid.in_features, 2)
-    sketch, norms = (
-        cpu.linear.sketch(case.dy, case.x, u, v, block, case.geometry),
-        cpu.linear.all_block_norms(case.dy, case.x, block, case.geometry),
-    )
-    used = case.row >= 0
-    cpu.linear.block_norms(case.dy, case.x, case.row[used], case.col[used], block, case.geometry)
-    if check:
-        check_kernels(cpu, case)
+    u, v = signs(pairs, case.grid.out_features, 1), signs(pairs, case.grid.in_features, 2)
+    sketch, norms, used = calls.sketch(case, u, v), calls.all_norms(case), case.row >= 0
+    if not isinstance(case, ConvCase):
+        calls.chosen_norms(case, case.row[used], case.col[used])
+    if not check:
+        for product in (calls.fwd, calls.dx, calls.dvalues, calls.backward):
+            product(case)
+        return
+    calls.check(case)
+    if isinstance(case, ConvCase):
+        check_conv_sketch(case, sketch, u, v)
+    else:
         check_sketch(case, sketch, u, v)
         check_norms(case, norms)
-    else:
-        cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry)
-        cpu.linear.dx(case.dy, case.values, index, case.geometry)
-        cpu.linear.dvalues(case.dy, case.x, index, block, case.geometry, case.values.dtype)
-        cpu.linear.backward(case.dy, case.x, case.values, index, case.geometry)
 
 
 def run_noise(calls: Calls, index: Index, block: tuple[int, int], seed: int) -> None:
@@ -319,28 +285,6 @@ def run_places(seed: int) -> None:
     edges = drawn(seed, seed % 50 + 1, 9).double().cumsum(0) + 1
     queries = torch.linspace(0, 0.999, count, dtype=torch.float64) * edges[-1]
     assert torch.equal(places.search(edges, queries), eager.search(edges, queries))
-
-
-def run_conv(case: ConvCase, pairs: int, *, check: bool) -> None:
-    """The same for a convolution."""
-    from sparsekern.kernels import cpu
-
-    from tests.oracle_conv2d import check_conv
-    from tests.oracle_conv2d_scores import check_conv_sketch
-    from tests.oracle_scores import signs
-
-    index, block, shape = case.index, case.grid.block, case.shape
-    u, v = signs(pairs, case.grid.out_features, 1), signs(pairs, case.grid.in_features, 2)
-    sketch = cpu.conv2d.sketch(case.dy, case.x, u, v, block, shape)
-    cpu.conv2d.all_block_norms(case.dy, case.x, block, shape)
-    if check:
-        check_conv(cpu, case)
-        check_conv_sketch(case, sketch, u, v)
-    else:
-        cpu.conv2d.fwd(case.x, case.values, case.bias, index, shape)
-        cpu.conv2d.dx(case.dy, case.values, index, shape, case.size)
-        cpu.conv2d.dvalues(case.dy, case.x, index, block, shape, case.values.dtype)
-        cpu.conv2d.backward(case.dy, case.x, case.values, index, shape)
 
 
 def main() -> int:

@@ -30,36 +30,28 @@ def diagonal(features: int, side: int) -> tuple[Tensor, Index]:
     return torch.eye(side).expand(blocks, side, side).contiguous(), build_index(topology)
 
 
+def product(x: Tensor, way: str, row: Tensor, col: Tensor, features: int) -> Tensor:
+    """Return ``x`` times identities at some places, by one of the kernels that read and write half precision."""
+    side = 1 if "1x1" in way else 16
+    values = torch.eye(side).expand(row.shape[0], side, side).contiguous()
+    if way.startswith("dx"):
+        index = build_index(Topology(Grid(x.shape[1], features, (side, side)), col, row))
+        return cpu.linear.dx(x, values, index, LinearShape(features, x.shape[1]))
+    index = build_index(Topology(Grid(features, x.shape[1], (side, side)), row, col))
+    parts = x.split(2) if way == "fwd few" else [x]
+    return torch.cat([cpu.linear.fwd(part, values, None, index, LinearShape(x.shape[1], features)) for part in parts])
+
+
 def through(x: Tensor, way: str) -> Tensor:
-    """Return ``x`` times the identity, by one of the kernels that read and write half precision."""
-    features = x.shape[1]
-    values, index = diagonal(features, 1 if "1x1" in way else 16)
-    if way == "fwd few":
-        return torch.cat(
-            [cpu.linear.fwd(part, values, None, index, LinearShape(part.shape[-1], features)) for part in x.split(2)]
-        )
-    if way.startswith("fwd"):
-        return cpu.linear.fwd(x, values, None, index, LinearShape(x.shape[-1], features))
-    return cpu.linear.dx(x, values, index, LinearShape(features, x.shape[-1]))
+    """Return ``x`` times the identity."""
+    place = torch.arange(x.shape[1] // (1 if "1x1" in way else 16), dtype=torch.int32)
+    return product(x, way, place, place.clone(), x.shape[1])
 
 
 def one_sum(way: str, a: Tensor, b: Tensor) -> Tensor:
     """Return ``a + b`` as the kernels round it: two weights of one, one product each, in one sum."""
-    side = 1 if "1x1" in way else 16
-    features = a.shape[1]
-    blocks = features // side
-    row = torch.arange(blocks, dtype=torch.int32).repeat(2)
-    col = torch.arange(2 * blocks, dtype=torch.int32)
-    values = torch.eye(side).expand(2 * blocks, side, side).contiguous()
-    x = torch.cat([a, b], 1)
-    if way.startswith("dx"):
-        index = build_index(Topology(Grid(2 * features, features, (side, side)), col, row))
-        return cpu.linear.dx(x, values, index, LinearShape(features, x.shape[-1]))
-    index = build_index(Topology(Grid(features, 2 * features, (side, side)), row, col))
-    pieces = x.split(2) if way == "fwd few" else [x]
-    return torch.cat(
-        [cpu.linear.fwd(piece, values, None, index, LinearShape(piece.shape[-1], features)) for piece in pieces]
-    )
+    place = torch.arange(2 * a.shape[1] // (1 if "1x1" in way else 16), dtype=torch.int32)
+    return product(torch.cat([a, b], 1), way, place % (place.shape[0] // 2), place, a.shape[1])
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -145,36 +137,14 @@ def test_sums_are_rounded_to_nearest_even(
 @pytest.mark.parametrize("dtype", HALVES)
 def test_sums_over_many_inputs_are_not_formed_in_half_precision(dtype: torch.dtype, side: int) -> None:
     """4096 ones: a float16 sum would stop at 2048, a bfloat16 sum at 256."""
-    topology = Topology(
-        Grid(side, 4096, (side, side)),
-        torch.zeros(4096 // side, dtype=torch.int32),
-        torch.arange(4096 // side, dtype=torch.int32),
-    )
-    ones, index = torch.ones(4096 // side, side, side).to(dtype), build_index(topology)
+    col = torch.arange(4096 // side, dtype=torch.int32)
+    index = build_index(Topology(Grid(side, 4096, (side, side)), torch.zeros_like(col), col))
+    ones, shape = torch.ones(4096 // side, side, side).to(dtype), LinearShape(4096, side)
 
     for tokens in (1, 30):
-        assert (
-            cpu.linear.fwd(
-                torch.ones(tokens, 4096).to(dtype),
-                ones,
-                None,
-                index,
-                LinearShape(torch.ones(tokens, 4096).to(dtype).shape[-1], side),
-            )
-            == 4096
-        ).all()
-    many = torch.ones(4096, side).to(dtype)
-    assert (
-        cpu.linear.dvalues(
-            many,
-            torch.ones(4096, 4096).to(dtype),
-            index,
-            (side, side),
-            LinearShape(torch.ones(4096, 4096).to(dtype).shape[-1], many.shape[-1]),
-            torch.float32,
-        )
-        == 4096
-    ).all()
+        assert (cpu.linear.fwd(torch.ones(tokens, 4096).to(dtype), ones, None, index, shape) == 4096).all()
+    x, dy = torch.ones(4096, 4096).to(dtype), torch.ones(4096, side).to(dtype)
+    assert (cpu.linear.dvalues(dy, x, index, (side, side), shape, torch.float32) == 4096).all()
 
 
 @pytest.mark.parametrize("side", [1, 16])
@@ -183,8 +153,6 @@ def test_dvalues_of_half_precision_inputs_keep_the_precision_of_their_sums(side:
     values, index = diagonal(side, side)
     x, dy = torch.ones(2, side).half(), torch.tensor([[1.0], [2**-13]]).expand(2, side).half()
 
-    assert (
-        cpu.linear.dvalues(dy, x, index, (side, side), LinearShape(x.shape[-1], dy.shape[-1]), torch.float32)
-        == 1 + 2**-13
-    ).all()
+    found = cpu.linear.dvalues(dy, x, index, (side, side), LinearShape(side, side), torch.float32)
+    assert (found == 1 + 2**-13).all()
     assert values.shape == (1, side, side)

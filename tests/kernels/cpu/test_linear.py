@@ -8,40 +8,26 @@ from dataclasses import replace
 import pytest
 import torch
 from sparsekern.kernels import cpu
-from sparsekern.kernels.contract import LinearShape
-from torch import Tensor
 
-from sparsekern.topology import Grid, Topology, build_index, mask_index
-from tests.kernels.cpu.linear_calls import (
+from sparsekern.topology import mask_index
+from tests.kernels.cpu.calls import (
     DTYPES,
+    PLAIN,
     SQUARES,
-    backward,
     check_backward_is_dx_and_dvalues,
     dvalues,
     dx,
     fwd,
-    ints,
     large_case,
     small_case,
     with_block,
 )
-from tests.oracle import (
-    DY_LAYOUTS,
-    X_LAYOUTS,
-    check_dvalues,
-    check_dx,
-    check_kernels,
-    check_y,
-    random_case,
-)
+from tests.oracle import DY_LAYOUTS, X_LAYOUTS, check_dvalues, check_dx, check_kernels, check_y, random_case
 
-pytestmark = pytest.mark.usefixtures("instructions")
+pytestmark = pytest.mark.usefixtures("instructions", "poisoned_memory")
 
 RECTANGLES = ((16, 32), (32, 16), (64, 16), (16, 128), (128, 32), (64, 128))
 TOKENS = (0, 1, 2, 8, 9, 15, 16, 17, 100, 300)
-
-
-# Against the oracle.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,6 +54,22 @@ def test_a_row_wider_than_a_panel_of_the_cache(dtype: torch.dtype, threads: Call
 
     check_kernels(cpu, random_case(3, rows=2, cols=375, out_features=30, in_features=5995, **wide))
     check_kernels(cpu, random_case(3, rows=375, cols=2, out_features=5995, in_features=30, **wide))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("sides", [(30, 16395), (16395, 30)])
+def test_more_tokens_than_are_packed_at_once(
+    sides: tuple[int, int], count: int, threads: Callable[[int], None]
+) -> None:
+    """Several panels are packed at a time, and that several times."""
+    threads(count)
+    out_features, in_features = sides
+    size = {"rows": -(-out_features // 16), "cols": -(-in_features // 16), "blocks": 300, "free": 1, "tokens": 500}
+    case = random_case(3, block=(16, 16), out_features=out_features, in_features=in_features, **size, **PLAIN)
+
+    check_backward_is_dx_and_dvalues(case)
+    check_dx(case, dx(case))
+    check_dvalues(case, dvalues(case), torch.float32)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -118,35 +120,6 @@ def test_a_full_layer_is_a_dense_one(block: tuple[int, int]) -> None:
     check_kernels(cpu, with_block(block, blocks=20, free=0))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 40])
-@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
-def test_a_layer_of_nothing_but_free_slots_gives_the_bias(block: tuple[int, int], tokens: int) -> None:
-    case = with_block(block, tokens=tokens)
-    case = replace(case, row=torch.full_like(case.row, -1), col=torch.full_like(case.col, -1))
-
-    assert case.bias is not None
-    assert torch.equal(fwd(case), case.bias.expand(tokens, -1))
-    assert not dx(case).any()
-    assert not dvalues(case).any()
-    assert not backward(case)[0].any() and not backward(case)[1].any()
-
-
-@pytest.mark.parametrize("block", [(1, 1), (16, 16)])
-def test_a_layer_of_no_slots(block: tuple[int, int]) -> None:
-    grid = Grid(3 * block[0], 2 * block[1], block)
-    index = build_index(Topology(grid, ints(), ints()))
-    x, dy, values = torch.ones(5, grid.in_features), torch.ones(5, grid.out_features), torch.zeros(0, *block)
-
-    assert not cpu.linear.fwd(x, values, None, index, LinearShape(x.shape[-1], grid.out_features)).any()
-    assert not cpu.linear.dx(dy, values, index, LinearShape(grid.in_features, dy.shape[-1])).any()
-    assert cpu.linear.dvalues(dy, x, index, block, LinearShape(x.shape[-1], dy.shape[-1]), torch.float32).shape == (
-        0,
-        *block,
-    )
-    assert not cpu.linear.backward(dy, x, values, index, LinearShape(x.shape[-1], dy.shape[-1]))[0].any()
-    assert cpu.linear.backward(dy, x, values, index, LinearShape(x.shape[-1], dy.shape[-1]))[1].shape == (0, *block)
-
-
 def test_a_bias_of_any_strides() -> None:
     case = small_case()
     assert case.bias is not None
@@ -160,72 +133,6 @@ def test_values_of_any_strides() -> None:
     case = small_case()
 
     check_kernels(cpu, replace(case, values=case.values.transpose(1, 2).contiguous().transpose(1, 2)))
-
-
-@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_of_another_dtype_are_rounded_when_read(dtype: torch.dtype, block: tuple[int, int]) -> None:
-    """As under autocast: float32 values, and inputs of the compute dtype."""
-    case = with_block(block, dtype=dtype, values_dtype=torch.float32, tokens=40)
-
-    y, grad = fwd(case), dx(case)
-
-    assert y.dtype == grad.dtype == dtype
-    check_y(case, y)
-    check_dx(case, grad)
-    check_backward_is_dx_and_dvalues(case)
-
-
-@pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_dvalues_come_in_the_dtype_that_is_asked_for(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    for block in ((1, 1), (16, 32)):
-        case = with_block(block, dtype=x_dtype, tokens=40)
-
-        check_dvalues(case, dvalues(case, dtype), dtype)
-
-
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> None:
-    for block in ((1, 1), (16, 32)):
-        case = with_block(block, tokens=40)
-        index = case.index
-        expected = dvalues(case), fwd(case), dx(case), dx(case), dvalues(case)
-        torch.set_default_dtype(default)
-        try:
-            with torch.device("meta"):
-                found = (
-                    cpu.linear.dvalues(case.dy, case.x, index, block, case.geometry, torch.float32),
-                    cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry),
-                    cpu.linear.dx(case.dy, case.values, index, case.geometry),
-                    *cpu.linear.backward(case.dy, case.x, case.values, index, case.geometry),
-                )
-                empty = cpu.linear.dvalues(case.dy[:0], case.x[:0], index, block, case.geometry, torch.float32)
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert (empty.dtype, empty.device.type) == (torch.float32, "cpu")
-
-
-def negated(x: Tensor) -> Tensor:
-    """The same numbers as a view of memory that holds them with the other sign."""
-    view = torch.complex(torch.zeros(()), -x).conj().imag
-    assert view.is_neg() and torch.equal(view, x)
-    return view
-
-
-@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
-def test_negated_views_keep_their_sign(block: tuple[int, int]) -> None:
-    case = with_block(block, tokens=40)
-    assert case.bias is not None
-    views = {"x": negated(case.x), "dy": negated(case.dy), "bias": negated(case.bias), "values": negated(case.values)}
-    same = replace(case, **views)
-
-    assert torch.equal(fwd(same), fwd(case))
-    assert torch.equal(dx(same), dx(case))
-    assert torch.equal(dvalues(same), dvalues(case))
-    assert torch.equal(backward(same)[0], dx(case)) and torch.equal(backward(same)[1], dvalues(case))
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
