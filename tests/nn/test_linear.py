@@ -20,22 +20,28 @@ def test_the_arguments_are_those_of_nn_linear_in_order():
     assert ours[: len(theirs)] == theirs
 
 
-def test_it_computes_what_its_dense_twin_computes():
-    layer = sk.SparseLinear(45, 70, sparsity=0.7, block_size=(16, 8))
-    dense = layer.to_dense()
-    x, y = (torch.randn(3, 7, 45, dtype=torch.float64).requires_grad_() for _ in range(2))
-    y.data.copy_(x.data)
-    layer, dense = layer.double(), dense.double()
-    out = layer(x)
-    torch.testing.assert_close(out, dense(y))
-    out.square().sum().backward()
-    dense(y).square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad)
-    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
-    kept = layer.dense_weight() != 0
-    grads = copy.deepcopy(layer)
-    grads.values.data.copy_(layer.values.grad)
+def assert_computes_like_its_dense_layer(module, x: torch.Tensor) -> nn.Module:
+    """Check outputs and all gradients of a float64 layer; return its dense layer."""
+    dense = module.to_dense()
+    x, z = (x.detach().clone().requires_grad_() for _ in range(2))
+    y, expected = module(x), dense(z)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(module.dense_forward(z, dense.weight), expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+    if module.bias is not None:
+        torch.testing.assert_close(module.bias.grad, dense.bias.grad)
+    kept = module.dense_weight() != 0
+    grads = copy.deepcopy(module)
+    grads.values.data.copy_(module.values.grad)
     torch.testing.assert_close(grads.dense_weight()[kept], dense.weight.grad[kept])
+    return dense
+
+
+def test_it_computes_what_its_dense_twin_computes():
+    layer = sk.SparseLinear(45, 70, sparsity=0.7, block_size=(16, 8), dtype=torch.float64)
+    assert_computes_like_its_dense_layer(layer, torch.randn(3, 7, 45, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("bias", [True, False])
