@@ -2,7 +2,7 @@
 
 
 def _use_kernels_beside_package() -> None:
-    """In a checkout, let `sparsekern.kernels` (and nothing else) come from ../kernels."""
+    """Import `sparsekern.kernels` (and nothing else) from ../kernels in a checkout."""
     from pathlib import Path
 
     here = Path(__file__).parent  # not resolve(): strict editable trees are made of links

@@ -46,7 +46,7 @@ MOST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory of freed CPU tensors for the next ones, up to 2 GiB at the end of its heap.
+    """Keep the memory of freed CPU tensors in this process for the next ones, up to 2 GiB at the end of its heap.
 
     Otherwise glibc gives memory back to the system when large tensors are freed, that of 32 MiB and more each time, and
     the next ones are cleared anew, page by page. Of the steps of a sparse layer whose kernels took 5.4 ms some took 8.4

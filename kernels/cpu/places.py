@@ -1,4 +1,4 @@
-"""What an update of the topology does with lists of places, by counting instead of sorting, on the native library.
+"""Operations on lists of places that an update of the topology needs, by counting instead of sorting, in C++.
 
 The functions are those of :mod:`sparsekern.kernels.eager.places`, and return the same numbers. A list that is
 ``(n,)`` there takes at most 12 bytes an entry in the scratch of the library here.

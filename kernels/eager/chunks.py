@@ -1,4 +1,4 @@
-"""How the eager kernels stay within a bounded scratch: tokens or image rows in panels, blocks in chunks."""
+"""Panels of tokens or image rows and chunks of blocks, by which the eager kernels keep their scratch bounded."""
 
 from __future__ import annotations
 

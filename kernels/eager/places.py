@@ -1,4 +1,4 @@
-"""What an update of the topology does with lists of places, in plain PyTorch: any device.
+"""Operations on lists of places that an update of the topology needs, in plain PyTorch: any device.
 
 A key is the place ``row * C + col`` as one number, below the number of cells. ``kernels/cpu/places.py`` does the same
 without sorts; what both return is the same to the last number.

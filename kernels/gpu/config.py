@@ -1,4 +1,4 @@
-"""How a kernel is cut and scheduled, and what that choice may depend on.
+"""Configurations of kernels: tile sizes and scheduling, and the problem that they are chosen for.
 
 A configuration is chosen by a :class:`Problem`: the kernel, the architecture, dtype and block, and the *magnitude* of
 tokens and of blocks per row. Never by the number of blocks or where they are: a topology that moves must not recompile.

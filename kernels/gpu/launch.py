@@ -1,4 +1,4 @@
-"""What all launchers of this folder need: aligned rows, the precision of float32, the device."""
+"""Helpers of all launchers in this folder: aligned rows, the precision of float32, the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a token of a convolution is: the number of its pixel in x, and the coordinates at which its window begins.
+"""Coordinates of the tokens of a convolution: the number of the pixel in x, and where its window begins.
 
 Tokens are numbered image by image and row by row of y; the pixels of x likewise. All are int32: ``aligned_images``
 sees to it. Kernels that sum over tokens carry the place of each from one tile to the next: dividing anew in every turn

@@ -1,4 +1,4 @@
-"""Which configuration a call gets: a measured one where there is one, else the best guess of the roofline.
+"""Choice of a call's configuration: a measured one where there is one, else the best guess of the roofline.
 
 ``SPARSEKERN_AUTOTUNE`` says how:
 
@@ -50,7 +50,7 @@ def choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
 
 
 def forget() -> None:
-    """Let the next calls read the environment and the tables again."""
+    """Forget what was chosen: the next calls read the environment and the tables again."""
     _chosen.clear()
     package_data.cache_clear()
 

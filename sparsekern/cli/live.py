@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar on a terminal, a line an epoch elsewhere."""
+"""Progress of a run: a bar on a terminal, a line per epoch elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command does around its work: what it prints and where, Ctrl-C, exit codes, errors of one line."""
+"""The frame of every command: what it prints and where, Ctrl-C, exit codes, errors of one line."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class CompareObserver(Observer):
     """What a comparison tells while it goes on, beside what its runs tell."""
 
     def cell(self, name: str, config: Config, number: int, total: int) -> None:
-        """The run of a cell begins, or goes on; it is that many of all. Not called of one that is finished."""
+        """Report that the run of a cell begins or goes on, as ``number`` of ``total``; not called for finished runs."""
 
 
 def default_folder(now: datetime) -> Path:

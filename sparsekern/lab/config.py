@@ -139,7 +139,7 @@ class Config:
                 object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
 
     def _ask_method(self) -> None:
-        """Let the preset name the method; raise ValueError if they disagree, or an option is not the method's."""
+        """Take the method from the preset; raise ValueError if they disagree, or an option is not the method's."""
         self._check("preset", self.preset is None or self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         implied = METHOD if self.preset is None else _name_of(PRESETS[self.preset].method)
         if self.method is OF_RECIPE:

@@ -1,4 +1,4 @@
-"""Where the blocks of a network were while it trained: a film of small images, whose size is bounded.
+"""A film of the blocks of a network while it trained: small images, bounded in number and size.
 
 It is part of a checkpoint's state, so a run that was killed and resumed has the same film as one that was not.
 """

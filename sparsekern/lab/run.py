@@ -39,16 +39,16 @@ from sparsekern.ops import BACKENDS, supports
 
 
 class Observer:
-    """What a run tells while it goes on; the methods do nothing and may be overridden."""
+    """Callbacks of a run; the methods do nothing and may be overridden."""
 
     def begin(self, config: Config, batches: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Training begins, or goes on after ``rows``; an epoch of one network has that many batches."""
+        """Report that training begins, or goes on after ``rows``; ``batches`` are those of one network in an epoch."""
 
     def step(self, learner: Learner, loss: float) -> None:
-        """A step is done."""
+        """Report a step."""
 
     def row(self, row: dict[str, Any]) -> None:
-        """A network has finished an epoch; its row of ``metrics.jsonl``."""
+        """Report that a network has finished an epoch, by its row of ``metrics.jsonl``."""
 
     def should_stop(self) -> bool:
         """Return whether to save and stop; asked before every step."""

@@ -195,7 +195,7 @@ class Learner:
         return self._batch(self._order[1], self.batch, "augment")
 
     def _refresh(self) -> None:
-        """Let AGENT pass over the training set in an order of its own, and take its snapshot; timed with the steps."""
+        """Run AGENT's pass over the training set in an order of its own and take its snapshot; timed with the steps."""
         if self.agent is None or self.agent.every is not None:
             return
         order = self._draw_order("agent order")

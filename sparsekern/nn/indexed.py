@@ -291,7 +291,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def lend_index(layer: Indexed, index: Index) -> Iterator[None]:
-    """Let a layer compute with another index, such as one from :func:`~sparsekern.topology.mask_index`.
+    """Make a layer compute with another index, such as one from :func:`~sparsekern.topology.mask_index`.
 
     The layer's topology does not change. A backward may follow after the context ends, if ``index`` has not been
     written to since. Compiled code is reused if every call passes the same tensors

@@ -1,4 +1,4 @@
-"""How an op is registered: schema, fake, implementation, autocast, in the form that costs least per call.
+"""Registration of ops: schema, fake, implementation, autocast, in the form that costs least per call.
 
 ``Library.define/impl`` with an ``autograd.Function`` at the ``Autograd`` key has half the call overhead of
 ``torch.library.custom_op``, gives one graph under ``torch.compile``, and passes ``opcheck``.

@@ -1,4 +1,4 @@
-"""Which blocks: scores of stored blocks, and choices among them."""
+"""Scores of stored blocks, and choices among them."""
 
 from __future__ import annotations
 

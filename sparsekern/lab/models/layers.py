@@ -1,4 +1,4 @@
-"""What several families share: a convolution without bias, its width, and the initial values of He et al. 2015."""
+"""Layers that several families share: a convolution without bias, its width, and initial values of He et al. 2015."""
 
 from __future__ import annotations
 

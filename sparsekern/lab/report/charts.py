@@ -153,7 +153,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _take_text_literally(figure: Figure) -> None:
-    r"""Let ``$`` begin no formula in a figure, and show control characters as escapes. Call it before saving.
+    r"""Turn off formulas in ``$`` in a figure, and show control characters as escapes. Call it before saving.
 
     A file named ``$\frac{1}{$.npz`` would end the drawing with an error of the formula.
     """

@@ -240,7 +240,7 @@ class AGENT(Attached):
         self._correction.variance.restart()
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Let the model compute as the network that is being trained: :meth:`Method.evaluation`."""
+        """Return a context in which the model is the network that is being trained: :meth:`Method.evaluation`."""
         return nullcontext() if self.method is None else self.method.evaluation()
 
     def follow(self, target: Tensor | nn.Module, *, layer: str | None = None, on_move: OnMove = "zero") -> None:

@@ -258,7 +258,7 @@ class VRPGE(Method):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Let the model compute with the units that :meth:`finish` would keep now. Not around :meth:`backward`."""
+        """Compute, in this context, with the units that :meth:`finish` would keep now. Not around :meth:`backward`."""
         with nullcontext() if self.finished else self._masked.lending(self.budget.top(self.probabilities.value)):
             yield
 
