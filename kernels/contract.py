@@ -1,4 +1,4 @@
-"""What every backend offers, and the data that its kernels read.
+"""The contract of the kernels: the functions that every backend offers, and the data that they read.
 
 One letter per axis, used in all kernels and their tests:
 
@@ -214,14 +214,14 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def entry_columns(index: Index, block: tuple[int, int], start: int, stop: int) -> Tensor:
-    """Return the block columns of entries ``start`` to ``stop`` of the row lists; any legal one for a free slot."""
+    """Return the block columns of entries ``start`` to ``stop`` of the row lists; any valid one for a free slot."""
     if block == (1, 1):
         return index.row_col.index_select(0, index.row_slot[start:stop]).clamp_(min=0)
     return index.row_col[start:stop]
 
 
 def entry_rows(index: Index, block: tuple[int, int], start: int, stop: int) -> Tensor:
-    """Return the block rows of entries ``start`` to ``stop`` of the column lists; any legal one for a free slot."""
+    """Return the block rows of entries ``start`` to ``stop`` of the column lists; any valid one for a free slot."""
     if block == (1, 1):
         return index.col_row.index_select(0, index.col_slot[start:stop]).clamp_(min=0)
     return index.col_row[start:stop]

@@ -184,7 +184,7 @@ def _is_truncated(file: Path) -> bool:
     """Return whether an ELF file ends before its table of sections, the last thing in it: opening it would crash."""
     with file.open("rb") as opened:
         header = opened.read(64)
-    if not header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian; what is none is refused by dlopen
+    if not header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian; dlopen refuses any other file itself
         return False
     if len(header) < 64:
         return True
@@ -205,9 +205,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def threads() -> int:
-    """Return how many threads a call may take: one in a forked child, which OpenMP's threads did not come to.
+    """Return how many threads a call may take: one in a forked child, which has none of its parent's OpenMP threads.
 
-    The library says so too, to children of a process that had opened it; this is for one that is opened in the child.
+    A library that was opened before the fork checks this itself; this covers one that is first opened in the child.
     """
     return 1 if _forked else torch.get_num_threads()
 
@@ -229,13 +229,13 @@ def call(name: str, *calls: Call) -> None:
 
 
 def positive(x: Tensor) -> Tensor:
-    """Return a tensor that is no negated view: the library reads memory, where that flag is not."""
+    """Return a tensor that is no negated view: the library reads memory, which does not show the negation."""
     return x.resolve_neg() if x.is_neg() else x
 
 
 def numbers(x: Tensor) -> Tensor:
     """Return a tensor as the library reads weights: contiguous float32."""
-    # Each question costs less than a conversion that changes nothing.
+    # Each check costs less than a conversion that changes nothing.
     x = positive(x if x.dtype is torch.float32 else x.float())
     return x if x.is_contiguous() else x.contiguous()
 
@@ -246,7 +246,7 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def takes_bfloat16() -> bool:
-    """Return whether the live instruction set multiplies bfloat16 numbers itself, except at 1x1."""
+    """Return whether the instruction set in use has products of bfloat16, except at 1x1."""
     library, _ = load()
     return library is not None and bool(library.sk_bfloat16())
 

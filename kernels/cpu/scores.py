@@ -1,4 +1,4 @@
-"""What the scores of both geometries share: norms of blocks, a chunk at a time, and the tiles of a sketch."""
+"""Scores of both geometries: norms of blocks, a chunk at a time, and the tiles of a sketch."""
 
 from __future__ import annotations
 

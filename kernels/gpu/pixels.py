@@ -25,7 +25,7 @@ def place_of_next_token(
     pixel, y, x, tokens: tl.constexpr,
     height, width, height_out, width_out, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
 ):  # fmt: skip
-    """Return the place so many tokens further on: an addition and a carry for each coordinate."""
+    """Return the place ``tokens`` further on: an addition and a carry for each coordinate."""
     images, in_image = tokens // (height_out * width_out), tokens % (height_out * width_out)
     ahead_y, ahead_x = in_image // width_out * STRIDE_Y, in_image % width_out * STRIDE_X
     end_y, end_x = height_out * STRIDE_Y, width_out * STRIDE_X

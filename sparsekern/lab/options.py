@@ -137,7 +137,7 @@ _ALL = (
         low=1,
         part="recipe",
     ),
-    Option("score_tokens", int, "Score on so many tokens of a batch instead of all.", SCORED),
+    Option("score_tokens", int, "Score on this many tokens of a batch instead of all.", SCORED),
     Option("scoring", str, "How absent blocks are scored.", ("rigl",), SCORINGS),
     Option("sketches", int, "Numbers a block when screening.", ("rigl",)),
     Option("shortlist", float, "Times more places are scored exactly than are grown, when screening.", ("rigl",)),

@@ -217,7 +217,7 @@ def check_run(name: str, folder: Path, wanted: str = "the folder of a run") -> N
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a JSON file, whole or not at all, and return its content: the given one with a format version."""
+    """Write a JSON file atomically; return its content, which is the given one with a format version."""
     whole = {"format_version": FORMAT_VERSION, **content}
     write_text(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
     return whole
@@ -265,7 +265,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text, whole or not at all."""
+    """Write a text file atomically."""
     replace(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
