@@ -93,7 +93,7 @@ def raised(thing: object) -> set[str]:
     """Return the names of what a function raises itself."""
     body = thing if isinstance(thing, FunctionType) else vars(thing).get("__post_init__", vars(thing).get("__init__"))
     if (
-        getattr(body, "__module__", None) == "dataclasses"
+        getattr(body, "__module__", None) in ("dataclasses", "typing")
         or not inspect.isfunction(body)
         or "<string>" in inspect.getfile(body)
     ):

@@ -22,9 +22,9 @@ from sparsekern.ops import marginals, probes
 from sparsekern.topology import sampling as cells
 from sparsekern.training import followers, metrics, scores
 from sparsekern.training.growth import competition, gse
-from sparsekern.training.growth.probe_set import ArmedProbes
+from sparsekern.training.growth.probe_set import ProbeSet
 from sparsekern.training.schedules import Schedule
-from sparsekern.training.vrpge import candidates, masked, projection, sampling
+from sparsekern.training.vrpge import candidates, masked, probabilities, projection
 from tests import test_methods_conv2d as t_conv
 from tests import test_true_gradient as t_true
 from tests.kernels.eager import test_places as t_places
@@ -42,8 +42,8 @@ from tests.training.growth import test_gse as t_gse
 from tests.training.growth import test_rigl as t_rigl
 from tests.training.vrpge import test_candidates as t_candidates
 from tests.training.vrpge import test_masked as t_masked
+from tests.training.vrpge import test_probabilities as t_sampling
 from tests.training.vrpge import test_projection as t_projection
-from tests.training.vrpge import test_sampling as t_sampling
 from tests.training.vrpge import test_vrpge as t_vrpge
 
 
@@ -234,14 +234,14 @@ MUTATIONS: dict[str, Mutation] = {
         partial(t_gradient.test_what_moves, "GSE"),
     ),
     "answers outlive gradients that were dropped": (
-        ArmedProbes._drop,
+        ProbeSet._drop,
         "self.probes[name].tensor.grad = None",
         "pass",
         partial(t_gradient.test_a_skipped_step_leaves_no_trace, "GSE", False, "in the last layer only"),
     ),
     "answers outlive gradients that were set to zero": (
-        ArmedProbes._drop,
-        "dropped & left.anything",
+        ProbeSet._drop,
+        "dropped & left.nonzero",
         "~left.anything",
         partial(t_true.test_what_grows_is_largest_in_the_gradient_that_the_optimizer_takes, "linear", "GSE", GAN),
     ),
@@ -260,31 +260,31 @@ MUTATIONS: dict[str, Mutation] = {
         t_schedules.test_the_cosine_by_hand,
     ),
     "free slots count as blocks": (
-        metrics.Books.note,
+        metrics.TopologyMetrics.add,
         "stored_blocks(layer.index)",
         "layer.topology.slots",
         t_books.test_by_hand,
     ),
     "scores are divided by K": (
-        sampling.score_gradient,
+        probabilities.score_gradient,
         "/ (count - 1)",
         "/ count",
         t_sampling.test_by_hand,
     ),
     "scores are scaled by the variance": (
-        sampling.score_gradient,
+        probabilities.score_gradient,
         "(s * (1 - s)).sqrt()",
         "(s * (1 - s))",
         partial(t_sampling.test_unbiased_for_the_scaled_gradient_of_the_expected_loss, 2),
     ),
     "masks are of what is left out": (
-        sampling.draw_masks,
+        probabilities.draw_masks,
         "torch.lt(chance, below, out=part)",
         "torch.lt(chance, 1 - below, out=part)",
         t_sampling.test_counts_of_masks_are_binomial,
     ),
     "a budget is exceeded by one": (
-        sampling.top_units,
+        projection.top_units,
         ".cumsum(0) <=",
         ".cumsum(0) - 1 <=",
         t_sampling.test_the_likeliest_within_the_budget_and_ties_go_to_the_first,
@@ -320,7 +320,7 @@ MUTATIONS: dict[str, Mutation] = {
         partial(t_masked.test_passes_under_masks_by_hand, False),
     ),
     "the optimizer moves what no mask held": (
-        sk.VRPGE._before_step,
+        sk.VRPGE.before_step,
         "else self._masks[0]",
         "else self._masks[0] | True",
         partial(t_vrpge.test_blocks_that_no_mask_held_are_untouched_state_included, t_vrpge.sgd),

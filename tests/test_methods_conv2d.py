@@ -68,7 +68,7 @@ def test_gse_scores_are_the_norms_of_the_dense_gradients_blocks(name, distributi
     layer = conv(name, block)
     method = build(layer, sk.GSE, distribution=distribution)
     kept = {}
-    method._forget_scores = lambda: kept.update(method._offers)
+    method._clear_scores = lambda: kept.update(method._offers)
     before = layer.topology.keys().clone()
     for step in range(2):
         blocks = step_of(layer, method, step)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sparsekern as sk
-from sparsekern.training.optimizer_state import unwrapped
+from sparsekern.training.attachment import unwrapped
 from tests.training.test_base import batch, make
 
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}

@@ -16,7 +16,7 @@ from sparsekern.lab.options import OPTIONS, STOP, Value, check_options, in_words
 from sparsekern.lab.recipes import RECIPES, Recipe, find
 from sparsekern.lab.tasks import AUGMENTATIONS, Task
 from sparsekern.topology import check_sparsity
-from sparsekern.training import METHODS, PRESETS, Method
+from sparsekern.training import METHODS, PRESETS, VRPGE, Method
 
 SMALL_DATA = 10_000
 """Training examples up to which a data set counts as small and is trained on for more epochs by default."""
@@ -290,7 +290,7 @@ def resolve(config: Config, task: Task) -> Run:
         arguments["start"] = int(arguments["start"])
     layers = {"distribution": recipe.distribution} | ({} if chosen is None else dict(chosen.layers))
     layers |= part_of("recipe", options)
-    pool = layers.pop("pool", method.pool)
+    pool = layers.pop("pool", VRPGE.pool)
     agent, transform = part_of("agent", options), part_of("transform", options)
     return Run(
         config=config,
@@ -301,7 +301,7 @@ def resolve(config: Config, task: Task) -> Run:
         steps=steps,
         method=method,
         arguments=arguments,
-        pool=float(pool) if method.pool > 1 else None,
+        pool=float(pool) if issubclass(method, VRPGE) else None,
         agent={name.removeprefix("agent_"): v for name, v in agent.items()} if agent.pop("agent", False) else None,
         layers=layers,
         transform=transform.get("transform"),

@@ -16,7 +16,7 @@ from sparsekern.lab.config import Config, Run, resolve
 from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
 from sparsekern.lab.train import Learner
-from sparsekern.training import AGENT
+from sparsekern.training import AGENT, NetworkSampler
 
 PERIOD = 4
 """Steps between updates while counting: room for two steps of probes and one without."""
@@ -57,7 +57,7 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
         extra = max(0.0, _flops(moving, period) - usual * period)
         flops = usual * stop + after * (steps - stop) + extra * updates
         if agent is not None and agent.gamma > 0:
-            begin = 0 if real.method.settled else stop
+            begin = stop if isinstance(real.method, NetworkSampler) else 0
             flops += _agent_flops(agent, real, begin, after if begin else usual)
     if agent is not None:
         moving = _with_correction(run, network, period)

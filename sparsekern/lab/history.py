@@ -84,7 +84,7 @@ class History:
         self._layers = {name: layer for name, layer in layers.items() if name in largest}
         self._views = {name: view_of(layer.grid) for name, layer in self._layers.items()}
         self._method = method
-        self._start: dict[str, Tensor] = dict(method.books.start)
+        self._start: dict[str, Tensor] = dict(method.first_keys)
         self._frames: list[dict[str, Any]] = [] if state is None else list(state["frames"])
         self._every = 1 if state is None else state["every"]
         self._updates = method.updates

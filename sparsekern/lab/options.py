@@ -9,8 +9,8 @@ from typing import Any
 
 from sparsekern.errors import InputError
 from sparsekern.training import METHODS
-from sparsekern.training.agent.checks import ESTIMATES
-from sparsekern.training.agent.checks import SCOPES as AGENT_SCOPES
+from sparsekern.training.agent.agent import ESTIMATES
+from sparsekern.training.agent.agent import SCOPES as AGENT_SCOPES
 from sparsekern.training.growth.gse import DISTRIBUTIONS
 from sparsekern.training.growth.rigl import SCORINGS
 from sparsekern.training.schedules import ANNEALS

@@ -293,7 +293,7 @@ def _block_map(sparse: Learner) -> dict[str, Any]:
         "rows": layer.grid.rows,
         "cols": layer.grid.cols,
         "kernel": layer.grid.kernel,
-        "start": sparse.method.books.start[name],
+        "start": sparse.method.first_keys[name],
         "end": layer.topology.sorted_keys().cpu(),
     }
 

@@ -21,6 +21,7 @@ from sparsekern.lab.networks import build, build_agent, build_method
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import sparse_layers
 from sparsekern.topology import generator_for
+from sparsekern.training import NetworkSampler
 
 WARM_UP = 5
 """Steps at the start that are not timed: they allocate the optimizer's state and fill caches."""
@@ -128,7 +129,7 @@ class Learner:
     def evaluate(self) -> dict[str, float]:
         """Return the metric of the network, and what else the task measures."""
         self.model.eval()
-        with nullcontext() if self.method is None else self.method.evaluation():
+        with self.method.evaluation() if isinstance(self.method, NetworkSampler) else nullcontext():
             scores = self.task.evaluate(self.model)
         self.model.train()
         return scores

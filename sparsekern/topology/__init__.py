@@ -32,12 +32,14 @@ from sparsekern.topology.sampling import (
     sample_pairs,
 )
 from sparsekern.topology.topology import (
+    Move,
     Topology,
     check_multiple,
     check_tied,
     from_keys,
     one_tap,
     tie,
+    to_places,
     with_capacity,
 )
 
@@ -47,6 +49,7 @@ __all__ = [
     "Grid",
     "Index",
     "IndexSource",
+    "Move",
     "Topology",
     "allocate",
     "are_absent",
@@ -88,5 +91,6 @@ __all__ = [
     "stored_blocks",
     "tie",
     "to_dense",
+    "to_places",
     "with_capacity",
 ]

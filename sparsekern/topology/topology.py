@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,6 +170,20 @@ class Topology:
             f"slots {first} and {second} are both at block ({int(self.row[first])}, {int(self.col[first])}); "
             "each block is stored once"
         )
+
+
+class Move(NamedTuple):
+    """A move of the blocks of ``slots (k,)`` to block rows ``row (k,)`` and block columns ``col (k,)``."""
+
+    slots: Tensor
+    row: Tensor
+    col: Tensor
+
+
+def to_places(slots: Tensor, keys: Tensor, grid: Grid) -> Move:
+    """Return the move of ``slots (k,)`` to the cells ``keys (k,)``, ``row * C + col``; a key of -1 frees the slot."""
+    keys = keys.int()
+    return Move(slots, *places_for(keys).places_of(keys, grid.cols))
 
 
 def from_keys(grid: Grid, keys: Tensor, *, checked: bool = False) -> Topology:

@@ -1,18 +1,19 @@
-"""Methods that move blocks while the network learns: a file or a folder each."""
+"""Training methods: they move the blocks of sparse layers while a network trains."""
 
+from sparsekern.topology import Move
 from sparsekern.training.agent import AGENT
-from sparsekern.training.base import Method
-from sparsekern.training.followers import Followers, Move
+from sparsekern.training.base import Method, NetworkSampler
+from sparsekern.training.followers import Followers
 from sparsekern.training.growth import GSE, GradientMethod, RigL
+from sparsekern.training.passes import recalibrate_norms
 from sparsekern.training.presets import PRESETS, Preset, preset
-from sparsekern.training.recalibrate import recalibrate_norms
 from sparsekern.training.schedules import Schedule
 from sparsekern.training.set import SET
 from sparsekern.training.static import Static
 from sparsekern.training.vrpge import VRPGE
 
 METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL, "gse": GSE, "vrpge": VRPGE}
-"""By the name that the command line uses."""
+"""The methods by their names on the command line."""
 
 __all__ = [
     "AGENT",
@@ -25,6 +26,7 @@ __all__ = [
     "GradientMethod",
     "Method",
     "Move",
+    "NetworkSampler",
     "Preset",
     "RigL",
     "Schedule",

@@ -1,4 +1,4 @@
-"""What ties a method to the steps of an optimizer and to the layers of a model, and how that ends."""
+"""The tie between a method, the steps of its optimizer and the layers of its model: hooks, ownership, freezing."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _log = logging.getLogger("sparsekern")
 
 _owners: weakref.WeakKeyDictionary[Any, weakref.ref[Attached]] = weakref.WeakKeyDictionary()
-"""Who acts on a layer or an optimizer now."""
+"""The object that currently acts on a layer or an optimizer."""
+
+WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer")
+"""Classes of accelerate and Lightning that pass every step on to another optimizer and keep no state themselves."""
 
 
 class Attached:
-    """Something that acts in the steps of an optimizer, until it is closed or nobody refers to it any more.
+    """Base of objects that act at each step of an optimizer until they are closed or garbage collected.
 
-    Hooks do not keep it alive. A copy, by ``copy.deepcopy`` or a pickle, is attached to its copy of the optimizer.
+    The optimizer's hooks do not keep the object alive. A copy, by ``copy.deepcopy`` or a pickle, is attached to its
+    copy of the optimizer.
 
     Attributes:
-        closed: whether :meth:`close` was called, by a user or for something that was built later in its place.
+        closed: whether :meth:`close` was called, by the user or because another object took this one's place.
     """
 
     optimizer: torch.optim.Optimizer
     closed: bool = False
 
     def attach(self, places: Iterable[Any]) -> None:
-        """Take the place of what acted on these layers or this optimizer before, and close that."""
-        self._hooks: list[tuple[str, str]] = []
+        """Register hooks on the optimizer, and detach whatever acted on these layers or optimizers before."""
         self._handles: list[Any] = []
         self._places = list(places)
         self._freeze = Freeze()
@@ -44,43 +48,46 @@ class Attached:
             before = None if owner is None else owner()
             if before is not None and before is not self and not before.closed:
                 _log.info("%s takes the place of the %s built before, which is closed", type(self).__name__, before)
-                before.leave()
+                before.detach()
             _owners[place] = weakref.ref(self)
+        me = weakref.ref(self)
 
-    def hook(self, when: str, name: str) -> None:
-        """Call a method ``(optimizer, args, kwargs)`` of this object at each step of the optimizer.
+        def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            attached = me()
+            if attached is not None and not is_rehearsal(optimizer):
+                attached.before_step()
+
+        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            attached = me()
+            if attached is not None:
+                attached.after_step(_was_made(optimizer))
+
+        if type(self).before_step is not Attached.before_step:
+            self._handles.append(self.optimizer.register_step_pre_hook(before_step))
+        self._handles.append(self.optimizer.register_step_post_hook(after_step))
+
+    def before_step(self) -> None:
+        """Called before each step of the optimizer; does nothing by default."""
+
+    def after_step(self, made: bool) -> None:
+        """Called after each step of the optimizer; does nothing by default.
 
         Args:
-            when: ``"before"`` or ``"after"`` the step.
-            name: of the method.
+            made: False for a step that gradient scaling skipped, or that only initialized the optimizer's state.
         """
-        self._hooks.append((when, name))
-        self._register(when, name)
 
-    def _register(self, when: str, name: str) -> None:
-        owner = weakref.ref(self)
-
-        def act(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            attached = owner()
-            if attached is not None:
-                getattr(attached, name)(optimizer, args, kwargs)
-
-        optimizer = self.optimizer
-        register = optimizer.register_step_pre_hook if when == "before" else optimizer.register_step_post_hook
-        self._handles.append(register(act))
-
-    def leave(self) -> None:
-        """Act no more; subclasses add what else ends."""
+    def detach(self) -> None:
+        """Remove all hooks; subclasses add what else they registered."""
         self.closed = True
         _remove(self._handles)
 
     def close(self) -> None:
-        """Act no more: the optimizer and the model are as if this had never been built, but for the blocks that moved.
+        """Stop acting: remove every hook from the optimizer and the model. Blocks that moved stay where they are.
 
-        ``metrics()`` and ``state_dict()`` still answer. Does nothing the second time.
+        ``metrics()`` and ``state_dict()`` still work. A second call does nothing.
         """
         if not self.closed:
-            self.leave()
+            self.detach()
 
     def check_open(self) -> None:
         """Raise RuntimeError if this is closed."""
@@ -92,20 +99,21 @@ class Attached:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Hold back what writes into the topology, so that another thread can evaluate the model meanwhile.
+        """Keep the topology as it is, so that another thread can evaluate the model meanwhile.
 
-        An update, and what else exchanges blocks (the passes of AGENT and VR-PGE), waits until every such context ends;
-        several may be open at once, and one that is opened while an update waits comes after it, so do not wait in one
-        for a thread that is to open another. The optimizer's steps do not wait: values may change while they are read.
+        Whatever writes into the topology (an update, the extra passes of AGENT and VR-PGE) waits until all such
+        contexts end. Several may be open at once, but one that is opened while an update waits starts after the update:
+        inside a context, do not wait for a thread that opens another. Optimizer steps do not wait: values may change
+        while they are read.
 
         Raises:
-            RuntimeError: at an update in the thread that holds it back itself.
+            RuntimeError: from an update in the same thread.
         """
         with self._freeze.reading():
             yield
 
     def writing(self) -> AbstractContextManager[None]:
-        """Wait until nobody is in :meth:`frozen`, and hold off who would be, while this writes into the topology."""
+        """Return a context that waits for all :meth:`frozen` contexts to end, and keeps new ones waiting."""
         return self._freeze.writing()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,8 +124,6 @@ class Attached:
         self._handles, self._freeze = [], Freeze()
         if not self.closed:
             self._begin()
-            for when, name in self._hooks:
-                self._register(when, name)
 
 
 def _remove(handles: list[Any]) -> None:
@@ -125,10 +131,50 @@ def _remove(handles: list[Any]) -> None:
         handles.pop().remove()
 
 
-class Freeze:
-    """A lock that many readers hold at once, or one writer, which may write again inside its own writing.
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that makes the steps: the argument, or the one inside a wrapper of accelerate or Lightning.
 
-    Readers who come later let a waiting writer go first: a thread that evaluates in a loop would let none in.
+    Raises:
+        TypeError: neither a :class:`torch.optim.Optimizer` nor such a wrapper.
+    """
+    while any(kind.__name__ in WRAPPERS for kind in type(optimizer).__mro__):
+        parts = vars(optimizer)
+        inner = parts.get("optimizer", parts.get("_optimizer"))
+        shared = isinstance(inner, torch.optim.Optimizer) and (
+            optimizer.state is inner.state and optimizer.param_groups is inner.param_groups
+        )
+        if not shared:
+            break
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+    return optimizer
+
+
+def _was_made(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step that has just ended changed the parameters."""
+    # A fused optimizer is called also when gradient scaling skips the step, and reads found_inf itself.
+    found_inf = getattr(optimizer, "found_inf", None)
+    return (found_inf is None or not bool(found_inf)) and not is_rehearsal(optimizer)
+
+
+def is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step only initializes the optimizer's state: learning rate 0, and all gradients zero.
+
+    ``torch.distributed.checkpoint.state_dict`` makes such a step before it saves an optimizer without state.
+    """
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0:
+            return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return all(p.grad is not None for p in parameters) and not any(bool(p.grad.any()) for p in parameters)
+
+
+class Freeze:
+    """A lock that many readers hold at once, or one writer. The writer may write again inside its own writing.
+
+    New readers wait for a waiting writer: otherwise a thread that evaluates in a loop would never let one in.
     """
 
     def __init__(self) -> None:
@@ -140,7 +186,7 @@ class Freeze:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Let nobody else write."""
+        """Exclude writers of other threads."""
         me = threading.get_ident()
         with self._changed:
             inside = me in self._readers or self._writer == me
@@ -157,7 +203,7 @@ class Freeze:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Let nobody else read or write."""
+        """Exclude readers and writers of other threads."""
         me = threading.get_ident()
         with self._changed:
             if self._writer != me:
@@ -166,7 +212,7 @@ class Freeze:
                 self._waiting += 1
                 try:
                     self._changed.wait_for(lambda: self._writer is None and not self._readers)
-                finally:  # an interrupt may end the waiting
+                finally:  # the wait may be interrupted
                     self._waiting -= 1
                     self._changed.notify_all()
                 self._writer = me

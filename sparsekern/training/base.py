@@ -1,12 +1,12 @@
-"""The shape that all training methods share."""
+"""The base class of training methods."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -14,32 +14,30 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
-from sparsekern.topology import generator_for, stored_blocks
+from sparsekern.topology import Move, generator_for, stored_blocks
 from sparsekern.topology.arguments import check_kind, check_whole
-from sparsekern.training.attachment import Attached
-from sparsekern.training.closures import backpropagate, loss_of
-from sparsekern.training.distributed import check_agreement, refuse_join
-from sparsekern.training.followers import Followers, Move, OnMove
-from sparsekern.training.metrics import Books
-from sparsekern.training.optimizer_state import unwrapped
-from sparsekern.training.passes import parallel_modules
+from sparsekern.training.attachment import Attached, unwrapped
+from sparsekern.training.distributed import Ranks
+from sparsekern.training.followers import Followers, OnMove
+from sparsekern.training.metrics import TopologyMetrics
+from sparsekern.training.passes import backpropagate, loss_of, parallel_modules
 from sparsekern.training.saved_state import check_state_of
 from sparsekern.training.schedules import Schedule, whole_stop
-from sparsekern.training.scores import block_norms, is_finite, protect_last, warn_of_few_blocks
-from sparsekern.training.tied import Units
+from sparsekern.training.scores import Units, block_norms, is_finite, protect_last, warn_of_few_blocks
 
 STATE_VERSION = 2
+NEVER = -(2**30)
+"""The update at which the blocks of the first topology were grown."""
 
 _log = logging.getLogger("sparsekern")
 
-NEVER = -(2**30)
-"""The update at which a block of the first topology was grown."""
-
 
 class Method(Attached):
-    """Moves the blocks of a model's sparse layers while it trains; subclasses say which, in :meth:`choose`.
+    """Base class of methods that move the blocks of sparse layers during training.
 
-    Owns no loop and patches nothing. Call :meth:`step` after ``optimizer.step()``::
+    A subclass implements :meth:`choose`, which says which blocks move where. Schedule, optimizer state, metrics, saving
+    and agreement of ranks are the same for all methods. A method owns no loop and patches nothing. Call :meth:`step`
+    after ``optimizer.step()``::
 
         sparse = sk.SET(model, optimizer, update_every=100, stop=0.75 * steps)
         for x, y in loader:
@@ -47,47 +45,41 @@ class Method(Attached):
             optimizer.step(); optimizer.zero_grad(set_to_none=True)
             sparse.step()
 
-    Steps are those that the optimizer made: one that gradient scaling skipped does not count. Layers whose values are
-    frozen stay as they are.
+    Steps are counted when the optimizer makes them: a step that gradient scaling skips does not count. Layers whose
+    values are frozen do not move.
 
     Args:
-        model: with at least one sparse layer.
-        optimizer: holds their values.
-        update_every: optimizer steps between updates.
-        start, stop: first step of an update, and the step from which on there is none (None: no end).
-        drop_fraction: fraction of a layer's blocks that moves, in [0, 1]; falls to 0 along a cosine by ``stop``. Or a
-            function of the step.
-        anneal, offset: ``"constant"`` for a fraction that does not fall; steps by which all of this is later.
+        model: contains at least one sparse layer.
+        optimizer: holds the values of the layers.
+        update_every: optimizer steps between updates of the topology.
+        start, stop: first step at which an update may happen, and step from which on none happens (None: no end).
+        drop_fraction: fraction of a layer's blocks that an update moves; it falls to 0 along a cosine until ``stop``.
+            Or a function of the step.
+        anneal, offset: ``"constant"`` for a fraction that does not fall; steps by which the schedule is delayed. See
             :class:`~sparsekern.training.Schedule`.
-        grown_state: optimizer state of a moved block: ``"zero"`` or ``"mean_v"``; :class:`Followers`.
-        scope: ``"layer"``: every layer keeps its number of blocks. ``"global"``, in methods that score by gradients:
-            all layers compete for blocks, and one with free slots (``capacity=``) may gain some.
-        keep_connected: never drop the strongest block of a block row or column, so that none becomes empty.
-        min_age: updates during which a grown block is not dropped. It starts at zero and would be the weakest: when
-            updates follow each other closely, few others move. 0, as in the papers, spares none.
-        seed: decides every random choice, together with the layer's name and the step.
-        check_ranks: compare seed and places of blocks over the ranks, when the method is built and after each update
-            (one number), and raise where they differ. All ranks must build it then.
-        process_group: the ranks that share one model. Default: all, where torch.distributed is in use.
+        grown_state: optimizer state of a moved block: ``"zero"`` or ``"mean_v"``. See :class:`Followers`.
+        keep_connected: never drop the strongest block of a block row or block column, so that none becomes empty.
+        min_age: updates during which a grown block, which starts at zero and is weak, is not dropped. 0 in the papers.
+        seed: determines all random choices, together with the layer's name and the step.
+        check_ranks: check that all ranks have the same seed and blocks, when the method is built (on all ranks) and
+            after each update, and raise if they differ. Sends one integer.
+        process_group: the ranks that train one model. Default: all, where torch.distributed is in use.
 
     Raises:
-        ValueError: a number out of range, no sparse layer, an optimizer that lacks one or cannot follow, or ranks that
-            differ.
+        ValueError: a number is out of range, an option has no effect, there is no sparse layer, the optimizer does not
+            hold one or keeps a state that cannot follow, or ranks differ.
         TypeError: the optimizer is not a :class:`torch.optim.Optimizer`.
         NotImplementedError: the values are sharded.
     """
 
-    scopes: tuple[str, ...] = ("layer",)
-    """What ``scope`` may be."""
+    unused_options: ClassVar[tuple[str, ...]] = ()
+    """Options of this class that a subclass does not take: its constructor calls :meth:`check_options`."""
 
-    pool: float = 1.0
-    """Blocks to store for each one that is to remain: more than 1 in a method that chooses among candidates."""
+    moves_fraction: bool = True
+    """Whether an update moves ``drop_fraction`` of the blocks of each layer."""
 
-    moves_fraction = True
-    """Whether an update moves a fraction of the blocks of each layer, rounded down."""
-
-    sums_over_ranks = False
-    """Whether ranks tell each other more than ``check_ranks`` does."""
+    sums_over_ranks: ClassVar[bool] = False
+    """Whether ranks communicate in addition to ``check_ranks``."""
 
     def __init__(
         self,
@@ -101,20 +93,18 @@ class Method(Attached):
         anneal: str = "cosine",
         offset: int = 0,
         grown_state: str = "zero",
-        scope: str = "layer",
         keep_connected: bool = False,
         min_age: int = 0,
         seed: int = 0,
         check_ranks: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        **others: Any,
     ) -> None:
+        self.check_options(others, others)
         optimizer = unwrapped(optimizer)
         self.layers = sparse_layers(model)
         if not self.layers:
             raise InputError("the model has no sparse layer; call sparsekern.sparsify_ first")
-        if scope not in self.scopes:
-            known = ", ".join(repr(s) for s in self.scopes)
-            raise InputError(f"scope is {scope!r}; for {type(self).__name__} it must be {known}", parameter="scope")
         check_whole("min_age", min_age)
         check_whole("seed", seed)
         if min_age < 0:
@@ -123,24 +113,32 @@ class Method(Attached):
         self.followers = Followers(self.layers, optimizer, grown_state)
         self.followers.check()
         self.optimizer = optimizer
-        self.scope, self.keep_connected, self.min_age = scope, keep_connected, min_age
+        self.keep_connected, self.min_age = keep_connected, min_age
         self.seed = seed
         self.steps = 0
         self.updates = 0
         self.seconds = 0.0
         self._seen = 0
-        self.books = Books(self.layers, seed)
+        self._metrics = TopologyMetrics(self.layers, seed)
         self._born = {name: torch.full_like(layer.row, NEVER) for name, layer in self.layers.items() if min_age}
-        self.check_ranks, self.process_group = check_ranks, process_group
+        self.check_ranks, self.ranks = check_ranks, Ranks(process_group)
         self._parallel = parallel_modules(model)
-        self._compare_ranks()
-        fraction = self.schedule.drop_fraction
-        if self.moves_fraction and self.scope == "layer" and not callable(fraction):
-            warn_of_few_blocks(self.layers, fraction)
+        self._check_agreement()
+        if self.moves_fraction and not callable(drop_fraction):
+            warn_of_few_blocks(self.layers, drop_fraction)
         self._warned_of_optimizer = False
         self.note_values()
         self.attach(self.layers.values())
-        self.hook("after", "_count")
+
+    @classmethod
+    def check_options(cls, options: Iterable[str], unused: Iterable[str] | None = None) -> None:
+        """Raise ValueError if an option is given that has no effect: by default one of ``unused_options``."""
+        for name in cls.unused_options if unused is None else unused:
+            if name in options:
+                raise InputError(
+                    f"{name} is no option of {cls.__name__}, on which it would have no effect; leave it out",
+                    parameter=name,
+                )
 
     def __repr__(self) -> str:
         schedule = self.schedule
@@ -149,35 +147,41 @@ class Method(Attached):
             f"start={schedule.start}, stop={schedule.stop}, step {self.steps}, {self.updates} updates)"
         )
 
+    @property
+    def first_keys(self) -> dict[str, Tensor]:
+        """The sorted keys ``row * C + col`` of each layer's first topology, on the CPU."""
+        return self._metrics.start
+
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
-        """Return which blocks of a layer move where, or None. Must change nothing.
+        """Return which blocks of a layer move where, or None. Changes nothing.
 
         Args:
             name: the layer's name.
             layer: the layer, after the optimizer's step.
-            fraction: of its blocks to move, in [0, 1].
-            generator: a CPU generator that depends on the seed, the method, the layer's name and the step.
+            fraction: fraction of its blocks to move, in [0, 1].
+            generator: a CPU generator seeded from the seed, the method, the layer's name and the step.
         """
         raise NotImplementedError
 
     def choose_all(self, fraction: float) -> dict[str, Move]:
-        """Return the moves of all layers by name: those of :meth:`choose`. Layers whose values are frozen stay."""
+        """Return the moves of all layers by name, by default those of :meth:`choose`. Changes nothing."""
         moves = {}
-        for name, layer in self.layers.items():
-            if layer.values.requires_grad:
-                generator = generator_for(self.seed, type(self).__name__, name, self.steps)
-                move = self.choose(name, layer, fraction, generator)
-                if move is not None:
-                    moves[name] = move
+        for name, layer in self.trained_layers():
+            generator = generator_for(self.seed, type(self).__name__, name, self.steps)
+            move = self.choose(name, layer, fraction, generator)
+            if move is not None:
+                moves[name] = move
         return moves
 
-    def fill(self, name: str, move: Move) -> None:
-        """Set the values of blocks that have just moved, which are zero; here they stay so."""
+    def trained_layers(self) -> list[tuple[str, BlockSparse]]:
+        """Return the layers whose values are not frozen, with their names."""
+        return [(name, layer) for name, layer in self.layers.items() if layer.values.requires_grad]
 
     def strength(self, name: str, layer: BlockSparse, parts: Units | None = None) -> Tensor:
-        """Return the Frobenius norm ``(Z,)`` of every block, or ``(U,)`` of every unit; infinity where none may go.
+        """Return the Frobenius norm ``(Z,)`` of each block, or ``(U,)`` of each unit.
 
-        That is free slots, blocks younger than ``min_age``, and what ``keep_connected`` protects.
+        It is infinite where no block may be dropped: in free slots, for blocks younger than ``min_age``, and for those
+        that ``keep_connected`` protects.
 
         Raises:
             ValueError: a value is NaN or infinite, so that blocks have no order.
@@ -195,26 +199,29 @@ class Method(Attached):
         scores = parts.norms(scores)
         return protect_last(parts.topology, scores) if self.keep_connected else scores
 
+    def fill(self, name: str, move: Move) -> None:
+        """Set the values of blocks that have just moved, which are zero; leaves them by default."""
+
     def step(self) -> bool:
-        """Update the topology if it is time to. Call it after ``optimizer.step()``; returns whether blocks moved."""
+        """Update the topology if an update is due. Call it after ``optimizer.step()``; returns whether blocks moved."""
         self.check_step()
         due = self.schedule.due_since(self._seen, self.steps)
         self._seen = self.steps
         return self.update() if due else False
 
     def check_step(self) -> None:
-        """Notice what would let a training go on without this method; the first line of every :meth:`step`.
+        """Check what would otherwise disable the method silently. The first line of every :meth:`step`.
 
-        Values that changed while no step was counted were stepped by another optimizer: the log says so, once.
+        Logs a warning, once, where values changed but the method's optimizer made no step.
 
         Raises:
-            RuntimeError: it is closed.
+            RuntimeError: the method is closed.
             NotImplementedError: the values were sharded after it was built, or ranks run out of batches under ``Join``.
         """
         self.check_open()
         refuse_sharded(self.layers)
         if self.check_ranks or self.sums_over_ranks:
-            refuse_join(self._parallel, type(self).__name__, self.process_group)
+            self.ranks.refuse_join(self._parallel, type(self).__name__)
         steps, versions = self._noted
         self.note_values()
         if self.steps == steps and self._noted[1] != versions and not self._warned_of_optimizer:
@@ -227,10 +234,52 @@ class Method(Attached):
             )
 
     def note_values(self) -> None:
-        """Take the values as they are now for known; after somebody else than the optimizer wrote into them."""
+        """Record the versions of the values, for :meth:`check_step`, after other code than the optimizer wrote them."""
         self._noted = self.steps, sum(layer.values._version for layer in self.layers.values())
 
-    def _compare_ranks(self) -> None:
+    def update(self) -> bool:
+        """Update the topology now, whatever the schedule says; returns whether blocks moved."""
+        self.check_open()
+        return self.move(self.choose_all, self.settle)
+
+    def move(
+        self, choose: Callable[[float], dict[str, Move]], settle: Callable[[dict[str, Move]], None] | None = None
+    ) -> bool:
+        """Make the moves that a function chooses, of all layers or of none, with everything that follows the blocks.
+
+        Args:
+            choose: called with the scheduled fraction; returns moves by the name of the layer.
+            settle: called with the moves when they are made.
+
+        Returns:
+            Whether blocks moved.
+        """
+        with self.writing():
+            began = time.perf_counter()
+            fraction = self.schedule.fraction(self.steps)
+            self._metrics.begin_update()
+            self.followers.check()  # before blocks are chosen: their scores must be there
+            moves = {name: move for name, move in choose(fraction).items() if move.slots.numel()}
+            self.followers.check_moves(moves)  # all of them, before the first layer moves
+            self.followers.move(moves)
+            for name, move in moves.items():
+                self.fill(name, move)
+                self._metrics.add(name, move)
+                if self.min_age:
+                    self._born[name].index_fill_(0, move.slots.long(), self.updates)
+            self.updates += 1
+            if settle is not None:
+                settle(moves)
+            self.note_values()
+            self.seconds += time.perf_counter() - began
+        self.followers.tell(moves)
+        self._check_agreement()
+        return bool(moves)
+
+    def settle(self, moves: dict[str, Move]) -> None:
+        """Adapt a subclass's own state to moves that were made; does nothing by default."""
+
+    def _check_agreement(self) -> None:
         if self.check_ranks:
             schedule = self.schedule
             facts = {
@@ -238,42 +287,17 @@ class Method(Attached):
                 "seed": self.seed,
                 "update_every, start and stop": (schedule.update_every, schedule.start, schedule.stop),
             }
-            check_agreement(facts, self.layers, self.process_group)
+            self.ranks.check_agreement(facts, self.layers)
 
-    def update(self) -> bool:
-        """Update the topology now, whatever the schedule says; returns whether blocks moved."""
-        self.check_open()
-        with self.writing():
-            began = time.perf_counter()
-            fraction = self.schedule.fraction(self.steps)
-            self.books.open()
-            self.followers.check()  # what blocks are chosen by must be there
-            moves = {name: move for name, move in self.choose_all(fraction).items() if move.slots.numel()}
-            self.followers.check_moves(moves)  # everything, before the first layer moves
-            self.followers.move(moves)
-            for name, move in moves.items():
-                self.fill(name, move)
-                self.books.note(name, move)
-                if self.min_age:
-                    self._born[name].index_fill_(0, move.slots.long(), self.updates)
-            self.updates += 1
-            self.settle(moves)
-            self.note_values()
-            self.seconds += time.perf_counter() - began
-        self.followers.tell(moves)
-        self._compare_ranks()
-        return bool(moves)
-
-    def settle(self, moves: dict[str, Move]) -> None:
-        """Adapt what a subclass keeps beside the followers to moves that were made; nothing by default."""
-
-    def see_gradients(self) -> None:
-        """Notice gradients that were dropped, before somebody else writes into them; nothing by default."""
+    def after_step(self, made: bool) -> None:
+        """Count a step that the optimizer made."""
+        if made:
+            self.steps += 1
 
     def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
 
-        The form that every method has; those that need several passes over a batch require it.
+        All methods have this form; those that need several passes over a batch require it.
 
         Args:
             closure: computes the loss ``()`` of one batch.
@@ -285,23 +309,17 @@ class Method(Attached):
         self.check_open()
         return backpropagate(loss_of(closure), scaler)
 
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """Let the model compute as the network that is being trained, where a training pass sees more or less of it.
-
-        For most methods that is the model as it is; VR-PGE has candidates beside it.
-        """
-        yield
+    def see_gradients(self) -> None:
+        """Notice that gradients were cleared, before other code than autograd writes into them; nothing by default."""
 
     def follow(self, target: Tensor | nn.Module, *, layer: str | None = None, on_move: OnMove = "zero") -> None:
-        """Let something else follow the blocks.
+        """Register a tensor, or a copy of the model, that moves with the blocks.
 
         Args:
-            target: a tensor ``(Z, ...)`` of the named layer; or a copy of the model (an exponential moving average),
-                whose blocks then move, and restart from zero, with the model's.
-            layer: the layer's name, for a tensor.
-            on_move: what happens to a tensor in the slots that move: ``"zero"``, ``"keep"``, or a function
-                ``(tensor, slots)``.
+            target: a tensor ``(Z, ...)``; or a copy of the model (such as an exponential moving average), whose blocks
+                then move, and start from zero, with the model's.
+            layer: the name of the layer that a tensor follows.
+            on_move: ``"zero"``, ``"keep"``, or a function ``(tensor, slots)`` called for the slots that move.
 
         Raises:
             ValueError: the first axis is not the layer's slots, or the copy has other layers or blocks.
@@ -314,21 +332,20 @@ class Method(Attached):
         self.followers.add_tensor(layer, target, on_move)
 
     def metrics(self) -> dict[str, float]:
-        """Return plain numbers about the topology; waits for the device.
+        """Return numbers about the topology; synchronises the device.
 
         ``sparsity/*`` fraction absent; ``churn/*`` fraction of blocks that the last update moved; ``kept/*`` fraction
-        of the first topology's places that are still in use; ``itop/*`` fraction of all places that were ever in use
-        (in a large grid estimated: :class:`~sparsekern.training.coverage.Coverage`); ``steps``, ``updates``,
-        ``update_seconds`` in total.
+        of the first topology's places that are still used; ``itop/*`` fraction of all places that were ever used
+        (estimated in a large grid, see :class:`~sparsekern.training.metrics.Coverage`); ``steps``, ``updates``, and
+        the total ``update_seconds``.
         """
-        counts = {"steps": self.steps, "updates": self.updates, "update_seconds": self.seconds}
-        return self.books.metrics() | counts
+        return self._metrics.values() | {"steps": self.steps, "updates": self.updates, "update_seconds": self.seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, beside the model's and the optimizer's state.
+        """Return what a resumed run needs in addition to the states of model and optimizer.
 
-        It has the same names from the beginning on, and each tensor the same shape, so that it is a ``Stateful`` for
-        ``torch.distributed.checkpoint``. What varies is in a tuple, which that keeps as it is.
+        Names and shapes are the same from the first step to the last, as ``torch.distributed.checkpoint`` needs.
+        Entries that vary are in tuples, which it saves as they are.
         """
         return {
             "version": STATE_VERSION,
@@ -337,27 +354,27 @@ class Method(Attached):
             "seen": self._seen,
             "updates": self.updates,
             "seconds": self.seconds,
-            **self.books.state_dict(),
+            **self._metrics.state_dict(),
             "born": {name: born.cpu() for name, born in self._born.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken.
+        """Load what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: the state is of another method, version or model, or damaged.
-            TypeError: it is no dictionary.
+            ValueError: the state is damaged, or of another method, version or model.
+            TypeError: it is not a dictionary.
         """
         self.check_state(state)
         self.steps, self._seen = state["steps"], state["seen"]
         self.updates, self.seconds = state["updates"], state["seconds"]
         self.note_values()
-        self.books.load_state_dict(state)
+        self._metrics.load_state_dict(state)
         for name, born in self._born.items():
             born.copy_(state["born"].get(name, torch.tensor(NEVER)))
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise what :meth:`load_state_dict` raises, and load nothing."""
+        """Raise what :meth:`load_state_dict` would raise, without loading anything."""
         check_kind("state", state, dict, "what state_dict() returned")
         version = state.get("version")
         if type(version) is not int or version != STATE_VERSION:
@@ -370,31 +387,14 @@ class Method(Attached):
             raise InputError(f"the state is of layers {', '.join(start)}; the model has {', '.join(self.layers)}")
         check_state_of(self, state)
 
-    @property
-    def settled(self) -> bool:
-        """Whether all training passes of a step compute with one network, and not with one drawn for the step."""
-        return True
 
-    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if stepped(optimizer):
-            self.steps += 1
+@runtime_checkable
+class NetworkSampler(Protocol):
+    """A method that trains networks which it samples at each step, until it has chosen one: VR-PGE."""
 
+    finished: bool
+    """Whether the choice is made."""
 
-def stepped(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer whose step has just ended made it; for hooks."""
-    # A fused optimizer is called also when gradient scaling skips the step, and told so by found_inf.
-    found_inf = getattr(optimizer, "found_inf", None)
-    return (found_inf is None or not bool(found_inf)) and not is_rehearsal(optimizer)
-
-
-def is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a step only lets the optimizer make its state: a rate of 0, and all gradients zero.
-
-    ``torch.distributed.checkpoint.state_dict`` makes such steps, of an optimizer without a state at every save.
-    """
-    for group in optimizer.param_groups:
-        rate = group.get("lr")
-        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0:
-            return False
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    return all(p.grad is not None for p in parameters) and not any(bool(p.grad.any()) for p in parameters)
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Return a context in which the model computes as the network that would be chosen now."""
+        ...

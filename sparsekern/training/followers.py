@@ -1,9 +1,8 @@
-"""What goes along when blocks move. The only route by which anything is reset."""
+"""Followers: the tensors that move with the blocks. Nothing is reset by any other route."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
-from sparsekern.topology import Grid, places_for
+from sparsekern.topology import Move
 from sparsekern.topology.arguments import check_kind
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
 
@@ -21,31 +20,17 @@ OnMove = str | Callable[[Tensor, Tensor], None]
 GROWN_STATES = ("zero", "mean_v")
 
 
-class Move(NamedTuple):
-    """The blocks of ``slots (k,)`` go to block row ``row (k,)`` and block column ``col (k,)``."""
-
-    slots: Tensor
-    row: Tensor
-    col: Tensor
-
-
-def to_places(slots: Tensor, keys: Tensor, grid: Grid) -> Move:
-    """Return the move of ``slots (k,)`` to the cells ``keys (k,)``; key -1 frees the slot."""
-    keys = keys.int()
-    return Move(slots, *places_for(keys).places_of(keys, grid.cols))
-
-
 class Followers:
-    """Everything that has an axis of slots: the optimizer's state, and what a user registers.
+    """The tensors whose first axis is the slots of a layer: the optimizer's state, and those that a user registers.
 
     Args:
         layers: the sparse layers by name.
         optimizer: holds the values of every layer that trains.
-        grown_state: ``"zero"``, or ``"mean_v"``: a moved block's second moment starts at the mean of the others of its
-            layer. With zero, Adam's first step of a grown block is about 3.2 times the learning rate.
+        grown_state: ``"zero"``, or ``"mean_v"``: the second moment of a moved block starts at the mean over the other
+            blocks of the layer. From zero, Adam's first step of a grown block is about 3.2 times the learning rate.
 
     Raises:
-        ValueError: an unknown ``grown_state``.
+        ValueError: ``grown_state`` is unknown.
     """
 
     def __init__(self, layers: dict[str, BlockSparse], optimizer: torch.optim.Optimizer, grown_state: str) -> None:
@@ -60,7 +45,7 @@ class Followers:
         self._twins: dict[str, list[BlockSparse]] = {name: [] for name in layers}
 
     def add_tensor(self, layer: str, tensor: Tensor, on_move: OnMove) -> None:
-        """Let a tensor ``(Z, ...)`` follow the blocks of a layer."""
+        """Register a tensor ``(Z, ...)`` as a follower of a layer."""
         if layer not in self.layers:
             raise InputError(f"layer is {layer!r}; it must be one of {', '.join(self.layers)}", parameter="layer")
         check_kind("target", tensor, Tensor, "a tensor whose first axis is the layer's slots, or a copy of the model")
@@ -76,12 +61,12 @@ class Followers:
         self._tensors[layer].append((tensor, on_move))
 
     def remove(self, tensor: Tensor) -> None:
-        """Let a tensor follow no more."""
+        """Unregister a tensor."""
         for name, followers in self._tensors.items():
             self._tensors[name] = [(t, on_move) for t, on_move in followers if t is not tensor]
 
     def add_model(self, copy: nn.Module) -> None:
-        """Let a copy of the model, such as an exponential moving average, move its blocks with the model's."""
+        """Register a copy of the model, such as an exponential moving average: its blocks move with the model's."""
         if isinstance(copy, AveragedModel):
             if copy.use_buffers:
                 raise InputError(
@@ -104,10 +89,10 @@ class Followers:
             self._twins[name].append(twin)
 
     def check(self) -> None:
-        """Raise an error if the optimizer misses a layer or keeps a state that cannot follow.
+        """Check that the optimizer holds the values of every layer that trains, and that its state can follow.
 
         Raises:
-            ValueError: so.
+            ValueError: it does not, or the state cannot.
             NotImplementedError: values are sharded.
         """
         refuse_sharded(self.layers)
@@ -118,11 +103,11 @@ class Followers:
 
     @torch.no_grad()
     def check_moves(self, moves: dict[str, Move]) -> None:
-        """Raise whatever :meth:`move` could raise, with nothing changed.
+        """Check moves completely, without changing anything, so that :meth:`move` cannot fail.
 
         Raises:
-            ValueError: a move is not legal, the optimizer or a state cannot follow, a copy of the model no longer has
-                the model's blocks, or a tensor that follows cannot be written in place.
+            ValueError: a move is not legal, the optimizer or its state cannot follow, a copy of the model no longer
+                has the model's blocks, or a follower cannot be written in place.
             NotImplementedError: values are sharded.
         """
         self.check()
@@ -136,12 +121,12 @@ class Followers:
                         f"{name!r} has other blocks in a copy that follows the model; load both from the same "
                         "checkpoint"
                     )
-                _ = twin.index  # raises if other code has written its places
+                _ = twin.index  # raises if other code has written into its coordinates
             slots = layer.values.shape[0]
             for what, tensor in self._written(name):
                 if tensor.dim() == 0 or tensor.shape[0] != slots:
                     raise InputError(f"{what} of {name!r} has shape {tuple(tensor.shape)}; it had {slots} slots before")
-                try:  # nothing is written, but everything that forbids to write speaks
+                try:  # writes nothing, but raises whatever a write would raise
                     tensor.index_fill_(0, torch.empty(0, dtype=torch.int64, device=tensor.device), 0)
                 except Exception as error:
                     why = str(error).splitlines()[0]
@@ -151,9 +136,9 @@ class Followers:
                     ) from error
 
     def _written(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield what a move of a layer's blocks writes into, and what it is called.
+        """Yield a name for, and the tensor of, each tensor that a move writes into.
 
-        Without the places: a layer keeps those writable, and an attempt to write would make it compare its index.
+        All but the coordinates, which a layer keeps writable: an attempt to write would make it compare its index.
         """
         for layer, whose in ((self.layers[name], ""), *((twin, " of a copy") for twin in self._twins[name])):
             yield f"values{whose}", layer.values
@@ -167,7 +152,7 @@ class Followers:
 
     @torch.no_grad()
     def move(self, moves: dict[str, Move]) -> None:
-        """Move blocks of layers, by name, with all that follows them. :meth:`check_moves` comes before."""
+        """Make moves, by the name of the layer, of blocks and followers. Call :meth:`check_moves` before."""
         for name, move in moves.items():
             self._move(name, move)
 
@@ -190,9 +175,9 @@ class Followers:
 
     @torch.no_grad()
     def tell(self, moves: dict[str, Move]) -> None:
-        """Call the functions that were registered, after everything has moved; all of them, then raise the first error.
+        """Call the functions that were registered, after all blocks have moved.
 
-        A function may raise what it likes, and so must not stand between two writes.
+        An error in one of them is raised when all have been called: it must not come between two writes.
         """
         failed: Exception | None = None
         for name, move in moves.items():
@@ -207,5 +192,5 @@ class Followers:
 
 
 def _same_blocks(a: BlockSparse, b: BlockSparse) -> bool:
-    """Return whether two layers, on whatever devices, hold the same places in the same slots."""
+    """Return whether two layers, possibly on different devices, have the same blocks in the same slots."""
     return a.grid == b.grid and torch.equal(a.row.to(b.row), b.row) and torch.equal(a.col.to(b.col), b.col)

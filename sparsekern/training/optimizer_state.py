@@ -1,4 +1,4 @@
-"""The part of an optimizer's state that belongs to slots, whichever optimizer it is."""
+"""The tensors of an optimizer's state that have one entry a slot, for any optimizer."""
 
 from __future__ import annotations
 
@@ -16,43 +16,19 @@ SECOND_MOMENTS = (
     *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "v"),
     *("row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col"),  # Adafactor, PyTorch's and others
 )
-"""Names under which optimizers keep the size of past gradients, for ``grown_state="mean_v"``."""
+"""Names of second moments in the state of optimizers, for ``grown_state="mean_v"``."""
 
 
 class SlotState(NamedTuple):
-    """One state tensor whose first axis is the slots, and the value of a slot that has never been stepped."""
+    """A state tensor whose first axis is the slots, and the value that its entries begin with."""
 
     key: str
     tensor: Tensor
     fresh: float
 
 
-WRAPPERS = ("AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer")
-"""Classes that hand every step on to another optimizer and keep nothing themselves: accelerate's and Lightning's."""
-
-
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that makes the steps: the argument, or the one that a launcher's wrapper hands them on to.
-
-    Raises:
-        TypeError: not a :class:`torch.optim.Optimizer`, nor such a wrapper of one.
-    """
-    while any(kind.__name__ in WRAPPERS for kind in type(optimizer).__mro__):
-        parts = vars(optimizer)
-        inner = parts.get("optimizer", parts.get("_optimizer"))
-        shared = isinstance(inner, torch.optim.Optimizer) and (
-            optimizer.state is inner.state and optimizer.param_groups is inner.param_groups
-        )
-        if not shared:
-            break
-        optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
-    return optimizer
-
-
 def param_group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any] | None:
-    """Return the group of the optimizer that holds this very parameter, or None."""
+    """Return the parameter group of the optimizer that holds this parameter, or None."""
     for group in optimizer.param_groups:
         if any(p is parameter for p in group["params"]):
             return group
@@ -65,14 +41,15 @@ def slot_state(
     """Return the state tensors that must be reset where a block moves.
 
     A state is matched by its axes, not its shape: Adafactor's are ``(Z, bo, 1)``. Numbers and tensors of one element,
-    such as step counters, belong to the whole parameter and stay. What PyTorch's own optimizers keep, and how it
-    begins, is known; any other is tried (:func:`~sparsekern.training.optimizer_trial.trial_layout`), once a size.
+    such as step counters, belong to the whole parameter and are left out. The state of PyTorch's own optimizers is
+    known; any other optimizer is tried out, once for each size of parameter
+    (:func:`~sparsekern.training.optimizer_trial.trial_layout`).
 
     Args:
         optimizer: any :class:`torch.optim.Optimizer`.
         parameter: ``values (Z, ...)`` of a layer.
         name: the layer's name, for the error.
-        part_of: the values that ``parameter`` holds some slots of.
+        part_of: the values of which ``parameter`` holds some slots, if it does.
 
     Raises:
         ValueError: the parameter is not in the optimizer, or a state cannot be split by slots.
@@ -123,7 +100,7 @@ def slot_state(
 
 
 def _is_known(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether it is one of PyTorch's own, and none that derives from it."""
+    """Return whether an optimizer is exactly one of PyTorch's own classes."""
     return type(optimizer).__module__.startswith("torch.optim.")
 
 
@@ -131,7 +108,7 @@ _layouts: WeakKeyDictionary[torch.optim.Optimizer, dict[tuple[Any, ...], Layout 
 
 
 def _tried(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor, name: str) -> Layout:
-    """Return the layout of an optimizer's state for a parameter, from a trial or from one before."""
+    """Return the layout of an optimizer's state for a parameter, from a trial now or an earlier one."""
     layouts = _layouts.setdefault(optimizer, {})
     key = (parameter.shape, parameter.dtype, parameter.device, id(group))
     if key not in layouts:
@@ -145,19 +122,19 @@ def _tried(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: T
     return layout
 
 
-def _refused(kind: str, what: str, name: str) -> ValueError:
+def _refused(kind: str, what: str, name: str) -> InputError:
     what = what.replace("{}", f"values of {name!r}")
-    return ValueError(f"{kind} {what}. Use an optimizer with one state entry a weight, such as SGD or AdamW")
+    return InputError(f"{kind} {what}. Use an optimizer with one state entry a weight, such as SGD or AdamW")
 
 
 def _holds_optimizer(part: Any) -> bool:
-    """Return whether a part of an optimizer is itself an optimizer, or a collection of them."""
+    """Return whether an attribute of an optimizer is another optimizer, or a collection that holds one."""
     parts = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else (part,)
     return any(isinstance(p, torch.optim.Optimizer) for p in parts)
 
 
 def _is_by_slot(state: Tensor, parameter: Tensor) -> bool:
-    """Return whether a state is one number a slot, or has the parameter's axes, some of them reduced to 1."""
+    """Return whether a state is one number a slot, or has the parameter's shape with some axes reduced to 1."""
     if state.shape[0] != parameter.shape[0]:
         return False
     later = zip(state.shape[1:], parameter.shape[1:], strict=False)
@@ -165,7 +142,7 @@ def _is_by_slot(state: Tensor, parameter: Tensor) -> bool:
 
 
 def _known_fresh(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
-    """Return what an untouched entry holds in one of PyTorch's own optimizers; zero in all but two."""
+    """Return the first value of a state of PyTorch's own optimizers: zero in all but two."""
     if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
         return float(group.get("initial_accumulator_value", 0.0))
     if isinstance(optimizer, torch.optim.Rprop) and key == "step_size":
@@ -174,15 +151,15 @@ def _known_fresh(optimizer: torch.optim.Optimizer, key: str, group: dict[str, An
 
 
 def mean_of_kept(state: Tensor, kept: Tensor, real: Tensor | None) -> Tensor:
-    """Return the mean ``()`` of a state over the blocks that stay, phantom elements not counted.
+    """Return the mean ``()`` of a state over the blocks that stay, without phantom elements.
 
     Args:
         state: ``(Z, ...)``.
         kept: ``(Z,)`` bool, slots whose blocks stay.
-        real: mask of real elements, or None if all are; ignored when the state is not one entry a weight.
+        real: mask of real elements, or None if all are real; ignored unless the state has one entry a weight.
     """
     weight = kept.view(-1, *[1] * (state.dim() - 1)).expand_as(state)
     if real is not None and state.shape[1:] == real.shape[1:]:
         weight = weight & real
-    total = torch.where(weight, state, 0).sum(dtype=accumulate_dtype(state.dtype))  # float16 would overflow
+    total = torch.where(weight, state, 0).sum(dtype=accumulate_dtype(state.dtype))  # a sum in float16 would overflow
     return (total / weight.sum().clamp(min=1)).to(state.dtype)

@@ -1,4 +1,4 @@
-"""A trial of an optimizer that is not PyTorch's own: which state it keeps for a slot, and how that state begins."""
+"""Trials of optimizers that are not PyTorch's own, to find out which state they keep for a slot."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ import torch
 from torch import Tensor, nn
 
 LEAST = 2**14
-"""Elements of a stand-in for a larger parameter: above the sizes from which optimizers keep their state otherwise."""
+"""Number of elements of a trial parameter, more than those below which optimizers keep another kind of state."""
 
 SMALL = 2**12
-"""Elements below which a parameter counts as small: both stand-ins are then no larger than it."""
+"""Number of elements below which a parameter is small: trial parameters are then no larger than it."""
 
 ALIGNED = 256
-"""Elements that state may be cut into; a stand-in is a multiple of it if the parameter is."""
+"""Number of elements of the pieces in which state may be stored; trial parameters are multiples of it if it is one."""
 
 ONE_VALUE = (int, float, bool, str)
-"""Types of state that belongs to the whole parameter."""
+"""Types of state that belong to the whole parameter."""
 
 
 class Refusal(Exception):
-    """Why an optimizer cannot follow moving blocks: a clause that follows its name."""
+    """An optimizer cannot follow moving blocks; the message is a clause that follows the optimizer's name."""
 
 
 def a_what(part: Any) -> str:
-    """Return the name of an object's type with its article."""
+    """Return the name of an object's type with an article."""
     name = type(part).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 class Layout(NamedTuple):
-    """What an optimizer keeps for a parameter ``(Z, bo, bi)``."""
+    """The state that an optimizer keeps for a parameter ``(Z, bo, bi)``."""
 
     fresh: dict[str, float]
-    """The state that has one part a slot, and the value that each entry of it begins with."""
+    """Names of the state with one part a slot, and the first value of its entries."""
     whole: frozenset[str]
-    """The state that belongs to all slots together, such as a step counter."""
+    """Names of the state of all slots together, such as a step counter."""
 
 
 def trial_layout(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> Layout:
-    """Find out what an optimizer keeps for a parameter, by steps of a copy of it on two small stand-ins.
+    """Find out what state an optimizer keeps for a parameter, by steps of a copy of it on two small parameters.
 
-    The stand-ins differ in their number of slots alone: state that belongs to slots differs with it. Their first slot
-    is zero, as a moved block is, and so is its gradient in the first steps: what the optimizer enters there is how its
-    state begins. Then that slot moves in the middle of a training, which must leave everything finite. Nothing of the
-    optimizer changes: neither its parameters and their gradients, nor its state, nor the random generators of PyTorch.
+    These differ only in their number of slots, so that state of slots differs in shape. Their first slot is zero, like
+    a moved block, and so is its gradient in the first steps: the state that the optimizer creates there is the first
+    value. Then that slot is moved during the training, after which everything must be finite. Parameters, gradients and
+    state of the optimizer do not change, nor do PyTorch's random generators.
 
     Args:
         optimizer: of any class.
-        group: the one of its groups that holds the parameter.
+        group: the parameter group that holds the parameter.
         parameter: ``(Z, bo, bi)``.
 
     Raises:
-        Refusal: a state has no axis of slots, or no known beginning; or the trial failed.
+        Refusal: a state has no axis of slots, or its first value is not one number; or the trial failed.
     """
     sizes = _sizes(parameter.shape[0], math.prod(parameter.shape[1:]))
     failed: Exception | None = None
@@ -83,7 +83,7 @@ def trial_layout(optimizer: torch.optim.Optimizer, group: dict[str, Any], parame
 
 
 def _sizes(slots: int, elements: int) -> tuple[int, int]:
-    """Return two numbers of slots, 2 or more, at which an optimizer treats a parameter as it does at the true one."""
+    """Return two numbers of slots, at least 2, at which an optimizer treats a parameter as at the given one."""
     period = ALIGNED // math.gcd(ALIGNED, elements)
     if slots * elements > LEAST:
         least = max(2, math.ceil(LEAST / elements))
@@ -96,7 +96,7 @@ def _sizes(slots: int, elements: int) -> tuple[int, int]:
 
 @contextmanager
 def _unnoticed(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[None]:
-    """Keep what a trial could reach: random generators, and parameters, which are not stepped without a gradient."""
+    """Restore random generators and gradients; parameters without a gradient are not stepped."""
     devices = [device] if device.type == "cuda" else []
     kept = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
     try:
@@ -116,7 +116,7 @@ def _unnoticed(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterat
 
 
 class _Entries(dict[str, Any]):
-    """The state of one parameter, which notes what each entry was at first."""
+    """The state of one parameter, which records the first value of each entry."""
 
     def __init__(self, first: dict[str, Any]) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class _Entries(dict[str, Any]):
 
 
 class _States(defaultdict[Any, Any]):
-    """The state of all parameters; ``first`` holds what each entry was at first."""
+    """The state of all parameters; ``first`` holds the first value of each entry."""
 
     def __init__(self) -> None:
         super().__init__(dict)
@@ -187,10 +187,10 @@ class _Trial:
         twin.__dict__["state"] = self._states
         twin.__dict__["param_groups"] = [{**{k: _copied(v) for k, v in options.items()}, "params": stand_ins}]
         train = getattr(twin, "train", None)
-        if callable(train):  # of schedule-free optimizers, which do not step in their other mode
+        if callable(train):  # schedule-free optimizers do not step in evaluation mode
             train()
         step: Callable[..., Any] = kind.step
-        # Without the hooks that PyTorch lets a user register for all optimizers.
+        # Without the hooks that a user registered for all optimizers.
         self._step: Callable[..., Any] = inspect.unwrap(step, stop=lambda f: not getattr(f, "hooked", False))
         self._twin = twin
 
@@ -257,7 +257,7 @@ class _Trial:
                     f"{what}, and {beside} for {other.shape[0]} slots: not one part for each slot, so that "
                     "moving blocks would leave it wrong"
                 )
-            first = self._states.first[one][key][0].double()  # of the slot that had no gradient yet
+            first = self._states.first[one][key][0].double()  # of the slot without a gradient
             if not bool((first == first.flatten()[0]).all()):
                 raise Refusal(f"keeps {key!r} for {{}}, which begins with no one number: unknown for a moved block")
             fresh[key] = float(first.flatten()[0])
@@ -265,14 +265,14 @@ class _Trial:
 
 
 def is_one_value(part: Any) -> bool:
-    """Return whether a part of a state is a plain value, a tensor of one number, or a collection of such."""
+    """Return whether a state is a plain value, a tensor of one element, or a collection of these."""
     if isinstance(part, (dict, list, tuple)):
         return all(is_one_value(p) for p in (part.values() if isinstance(part, dict) else part))
     return part is None or isinstance(part, ONE_VALUE) or (isinstance(part, Tensor) and part.numel() == 1)
 
 
 def _copied(part: Any) -> Any:
-    """Return a copy of a part of an optimizer that its steps may write into; what cannot be copied is shared."""
+    """Return a copy of an attribute of an optimizer, which its steps may change; or itself if it cannot be copied."""
     if isinstance(part, Tensor):
         return part.detach().clone()
     with suppress(Exception):

@@ -1,4 +1,4 @@
-"""The papers' values, by name."""
+"""Presets: methods with the hyper-parameters of publications, by name."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sparsekern.training.vrpge import VRPGE
 
 @dataclass(frozen=True)
 class Preset:
-    """A method with the values of one publication.
+    """A method with the hyper-parameters of a publication.
 
     Attributes:
         method: the class.
-        until: fraction of the training after which no block moves. The methods' cosine ends there.
-        options: its arguments.
-        source: where they are from.
-        layers: arguments of :func:`sparsekern.sparsify_` with which the publication's layers are built, where they
-            matter to the method: ``sk.sparsify_(model, 0.9, 1, **PRESETS["gse"].layers)``. All but the competition of
-            ``scope="global"``, which needs the free slots of ``capacity``, goes on without them.
-        dense: which layers stay dense there: ``"ends"``, the first and the last, ``"first"``, or ``"none"``.
-        once_an_epoch: whether an update follows every epoch, so that ``update_every`` has to be given.
+        until: fraction of the training after which no block moves, where the cosine of the method ends.
+        options: arguments of the class.
+        source: the publication.
+        layers: arguments of :func:`sparsekern.sparsify_` for layers like those of the publication, where they matter to
+            the method: ``sk.sparsify_(model, 0.9, 1, **PRESETS["gse"].layers)``. The method works without them, but
+            layers compete with ``scope="global"`` only if ``capacity`` gives them free slots.
+        dense: the layers that stay dense: ``"ends"``, the first and the last; ``"first"``; or ``"none"``.
+        once_an_epoch: whether there is an update after every epoch, so that ``update_every`` must be given.
     """
 
     method: type[Method]
@@ -42,7 +42,7 @@ class Preset:
     once_an_epoch: bool = False
 
 
-# What has a probability is a filter; nothing is stored anew, for all filters are stored at the start.
+# A unit is a filter. No refills, for all filters are stored from the start.
 _VRPGE = {
     "group": "row",
     "masks": 2,
@@ -57,9 +57,9 @@ _VRPGE = {
     "weight_step": "one",
 }
 _GSE = {"update_every": 1000, "drop_fraction": 0.2, "scope": "global", "with_replacement": True}
-# All layers are sparse, of variance 1 / fan_in; a layer may gain a quarter.
+# All layers are sparse, with initial variance 1 / fan_in; a layer may gain a quarter of its blocks.
 _GSE_LAYERS = {"distribution": "er-matrix", "init_scale": 3**0.5, "capacity": 1.25, "stems": True}
-# Their code counts steps from 0: the first update is that of the first batch.
+# Their code counts steps from 0: the first update follows the first batch.
 _EVCI = {"update_every": 100, "drop_fraction": 0.3, "offset": 1}
 
 
@@ -113,21 +113,22 @@ PRESETS = {
 
 
 def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, **options: Any) -> Method:
-    """Return a method with the values of a publication.
+    """Return a method with the hyper-parameters of a publication.
 
-    The layers are as the model has them. What a publication's layers are like, :data:`PRESETS` says (``layers``,
-    ``dense``); where a method differs from its publication, the page on methods in ``docs`` says.
+    The layers of the model are not changed; :data:`PRESETS` says how a publication builds them (``layers``, ``dense``).
+    ``docs/methods.md`` lists the differences of each method from its publication.
 
     Args:
-        name: a key of :data:`PRESETS`, which says what the values are and where they are from.
+        name: a key of :data:`PRESETS`.
         model, optimizer: as for :class:`Method`.
         steps: optimizer steps of the whole training.
-        options: arguments that differ, such as ``update_every`` or ``allow_dense_scores``; of VR-PGE ``sparsity``.
+        options: arguments of the method that differ, such as ``update_every`` or ``allow_dense_scores``, or
+            ``sparsity`` of VR-PGE.
 
     Raises:
-        TypeError: ``steps`` is no whole number.
-        ValueError: an unknown name, ``steps`` below 1, no ``update_every`` where that is the steps of an epoch, or what
-            the method raises.
+        TypeError: ``steps`` is not a whole number.
+        ValueError: the name is unknown, ``steps`` is below 1, ``update_every`` is missing where it is the number of
+            steps of an epoch, or what the method raises.
 
     Example:
         >>> layers = sk.training.PRESETS["gse"].layers
@@ -149,4 +150,7 @@ def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, ste
             f"update_every is missing: {name} updates after every epoch; give the optimizer steps of one epoch",
             parameter="update_every",
         )
-    return chosen.method(model, optimizer, **({"stop": chosen.until * steps} | chosen.options | options))
+    values = {"stop": chosen.until * steps} | chosen.options
+    if callable(options.get("drop_fraction")):
+        values.pop("anneal", None)  # for a number only
+    return chosen.method(model, optimizer, **(values | options))

@@ -11,25 +11,25 @@ from torch import Tensor
 from sparsekern.errors import InputError
 
 FREE = ("start",)
-"""Entries whose tensors may be of any length: a run with a global scope began with other numbers of blocks."""
+"""Entries whose tensors may be of any length: with a global scope the numbers of blocks change."""
 
 OPTIONAL: dict[str, tuple[Any, str]] = {
     "stage": (int, "a whole number"),
     "averaged": (int, "a whole number"),
     "before": (tuple, "a tuple"),
 }
-"""Entries that come and go in the course of a run, and what they are while they are not None."""
+"""Entries that may be None, their type otherwise, and its name in words."""
 
 LARGEST = 2**62
-"""Of a number that counts something."""
+"""Bound of counts."""
 
 
 def check_state_of(owner: Any, saved: dict[str, Any]) -> None:
-    """Check what classes of this package wrote into a state; the entries of a user's subclass are its own to check.
+    """Check the entries of a state that classes of this package wrote; a user's subclass checks its own entries.
 
     Args:
-        owner: has a ``state_dict()``.
-        saved: a state with all the names of it.
+        owner: the object that is to load the state.
+        saved: a state with all the names of its ``state_dict()``.
 
     Raises:
         ValueError: as :func:`check_like`.
@@ -41,19 +41,19 @@ def check_state_of(owner: Any, saved: dict[str, Any]) -> None:
 
 
 def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False) -> None:
-    """Check that a saved state is like the one that the same object has now: names, kinds, shapes and dtypes.
+    """Check that a saved state has the same names, types, shapes and dtypes as the present one.
 
-    What varies between two states of one object is in tuples, whose entries whoever loads them checks, or is None at
-    times: neither the object nor the state need be in the middle of a step.
+    Entries that differ between two states of one object are in tuples, whose elements the loader checks, or may be
+    None.
 
     Args:
-        saved: what is to be loaded.
-        own: what ``state_dict()`` returns now.
-        where: the entry, for the error.
+        saved: the state to be loaded.
+        own: the present ``state_dict()``.
+        where: the name of the entry in errors.
         free: whether the lengths of tensors may differ.
 
     Raises:
-        ValueError: an entry is missing, of another kind, shape or dtype, negative, or not finite.
+        ValueError: an entry is missing, of another type, shape or dtype, negative, or not finite.
     """
     if isinstance(own, dict):
         if not isinstance(saved, dict) or saved.keys() != own.keys():

@@ -1,4 +1,4 @@
-"""When blocks move, and what fraction of them. Counted in optimizer steps."""
+"""Schedules: at which optimizer steps blocks move, and what fraction of them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ ANNEALS = ("cosine", "constant")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Every ``update_every`` steps, from ``start`` to before ``stop``, a ``drop_fraction`` of a layer's blocks moves.
+    """The steps at which a topology is updated, and the fraction of each layer's blocks that moves.
 
     Args:
-        update_every: steps between updates, 1 or more.
-        start: first step at which an update may happen.
-        stop: no update happens at this step or later; None for no end.
+        update_every: optimizer steps between updates, 1 or more.
+        start: the first step at which an update may happen.
+        stop: the step from which on no update happens; None for no end.
         drop_fraction: a number in [0, 1], or a function of the step.
-        anneal: what becomes of a number. ``"cosine"``: it falls to 0 along half a cosine from ``start`` to ``stop``
-            (RigL, equation in section 3 of Evci et al. 2020, where ``start`` is 0); without ``stop`` it stays.
-            ``"constant"``: it stays.
-        offset: steps that are not counted: all of the above, the function's apart, is so much later. At 1 an update
-            follows the first step, for those who count steps from 0.
+        anneal: how a number changes. ``"cosine"``: it falls to 0 along half a cosine from ``start`` to ``stop``, as in
+            RigL (Evci et al. 2020, section 3, where ``start`` is 0), and is constant without ``stop``. ``"constant"``:
+            it does not change.
+        offset: the number of steps by which all of this is delayed; the argument of a function is not. With 1, an
+            update follows the first step, as in code that counts steps from 0.
 
     Raises:
-        TypeError: not a number, or one that is not whole where it must be.
-        ValueError: a number out of range, or an unknown ``anneal``.
+        TypeError: an argument is not a number, or not a whole one where it must be.
+        ValueError: a number is out of range, ``anneal`` is unknown, or it is given with a function.
     """
 
     update_every: int
@@ -58,6 +58,12 @@ class Schedule:
             )
         if not callable(self.drop_fraction):
             _check_fraction(self.drop_fraction)
+        elif self.anneal != "cosine":
+            raise InputError(
+                f"anneal is {self.anneal!r}, which has no effect where drop_fraction is a function of the step; leave "
+                "it out",
+                parameter="anneal",
+            )
 
     def due(self, step: int) -> bool:
         """Return whether an update happens after optimizer step ``step`` (the first step is 1)."""
@@ -79,7 +85,7 @@ class Schedule:
         return self.drop_fraction * (1.0 if self.anneal == "constant" else self.cosine(step))
 
     def cosine(self, step: int) -> float:
-        """Return what falls from 1 at ``start`` to 0 at ``stop``, as half a cosine; 1 before, and without a stop."""
+        """Return the half cosine that falls from 1 at ``start`` to 0 at ``stop``; 1 before, and without ``stop``."""
         if self.stop is None:
             return 1.0
         if not self.before_stop(step):
@@ -89,11 +95,11 @@ class Schedule:
 
 
 def whole_stop(stop: float | None) -> int | None:
-    """Return the step, rounded down, of a ``stop`` that may be a product such as ``0.75 * steps``.
+    """Return ``stop`` rounded down to a whole step: it may be a product such as ``0.75 * steps``.
 
     Raises:
-        TypeError: not a number.
-        ValueError: not a finite one.
+        TypeError: it is not a number.
+        ValueError: it is not finite.
     """
     if stop is None:
         return None

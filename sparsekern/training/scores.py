@@ -1,27 +1,28 @@
-"""Scores of stored blocks, and choices among them."""
+"""Scores of stored blocks, choices among them, and units of blocks that move together."""
 
 from __future__ import annotations
 
 import logging
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import Topology, places_for, stored_blocks
+from sparsekern.topology import Move, Topology, one_tap, places_for, stored_blocks
 
 _log = logging.getLogger("sparsekern")
 
 
 def part_of(blocks: int, fraction: float) -> int:
-    """Return how many of the blocks a fraction is, rounded down: with ceil one would move to the cosine's end."""
-    return math.floor(fraction * blocks + 1e-9)  # 0.29 of 100 is 28.999999999999996
+    """Return ``floor(fraction * blocks)``."""
+    return math.floor(fraction * blocks + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def warn_of_few_blocks(layers: dict[str, BlockSparse], fraction: float) -> None:
-    """Warn of layers of which no update moves a block, because the fraction of them is rounded down to none."""
+    """Log a warning of layers in which no block ever moves, because the fraction rounds down to none."""
     never = []
     for name, layer in layers.items():
         blocks = stored_blocks(layer.index)
@@ -43,7 +44,7 @@ def warn_of_few_blocks(layers: dict[str, BlockSparse], fraction: float) -> None:
 
 
 def block_norms(layer: BlockSparse) -> Tensor:
-    """Return the Frobenius norm ``(Z,)`` of every stored block; infinity for a free slot, so that none is dropped."""
+    """Return the Frobenius norm ``(Z,)`` of each slot's block; infinity for a free slot, which is never dropped."""
     norms = norms_of(layer.values.detach())
     if stored_blocks(layer.index) < layer.topology.slots:
         norms.masked_fill_(~layer.topology.used(), torch.inf)
@@ -54,13 +55,13 @@ def norms_of(blocks: Tensor) -> Tensor:
     """Return the Frobenius norms ``(Z,)`` of blocks ``(Z, bo, bi)``."""
     dtype = accumulate_dtype(blocks.dtype)
     if blocks.shape[1:] == (1, 1):
-        return blocks.flatten().to(dtype).abs()  # nothing to add up, and no square that underflows
+        return blocks.flatten().to(dtype).abs()  # exact: no square that underflows
     norms: Tensor = torch.linalg.vector_norm(blocks, dim=(1, 2), dtype=dtype)
     return norms
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity; without a temporary of its size."""
+    """Return whether all elements are finite, without a temporary of the tensor's size; synchronises the device."""
     if tensor.numel() == 0:
         return True
     low, high = tensor.aminmax()
@@ -68,28 +69,28 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def ascending(scores: Tensor) -> Tensor:
-    """Return the positions of scores in ascending order, those of ties too.
+    """Return the positions that sort scores in ascending order; equal scores keep their order.
 
-    The scores are 0 or more, or infinite: such floats are in the order of their bits, and PyTorch sorts integers ten
-    times faster than floats on a CPU.
+    Scores must be 0 or more, or infinite. Such floats have the order of their bits, and PyTorch sorts integers ten
+    times as fast as floats on a CPU.
     """
     return _bits(scores).sort(stable=True).indices
 
 
 def descending(scores: Tensor) -> Tensor:
-    """Return the positions of scores from high to low, those of ties ascending; as :func:`ascending`."""
+    """Return the positions that sort scores in descending order, as :func:`ascending`."""
     return _bits(scores).neg_().sort(stable=True).indices
 
 
 def _bits(scores: Tensor) -> Tensor:
-    """Return a copy that is read as integers; of minus infinity, the lowest, they are negative."""
+    """Return a copy of scores as integers of the same order; minus infinity becomes a negative one."""
     return scores.contiguous().view(torch.int64 if scores.element_size() == 8 else torch.int32).clone()
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
     """Return the slots ``(k,)`` of the ``count`` lowest finite scores, ascending; ties go to the lower slot.
 
-    Fewer are returned when fewer are finite (waits for the device).
+    Returns fewer where fewer scores are finite. Synchronises the device.
     """
     return places_for(scores).lowest(scores, count)
 
@@ -97,15 +98,15 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 def highest(scores: Tensor, count: int) -> Tensor:
     """Return the positions ``(k,)`` of the ``count`` highest scores, ascending; ties go to the lower position.
 
-    Scores of minus infinity are never chosen, so fewer may be returned (waits for the device).
+    Scores of minus infinity are never chosen, so fewer may be returned. Synchronises the device.
     """
     return places_for(scores).highest(scores, count)
 
 
 def protect_last(topology: Topology, scores: Tensor) -> Tensor:
-    """Return the scores with infinity at the highest one of every block row and block column.
+    """Return the scores with infinity at the highest one of each block row and block column.
 
-    Dropping among the rest then leaves each block row and column that has a block with at least one.
+    Dropping finite scores then leaves at least one block in every block row and column that has any.
     """
     scores = scores.clone()
     free = ~topology.used()
@@ -118,3 +119,44 @@ def protect_last(topology: Topology, scores: Tensor) -> Tensor:
         best.scatter_reduce_(0, place.clamp(min=0).long(), torch.where(free, -1, rank), "amax")
         protected[by_score[best[best >= 0]]] = True
     return scores.masked_fill_(protected, torch.inf)
+
+
+class Units(NamedTuple):
+    """The units of a layer that move as one: blocks, or one block of every tap where a convolution ties its taps."""
+
+    topology: Topology
+    """The places of the units: the layer's topology, or that of one tap."""
+    slots: Tensor | None
+    """``(U, taps)``, the slots of each unit in the order of the taps; None where each slot is a unit."""
+    tap_cols: int
+    """Block columns of a tap."""
+
+    def norms(self, norms: Tensor) -> Tensor:
+        """Return the Frobenius norm ``(U,)`` of each unit from the norms ``(Z,)`` of the slots."""
+        whole: Tensor = norms if self.slots is None else norms[self.slots].norm(dim=1)
+        return whole
+
+    def sums(self, numbers: Tensor) -> Tensor:
+        """Return the sum ``(U,)`` over the slots of each unit, of a number ``(Z,)`` for each slot."""
+        return numbers if self.slots is None else numbers[self.slots].sum(1)
+
+    def spread(self, move: Move) -> Move:
+        """Return the move of blocks that a move of units stands for."""
+        if self.slots is None:
+            return move
+        taps = self.slots.shape[1]
+        tap = torch.arange(taps, dtype=torch.int32, device=move.col.device) * self.tap_cols
+        col = (tap + move.col[:, None]).flatten()
+        return Move(self.slots[move.slots.long()].flatten(), move.row.repeat_interleave(taps), col)
+
+
+def units(layer: BlockSparse) -> Units:
+    """Return the units of a layer. With tied taps those of stored blocks only, and it synchronises the device."""
+    topology, grid = layer.topology, layer.grid
+    if not layer.tie_taps:
+        return Units(topology, None, grid.tap_cols)
+    tap, channel = topology.col // grid.tap_cols, topology.col % grid.tap_cols
+    key = ((topology.row.long() * grid.tap_cols + channel) * grid.taps + tap).masked_fill(~topology.used(), grid.cells)
+    slots = key.argsort(stable=True)[: topology.blocks()].view(-1, grid.taps)
+    first = slots[:, 0]
+    return Units(Topology(one_tap(grid), topology.row[first], topology.col[first]), slots, grid.tap_cols)

@@ -1,7 +1,7 @@
-"""SET: drop the weakest blocks, grow as many at random.
+"""SET: drop the weakest blocks, and grow as many at random.
 
 Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
-science", Nature Communications 2018. By default in the form in which Evci et al. 2020 (RigL) compare it.
+science", Nature Communications 2018. The defaults are those with which Evci et al. 2020 (RigL) compare it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.init import draw_values
-from sparsekern.topology import Topology, generator_for, ordered_keys, sample_absent
+from sparsekern.topology import Move, Topology, generator_for, ordered_keys, sample_absent, to_places
 from sparsekern.training.base import Method
-from sparsekern.training.followers import Move, to_places
-from sparsekern.training.scores import lowest, part_of
-from sparsekern.training.tied import Units, units
+from sparsekern.training.scores import Units, lowest, part_of, units
 
 DROPS = ("norm", "signs")
 GROWN_VALUES = ("zero", "random")
@@ -27,21 +25,21 @@ GROWN_VALUES = ("zero", "random")
 class SET(Method):
     """Sparse Evolutionary Training on blocks.
 
-    At an update ``floor(drop_fraction * blocks)`` blocks of smallest Frobenius norm go to places drawn uniformly among
-    those that were empty, so a dropped block never returns in the same update. They restart from zero.
+    An update moves the ``floor(drop_fraction * blocks)`` blocks of smallest Frobenius norm to places drawn uniformly
+    among the empty ones, where they start from zero. A dropped block never returns in the same update.
 
-    That is SET as RigL's paper compares it, as most later papers do. SET of its own paper is
-    ``drop="signs", grown_values="random", anneal="constant"``, once an epoch: ``preset("set-mocanu")``.
+    This is SET as RigL's paper and most later ones compare it. SET of its own paper is ``drop="signs",
+    grown_values="random", anneal="constant"``, once an epoch: ``preset("set-mocanu")``.
 
     Args:
-        drop: ``"norm"``: the weakest blocks of all. ``"signs"``: that fraction of the positive and of the negative
-            ones, each the weakest; a block of several elements has the sign of their sum.
-        grown_values: ``"zero"``, or ``"random"``: drawn like a layer's initial values. A copy that follows restarts
-            from zero in any case.
+        drop: ``"norm"``: the weakest blocks. ``"signs"``: the same fraction of the positive and of the negative blocks,
+            the weakest of each; a block of several elements has the sign of their sum.
+        grown_values: ``"zero"``, or ``"random"``: drawn like a layer's initial values. In a copy of the model that
+            follows, grown blocks start from zero in both cases.
         options: the arguments of :class:`Method`.
 
     Raises:
-        ValueError: an unknown ``drop`` or ``grown_values``, or what :class:`Method` raises.
+        ValueError: ``drop`` or ``grown_values`` is unknown, or what :class:`Method` raises.
 
     Example:
         >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
@@ -69,7 +67,7 @@ class SET(Method):
         self.drop, self.grown_values = drop, grown_values
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
-        """Return the weakest blocks and as many empty places; tied taps go together, by their common norm."""
+        """Return the weakest blocks and as many empty places. Tied taps move together, by their common norm."""
         parts = units(layer)
         topology = parts.topology
         present = topology.sorted_keys() if parts.slots is not None else ordered_keys(layer.index, topology)
@@ -86,7 +84,7 @@ class SET(Method):
 
     @torch.no_grad()
     def fill(self, name: str, move: Move) -> None:
-        """Set the values of blocks that have just moved."""
+        """Draw the values of blocks that have just moved, with ``grown_values="random"``."""
         if self.grown_values == "zero":
             return
         layer = self.layers[name]
@@ -98,7 +96,7 @@ class SET(Method):
 
 
 def _weakest_of_each_sign(layer: BlockSparse, parts: Units, strength: Tensor, fraction: float) -> Tensor:
-    """Return the weakest of the positive units and of the negative ones, that fraction of each, ascending."""
+    """Return a fraction of the positive units and of the negative ones, the weakest of each, in ascending order."""
     sums = layer.values.detach().sum((1, 2), dtype=strength.dtype)
     positive = parts.sums(sums) >= 0
     used = parts.topology.used()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.training import METHODS, Method, Move
+from sparsekern.training import METHODS, Method, Move, NetworkSampler
 from tests.saved import through_a_file
 
 
@@ -232,22 +232,6 @@ def test_a_method_is_one_function():
 
 
 class TestErrors:
-    def test_no_sparse_layer(self):
-        model = nn.Linear(4, 4)
-        with pytest.raises(ValueError, match="the model has no sparse layer; call sparsekern.sparsify_ first"):
-            sk.SET(model, torch.optim.SGD(model.parameters()))
-
-    def test_an_optimizer_built_before_sparsify(self):
-        model = nn.Sequential(nn.Linear(8, 8))
-        optimizer = torch.optim.SGD(model.parameters())
-        sk.sparsify_(model, 0.5, 4)
-        with pytest.raises(ValueError, match="values of '0' are not in this optimizer. Build it after sparsify_"):
-            sk.SET(model, optimizer)
-
-    def test_not_an_optimizer(self):
-        with pytest.raises(TypeError, match=r"optimizer is a list; it must be a torch.optim.Optimizer"):
-            sk.SET(make(), [])
-
     def test_sharded_values(self, monkeypatch):
         model = make()
         optimizer = torch.optim.SGD(model.parameters())
@@ -260,42 +244,124 @@ class TestErrors:
         with pytest.raises(NotImplementedError):
             Method(model, torch.optim.SGD(model.parameters())).update()
 
-    def test_follow_needs_a_layer(self):
+    def test_a_state_that_lacks_all_entries(self):
         model = make()
-        with pytest.raises(ValueError, match="layer is missing; a tensor follows the layer that it names"):
-            sk.Static(model, torch.optim.SGD(model.parameters())).follow(torch.ones(4))
+        names = "born, churn, explored, method, seconds, seen, start, steps, updates"
+        with pytest.raises(ValueError, match=f"the state lacks {names}"):
+            sk.SET(model, torch.optim.SGD(model.parameters())).load_state_dict({"version": 2})
 
-    def test_states_that_do_not_fit(self):
-        model = make()
-        method = sk.SET(model, torch.optim.SGD(model.parameters()))
-        state = method.state_dict()
-        with pytest.raises(ValueError, match="the state has version 99; this code reads 2"):
-            method.load_state_dict(state | {"version": 99})
-        with pytest.raises(
-            ValueError, match="the state lacks born, churn, explored, method, seconds, seen, start, steps, updates"
-        ):
-            method.load_state_dict({"version": 2})
-        with pytest.raises(ValueError, match="the state is of Static; this is SET"):
-            method.load_state_dict(state | {"method": "Static"})
-        with pytest.raises(ValueError, match=r"the state is of layers fc; the model has 0, 2, 4"):
-            method.load_state_dict(state | {"start": {"fc": torch.ones(1)}})
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        *((sk.SET, name) for name in ("scope", "score_tokens", "updte_every")),
+        *((sk.VRPGE, name) for name in ("keep_connected", "min_age", "score_tokens")),
+        *(
+            (sk.Static, name)
+            for name in ("drop_fraction", "anneal", "grown_state", "keep_connected", "min_age", "scope")
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(kind, option):
+    model = make()
+    with pytest.raises(
+        ValueError, match=f"{option} is no option of {kind.__name__}, on which it would have no"
+    ) as raised:
+        kind(model, torch.optim.SGD(model.parameters()), **{option: 1})
+    assert raised.value.parameter == option
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_evaluation_leaves_the_model_as_it_was(name):
+def test_choosing_changes_nothing(name):
     model = make()
-    method = METHODS[name](model, torch.optim.SGD(model.parameters()))
-    before = model(batch(0))
-    with method.evaluation():
-        assert model(batch(0)).shape == before.shape
-    assert torch.equal(model(batch(0)), before)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    method = METHODS[name](model, optimizer, update_every=3)
+    if name == "vrpge":
+        with torch.no_grad():
+            method.probabilities._value[:9] = 0  # to be refilled
+    chosen = []
+
+    def update():
+        before = bits(model), str(method.state_dict())
+        chosen.extend(method.choose_all(0.5) for _ in range(2))
+        assert equal(bits(model), before[0]) and str(method.state_dict()) == before[1]
+        return False
+
+    method.update = update
+    train(model, optimizer, method, range(3))
+    first, second = chosen
+    assert first.keys() == second.keys() and bool(first) == (name != "static")
+    assert all(torch.equal(a, b) for key in first for a, b in zip(first[key], second[key], strict=True))
+
+
+def test_only_a_method_that_samples_networks_says_so():
+    model = make()
+    samplers = [
+        kind
+        for kind in METHODS.values()
+        if isinstance(kind(model, torch.optim.SGD(model.parameters())), NetworkSampler)
+    ]
+    assert samplers == [sk.VRPGE]
+
+
+REFUSED = [
+    (sk.SET, {"drop": "sign"}, "drop is 'sign'; it must be one of norm, signs"),
+    (sk.SET, {"grown_values": "zeros"}, "grown_values is 'zeros'; it must be one of zero, random"),
+    (sk.SET, {"drop_fraction": -0.1}, "drop_fraction is -0.1"),
+    (sk.SET, {"anneal": "linear"}, "anneal is 'linear'; it must be one of cosine, constant"),
+    (
+        sk.SET,
+        {"anneal": "constant", "drop_fraction": lambda step: 0.1},
+        "anneal is 'constant', which has no effect where drop_fraction is a function",
+    ),
+    (sk.SET, {"offset": -1}, "offset is -1; it must be 0 or more optimizer steps"),
+    (sk.GSE, {"distribution": "grab"}, "distribution is 'grab'; it must be one of uniform, grabo, graest"),
+    (sk.GSE, {"subset_factor": 0}, "subset_factor is 0; it must be a number above 0"),
+    (sk.GSE, {"subset_factor": float("inf")}, "subset_factor is inf"),
+    (sk.GSE, {"score_tokens": 0}, "score_tokens is 0; it must be 1 or more"),
+    (sk.GSE, {"score_tokens": -1}, "score_tokens is -1; it must be 1 or more"),
+    (sk.RigL, {"scoring": "best"}, "scoring is 'best'; it must be one of auto, exact, screen"),
+    (sk.RigL, {"sketches": 0}, "sketches is 0; it must be 1 or more"),
+    (sk.RigL, {"shortlist": 0.5}, "shortlist is 0.5; it must be 1 or more"),
+    (sk.RigL, {"shortlist": float("nan")}, "shortlist is nan"),
+    (sk.RigL, {"regrow": True, "scope": "global"}, "regrow is for scope='layer'"),
+    (sk.RigL, {"regrow": True, "scoring": "screen"}, "regrow needs the scores of all blocks"),
+    (sk.RigL, {"scope": "model"}, "scope is 'model'; it must be 'layer' or 'global'"),
+    (sk.VRPGE, {"masks": 1}, "masks is 1; it must be 2 or more"),
+    (sk.VRPGE, {"structure_every": 0}, "structure_every is 0; it must be 1 or more"),
+    (sk.VRPGE, {"scope": "head"}, "scope is 'head'; it must be one of layer, global"),
+    (sk.VRPGE, {"projection": "newton"}, "projection is 'newton'; it must be one of sort, bisection"),
+    (sk.VRPGE, {"weight_step": "two"}, "weight_step is 'two'; it must be one of one, all"),
+    (sk.VRPGE, {"unsampled": "zero"}, "unsampled is 'zero'; it must be one of lazy, decay"),
+    (sk.VRPGE, {"refill": 2.0}, "refill is 2.0; it must be a probability"),
+    (sk.VRPGE, {"refill": 0.1, "group": "row"}, "refill is 0.1, which has no effect with group='row'"),
+    (sk.AGENT, {"gamma": 1.1}, r"gamma is 1.1; it must be in \[0, 1\]"),
+    (sk.AGENT, {"alpha": 0}, r"alpha is 0; it must be in \(0, 1\]"),
+    (sk.AGENT, {"estimate": "guess"}, "estimate is 'guess'; it must be one of losses, gradients"),
+    (sk.AGENT, {"scope": "head"}, "scope is 'head'; it must be one of global, layer"),
+    (sk.AGENT, {"batches": 0}, "batches is 0; it must be 1 or more"),
+    (sk.AGENT, {"every": 0, "estimate": "gradients"}, "every is 0; it must be 1 or more"),
+    (
+        sk.AGENT,
+        {"every": 5},
+        "every is 5, but the losses of batches give one c after a pass; estimate must be",
+    ),
+    (sk.AGENT, {"scope": "layer"}, "scope is 'layer', but the losses"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "text"), REFUSED)
+def test_values_out_of_range_are_named(kind, options, text):
+    model = make()
+    with pytest.raises(ValueError, match=text):
+        kind(model, torch.optim.SGD(model.parameters()), **options)
 
 
 def arguments(kind: type) -> list[str]:
     """Return the names of a constructor's arguments, and of those it hands the rest to, that are no yes or no."""
     signatures = [inspect.signature(cls.__init__).parameters for cls in kind.__mro__ if "__init__" in vars(cls)][:-1]
     kinds = {name: p.annotation for parameters in signatures for name, p in parameters.items()}
-    known = {"self", "args", "kwargs", "model", "optimizer", "options", "process_group"}
+    known = {"self", "args", "kwargs", "model", "optimizer", "options", "others", "process_group", *kind.unused_options}
     return sorted(name for name, annotation in kinds.items() if name not in known and annotation != "bool")
 
 
@@ -330,7 +396,7 @@ def test_layers_of_so_few_blocks_that_none_moves_are_named(kind, options, names,
     model["frozen"].values.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     more = {"sparsity": 0.9} if kind is sk.VRPGE else {}
-    kind(model, optimizer, **options, **more)
+    kind(model, optimizer, **({} if kind is sk.Static else options), **more)
     expected = names if kind in (sk.SET, sk.RigL, sk.GSE) else ""
     assert caplog.text.count("and they never move: ") == bool(expected)
     assert f"and they never move: {expected}. Take" in caplog.text or not expected

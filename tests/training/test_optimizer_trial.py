@@ -279,7 +279,7 @@ def test_a_trial_is_made_once_a_size():
 
 
 @pytest.mark.parametrize(("slots", "elements"), [(1, 4096), (2, 16), (255, 16), (256, 16), (70_001, 16), (9, 10**6)])
-def test_stand_ins_are_small_and_alike(slots, elements):
+def test_trial_parameters_are_small_and_alike(slots, elements):
     one, other = _sizes(slots, elements)
     assert one != other and min(one, other) >= 2
     assert max(one, other) * elements <= max(LEAST + 512 * elements, 3 * elements)

@@ -33,64 +33,44 @@ def test_it_moves_blocks(name, block):
     assert not torch.equal(before, layer.topology.keys())
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "stop", "every", "fraction"),
-    [
-        ("set-mocanu", sk.SET, 100_000, 390, 0.3),
-        ("set-rigl", sk.SET, 75_000, 100, 0.3),
-        ("rigl", sk.RigL, 75_000, 100, 0.3),
-        ("rigl-sparse-ift", sk.RigL, 75_000, 100, 0.3),
-        ("rigl-sparse-ift-gpt", sk.RigL, 80_000, 500, 0.3),
-        ("gse", sk.GSE, 60_000, 1000, 0.2),
-        ("gse-grabo", sk.GSE, 60_000, 1000, 0.2),
-        ("gse-graest", sk.GSE, 60_000, 1000, 0.2),
-        ("gse-imagenet", sk.GSE, 60_000, 1000, 0.2),
-        ("vrpge", sk.VRPGE, 88_235, 100, 0.3),
-        ("vrpge-code", sk.VRPGE, 88_235, 100, 0.3),
-    ],
-)
-def test_its_values(name, kind, stop, every, fraction):
-    layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
+GSE = {"scope": "global", "with_replacement": True, "subset_factor": 1.0, "distribution": "uniform"}
+VRPGE = {"masks": 2, "structure_every": 1, "weight_step": "one", "lazy": True, "refill": 0.0}
+VALUES = {
+    "set-mocanu": (sk.SET, 1.0, 390, 0.3, {"drop": "signs", "grown_values": "random"}),
+    "set-rigl": (sk.SET, 0.75, 100, 0.3, {"drop": "norm", "grown_values": "zero"}),
+    "rigl": (sk.RigL, 0.75, 100, 0.3, {"regrow": True, "scoring": "auto", "scope": "layer", "score_tokens": None}),
+    "rigl-sparse-ift": (sk.RigL, 0.75, 100, 0.3, {"regrow": True}),
+    "rigl-sparse-ift-gpt": (sk.RigL, 0.8, 500, 0.3, {"regrow": True}),
+    "gse": (sk.GSE, 0.6, 1000, 0.2, GSE),
+    "gse-grabo": (sk.GSE, 0.6, 1000, 0.2, GSE | {"distribution": "grabo"}),
+    "gse-graest": (sk.GSE, 0.6, 1000, 0.2, GSE | {"distribution": "graest"}),
+    "gse-imagenet": (sk.GSE, 0.6, 1000, 0.2, GSE | {"subset_factor": 2.0}),
+    "vrpge": (sk.VRPGE, 300 / 340, 100, 0.3, VRPGE),
+    "vrpge-code": (sk.VRPGE, 300 / 340, 100, 0.3, VRPGE | {"weight_step": "all", "lazy": False}),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_its_values(name):
+    kind, until, every, fraction, values = VALUES[name]
+    layer = sk.SparseLinear(16, 16, sparsity=0.5, block_size=4, seed=0)
     needed = {"update_every": every} if PRESETS[name].once_an_epoch else {}
     method = preset(name, layer, torch.optim.SGD(layer.parameters()), steps=100_000, **needed)
     schedule = method.schedule
-    assert type(method) is kind and (schedule.stop, schedule.update_every) == (stop, every)
+    assert type(method) is kind and (schedule.stop, schedule.update_every) == (int(until * 100_000), every)
     assert schedule.fraction(0) == fraction and PRESETS[name].source
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("set-mocanu", {"drop": "signs", "grown_values": "random"}),
-        ("set-rigl", {"drop": "norm", "grown_values": "zero"}),
-        ("rigl", {"regrow": True, "scoring": "auto", "scope": "layer", "score_tokens": None}),
-        ("gse", {"distribution": "uniform", "subset_factor": 1.0, "with_replacement": True, "scope": "global"}),
-        ("gse-grabo", {"distribution": "grabo", "subset_factor": 1.0}),
-        ("gse-graest", {"distribution": "graest", "subset_factor": 1.0}),
-        ("gse-imagenet", {"distribution": "uniform", "subset_factor": 2.0}),
-        ("vrpge", {"masks": 2, "structure_every": 1, "weight_step": "one", "lazy": True, "refill": 0.0}),
-        ("vrpge-code", {"masks": 2, "structure_every": 1, "weight_step": "all", "lazy": False, "refill": 0.0}),
-    ],
-)
-def test_its_other_values(name, values):
-    layer = sk.SparseLinear(16, 16, sparsity=0.5, block_size=4, seed=0)
-    needed = {"update_every": 10} if PRESETS[name].once_an_epoch else {}
-    method = preset(name, layer, torch.optim.SGD(layer.parameters()), steps=1000, **needed)
     assert {value: getattr(method, value) for value in values} == values
-    if name.startswith("vrpge"):
+    if kind is sk.VRPGE:
         assert (method.probabilities.rate, method.probabilities.clip) == (12e-3, 3.0)
         assert method.candidates[""].count == 4, "filters of a block row"
-
-
-def test_every_preset_has_its_values_tested():
-    rows = test_its_values.pytestmark[0].args[1]
-    assert [row[0] for row in rows] == list(PRESETS)
 
 
 def test_options_override_and_names_are_checked():
     layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
     optimizer = torch.optim.SGD(layer.parameters())
     assert preset("gse", layer, optimizer, steps=10, scope="layer", stop=7).schedule.stop == 7
+    falls = preset("set-mocanu", layer, optimizer, steps=10, update_every=2, drop_fraction=lambda step: 1 / (1 + step))
+    assert falls.schedule.fraction(1) == 0.5, "anneal is for a number only"
     with pytest.raises(ValueError, match="preset is 'gsee'; it must be one of set-mocanu, set-rigl, rigl"):
         preset("gsee", layer, optimizer, steps=10)
     with pytest.raises(ValueError, match=r"preset is \['gse'\]; it must be one of"):

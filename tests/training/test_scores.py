@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.topology import Grid, Topology, balanced, generator_for, with_capacity
-from sparsekern.training.scores import ascending, block_norms, descending, highest, lowest, part_of, protect_last
+from sparsekern.topology import Grid, Move, Topology, balanced, conv_grid, generator_for, one_tap, with_capacity
+from sparsekern.training.scores import ascending, block_norms, descending, highest, lowest, part_of, protect_last, units
 
 
 def ints(*numbers: int) -> torch.Tensor:
@@ -124,3 +124,35 @@ def test_no_block_row_or_column_is_ever_emptied():
         kept[dropped] = False
         assert set(topology.row[kept].tolist()) == set(topology.row[:14].tolist())
         assert set(topology.col[kept].tolist()) == set(topology.col[:14].tolist())
+
+
+def conv() -> sk.SparseConv2d:
+    """Two rows, two columns of channels and two taps. Cells (1, 0): slots 4 and 0; (0, 1): slots 1 and 2; 3 is free."""
+    topology = Topology(conv_grid(4, 4, (1, 2), (2, 2)), ints(1, 0, 0, -1, 1), ints(2, 1, 3, -1, 0))
+    layer = sk.SparseConv2d(4, 4, (1, 2), topology=Topology(topology.grid, topology.row, topology.col), tie_taps=True)
+    with torch.no_grad():
+        layer.values.copy_(torch.tensor([3.0, 1, 0, 0, 4]).view(5, 1, 1) / 2)  # norms: twice an entry
+    return layer
+
+
+def test_units_of_tied_taps_by_hand():
+    parts = units(conv())
+    assert parts.topology.grid == one_tap(conv().grid)
+    assert (parts.topology.row.tolist(), parts.topology.col.tolist()) == ([0, 1], [1, 0])
+    assert parts.slots.tolist() == [[1, 2], [4, 0]]
+    assert parts.norms(block_norms(conv())).tolist() == [1, 5]
+
+
+def test_spread_moves_all_taps():
+    move = units(conv()).spread(Move(torch.tensor([1]), ints(0), ints(0)))
+    assert (move.slots.tolist(), move.row.tolist(), move.col.tolist()) == ([4, 0], [0, 0], [0, 2])
+    layer = conv()
+    layer.move_(*move)
+    assert layer.row.tolist() == [0, 0, 0, -1, 0] and layer.col.tolist() == [2, 1, 3, -1, 0]
+
+
+def test_elsewhere_a_unit_is_a_slot():
+    layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
+    parts, norms, move = units(layer), block_norms(layer), Move(torch.tensor([1]), ints(0), ints(0))
+    assert parts.topology.row is layer.row and parts.topology.col is layer.col
+    assert parts.norms(norms) is norms and parts.spread(move) is move

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -204,14 +206,14 @@ def test_random_values_stay_within_the_matrix():
     assert module.values.any() and not module.values[~module.topology.real()].any()
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"drop": "sign"}, "drop is 'sign'; it must be one of norm, signs"),
-        ({"grown_values": "zeros"}, "grown_values is 'zeros'; it must be one of zero, random"),
-    ],
-)
-def test_unknown_ways(options, text):
-    module = layer()
-    with pytest.raises(ValueError, match=text):
-        sk.SET(module, torch.optim.SGD(module.parameters(), lr=0.1), **options)
+def test_no_block_ever_moves():
+    layer = sk.SparseLinear(8, 12, block_size=(4, 2), blocks=5)
+    before = copy.deepcopy(layer.state_dict())
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    method = sk.Static(layer, optimizer, update_every=1)
+    for _ in range(3):
+        layer(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        assert method.step() is False
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+    assert method.metrics()["updates"] == 3 and method.metrics()["churn/"] == 0

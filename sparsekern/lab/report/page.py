@@ -12,6 +12,7 @@ from sparsekern.analysis import Summary
 from sparsekern.lab.config import Config
 from sparsekern.lab.history import Frame, film
 from sparsekern.lab.metric import metric_of
+from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panels, png, shades
 from sparsekern.lab.report.charts import curve_chart, curves_of, layer_chart
 from sparsekern.lab.report.pictures import network_labels, run_title
@@ -19,7 +20,6 @@ from sparsekern.lab.report.tables import result_cells, result_notes
 from sparsekern.lab.report.text import count, printable
 from sparsekern.lab.results import summarise
 from sparsekern.lab.store import Record
-from sparsekern.training import METHODS
 
 MARK = "<!doctype html><!-- sparsekern report -->"
 """The beginning of every page, which distinguishes it from any other file."""
@@ -269,8 +269,8 @@ def _about(about: dict[str, Any], record: Record) -> str:
         )
     if about["groups"] > 1:
         where += f"; the {about['groups']} groups lie below each other"
-    pool = METHODS[record.config.method].pool
-    extra = "" if pool == 1 else " The method stores candidates, of which it keeps the likeliest at its last update."
+    pooled = record.config.method in OPTIONS["pool"].methods
+    extra = " The method stores candidates, of which it keeps the likeliest at its last update." if pooled else ""
     return f"{cell}; {where}.{extra}"
 
 

@@ -1,4 +1,4 @@
-"""AGENT: gradients corrected by those of an earlier state of the network, as far as the two go together."""
+"""AGENT: gradients corrected by those of an earlier state of the network."""
 
 from __future__ import annotations
 
@@ -12,34 +12,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.nn import refuse_sharded
-from sparsekern.topology.arguments import check_kind
-from sparsekern.training.agent.checks import NOT_SHARDED, check_options, check_parallel, check_parts
-from sparsekern.training.agent.correction import Correction
-from sparsekern.training.agent.extra import ExtraCost
-from sparsekern.training.agent.prepass import pass_over
-from sparsekern.training.agent.snapshot import Snapshot
-from sparsekern.training.agent.weighting import from_losses, smoothed
-from sparsekern.training.attachment import Attached
-from sparsekern.training.base import Method, stepped
-from sparsekern.training.closures import backpropagate, loss_of
+from sparsekern.nn import refuse_sharded, sparse_layers
+from sparsekern.topology.arguments import check_kind, check_number, check_whole
+from sparsekern.training.agent.correction import Correction, from_losses, smoothed
+from sparsekern.training.agent.snapshot import Snapshot, pass_over
+from sparsekern.training.attachment import Attached, unwrapped
+from sparsekern.training.base import Method, NetworkSampler
+from sparsekern.training.distributed import Ranks
 from sparsekern.training.followers import OnMove
-from sparsekern.training.optimizer_state import unwrapped
-from sparsekern.training.passes import Randomness, perturbed
+from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, parallel_modules, perturbed
 from sparsekern.training.saved_state import check_like
 from sparsekern.training.scores import is_finite
+
+ESTIMATES = ("losses", "gradients")
+SCOPES = ("global", "layer")
+NOT_SHARDED = "AGENT keeps whole copies of the values, and sharded ones are not supported; use DDP"
 
 AGENT_STATE_VERSION = 2
 
 
 class AGENT(Attached):
-    """Adaptive gradient correction around a training method, for any optimizer.
+    """Adaptive gradient correction around a training method, for any optimizer (Lei et al., CPAL 2024).
 
-    Lei, Xu, Zhang, He and Mallick, "Balance is Essence: Accelerating Sparse Training via Adaptive Gradient Correction",
-    CPAL 2024. For the gradient ``g_new`` of a batch the optimizer gets ``g_new - gamma c (g_old - g_mean)``: ``g_old``
-    is the gradient of the same batch at a snapshot of the weights, ``g_mean`` the mean gradient there, and ``c`` in
-    [0, 1] says how far the snapshot still speaks for the network. Wrap a method, take a snapshot an epoch, and call
-    on the wrapper what you would call on the method::
+    In place of the gradient ``g_new`` of a batch, the optimizer gets ``g_new - gamma c (g_old - g_mean)``: ``g_old`` is
+    the gradient of the same batch at a snapshot of the weights, ``g_mean`` the mean gradient there, and ``c`` in [0, 1]
+    says how well the snapshot still represents the network. Wrap a method, take a snapshot each epoch, and call the
+    wrapper in place of the method::
 
         agent = sk.AGENT(model, optimizer, method=sparse)
         for epoch in range(epochs):
@@ -49,35 +47,34 @@ class AGENT(Attached):
                 optimizer.step(); optimizer.zero_grad(set_to_none=True)
                 agent.step()
 
-    The snapshot is evaluated in the model itself, whose tensors it trades places with for the pass, on the topology it
-    was taken on. Blocks that moved since are not corrected. A method that grows by gradients sees the uncorrected one,
-    gradient clipping the corrected one. Extra passes see the same dropout as the pass they belong to, and leave no
-    trace in running statistics of norms. A method that draws networks (VR-PGE) is corrected once it has chosen one;
-    until then :meth:`refresh` does nothing.
+    The snapshot is evaluated in the model itself: for that pass they exchange their contents, topology included. Blocks
+    that moved since are not corrected. A method that grows by gradients sees the uncorrected gradient, gradient
+    clipping the corrected one. Extra passes have the same dropout as the pass that they belong to, and do not change
+    running statistics of norms. VR-PGE is corrected once it has chosen a network; until then :meth:`refresh` does
+    nothing.
 
-    Holds, beside a plain training, twice the values and one index; during a step one more copy of the values. With
-    ``estimate="losses"`` the first interval has c = 0 and makes no extra pass a step.
+    Needs memory for twice the values and one index, in a step for three times. With ``estimate="losses"``, c is 0 and
+    steps make no extra pass until the second snapshot.
 
     Args:
-        model: may be wrapped in DistributedDataParallel, and then should be given so.
-        optimizer: steps by the corrected gradients, to which it adds weight decay and momentum.
-        method: the one that moves the blocks; None if nothing moves them.
-        gamma: damps the correction, in [0, 1]; 0 turns AGENT off, bit for bit.
-        alpha: how much of c the newest estimate is, in (0, 1].
-        estimate: how c is found. ``"losses"``, as the paper: from the covariance of the losses of the present and the
-            snapshot's weights over the batches of :meth:`refresh`, one more forward pass each. It tends to be near 1,
-            because some batches are hard for both; ``gamma`` does most of the work. ``"gradients"``: from the inner
-            products of the gradients during the steps, which costs no pass, and allows a larger ``gamma``.
-        scope: with ``"gradients"``: one c for all (``"global"``), or one a module (``"layer"``).
-        batches: take so many batches of what :meth:`refresh` is given; None for all. With few, keep ``gamma`` small:
-            what their mean gets wrong, every step until the next snapshot gets wrong alike.
-        every: with ``"gradients"``: take a snapshot every so many optimizer steps, without a pass over batches. The
-            mean gradient is then that of the steps since the snapshot.
-        process_group: the ranks that share one model. Default: all, where torch.distributed is in use.
+        model: the model; if it is wrapped in DistributedDataParallel, the wrapper.
+        optimizer: gets the corrected gradients, to which it adds weight decay and momentum.
+        method: moves the blocks; None if no block moves.
+        gamma: damping factor of the correction, in [0, 1]; 0 turns AGENT off, bit for bit.
+        alpha: weight of the newest estimate in c, in (0, 1].
+        estimate: how c is estimated. ``"losses"``, as in the paper: from the covariance of the losses of present and
+            snapshot's weights over the batches of :meth:`refresh`, with one more forward pass each. It tends to be near
+            1, because the same batches are hard for both, and ``gamma`` matters most. ``"gradients"``: from inner
+            products of gradients in the steps, which needs no pass and allows a larger ``gamma``.
+        scope: with ``"gradients"``: ``"global"``, one c for all parameters, or ``"layer"``, one for each module.
+        batches: number of batches that :meth:`refresh` uses; None for all. With few, keep ``gamma`` small.
+        every: with ``"gradients"``: steps between snapshots without a pass over batches. Their mean gradient is that of
+            the steps that follow.
+        process_group: the ranks that train one model. Default: all, where torch.distributed is in use.
 
     Raises:
-        ValueError: a number or name out of range, or a method of another model or optimizer.
-        TypeError: the optimizer is not a :class:`torch.optim.Optimizer`, or the method no :class:`Method`.
+        ValueError: a number or name is out of range, or the method is of another model or optimizer.
+        TypeError: the optimizer is not an optimizer, or the method no :class:`Method`.
     """
 
     def __init__(
@@ -95,14 +92,11 @@ class AGENT(Attached):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         optimizer = unwrapped(optimizer)
-        check_parts(model, optimizer, method)
-        check_options(gamma, alpha, estimate, scope, batches, every)
-        if gamma > 0:
-            check_parallel(model)
+        _check_options(gamma, alpha, estimate, scope, batches, every)
+        _check_parts(model, optimizer, method, gamma)
         self.model, self.optimizer, self.method = model, optimizer, method
         self.gamma, self.alpha, self.estimate, self.scope = gamma, alpha, estimate, scope
-        self.batches, self.every = batches, every
-        self.process_group = process_group
+        self.batches, self.every, self.ranks = batches, every, Ranks(process_group)
         self.snapshot = Snapshot(
             model, None if method is None else lambda name, t, on_move: method.follow(t, layer=name, on_move=on_move)
         )
@@ -110,22 +104,19 @@ class AGENT(Attached):
         self.c = dict.fromkeys(groups.values(), 0.0)
         self.since = 0  # optimizer steps since the snapshot
         self.cost = ExtraCost()
-        self._ready = False  # whether there is a snapshot whose mean is known
+        self._ready = False  # whether there is a snapshot with a mean gradient
         self._correction = Correction(
-            model, self.snapshot, groups, learns=estimate == "gradients", cost=self.cost, process_group=process_group
+            model, self.snapshot, groups, learns=estimate == "gradients", cost=self.cost, ranks=self.ranks
         )
         self.attach([optimizer])
         if method is not None:
             self._freeze = method._freeze
-        self.hook("after", "_after_step")
 
     def __repr__(self) -> str:
         return (
             f"AGENT(gamma={self.gamma}, alpha={self.alpha}, estimate={self.estimate!r}, scope={self.scope!r}, "
             f"c={self._mean_c():.3g}, {self.method!r})"
         )
-
-    # The three verbs, and what a method has besides.
 
     def backward(
         self,
@@ -136,18 +127,16 @@ class AGENT(Attached):
     ) -> Tensor:
         """Compute the loss and the corrected gradients: ``agent.backward(lambda: loss_fn(model(x), y))``.
 
-        Runs the closure once more, at the snapshot. It must do the same each time; see :meth:`VRPGE.backward`. Several
-        calls before an optimizer step add up, each with its part of the loss.
+        Runs the closure a second time, at the snapshot, as :meth:`VRPGE.backward`. Gradients of several calls add up.
 
         Args:
             closure: computes the loss ``()`` of one batch, the forward of the model included.
             scaler: scales the loss before the backward.
-            perturb: adversarial training: makes a perturbed batch by attacks on the present model, once for both
-                passes; the closure takes what it returns. Statistics of norms and gradients of parameters stay as they
-                are.
+            perturb: for adversarial training: returns a batch perturbed by attacks on the present model, with which the
+                closure is called in both passes. It is called once; norm statistics and gradients do not change.
 
         Returns:
-            The loss of the present weights, detached and not scaled.
+            The loss, detached and not scaled.
         """
         self.check_open()
         refuse_sharded(dict(self.snapshot.layers.values()), NOT_SHARDED)
@@ -163,7 +152,7 @@ class AGENT(Attached):
             self.method.see_gradients()
         with self.cost.timed():
             self._correction.weights = {group: self.gamma * c for group, c in self.c.items()}
-            randomness = Randomness(self.model)
+            randomness = RandomState(self.model)
             with self._exchanging():
                 self._correction.subtract(closure, scaler)
             randomness.restore()
@@ -173,7 +162,7 @@ class AGENT(Attached):
         return loss
 
     def step(self) -> bool:
-        """Call it after ``optimizer.step()``, in place of the method's; returns whether blocks moved."""
+        """Call :meth:`Method.step`, and take a snapshot if it is due with ``every``; returns whether blocks moved."""
         self.check_open()
         moved = self.method.step() if self.method is not None else False
         if moved:
@@ -189,18 +178,19 @@ class AGENT(Attached):
         *,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Estimate c and take a new snapshot, with its mean gradient: once an epoch, or every some hundred steps.
+        """Estimate c, and take a new snapshot and its mean gradient: once an epoch, best right after blocks have moved.
 
-        Best right after blocks have moved. Each rank brings its own part of the batches.
+        Each rank gives its own part of the batches.
 
         Args:
-            batches: of the training set, clean ones in adversarial training. A batch counts by the rows of its first
-                tensor. None with ``estimate="gradients"``: no pass; the mean is taken during the steps that follow.
-            loss: the loss ``()`` of one batch, by the model.
+            batches: of the training set; clean ones in adversarial training. A batch is weighted by the number of rows
+                of its first tensor. None with ``estimate="gradients"``: no pass, and the mean gradient is that of the
+                steps that follow.
+            loss: computes the loss ``()`` of one batch.
             scaler: as in :meth:`backward`; a batch that overflows does not count.
 
         Raises:
-            ValueError: no batch came, or none was given and c needs them.
+            ValueError: there are no batches, or none are given but c needs them.
         """
         self.check_open()
         refuse_sharded(dict(self.snapshot.layers.values()), NOT_SHARDED)
@@ -214,7 +204,7 @@ class AGENT(Attached):
             self.cost.recount()
             if self.estimate == "gradients" and self.since:
                 self._smooth(self._correction.products.estimates())
-            self._ready = False  # should a pass fail
+            self._ready = False  # in case a pass fails
             if batches is None or loss is None:
                 for mean in self.snapshot.mean.values():
                     mean.zero_()
@@ -228,7 +218,7 @@ class AGENT(Attached):
                         loss,
                         scaler=scaler,
                         cost=self.cost,
-                        group=self.process_group,
+                        ranks=self.ranks,
                     )
                 if self.estimate == "losses":
                     self._smooth([from_losses(*losses)])
@@ -240,21 +230,21 @@ class AGENT(Attached):
         self._correction.variance.restart()
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is the network that is being trained: :meth:`Method.evaluation`."""
-        return nullcontext() if self.method is None else self.method.evaluation()
+        """Return a context in which the model is the network that VR-PGE would choose now; otherwise it is as it is."""
+        return self.method.evaluation() if isinstance(self.method, NetworkSampler) else nullcontext()
 
     def follow(self, target: Tensor | nn.Module, *, layer: str | None = None, on_move: OnMove = "zero") -> None:
-        """Let something else follow the blocks: :meth:`Method.follow`; without a method nothing moves."""
+        """Call :meth:`Method.follow`; without a method, nothing moves."""
         if self.method is not None:
             self.method.follow(target, layer=layer, on_move=on_move)
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers of :meth:`Method.metrics`, and more; waits for the device.
+        """Return the metrics of :meth:`Method.metrics` and AGENT's own; synchronises the device.
 
-        ``c`` (over modules the mean, with ``c/*`` of each); ``corrected`` fraction of the blocks that still are where
-        they were at the snapshot; ``variance_ratio`` of the corrected to the plain gradient since the snapshot, from a
-        sample of its elements; ``extra_flops`` and ``extra_seconds`` of all passes that a plain training does not make
-        (:class:`~sparsekern.training.agent.extra.ExtraCost`).
+        ``c`` (the mean over modules, and ``c/*`` of each); ``corrected`` fraction of blocks that have not moved since
+        the snapshot; ``variance_ratio`` variance of the corrected over that of the plain gradient since the snapshot,
+        from a sample of elements; ``extra_flops`` and ``extra_seconds`` of all passes that a plain training does not
+        make (:class:`~sparsekern.training.passes.ExtraCost`).
         """
         numbers: dict[str, float] = {} if self.method is None else self.method.metrics()
         if self.scope == "layer":
@@ -268,9 +258,9 @@ class AGENT(Attached):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, the method's state included; take it between steps.
+        """Return what a resumed run needs, including the method's state. Call it between steps.
 
-        Refers to the snapshot's tensors, as an optimizer's state does to its own.
+        The snapshot's tensors are not copied, as in an optimizer's state.
         """
         return {
             "version": AGENT_STATE_VERSION,
@@ -286,10 +276,10 @@ class AGENT(Attached):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; the model's own state is loaded before.
+        """Load what :meth:`state_dict` returned. Load the model's own state before.
 
         Raises:
-            ValueError: the state is of another version, other parameters or another method.
+            ValueError: the state is of another version, method, or set of parameters.
         """
         check_kind("state", state, dict, "what state_dict() returned")
         version = state.get("version")
@@ -316,17 +306,15 @@ class AGENT(Attached):
         self.cost.load_state_dict(state["cost"])
         self._correction.begin_step()
 
-    # Its end, and copies.
-
-    def leave(self) -> None:
-        """Act no more; the blocks move on, but nothing of this follows them."""
+    def detach(self) -> None:
+        """Remove all hooks and followers; the method goes on."""
         if self.method is not None:
             for tensor in self.snapshot.followers:
                 self.method.followers.remove(tensor)
-        super().leave()
+        super().detach()
 
     def close(self) -> None:
-        """Act no more, and close the method: :meth:`Method.close`."""
+        """Remove all hooks, and close the method."""
         if self.method is not None:
             self.method.close()
         super().close()
@@ -336,28 +324,28 @@ class AGENT(Attached):
         if self.method is not None:
             self._freeze = self.method._freeze
 
-    # A training step.
-
     @contextmanager
     def _exchanging(self) -> Iterator[None]:
-        """Let the snapshot and the model trade places in what follows, and nobody evaluate the model meanwhile."""
+        """Exclude evaluations by other threads while the snapshot is in the model."""
         with self.writing():
             yield
         if self.method is not None:
             self.method.note_values()
 
     def _is_active(self) -> bool:
-        return self.gamma > 0 and (self.method is None or self.method.settled)
+        method: object = self.method
+        return self.gamma > 0 and (not isinstance(method, NetworkSampler) or method.finished)
 
     def _host_backward(self, closure: Callable[[], Tensor], scaler: torch.amp.GradScaler | None) -> Tensor:
         if self.method is not None:
             return self.method.backward(closure, scaler=scaler)
         return backpropagate(loss_of(closure), scaler)
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def after_step(self, made: bool) -> None:
+        """Add what the step tells about c, and start the next one."""
         if self.method is not None and self.method.closed:
             return
-        if stepped(optimizer):
+        if made:
             self.since += 1
             self._correction.commit()
         self._correction.begin_step()
@@ -368,3 +356,45 @@ class AGENT(Attached):
 
     def _mean_c(self) -> float:
         return sum(self.c.values()) / len(self.c)
+
+
+def _check_options(
+    gamma: float, alpha: float, estimate: str, scope: str, batches: int | None, every: int | None
+) -> None:
+    """Raise ValueError if an option is out of range, or two options contradict each other."""
+    for name, number in (("gamma", gamma), ("alpha", alpha)):
+        check_number(name, number, "a number")
+    if not 0 <= gamma <= 1:
+        raise InputError(f"gamma is {gamma}; it must be in [0, 1]", parameter="gamma")
+    if not 0 < alpha <= 1:
+        raise InputError(f"alpha is {alpha}; it must be in (0, 1]", parameter="alpha")
+    for name, choice, known in (("estimate", estimate, ESTIMATES), ("scope", scope, SCOPES)):
+        if choice not in known:
+            raise InputError(f"{name} is {choice!r}; it must be one of {', '.join(known)}", parameter=name)
+    for name, value in (("batches", batches), ("every", every)):
+        if value is not None and check_whole(name, value) < 1:
+            raise InputError(f"{name} is {value}; it must be 1 or more", parameter=name)
+    if estimate == "losses" and (scope == "layer" or every is not None):
+        name, what = ("scope", "'layer'") if scope == "layer" else ("every", str(every))
+        raise InputError(
+            f"{name} is {what}, but the losses of batches give one c after a pass; estimate must be gradients",
+            parameter=name,
+        )
+
+
+def _check_parts(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method | None, gamma: float) -> None:
+    """Raise an error if model, optimizer and method do not belong together, or gradients cannot be corrected."""
+    layers = sparse_layers(model)
+    refuse_sharded(layers, NOT_SHARDED)
+    if gamma > 0 and any(module.static_graph for module in parallel_modules(model)):  # no_sync fails an assertion
+        raise NotImplementedError(
+            "the model is in DistributedDataParallel(static_graph=True), which reduces every backward over ranks, and "
+            "AGENT makes some that must not be; leave static_graph out"
+        )
+    if method is None:
+        return
+    if not isinstance(method, Method):
+        raise TypeError(f"method is a {type(method).__name__}; it must be a sparsekern.Method, or None")
+    method.check_open()
+    if method.optimizer is not optimizer or {*map(id, layers.values())} != {*map(id, method.layers.values())}:
+        raise InputError("method is of another model or optimizer; build both of the same two", parameter="method")

@@ -1,4 +1,4 @@
-"""All layers compete for blocks: the weakest are dropped and the best places grown, whichever layer they are in."""
+"""Competition of all layers for blocks (``scope="global"``)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekern.nn import BlockSparse
-from sparsekern.training.followers import Move, to_places
+from sparsekern.topology import Move, to_places
 from sparsekern.training.scores import ascending, descending, highest, lowest
 
 
 class Offer(NamedTuple):
-    """Empty places of one layer: distinct int32 keys ``(n,)``, ascending, and their scores ``(n,)``."""
+    """Empty places of a layer that may be grown: distinct int32 keys ``(n,)``, ascending, and their scores ``(n,)``."""
 
     keys: Tensor
     scores: Tensor
@@ -24,21 +24,21 @@ class Offer(NamedTuple):
 def share_out(
     layers: dict[str, BlockSparse], strengths: dict[str, Tensor], offers: dict[str, Offer], count: int
 ) -> dict[str, Move]:
-    """Drop the ``count`` weakest blocks of all layers and grow as many of the best places.
+    """Return the moves that drop the ``count`` weakest blocks of all layers and grow the best places of all layers.
 
-    A layer has no more slots than it has, so what it gains beyond the blocks it loses goes to its free slots, and ends
-    with them; what it loses beyond its gain becomes free. The strongest block of a layer stays. Norms and scores are
-    those of an element, root mean square, so that layers of different block sizes compare.
+    A layer gains no more blocks than it loses and has free slots; the slots of blocks that it loses beyond its gain
+    become free. The strongest block of each layer stays. Norms and scores are divided by the root of the block size, so
+    that layers of different block sizes compare.
 
     Args:
         layers: by name.
-        strengths: ``(Z,)`` of each layer; infinity where none may be dropped.
-        offers: of each layer.
-        count: blocks to move; fewer do where there are too few places.
+        strengths: ``(Z,)`` of each layer; infinity where a block may not be dropped.
+        offers: empty places of each layer.
+        count: number of blocks to move; fewer move where there are too few places.
     """
     names = list(layers)
     sides = [math.sqrt(layers[n].grid.block[0] * layers[n].grid.block[1]) for n in names]
-    # Of each layer no more than are wanted of all: so what follows is small beside the blocks.
+    # At most count of each layer: what follows is then small compared with the blocks.
     slots = [lowest(_without_the_strongest(strengths[n]), count) for n in names]
     places = [highest(offers[n].scores, count) for n in names]
     weak = [strengths[n][s].cpu() / side for n, s, side in zip(names, slots, sides, strict=True)]
@@ -56,7 +56,7 @@ def share_out(
         grows = min(count, int(fits.sum()))
         if grows == count:
             break
-        count = grows  # fewer are dropped, so there is less room
+        count = grows  # fewer blocks are dropped, which leaves less room
     grown = fits.nonzero().squeeze(1)[:count]
 
     moves = {}
@@ -76,7 +76,7 @@ def share_out(
 
 
 def _without_the_strongest(strength: Tensor) -> Tensor:
-    """Return the strengths with infinity at the highest finite one, so that no layer is emptied."""
+    """Return the strengths with infinity at the highest finite one, so that a layer keeps a block."""
     finite = torch.isfinite(strength)
     return strength.index_fill(0, torch.where(finite, strength, -torch.inf).argmax(), torch.inf)
 
@@ -90,7 +90,7 @@ def _starts(sizes: list[int]) -> list[int]:
 
 
 def _rank_within(owner: Tensor, owners: int) -> Tensor:
-    """Return how many entries of the same owner come before each one."""
+    """Return, for each entry, the number of entries of the same owner before it."""
     rank = torch.empty_like(owner)
     for i in range(owners):
         mine = owner == i

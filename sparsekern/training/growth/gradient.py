@@ -1,4 +1,4 @@
-"""Methods that grow where the gradient is large: arming probes, reading them, and choosing by their scores."""
+"""The base class of methods that grow blocks where the gradient is large, which probes tell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import weakref
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -16,42 +15,40 @@ from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import are_absent, generator_for, ordered_keys, stored_blocks
+from sparsekern.topology import Move, are_absent, generator_for, ordered_keys, stored_blocks, to_places
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.base import Method
-from sparsekern.training.distributed import as_on_first_rank
-from sparsekern.training.followers import Move, to_places
 from sparsekern.training.growth.competition import Offer, share_out
-from sparsekern.training.growth.probe_set import ArmedProbes
+from sparsekern.training.growth.probe_set import ProbeSet
 from sparsekern.training.scores import highest, is_finite, lowest, norms_of, part_of
 
 _log = logging.getLogger("sparsekern")
 
 
 class GradientMethod(Method):
-    """Drops weak blocks and grows where the gradient of the whole weight says so, without ever forming it.
+    """Base class of methods that drop weak blocks, and grow where the gradient of the whole weight is large.
 
-    A probe (:class:`sparsekern.ops.Probe`) is armed in every layer for the steps that lead to an update, one after the
-    other where a method needs two stages; it hears the gradient in the backwards of that very step. So an update needs
-    no pass of its own, and call :meth:`step` after *every* ``optimizer.step()``.
+    The gradient of the whole weight is never stored. A probe (:class:`sparsekern.ops.Probe`) is armed in every layer
+    for the step before an update (for two steps where a method has two stages), and its answer comes from the backwards
+    of that step. So an update needs no extra pass. Call :meth:`step` after *every* ``optimizer.step()``.
 
-    Answers add up over the backwards of a step and over ranks, as gradients do, and die with them: what ``zero_grad``
-    drops before the optimizer's step counts for nothing, such as the first pass of SAM, the other loss of a GAN, or a
-    step that gradient scaling skipped. Scaling multiplies all of them alike, and only their order counts. Answers that
-    are not finite are asked for again.
+    Answers add up over the backwards of a step and over ranks, as gradients do, and are cleared with them: gradients
+    that ``zero_grad`` clears before the optimizer's step do not count, such as those of the first pass of SAM, of the
+    other loss of a GAN, or of a step that gradient scaling skipped. Scaling multiplies all answers alike, and only
+    their order matters. Where answers are not finite, the probes are armed again.
 
     Args:
-        score_tokens: score on so many tokens of each backward, evenly spread, instead of all: the cost of an update
-            falls in proportion. None for all. Of a convolution a token is an output position.
-        process_group: the ranks that share one model. Default: all, where torch.distributed is in use.
+        scope: ``"layer"``: every layer keeps its number of blocks. ``"global"``: all layers compete for blocks, and a
+            layer with free slots (``capacity=`` of :func:`sparsekern.sparsify_`) may gain some.
+        score_tokens: number of tokens of each backward, evenly spaced, on which places are scored; None for all. The
+            cost of an update is proportional to it. A token of a convolution is an output position.
         options: the arguments of :class:`Method`.
 
     Raises:
-        ValueError: a number out of range, here or in :class:`Method`.
-        NotImplementedError: a layer ties its taps, and the method moves every block by itself.
+        ValueError: a number is out of range, here or in :class:`Method`.
+        NotImplementedError: a layer ties its taps; these methods move single blocks.
     """
 
-    scopes = ("layer", "global")
     sums_over_ranks = True
 
     def __init__(
@@ -59,11 +56,15 @@ class GradientMethod(Method):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        scope: str = "layer",
         score_tokens: int | None = None,
-        process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, optimizer, process_group=process_group, **options)
+        if scope not in ("layer", "global"):
+            raise InputError(f"scope is {scope!r}; it must be 'layer' or 'global'", parameter="scope")
+        self.scope = scope
+        self.moves_fraction = scope == "layer"
+        super().__init__(model, optimizer, **options)
         for name, layer in self.layers.items():
             if layer.tie_taps:
                 raise NotImplementedError(
@@ -83,23 +84,22 @@ class GradientMethod(Method):
         self._stage: int | None = None
         self._armed_at = 0
         self._due = False
-        self._heard = False
-        self._armed = ArmedProbes(self.layers)
+        self.ready = False  # whether the scores for an update are complete
+        self._probes = ProbeSet(self.layers)
         self._warned = False
-        self.hook("before", "_settle")
-        weakref.finalize(self, self._armed.disarm).atexit = False  # layers do not answer who is gone
+        weakref.finalize(self, self._probes.disarm).atexit = False  # layers must not keep probes of a dead method
         self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending, int32 on the CPU
-        self._width: dict[str, int] = {}  # of a layer's probe for candidates; it only grows
-        self._versions: dict[str, tuple[int, int]] = {}  # of the places when candidates were drawn
+        self._width: dict[str, int] = {}  # of a layer's probe for candidates; never decreases
+        self._versions: dict[str, tuple[int, int]] = {}  # of the coordinates when candidates were drawn
         self._offers: dict[str, Offer] = {}  # scored candidates
 
     def _warn_of_no_room(self) -> None:
-        """Warn if layers are to compete for blocks and none could take any.
+        """Log a warning if layers are to compete for blocks and none has a free slot.
 
-        No error: the weakest blocks of all layers may be exchanged within each, or there may be one layer only. And no
-        warning of single layers: in a competition that goes on, as after loading, some have won all their slots.
+        Not an error: blocks still compete within each layer. Single layers without free slots are not named: after
+        loading, some may have filled all their slots.
         """
-        layers = self._trained()
+        layers = self.trained_layers()
         if len(layers) > 1 and all(stored_blocks(layer.index) == layer.topology.slots for _, layer in layers):
             could = [name for name, layer in layers if layer.topology.slots < layer.grid.cells]
             if could:
@@ -109,30 +109,30 @@ class GradientMethod(Method):
                     ", ".join(could),
                 )
 
-    # What a subclass says.
+    # Implemented by subclasses.
 
     def stages(self) -> int:
-        """Return how many steps in a row are armed before an update."""
+        """Return the number of steps before an update in which probes are armed."""
         raise NotImplementedError
 
     def prepare(self, stage: int) -> None:
-        """Draw what one stage asks for; nothing by default. What it leaves in ``_keys`` is saved."""
+        """Draw what the probes of a stage ask for; nothing by default. Candidates in ``_keys`` are saved."""
 
     def ask(self, stage: int, name: str, layer: BlockSparse) -> Probe | None:
-        """Return the probe of a layer for one stage, the same whenever it is asked for; None for none."""
+        """Return the probe of a layer for a stage, or None. Called again after loading, it must return the same one."""
         raise NotImplementedError
 
     def hear(self, stage: int, answers: dict[str, Tensor]) -> int | None:
-        """Take the answers of one stage; return the stage to ask next, or None when the scores are complete."""
+        """Process the answers of a stage; return the next stage, or None when the scores are complete."""
         raise NotImplementedError
 
-    # Candidates: places chosen beforehand, whose gradients add up exactly.
+    # Candidates: places drawn beforehand, whose gradients add up exactly.
 
     def ask_candidates(self, name: str, layer: BlockSparse) -> Probe:
         """Return a probe for the gradients of the layer's candidates."""
         keys = self._keys[name]
         width = self._width[name] = max(self._width.get(name, 0), keys.shape[0])
-        padded = pad(keys, (0, width - keys.shape[0]), value=-1)  # one shape, hence one graph under torch.compile
+        padded = pad(keys, (0, width - keys.shape[0]), value=-1)  # one shape: one graph under torch.compile
         _, row, col = to_places(padded, padded, layer.grid)
         device = layer.row.device
         return Probe.candidates(layer.grid, row.to(device), col.to(device), dtype=self.dtype(layer), checked=True)
@@ -141,12 +141,12 @@ class GradientMethod(Method):
         """Score a layer's candidates by the norms of their gradients."""
         keys = self._keys[name]
         norms = norms_of(answer[: keys.shape[0]])
-        self._offers[name] = Offer(keys.to(norms.device), as_on_first_rank(norms, self.process_group))
+        self._offers[name] = Offer(keys.to(norms.device), self.ranks.from_first(norms))
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
-        """Return empty places and their scores: at least the best ``count`` if there are so many.
+        """Return empty places and their scores, among them the ``count`` best ones.
 
-        None where all scores are zero: the layer took no part in this step.
+        Empty where all scores are zero: the layer was not used in this step.
         """
         offer = self._offers.get(name)
         if offer is None or not bool(offer.scores.any()):
@@ -155,17 +155,17 @@ class GradientMethod(Method):
         if self._versions.get(name) == _version(layer):
             return offer
         empty = are_absent(offer.keys, ordered_keys(layer.index, layer.topology), layer.grid.cells)
-        return Offer(offer.keys[empty], offer.scores[empty])  # somebody else may have moved blocks
+        return Offer(offer.keys[empty], offer.scores[empty])  # other code has moved blocks
 
-    # When probes are armed and read.
+    # Arming and reading probes.
 
     def begin(self) -> None:
-        """Arm for an update that is due at the first steps; the last line of a subclass's constructor."""
+        """Arm probes for an update in the first steps. The last line of a subclass's constructor."""
         if self._due_soon():
             self._arm(0)
 
     def step(self) -> bool:
-        """Update the topology if it is time to, and arm for the next one. Call it after *every* optimizer step."""
+        """Update the topology if due, and arm probes for the next update. Call it after *every* optimizer step."""
         self.check_step()
         began, spent = time.perf_counter(), self.seconds
         due = self.schedule.due_since(self._seen, self.steps)
@@ -175,12 +175,12 @@ class GradientMethod(Method):
             return False
         moved = False
         if self._stage is not None:
-            self._listen()
-            if self._heard and self._due:
+            self._read_probes()
+            if self.ready and self._due:
                 moved = self.update()
-            if self._heard:  # ready, but the last update is past
-                self._heard = False
-                self._forget_scores()
+            if self.ready:  # the schedule ended in between
+                self.ready = False
+                self._clear_scores()
         if self._stage is None and (self._due or self._due_soon(apart)):
             self._arm(0)
         if self._stage is not None or moved:
@@ -188,27 +188,32 @@ class GradientMethod(Method):
         return moved
 
     def _due_soon(self, apart: int = 1) -> bool:
-        """Return whether an update becomes due before, or just when, all stages have been heard.
+        """Return whether an update becomes due in the steps that its stages need.
 
         Args:
-            apart: optimizer steps from one call of :meth:`step` to the next, should it be called less often.
+            apart: optimizer steps between calls of :meth:`step`, where it is not called after each.
         """
         return any(self.schedule.due(self.steps + ahead + 1) for ahead in range(self.stages() * apart))
 
     def update(self) -> bool:
-        """Update the topology now; only :meth:`step` knows when the scores are there.
+        """Update the topology now; :meth:`step` calls it when the scores are :attr:`ready`.
 
         Raises:
-            RuntimeError: there are no scores.
+            RuntimeError: the scores are not ready.
         """
         self.check_open()
-        if not self._heard:
+        if not self.ready:
             raise RuntimeError(
                 f"{type(self).__name__} has no scores to update by: probes are armed for the step before an update; "
                 "call step() after every optimizer.step()"
             )
-        self._due = self._heard = False
-        return super().update()
+        self._due = self.ready = False
+        return self.move(self._choose_and_clear, self.settle)
+
+    def _choose_and_clear(self, fraction: float) -> dict[str, Move]:
+        moves = self.choose_all(fraction)
+        self._clear_scores()  # before the move allocates temporaries
+        return moves
 
     def _arm(self, stage: int) -> None:
         self._disarm()
@@ -217,58 +222,56 @@ class GradientMethod(Method):
 
     def _put(self, stage: int) -> None:
         self._stage, self._armed_at = stage, self.steps
-        for name, layer in self._trained():
+        for name, layer in self.trained_layers():
             probe = self.ask(stage, name, layer)
             self._versions[name] = _version(layer)
             if probe is not None:
-                self._armed.arm(name, probe.of_tokens(self.score_tokens or 0))
+                self._probes.arm(name, probe.of_tokens(self.score_tokens or 0))
 
     def _disarm(self) -> None:
-        self._armed.disarm()
+        self._probes.disarm()
         self._stage = None
 
-    def _forget_scores(self) -> None:
+    def _clear_scores(self) -> None:
         self._offers = {}
 
-    def _listen(self) -> None:
-        """Read the probes; then ask on, ask again, or be done."""
+    def _read_probes(self) -> None:
+        """Read the probes, and arm them for the next stage, or again for this one, if need be."""
         assert self._stage is not None
         stage = self._stage
-        answers = self._armed.answers(self.process_group)
+        answers = {name: self.ranks.sum(answer) for name, answer in self._probes.answers().items()}
         if not all(is_finite(answer) for answer in answers.values()):
             self._arm(stage)
             return
         self._disarm()
         following = self.hear(stage, answers)
         if following is None:
-            self._heard = True
+            self.ready = True
         else:
             self._arm(following)
 
     def see_gradients(self) -> None:
-        """Let the probes have heard nothing of gradients that were dropped."""
-        self._armed.settle()
+        """Clear answers whose gradients were cleared."""
+        self._probes.settle()
 
-    def _settle(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._armed.settle()  # some optimizers drop gradients during their step
+    def before_step(self) -> None:
+        """Clear answers whose gradients were cleared: some optimizers clear gradients in their step."""
+        self._probes.settle()
 
-    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        before = self.steps
-        super()._count(optimizer, args, kwargs)
-        if self.steps > before and (deaf := self._armed.keep()) and not self._warned:
+    def after_step(self, made: bool) -> None:
+        """Count the step, and store its answers."""
+        super().after_step(made)
+        if made and (missed := self._probes.keep()) and not self._warned:
             self._warned = True
             _log.warning(
-                "%s heard nothing of the gradients of %s, and can grow nothing there: a captured graph (CUDA graphs, "
-                "torch.jit.trace) leaves out what it asks, and so do gradients that were assigned. Run the step before "
-                "an update without the graph, or use SET",
+                "%s got no scores with the gradients of %s, and can grow nothing there: a captured graph (CUDA graphs, "
+                "torch.jit.trace) does not contain its probes, nor do gradients that were assigned. Run the step "
+                "before an update without the graph, or use SET",
                 type(self).__name__,
-                ", ".join(deaf),
+                ", ".join(missed),
             )
 
-    def _trained(self) -> list[tuple[str, BlockSparse]]:
-        return [(name, layer) for name, layer in self.layers.items() if layer.values.requires_grad]
-
-    # Choosing.
+    # Choosing blocks.
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and as many of the places with the highest scores."""
@@ -282,47 +285,44 @@ class GradientMethod(Method):
         return to_places(slots, offer.keys[best], layer.grid)
 
     def choose_all(self, fraction: float) -> dict[str, Move]:
-        """Return the moves of all layers: each for itself, or with ``scope="global"`` in competition."""
-        moves = super().choose_all(fraction) if self.scope == "layer" else self._choose_globally(fraction)
-        self._forget_scores()  # before the move makes temporaries of its own
-        return moves
-
-    def _choose_globally(self, fraction: float) -> dict[str, Move]:
-        layers = dict(self._trained())
+        """Return the moves of all layers, each by itself, or in competition with ``scope="global"``."""
+        if self.scope == "layer":
+            return super().choose_all(fraction)
+        layers = dict(self.trained_layers())
         total = part_of(sum(stored_blocks(layer.index) for layer in layers.values()), fraction)
         strengths = {name: self.strength(name, layer) for name, layer in layers.items()}
         offers = {name: self.offer(name, layer, min(total, layer.topology.slots)) for name, layer in layers.items()}
         return share_out(layers, strengths, offers, total)
 
     def generator(self, name: str, purpose: str) -> torch.Generator:
-        """Return a CPU generator for what this step asks of a layer."""
+        """Return a CPU generator for a purpose, seeded from the seed, the method, the layer's name and the step."""
         return generator_for(self.seed, type(self).__name__, name, self.steps, purpose)
 
     def dtype(self, layer: BlockSparse) -> torch.dtype:
-        """Return the dtype in which a layer's answers add up."""
+        """Return the dtype in which a layer's answers accumulate."""
         return accumulate_dtype(layer.values.dtype)
 
-    # Saving.
+    # Saving and loading.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, what the probes have heard so far included."""
+        """Return what a resumed run needs, including the answers of probes so far."""
         return super().state_dict() | {
             "stage": self._stage,
             "armed_at": self._armed_at,
             "due": self._due,
-            "probes": (dict(self._keys), self._armed.state_dict()),
+            "probes": (dict(self._keys), self._probes.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken, with the same probes armed."""
+        """Load what :meth:`state_dict` returned, and arm the same probes."""
         super().load_state_dict(state)
         self._disarm()
         self._due, self._keys = state["due"], dict(state["probes"][0])
-        self._width = {}  # that of the run that was saved is not known
+        self._width = {}  # the saved run's is not known
         self._resume(state)
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise what :meth:`load_state_dict` raises, and load nothing."""
+        """Raise what :meth:`load_state_dict` would raise, without loading anything."""
         super().check_state(state)
         if not (state["stage"] is None or (type(state["stage"]) is int and state["stage"] in (0, 1))):
             raise InputError(f"state['stage'] is {state['stage']!r}; a method has two stages at most, 0 and 1")
@@ -332,42 +332,42 @@ class GradientMethod(Method):
             whole = isinstance(asked, Tensor) and asked.dtype in (torch.int32, torch.int64) and asked.dim() == 1
             if not whole or not _ascend(asked.cpu(), cells):
                 raise InputError(f"the state's candidates of {name!r} are no places of its grid")
-        ArmedProbes.check_state(answers)
+        ProbeSet.check_state(answers)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        """Arm the probes that a state says, and let them have heard what it says."""
+        """Arm the probes of a state, and load their answers."""
         if state["stage"] is None:
             return
-        now, self.steps = self.steps, state["armed_at"]  # on which what is drawn depends
+        now, self.steps = self.steps, state["armed_at"]  # random choices depend on it
         try:
             self._put(state["stage"])
         except KeyError as error:
             raise InputError(f"the state has no candidates of {error} for the stage that it is in") from None
         self.steps, self._versions = now, {}
-        self._armed.load_state_dict(state["probes"][1])
+        self._probes.load_state_dict(state["probes"][1])
 
-    def leave(self) -> None:
-        """Act no more, and ask layers nothing more."""
+    def detach(self) -> None:
+        """Remove all hooks and probes."""
         self._disarm()
-        super().leave()
+        super().detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_armed": self.state_dict()}  # layers leave their probes behind, too
+        return super().__getstate__() | {"_probes": self.state_dict()}  # probes themselves are not saved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        asked = state["_armed"]
-        super().__setstate__(state | {"_armed": ArmedProbes(state["layers"]), "_stage": None})
-        weakref.finalize(self, self._armed.disarm).atexit = False
+        asked = state["_probes"]
+        super().__setstate__(state | {"_probes": ProbeSet(state["layers"]), "_stage": None})
+        weakref.finalize(self, self._probes.disarm).atexit = False
         if not self.closed:
             self._resume(asked)
 
 
 def _ascend(keys: Tensor, cells: int) -> bool:
-    """Return whether keys are distinct places of a grid in ascending order, as the index of a probe takes on trust."""
+    """Return whether keys are distinct places of a grid in ascending order, which a probe does not check."""
     inside = not keys.numel() or (int(keys[0]) >= 0 and int(keys[-1]) < cells)
     return inside and bool((keys[1:] > keys[:-1]).all())
 
 
 def _version(layer: BlockSparse) -> tuple[int, int]:
-    """Return numbers that change whenever somebody writes into the places of the blocks."""
+    """Return the versions of the coordinates, which change with every write."""
     return layer.row._version, layer.col._version

@@ -1,4 +1,4 @@
-"""GSE: grow the best of a random subset of the empty places, guided or not.
+"""GSE: grow the best of a random subset of the empty places.
 
 Heddes, Srinivasa, Givargis and Nicolau, "Always-Sparse Training by Growing Connections with Guided Stochastic
 Exploration", arXiv 2401.06898, algorithm 2.
@@ -26,7 +26,6 @@ from sparsekern.topology import (
     sample_pairs,
 )
 from sparsekern.topology.arguments import check_number
-from sparsekern.training.distributed import as_on_first_rank
 from sparsekern.training.growth.gradient import GradientMethod
 
 DISTRIBUTIONS = ("uniform", "grabo", "graest")
@@ -35,37 +34,38 @@ DISTRIBUTIONS = ("uniform", "grabo", "graest")
 class GSE(GradientMethod):
     """Guided Stochastic Exploration on blocks.
 
-    At an update a subset S of the empty places, as large as ``subset_factor`` times the blocks of the layer, has been
-    scored: by the Frobenius norms of its blocks of the gradient, exact sums over micro-batches and ranks. The
-    ``k = min(floor(drop_fraction * blocks), |S|)`` best of them are grown, and the k weakest blocks dropped. So what is
-    dropped does not return, and what is grown is not dropped, in the same update. With all empty places in S it is
-    :class:`RigL`; with k of them it is :class:`SET`. Time and memory of an update are linear in the blocks.
+    Before an update, a subset S of the empty places, of ``subset_factor`` times the number of the layer's blocks, is
+    scored by the Frobenius norms of its blocks of the gradient, summed exactly over micro-batches and ranks. The update
+    grows the ``k = min(floor(drop_fraction * blocks), |S|)`` best places, and drops the k weakest blocks. A dropped
+    block does not return, and a grown one is not dropped, in the same update. With all empty places in S this is
+    :class:`RigL`, with k of them :class:`SET`. Time and memory of an update are linear in the number of blocks.
 
-    ``"uniform"`` draws S before the step whose gradient scores it. The paper's authors recommend it. The guided ones
-    draw places (J, I) with probability proportional to ``g_J f_I``, from sums over the batch of the step before:
+    ``"uniform"``, which the paper recommends, draws S before the step whose gradient scores it. The guided
+    distributions draw places (J, I) with probability proportional to ``g_J f_I``, from sums over the batch of the step
+    before:
 
-    * ``"grabo"``: ``f_I = |x_I|``, ``g_J = |dy_J|``, the bound ``|G_JI| <= |dy_J| |x_I|``. At 1x1 sums of absolute
-      values (the paper's), for blocks Frobenius norms.
+    * ``"grabo"``: ``f_I = |x_I|``, ``g_J = |dy_J|``, from the bound ``|G_JI| <= |dy_J| |x_I|``: sums of absolute values
+      for 1x1 blocks, as in the paper, and Frobenius norms for larger ones.
     * ``"graest"``: ``f_I = |sum s x_I|``, ``g_J = |sum s dy_J|`` with an independent random sign s for each token, the
-      same for x and dy: an unbiased estimate of G_JI before the norm is taken. Other micro-batches, or other parts
-      of a batch on ranks, have other signs; all ranks draw alike.
+      same for x and dy, from an unbiased estimate of G_JI. Signs differ between micro-batches and between ranks; all
+      ranks draw the same S.
 
-    A convolution is a linear layer on the windows, every output position a token: ``x_I`` is what a tap sees of some
-    channels, and in a convolution of several groups a place is one of its own group.
+    A convolution is treated as a linear layer whose tokens are the output positions: ``x_I`` is the input of some
+    channels at one tap, and places of a convolution with groups are those inside a group.
 
-    Unlike in the paper, whose code sees the batch twice, S is drawn from the batch before the one that scores it.
-    ``docs/methods.md`` has a table of all that differs from the paper and from its code.
+    Unlike in the paper, whose code sees a batch twice, S is drawn from the batch before the one that scores it.
+    ``docs/methods.md`` lists all differences from the paper and its code.
 
     Args:
         distribution: ``"uniform"``, ``"grabo"`` or ``"graest"``.
-        subset_factor: gamma, |S| over the blocks of the layer.
-        with_replacement: draw pairs independently, as the paper does, so that repeated and present ones are wasted and
-            S is smaller; and all empty places of a layer at least half full, as the authors' code does. Otherwise S
-            has the size it is meant to have.
+        subset_factor: gamma, the size of S over the number of the layer's blocks.
+        with_replacement: draw pairs independently, as in the paper: pairs that are repeated or stored are discarded, so
+            that S is smaller; and take all empty places of a layer that is at least half full, as in the authors' code.
+            Otherwise S has its full size.
         options: the arguments of :class:`GradientMethod` and :class:`Method`.
 
     Raises:
-        ValueError: an unknown distribution or a number out of range, here or in :class:`Method`.
+        ValueError: the distribution is unknown, or a number is out of range, here or in :class:`Method`.
 
     Example:
         >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
@@ -104,16 +104,16 @@ class GSE(GradientMethod):
         self.begin()
 
     def stages(self) -> int:
-        """Return 1, or 2 where the step before has to tell what to draw by."""
+        """Return 1, or 2 for a guided distribution, which needs the sums of one more step."""
         return 1 if self.distribution == "uniform" else 2
 
     def prepare(self, stage: int) -> None:
-        """Draw the candidates, if they do not depend on what is heard."""
+        """Draw the candidates of the uniform distribution."""
         if self.distribution == "uniform":
-            self._keys = {name: self._draw(name, layer, None) for name, layer in self._trained()}
+            self._keys = {name: self._draw(name, layer, None) for name, layer in self.trained_layers()}
 
     def ask(self, stage: int, name: str, layer: BlockSparse) -> Probe:
-        """Ask for the gradients of the candidates; in the first of two stages, what to draw them by."""
+        """Return a probe for the gradients of the candidates; in the first of two stages, for the sums to draw by."""
         if stage == self.stages() - 1:
             return self.ask_candidates(name, layer)
         device, grid = layer.row.device, layer.grid
@@ -123,14 +123,14 @@ class GSE(GradientMethod):
         return Probe.signed_sums(grid, seed.to(device), dtype=self.dtype(layer))
 
     def hear(self, stage: int, answers: dict[str, Tensor]) -> int | None:
-        """Score the candidates, or draw them."""
+        """Score the candidates; in the first of two stages, draw them."""
         if stage == self.stages() - 1:
             for name, answer in answers.items():
                 self.score_candidates(name, answer)
             return None
         for name, answer in answers.items():
             layer = self.layers[name]
-            sums = as_on_first_rank(answer, self.process_group).cpu()
+            sums = self.ranks.from_first(answer).cpu()
             self._keys[name] = self._draw(name, layer, weights(layer.grid, self.distribution, sums))
         return 1
 
@@ -140,7 +140,7 @@ class GSE(GradientMethod):
         count = math.ceil(self.subset_factor * present.shape[0] - 1e-9)
         generator = self.generator(name, "candidates")
         if guide is not None and not bool(row_weights(*guide).any()):
-            return present[:0]  # the layer took no part
+            return present[:0]  # the layer was not used
         if self.with_replacement:
             if 2 * present.shape[0] >= grid.cells:
                 return sample_absent(present, grid.cells, grid.cells - present.shape[0], generator, ordered=True)
@@ -156,7 +156,7 @@ class GSE(GradientMethod):
 
 
 def weights(grid: Grid, distribution: str, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what block rows ``(R,)`` and block columns ``(groups, C)`` are drawn by, from a probe's answer."""
+    """Return weights of block rows ``(R,)`` and block columns ``(groups, C)`` from a probe's answer."""
     if distribution == "grabo":
         rows, cols = sums[: grid.rows], sums[grid.rows :].view(grid.groups, grid.cols)
         return (rows, cols) if grid.block == (1, 1) else (rows.sqrt(), cols.sqrt())
@@ -167,7 +167,7 @@ def weights(grid: Grid, distribution: str, sums: Tensor) -> tuple[Tensor, Tensor
 
 
 def _norms(sums: Tensor, side: int) -> Tensor:
-    """Return the norms of the blocks that the last axis is cut into."""
+    """Return the norms of pieces of ``side`` elements of the last axis."""
     blocks = pad(sums, (0, -sums.shape[-1] % side)).unflatten(-1, (-1, side))
     norms: Tensor = torch.linalg.vector_norm(blocks, dim=-1)
     return norms

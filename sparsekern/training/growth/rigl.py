@@ -1,4 +1,4 @@
-"""RigL: drop the weakest blocks, grow where the gradient of the whole weight is largest, without forming it.
+"""RigL: drop the weakest blocks, and grow where the gradient of the whole weight is largest.
 
 Evci, Gale, Menick, Castro and Elsen, "Rigging the Lottery: Making All Tickets Winners", ICML 2020.
 """
@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import ordered_keys, stored_blocks
+from sparsekern.topology import Move, ordered_keys, stored_blocks, to_places
 from sparsekern.topology.arguments import check_number, check_whole
-from sparsekern.training.base import is_rehearsal
-from sparsekern.training.distributed import as_on_first_rank, ranks
-from sparsekern.training.followers import Move, to_places
 from sparsekern.training.growth.competition import Offer
 from sparsekern.training.growth.gradient import GradientMethod
 from sparsekern.training.scores import highest, lowest, part_of
@@ -27,10 +24,10 @@ from sparsekern.training.scores import highest, lowest, part_of
 SCORINGS = ("auto", "exact", "screen")
 
 LEAST_SKETCHES = 4
-"""So many a block tell blocks apart after all: the squared norm deviates by about 1.4 times itself."""
+"""Minimum number of sketches: the squared norm then has a relative deviation of about 1.4."""
 
 PROMISED = 16
-"""Block rows and columns of a layer from which on memory is promised to follow the stored blocks."""
+"""Number of block rows and columns from which on memory must be proportional to the stored blocks."""
 
 _log = logging.getLogger("sparsekern")
 
@@ -38,38 +35,39 @@ _log = logging.getLogger("sparsekern")
 class RigL(GradientMethod):
     """RigL on blocks: growth where the gradient is largest (Evci et al., ICML 2020).
 
-    At an update ``floor(drop_fraction * blocks)`` blocks of smallest Frobenius norm go to the empty places whose blocks
-    of the gradient have the largest norms. They restart from zero.
+    An update moves the ``floor(drop_fraction * blocks)`` blocks of smallest Frobenius norm to the empty places where
+    the blocks of the gradient have the largest norms. There they start from zero.
 
-    How all empty places are scored:
+    Empty places are scored in one of these ways:
 
-    * ``"exact"``: the norms of all blocks of the gradient are streamed out of the backward, one number a block. Norms
-      do not add up, so this is for one rank, and one backward a step in which a layer is called once and the loss
-      contains no derivative of it.
-    * ``"screen"``: in the step before, every block's gradient is projected on ``sketches`` random pairs of vectors, so
-      many numbers a block, which do add up; their mean square estimates the squared norm with a relative deviation of
-      about ``sqrt(8 / sketches)``. The best ``shortlist * k`` of these are then scored exactly, as in :class:`GSE`.
-    * ``"auto"``: exact on one rank, until norms would have to be added in a step: from then on screen. The log says so.
+    * ``"exact"``: the backward computes the norms of all blocks of the gradient, one number a block. Norms do not add
+      up, so this works on one rank, with one backward a step in which each layer is called once and the loss contains
+      no derivative of it.
+    * ``"screen"``: in the step before, each block of the gradient is projected on ``sketches`` random pairs of vectors.
+      These numbers do add up, and their mean square estimates the squared norm with a relative deviation of about
+      ``sqrt(8 / sketches)``. The best ``shortlist * k`` places are then scored exactly, as in :class:`GSE`.
+    * ``"auto"``: exact on one rank, and screen from the first step on in which norms would have to be added, which is
+      logged.
 
-    At 1x1 a block's gradient is one number, and adds up: exact always. But then there is a score for every element of
-    the dense matrix, which this package otherwise never holds: ``allow_dense_scores`` says that it may. Nor does it
-    hold more scores of a layer than the layer has values, where that is at least 16 x 16 blocks: small blocks at a high
-    sparsity need the same consent, and without it are screened by fewer sketches, 4 at least.
+    With 1x1 blocks the gradient of a block is one number, which adds up: scores are always exact. But there is one for
+    each element of the dense matrix, which this package otherwise never stores: ``allow_dense_scores`` allows it. In
+    layers of at least 16 x 16 blocks the number of scores must not exceed the number of values either: small blocks at
+    a high sparsity need ``allow_dense_scores`` too, and without it are screened with fewer sketches, at least 4.
 
     Args:
         scoring: ``"auto"``, ``"exact"`` or ``"screen"``.
-        sketches: numbers a block in screening, at most.
-        shortlist: c, how many times more places are scored exactly than are grown, in screening.
-        regrow: whether a block that is dropped may win its place back, as in the paper, and then stays as it is. Needs
-            exact scores and ``scope="layer"``.
-        skip_step: leave out the optimizer's step of an update, as the authors' code does: gradients are cleared before.
-        allow_dense_scores: needed with 1x1 blocks, and where there would be more scores than values.
+        sketches: the largest number of sketches a block, in screening.
+        shortlist: the number of places that are scored exactly over the number that is grown, in screening.
+        regrow: whether a dropped block may win its place back, as in the paper; it then keeps its values. Needs exact
+            scores and ``scope="layer"``.
+        skip_step: leave out the optimizer step of an update, as in the authors' code: gradients are cleared before it.
+        allow_dense_scores: allow one score for each element of a matrix, or more scores than values.
         options: the arguments of :class:`GradientMethod` and :class:`Method`.
 
     Raises:
-        ValueError: an unknown scoring, a number out of range, here or in :class:`Method`, too many scores without
-            ``allow_dense_scores``, or exact scores where norms do not add up; the last two also from :meth:`step`, when
-            it is found out that blocks have to be screened.
+        ValueError: the scoring is unknown, a number is out of range, here or in :class:`Method`, there are too many
+            scores without ``allow_dense_scores``, or scores are exact where norms do not add up. The last two also from
+            :meth:`step`, where blocks turn out to need screening.
 
     Example:
         >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
@@ -120,14 +118,14 @@ class RigL(GradientMethod):
                     "accept it with allow_dense_scores=True"
                 )
         blocked = not all(is_dense(layer) for layer in self.layers.values())
-        several = blocked and ranks(self.process_group) > 1
+        several = blocked and self.ranks.count > 1
         if several and scoring == "exact":
             raise InputError(
                 "scoring is 'exact', but norms do not add up over ranks; use 'auto' or 'screen'", parameter="scoring"
             )
         self.scoring, self.sketches, self.shortlist = scoring, sketches, shortlist
         self.regrow, self.allow_dense_scores = regrow, allow_dense_scores
-        self._grid_scores: dict[str, Tensor] = {}  # (R * C,), of layers in which every place was scored
+        self._grid_scores: dict[str, Tensor] = {}  # (R * C,) scores of layers in which every place is scored
         self._screen = False
         if blocked and (scoring == "screen" or several):
             self._start_screening()
@@ -135,19 +133,18 @@ class RigL(GradientMethod):
             for name, layer in self.layers.items():
                 if room_for_scores(layer) < 1 and not allow_dense_scores:
                     raise InputError(_too_many(name, layer, "a norm", f"{layer.grid.cells} norms"))
-        if skip_step:
-            self.hook("before", "_skip")
+        self._skip_step = skip_step
         self.begin()
 
     def stages(self) -> int:
-        """Return 1, or 2 when screening."""
+        """Return 1, or 2 for screening."""
         return 2 if self._screen else 1
 
     def ask(self, stage: int, name: str, layer: BlockSparse) -> Probe | None:
-        """Ask for all norms; when screening for a sketch, then for the gradients of the shortlist."""
+        """Return a probe for all norms; in screening for sketches, and then for the gradients of the shortlist."""
         grid, device, dtype = layer.grid, layer.row.device, self.dtype(layer)
         last = stage == self.stages() - 1
-        if is_dense(layer):  # one number a block: a sketch with ones is the gradient itself
+        if is_dense(layer):  # a sketch with ones is the gradient itself
             ones = [torch.ones(1, n, dtype=dtype, device=device) for n in (grid.out_features, grid.in_features)]
             return Probe.sketch(grid, *ones) if last else None
         if not self._screen:
@@ -164,18 +161,18 @@ class RigL(GradientMethod):
         return Probe.sketch(grid, u, v)
 
     def hear(self, stage: int, answers: dict[str, Tensor]) -> int | None:
-        """Take the scores, or the shortlist; start to screen when norms were added up."""
+        """Store the scores, or the shortlist; start screening if norms were added up."""
         last = stage == self.stages() - 1
         for name, answer in answers.items():
             layer = self.layers[name]
             if not last:
                 self._keys[name] = self._shortlist(layer, answer)
             elif is_dense(layer):  # the gradient itself
-                self._grid_scores[name] = as_on_first_rank(answer.abs_().flatten(), self.process_group)
+                self._grid_scores[name] = self.ranks.from_first(answer.abs_().flatten())
             elif self._screen:
                 self.score_candidates(name, answer)
             elif (parts := int(answer[-1])) > 1:
-                self._forget_scores()
+                self._clear_scores()
                 self._no_more_streaming(name, parts)
                 return 0
             else:
@@ -183,9 +180,9 @@ class RigL(GradientMethod):
         return None if last else 1
 
     def _shortlist(self, layer: BlockSparse, answer: Tensor) -> Tensor:
-        """Return the empty places of highest estimated norm, ascending, int32 on the CPU."""
+        """Return the keys of the empty places of highest estimated norm, ascending, int32 on the CPU."""
         squares = answer.square_().mean(0).flatten()
-        as_on_first_rank(squares, self.process_group)
+        self.ranks.from_first(squares)
         present = ordered_keys(layer.index, layer.topology).long()
         squares.index_fill_(0, present, -torch.inf)
         grown = max(1, part_of(present.shape[0], self.schedule.fraction(self.steps)))
@@ -210,7 +207,7 @@ class RigL(GradientMethod):
         self._screen = True
 
     def _sketches(self, name: str, layer: BlockSparse) -> int:
-        """Return how many numbers a block a layer's screening may hold; ValueError if they are too few."""
+        """Return the number of sketches a block of a layer; raise ValueError if memory allows too few."""
         room = self.sketches if self.allow_dense_scores or is_dense(layer) else room_for_scores(layer)
         if room < min(LEAST_SKETCHES, self.sketches):
             least = min(LEAST_SKETCHES, self.sketches)
@@ -218,7 +215,7 @@ class RigL(GradientMethod):
         return min(room, self.sketches)
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
-        """Return the best empty places."""
+        """Return the best empty places and their scores."""
         scores = self._grid_scores.get(name)
         if scores is None or not bool(scores.any()):
             return super().offer(name, layer, count)
@@ -227,7 +224,7 @@ class RigL(GradientMethod):
         return Offer(best.int(), scores[best])
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
-        """Return the weakest blocks and the best empty places; with ``regrow`` their own are among these."""
+        """Return the weakest blocks and the best empty places, among which ``regrow`` counts their own."""
         if not self.regrow or name not in self._grid_scores:
             return super().choose(name, layer, fraction, generator)
         slots = lowest(self.strength(name, layer), part_of(stored_blocks(layer.index), fraction))
@@ -238,37 +235,37 @@ class RigL(GradientMethod):
         grown = best[best >= slots.shape[0]] - slots.shape[0]
         return to_places(slots[~stay][: grown.shape[0]], offer.keys[grown], layer.grid)
 
-    def _forget_scores(self) -> None:
-        super()._forget_scores()
+    def _clear_scores(self) -> None:
+        super()._clear_scores()
         self._grid_scores = {}
 
-    def _skip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Clear the gradients of the step that ends in an update: the optimizer leaves parameters without one alone."""
-        if is_rehearsal(optimizer):
-            return
-        if self._stage == self.stages() - 1 and (self._due or self.schedule.due(self.steps + 1)):
-            for group in optimizer.param_groups:
+    def before_step(self) -> None:
+        """With ``skip_step``, clear the gradients before the step of an update: the optimizer then changes nothing."""
+        super().before_step()
+        last = self._stage == self.stages() - 1
+        if self._skip_step and last and (self._due or self.schedule.due(self.steps + 1)):
+            for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, and whether blocks are screened."""
+        """Return what a resumed run needs, including whether blocks are screened."""
         return super().state_dict() | {"screen": self._screen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Load what :meth:`state_dict` returned."""
         self.check_state(state)
         self._screen = state["screen"]
         super().load_state_dict(state)
 
 
 def is_dense(layer: BlockSparse) -> bool:
-    """Return whether a score a block is a score an element."""
+    """Return whether a layer has 1x1 blocks, so that there is a score for each element."""
     return layer.grid.block == (1, 1)
 
 
 def room_for_scores(layer: BlockSparse) -> int:
-    """Return how many numbers a block are still fewer than the layer has values."""
+    """Return the largest number of scores a block with which a layer has fewer scores than values."""
     grid, (bo, bi) = layer.grid, layer.grid.block
     if is_dense(layer) or min(grid.rows, grid.cols) < PROMISED:
         return grid.cells * bo * bi

@@ -1,4 +1,4 @@
-"""The nearest probabilities that a budget allows (VR-PGE)."""
+"""Projection of probabilities onto a budget, and the choice of the most probable units within it (VR-PGE)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sparsekern.errors import InputError
 PROJECTIONS = ("sort", "bisection")
 
 HALVINGS = 60
-"""Of the bisection: an interval of float64 has nothing left to halve then."""
+"""Number of halvings after which an interval of float64 cannot be halved further."""
 
 NEAR = 1e-12
-"""Of a shift, the relative change by a step of Newton's after which there is none."""
+"""Relative change of the shift below which Newton's method stops."""
 
 CHUNK = 2**16
-"""Units that are looked at together, in float64; of no more than these the breakpoints are sorted."""
+"""Number of units that are processed at a time in float64. Breakpoints are sorted for no more than these."""
 
 
 def project(
@@ -26,25 +26,25 @@ def project(
 ) -> Tensor:
     """Return the point of ``{floor <= s <= 1, sum(costs * s) <= budget}`` that is nearest to ``wanted``.
 
-    It is ``clip(wanted - v * costs, floor, 1)`` with the smallest ``v >= 0`` that keeps the budget. Computed in float64
-    without waiting for the device.
+    That is ``clip(wanted - v * costs, floor, 1)`` with the smallest ``v >= 0`` that keeps the budget. Computed in
+    float64, without synchronising the device.
 
     Args:
-        wanted: ``(U,)``, any numbers.
+        wanted: ``(U,)``.
         costs: ``(U,)``, above 0.
         budget: at least ``floor * sum(costs)``.
         floor: the lowest probability, in [0, 1].
-        how: ``"sort"``, exact, O(U log U), and by a dozen sums over all where there are more than :data:`CHUNK`; or
-            ``"bisection"``, ``halvings`` sums over all, never above the budget.
-        halvings: of the interval in which v lies.
+        how: ``"sort"``: exact, O(U log U), and by Newton's method, in about a dozen sums over all units, where there
+            are more than :data:`CHUNK`; or ``"bisection"``: ``halvings`` sums over all units, never above the budget.
+        halvings: number of times that the interval of v is halved.
 
     Returns:
         ``(U,)``, of the dtype of ``wanted``.
 
     Raises:
-        ValueError: an unknown ``how``, or a budget that the floor alone exceeds.
+        ValueError: ``how`` is unknown.
 
-    Source: Zhou et al. 2021 (arXiv 2111.05685) and its released code, which bisects; the costs are ours.
+    Source: Zhou et al. 2021 (arXiv 2111.05685), whose released code bisects; the costs are an addition.
     """
     if how not in PROJECTIONS:
         raise InputError(f"projection is {how!r}; it must be one of {', '.join(PROJECTIONS)}", parameter="projection")
@@ -63,7 +63,7 @@ def project(
 
 
 def _chunks(wanted: Tensor, costs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield both, some units after the other, in float64."""
+    """Yield both, :data:`CHUNK` units at a time, in float64."""
     for z, c in zip(wanted.split(CHUNK), costs.split(CHUNK), strict=True):
         yield z.double(), c.double()
 
@@ -83,19 +83,19 @@ def _highest_shift(wanted: Tensor, costs: Tensor, floor: float) -> Tensor:
 
 
 def _by_sorting(z: Tensor, c: Tensor, budget: float, floor: float) -> Tensor:
-    """Return the shift, from the breakpoints of the piecewise linear cost in order."""
+    """Return the shift from the sorted breakpoints of the piecewise linear cost."""
     leaves_one, reaches_floor = (z - 1) / c, (z - floor) / c
     breaks = torch.cat([leaves_one, reaches_floor]).clamp(min=0)
     slopes = torch.cat([-c.square(), c.square()])
     breaks, order = breaks.sort()
-    slope = slopes[order].cumsum(0)  # behind each breakpoint; those before 0 count as at 0
+    slope = slopes[order].cumsum(0)  # after each breakpoint; those below 0 count as 0
     lengths = breaks.diff(prepend=breaks.new_zeros(1))
     before = torch.cat([slope.new_zeros(1), slope[:-1]])
     spent = _spent(z, c, 0.0, floor) + (before * lengths).cumsum(0)
-    # The piece in which the budget is met ends at the first breakpoint with no more than it spent.
+    # The piece that meets the budget ends at the first breakpoint where no more than the budget is spent.
     end = breaks[(spent > budget).sum().clamp(max=breaks.shape[0] - 1)]
     start = torch.where(breaks < end, breaks, 0).amax()
-    # Within it, from who is where: no error of the sums above is left.
+    # Solve it from the units that are neither at the floor nor at 1, without the rounding of the sums above.
     middle = z - (start + end) / 2 * c
     moving = (middle > floor) & (middle < 1)
     fixed = torch.where(middle >= 1, c, torch.where(moving, 0, floor * c)).sum()
@@ -106,11 +106,11 @@ def _by_sorting(z: Tensor, c: Tensor, budget: float, floor: float) -> Tensor:
 
 
 def _by_newton(wanted: Tensor, costs: Tensor, budget: float, floor: float) -> Tensor:
-    """Return the shift that Newton's steps reach, which are exact once they are in the piece where the budget is met.
+    """Return the shift by Newton's method, which is exact once it is in the piece that meets the budget.
 
-    A step that leaves the interval in which the shift lies is one to its middle, and so is one after a step that did
-    not halve it: what is spent is not convex, and Newton's steps alone may run in a circle. Of all shifts tried, the
-    one that spends nearest to the budget is returned.
+    The cost is not convex, and Newton's steps alone may cycle. So a step that leaves the interval of the shift, or
+    follows one that did not halve the interval, goes to its middle. Returns, of all shifts tried, the one whose cost is
+    nearest to the budget.
     """
     shift = low = costs.new_zeros((), dtype=torch.float64)
     high = _highest_shift(wanted, costs, floor)
@@ -132,7 +132,7 @@ def _by_newton(wanted: Tensor, costs: Tensor, budget: float, floor: float) -> Te
         done = into.isfinite() & ((into - shift).abs() <= NEAR * into)
         best = torch.where(done, into, best)
         shift = torch.where(done | (halved & (into > low) & (into < high)), into, (low + high) / 2)
-        if shift.device.type == "cpu" and bool(done | within):  # elsewhere that would wait for the device
+        if shift.device.type == "cpu" and bool(done | within):  # elsewhere the test would synchronise the device
             break
     assert within is not None
     return torch.where(within, 0.0, best)
@@ -145,3 +145,10 @@ def _by_halving(wanted: Tensor, costs: Tensor, budget: float, floor: float, halv
         over = _spent_by_all(wanted, costs, middle, floor) > budget
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     return torch.where(_spent_by_all(wanted, costs, 0.0, floor) <= budget, 0.0, high)
+
+
+def top_units(probabilities: Tensor, costs: Tensor, budget: float) -> Tensor:
+    """Return a mask ``(U,)`` of the most probable units whose costs keep the budget; ties go to the first."""
+    order = probabilities.argsort(descending=True, stable=True)
+    fits = costs.double()[order].cumsum(0) <= budget * (1 + 1e-9)
+    return torch.zeros_like(fits).index_copy_(0, order, fits)

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern as sk
 from tests.training.agent.models import ESTIMATES, F64, METHODS, batches, gradients, loss_of, make, same, sgd, train
@@ -274,3 +276,28 @@ def test_it_says_what_it_is():
     assert repr(sk.AGENT(model, sgd(model))) == (
         "AGENT(gamma=0.1, alpha=0.3, estimate='losses', scope='global', c=0, None)"
     )
+
+
+def test_parts_that_do_not_belong_together():
+    model, other = make(), make()
+    optimizer = sgd(model)
+    with pytest.raises(TypeError, match=r"optimizer is a list; it must be a torch.optim.Optimizer"):
+        sk.AGENT(model, [])
+    with pytest.raises(TypeError, match=r"method is a str; it must be a sparsekern.Method"):
+        sk.AGENT(model, optimizer, method="set")
+    with pytest.raises(ValueError, match="method is of another model or optimizer"):
+        sk.AGENT(model, sgd(model), method=sk.SET(model, optimizer))
+    with pytest.raises(ValueError, match="method is of another model or optimizer"):
+        sk.AGENT(other, optimizer, method=sk.SET(model, optimizer))
+
+
+def test_a_static_graph_of_ranks(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(make(), static_graph=True)
+        with pytest.raises(NotImplementedError, match=r"static_graph=True.*leave static_graph out"):
+            sk.AGENT(model, sgd(model))
+        sk.AGENT(model, sgd(model), gamma=0.0)
+        sk.AGENT(DistributedDataParallel(make()), sgd(model))
+    finally:
+        dist.destroy_process_group()

@@ -245,12 +245,12 @@ def test_growth_sees_the_gradient_that_is_not_corrected(kind):
     agent.step()
     agent.refresh(data, loss)  # in an armed step
     agent.backward(lambda: loss(data[1]))
-    heard = {name: probe.tensor.grad.clone() for name, probe in method._armed.probes.items()}
+    heard = {name: probe.tensor.grad.clone() for name, probe in method._probes.probes.items()}
     assert heard and (kind is sk.GSE or all(answer[-1] == 1 for answer in heard.values())), "one backward, not two"
-    for probe in method._armed.probes.values():
+    for probe in method._probes.probes.values():
         probe.tensor.grad = None
     loss(data[1]).backward()
-    for name, probe in method._armed.probes.items():
+    for name, probe in method._probes.probes.items():
         assert torch.equal(probe.tensor.grad, heard[name])
 
 

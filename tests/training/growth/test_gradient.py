@@ -285,11 +285,6 @@ class TestErrors:
         with pytest.raises(RuntimeError, match=r"RigL has no scores to update by.*call step\(\) after every"):
             method.update()
 
-    @pytest.mark.parametrize("tokens", [0, -1])
-    def test_score_tokens(self, tokens):
-        with pytest.raises(ValueError, match=f"score_tokens is {tokens}; it must be 1 or more"):
-            build("GSE", make(), score_tokens=tokens)
-
     @pytest.mark.parametrize("stub", ["stages", "ask", "hear"])
     def test_what_a_subclass_says(self, stub):
         model = make()

@@ -123,7 +123,7 @@ def test_with_no_choice_it_is_set(distribution):
 def test_scores_are_the_norms_of_the_dense_gradients_blocks(distribution, block, monkeypatch):
     module, method = build(block=block, distribution=distribution)
     kept = {}
-    monkeypatch.setattr(method, "_forget_scores", lambda: kept.update(method._offers))
+    monkeypatch.setattr(method, "_clear_scores", lambda: kept.update(method._offers))
     gradient = run(module, method, 2)[-1]
     offer = kept[""]
     expected = dense_block_norms(module.grid, gradient).flatten()[offer.keys]
@@ -234,20 +234,6 @@ def test_candidates_that_somebody_else_filled_are_left_out():
     run(module, method, 1)
     module.topology.validate()
     assert method.updates == 1
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("options", "text"),
-        [
-            ({"distribution": "grab"}, "distribution is 'grab'; it must be one of uniform, grabo, graest"),
-            ({"subset_factor": 0}, "subset_factor is 0; it must be a number above 0"),
-            ({"subset_factor": float("inf")}, "subset_factor is inf"),
-        ],
-    )
-    def test_options(self, options, text):
-        with pytest.raises(ValueError, match=text):
-            build(**options)
 
 
 def test_resumed_between_backwards_after_a_larger_subset():

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import sparsekern as sk
 from sparsekern.ops import Probe
-from sparsekern.training.growth.probe_set import ArmedProbes
+from sparsekern.training.growth.probe_set import ProbeSet
 
 LAYER = sk.SparseLinear(8, 8, block_size=4, sparsity=0.5, seed=0)
 KINDS: dict[str, Callable[[], Probe]] = {
@@ -22,11 +22,11 @@ KINDS: dict[str, Callable[[], Probe]] = {
 @pytest.fixture(params=KINDS)
 def armed(request):
     LAYER.zero_grad()
-    probes = ArmedProbes({"fc": LAYER})
+    probes = ProbeSet({"fc": LAYER})
     probes.arm("fc", KINDS[request.param]())
     yield probes
     probes.disarm()
-    assert LAYER.probe is None and probes.answers(None) == {}
+    assert LAYER.probe is None and probes.answers() == {}
     assert not LAYER.values._backward_hooks and not LAYER.values._post_accumulate_grad_hooks
 
 
@@ -35,13 +35,13 @@ def backward(*seeds: int) -> None:
         LAYER(torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
 
 
-def taken(armed: ArmedProbes) -> torch.Tensor:
+def taken(armed: ProbeSet) -> torch.Tensor:
     """Return the answer as the optimizer's step leaves it."""
     assert armed.keep() == []
-    return armed.answers(None)["fc"].clone()
+    return armed.answers()["fc"].clone()
 
 
-def answer_to(armed: ArmedProbes, *seeds: int) -> torch.Tensor:
+def answer_to(armed: ProbeSet, *seeds: int) -> torch.Tensor:
     """Return the sum of the answers to some backwards, one by one."""
     total = torch.zeros(armed.probes["fc"].tensor.shape)
     for seed in seeds:
@@ -117,7 +117,7 @@ def test_what_comes_after_the_step_belongs_to_the_next(armed):
     assert torch.equal(taken(armed), first)
     LAYER.zero_grad()
     backward(1)
-    assert torch.equal(armed.answers(None)["fc"], first), "not yet"
+    assert torch.equal(armed.answers()["fc"], first), "not yet"
     assert torch.equal(taken(armed), second)
 
 
@@ -132,7 +132,7 @@ def test_an_optimizer_that_drops_gradients_in_its_step(armed):
 def test_gradients_that_no_probe_heard_of_are_told(armed):
     backward(0)
     armed.probes["fc"].tensor.grad = None
-    assert armed.keep() == ["fc"] and not armed.answers(None)["fc"].any()
+    assert armed.keep() == ["fc"] and not armed.answers()["fc"].any()
     LAYER.values.grad = torch.zeros_like(LAYER.values)
     assert armed.keep() == [], "zeros are no gradient"
 
@@ -147,7 +147,7 @@ def test_what_was_heard_can_be_taken_up_again(armed):
     armed.disarm()
     armed.arm("fc", probe._replace(tensor=probe.tensor.detach().requires_grad_()))
     armed.load_state_dict(saved)
-    assert torch.equal(armed.answers(None)["fc"], first)
+    assert torch.equal(armed.answers()["fc"], first)
     LAYER.values.grad = gradient
     backward(2)
     assert torch.equal(taken(armed), second)

@@ -11,6 +11,7 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.topology import Grid, dense_block_norms, from_mask, generator_for
 from sparsekern.training import METHODS
+from sparsekern.training.distributed import Ranks
 
 #   norms of the stored blocks          norms of the gradient's blocks
 #     9  .  1  .                          1  6  9  2
@@ -289,23 +290,6 @@ def test_fewer_sketches_where_more_would_not_be_fewer_than_values(block, sparsit
 
 
 class TestErrors:
-    @pytest.mark.parametrize(
-        ("options", "text"),
-        [
-            ({"scoring": "best"}, "scoring is 'best'; it must be one of auto, exact, screen"),
-            ({"sketches": 0}, "sketches is 0; it must be 1 or more"),
-            ({"shortlist": 0.5}, "shortlist is 0.5; it must be 1 or more"),
-            ({"shortlist": float("nan")}, "shortlist is nan"),
-            ({"regrow": True, "scope": "global"}, "regrow is for scope='layer'"),
-            ({"regrow": True, "scoring": "screen"}, "regrow needs the scores of all blocks"),
-            ({"scope": "model"}, "scope is 'model'; for RigL it must be 'layer', 'global'"),
-        ],
-    )
-    def test_options(self, options, text):
-        module = layer()
-        with pytest.raises(ValueError, match=text):
-            sk.RigL(module, torch.optim.SGD(module.parameters()), **options)
-
     def test_unstructured_weights_need_consent(self):
         module = layer(block=1)
         with pytest.raises(ValueError, match=r"has 1x1 blocks.*4 x 4 matrix.*Use GSE.*allow_dense_scores=True"):
@@ -349,7 +333,8 @@ class TestErrors:
             method.step()
 
     def test_exact_scores_on_several_ranks(self, monkeypatch):
-        monkeypatch.setattr("sparsekern.training.growth.rigl.ranks", lambda group: 2)
+        monkeypatch.setattr(Ranks, "count", 2)
+        monkeypatch.setattr(Ranks, "check_agreement", lambda *args: None)
         module = layer()
         with pytest.raises(ValueError, match="norms do not add up over ranks; use 'auto' or 'screen'"):
             sk.RigL(module, torch.optim.SGD(module.parameters()), scoring="exact")

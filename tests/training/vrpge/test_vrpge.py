@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import to_dense
-from sparsekern.training.vrpge.sampling import score_gradient
+from sparsekern.training.vrpge.probabilities import score_gradient
 from tests.saved import through_a_file
 
 
@@ -325,23 +325,6 @@ def test_a_convolution_with_tied_taps_and_a_layer_that_is_frozen():
 
 
 class TestErrors:
-    @pytest.mark.parametrize(
-        ("options", "text"),
-        [
-            ({"masks": 1}, "masks is 1; it must be 2 or more"),
-            ({"structure_every": 0}, "structure_every is 0; it must be 1 or more"),
-            ({"scope": "head"}, "scope is 'head'; it must be one of layer, global"),
-            ({"projection": "newton"}, "projection is 'newton'; it must be one of sort, bisection"),
-            ({"weight_step": "two"}, "weight_step is 'two'; it must be one of one, all"),
-            ({"unsampled": "zero"}, "unsampled is 'zero'; it must be one of lazy, decay"),
-            ({"refill": 2.0}, "refill is 2.0; it must be a probability"),
-        ],
-    )
-    def test_numbers_out_of_range(self, options, text):
-        model = make()
-        with pytest.raises(ValueError, match=text):
-            sk.VRPGE(model, sgd(model), **options)
-
     def test_a_step_without_its_backward(self):
         model = make()
         optimizer = sgd(model)
