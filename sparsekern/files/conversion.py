@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 
 import torch
@@ -45,7 +45,7 @@ def dense_state(state: Mapping[str, Tensor], limits: Limits = DEFAULT) -> State:
     """
     layers = stored_layers(state)
     _check_room(state, sum(_dense_bytes(_known(layer)) for layer in layers.values()), limits)
-    return _replaced(state, layers, lambda layer: {"weight": to_dense(layer.topology, layer.values)})
+    return _replaced(state, layers, lambda name: {"weight": to_dense(layers[name].topology, layers[name].values)})
 
 
 def bsr_state(state: Mapping[str, Tensor], limits: Limits = DEFAULT) -> State:
@@ -62,7 +62,7 @@ def bsr_state(state: Mapping[str, Tensor], limits: Limits = DEFAULT) -> State:
         for layer in layers.values()
     ]
     _check_room(state, sum(wanted), limits)
-    return _replaced(state, layers, lambda layer: {"weight": _to_bsr(layer)})
+    return _replaced(state, layers, lambda name: {"weight": _to_bsr(layers[name])})
 
 
 def sparse_state(
@@ -110,7 +110,14 @@ def sparse_state(
             found[name] = _choose(weight, grid, sparsity)
     if not found:
         raise InputError("nothing to convert: the file has no chosen weight of a linear layer or convolution")
-    return _put(state, found)
+    metadata = {
+        name: {"version": LAYER_VERSION, "grid": describe(topology.grid)} for name, (topology, _) in found.items()
+    }
+    return _replaced(state, found, lambda name: _stored(*found[name]), metadata)
+
+
+def _stored(topology: Topology, values: Tensor) -> dict[str, Tensor]:
+    return {"values": values, "row": topology.row, "col": topology.col}
 
 
 def _is_weight(key: str, tensor: Tensor) -> bool:
@@ -218,32 +225,20 @@ def _check_room(state: Mapping[str, Tensor], wanted: int, limits: Limits) -> Non
 
 def _replaced(
     state: Mapping[str, Tensor],
-    layers: Mapping[str, StoredLayer],
-    convert: Callable[[StoredLayer], dict[str, Tensor]],
+    layers: Container[str],
+    convert: Callable[[str], dict[str, Tensor]],
+    metadata: Metadata | None = None,
 ) -> State:
-    """Return the state dict with each sparse layer replaced by the tensors that ``convert`` returns."""
+    """Return the state dict with each of the ``layers`` replaced by what ``convert`` returns for its name.
+
+    The ``metadata`` of the new layers replace those of the old ones.
+    """
     new: State = OrderedDict()
     for key, tensor in state.items():
         name, _, part = key.rpartition(".")
         if name not in layers or part not in (*STORED, "weight"):
             new[key] = tensor
         elif part in ("values", "weight"):
-            new.update((_key(name, kind), made) for kind, made in convert(layers[name]).items())
+            new.update((_key(name, kind), made) for kind, made in convert(name).items())
     kept = {name: entry for name, entry in metadata_of(state).items() if name not in layers}
-    return with_metadata(new, kept)
-
-
-def _put(state: Mapping[str, Tensor], found: dict[str, tuple[Topology, Tensor]]) -> State:
-    """Return the state dict with the weights of some layers replaced by blocks."""
-    new: State = OrderedDict()
-    metadata: Metadata = dict(metadata_of(state))
-    for key, tensor in state.items():
-        name, _, part = key.rpartition(".")
-        if name not in found or part not in (*STORED, "weight"):
-            new[key] = tensor
-        elif part in ("values", "weight"):
-            topology, values = found[name]
-            new[_key(name, "values")] = values
-            new[_key(name, "row")], new[_key(name, "col")] = topology.row, topology.col
-            metadata[name] = {"version": LAYER_VERSION, "grid": describe(topology.grid)}
-    return with_metadata(new, metadata)
+    return with_metadata(new, kept | (metadata or {}))

@@ -23,13 +23,7 @@ class Converter:
     """How the layers of one class become sparse, and dense again.
 
     Attributes:
-        dense: the dense class, whose instances have a ``weight`` and a ``bias`` (or None).
-        sparse: the sparse class that replaces it.
-        arguments: function that returns the constructor arguments of ``sparse`` for a dense layer: its sizes and
-            ``bias``, without device and dtype.
-        rebuild: function that returns a new dense layer for a sparse one; its weight and bias are then replaced.
-            Default: ``dense`` with ``arguments`` of the sparse layer, for classes with the same constructor arguments.
-        transposed: whether the dense weight is ``(in, out)``.
+        dense, sparse, arguments, rebuild, transposed: as in :func:`register_converter`.
     """
 
     dense: type[nn.Module]
