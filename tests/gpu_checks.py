@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from sparsekern.kernels import gpu
-from sparsekern.kernels.gpu import tables
+from sparsekern.kernels.gpu import conv2d, linear, tables  # noqa: F401  loads gpu.conv2d and gpu.linear
 from sparsekern.kernels.gpu.config import KINDS, Config, FewTokens, Multiply, Outer, Problem, Supertile
 from torch import Tensor
 
