@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern as sk
+from sparsekern.nn.sharded import is_sharded, sharded_as, whole
 from tests.ranks import on_ranks
 from tests.training import test_base
 
@@ -166,6 +168,60 @@ def sharded_calls(path: Path) -> dict[str, str]:
     return said | {"summary of sizes": f"{len(sk.summary(model, WHOLE_BATCH, measure=False).rows)} rows"}
 
 
+X = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
+
+
+def odd_layer(seed: int) -> nn.Module:
+    return nn.Sequential(sk.SparseLinear(10, 14, sparsity=0.5, block_size=(4, 3), seed=seed))
+
+
+def check_sharded_layer() -> None:
+    """Check a layer in blocks that do not divide it, whose values are sharded over the ranks."""
+    plain, other, model = odd_layer(0), odd_layer(1), odd_layer(0)
+    shard(model)
+    layer = model[0]
+
+    def assert_computes_as(expected: nn.Module) -> None:
+        assert torch.equal(model(X), expected(X))
+        model.reshard()
+        assert is_sharded(layer.values)
+
+    assert_computes_as(plain)
+
+    # A move raises before anything has changed.
+    before, free = [t.clone() for t in layer.buffers()], torch.tensor([-1])
+    for checked in (False, True):
+        with pytest.raises(NotImplementedError, match="values of a sparse layer are a DTensor; blocks"):
+            layer.move_(torch.tensor([0]), free, free, checked=checked)
+    assert all(torch.equal(old, new) for old, new in zip(before, layer.buffers(), strict=True))
+
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    layer.reset_parameters()
+    assert_computes_as(plain)
+
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, other.state_dict(), options=options)
+    assert_computes_as(other)
+    model.load_state_dict(get_model_state_dict(model))  # of DTensors
+    assert_computes_as(other)
+    model.load_state_dict(plain.state_dict())  # of whole tensors
+    assert_computes_as(plain)
+
+    coarse = sk.SparseLinear(10, 14, blocks=1, block_size=(8, 6), seed=2)  # blocks of another size are cut anew
+    layer.load_state_dict(coarse.state_dict())
+    torch.testing.assert_close(model(X), coarse(X))
+    model.reshard()
+
+    dense = nn.Linear(10, 14)
+    nn.init.constant_(dense.weight, 1.5)
+    nn.init.zeros_(dense.bias)
+    layer.load_state_dict(dense.state_dict())
+    twin = layer.to_dense()
+    assert not is_sharded(twin.weight) and set(twin.weight.unique().tolist()) <= {0.0, 1.5}
+    torch.testing.assert_close(twin(X), model(X))
+
+
 # Ranks that run out of batches.
 
 
@@ -210,6 +266,7 @@ def run_rank(rank: int, folder: Path) -> dict[str, Any]:
 
     same = ["SET", *VRPGE]
     (path := folder / str(rank)).mkdir()
+    check_sharded_layer()
     return {
         "same data, True": trained(False, same),
         "same data, False": trained(False, same, forward_sync_buffers=False) if HAS_FORWARD_SYNC else {},
@@ -270,7 +327,15 @@ def test_what_needs_whole_tensors_is_refused_under_fsdp(ranks, name):
 
 
 def test_what_needs_no_whole_tensor_works_under_fsdp(ranks):
+    """Moves that raise, resetting and loading are checked on the ranks."""
     assert all(rank["sharded"]["summary of sizes"] == "3 rows" for rank in ranks)
+
+
+def test_plain_tensors_stay_as_they_are():
+    tensor = torch.ones(2)
+    assert not is_sharded(tensor)
+    assert whole(tensor).data_ptr() == tensor.data_ptr()
+    assert sharded_as(torch.zeros(2), tensor) is tensor
 
 
 def run_rank_apart(rank: int) -> dict[str, str]:
