@@ -1,4 +1,4 @@
-"""The shape that all methods share."""
+"""The base class of all training methods."""
 
 from __future__ import annotations
 
@@ -375,38 +375,3 @@ def test_arguments_of_a_wrong_type_are_named(method, name):
     for value in ("x", [1], object()):
         with pytest.raises((TypeError, ValueError), match=rf"^{name} (is|of)\b.*(must be|are)"):
             METHODS[method](model, optimizer, **{name: value})
-
-
-@pytest.mark.parametrize("kind", [sk.SET, sk.RigL, sk.GSE, sk.Static, sk.VRPGE])
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ({}, "a (3), b (2)"),
-        ({"drop_fraction": 0.34}, "b (2)"),
-        ({"drop_fraction": 0.5}, ""),
-        ({"drop_fraction": 0.0}, ""),
-        ({"drop_fraction": lambda step: 0.1}, ""),
-    ],
-)
-def test_layers_of_so_few_blocks_that_none_moves_are_named(kind, options, names, caplog):
-    blocks = {"a": 3, "b": 2, "c": 4, "full": 16, "frozen": 2}
-    model = nn.ModuleDict(
-        {name: sk.SparseLinear(16, 16, block_size=4, blocks=n, capacity=n, seed=0) for name, n in blocks.items()}
-    )
-    model["frozen"].values.requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    more = {"sparsity": 0.9} if kind is sk.VRPGE else {}
-    kind(model, optimizer, **({} if kind is sk.Static else options), **more)
-    expected = names if kind in (sk.SET, sk.RigL, sk.GSE) else ""
-    assert caplog.text.count("and they never move: ") == bool(expected)
-    assert f"and they never move: {expected}. Take" in caplog.text or not expected
-
-
-def test_tied_taps_are_few_units_and_a_competition_has_no_few(caplog):
-    layer = sk.SparseConv2d(8, 8, 3, block_size=4, blocks=27, tie_taps=True, seed=0)
-    sk.SET(layer, torch.optim.SGD(layer.parameters()))
-    assert "they never move:  (3)" in caplog.text
-    caplog.clear()
-    few = sk.SparseLinear(16, 16, block_size=4, blocks=3, seed=0)
-    sk.GSE(few, torch.optim.SGD(few.parameters()), scope="global")
-    assert "never move" not in caplog.text

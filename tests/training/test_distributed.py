@@ -1,12 +1,17 @@
-"""Sums over ranks; what several ranks do with them is in tests/test_distributed.py."""
+"""Sums over ranks, and ranks that differ; what methods do on several ranks is in tests/test_distributed.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+import sparsekern as sk
 from sparsekern.training.distributed import Ranks
+from tests.ranks import on_ranks
+from tests.training.test_base import batch, make
 
 
 def test_one_process_keeps_what_it_has():
@@ -16,8 +21,7 @@ def test_one_process_keeps_what_it_has():
     assert tensor.tolist() == [1, 2]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+def sums(rank: int) -> dict[str, Any]:
     everyone, pair = Ranks(), Ranks(dist.new_group([1, 2]))
     own = torch.tensor([1.0, 10.0]) * (rank + 1)
     found = {"ranks": everyone.count, "sum": everyone.sum(own.clone()), "first": everyone.from_first(own.clone())}
@@ -25,17 +29,69 @@ def run_rank(rank: int, folder: str) -> None:
     if rank:
         found |= {"pair ranks": pair.count, "pair sum": pair.sum(own.clone())}
         found |= {"pair first": pair.from_first(own.clone())}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
-def test_all_ranks_or_those_of_a_group(tmp_path):
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=3)
-    for rank in range(3):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+def differences(rank: int) -> dict[str, str]:
+    """Build methods of models that differ between ranks in what the name says; return what each raises."""
+    odd = rank == 2
+    pair = dist.new_group([0, 1])
+
+    def built(what: str, **options) -> str:
+        model = make(0)
+        if what == "topology" and odd:
+            layer = model[2]
+            free = next(k for k in range(layer.grid.cells) if k not in layer.topology.keys().tolist())
+            place = torch.tensor([free // layer.grid.cols]), torch.tensor([free % layer.grid.cols])
+            layer.move_(torch.tensor([1]), *place)
+        if what == "layers" and odd:
+            model = model[:3]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        try:
+            kind = sk.GSE if what == "method" and odd else sk.SET
+            every = 5 if what == "schedule" and odd else 1
+            method = kind(model, optimizer, update_every=every, seed=int(what == "seed" and odd), **options)
+            if what == "later":
+                model(batch(0)).sum().backward()
+                optimizer.step()
+                method.step()
+                method.seed += int(odd)  # ranks draw other places from here on
+                optimizer.step()
+                method.step()
+        except ValueError as error:
+            return str(error)
+        return "nothing"
+
+    said = {what: built(what) for what in ("same", "seed", "topology", "layers", "method", "schedule", "later")}
+    said["spared"] = built("seed", check_ranks=False)
+    return said | {"group": built("seed", process_group=pair) if rank < 2 else "nothing"}
+
+
+def run_rank(rank: int) -> dict[str, Any]:
+    return {"sums": sums(rank), "differences": differences(rank)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    return on_ranks(run_rank, 3, tmp_path_factory.mktemp("ranks"))
+
+
+def test_all_ranks_or_those_of_a_group(ranks):
+    for rank, found in enumerate(each["sums"] for each in ranks):
         assert found["ranks"] == 3
         assert found["sum"].tolist() == [6, 60] and found["first"].tolist() == [1, 10]
         assert found["mean"].tolist() == [2, 20]
         if rank:
             assert found["pair ranks"] == 2
             assert found["pair sum"].tolist() == [5, 50] and found["pair first"].tolist() == [2, 20]
+
+
+def test_ranks_that_differ_say_in_what(ranks):
+    for said in (rank["differences"] for rank in ranks):
+        assert said["same"] == said["spared"] == said["group"] == "nothing"
+        assert said["seed"].startswith("ranks differ in seed (0 on rank 0, 1 on rank 2): build model and method alike")
+        assert said["topology"].startswith("ranks differ in the blocks of '2' (rank 2 from rank 0)")
+        assert said["layers"].startswith("ranks differ in the blocks of '4' (rank 2 from rank 0)")
+        assert said["method"].startswith("ranks differ in method (SET on rank 0, GSE on rank 2)")
+        assert said["schedule"].startswith("ranks differ in update_every, start and stop ((1, 0, None) on rank 0, (5,")
+        assert said["later"].startswith("ranks differ in seed (0 on rank 0, 1 on rank 2)")

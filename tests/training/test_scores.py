@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import Grid, Move, Topology, balanced, conv_grid, generator_for, one_tap, with_capacity
@@ -156,3 +157,38 @@ def test_elsewhere_a_unit_is_a_slot():
     parts, norms, move = units(layer), block_norms(layer), Move(torch.tensor([1]), ints(0), ints(0))
     assert parts.topology.row is layer.row and parts.topology.col is layer.col
     assert parts.norms(norms) is norms and parts.spread(move) is move
+
+
+@pytest.mark.parametrize("kind", [sk.SET, sk.RigL, sk.GSE, sk.Static, sk.VRPGE])
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, "a (3), b (2)"),
+        ({"drop_fraction": 0.34}, "b (2)"),
+        ({"drop_fraction": 0.5}, ""),
+        ({"drop_fraction": 0.0}, ""),
+        ({"drop_fraction": lambda step: 0.1}, ""),
+    ],
+)
+def test_layers_of_so_few_blocks_that_none_moves_are_named(kind, options, names, caplog):
+    blocks = {"a": 3, "b": 2, "c": 4, "full": 16, "frozen": 2}
+    model = nn.ModuleDict(
+        {name: sk.SparseLinear(16, 16, block_size=4, blocks=n, capacity=n, seed=0) for name, n in blocks.items()}
+    )
+    model["frozen"].values.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    more = {"sparsity": 0.9} if kind is sk.VRPGE else {}
+    kind(model, optimizer, **({} if kind is sk.Static else options), **more)
+    expected = names if kind in (sk.SET, sk.RigL, sk.GSE) else ""
+    assert caplog.text.count("and they never move: ") == bool(expected)
+    assert f"and they never move: {expected}. Take" in caplog.text or not expected
+
+
+def test_tied_taps_are_few_units_and_a_competition_has_no_few(caplog):
+    layer = sk.SparseConv2d(8, 8, 3, block_size=4, blocks=27, tie_taps=True, seed=0)
+    sk.SET(layer, torch.optim.SGD(layer.parameters()))
+    assert "they never move:  (3)" in caplog.text
+    caplog.clear()
+    few = sk.SparseLinear(16, 16, block_size=4, blocks=3, seed=0)
+    sk.GSE(few, torch.optim.SGD(few.parameters()), scope="global")
+    assert "never move" not in caplog.text
