@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from tests.test_house import ROOT, sources
 
 PACKAGES = (
     "sparsekern",
@@ -144,3 +146,30 @@ SHOWN = (
 @pytest.mark.parametrize("name", SHOWN)
 def test_what_users_begin_with_has_an_example(name):
     assert ">>>" in words(getattr(sk, name))
+
+
+RIDDLES = {"What", "Of", "Let", "Who", "Where", "How", "Which", "Whether"}
+"""Words that begin a question or a wish: a module is a noun phrase, and a function begins with a verb."""
+
+NO_VERBS = RIDDLES | {"A", "An", "The", "In", "Nothing", "Nobody", "Returns", "Computes", "Gets", "Sets"}
+
+
+def badly_begun(text: str) -> list[str]:
+    """Return the first lines of docstrings of a module and its functions (not properties) that are not plain."""
+    tree = ast.parse(text)
+    documented: list[tuple[ast.Module | ast.FunctionDef, set[str]]] = [(tree, RIDDLES)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and not any("property" in ast.unparse(d) for d in node.decorator_list):
+            documented.append((node, NO_VERBS))
+    lines = [((ast.get_docstring(node) or "-").partition("\n")[0], banned) for node, banned in documented]
+    return [line for line, banned in lines if line.split()[0].strip(",:;.") in banned]
+
+
+def test_docstrings_begin_plainly():
+    found = {str(path.relative_to(ROOT)): badly_begun(path.read_text()) for path in sources(ROOT)}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_a_riddle_is_found():
+    text = '"""What becomes of it."""\ndef f():\n    """Let it be."""\n@property\ndef g():\n    """The side."""\n'
+    assert badly_begun(text) == ["What becomes of it.", "Let it be."]

@@ -1,8 +1,9 @@
-"""The rules of the house that a machine can check: arrows, names, optional packages, a room of tests for every room."""
+"""The rules of the house that a machine can check: arrows, optional packages, rooms, sizes of files, errors."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ GROUPS = [
     {"files"},
     {"analysis"},
     {"training", "transforms"},
-    {"integrations"},
     {"lab"},
     {"cli"},
 ]
@@ -42,8 +42,33 @@ OPTIONAL = {
 MAY_IMPORT_OPTIONAL = {"cli": {"typer", "rich"}, "gpu": {"triton"}}
 
 
+SMALL = {
+    "sparsekern/errors.py": "below all layers, for each of them raises it",
+    "sparsekern/lab/models/layers.py": "shared by the families of networks, a file each",
+    "sparsekern/lab/models/mlp.py": "a family of networks",
+    "sparsekern/training/static.py": "a method",
+}
+"""Sources of fewer than 40 lines, and why each is a file of its own."""
+
+FEW = {
+    "tests/kernels/gpu/test_conv2d_lists.py": "lists made by hand beside those of one function",
+    "tests/kernels/gpu/test_conv2d_projection.py": "half of a sketch, in Triton's interpreter",
+    "tests/ops/test_linear_answers.py": "the choice of tokens alone",
+    "tests/ops/test_onnx.py": "both exporters, each on every kind of model",
+    "tests/test_cpu_sanitizers.py": "one program, which is run by hand for longer",
+    "tests/test_gpu_mutations.py": "a list of mutations, each a case",
+    "tests/test_method_mutations.py": "a list of mutations, each a case",
+}
+"""Test files with fewer than three tests, and why."""
+
+
 def sources(root: Path) -> list[Path]:
     return sorted([*(root / "kernels").rglob("*.py"), *(root / "sparsekern").rglob("*.py")])
+
+
+@functools.cache
+def parse(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def layer_of(module: str) -> str | None:
@@ -70,7 +95,7 @@ def arrow_violations(root: Path) -> list[str]:
     for path in sources(root):
         parts = path.relative_to(root).parts
         mine = "kernels" if parts[0] == "kernels" else parts[1] if len(parts) > 2 else None
-        for line, module in imports(ast.parse(path.read_text())):
+        for line, module in imports(parse(path.read_text())):
             where = f"{'/'.join(parts)}:{line}"
             if module.split(".")[0] == "kernels":
                 found.append(f"{where} imports kernels by the name of its folder")
@@ -85,7 +110,7 @@ def optional_violations(root: Path) -> list[str]:
     for path in sources(root):
         parts = path.relative_to(root).parts
         allowed = MAY_IMPORT_OPTIONAL.get(parts[1] if len(parts) > 2 else "", set())
-        tree = ast.parse(path.read_text())
+        tree = parse(path.read_text())
         inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
         checking = {
             id(n)
@@ -106,9 +131,36 @@ def mirror_violations(root: Path) -> list[str]:
     inner = (path.relative_to(root).parts for path in sources(root) if not path.name.startswith("__"))
     rooms = {Path(*(parts if parts[0] == "kernels" else parts[1:])).parent for parts in inner} - {Path()}
     tested = {p.relative_to(root / "tests").parent for p in (root / "tests").rglob("test_*.py")} - {Path()}
-    return [f"{room} has no folder in tests/" for room in sorted(rooms - tested)] + [
-        f"tests/{room} mirrors no room" for room in sorted(tested - rooms)
+    named = {str(room).partition("/")[0] for room in rooms}
+    return [
+        *(f"{room} has no folder in tests/" for room in sorted(rooms - tested)),
+        *(f"tests/{room} mirrors no room" for room in sorted(tested - rooms)),
+        *(f"{room} is no layer, or a layer is no room" for room in sorted(named ^ RANK.keys())),
     ]
+
+
+def size_violations(root: Path) -> list[str]:
+    """Sources and tests of more than 400 lines; sources that are fragments; test files that are."""
+    texts = {path: path.read_text() for path in [*sources(root), *sorted((root / "tests").rglob("*.py"))]}
+    lines = {str(path.relative_to(root)): len(text.splitlines()) for path, text in texts.items()}
+    small = {
+        path for path, count in lines.items() if count < 40 and "/__" not in path and not path.startswith("tests/")
+    }
+    few = {
+        str(path.relative_to(root))
+        for path, text in texts.items()
+        if path.name[:5] == "test_" and count_tests(text) < 3
+    }
+    return [
+        *(f"{path} has {count} lines; 400 are enough" for path, count in lines.items() if count > 400),
+        *(f"{path} has {lines[path]} lines: it belongs to a neighbour" for path in sorted(small - SMALL.keys())),
+        *(f"{path} has fewer than three tests: they belong to a neighbour" for path in sorted(few - FEW.keys())),
+        *(f"{path} is no exception" for path in sorted({*SMALL, *FEW} - small - few) if (root / path).is_file()),
+    ]
+
+
+def count_tests(text: str) -> int:
+    return sum(isinstance(n, ast.FunctionDef) and n.name.startswith("test_") for n in ast.walk(parse(text)))
 
 
 def error_violations(root: Path) -> list[str]:
@@ -117,12 +169,14 @@ def error_violations(root: Path) -> list[str]:
         f"{path.relative_to(root)}:{node.lineno} raises a plain ValueError"
         for path in sources(root)
         if path.is_relative_to(root / "sparsekern")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parse(path.read_text()))
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == "ValueError"
     ]
 
 
-@pytest.mark.parametrize("check", [arrow_violations, optional_violations, mirror_violations, error_violations])
+@pytest.mark.parametrize(
+    "check", [arrow_violations, optional_violations, mirror_violations, size_violations, error_violations]
+)
 def test_the_house_is_in_order(check):
     assert check(ROOT) == []
 
@@ -162,3 +216,19 @@ def test_an_optional_package_at_module_level_is_found(copy):
 def test_a_room_without_tests_is_found(copy):
     (copy / "tests/topology").rename(copy / "tests/nothing")
     assert mirror_violations(copy) == ["topology has no folder in tests/", "tests/nothing mirrors no room"]
+
+
+def test_a_layer_that_is_no_room_is_found(copy):
+    (copy / "sparsekern/transforms").rename(copy / "sparsekern/transformers")
+    assert "transformers is no layer, or a layer is no room" in mirror_violations(copy)
+
+
+def test_fragments_and_large_files_are_found(copy):
+    (copy / "sparsekern/nn/utils.py").write_text("SIDE = 1\n")
+    (copy / "sparsekern/nn/all.py").write_text(401 * "SIDE = 1\n")
+    (copy / "tests/nn/test_two.py").write_text("def test_a(): pass\n\n\ndef test_b(): pass\n")
+    assert size_violations(copy) == [
+        "sparsekern/nn/all.py has 401 lines; 400 are enough",
+        "sparsekern/nn/utils.py has 1 lines: it belongs to a neighbour",
+        "tests/nn/test_two.py has fewer than three tests: they belong to a neighbour",
+    ]
