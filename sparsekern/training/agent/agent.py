@@ -22,7 +22,6 @@ from sparsekern.training.distributed import Ranks
 from sparsekern.training.followers import OnMove
 from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, parallel_modules, perturbed
 from sparsekern.training.saved_state import check_like
-from sparsekern.training.scores import is_finite
 
 ESTIMATES = ("losses", "gradients")
 SCOPES = ("global", "layer")
@@ -224,7 +223,7 @@ class AGENT(Attached):
                     self._smooth([from_losses(*losses)])
                 self._correction.averaged = None
             self.snapshot.take()
-            self._ready = all(is_finite(mean) for mean in self.snapshot.mean.values())
+            self._ready = self.snapshot.mean_is_finite()
         self.since = 0
         self._correction.begin_step()
         self._correction.variance.restart()

@@ -104,6 +104,10 @@ class Snapshot:
         self._moved.clear()
         self.taken = True
 
+    def mean_is_finite(self) -> bool:
+        """Return whether the mean gradient is known: not NaN or infinite anywhere; synchronises the device."""
+        return all(is_finite(mean) for mean in self.mean.values())
+
     def allocate(self) -> None:
         """Allocate values and mean, which is zero, without taking the snapshot. A second call does nothing."""
         if self.values:

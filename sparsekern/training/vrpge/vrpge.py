@@ -18,7 +18,6 @@ from sparsekern.training.scores import part_of
 from sparsekern.training.vrpge.candidates import Budget, Candidates, Group
 from sparsekern.training.vrpge.masked import MaskedLayers, PartialStep, masked_passes
 from sparsekern.training.vrpge.probabilities import Probabilities, draw_masks
-from sparsekern.training.vrpge.projection import PROJECTIONS
 
 
 class VRPGE(Method):
@@ -124,7 +123,6 @@ class VRPGE(Method):
                 raise InputError(f"{name} is {value}; it must be {least} or more", parameter=name)
         for name, choice, known in (
             ("scope", scope, ("layer", "global")),
-            ("projection", projection, PROJECTIONS),
             ("weight_step", weight_step, ("one", "all")),
             ("unsampled", unsampled, ("lazy", "decay")),
         ):
