@@ -175,6 +175,8 @@ def _what_is_wrong(index: Index, lengths: tuple[int, ...], slots: int) -> str:
 
 def _check_probe(probe: Probe, x: Tensor, grid: Grid) -> None:
     """Raise ValueError unless a probe is of a known kind and of the shape that the grid asks for."""
+    if torch._C._get_tracing_state() is not None:
+        return  # a traced graph leaves the probe out: its sizes are tensors here
     rows_cols = (grid.rows, grid.cols)
     wanted: tuple[int, ...]
     if probe.kind == "candidates":
