@@ -19,8 +19,18 @@ from torch import Tensor
 
 from sparsekern.topology import Topology, build_index
 from tests.device import DEVICE, huge
-from tests.oracle import Case, check_dvalues, check_dx, check_y, random_case, with_slots_reordered
-from tests.oracle_scores import all_cells, check_norms, check_sketch, signs
+from tests.oracle import (
+    Case,
+    all_cells,
+    check_dvalues,
+    check_dx,
+    check_norms,
+    check_sketch,
+    check_y,
+    random_case,
+    signs,
+    with_slots_reordered,
+)
 
 NAN = float("nan")
 HOLES = ("......", ".xxxx.", "......", ".xx.x.", "...x..", "......")

@@ -10,11 +10,11 @@ from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu.config import Config, Multiply, Outer, Supertile
 from torch import Tensor
 
+from tests import oracle
 from tests.device import DEVICE, huge
 from tests.gpu_checks import forced
-from tests.oracle_conv2d import ConvCase, check_conv, check_conv_dvalues, check_conv_y, conv_case
-from tests.oracle_conv2d_scores import all_conv_cells, check_conv_norms, check_conv_sketch
-from tests.oracle_scores import signs
+from tests.oracle import all_cells, check_dvalues, check_norms, check_sketch, check_y, signs
+from tests.oracle_conv2d import ConvCase, conv_case
 
 NAN = float("nan")
 GATHER = (Multiply(tile_t=16, tile_k=32, group=2, warps=4, stages=3), Outer(tile_in=32, tile_t=16, warps=4, stages=3))
@@ -69,14 +69,14 @@ def check_far_pixels() -> None:
     x = huge(side * side * 16).view(1, side, side, 16).permute(0, 3, 1, 2)
     x[:, :, :: side - 1, :: side - 1] = here.x[:, :, ::2, ::2]
     with forced(*GATHER):
-        check_conv_y(case, gpu.conv2d.fwd(x, here.values, None, here.index, shape).cpu())
+        check_y(case, gpu.conv2d.fwd(x, here.values, None, here.index, shape).cpu())
         grad = gpu.conv2d.dvalues(here.dy, x, here.index, case.grid.block, shape, case.values.dtype)
-    check_conv_dvalues(case, grad.cpu(), case.values.dtype)
+    check_dvalues(case, grad.cpu(), case.values.dtype)
 
 
 def norms_of(case: ConvCase, order: Tensor) -> Tensor:
     """Return the norms of all blocks, asked for one by one in this order, sorted again."""
-    here, (row, col) = case.on(DEVICE), (places[order].to(DEVICE) for places in all_conv_cells(case))
+    here, (row, col) = case.on(DEVICE), (places[order].to(DEVICE) for places in all_cells(case))
     norms = gpu.conv2d.block_norms(here.dy, here.x, row, col, case.grid.block, case.shape)
     return norms.cpu()[order.argsort()]
 
@@ -87,7 +87,7 @@ def norms_of(case: ConvCase, order: Tensor) -> Tensor:
 def check_kernels(case: ConvCase, *configs: Config) -> None:
     """Raise AssertionError unless y, dx and the stored gradient are right."""
     with forced(*configs):
-        check_conv(gpu, case, DEVICE)
+        oracle.check_kernels(gpu, case, DEVICE)
 
 
 def check_outer(case: ConvCase, *configs: Config, dtype: torch.dtype | None = None) -> None:
@@ -95,14 +95,14 @@ def check_outer(case: ConvCase, *configs: Config, dtype: torch.dtype | None = No
     here, wanted = case.on(DEVICE), dtype or case.values.dtype
     with forced(*configs):
         grad = gpu.conv2d.dvalues(here.dy, here.x, here.index, case.grid.block, case.shape, wanted)
-    check_conv_dvalues(case, grad.cpu(), wanted)
+    check_dvalues(case, grad.cpu(), wanted)
 
 
 def check_block_norms(case: ConvCase, *configs: Config) -> None:
     """Raise AssertionError unless the norms of all blocks, asked for one by one in a random order, are right."""
     with forced(*configs):
         norms = norms_of(case, torch.randperm(case.grid.cells, generator=torch.Generator().manual_seed(1)))
-    check_conv_norms(case, norms)
+    check_norms(case, norms)
 
 
 def check_all_block_norms(case: ConvCase, *configs: Config) -> None:
@@ -110,14 +110,14 @@ def check_all_block_norms(case: ConvCase, *configs: Config) -> None:
     here = case.on(DEVICE)
     with forced(*configs):
         norms = gpu.conv2d.all_block_norms(here.dy, here.x, case.grid.block, case.shape)
-    check_conv_norms(case, norms.cpu())
+    check_norms(case, norms.cpu())
 
 
 def check_sketches(case: ConvCase, pairs: int = 2) -> None:
     """Raise AssertionError unless sketches of random directions are right."""
     here, u, v = case.on(DEVICE), signs(pairs, case.shape.out_channels, 0), signs(pairs, case.grid.in_features, 1)
     sketch = gpu.conv2d.sketch(here.dy, here.x, u.to(DEVICE), v.to(DEVICE), case.grid.block, case.shape)
-    check_conv_sketch(case, sketch.cpu(), u, v)
+    check_sketch(case, sketch.cpu(), u, v)
 
 
 def check_that_phantom_elements_are_zero(case: ConvCase, *configs: Config) -> None:

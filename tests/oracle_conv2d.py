@@ -1,23 +1,23 @@
 """What the convolution kernels must compute: torch's own convolution in float64 with a masked dense weight.
 
-Beside :mod:`tests.oracle`, with the same tolerance. :func:`check_conv` is what every backend is given.
+The checks are those of :mod:`tests.oracle`.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
-from sparsekern.kernels.contract import ConvShape, Index, accumulate_dtype
+from sparsekern.kernels.contract import ConvShape, Index
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from sparsekern.ops import Probe
 from sparsekern.ops import conv2d as ops_conv2d
 from sparsekern.topology import Grid, Topology, build_index, conv_grid
-from tests.oracle import DTYPES, F64, GARBAGE, assert_within, moved
+from tests.oracle import DTYPES, F64, GARBAGE, moved
 
 BLOCKS = ((1, 1), (2, 3), (4, 4), (1, 5), (5, 2), (8, 16), (16, 8), (16, 16), (32, 32), (16, 32))
 KERNELS = ((3, 3), (3, 3), (1, 1), (1, 3), (5, 3), (2, 2), (7, 7))
@@ -99,6 +99,33 @@ class ConvCase:
     @property
     def size(self) -> tuple[int, int]:
         return self.x.shape[2], self.x.shape[3]
+
+    def op(self, x: Tensor, values: Tensor, bias: Tensor | None, probe: Probe | None = None) -> Tensor:
+        return ops_conv2d(x, values, bias, self.index, self.grid, self.shape, probe)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return dense_conv2d(x, weight, bias, self.shape)
+
+    def gradients(self, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return dense_gradients(dy, x, weight, self.shape)
+
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        return dense_gradients(dy, x, torch.zeros_like(self.weight, dtype=x.dtype), self.shape)[1]
+
+    def blocks_at(self, gradient: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        return conv_blocks(gradient, row, col, self.grid.block, self.shape)
+
+    def scaled(self, gradient: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return gradient * u.view(-1, 1, 1, 1) * v.view(1, *self.shape.kernel, -1).permute(0, 3, 1, 2)
+
+    @property
+    def terms_of_y(self) -> Tensor:
+        return self.stored.sum((1, 2, 3))[:, None, None]
+
+    @property
+    def terms_of_dx(self) -> Tensor:
+        by_group = self.stored.unflatten(0, (self.shape.groups, -1)).sum((1, 3, 4))  # (groups, Cin / groups)
+        return by_group.flatten()[:, None, None]
 
     def on(self, device: str) -> ConvCase:
         """Return the case with its tensors on a device, in the same layout; checks want the one on the CPU."""
@@ -185,81 +212,3 @@ def channels_last(x: Tensor) -> Tensor:
 def with_slots_reordered(case: ConvCase, order: Tensor) -> ConvCase:
     """Return the same weight with its blocks in other slots: slot ``order[z]`` becomes slot ``z``."""
     return replace(case, row=case.row[order], col=case.col[order], values=case.values[order])
-
-
-# The tolerance.
-
-
-def check_conv_y(case: ConvCase, y: Tensor, products: float = 0.0) -> None:
-    """Raise AssertionError unless ``y`` is the convolution."""
-    weight, dtype = case.weight, case.x.dtype
-    bias = None if case.bias is None else case.bias.to(F64)
-    exact = dense_conv2d(case.x.to(F64), weight, bias, case.shape)
-    magnitude = dense_conv2d(case.x.to(F64).abs(), weight.abs(), None if bias is None else bias.abs(), case.shape)
-    peer = dense_conv2d(case.x, weight.to(dtype), None if bias is None else bias.to(dtype), case.shape)
-    terms = case.stored.sum((1, 2, 3))[:, None, None]
-    assert_within("y", y, exact, peer, magnitude, terms, dtype, products=products)
-
-
-def check_conv_dx(case: ConvCase, dx: Tensor, products: float = 0.0) -> None:
-    """Raise AssertionError unless ``dx`` is the gradient of x."""
-    weight, dtype, x, dy = case.weight, case.dy.dtype, case.x.to(F64), case.dy.to(F64)
-    exact, _ = dense_gradients(dy, x, weight, case.shape)
-    magnitude, _ = dense_gradients(dy.abs(), x, weight.abs(), case.shape)
-    peer, _ = dense_gradients(case.dy, case.x, weight.to(dtype), case.shape)
-    by_group = case.stored.unflatten(0, (case.shape.groups, -1)).sum((1, 3, 4))  # (groups, Cin / groups)
-    assert_within("dx", dx, exact, peer, magnitude, by_group.flatten()[:, None, None], dtype, products=products)
-
-
-def check_conv_dvalues(case: ConvCase, dvalues: Tensor, dtype: torch.dtype, products: float = 0.0) -> None:
-    """Raise AssertionError unless ``dvalues`` are the stored blocks of the weight's gradient in ``dtype``."""
-    wide = torch.promote_types(case.x.dtype, dtype)  # an output wider than the input is compared with a wide dense op
-    weight = torch.zeros_like(case.weight)
-
-    def blocks(dy: Tensor, x: Tensor) -> Tensor:
-        _, gradient = dense_gradients(dy, x, weight.to(x.dtype), case.shape)
-        return conv_blocks(gradient, case.row, case.col, case.grid.block, case.shape)
-
-    dy, x = case.dy.to(F64), case.x.to(F64)
-    exact, magnitude = blocks(dy, x), blocks(dy.abs(), x.abs())
-    peer = blocks(case.dy.to(wide), case.x.to(wide)).to(dtype)
-    # oneDNN's bfloat16 gradient of some dilated kernels reads memory that nobody wrote (torch 2.13): no peer there.
-    peer = torch.where(peer.isfinite(), peer, exact.to(dtype))
-    terms = torch.tensor(float(dy.shape[0] * dy.shape[2] * dy.shape[3]))
-    assert_within("dvalues", dvalues, exact, peer, magnitude, terms, dtype, accumulate_dtype(case.x.dtype), products)
-
-
-def check_conv(backend: ModuleType, case: ConvCase, device: str = "cpu", products: float = 0.0) -> None:
-    """Raise AssertionError unless the three convolution kernels of a backend give what the oracle says."""
-    here, shape, dtype = case.on(device), case.shape, case.values.dtype
-    index = here.index
-    y = backend.conv2d.fwd(here.x, here.values, here.bias, index, shape)
-    check_conv_y(case, y, products)
-    dx = backend.conv2d.dx(here.dy, here.values, index, shape, case.size)
-    check_conv_dx(case, dx, products)
-    for name, result in (("y", y), ("dx", dx)):
-        assert result.permute(0, 2, 3, 1).is_contiguous(), f"{name} is not channels last: {result.stride()}"
-    dvalues = backend.conv2d.dvalues(here.dy, here.x, index, case.grid.block, shape, dtype)
-    check_conv_dvalues(case, dvalues, dtype, products)
-    both = backend.conv2d.backward(here.dy, here.x, here.values, index, shape)
-    assert all(torch.equal(a, b) for a, b in zip(both, (dx, dvalues), strict=True)), "backward differs from its halves"
-    assert both[0].stride() == dx.stride() and both[1].dtype == dtype
-
-
-def check_conv_op(case: ConvCase, device: str = "cpu") -> None:
-    """Raise AssertionError unless ``sparsekern.ops.conv2d`` and its backward give what the oracle says."""
-    here = case.on(device)
-    x, values = here.x.detach().requires_grad_(), here.values.detach().requires_grad_()
-    bias = None if here.bias is None else here.bias.detach().requires_grad_()
-    y = ops_conv2d(x, values, bias, here.index, case.grid, case.shape)
-    check_conv_y(case, y.detach())
-    y.backward(here.dy)
-    assert x.grad is not None and values.grad is not None
-    check_conv_dx(case, x.grad)
-    check_conv_dvalues(case, values.grad, values.dtype)
-    if bias is not None:
-        assert bias.grad is not None
-        dy = case.dy.to(F64)
-        pixels = torch.tensor(float(dy.shape[0] * dy.shape[2] * dy.shape[3]))
-        exact, magnitude = dy.sum((0, 2, 3)), dy.abs().sum((0, 2, 3))
-        assert_within("dbias", bias.grad, exact, case.dy.sum((0, 2, 3)), magnitude, pixels, bias.dtype)

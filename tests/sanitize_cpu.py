@@ -180,9 +180,8 @@ def sweep(library_file: Path, seeds: int) -> None:
 def run(case: Case | ConvCase, pairs: int, *, check: bool) -> None:
     """Call the products and the scores of a layer; compare the results with the oracle if asked to."""
     from tests.kernels.cpu import calls
+    from tests.oracle import check_norms, check_sketch, signs
     from tests.oracle_conv2d import ConvCase
-    from tests.oracle_conv2d_scores import check_conv_sketch
-    from tests.oracle_scores import check_norms, check_sketch, signs
 
     u, v = signs(pairs, case.grid.out_features, 1), signs(pairs, case.grid.in_features, 2)
     sketch, norms, used = calls.sketch(case, u, v), calls.all_norms(case), case.row >= 0
@@ -194,7 +193,7 @@ def run(case: Case | ConvCase, pairs: int, *, check: bool) -> None:
         return
     calls.check(case)
     if isinstance(case, ConvCase):
-        check_conv_sketch(case, sketch, u, v)
+        check_sketch(case, sketch, u, v)
     else:
         check_sketch(case, sketch, u, v)
         check_norms(case, norms)

@@ -11,7 +11,8 @@ from sparsekern.kernels import eager
 from sparsekern.kernels.eager.windows import Windows
 from torch import Tensor
 
-from tests.oracle_conv2d import ConvCase, check_conv, check_conv_dvalues, check_conv_dx, check_conv_y, conv_case
+from tests.oracle import check_dvalues, check_dx, check_kernels, check_y
+from tests.oracle_conv2d import ConvCase, conv_case
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -25,16 +26,16 @@ def case() -> ConvCase:
 
 
 def y_is_right(case: ConvCase) -> None:
-    check_conv_y(case, eager.conv2d.fwd(case.x, case.values, case.bias, case.index, case.shape))
+    check_y(case, eager.conv2d.fwd(case.x, case.values, case.bias, case.index, case.shape))
 
 
 def dx_is_right(case: ConvCase) -> None:
-    check_conv_dx(case, eager.conv2d.dx(case.dy, case.values, case.index, case.shape, case.size))
+    check_dx(case, eager.conv2d.dx(case.dy, case.values, case.index, case.shape, case.size))
 
 
 def dvalues_are_right(case: ConvCase) -> None:
     grad = eager.conv2d.dvalues(case.dy, case.x, case.index, case.grid.block, case.shape, torch.float32)
-    check_conv_dvalues(case, grad, torch.float32)
+    check_dvalues(case, grad, torch.float32)
 
 
 def mutated_gather(change: Callable[[Windows, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
@@ -110,11 +111,11 @@ def test_phantom_elements_not_cleared_where_a_nan_meets_the_filling(case, monkey
 
 
 def test_a_result_that_is_not_channels_last(case, monkeypatch):
-    check_conv(eager, case)
+    check_kernels(eager, case)
     healthy = eager.conv2d.fwd
     monkeypatch.setattr(eager.conv2d, "fwd", lambda *args: healthy(*args).contiguous())
     with pytest.raises(AssertionError, match="y is not channels last"):
-        check_conv(eager, case)
+        check_kernels(eager, case)
 
 
 def assert_red(check: Callable[[ConvCase], None], case: ConvCase) -> None:

@@ -16,16 +16,8 @@ from sparsekern import ops
 from sparsekern.ops import Probe
 from sparsekern.ops.geometry import pack
 from sparsekern.topology import Topology, conv_grid
-from tests.oracle_conv2d import (
-    ConvCase,
-    check_conv_op,
-    check_conv_y,
-    conv_case,
-    conv_weight,
-    dense_conv2d,
-    dense_gradients,
-)
-from tests.oracle_conv2d_scores import gradient_blocks
+from tests.oracle import check_op, check_y, gradient_blocks
+from tests.oracle_conv2d import ConvCase, conv_case, conv_weight, dense_conv2d, dense_gradients
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -73,7 +65,7 @@ def test_gradcheck_and_gradgradcheck(given):
 @pytest.mark.parametrize("start", range(0, 100, 10))
 def test_random_configurations(start):
     for seed in range(start, start + 10):
-        check_conv_op(conv_case(seed))
+        check_op(conv_case(seed))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "expanded", "a part", "unbatched"])
@@ -240,7 +232,7 @@ def test_autocast_takes_the_dtype_of_the_region(dtype, given):
         y.sum().backward()  # inside the region: kernels made of ATen ops must not be cast again
     assert y.dtype == dtype
     assert values.grad.dtype == bias.grad.dtype == x.grad.dtype == torch.float32
-    check_conv_y(replace(case, x=case.x.to(dtype)), y.detach())
+    check_y(replace(case, x=case.x.to(dtype)), y.detach())
 
 
 def test_an_explicit_backend_that_has_no_convolution_raises():

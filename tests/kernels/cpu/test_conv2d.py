@@ -15,7 +15,8 @@ from torch import Tensor
 from sparsekern.topology import balanced, build_index, conv_grid, generator_for
 from tests.kernels.cpu.calls import DTYPES, assert_same, backward, dvalues, dx, results, small_conv
 from tests.kernels.cpu.calls import conv_with_block as with_block
-from tests.oracle_conv2d import ConvCase, check_conv, conv_case
+from tests.oracle import check_kernels
+from tests.oracle_conv2d import ConvCase, conv_case
 
 pytestmark = pytest.mark.usefixtures("instructions", "poisoned_memory")
 
@@ -25,13 +26,13 @@ BLOCKS = ((1, 1), (16, 16), (32, 32), (64, 64), (128, 128), (16, 32), (32, 16), 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_all_blocks_and_dtypes(block: tuple[int, int], dtype: torch.dtype) -> None:
-    check_conv(cpu, with_block(block, dtype=dtype))
+    check_kernels(cpu, with_block(block, dtype=dtype))
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_convolutions(seed: int) -> None:
     for case in range(8 * seed, 8 * seed + 8):
-        check_conv(cpu, conv_case(case, block=BLOCKS[case % 9], dtype=torch.float32))
+        check_kernels(cpu, conv_case(case, block=BLOCKS[case % 9], dtype=torch.float32))
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 32)])
@@ -43,7 +44,7 @@ def test_strides_and_dilations(
 ) -> None:
     for padding in ((0, 0, 0, 0), (2, 1, 0, 3)):
         given = {"stride": stride, "dilation": dilation, "height": size[0], "width": size[1], "padding": padding}
-        check_conv(cpu, with_block(block, images=2, **given))
+        check_kernels(cpu, with_block(block, images=2, **given))
 
 
 @pytest.mark.parametrize("block", [(16, 16), (32, 64), (128, 32)])
@@ -55,7 +56,7 @@ def test_bfloat16_of_any_stride_and_size(
     """Where it has instructions of its own their tiles read 16 or 32 pixels at a time, and blocks in slices of 32."""
     given = {"stride": stride, "height": size[0], "width": size[1], "padding": (2, 1, 0, 3), "dilation": (2, 1)}
     for images, blocks in ((1, 3), (6, 30)):
-        check_conv(cpu, with_block(block, images=images, blocks=blocks, dtype=torch.bfloat16, **given))
+        check_kernels(cpu, with_block(block, images=images, blocks=blocks, dtype=torch.bfloat16, **given))
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 16)])
@@ -63,20 +64,20 @@ def test_bfloat16_of_any_stride_and_size(
 def test_kernels(block: tuple[int, int], kernel: tuple[int, int]) -> None:
     for stride in ((1, 1), (2, 2), (3, 3)):  # strides of 2 and 3 leave pixels that no window of 1x1 sees
         for width in (8, 33):
-            check_conv(cpu, with_block(block, kernel=kernel, stride=stride, height=9, width=width, blocks=2))
+            check_kernels(cpu, with_block(block, kernel=kernel, stride=stride, height=9, width=width, blocks=2))
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 16)])
 def test_groups_of_few_channels(block: tuple[int, int]) -> None:
     for group_out, group_in in ((1, 1), (2, 1), (1, 3), (16, 16)):
-        check_conv(cpu, small_conv(block=block, groups=5, group_out=group_out, group_in=group_in, blocks=7))
+        check_kernels(cpu, small_conv(block=block, groups=5, group_out=group_out, group_in=group_in, blocks=7))
 
 
 @pytest.mark.parametrize("block", [(1, 1), (32, 32)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (4, 4), (1, 50)])
 @pytest.mark.parametrize("images", [0, 1, 2, 5, 33])
 def test_sizes_and_numbers_of_images(images: int, size: tuple[int, int], block: tuple[int, int]) -> None:
-    check_conv(cpu, with_block(block, images=images, height=size[0], width=size[1], groups=1, blocks=13))
+    check_kernels(cpu, with_block(block, images=images, height=size[0], width=size[1], groups=1, blocks=13))
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 32)])
@@ -84,14 +85,14 @@ def test_images_that_are_packed_in_bands(block: tuple[int, int]) -> None:
     """The larger image does not fit into half of any L2 cache up to 8 MiB, with its channels."""
     for stride in ((1, 1), (2, 2)):
         shape = {"height": 150, "width": 130, "images": 1, "group_out": 20, "group_in": 64, "groups": 1}
-        check_conv(cpu, small_conv(block=block, stride=stride, blocks=9, **shape))
+        check_kernels(cpu, small_conv(block=block, stride=stride, blocks=9, **shape))
 
 
 def test_empty_rows_and_columns() -> None:
     """One block of 4 x 18; and none at all, with free slots."""
     one = small_conv(blocks=1, free=3)
-    check_conv(cpu, one)
-    check_conv(cpu, replace(one, row=torch.full_like(one.row, -1), col=torch.full_like(one.col, -1)))
+    check_kernels(cpu, one)
+    check_kernels(cpu, replace(one, row=torch.full_like(one.row, -1), col=torch.full_like(one.col, -1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -172,7 +173,7 @@ def test_few_blocks_are_summed_by_parts_and_many_are_not() -> None:
 @pytest.mark.parametrize("count", [2, 3, 8, 17])
 def test_any_number_of_images_and_threads(count: int, given: dict[str, Any], threads: Callable[[int], None]) -> None:
     case = images(count, **given)
-    check_conv(cpu, case)
+    check_kernels(cpu, case)
     threads(1)
     grad, expected = dx(case), dvalues(case, torch.float32)
     for number in (1, 2, 3, 4):

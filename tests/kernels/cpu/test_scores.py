@@ -25,10 +25,8 @@ from tests.kernels.cpu.calls import (
     small_conv,
 )
 from tests.memory import allocations
-from tests.oracle import DY_LAYOUTS, X_LAYOUTS, Case, random_case
+from tests.oracle import DY_LAYOUTS, X_LAYOUTS, Case, check_norms, check_sketch, random_case, signs
 from tests.oracle_conv2d import ConvCase, channels_last, conv_case
-from tests.oracle_conv2d_scores import check_conv_norms, check_conv_sketch
-from tests.oracle_scores import check_norms, check_sketch, signs
 
 pytestmark = pytest.mark.usefixtures("instructions")
 
@@ -63,7 +61,7 @@ def chosen(case: AnyCase, which: Tensor) -> Tensor:
 
 def check_norms_of(case: AnyCase, found: Tensor) -> None:
     if isinstance(case, ConvCase):
-        check_conv_norms(case, found)
+        check_norms(case, found)
     else:
         check_norms(case, found)
 
@@ -201,8 +199,7 @@ def sketched(case: AnyCase, count: int) -> Tensor:
 
 
 def check_sketched(case: AnyCase, count: int) -> None:
-    by_oracle: Any = check_conv_sketch if isinstance(case, ConvCase) else check_sketch
-    by_oracle(case, sketched(case, count), *pairs_for(case, count))
+    check_sketch(case, sketched(case, count), *pairs_for(case, count))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,16 +11,8 @@ from torch import Tensor
 
 from sparsekern.topology import Topology, build_index, conv_grid, mask_index
 from tests.memory import allocations
-from tests.oracle import DTYPES
-from tests.oracle_conv2d import (
-    ConvCase,
-    check_conv,
-    check_conv_dvalues,
-    check_conv_dx,
-    check_conv_y,
-    conv_case,
-    with_slots_reordered,
-)
+from tests.oracle import DTYPES, check_dvalues, check_dx, check_kernels, check_y
+from tests.oracle_conv2d import ConvCase, conv_case, with_slots_reordered
 
 NAN = float("nan")
 
@@ -105,7 +97,7 @@ def test_groups_share_block_columns_but_not_channels() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [(1, 1), (4, 4), (16, 16), (3, 7), (64, 16)])
 def test_all_blocks_and_dtypes(block: tuple[int, int], dtype: torch.dtype) -> None:
-    check_conv(eager, conv_case(11, block=block, dtype=dtype, images=2))
+    check_kernels(eager, conv_case(11, block=block, dtype=dtype, images=2))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -115,40 +107,40 @@ def test_kernels_strides_and_groups(kernel: tuple[int, int], stride: tuple[int, 
     for dilation, padding in (((1, 1), (0, 0, 0, 0)), ((1, 1), (1, 1, 1, 1)), ((2, 2), (2, 3, 1, 0))):
         given = {"kernel": kernel, "stride": stride, "groups": groups, "dilation": dilation, "padding": padding}
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        check_conv(eager, small_case(height=reach[0] + 4, width=reach[1] + 3, blocks=3, **given))
+        check_kernels(eager, small_case(height=reach[0] + 4, width=reach[1] + 3, blocks=3, **given))
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_convolutions(seed: int) -> None:
     for case in range(20 * seed, 20 * seed + 20):
-        check_conv(eager, conv_case(case))
+        check_kernels(eager, conv_case(case))
 
 
 def test_depthwise() -> None:
-    check_conv(eager, small_case(groups=9, group_in=1, group_out=1, blocks=60, block=(1, 1)))
-    check_conv(eager, small_case(groups=5, group_in=1, group_out=2, blocks=30, block=(4, 4)))
+    check_kernels(eager, small_case(groups=9, group_in=1, group_out=1, blocks=60, block=(1, 1)))
+    check_kernels(eager, small_case(groups=5, group_in=1, group_out=2, blocks=30, block=(4, 4)))
 
 
 @pytest.mark.parametrize("images", [0, 1, 5])
 def test_any_number_of_images(images: int) -> None:
-    check_conv(eager, small_case(images=images))
+    check_kernels(eager, small_case(images=images))
 
 
 def test_an_image_smaller_than_the_kernel() -> None:
-    check_conv(eager, small_case(kernel=(7, 7), padding=(3, 3, 3, 3), height=2, width=1, blocks=70))
-    check_conv(eager, small_case(kernel=(3, 3), dilation=(4, 4), padding=(4, 4, 4, 4), height=1, width=2))
+    check_kernels(eager, small_case(kernel=(7, 7), padding=(3, 3, 3, 3), height=2, width=1, blocks=70))
+    check_kernels(eager, small_case(kernel=(3, 3), dilation=(4, 4), padding=(4, 4, 4, 4), height=1, width=2))
 
 
 def test_pixels_that_no_window_sees_have_no_gradient() -> None:
     """Stride 3, kernel 1: two of three pixels; and a rest at the end that the last window does not reach."""
-    check_conv(eager, small_case(kernel=(1, 1), stride=(3, 3), padding=(0, 0, 0, 0), height=9, width=8, blocks=5))
+    check_kernels(eager, small_case(kernel=(1, 1), stride=(3, 3), padding=(0, 0, 0, 0), height=9, width=8, blocks=5))
     case = small_case(kernel=(2, 2), stride=(4, 4), padding=(0, 0, 0, 0), height=9, width=9)
-    check_conv(eager, case)
+    check_kernels(eager, case)
     assert not dx(case)[:, :, 6:].any()
 
 
 def test_a_full_convolution_is_a_dense_one() -> None:
-    check_conv(eager, small_case(blocks=72, free=0))
+    check_kernels(eager, small_case(blocks=72, free=0))
 
 
 def test_nothing_but_free_slots_gives_the_bias() -> None:
@@ -167,9 +159,9 @@ def test_values_of_another_dtype_are_rounded_when_read(dtype: torch.dtype) -> No
     y, grad = fwd(case), dx(case)
 
     assert y.dtype == grad.dtype == dtype
-    check_conv_y(case, y)
-    check_conv_dx(case, grad)
-    check_conv_dvalues(case, dvalues(case, torch.float32), torch.float32)
+    check_y(case, y)
+    check_dx(case, grad)
+    check_dvalues(case, dvalues(case, torch.float32), torch.float32)
 
 
 # What must not leak.
@@ -216,7 +208,7 @@ def test_the_weight_and_the_input_are_not_written_to() -> None:
     case = small_case()
     before = [t.clone() for t in (case.x, case.values, case.dy, case.row, case.col)]
 
-    check_conv(eager, case)
+    check_kernels(eager, case)
 
     for tensor, copy in zip((case.x, case.values, case.dy, case.row, case.col), before, strict=True):
         assert torch.equal(tensor, copy)
@@ -250,10 +242,10 @@ def test_a_masked_index_leaves_blocks_out(block: tuple[int, int]) -> None:
     index = mask_index(case.index, keep, block)
     kept = replace(case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int())
 
-    check_conv_y(kept, eager.conv2d.fwd(case.x, case.values, case.bias, index, case.shape))
-    check_conv_dx(kept, eager.conv2d.dx(case.dy, case.values, index, case.shape, case.size))
+    check_y(kept, eager.conv2d.fwd(case.x, case.values, case.bias, index, case.shape))
+    check_dx(kept, eager.conv2d.dx(case.dy, case.values, index, case.shape, case.size))
     grad = eager.conv2d.dvalues(case.dy, case.x, index, block, case.shape, torch.float32)
-    check_conv_dvalues(kept, grad, torch.float32)
+    check_dvalues(kept, grad, torch.float32)
 
 
 # Declared scratch.
@@ -264,7 +256,7 @@ def test_the_result_does_not_depend_on_the_scratch(scratch: int, monkeypatch: py
     """From one row of one image and one block at a time to everything at once."""
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", scratch)
     for seed in range(20):
-        check_conv(eager, conv_case(seed))
+        check_kernels(eager, conv_case(seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -8,10 +8,8 @@ from sparsekern.kernels.eager import chunks, conv2d
 from torch import Tensor
 
 from tests.memory import allocations
-from tests.oracle import DTYPES
+from tests.oracle import DTYPES, all_cells, check_norms, check_sketch, signs
 from tests.oracle_conv2d import ConvCase, conv_case
-from tests.oracle_conv2d_scores import all_conv_cells, check_conv_norms, check_conv_sketch
-from tests.oracle_scores import signs
 
 
 def ints(*numbers: int) -> Tensor:
@@ -21,9 +19,9 @@ def ints(*numbers: int) -> Tensor:
 def check_scores(case: ConvCase) -> None:
     block, shape = case.grid.block, case.shape
     u, v = signs(3, case.grid.out_features, 0), signs(3, case.grid.in_features, 1)
-    check_conv_norms(case, eager.conv2d.all_block_norms(case.dy, case.x, block, shape))
-    check_conv_norms(case, eager.conv2d.block_norms(case.dy, case.x, *all_conv_cells(case), block, shape))
-    check_conv_sketch(case, eager.conv2d.sketch(case.dy, case.x, u, v, block, shape), u, v)
+    check_norms(case, eager.conv2d.all_block_norms(case.dy, case.x, block, shape))
+    check_norms(case, eager.conv2d.block_norms(case.dy, case.x, *all_cells(case), block, shape))
+    check_sketch(case, eager.conv2d.sketch(case.dy, case.x, u, v, block, shape), u, v)
 
 
 def test_by_hand() -> None:
@@ -54,7 +52,7 @@ def test_tiles_meet_without_gap_or_overlap(tile: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(conv2d, "TILE", tile)
     for seed in range(4):
         case = conv_case(seed, block=(4, 4), images=1, dtype=torch.float32)
-        check_conv_norms(case, eager.conv2d.all_block_norms(case.dy, case.x, (4, 4), case.shape))
+        check_norms(case, eager.conv2d.all_block_norms(case.dy, case.x, (4, 4), case.shape))
 
 
 @pytest.mark.parametrize("scratch", [1, 3000, 50_000])
@@ -80,7 +78,7 @@ def test_a_nan_reaches_only_the_blocks_that_it_belongs_to() -> None:
 
     for nans in (
         eager.conv2d.all_block_norms(dy, case.x, (4, 4), case.shape).isnan(),
-        eager.conv2d.block_norms(dy, case.x, *all_conv_cells(case), (4, 4), case.shape).view(3, 18).isnan(),
+        eager.conv2d.block_norms(dy, case.x, *all_cells(case), (4, 4), case.shape).view(3, 18).isnan(),
         eager.conv2d.sketch(dy, case.x, u, v, (4, 4), case.shape)[0].isnan(),
     ):
         assert nans[2].any() and not nans[:2].any()
@@ -91,7 +89,7 @@ def test_the_scratch_stays_within_what_is_declared(monkeypatch: pytest.MonkeyPat
     given = {"block": (16, 16), "groups": 1, "group_out": 64, "group_in": 60, "kernel": (3, 3), "stride": (1, 1)}
     case = conv_case(0, height=30, width=34, images=2, dtype=torch.float16, dilation=(1, 1), **given)
     u, v = torch.randn(4, 64), torch.randn(4, 540)
-    row, col = all_conv_cells(case)
+    row, col = all_cells(case)
 
     for score in (
         lambda: eager.conv2d.all_block_norms(case.dy, case.x, (16, 16), case.shape),

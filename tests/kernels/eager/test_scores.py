@@ -9,8 +9,7 @@ from sparsekern.kernels.contract import LinearShape
 from sparsekern.kernels.eager import chunks, linear
 from torch import Tensor
 
-from tests.oracle import DTYPES, DY_LAYOUTS, Case, random_case
-from tests.oracle_scores import all_cells, check_norms, check_sketch, signs
+from tests.oracle import DTYPES, DY_LAYOUTS, Case, all_cells, check_norms, check_sketch, random_case, signs
 
 NAN = float("nan")
 

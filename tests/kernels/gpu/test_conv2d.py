@@ -12,7 +12,8 @@ import sparsekern
 from tests.device import DEVICE
 from tests.gpu_checks import forced
 from tests.gpu_conv2d_checks import GATHER, check_far_pixels, check_kernels, edge_case, whole_case
-from tests.oracle_conv2d import check_conv_op, conv_case
+from tests.oracle import check_op
+from tests.oracle_conv2d import conv_case
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -31,7 +32,7 @@ def test_the_op_runs_on_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tables, "choose", choose)
     with sparsekern.backend("gpu"):
-        check_conv_op(edge_case(stride=(2, 2), images=1), DEVICE)
+        check_op(edge_case(stride=(2, 2), images=1), DEVICE)
     assert sorted(asked) == ["conv2d_dvalues", "conv2d_dx", "conv2d_fwd"]
 
 

@@ -17,7 +17,7 @@ from tests.gpu_conv2d_checks import (
     edge_case,
     whole_case,
 )
-from tests.oracle_conv2d import check_conv_dx, check_conv_y
+from tests.oracle import check_dx, check_y
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -89,5 +89,5 @@ def test_values_of_another_dtype_are_rounded() -> None:
     case = edge_case(dtype=torch.float16, values_dtype=torch.float32, images=1)
     here = case.on(DEVICE)
     with forced(*GATHER):
-        check_conv_y(case, gpu.conv2d.fwd(here.x, here.values, here.bias, here.index, case.shape).cpu())
-        check_conv_dx(case, gpu.conv2d.dx(here.dy, here.values, here.index, case.shape, case.size).cpu())
+        check_y(case, gpu.conv2d.fwd(here.x, here.values, here.bias, here.index, case.shape).cpu())
+        check_dx(case, gpu.conv2d.dx(here.dy, here.values, here.index, case.shape, case.size).cpu())

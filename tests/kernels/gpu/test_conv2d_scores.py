@@ -10,7 +10,7 @@ from sparsekern.kernels.gpu.linear import PROJECTED
 
 from tests.device import DEVICE
 from tests.gpu_conv2d_checks import check_sketches, edge_case, norms_of
-from tests.oracle_scores import signs
+from tests.oracle import signs
 
 
 def test_norms_in_any_order() -> None:

@@ -8,8 +8,7 @@ from sparsekern.kernels.gpu.linear import PROJECTED, project
 from torch import Tensor
 
 from tests.device import DEVICE, DTYPES, huge
-from tests.oracle import F64, X_LAYOUTS, assert_within, lay_out, moved
-from tests.oracle_scores import signs
+from tests.oracle import F64, X_LAYOUTS, assert_within, lay_out, moved, signs
 
 
 def check_projection(x: Tensor, on_device: Tensor, side: int, pairs: int = 3) -> None:

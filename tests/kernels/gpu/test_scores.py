@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tests.device import DEVICE, DTYPES
 from tests.gpu_checks import check_all_block_norms, check_block_norms, check_sketches, corners
-from tests.oracle import DY_LAYOUTS, X_LAYOUTS
-from tests.oracle_scores import signs
+from tests.oracle import DY_LAYOUTS, X_LAYOUTS, signs
 
 BLOCK = (16, 16)
 

@@ -9,7 +9,7 @@ from sparsekern.kernels.gpu.config import Supertile
 
 from tests.device import DEVICE, DTYPES
 from tests.gpu_checks import SUPERTILE, check_all_block_norms, corners, drawn, far_apart, forced
-from tests.oracle_scores import check_norms
+from tests.oracle import check_norms
 
 
 def config(tile_out: int, tile_in: int, tile_t: int = 16) -> Supertile:
