@@ -188,7 +188,7 @@ def _new_private_folder(parent: Path) -> tuple[Path, FileLock]:
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
-        except (FileNotFoundError, Timeout):
+        except (FileNotFoundError, FileExistsError, Timeout):  # FileExistsError from mkdir, if deleted at that moment
             continue  # another writer took the folder, before it was locked, for a leftover and deletes it
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:

@@ -202,6 +202,23 @@ def test_a_private_folder_that_another_writer_takes_for_a_leftover_is_replaced_b
     assert taken and names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "new"
 
 
+def test_a_folder_that_is_deleted_while_its_lock_is_made_is_tried_again(tmp_path, monkeypatch):
+    """``FileLock`` makes the folder if it is not there, which fails so when it goes between two calls."""
+    filelock = pytest.importorskip("filelock")
+    acquire, taken = filelock.FileLock.acquire, []
+
+    def first_gone(lock, *args, **kwargs):
+        if not taken:
+            taken.append(Path(lock.lock_file).parent)
+            taken[0].rmdir()
+            raise FileExistsError(errno.EEXIST, "File exists")
+        return acquire(lock, *args, **kwargs)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", first_gone)
+    af.replace(tmp_path / "file", lambda unfinished: unfinished.write_text("new"))
+    assert taken and names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "new"
+
+
 def write_over_and_over(path, number, until, counts):
     torch.set_num_threads(1)
     state = {"a": torch.full((200_000,), float(number)), "b": torch.full((50,), float(number))}
