@@ -51,7 +51,7 @@ def orders_(index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending:
 
 
 def are_legal(row: Tensor, col: Tensor, rows: int, cols: int) -> bool:
-    """Return whether all ``(row, col)``, int32 ``(Z,)``, are distinct and in a grid, or -1 both (waits for the device).
+    """Return whether all ``(row, col)``, int32 ``(Z,)``, are distinct and in a grid, or both -1 (synchronises).
 
     Args:
         row, col: the place of each slot.
