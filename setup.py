@@ -181,6 +181,8 @@ setup(
         "sparsekern.analysis",
         "sparsekern.cli",
         "sparsekern.files",
+        "sparsekern.integrations",
+        "sparsekern.integrations.transformers",
         "sparsekern.nn",
         "sparsekern.ops",
         "sparsekern.lab",

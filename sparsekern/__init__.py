@@ -48,7 +48,7 @@ _use_kernels_beside_package()
 _let_ctrl_c_end_a_command_that_starts()
 del _use_kernels_beside_package, _let_ctrl_c_end_a_command_that_starts
 
-from sparsekern import ops, topology, transforms  # noqa: E402  the finder must be in place first
+from sparsekern import integrations, ops, topology, transforms  # noqa: E402  the finder must be in place first
 from sparsekern.analysis import summary  # noqa: E402
 from sparsekern.files import load_, save  # noqa: E402
 from sparsekern.kernels.cpu import keep_freed_memory, release_scratch  # noqa: E402
@@ -57,6 +57,7 @@ from sparsekern.nn import (  # noqa: E402
     SparseConv2d,
     SparseLinear,
     densify,
+    densify_,
     refresh_,
     sparse_layers,
     sparsify_,
@@ -80,6 +81,8 @@ __all__ = [
     "Static",
     "backend",
     "densify",
+    "densify_",
+    "integrations",
     "keep_freed_memory",
     "load_",
     "ops",

@@ -49,6 +49,15 @@ def pytest_configure() -> None:
         torch.empty(0)
 
 
+@pytest.fixture(autouse=True)
+def accelerate_forgets() -> Iterator[None]:
+    """Reset what accelerate keeps for a process: a Trainer that stopped inside an epoch leaves its loader active."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.GradientState._reset_state()
+        state.AcceleratorState._reset_state(True)
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill fresh memory with NaN (integers with a large number), so that a cell that nobody wrote is noticed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -22,6 +23,12 @@ PACKAGES = (
     *(f"sparsekern.{name}" for name in ("topology", "ops", "nn", "analysis", "training")),
 )
 PACKAGES += ("sparsekern.lab",)
+INTEGRATIONS = {
+    f"sparsekern.integrations.{library}": importlib.util.find_spec(library) is not None
+    for library in ("transformers", "lightning", "peft")
+}
+ABSENT = tuple(package for package, installed in INTEGRATIONS.items() if not installed)
+PACKAGES += tuple(package for package, installed in INTEGRATIONS.items() if installed)
 
 SELF_EVIDENT = {"self", "cls", "device", "dtype", "model", "optimizer", "generator", "kwargs", "args", "options"}
 """Arguments whose name and type say all."""
@@ -113,7 +120,9 @@ def test_what_is_raised_is_said(name):
 
 def modules() -> list[str]:
     return [
-        m.name for m in pkgutil.walk_packages(sk.__path__, "sparsekern.") if not m.name.startswith("sparsekern.cli")
+        m.name
+        for m in pkgutil.walk_packages(sk.__path__, "sparsekern.")
+        if not m.name.startswith(("sparsekern.cli", *ABSENT))
     ]
 
 

@@ -21,6 +21,7 @@ GROUPS = [
     {"files"},
     {"analysis"},
     {"training", "transforms"},
+    {"integrations"},
     {"lab"},
     {"cli"},
 ]
@@ -38,8 +39,13 @@ OPTIONAL = {
     "rich",
     "transformers",
     "lightning",
+    "peft",
 }
-MAY_IMPORT_OPTIONAL = {"cli": {"typer", "rich"}, "gpu": {"triton"}}
+MAY_IMPORT_OPTIONAL = {
+    "cli": {"typer", "rich"},
+    "gpu": {"triton"},
+    "integrations": {"transformers", "lightning", "peft", "safetensors"},  # each module is imported for its library
+}
 
 
 SMALL = {

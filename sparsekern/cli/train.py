@@ -26,7 +26,7 @@ from sparsekern.cli.options import (
 )
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
 from sparsekern.errors import InputError
-from sparsekern.lab import Config, resume, start
+from sparsekern.lab import Config, Logged, resume, start
 from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import RECIPES, Recipe
 from sparsekern.lab.report.tables import result_cells, result_notes, result_title
@@ -34,7 +34,7 @@ from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
 from sparsekern.training import METHODS, PRESETS
 
-NAMES = {*OPTIONS, *(entry.name for kind in (Config, Keeping) for entry in fields(kind))}
+NAMES = {*OPTIONS, "log_to", *(entry.name for kind in (Config, Keeping) for entry in fields(kind))}
 """Parameters that are options of this command."""
 
 
@@ -61,6 +61,9 @@ def train(
     ] = None,
     keep: Annotated[
         int | None, option("Newest checkpoints of a seed that stay; the best one stays beside them.", Keeping.keep)
+    ] = None,
+    log_to: Annotated[
+        Path | None, option("Folder for TensorBoard, which shows the numbers of each epoch.", "none")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the recipes and where they come from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the list, as JSON.")] = False,
@@ -92,16 +95,17 @@ def train(
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):
         check_one_process()
+        observer = live if log_to is None else Logged(live, log_to)
         if resume_ is not None:
             _check_agreement(resume_, values, out)
             finished = (resume_ / RESULTS).is_file()
-            run = resume(resume_, live, **keeping)
+            run = resume(resume_, observer, **keeping)
             if finished:
                 errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
         else:
             config = Config(**values)
             folder = out or default_folder(config, datetime.now())
-            run = start(config, folder, live, Keeping(**keeping))
+            run = start(config, folder, observer, Keeping(**keeping))
     assert folder is not None
     if as_json:
         say(json.dumps(run.results | {"folder": str(folder)}))

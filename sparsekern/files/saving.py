@@ -125,6 +125,7 @@ def load_(
                 _densify(grid_of(module, None), fitting, prefix, metadata.get(name, {}))
         except InputError as error:
             problems.append(f"{name or 'the layer'}: {error}")
+    _fill_tied(model, fitting)
     problems = problems or _differences(model, fitting, strict)
     if problems:
         raise InputError(f"{where} does not fit the model: {'; '.join(problems)}")
@@ -174,6 +175,15 @@ def _densify(own: Grid, state: dict[str, Any], prefix: str, metadata: dict[str, 
     state[prefix + "weight"] = to_dense(topology, values)
     for part in STORED:
         del state[prefix + part]
+
+
+def _fill_tied(model: nn.Module, state: dict[str, Any]) -> None:
+    """Add the other names of tied parameters, of which Transformers writes one."""
+    own = model.state_dict(keep_vars=True)
+    given = {id(tensor): state[key] for key, tensor in own.items() if key in state}
+    for key, tensor in own.items():
+        if key not in state and id(tensor) in given:
+            state[key] = given[id(tensor)]
 
 
 def _differences(model: nn.Module, state: Mapping[str, Any], strict: bool) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern.errors import InputError
+from sparsekern.integrations.loggers import LogTo, log, open_log
 from sparsekern.lab import checkpoint
 from sparsekern.lab.config import Config, Run, resolve
 from sparsekern.lab.history import History
@@ -53,6 +54,37 @@ class Observer:
     def should_stop(self) -> bool:
         """Return whether to save and stop; asked before every step."""
         return False
+
+
+class Logged(Observer):
+    """Tells another observer, and logs the numbers of every epoch as ``<network>/seed<n>/<name>``.
+
+    Args:
+        observer: is told everything.
+        log_to: a folder for TensorBoard, a ``SummaryWriter``, or an object with ``log(dict)``.
+    """
+
+    def __init__(self, observer: Observer, log_to: LogTo) -> None:
+        self.observer, self.log_to = observer, open_log(log_to)
+
+    def begin(self, config: Config, batches: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Tell the other observer."""
+        self.observer.begin(config, batches, rows)
+
+    def step(self, learner: Learner, loss: float) -> None:
+        """Tell the other observer."""
+        self.observer.step(learner, loss)
+
+    def should_stop(self) -> bool:
+        """Ask the other observer."""
+        return self.observer.should_stop()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Log the numbers of an epoch, at the step that it ended with."""
+        prefix = f"{row['network']}/seed{row['seed']}"
+        numbers = {f"{prefix}/{key}": n for key, n in row.items() if isinstance(n, (int, float)) and key != "seed"}
+        log(self.log_to, numbers, row["step"])
+        self.observer.row(row)
 
 
 class Interrupted(Exception):

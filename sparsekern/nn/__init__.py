@@ -1,15 +1,16 @@
 """Sparse layers, and functions that make a model sparse or dense again."""
 
+from sparsekern.nn.attention import SplitAttention, split_attention_
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d
-from sparsekern.nn.converters import is_replaceable, register_converter
+from sparsekern.nn.converters import is_replaceable, register_converter, register_host
 from sparsekern.nn.dense_layers import DenseShare, dense_share, left_dense
 from sparsekern.nn.indexed import lend_index
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.selectors import Selector, select
 from sparsekern.nn.sharded import refuse_sharded
 from sparsekern.nn.sparsify import sparsify_
-from sparsekern.nn.surgery import densify, plain_name, refresh_, sparse_layers
+from sparsekern.nn.surgery import densify, densify_, plain_name, refresh_, sparse_layers
 from sparsekern.nn.weight import WeightInfo
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
+    "SplitAttention",
     "WeightInfo",
     "dense_share",
     "densify",
+    "densify_",
     "is_replaceable",
     "left_dense",
     "lend_index",
@@ -29,7 +32,9 @@ __all__ = [
     "refresh_",
     "refuse_sharded",
     "register_converter",
+    "register_host",
     "select",
     "sparse_layers",
     "sparsify_",
+    "split_attention_",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,3 +142,26 @@ def class_name(kind: type[nn.Module]) -> str:
 def known_classes() -> str:
     """Return the names of the classes that can become sparse, separated by commas."""
     return ", ".join(class_name(kind) for kind in CONVERTERS)
+
+
+HOSTS: dict[str, str] = {}
+"""By package: the module to import; see :func:`register_host`."""
+
+
+def register_host(package: str, integration: str) -> None:
+    """Import ``integration`` when :func:`sparsify_` meets a module of a class from ``package``.
+
+    Args:
+        package: the top-level package of the library's classes.
+        integration: the name of a module, imported only then, which may register converters. Its function
+            ``stays_dense(model)`` returns layers to leave dense, by name, with the reason; ``settle(model)`` is called
+            after layers of the model were replaced.
+    """
+    HOSTS[package] = integration
+
+
+def hosts_of(model: nn.Module) -> list[ModuleType]:
+    """Return the integrations for the libraries whose classes are in a model."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    return [importlib.import_module(HOSTS[package]) for package in sorted(packages & HOSTS.keys())]

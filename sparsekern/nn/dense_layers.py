@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -51,6 +51,20 @@ def left_dense(module: nn.Module, stem_width: int | None = None) -> str | None:
     return None
 
 
+def tied_heads(model: nn.Module) -> dict[str, str]:
+    """Return why the heads of language models that share the weight of an embedding stay dense, by name."""
+    by_name = dict(model.named_modules(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    found: dict[str, str] = {}
+    for names in owners.values():
+        embedding = next((name for name in names if isinstance(by_name[name], nn.Embedding)), None)
+        if embedding is not None:
+            found |= {name: f"its weight is tied to the embedding {embedding!r}" for name in names if name != embedding}
+    return found
+
+
 def refusals(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return why layers of a model cannot become sparse, by name; layers that can are left out.
 
@@ -65,6 +79,8 @@ def refusals(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str
     found = {}
     for name, module in layers.items():
         why = f"{read[name]} reads its weight instead of calling it" if name in read else _own_reason(module, uses)
+        if name in read and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            why = f"{why} (call sparsekern.nn.split_attention_(model) first, which changes that)"
         if why is not None:
             found[name] = why
     return found
@@ -89,12 +105,26 @@ def _own_reason(module: nn.Module, uses: dict[int, list[str]]) -> str | None:
     return None
 
 
+SPARED: dict[str, Callable[[Any], set[str]]] = {
+    # Its fast path asks torch.overrides.has_torch_function first, and WeightInfo answers.
+    "torch.nn.modules.transformer.TransformerEncoderLayer": lambda layer: (
+        {"linear1", "linear2"}
+        if isinstance(layer.self_attn, nn.MultiheadAttention)
+        else {"linear1", "linear2", "self_attn.out_proj"}
+    ),
+}
+"""Children whose weight a module does not read after all, by the full name of its class."""
+
+
 def readers(model: nn.Module) -> dict[str, str]:
     """Return, by name, the modules whose weight another module reads in its forward, with the method that reads it."""
     found: dict[str, str] = {}
     for owner, module in model.named_modules(remove_duplicate=False):
         kind: Any = type(module)
+        spared = SPARED.get(f"{kind.__module__}.{kind.__qualname__}", lambda module: set())(module)
         for path, method in _reads_of(kind).items():
+            if path in spared:
+                continue
             name = f"{owner}.{path}" if owner else path
             found.setdefault(name, class_name(kind) + f".{method}")
     return found

@@ -91,6 +91,8 @@ def adapt(
             raise InputError(
                 f"the checkpoint's {name} is a {type(state_dict[prefix + name]).__name__}; it must be a tensor"
             )
+    if present and (mark := state_dict.get(prefix + "weight")) is not None and mark.numel() == 0:
+        del state_dict[prefix + "weight"]  # it makes readers fail that do not know sparse layers
     if present:
         _fit(topology, state_dict, prefix, tie_taps, metadata or {})
     elif prefix + "weight" in state_dict:

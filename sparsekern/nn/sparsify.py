@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.converters import class_name, converter_of, grid_of, is_replaceable, known_classes
-from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, refusals
+from sparsekern.nn.carry_state import check_optimizer, exchange_
+from sparsekern.nn.converters import class_name, converter_of, grid_of, hosts_of, is_replaceable, known_classes
+from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, refusals, tied_heads
 from sparsekern.nn.init import check_scale
 from sparsekern.nn.selectors import Selector, flatten, matches, select
 from sparsekern.nn.surgery import lost, sparse_layers, swap_
@@ -36,13 +38,15 @@ def sparsify_(
     stems: bool = False,
     seed: int = 0,
     tie_taps: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
     """Replace the linear layers and convolutions of a model by sparse ones, in place.
 
-    Build the optimizer afterwards. The new layers are :class:`SparseLinear`, :class:`SparseConv1d` and
-    :class:`SparseConv2d`; :func:`register_converter` adds other classes. Depthwise convolutions and stems (convolutions
-    with at most three input channels; but see ``stems``) stay dense, because blocks of channels do not pay there. The
-    log says how many of the parameters stay dense, and in which layers.
+    Build the optimizer afterwards, or pass the one in use. The new layers are :class:`SparseLinear`,
+    :class:`SparseConv1d` and :class:`SparseConv2d`; :func:`register_converter` adds other classes. Depthwise
+    convolutions and stems (convolutions with at most three input channels; but see ``stems``) stay dense, because
+    blocks of channels do not pay there. So do heads whose weight is tied to an embedding. The log says how many of the
+    parameters stay dense, and in which layers.
 
     With ``init="balanced"`` or ``"random"`` places *and values* are drawn for training from scratch. To start from
     trained weights use ``init="norm"``, which keeps the blocks of largest norm with their values.
@@ -71,6 +75,8 @@ def sparsify_(
         seed: seed of topologies and values, together with each layer's name; ranks with the same seed agree.
         tie_taps: store a block of channels in all taps of a convolution or in none; the number of blocks is rounded
             accordingly.
+        optimizer: an optimizer in use that is to continue, changed in place: it gets the blocks instead of the weights,
+            with the state of the kept blocks. Only with ``init="norm"``.
 
     Returns:
         The model.
@@ -95,8 +101,15 @@ def sparsify_(
             f"init_scale is {init_scale}, but init='norm' keeps the trained values; leave one of them out",
             parameter="init_scale",
         )
+    if optimizer is not None and init != "norm":
+        raise InputError(
+            f"optimizer is given, but init={init!r} draws new values; pass init='norm', or build it afterwards",
+            parameter="optimizer",
+        )
     stem_width = block_pair(block_size)[1] if stems and block_size is not None else None
     layers = choose_layers(model, targets, ignore, stem_width)
+    if optimizer is not None:
+        check_optimizer(optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()})
     counts = _counts(model, layers, sparsity, block_size, distribution)
     factors = _factors(model, layers, capacity)
     twins: dict[str, BlockSparse] = {}  # built before any layer is replaced, so that errors change nothing
@@ -107,10 +120,19 @@ def sparsify_(
         options = {"blocks": parts * unit, "capacity": room * unit, "seed": seed, "name": name}
         twins[name] = _sparse_twin(layers[name], grid, init, init_scale, tie_taps, options)
     for name, twin in twins.items():
+        if optimizer is not None and isinstance(bias := layers[name].bias, nn.Parameter):
+            twin.bias = bias  # the optimizer holds this parameter
         if gone := lost(layers[name]):
             logger.warning("%s: the sparse layer does not take over %s", name, ", ".join(gone))
         swap_(model, name, twin)
         logger.info("%s: %d of %d blocks", name, twin._blocks, twin.grid.cells)
+    if optimizer is not None:
+        exchange_(
+            optimizer,
+            {n: (cast(nn.Parameter, layers[n].weight), twin.values, twin.topology) for n, twin in twins.items()},
+        )
+    for host in hosts_of(model):
+        host.settle(model)
     logger.info("%s", dense_share(model))
     return model
 
@@ -135,6 +157,9 @@ def choose_layers(
         )
     ignored = select(model, ignore, "ignore")
     reasons = dict.fromkeys(ignored, "ignored")  # why layers stay dense
+    fixed = tied_heads(model)
+    for host in hosts_of(model):
+        fixed = host.stays_dense(model) | fixed
     layers: dict[str, nn.Module] = {}
     for single in flatten(targets):
         found = _matching(model, single)
@@ -145,7 +170,7 @@ def choose_layers(
                 f"targets: {single!r} matches only {kinds}; it must match one of {known_classes()}", parameter="targets"
             )
         for name, module in dense.items():
-            if (why := left_dense(module, stem_width)) is not None:
+            if (why := fixed.get(name) or left_dense(module, stem_width)) is not None:
                 logger.info("%s: stays dense (%s)", name, why)
                 reasons[name] = why
             elif name not in ignored:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
+import torch
 from torch import nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.carry_state import check_optimizer, exchange_
 from sparsekern.nn.sharded import GATHER, refuse_sharded
 from sparsekern.topology.arguments import check_kind
 
@@ -79,19 +82,69 @@ def densify(model: nn.Module) -> nn.Module:
         >>> sk.densify(model)[0]
         Linear(in_features=64, out_features=64, bias=True)
     """
-    refuse_sharded(sparse_layers(model), f"densify copies whole tensors; {GATHER}, and load them into a model like it")
+    _refuse_to_gather(model)
     model = copy.deepcopy(_uncompiled(model))  # a compiled copy would still call the original layers
     if isinstance(model, BlockSparse):
         dense = model.to_dense()
         carry_over(model, dense)
         return dense
-    twins: dict[BlockSparse, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    return densify_(model)
+
+
+def densify_(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Make every sparse layer of a model dense, in place, and let the optimizer continue.
+
+    This is for dense fine-tuning after sparse pre-training. Weights where no block was stored are zero, and so is their
+    optimizer state (in Adagrad and Rprop it is that of a weight before the first step). Stored blocks keep their state.
+    Biases stay the same parameters; gradients of weights are dropped. Close a training method first, because it has no
+    layers afterwards.
+
+    Args:
+        model: changed in place.
+        optimizer: the optimizer that holds the model's parameters, changed in place; None if there is none yet.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: ``model`` is not a :class:`torch.nn.Module`, or ``optimizer`` is not an optimizer.
+        ValueError: the model is itself a sparse layer, or the optimizer cannot continue. Nothing has changed then.
+        NotImplementedError: the values are sharded.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> sk.densify_(model, optimizer=optimizer)
+        Sequential(
+          (0): Linear(in_features=64, out_features=64, bias=True)
+        )
+    """
+    _refuse_to_gather(model)
+    if isinstance(model, BlockSparse):
+        raise InputError(
+            "model is itself a sparse layer and cannot be replaced in place; use its to_dense()", parameter="model"
+        )
+    names: dict[BlockSparse, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, BlockSparse):
-            if module not in twins:
-                twins[module] = module.to_dense()
-            swap_(model, name.removesuffix("._orig_mod"), twins[module])
+            names.setdefault(module, []).append(name.removesuffix("._orig_mod"))
+    if optimizer is not None:
+        check_optimizer(optimizer, {places[0]: layer.values for layer, places in names.items()})
+    exchanges = {}
+    for layer, places in names.items():
+        dense = layer.to_dense()
+        if layer.bias is not None:
+            dense.bias = layer.bias
+        for name in places:
+            swap_(model, name, dense)
+        exchanges[places[0]] = layer.values, cast(nn.Parameter, dense.weight), layer.topology
+    if optimizer is not None:
+        exchange_(optimizer, exchanges)
     return model
+
+
+def _refuse_to_gather(model: nn.Module) -> None:
+    refuse_sharded(sparse_layers(model), f"densify copies whole tensors; {GATHER}, and load them into a model like it")
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ class WeightInfo:
 
     Args:
         shape: shape of the dense weight.
-        values: the stored blocks, which give the dtype and the device.
+        values: the stored blocks, which give the dtype, the device and any attributes that other libraries set.
     """
 
     def __init__(self, shape: tuple[int, ...], values: torch.Tensor) -> None:
@@ -29,6 +29,7 @@ class WeightInfo:
         self.device = values.device
         self.requires_grad = values.requires_grad
         self.ndim = len(shape)
+        self.__dict__ |= {key: noted for key, noted in vars(values).items() if key not in self.__dict__}
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """Return the shape of the dense weight, or one dimension of it."""

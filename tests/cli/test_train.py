@@ -269,3 +269,13 @@ def test_the_same_as_values():
         "distribution": "erk",
         "augmentation": "crop-flip",
     }
+
+
+def test_the_numbers_are_shown_by_tensorboard(tmp_path, no_picture):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = invoke(*TINY, "--out", tmp_path / "run", "--log-to", tmp_path / "board")
+    assert result.exit_code == 0, result.output
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    expected = [(row["step"], row["test_accuracy"]) for row in rows if row["network"] == "sparse"]
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("sparse/seed0/test_accuracy")] == expected

@@ -102,27 +102,3 @@ def test_its_checkpoints(registered, tmp_path):
     assert torch.equal(linear[0].dense_weight(), model[0].dense_weight().t())
     again = copy.deepcopy(model)
     assert type(again[0].to_dense()) is Transposed
-
-
-def test_gpt2s_conv1d_is_one_entry():
-    pytest.importorskip("transformers")
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.pytorch_utils import Conv1D
-
-    register_converter(
-        Conv1D,
-        sk.SparseLinear,
-        lambda layer: {"in_features": layer.nx, "out_features": layer.nf},
-        rebuild=lambda layer: Conv1D(layer.out_features, layer.in_features),
-        transposed=True,
-    )
-    try:
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40, n_positions=16)).eval()
-        tokens = torch.arange(8).view(1, 8)
-        full = sk.sparsify_(copy.deepcopy(model), 0.0, 8, init="norm", ignore="lm_head")
-        assert len(sk.sparse_layers(full)) == 4
-        torch.testing.assert_close(full(tokens).logits, model(tokens).logits)
-        sparse = sk.sparsify_(model, 0.5, 8, ignore="lm_head")
-        torch.testing.assert_close(sk.densify(sparse)(tokens).logits, sparse(tokens).logits)
-    finally:
-        del CONVERTERS[Conv1D]

@@ -1,0 +1,78 @@
+"""Training methods for the loops of other libraries: built from a name or a function, and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from sparsekern.errors import InputError
+from sparsekern.training import AGENT, METHODS, VRPGE, Method
+
+AnyMethod: TypeAlias = Method | AGENT
+
+Factory: TypeAlias = Callable[[nn.Module, torch.optim.Optimizer], AnyMethod]
+
+
+class MethodSpec:
+    """A training method that is built when the host has made its optimizer.
+
+    Args:
+        method: ``"set"``, ``"rigl"``, ``"gse"``, ``"vrpge"`` or ``"static"``; or a function of the model and the
+            optimizer that returns the method.
+        options: arguments of the method of that name. ``stop`` is three quarters of the training if it is not given.
+
+    Raises:
+        ValueError: an unknown name, or options beside a function.
+        TypeError: ``method`` is neither.
+    """
+
+    def __init__(self, method: str | Factory, options: dict[str, Any]) -> None:
+        if isinstance(method, str):
+            if method not in METHODS:
+                raise InputError(
+                    f"method is {method!r}; it must be one of {', '.join(METHODS)}, or a function of the model and the "
+                    "optimizer",
+                    parameter="method",
+                )
+        elif not callable(method):
+            raise TypeError(
+                f"method is a {type(method).__name__}; it must be the name of a method, or a function of the model and "
+                "the optimizer that returns one"
+            )
+        elif options:
+            raise InputError(
+                f"{', '.join(options)}: options go with the name of a method; a function passes its own",
+                parameter="method",
+            )
+        self.method, self.options = method, options
+
+    def build(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> AnyMethod:
+        """Return the method for a model and its optimizer.
+
+        Args:
+            model: with sparse layers.
+            optimizer: may be a launcher's wrapper.
+            steps: optimizer steps of the whole training, or 0 if it has no known end.
+        """
+        if not isinstance(self.method, str):
+            built = self.method(model, optimizer)
+            if not isinstance(built, (Method, AGENT)):
+                raise TypeError(f"the function returned a {type(built).__name__}; it must return a training method")
+            return built
+        ends = {"stop": 0.75 * steps} if steps > 0 and self.method != "static" else {}
+        return METHODS[self.method](model, optimizer, **(ends | self.options))
+
+
+def needs_closure(method: AnyMethod) -> bool:
+    """Return whether a method runs several passes over a batch, and so takes the loss as a function."""
+    return isinstance(method, (VRPGE, AGENT))
+
+
+def numbers(method: AnyMethod, layers: bool = False) -> dict[str, float]:
+    """Return a method's metrics, under names that begin with ``sparse/``; with ``layers`` those of each layer too."""
+    found = method.metrics()
+    kept = {key for key in found if layers or "/" not in key or key.endswith("/global")}
+    return {f"sparse/{key}": float(value) for key, value in found.items() if key in kept}
