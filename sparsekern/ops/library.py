@@ -58,6 +58,13 @@ def below_autograd(op: Callable[..., Result], *args: Any) -> Result:
         return op(*args)
 
 
+def derivative(op: Callable[..., Result], *args: Any) -> Result:
+    """Call an op in a backward: below autograd, unless that backward is differentiated itself."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return op(*args)
+    return below_autograd(op, *args)
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Return whether autograd has to record a call on these tensors.
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekern.kernels.contract import PADDING, ConvShape, Geometry, Index, LinearShape
+from sparsekern.kernels.contract import PADDING, ConvShape, Index
 from sparsekern.ops import checks
 from sparsekern.ops.backends import kernels_for, requested_backend
 from sparsekern.ops.geometry import channels_last, new_input, new_output, pack, unpack
-from sparsekern.ops.library import below_autograd, define, wants_grad
+from sparsekern.ops.library import below_autograd, define, derivative, wants_grad
 from sparsekern.ops.probes import Probe, probe_gradient
 from sparsekern.topology import Grid
 
@@ -56,7 +56,7 @@ def linear(
     """
     checks.check_linear(x, values, bias, index, grid, probe)
     flat = x if x.dim() == 2 else x.reshape(-1, grid.in_features)
-    y = _forward(LINEAR, flat, values, bias, index, LinearShape(grid.in_features, grid.out_features), probe)
+    y = _forward(LINEAR, flat, values, bias, index, [grid.in_features, grid.out_features], probe)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], grid.out_features)
 
 
@@ -94,7 +94,7 @@ def conv2d(
     if shape.is_pointwise:
         y = linear(images.permute(0, 2, 3, 1), values, bias, index, grid, probe).permute(0, 3, 1, 2)
     else:
-        y = _forward(CONV2D, images, values, bias, index, shape, probe)
+        y = _forward(CONV2D, images, values, bias, index, pack(shape), probe)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -104,13 +104,13 @@ def _forward(
     values: Tensor,
     bias: Tensor | None,
     index: Index,
-    geometry: Geometry,
+    sizes: list[int],
     probe: Probe | None,
 ) -> Tensor:
     asked: tuple[Any, ...] = ()
     if probe is not None and torch._C._get_tracing_state() is None:  # a traced graph takes no tensor that requires grad
         asked = probe.tensor, probe.kind, probe.args, probe.tokens
-    y: Tensor = products.forward(x, values, bias, list(index), pack(geometry), requested_backend(), *asked)
+    y: Tensor = products.forward(x, values, bias, list(index), sizes, requested_backend(), *asked)
     return y
 
 
@@ -219,11 +219,11 @@ class _Product(torch.autograd.Function):
             asked = probe, kind, probe_args, tokens
             dx = products.dx(dy, values, index, sizes, list(x.shape[2:]), backend, *asked)
         elif need_x and need_values:
-            dx, dvalues = products.backward(dy, x, values, index, sizes, backend)
+            dx, dvalues = derivative(products.backward, dy, x, values, index, sizes, backend)
         elif need_x:
-            dx = products.dx(dy, values, index, sizes, list(x.shape[2:]), backend)
+            dx = derivative(products.dx, dy, values, index, sizes, list(x.shape[2:]), backend)
         if need_values and dvalues is None:
-            dvalues = products.dvalues(dy, x, index, bo, bi, sizes, values.dtype, backend)
+            dvalues = derivative(products.dvalues, dy, x, index, bo, bi, sizes, values.dtype, backend)
         if need_bias:
             dbias = dy.sum((0, 2, 3) if dy.dim() == 4 else 0, dtype=ctx.bias_dtype)
         if need_probe:
