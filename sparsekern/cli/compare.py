@@ -12,10 +12,21 @@ import typer
 from rich.box import SIMPLE_HEAD
 
 from sparsekern.cli.live import Live
-from sparsekern.cli.options import RUN_OPTIONS, Json, Quiet, absolute, given, of_recipe, option, takes_run_options
+from sparsekern.cli.options import (
+    RUN_OPTIONS,
+    Json,
+    Quiet,
+    absolute,
+    given,
+    of_recipe,
+    option,
+    takes_network_options,
+    takes_run_options,
+)
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
 from sparsekern.lab.compare import PICTURE, TABLE, Contestant, compare, default_folder, is_finished, plan_for
-from sparsekern.lab.config import Config
+from sparsekern.lab.options import NETWORK_OPTIONS
+from sparsekern.lab.recipes import SPARSITY
 from sparsekern.lab.report.tables import comparison_cells, comparison_notes
 from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import PLAN
@@ -28,6 +39,7 @@ QUICK = {"seeds": 1, "epochs": 1}
 """What ``--quick`` says where nothing else is said."""
 
 
+@takes_network_options
 @takes_run_options
 def compare_methods(
     *,
@@ -43,11 +55,12 @@ def compare_methods(
         list[str] | None,
         option(f"A publication's method and options: {', '.join(PRESETS)}. Options as above. Repeat it.", "none"),
     ] = None,
-    sparsity: Annotated[list[float] | None, option("Fraction absent. Repeat it for more.", Config.sparsity)] = None,
+    sparsity: Annotated[list[float] | None, option("Fraction absent. Repeat it for more.", SPARSITY)] = None,
     block_size: Annotated[
         list[int] | None, option("Side of the blocks. Repeat it for more.", of_recipe("block_size"))
     ] = None,
     values: dict[str, Any],
+    network: dict[str, Any],
     quick: Annotated[bool, typer.Option("--quick", help="One seed and one epoch, unless others are given.")] = False,
     out: Annotated[
         Path | None, option("Folder of the comparison. If it holds one, that goes on.", "runs/<date-time>-compare")
@@ -62,11 +75,15 @@ def compare_methods(
     methods, sparsities and block sizes may be added then.
     """
     dense = values.pop("dense", None)
-    values |= given(data=absolute(values.get("data")))
+    values |= given(data=absolute(values.get("data")), network=network or None)
     errors = error_console()
     folder = out or default_folder(datetime.now())
     with (
-        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), {*RUN_OPTIONS, "sparsity", "block_size"}),
+        explained(
+            errors,
+            lambda saved: _how_to_go_on(folder, saved=saved),
+            {*RUN_OPTIONS, *NETWORK_OPTIONS, "sparsity", "block_size"},
+        ),
         CtrlC() as interrupt,
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):

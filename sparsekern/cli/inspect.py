@@ -122,7 +122,9 @@ def _print(found: dict[str, Any]) -> None:
     say(f"{found['file']}: {found['file_bytes']:,} bytes, {version}")
     if "run" in found:
         config = found["run"]["config"]
-        say(f"run: recipe {config['recipe']}, {config['method']}, sparsity {config['sparsity']:g}")
+        kinds = config["sparsity"]
+        sparsity = ", ".join(f"{kind} {s:g}" for kind, s in kinds.items()) if isinstance(kinds, dict) else f"{kinds:g}"
+        say(f"run: recipe {config['recipe']}, {config['method']}, sparsity {sparsity}")
     console.print(table)
     say(f"{found['stored_weights']:,} weights in blocks; {found['bytes']:,} bytes in all tensors")
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from sparsekern.lab import Config
 from sparsekern.lab.compare import CompareObserver
 from sparsekern.lab.metric import metric_of
+from sparsekern.lab.recipes import find
 from sparsekern.lab.train import Learner
 
 
@@ -74,7 +75,8 @@ class Live(CompareObserver):
 
     def step(self, learner: Learner, loss: float) -> None:
         """Advance the bar."""
-        self._show(learner.seed, learner.network, learner.epoch + 1, learner.steps, loss)
+        speed = learner.speed()
+        self._show(learner.seed, learner.network, learner.epoch + 1, learner.steps, loss, speed and f" {speed}")
 
     def row(self, row: dict[str, Any]) -> None:
         """Remember the metric; without a bar, print a line."""
@@ -89,12 +91,13 @@ class Live(CompareObserver):
 
     def _take(self, row: dict[str, Any]) -> None:
         metric = metric_of(row)
-        self._reached[row["network"]] = f" {metric.text(row[metric.key], 1)}"
+        self._reached[row["network"]] = f" {metric.text(row[metric.key], metric.digits)}"
         self._show(row["seed"], row["network"], row["epoch"], row["step"], row["loss"])
 
-    def _show(self, seed: int, network: str, epoch: int, steps: int, loss: float) -> None:
+    def _show(self, seed: int, network: str, epoch: int, steps: int, loss: float, speed: str = "") -> None:
         self._steps[seed, network] = steps
-        self._state[network] = f"{network} loss {loss:.4f}{self._reached.get(network, '')}"
+        name, scale = find(self._config.recipe).task.metric.loss
+        self._state[network] = f"{network} {name} {scale * loss:.4f}{self._reached.get(network, '')}{speed}"
         assert self._task is not None  # begin() comes first
         self._progress.update(
             self._task,

@@ -10,8 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsekern.errors import InputError
 from sparsekern.lab import Config
-from sparsekern.lab.options import OPTIONS, STOP, Option
+from sparsekern.lab.config import PRECISIONS
+from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS, STOP, Option
+from sparsekern.lab.recipes import RECIPES
 from sparsekern.lab.tasks import AUGMENTATIONS
 from sparsekern.training import AGENT, METHODS
 from sparsekern.transforms import transform
@@ -83,16 +86,16 @@ RUN_OPTIONS: dict[str, Any] = {
     "data": Annotated[
         str | None,
         option(
-            "An .npz file (train_images, train_labels, test_images, test_labels), CIFAR (binary version) as a folder "
-            "or .tar.gz, or a folder of IDX files.",
-            "scikit-learn's digits",
+            "Of gpt a text file or a folder of them. Of other recipes an .npz file (train_images, train_labels, "
+            "test_images, test_labels), CIFAR (binary version) as a folder or .tar.gz, or a folder of IDX files.",
+            "scikit-learn's digits; gpt: the standard library's source",
         ),
     ],
     "data_max_gib": Annotated[
         float | None,
         option("GiB that the data may ask for; large files may ask for 16 times their own size.", Config.data_max_gib),
     ],
-    "width": Annotated[int | None, option("Features of the hidden layers of the mlp.", MLP.width)],
+    "width": Annotated[int | None, option("Features of the hidden layers of the mlp, or of the gpt.", MLP.width)],
     "width_multiplier": Annotated[
         float | None, option("Times the published channels of any other network.", MLP.width_multiplier)
     ],
@@ -100,9 +103,17 @@ RUN_OPTIONS: dict[str, Any] = {
         str | None, option(f"How images are varied: {', '.join(AUGMENTATIONS)}.", "the recipe's; grey images: none")
     ],
     "epochs": Annotated[
-        int | None, option("Passes over the training set.", "the recipe's; mlp: 20, or 5 with more than 10 000 images")
+        int | None,
+        option(
+            "Passes over the training set; of a text, 1600 windows each.",
+            "the recipe's; mlp: 20, or 5 with more than 10 000 images",
+        ),
     ],
-    "batch_size": Annotated[int | None, option("Images a step.", of_recipe("batch_size"))],
+    "batch_size": Annotated[int | None, option("Images or texts a step.", of_recipe("batch_size"))],
+    "accumulate": Annotated[
+        int | None, option("Parts of a batch whose gradients are computed one after the other.", Config.accumulate)
+    ],
+    "precision": Annotated[str | None, option(f"Autocast to this: {', '.join(PRECISIONS)}.", Config.precision)],
     "rate": Annotated[float | None, option("Learning rate at its highest.", of_recipe("rate"))],
     "update_every": Annotated[
         int | None,
@@ -122,6 +133,19 @@ PANEL = "Options of methods"
 
 WRAPPERS: dict[str, Callable[..., Any]] = {"agent": AGENT, "transform": transform}
 """What takes the options of a part, whose names begin with that of the part."""
+
+
+def takes_network_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of networks; it receives those that were given as one dictionary ``network``."""
+    annotations = {}
+    for name, entry in NETWORK_OPTIONS.items():
+        defaults = {recipe.name: recipe.network[name] for recipe in RECIPES.values() if name in recipe.network}
+        text = entry.text if not entry.choices else f"{entry.text.removesuffix('.')}: {', '.join(entry.choices)}."
+        shown = "; ".join(f"{recipe}: {str(value).lower()}" for recipe, value in defaults.items())
+        annotations[name] = Annotated[
+            entry.kind | None, typer.Option(help=text, show_default=shown, rich_help_panel="Options of networks")
+        ]
+    return expanded(command, "network", annotations)
 
 
 def takes_method_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -160,3 +184,29 @@ def _of_constructor(argument: str, method: str) -> object:
         if hasattr(cls, argument):  # such as ``pool``
             return getattr(cls, argument)
     return None
+
+
+def sparsity_of(texts: Sequence[str] | None) -> float | dict[str, float] | None:
+    """Return what ``--sparsity 0.9`` or ``--sparsity mlp=0.9 --sparsity attention=0.7`` says.
+
+    Raises:
+        InputError: no number, or several that name no kinds of layers.
+    """
+    if not texts:
+        return None
+    by_kind: dict[str, float] = {}
+    for text in texts:
+        kind, _, number = text.rpartition("=")
+        try:
+            by_kind[kind] = float(number)
+        except ValueError:
+            raise InputError(
+                f"sparsity is {text!r}; it must be a number such as 0.9, or one for a kind of layers such as mlp=0.9",
+                parameter="sparsity",
+            ) from None
+    if len(by_kind) < len(texts) or ("" in by_kind and len(texts) > 1):
+        raise InputError(
+            f"sparsity is given {len(texts)} times; give one number, or one for each kind of layers such as mlp=0.9",
+            parameter="sparsity",
+        )
+    return by_kind.get("", by_kind)

@@ -21,32 +21,42 @@ from sparsekern.cli.options import (
     given,
     of_recipe,
     option,
+    sparsity_of,
     takes_method_options,
+    takes_network_options,
     takes_run_options,
 )
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Logged, resume, start
-from sparsekern.lab.options import OPTIONS
+from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS
 from sparsekern.lab.recipes import RECIPES, Recipe
 from sparsekern.lab.report.tables import result_cells, result_notes, result_title
 from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
 from sparsekern.training import METHODS, PRESETS
 
-NAMES = {*OPTIONS, "log_to", *(entry.name for kind in (Config, Keeping) for entry in fields(kind))}
+NAMES = {*OPTIONS, *NETWORK_OPTIONS, "log_to", *(entry.name for kind in (Config, Keeping) for entry in fields(kind))}
 """Parameters that are options of this command."""
 
 
 @takes_method_options
+@takes_network_options
 @takes_run_options
 def train(
     *,
-    sparsity: Annotated[float | None, option("Fraction of the hidden weights that is absent.", MLP.sparsity)] = None,
+    sparsity: Annotated[
+        list[str] | None,
+        option(
+            "Fraction of the hidden weights that is absent. Of the gpt also by kind of layer: mlp=0.9, attention=0.7.",
+            "0.9; gpt: mlp=0.9, attention=0.7",
+        ),
+    ] = None,
     block_size: Annotated[int | None, option("Side of the blocks.", of_recipe("block_size"))] = None,
     method: Annotated[str | None, option(f"How blocks move: {', '.join(METHODS)}.", MLP.method)] = None,
     preset: Annotated[str | None, option(f"A publication's method and options: {', '.join(PRESETS)}.", "none")] = None,
     values: dict[str, Any],
+    network: dict[str, Any],
     sparse: Annotated[bool | None, option("Train the sparse network.", "sparse", "--sparse/--no-sparse")] = None,
     out: Annotated[
         Path | None, option("Folder for everything the run writes.", "runs/<date-time>-<method>-<sparsity>")
@@ -79,7 +89,7 @@ def train(
         return
     values |= given(
         data=absolute(values.get("data")),
-        sparsity=sparsity,
+        network=network or None,
         block_size=block_size,
         method=method,
         preset=preset,
@@ -96,6 +106,7 @@ def train(
     ):
         check_one_process()
         observer = live if log_to is None else Logged(live, log_to)
+        values |= given(sparsity=sparsity_of(sparsity))
         if resume_ is not None:
             _check_agreement(resume_, values, out)
             finished = (resume_ / RESULTS).is_file()
@@ -137,9 +148,9 @@ def _check_agreement(folder: Path, values: dict[str, Any], out: Path | None) -> 
     if out is not None and out.resolve() != folder.resolve():
         raise InputError(f"--out is {out}, but a resumed run stays in its folder {folder}; drop --out")
     config = read_config(folder).config.to_json()
-    config |= config.pop("options")
-    for name, value in (values | values.get("options", {})).items():
-        if name != "options" and value != config.get(name):
+    config |= config.pop("options") | config.pop("network")
+    for name, value in (values | values.get("options", {}) | values.get("network", {})).items():
+        if name not in ("options", "network") and value != config.get(name):
             has = config.get(name, "it not given")
             raise InputError(
                 f"{name} is {value}, but the run in {folder} has {has}; drop the option, "

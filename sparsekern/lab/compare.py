@@ -15,7 +15,7 @@ from sparsekern.lab.cost import training_cost
 from sparsekern.lab.formats import CostFile, PlanEntries, checked
 from sparsekern.lab.lock import locked
 from sparsekern.lab.options import OPTIONS, Value
-from sparsekern.lab.recipes import find
+from sparsekern.lab.recipes import SPARSITY, find
 from sparsekern.lab.report.pictures import draw_comparison, draw_or_warn
 from sparsekern.lab.report.tables import comparison_cells, markdown
 from sparsekern.lab.results import score_rows
@@ -201,7 +201,7 @@ def plan_for(
         return Plan(
             base,
             _union((), contestants) or tuple(map(Contestant, METHODS)),
-            _union((), sparsities) or (Config.sparsity,),
+            _union((), sparsities) or (SPARSITY,),
             _union((), block_sizes) or (find(base.recipe).block_size,),
             dense is not False,
         )

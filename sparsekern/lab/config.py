@@ -12,7 +12,7 @@ import torch
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import DEFAULT
 from sparsekern.lab.formats import LARGEST
-from sparsekern.lab.options import OPTIONS, STOP, Value, check_options, in_words, part_of
+from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS, STOP, Value, check_options, in_words, part_of
 from sparsekern.lab.recipes import RECIPES, Recipe, find
 from sparsekern.lab.tasks import AUGMENTATIONS, Task
 from sparsekern.topology import check_sparsity
@@ -21,8 +21,13 @@ from sparsekern.training import METHODS, PRESETS, VRPGE, Method
 SMALL_DATA = 10_000
 """Training examples up to which a data set counts as small and is trained on for more epochs by default."""
 
+PRECISIONS = ("float32", "bfloat16")
+
 METHOD = "set"
 """The method if neither it nor a preset is given."""
+
+TITLED = ("depth", "context")
+"""Options of a network that its title names."""
 
 OF_RECIPE: Any = None
 """Default of an option that the recipe or the preset decides as soon as the configuration is made."""
@@ -37,12 +42,13 @@ class Config:
             ``width``, ``batch_size``, ``rate`` and ``seeds``.
         data: None for the recipe's own data, or a path that its task loads (:mod:`sparsekern.lab.tasks`).
         data_max_gib: GiB of memory that the data may ask for. Large files may ask for 16 times their own size.
-        sparsity: fraction of the hidden weights that is absent, in [0, 1).
+        sparsity: fraction of the sparse layers' weights that is absent, in [0, 1); or one for each kind of layers, by
+            the names of :attr:`Recipe.kinds <sparsekern.lab.recipes.Recipe>`, others staying dense.
         block_size: side of the blocks.
         method: a name in :data:`sparsekern.training.METHODS`. Default: the preset's, or SET.
         preset: a name in :data:`sparsekern.training.PRESETS`, whose values count where no options are given.
         options: options of the method, by the names of :data:`sparsekern.lab.options.OPTIONS`.
-        width: features of the three hidden layers of the MLP; None for other networks.
+        width: features of the hidden layers of the MLP, or of the GPT; None for other networks.
         width_multiplier: factor of the published channels of other networks; 1 for the MLP.
         augment: how images are varied, a name in :data:`sparsekern.lab.tasks.AUGMENTATIONS`. Default: the recipe's,
             but ``"none"`` for grey images.
@@ -52,6 +58,9 @@ class Config:
         update_every: steps between updates of the topology. Default: the preset's; or about eight updates, at most as
             far apart as the recipe says.
         seeds: number of runs; run ``i`` has seed ``i``.
+        network: options of the network by the names of :data:`sparsekern.lab.options.NETWORK_OPTIONS`.
+        accumulate: parts of a batch whose gradients are computed one after the other.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``. Default: CUDA where there is one.
         dense: whether the dense twin is trained too.
         sparse: whether the sparse network is trained. Without it only the twin is.
@@ -63,7 +72,7 @@ class Config:
     recipe: str = next(iter(RECIPES))
     data: str | None = None
     data_max_gib: float = DEFAULT.gib
-    sparsity: float = 0.9
+    sparsity: float | Mapping[str, float] = OF_RECIPE
     block_size: int = OF_RECIPE
     method: str = OF_RECIPE
     preset: str | None = None
@@ -76,6 +85,9 @@ class Config:
     rate: float = OF_RECIPE
     update_every: int | None = None
     seeds: int = OF_RECIPE
+    network: Mapping[str, Value] = field(default_factory=dict)
+    accumulate: int = 1
+    precision: str = "float32"
     device: str | None = None
     dense: bool = True
     sparse: bool = True
@@ -84,16 +96,23 @@ class Config:
         for name in ("recipe", "method", "preset", "augment"):
             self._check(name, isinstance(getattr(self, name), (str, type(None))), "a name")
         self._ask_recipe()
-        for name in ("block_size", "width", "epochs", "batch_size", "update_every", "seeds"):
+        for name in ("block_size", "width", "epochs", "batch_size", "update_every", "seeds", "accumulate"):
             value = getattr(self, name)
             if value is None and name in ("epochs", "update_every", "width"):
                 continue
             whole = type(value) is int
             bounds = "1 or more" if not whole or value < 1 else f"1 to {LARGEST}"
             self._check(name, whole and 1 <= value <= LARGEST, f"a whole number of {bounds}")
-        for name in ("sparsity", "rate", "width_multiplier", "data_max_gib"):
+        for name in ("rate", "width_multiplier", "data_max_gib"):
             self._check(name, type(getattr(self, name)) in (int, float), "a number")
-        check_sparsity(self.sparsity)
+        self._check_sparsity()
+        self._check("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        if self.accumulate > self.batch_size:
+            raise InputError(
+                f"accumulate is {self.accumulate}, more than the {self.batch_size} examples of a batch; "
+                "choose a smaller number or a larger batch_size",
+                parameter="accumulate",
+            )
         if self.width is not None and self.block_size > self.width:
             raise InputError(
                 f"block_size is {self.block_size}, larger than the layers of width {self.width}; "
@@ -122,6 +141,22 @@ class Config:
         if not right:
             raise InputError(f"{name} is {getattr(self, name)!r}; it must be {rule}", parameter=name)
 
+    def _check_sparsity(self) -> None:
+        kinds = find(self.recipe).kinds
+        numbers = self.sparsity
+        if not isinstance(numbers, Mapping):
+            numbers = {"": numbers}
+        elif not numbers or not numbers.keys() <= kinds.keys():
+            known = f"has {', '.join(kinds)}" if kinds else "has none: give one number"
+            raise InputError(
+                f"sparsity is given for {', '.join(map(str, numbers)) or 'no kind of layers'}; recipe {self.recipe} "
+                f"{known}",
+                parameter="sparsity",
+            )
+        for number in numbers.values():
+            self._check("sparsity", type(number) in (int, float), "a number")
+            check_sparsity(number)
+
     def _ask_recipe(self) -> None:
         """Fill in what was not given; raise ValueError if there is no such recipe, or its network has no such width."""
         recipe = find(self.recipe)
@@ -134,9 +169,20 @@ class Config:
                 f"width_multiplier is {self.width_multiplier}, but recipe {recipe.name} has none; give a width",
                 parameter="width_multiplier",
             )
-        for name in ("block_size", "width", "batch_size", "rate", "seeds"):
+        for name in ("block_size", "width", "batch_size", "rate", "seeds", "sparsity"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
+        if isinstance(self.width, int) and self.width % recipe.width_step:
+            raise InputError(
+                f"width is {self.width}; for recipe {recipe.name} it must be a multiple of {recipe.width_step}",
+                parameter="width",
+            )
+        self._check("network", isinstance(self.network, dict), "a dictionary of names and values")
+        for name, value in self.network.items():
+            if name not in recipe.network:
+                has = f"has {', '.join(recipe.network)}" if recipe.network else "has no such options"
+                raise InputError(f"{name} is {value}, but recipe {recipe.name} {has}; drop it", parameter=name)
+            NETWORK_OPTIONS[name].check(value)
 
     def _ask_method(self) -> None:
         """Take the method from the preset; raise ValueError if they disagree, or an option is not the method's."""
@@ -162,10 +208,28 @@ class Config:
     @property
     def network_title(self) -> str:
         """What is trained, in words, such as "MLP of width 1024"."""
-        title = find(self.recipe).title
+        recipe = find(self.recipe)
+        title = recipe.title
         if self.width is not None:
-            return f"{title} of width {self.width}"
+            own = [
+                in_words(name, value) for name, value in {**recipe.network, **self.network}.items() if name in TITLED
+            ]
+            return ", ".join((f"{title} of width {self.width}", *own))
         return title if self.width_multiplier == 1 else f"{title}, {self.width_multiplier:g} times as wide"
+
+    @property
+    def sparsity_title(self) -> str:
+        """How sparse the sparse layers are to be, such as "90 % sparse" or "mlp 90 %, attention 70 % sparse"."""
+        if isinstance(self.sparsity, Mapping):
+            return f"{', '.join(f'{kind} {100 * s:.4g} %' for kind, s in self.sparsity.items())} sparse"
+        return f"{100 * self.sparsity:.4g} % sparse"
+
+    @property
+    def sparsity_slug(self) -> str:
+        """The sparsity for the name of a folder, such as "0.9" or "mlp0.9-attention0.7"."""
+        if isinstance(self.sparsity, Mapping):
+            return "-".join(f"{kind}{s:g}" for kind, s in self.sparsity.items())
+        return f"{self.sparsity:g}"
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -240,6 +304,9 @@ class Run:
         steps: steps of the whole training.
         method: class of the training method.
         arguments: of its constructor, but for model, optimizer and seed.
+        network: options of the network, but for its width.
+        sparsity: of all sparse layers, or of those whose names match a glob.
+        dtype: in which autocast computes, or None for a training without it.
         pool: blocks to store for each one that is to remain; None if the method does not choose among candidates.
         agent: arguments of AGENT, or None for a training without it.
         layers: arguments of :func:`sparsekern.sparsify_`, but for sparsity, blocks and what stays dense.
@@ -256,6 +323,9 @@ class Run:
     steps: int
     method: type[Method]
     arguments: Mapping[str, Any]
+    network: Mapping[str, Any]
+    sparsity: float | Mapping[str, float]
+    dtype: torch.dtype | None
     pool: float | None
     agent: Mapping[str, Any] | None
     layers: Mapping[str, Any]
@@ -292,15 +362,24 @@ def resolve(config: Config, task: Task) -> Run:
     layers |= part_of("recipe", options)
     pool = layers.pop("pool", VRPGE.pool)
     agent, transform = part_of("agent", options), part_of("transform", options)
+    network, sparsity = {**recipe.network, **config.network}, config.sparsity
+    if isinstance(sparsity, Mapping):
+        sparsity = {recipe.kinds[kind]: number for kind, number in sparsity.items()}
+        layers["targets"] = list(sparsity)
+    elif recipe.kinds:
+        layers["targets"] = list(recipe.kinds.values())
     return Run(
         config=config,
         recipe=recipe,
-        task=task.prepared(recipe, str(config.augment), device),
+        task=task.prepared(recipe, network, str(config.augment), device),
         device=device,
         batches=batches,
         steps=steps,
         method=method,
         arguments=arguments,
+        network=network,
+        sparsity=sparsity,
+        dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
         pool=float(pool) if issubclass(method, VRPGE) else None,
         agent={name.removeprefix("agent_"): v for name, v in agent.items()} if agent.pop("agent", False) else None,
         layers=layers,

@@ -7,15 +7,26 @@ is executed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from sparsekern.errors import InputError
+from sparsekern.lab.metric import METRICS
 
 FORMAT_VERSION = 4
 """Version of every file in a run folder. Files of other versions are refused."""
@@ -25,6 +36,10 @@ LARGEST = 2**31 - 1
 
 PIXELS = 2**20
 """Most pixels of a block map in a film; those that are written have far fewer."""
+
+
+IMAGES, TEXT = "<images>", "<text>"
+"""Kinds of data. Errors do not name them."""
 
 
 def _number(value: Any) -> Any:
@@ -61,6 +76,14 @@ def _keys(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _the_only(part: BaseModel, names: Sequence[str]) -> str:
+    """Return which of the entries there is; raise InputError unless it is one."""
+    given = [name for name in names if getattr(part, name) is not None]
+    if len(given) != 1:
+        raise InputError(f"it must have one of {', '.join(names)}")
+    return given[0]
+
+
 Bytes = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_bytes)]
 Keys = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_keys)]
 
@@ -88,14 +111,30 @@ class Row(Part):
     epoch: Positive
     step: Count
     loss: Number
-    test_accuracy: Fraction
+    test_accuracy: Fraction | None = None
+    bits_per_byte: Seconds | None = None
     ms_per_step: Seconds | None
     seconds: Seconds
     spectral: list[Graphs] = []
 
+    @model_validator(mode="after")
+    def _has_a_metric(self) -> Row:
+        _the_only(self, [metric.key for metric in METRICS])
+        return self
 
-class Data(Part):
-    """Description of a data set of images, as its task returns it."""
+
+class Text(Part):
+    """Description of a text."""
+
+    name: str
+    train_bytes: Positive
+    held_out_bytes: Positive
+    files: Positive
+    sha256: str
+
+
+class Images(Part):
+    """Description of a data set of images."""
 
     name: str
     train_images: Positive
@@ -103,6 +142,17 @@ class Data(Part):
     classes: Positive
     image_shape: Annotated[list[Positive], Field(min_length=3, max_length=3)]
     sha256: str
+
+
+def _kind_of_data(described: Any) -> str:
+    return TEXT if isinstance(described, Mapping) and "train_bytes" in described else IMAGES
+
+
+Data = Annotated[
+    Annotated[Images, Tag(IMAGES)] | Annotated[Text, Tag(TEXT)],
+    Discriminator(_kind_of_data),
+]
+"""Description of the data, as their task returns it."""
 
 
 class Environment(Part):
@@ -127,6 +177,14 @@ class Accuracy(Part):
     mean: Fraction
     standard_deviation: Seconds | None
     by_seed: Annotated[list[Fraction], Field(min_length=1)]
+
+
+class Bits(Part):
+    """Bits per byte over the seeds."""
+
+    mean: Seconds
+    standard_deviation: Seconds | None
+    by_seed: Annotated[list[Seconds], Field(min_length=1)]
 
 
 class Times(Part):
@@ -158,18 +216,46 @@ class Network(Sizes):
 
     sparsity: Fraction
     seconds: Spent
-    test_accuracy: Accuracy
+    test_accuracy: Accuracy | None = None
+    bits_per_byte: Bits | None = None
     ms_per_step: Times
+    tokens_per_second: Annotated[Number, Field(gt=0)] | None = None
+    written: str | None = None
+
+    def metric_key(self) -> str:
+        """Return the name of the metric that it has."""
+        return _the_only(self, [metric.key for metric in METRICS])
+
+    @model_validator(mode="after")
+    def _has_a_metric(self) -> Network:
+        self.metric_key()
+        return self
+
+
+class EqualTime(Part):
+    """Metrics of the two networks after the same seconds of training; None before the first evaluation."""
+
+    seconds: Seconds
+    sparse: Number | None
+    dense: Number | None
 
 
 class Comparison(Part):
     """The sparse network against its dense twin."""
 
-    accuracy_gap: Number
-    accuracy_gap_standard_error: Seconds | None
+    accuracy_gap: Number | None = None
+    accuracy_gap_standard_error: Seconds | None = None
+    bits_per_byte_gap: Number | None = None
+    bits_per_byte_gap_standard_error: Seconds | None = None
+    at_equal_time: EqualTime
     parameters_dense_over_sparse: Annotated[Number, Field(gt=0)]
     bytes_dense_over_sparse: Annotated[Number, Field(gt=0)]
     time_sparse_over_dense: Times
+
+    @model_validator(mode="after")
+    def _has_a_gap(self) -> Comparison:
+        _the_only(self, [metric.gap for metric in METRICS])
+        return self
 
 
 class Results(Part):
@@ -185,7 +271,10 @@ class Results(Part):
     def _compares_two(self) -> Results:
         if self.comparison is not None and len(self.networks) < 2:
             raise InputError("there is a comparison of one network")
-        if len({len(network.test_accuracy.by_seed) for network in self.networks.values()}) > 1:
+        metrics = [getattr(network, network.metric_key()) for network in self.networks.values()]
+        if len({type(metric) for metric in metrics}) > 1:
+            raise InputError("its networks have different metrics")
+        if len({len(metric.by_seed) for metric in metrics}) > 1:
             raise InputError("its networks are of different numbers of seeds")
         return self
 
@@ -305,6 +394,7 @@ class State(Part):
     history: Film | None
     sizes: dict[Name, Sizes] = {}
     map: BlockMap | None = None
+    written: dict[Name, str] = {}
     learners: dict[Name, LearnerState] = {}
 
 
@@ -327,7 +417,7 @@ def checked(kind: type[Kind], value: Any, where: Path | str, way_out: str | None
         return kind.model_validate(value)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_input=False)[0]
-        entry = ".".join(str(step) for step in wrong["loc"]) or "it"
+        entry = ".".join(str(step) for step in wrong["loc"] if step not in (IMAGES, TEXT)) or "it"
         words = wrong["msg"].removeprefix("Value error, ")
         text = f"{where} is damaged: {entry}: {words[:1].lower()}{words[1:]}"
         raise InputError(text if way_out is None else f"{text}; {way_out}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ class Metric:
         difference: the unit of a difference of two such numbers.
         higher_is_better: whether more of it is better.
         examples: the entry of a data set's description that counts what it is measured on, such as "test_images".
+        digits: behind the point while a network trains, where there is little room.
+        loss: name and scale of the training loss as it is shown while a network trains.
     """
 
     key: str
@@ -29,6 +32,8 @@ class Metric:
     difference: str
     higher_is_better: bool
     examples: str
+    digits: int = 1
+    loss: tuple[str, float] = ("loss", 1.0)
 
     @property
     def title(self) -> str:
@@ -38,11 +43,11 @@ class Metric:
     @property
     def label(self) -> str:
         """Name and unit for an axis, such as "test accuracy (%)"."""
-        return f"{self.title} ({self.unit})"
+        return f"{self.title} ({self.unit})" if self.unit else self.title
 
     def text(self, stored: float, digits: int = 2) -> str:
         """Return a stored number as it is written, such as "97.77 %"."""
-        return f"{self.scale * stored:.{digits}f} {self.unit}"
+        return f"{self.scale * stored:.{digits}f} {self.unit}".rstrip()
 
 
 ACCURACY = Metric(
@@ -56,7 +61,20 @@ ACCURACY = Metric(
     examples="test_images",
 )
 
-METRICS = (ACCURACY,)
+BITS_PER_BYTE = Metric(
+    key="bits_per_byte",
+    gap="bits_per_byte_gap",
+    name="bits per byte",
+    unit="",
+    scale=1,
+    difference="",
+    higher_is_better=False,
+    examples="held_out_bytes",
+    digits=2,
+    loss=("bits per byte", 1 / math.log(2)),
+)
+
+METRICS = (ACCURACY, BITS_PER_BYTE)
 
 
 def metric_of(entries: Container[str]) -> Metric:

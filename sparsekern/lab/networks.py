@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,18 +42,25 @@ def build(run: Run, network: str, seed: int) -> nn.Module:
     def dense(widen: Width = SAME) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_for(seed, recipe.name).initial_seed())
-            return recipe.model(**fixed, **_width(run, widen))
+            return recipe.model(**fixed, **run.network, **_width(run, widen))
 
     if network == "sparse" and run.transform is not None:
         model = _transformed(run, dense, seed)
     else:
         model = dense()
         if network == "sparse":
-            stored = config.sparsity if run.pool is None else max(0.0, 1 - run.pool * (1 - config.sparsity))
-            sk.sparsify_(model, stored, config.block_size, ignore=config.kept_dense, seed=seed, **run.layers)
+            sk.sparsify_(model, _stored(run), config.block_size, ignore=config.kept_dense, seed=seed, **run.layers)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _stored(run: Run) -> float | dict[str, float]:
+    """Return the sparsity of what is stored, candidates included."""
+    pool = run.pool or 1.0
+    if isinstance(run.sparsity, Mapping):
+        return {glob: max(0.0, 1 - pool * (1 - sparsity)) for glob, sparsity in run.sparsity.items()}
+    return run.sparsity if run.pool is None else max(0.0, 1 - pool * (1 - run.sparsity))
 
 
 def _width(run: Run, widen: Width) -> dict[str, Any]:
@@ -68,7 +75,11 @@ def _width(run: Run, widen: Width) -> dict[str, Any]:
 
 def _transformed(run: Run, dense: Callable[[Width], nn.Module], seed: int) -> nn.Module:
     config, name = run.config, str(run.transform)
-    if config.sparsity == 0:
+    if isinstance(run.sparsity, Mapping):
+        raise InputError(
+            "sparsity is given by kind of layer, but transform takes one for all: give one number", parameter="sparsity"
+        )
+    if run.sparsity == 0:
         raise InputError(
             "sparsity is 0, which transform turns into the dense network: give one above 0", parameter="sparsity"
         )
@@ -77,7 +88,7 @@ def _transformed(run: Run, dense: Callable[[Width], nn.Module], seed: int) -> nn
         return sk.transforms.transform(
             dense,
             name,
-            config.sparsity,
+            run.sparsity,
             run.task.sample(),
             block_size=config.block_size,
             ignore=config.kept_dense,
@@ -106,8 +117,8 @@ def build_method(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, s
     """
     arguments = dict(run.arguments)
     if run.pool is not None:
-        arguments["sparsity"] = run.config.sparsity
-        if run.transform is not None:  # the FLOPs decide what remains
+        arguments["sparsity"] = run.sparsity
+        if run.transform is not None or isinstance(run.sparsity, Mapping):  # what is stored says how much remains
             grids = [(layer.topology.elements(), layer.grid.numel) for layer in sk.sparse_layers(model).values()]
             arguments["sparsity"] = 1 - sum(n for n, _ in grids) / run.pool / sum(n for _, n in grids)
     return run.method(model, optimizer, seed=seed, **arguments)

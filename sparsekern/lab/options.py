@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekern.errors import InputError
+from sparsekern.lab.models.gpt import ACTIVATIONS, POSITIONS
 from sparsekern.training import METHODS
 from sparsekern.training.agent.agent import ESTIMATES
 from sparsekern.training.agent.agent import SCOPES as AGENT_SCOPES
@@ -53,7 +54,7 @@ class Option:
     name: str
     kind: type[bool] | type[int] | type[float] | type[str]
     text: str
-    methods: tuple[str, ...]
+    methods: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
@@ -192,6 +193,28 @@ _ALL = (
 
 OPTIONS = {option.name: option for option in _ALL}
 """All options by name. A new method or wrapper adds entries here, and nowhere else."""
+
+
+NETWORK_OPTIONS = {
+    option.name: option
+    for option in (
+        Option("depth", int, "Layers of the network.", low=1, high=1000, part="network"),
+        Option(
+            "context",
+            int,
+            "Tokens that the network sees, and the length of a training text.",
+            low=1,
+            high=2**20,
+            part="network",
+        ),
+        Option("activation", str, "Activation of the feed-forward.", choices=ACTIVATIONS, part="network"),
+        Option("positions", str, "How the network knows the order of tokens.", choices=POSITIONS, part="network"),
+        Option(
+            "free_head", bool, "Give the head a weight of its own instead of the token embedding's.", part="network"
+        ),
+    )
+}
+"""Options of networks by name; :attr:`sparsekern.lab.recipes.Recipe.network` says which a recipe has."""
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:

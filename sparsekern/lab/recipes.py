@@ -9,6 +9,7 @@ Published networks were dense or sparse in single weights: block sizes are ours 
 * Beyer 2022: Beyer et al., "Better plain ViT baselines for ImageNet-1k" (SimpleViT), arXiv 2205.01580.
 * Heddes 2024: Heddes et al., "Always-Sparse Training by Growing Connections with Guided Stochastic Exploration" (GSE),
   arXiv 2401.06898.
+* Karpathy 2022: Karpathy, "nanoGPT", github.com/karpathy/nanoGPT, config/train_shakespeare_char.py.
 * Thangarasa 2024: Thangarasa et al., "Sparse-IFT", ICML 2024, arXiv 2303.11525.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,12 @@ from torch import nn
 
 from sparsekern.errors import InputError
 from sparsekern.lab import models
+from sparsekern.lab.language import Language
+from sparsekern.lab.models.gpt import HEAD_FEATURES
 from sparsekern.lab.tasks import Classification, Task
+
+SPARSITY = 0.9
+"""Of the sparse layers, where a recipe has no other."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class Cosine(Constant):
-    """Down to 0 along half a cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5, without restarts."""
+    """Down to 0 along half a cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5, without restarts.
+
+    Attributes:
+        floor: where it ends, as a fraction of the highest rate.
+    """
+
+    floor: float = 0.0
 
     def _after(self, step: int, steps: int, rising: int) -> float:
-        return (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+        falling = (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+        return self.floor + (1 - self.floor) * falling
 
 
 @dataclass(frozen=True)
@@ -81,15 +94,17 @@ class AdamW:
     Attributes:
         weight_decay: see above.
         decay_all: whether norms and biases decay too.
+        betas: factors of the running means of the gradient and of its square.
     """
 
     weight_decay: float = 0.01
     decay_all: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def build(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
         """Return the optimizer of a model's parameters."""
         groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
-        return torch.optim.AdamW(groups, lr=rate, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, betas=self.betas, fused=True)
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,12 @@ class Recipe:
         augmentation: of colour images. In grey ones, such as digits, a mirror image may mean something else.
         seeds: how many are trained.
         width: features of the hidden layers, given in place of ``width_multiplier``.
+        width_step: of which the width must be a multiple.
+        sparsity: of the sparse layers, or of each kind of them.
+        kinds: a glob of the names of the layers of each kind that may have a sparsity of its own. Only such layers are
+            sparse then. None: there is one kind, all layers but ``kept_dense``.
+        network: options of the network besides its width, with their defaults:
+            :data:`sparsekern.lab.options.NETWORK_OPTIONS`.
         needs_image_size: whether ``model`` takes ``image_size``, too.
         smallest_image: pixels that each side of an image must have.
         channels_last: whether weights and images have their channels last in memory, which convolutions want.
@@ -176,6 +197,10 @@ class Recipe:
     augmentation: str = "crop-flip"
     seeds: int = 1
     width: int | None = None
+    width_step: int = 1
+    sparsity: float | Mapping[str, float] = SPARSITY
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    network: Mapping[str, Any] = field(default_factory=dict)
     needs_image_size: bool = False
     smallest_image: int = 1
     channels_last: bool = True
@@ -195,6 +220,32 @@ def _cifar_resnet(name: str, title: str, model: Callable[..., nn.Module]) -> Rec
         schedule=Milestones((0.5, 0.75), 0.1),
         batch_size=128,
         epochs=164,
+    )
+
+
+def _gpt(name: str, title: str, *, width: int, depth: int, context: int, epochs: int) -> Recipe:
+    """Return a recipe with the optimizer and schedule of nanoGPT, and the sparsities of SparseLab's demo."""
+    return Recipe(
+        name,
+        title,
+        "Karpathy 2022 (nanoGPT)",
+        models.gpt,
+        kept_dense=(),
+        optimizer=AdamW(weight_decay=0.1, decay_all=False, betas=(0.9, 0.99)),
+        rate=1e-3,
+        schedule=Cosine(warm_up=0.05, floor=0.1),
+        batch_size=16,
+        epochs=epochs,
+        distribution="uniform",
+        clip_norm=1.0,
+        augmentation="none",
+        width=width,
+        width_step=HEAD_FEATURES,
+        sparsity={"mlp": 0.9, "attention": 0.7},
+        kinds={"mlp": "*.mlp.*", "attention": "*.attention.*"},
+        network={"depth": depth, "context": context, "activation": "gelu", "positions": "learnt", "free_head": False},
+        channels_last=False,
+        task=Language,
     )
 
 
@@ -322,6 +373,8 @@ _ALL = (
         needs_image_size=True,
         channels_last=False,
     ),
+    _gpt("gpt", "GPT", width=384, depth=6, context=128, epochs=20),
+    _gpt("gpt-nano", "GPT-nano", width=128, depth=3, context=64, epochs=8),
 )
 
 RECIPES = {recipe.name: recipe for recipe in _ALL}

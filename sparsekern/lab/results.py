@@ -14,7 +14,9 @@ from sparsekern.lab.recipes import find
 Row = Mapping[str, Any]
 
 
-def summarise(rows: Sequence[Row], sizes: Mapping[str, Mapping[str, float]], metric: Metric) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[Row], sizes: Mapping[str, Mapping[str, float]], metric: Metric, tokens: int | None = None
+) -> dict[str, Any]:
     """Return metric, sizes and times of the networks, and their comparison if the dense twin was trained.
 
     The metric is that of the last epoch, never of the best one: that would choose by the test set.
@@ -23,8 +25,9 @@ def summarise(rows: Sequence[Row], sizes: Mapping[str, Mapping[str, float]], met
         rows: of ``metrics.jsonl``: all seeds, all epochs.
         sizes: ``network_sparsity``, ``stored_parameters`` and ``training_bytes`` by network.
         metric: of the task.
+        tokens: of a step, for tasks that have tokens.
     """
-    result: dict[str, Any] = {"networks": {name: _network(rows, name, sizes[name], metric) for name in sizes}}
+    result: dict[str, Any] = {"networks": {name: _network(rows, name, sizes[name], metric, tokens) for name in sizes}}
     if sizes.keys() == {"sparse", "dense"}:
         sparse, dense = (result["networks"][name] for name in ("sparse", "dense"))
         gaps = _differences(sparse[metric.key]["by_seed"], dense[metric.key]["by_seed"])
@@ -34,17 +37,46 @@ def summarise(rows: Sequence[Row], sizes: Mapping[str, Mapping[str, float]], met
             "parameters_dense_over_sparse": dense["stored_parameters"] / sparse["stored_parameters"],
             "bytes_dense_over_sparse": dense["training_bytes"] / sparse["training_bytes"],
             "time_sparse_over_dense": _spread(_time_ratios(rows)),
+            "at_equal_time": _at_equal_time(rows, metric),
         }
     return result
 
 
-def _network(rows: Sequence[Row], name: str, sizes: Mapping[str, float], metric: Metric) -> dict[str, Any]:
+def _at_equal_time(rows: Sequence[Row], metric: Metric) -> dict[str, Any]:
+    """Return what both networks had reached when the faster one was done, as means over the seeds.
+
+    That is what the last evaluation before said; None if there was none.
+    """
+    reached: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["epoch"]):
+        so_far = reached.setdefault((row["network"], row["seed"]), [(0.0, math.nan)])
+        so_far.append((so_far[-1][0] + row["seconds"], row[metric.key]))
+    seeds = sorted({seed for _, seed in reached})
+    ends = [min(reached["sparse", seed][-1][0], reached["dense", seed][-1][0]) for seed in seeds]
+    found: dict[str, Any] = {"seconds": statistics.fmean(ends)}
+    for network in ("sparse", "dense"):
+        values = [
+            [value for at, value in reached[network, seed] if at <= end][-1]
+            for seed, end in zip(seeds, ends, strict=True)
+        ]
+        mean = statistics.fmean(values)
+        found[network] = None if math.isnan(mean) else mean
+    return found
+
+
+def _network(
+    rows: Sequence[Row], name: str, sizes: Mapping[str, float], metric: Metric, tokens: int | None
+) -> dict[str, Any]:
     mine = [row for row in rows if row["network"] == name]
     last = max(row["epoch"] for row in mine)
     final = [row[metric.key] for row in mine if row["epoch"] == last]
     seconds: dict[int, float] = {}
     for row in mine:
         seconds[row["seed"]] = seconds.get(row["seed"], 0.0) + row["seconds"]
+    times = _spread([row["ms_per_step"] for row in mine if row["ms_per_step"] is not None])
+    speed = {}
+    if tokens is not None and times["median"]:
+        speed["tokens_per_second"] = 1e3 * tokens / times["median"]
     return {
         "sparsity": mine[-1].get("sparsity/global", 0.0),
         metric.key: {
@@ -54,7 +86,8 @@ def _network(rows: Sequence[Row], name: str, sizes: Mapping[str, float], metric:
         },
         **sizes,
         "seconds": {"mean": statistics.fmean(seconds.values()), "by_seed": list(seconds.values())},
-        "ms_per_step": _spread([row["ms_per_step"] for row in mine if row["ms_per_step"] is not None]),
+        "ms_per_step": times,
+        **speed,
     }
 
 

@@ -179,8 +179,10 @@ def _train(run: Run, folder: Path, observer: Observer, keeping: Keeping, first: 
         "config": config.to_json(),
         "data": run.task.describe(),
         "environment": environment(run),
-        **summarise(rows, finished[0]["sizes"], run.task.metric),
+        **summarise(rows, finished[0]["sizes"], run.task.metric, run.task.tokens(config.batch_size)),
     }
+    for name, text in finished[0]["written"].items():
+        content["networks"][name]["written"] = text
     results = write_json(folder / RESULTS, content)  # it says that the run is finished
     _draw(config, folder, results, rows, finished[0]["map"])
     return Finished(config, results)
@@ -280,7 +282,9 @@ class _Seed:
                 self._save()
         sizes = {name: learner.sizes() for name, learner in self.learners.items()}
         block_map = _block_map(self.learners["sparse"]) if self.history is not None else None
-        return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map})
+        texts = {name: learner.written() for name, learner in self.learners.items()}
+        written = {name: text for name, text in texts.items() if text is not None}
+        return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map, "written": written})
 
     def _finish_epoch(self, learner: Learner) -> None:
         while learner.batch < learner.batches:

@@ -131,7 +131,7 @@ class ResultsFile(Results):
 def default_folder(config: Config, now: datetime) -> Path:
     """Return ``runs/<date-time>-<method>-<sparsity>``, with the recipe before the method if it is not the default."""
     recipe = "" if config.recipe == Config.recipe else f"{config.recipe}-"
-    return Path("runs") / f"{now:%Y%m%d-%H%M%S}-{recipe}{config.method}-{config.sparsity:g}"
+    return Path("runs") / f"{now:%Y%m%d-%H%M%S}-{recipe}{config.method}-{config.sparsity_slug}"
 
 
 def create(

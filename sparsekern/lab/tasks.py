@@ -57,6 +57,11 @@ class Task(ABC):
     def noise(cls, described: Mapping[str, Any], examples: int) -> Task:
         """Return a task of random data with the shapes that :meth:`describe` returned, to measure a network on."""
 
+    @staticmethod
+    @abstractmethod
+    def examples_of(described: Mapping[str, Any]) -> int:
+        """Return :attr:`examples` of the data that :meth:`describe` described."""
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what ``config.json`` says about the data. A resumed run compares it."""
@@ -66,8 +71,14 @@ class Task(ABC):
         """Return how the examples are varied where the user does not say."""
 
     @abstractmethod
-    def prepared(self, recipe: Recipe, augment: str, device: torch.device) -> Task:
+    def prepared(self, recipe: Recipe, network: Mapping[str, Any], augment: str, device: torch.device) -> Task:
         """Return the task as a run needs it, its data on the device.
+
+        Args:
+            recipe: of the run.
+            network: options of its network.
+            augment: how the examples are varied.
+            device: of the training.
 
         Raises:
             ValueError: the data do not fit the recipe's network.
@@ -104,6 +115,14 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return the metric of a network in evaluation mode, and what else a row of ``metrics.jsonl`` shall hold."""
 
+    def tokens(self, examples: int) -> int | None:
+        """Return the tokens of that many examples, for tasks whose speed is given in tokens a second."""
+        return None
+
+    def written(self, model: nn.Module) -> str | None:
+        """Return a text that the network writes; None if it writes none."""
+        return None
+
 
 @dataclass(frozen=True)
 class Classification(Task):
@@ -136,6 +155,12 @@ class Classification(Task):
         labels = torch.arange(count) % classes
         return cls(Dataset("noise", images, labels, images[:1], labels[:1], classes, ""))
 
+    @staticmethod
+    def examples_of(described: Mapping[str, Any]) -> int:
+        """Return the number of training images."""
+        images: int = described["train_images"]
+        return images
+
     @property
     def examples(self) -> int:  # type: ignore[override]
         """Number of training images."""
@@ -149,7 +174,9 @@ class Classification(Task):
         """Return the recipe's; of grey images none, as a mirrored digit may mean something else."""
         return recipe.augmentation if self.data.image_shape[0] > 1 else "none"
 
-    def prepared(self, recipe: Recipe, augment: str, device: torch.device) -> Classification:
+    def prepared(
+        self, recipe: Recipe, network: Mapping[str, Any], augment: str, device: torch.device
+    ) -> Classification:
         """Return the task with the recipe's settings; raise ValueError if the images are too small for its network."""
         height, width = self.data.image_shape[1:]
         side = recipe.smallest_image
@@ -189,7 +216,7 @@ class Classification(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy ``()``."""
         images, labels = batch
-        return cross_entropy(model(images), labels, label_smoothing=self.label_smoothing)
+        return cross_entropy(model(images).float(), labels, label_smoothing=self.label_smoothing)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return the accuracy on the test images."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -55,7 +57,7 @@ class Learner:
             self.agent = build_agent(run, self.model, self.optimizer, self.method)
         self._outer = self.agent or self.method  # whom to call
         self.epoch = self.batch = self.steps = 0
-        self._loss_sum = self._seconds = 0.0
+        self._loss_sum = self._seconds = self._last_seconds = 0.0
         self._milliseconds: list[float] = []
         self._spectral = network == "sparse" and run.spectral
         self._graphs: list[dict[str, Any]] = []
@@ -75,18 +77,14 @@ class Learner:
         began = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.config.rate * self.recipe.schedule.factor(self.steps, self.total_steps)
-        if self._outer is None:
-            loss = self.loss(batch)
-            loss.backward()
-        else:
-            loss = self._outer.backward(lambda: self.loss(batch))
+        loss = self._backward(batch)
         if self.recipe.clip_norm is not None:
             clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         moved = self._outer is not None and self._outer.step()
         self._synchronise()
-        spent = time.perf_counter() - began
+        spent = self._last_seconds = time.perf_counter() - began
         self._seconds += spent
         if self.steps >= WARM_UP:
             self._milliseconds.append(1e3 * spent)
@@ -126,10 +124,25 @@ class Learner:
         return row | (self._outer.metrics() if self._outer is not None else {})
 
     @torch.no_grad()
+    def written(self) -> str | None:
+        """Return a text that the network writes; None if the task has none."""
+        with self._evaluation():
+            return self.task.written(self.model)
+
+    def _evaluation(self) -> AbstractContextManager[None]:
+        """Let the model compute as the network that is being trained."""
+        return self.method.evaluation() if isinstance(self.method, NetworkSampler) else nullcontext()
+
+    def speed(self) -> str:
+        """Return how fast the last step was, in tokens a second, for tasks that have tokens."""
+        tokens = self.task.tokens(self.run.config.batch_size)
+        return f"{tokens / self._last_seconds:,.0f} tokens/s" if tokens and self._last_seconds else ""
+
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Return the metric of the network, and what else the task measures."""
         self.model.eval()
-        with self.method.evaluation() if isinstance(self.method, NetworkSampler) else nullcontext():
+        with self._evaluation(), self._autocast():
             scores = self.task.evaluate(self.model)
         self.model.train()
         return scores
@@ -184,7 +197,33 @@ class Learner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean loss ``()`` of a batch."""
-        return self.task.loss(self.model, batch)
+        with self._autocast():
+            return self.task.loss(self.model, batch)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.run.device.type, self.run.dtype, enabled=self.run.dtype is not None)
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Compute the gradients of the mean loss of a batch, part by part, and return that loss."""
+        count = self.run.config.accumulate
+        if count == 1:
+            return self._backward_of(lambda: self.loss(batch))
+        inputs, targets = batch
+        total = torch.zeros((), device=self.run.device)
+        for part in zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True):
+            if size := part[0].shape[0]:  # the last batch of an epoch may have fewer examples than parts
+                total += self._backward_of(partial(self._share_of_loss, part, size / inputs.shape[0]))
+        return total
+
+    def _share_of_loss(self, part: Batch, share: float) -> Tensor:
+        return share * self.loss(part)
+
+    def _backward_of(self, closure: Callable[[], Tensor]) -> Tensor:
+        if self._outer is not None:
+            return self._outer.backward(closure)
+        loss = closure()
+        loss.backward()
+        return loss.detach()
 
     def next_batch(self) -> Batch:
         """Return the batch of the next step; both networks see the same ones in the same order.

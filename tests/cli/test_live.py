@@ -1,4 +1,5 @@
 import io
+import math
 from types import SimpleNamespace
 
 from rich.console import Console
@@ -17,7 +18,7 @@ def show(*, terminal, quiet=False):
     text = io.StringIO()
     with Live(Console(file=text, force_terminal=terminal, width=140), lambda: False, quiet=quiet) as live:
         live.begin(CONFIG, 3, [row("sparse", 1), row("dense", 1)])
-        live.step(SimpleNamespace(seed=0, network="sparse", epoch=1, steps=4), 0.75)
+        live.step(SimpleNamespace(seed=0, network="sparse", epoch=1, steps=4, speed=lambda: ""), 0.75)
         live.row(row("sparse", 2, 0.625))
         live.row(row("dense", 2, 0.875))
         task = live._progress.tasks[0]
@@ -27,6 +28,19 @@ def show(*, terminal, quiet=False):
 def test_elsewhere_a_line_an_epoch_but_none_for_earlier_rows():
     text, _ = show(terminal=False)
     assert text == "seed 1/2  epoch 2/2  sparse loss 1.2500 62.5 %  dense loss 1.2500 87.5 %\n"
+
+
+def test_a_language_model_shows_bits_per_byte_and_its_speed():
+    text = io.StringIO()
+    with Live(Console(file=text, force_terminal=True, width=200), lambda: False, quiet=False) as live:
+        live.begin(Config(recipe="gpt-nano"), 3, [])
+        learner = SimpleNamespace(seed=0, network="sparse", epoch=0, steps=1, speed=lambda: "1,234 tokens/s")
+        live.step(learner, 2 * math.log(2))
+        bits = {key: value for key, value in row("sparse", 1).items() if key != "test_accuracy"}
+        live.row(bits | {"bits_per_byte": 1.75})
+        live.step(learner, 2 * math.log(2))
+        state = live._progress.tasks[0].fields["state"]
+    assert state == "sparse bits per byte 2.0000 1.75 1,234 tokens/s"
 
 
 def test_on_a_terminal_a_bar():

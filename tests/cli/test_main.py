@@ -13,7 +13,7 @@ import sparsekern
 from sparsekern.cli import main as module
 from sparsekern.cli.main import application, main
 from sparsekern.lab import Config
-from sparsekern.lab.options import OPTIONS
+from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS
 from sparsekern.training import METHODS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +31,7 @@ def test_train_is_a_sub_command():
 
 def test_help_names_every_option():
     text = CliRunner().invoke(application(), ["train", "--help"], terminal_width=200, env={"COLUMNS": "200"}).output
-    names = (Config().to_json().keys() - {"options"}) | OPTIONS.keys()
+    names = (Config().to_json().keys() - {"options", "network"}) | OPTIONS.keys() | NETWORK_OPTIONS.keys()
     options = [name.replace("_", "-") for name in names]
     for option in (*options, "out", "resume", "json", "quiet"):
         assert f"--{option}" in text

@@ -15,9 +15,12 @@ from sparsekern.cli.options import (
     given,
     of_recipe,
     option,
+    sparsity_of,
     takes_method_options,
+    takes_network_options,
     takes_run_options,
 )
+from sparsekern.errors import InputError
 from sparsekern.lab import Config
 from sparsekern.lab.options import OPTIONS
 
@@ -115,3 +118,42 @@ def test_the_help_says_whose_an_option_is_and_its_default(methods_command):
 def test_a_word_where_a_number_must_be(methods_command):
     result = CliRunner().invoke(methods_command[0], ["--masks", "many"])
     assert result.exit_code == 2 and "masks" in result.output
+
+
+@pytest.mark.parametrize(
+    ("texts", "value"),
+    [(None, None), ([], None), (["0.9"], 0.9), (["mlp=0.9", "attention=.7"], {"mlp": 0.9, "attention": 0.7})],
+)
+def test_a_sparsity_is_a_number_or_one_for_each_kind(texts, value):
+    assert sparsity_of(texts) == value
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["much"], "sparsity is 'much'; it must be a number such as 0.9"),
+        (["mlp="], "sparsity is 'mlp='; it must be a number"),
+        (["0.9", "0.8"], "sparsity is given 2 times; give one number, or one for each kind"),
+        (["0.9", "mlp=0.8"], "sparsity is given 2 times"),
+        (["mlp=0.9", "mlp=0.8"], "sparsity is given 2 times"),
+    ],
+)
+def test_a_sparsity_that_is_neither(texts, words):
+    with pytest.raises(InputError, match=words):
+        sparsity_of(texts)
+
+
+def test_options_of_networks_say_whose_they_are():
+    received = []
+
+    @takes_network_options
+    def run(*, network: dict) -> None:
+        """Do nothing."""
+        received.append(network)
+
+    app = typer.Typer()
+    app.command()(run)
+    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    assert "gpt: 6; gpt-nano: 3" in text and "gelu, swiglu" in text
+    assert CliRunner().invoke(app, ["--depth=2", "--free-head"]).exit_code == 0
+    assert received == [{"depth": 2, "free_head": True}]

@@ -8,9 +8,12 @@ from typing import Any
 from sparsekern.lab.config import Config, Run, resolve
 from sparsekern.lab.data import Dataset
 from sparsekern.lab.networks import build
+from sparsekern.lab.recipes import RECIPES
 from sparsekern.lab.run import Observer
 from sparsekern.lab.tasks import Classification
 from sparsekern.lab.train import Learner
+
+IMAGE_RECIPES = [name for name, recipe in RECIPES.items() if recipe.task is Classification]
 
 DATA = {
     "name": "digits",

@@ -9,6 +9,7 @@ import sparsekern as sk
 from sparsekern.lab import models
 from sparsekern.lab.recipes import RECIPES, SGD, AdamW, Constant, Cosine, Milestones, find, parameter_groups
 from sparsekern.lab.tasks import AUGMENTATIONS
+from tests.lab.runs import IMAGE_RECIPES
 
 
 def published(name):
@@ -20,19 +21,19 @@ def published(name):
         return recipe.model(num_classes=10, in_channels=3, **sizes)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", IMAGE_RECIPES)
 def test_first_and_last_layer_stay_dense_and_nothing_else(name):
     layers = [n for n, m in published(name).named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert RECIPES[name].kept_dense == (layers[0], layers[-1])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", IMAGE_RECIPES)
 def test_channels_last_is_for_convolutions(name):
     assert RECIPES[name].channels_last == any(isinstance(m, nn.Conv2d) for m in published(name).modules())
 
 
 def test_every_network_has_a_recipe():
-    made = {recipe.model.__name__ for recipe in RECIPES.values()} | {"gpt_small"}  # reads text, recipes images
+    made = {recipe.model.__name__ for recipe in RECIPES.values()} | {"gpt_small"}  # for the benchmarks
     assert made == {name for name in models.__all__ if inspect.isfunction(getattr(models, name))}
 
 
@@ -158,3 +159,9 @@ def test_adamw_is_pytorchs():
     assert {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} == {
         key: usual[key] for key in ("lr", "betas", "eps", "weight_decay")
     }
+
+
+def test_the_floor_of_a_cosine_is_where_it_ends():
+    schedule = Cosine(floor=0.1, warm_up=0.1)
+    assert schedule.factor(99, 100) == pytest.approx(0.1, abs=1e-3) and schedule.factor(10, 100) == 1
+    assert schedule.factor(55, 100) == pytest.approx(0.55)

@@ -43,8 +43,26 @@ def test_by_hand():
     assert compared["accuracy_gap"] == pytest.approx(-0.05)
     assert compared["accuracy_gap_standard_error"] == pytest.approx(0.05)
     assert compared["parameters_dense_over_sparse"] == 4 and compared["bytes_dense_over_sparse"] == 2.5
+    # each network took 3 seconds, so that both had finished
+    assert compared["at_equal_time"] == {"seconds": 3.0, "sparse": sparse["test_accuracy"]["mean"], "dense": 0.9}
     # of 1/3, 1 and 1/2
     assert compared["time_sparse_over_dense"] == {"median": 0.5, "low": None, "high": None, "highest": 1.0}
+
+
+def test_at_equal_time_by_hand():
+    rows = [row("sparse", 0, epoch, epoch / 10, 1.0) | {"seconds": 1.0} for epoch in (1, 2, 3)]
+    rows += [row("dense", 0, epoch, epoch / 20, 2.0) | {"seconds": 2.0} for epoch in (1, 2, 3)]
+    # after the 3 seconds of the sparse network the dense one had finished one epoch of 2 seconds
+    compared = summarise(rows, SIZES, ACCURACY)["comparison"]
+    assert compared["at_equal_time"] == {"seconds": 3.0, "sparse": 0.3, "dense": 0.05}
+    slow = [r | {"seconds": 5.0} if r["network"] == "dense" else r for r in rows]
+    assert summarise(slow, SIZES, ACCURACY)["comparison"]["at_equal_time"]["dense"] is None
+
+
+def test_tokens_a_second():
+    assert "tokens_per_second" not in summarise(ROWS, SIZES, ACCURACY)["networks"]["sparse"]
+    networks = summarise(ROWS, SIZES, ACCURACY, tokens=2048)["networks"]
+    assert networks["sparse"]["tokens_per_second"] == 2048 / 0.004
 
 
 def test_one_seed_has_no_deviation():

@@ -71,7 +71,7 @@ class Copying(Task):
     def augmentation(self, recipe):
         return "none"
 
-    def prepared(self, recipe, augment, device):
+    def prepared(self, recipe, network, augment, device):
         return self
 
     def model_arguments(self):
@@ -92,6 +92,10 @@ class Copying(Task):
 
     def evaluate(self, model):
         return {"test_error": float(self.loss(model, (torch.eye(16), torch.eye(16))))}
+
+    @staticmethod
+    def examples_of(described):
+        return 8
 
     @classmethod
     def load(cls, path, max_gib):

@@ -46,6 +46,8 @@ TIMES = {
     "seconds",
     "environment",
     "time_sparse_over_dense",
+    "at_equal_time",
+    "tokens_per_second",
     "total_seconds",
 }
 """What of rows and results is time, and differs from run to run."""

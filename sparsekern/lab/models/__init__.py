@@ -1,7 +1,7 @@
 """The networks of the recipes, one family a file: dense, plain :mod:`torch.nn`, at any width."""
 
 from sparsekern.lab.models.cifar_resnet import CifarResNet, resnet20, resnet56
-from sparsekern.lab.models.gpt import GPT, gpt_small
+from sparsekern.lab.models.gpt import GPT, gpt, gpt_small
 from sparsekern.lab.models.mlp import mlp
 from sparsekern.lab.models.resnet import ResNet, resnet18, resnet18_cifar, resnet50
 from sparsekern.lab.models.simple_vit import SimpleViT, simplevit_tiny
@@ -15,6 +15,7 @@ __all__ = [
     "ResNet",
     "SimpleViT",
     "WideResNet",
+    "gpt",
     "gpt_small",
     "mlp",
     "resnet18",

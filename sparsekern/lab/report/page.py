@@ -13,6 +13,7 @@ from sparsekern.lab.config import Config
 from sparsekern.lab.history import Frame, film
 from sparsekern.lab.metric import metric_of
 from sparsekern.lab.options import OPTIONS
+from sparsekern.lab.recipes import find
 from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panels, png, shades
 from sparsekern.lab.report.charts import curve_chart, curves_of, layer_chart
 from sparsekern.lab.report.pictures import network_labels, run_title
@@ -110,6 +111,7 @@ def page_contents(
         "notes": [] if results is None else result_notes(results),
         "metric": metric_of(record.rows[0]) if record.rows else None,
         "charts": _charts(record),
+        "written": {} if results is None else _written(results),
         "legend": LEGEND,
         "films": [] if record.history is None else _films(record, record.history),
         "moves": _moves(record),
@@ -125,10 +127,16 @@ def page_contents(
     }
 
 
+def _written(results: dict[str, Any]) -> dict[str, str]:
+    """Return the texts that the networks wrote, by network."""
+    return {name: network["written"] for name, network in results["networks"].items() if network.get("written")}
+
+
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run with those of its method among them."""
-    own: dict[str, Any] = values["options"]
-    return {name: value for name, value in values.items() if name != "options"} | own
+    """Return the options of a run with those of its method and its network among them."""
+    parts = ("options", "network")
+    flat = {name: value for name, value in values.items() if name not in parts}
+    return flat | {name: value for part in parts for name, value in values.get(part, {}).items()}
 
 
 def _status(record: Record) -> str:
@@ -175,6 +183,8 @@ def command_of(config: Config) -> str:
         option = name.replace("_", "-")
         if type(value) is bool:
             words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, dict):
+            words += [word for kind, number in value.items() for word in (f"--{option}", f"{kind}={number}")]
         elif value is not None:
             words += [f"--{option}", str(value)]
     return shlex.join(words)
@@ -226,7 +236,7 @@ def _film(record: Record, layer: str, history: dict[str, Any], every: int) -> di
     if about["tile"] > 1:  # the shade of a tile already tells how many blocks it has
         start = start.new_zeros(start.shape)
     fullest = max(int(frame.now.max()) for frame in frames)
-    steps = math.ceil(record.data["train_images"] / record.config.batch_size)
+    steps = math.ceil(find(record.config.recipe).task.examples_of(record.data) / record.config.batch_size)
     shown = []
     for number, frame in enumerate(frames):
         image = shades(frame.now.numpy(), frame.kept.numpy(), start.numpy(), fullest, kernel)

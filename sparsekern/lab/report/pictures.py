@@ -52,13 +52,13 @@ def run_title(config: Config, data: str) -> str:
     if not config.sparse:
         return title + "dense"
     side, twin = config.block_size, " beside its dense twin" if config.dense else ""
-    sparse = f"{config.sparse_title} {100 * config.sparsity:.4g} % sparse"
+    sparse = f"{config.sparse_title} {config.sparsity_title}"
     return f"{title}{sparse} (blocks of {side} x {side}; {config.method_title}){twin}"
 
 
 def network_labels(config: Config) -> dict[str, str]:
     """Return the label of each network of a run in a legend."""
-    labels = {"sparse": f"{100 * config.sparsity:.4g} % sparse", "dense": "dense twin"}
+    labels = {"sparse": f"{config.sparsity_title}", "dense": "dense twin"}
     return {network: labels[network] for network in config.networks}
 
 
@@ -81,7 +81,9 @@ def draw_summary(
     networks = results["networks"]
     metric = metric_of(rows[0])
     labels = network_labels(config)
-    reached = ", ".join(f"{name} {metric.text(network[metric.key]['mean'], 1)}" for name, network in networks.items())
+    reached = ", ".join(
+        f"{name} {metric.text(network[metric.key]['mean'], metric.digits)}" for name, network in networks.items()
+    )
     stored = " against ".join(f"{network['stored_parameters']:,}" for network in networks.values())
     height = 4.9 if taps(block_map["kernel"]) == (1, 1) else 5.7  # the labels of a kernel take two lines
     figure = Figure(figsize=(16, height), dpi=110, layout="constrained")
@@ -186,7 +188,7 @@ def draw_graphs(path: Path, config: Config, results: dict[str, Any], rows: Seque
     }
     shown = [measure for measure in GRAPHS if lines[measure]]
     figure = Figure(figsize=(4.6 * max(2, len(shown)), 4.6), dpi=110, layout="constrained")
-    network = f"{results['data']['name']}: {config.network_title}, {100 * config.sparsity:.4g} % sparse"
+    network = f"{results['data']['name']}: {config.network_title}, {config.sparsity_title}"
     figure.suptitle(f"{network} ({config.method_title}), block graphs of seed 0", fontsize=13)
     if not shown:
         words = "No measure is defined: fewer than three blocks in a block row or column."

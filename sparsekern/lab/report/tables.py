@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sparsekern.lab.config import Config
@@ -44,6 +44,8 @@ def result_cells(results: dict[str, Any]) -> Cells:
         ["training state", *(f"{n['training_bytes'] / MIB:.1f} MiB" for n in networks.values())],
         ["median time a step", *(_milliseconds(n["ms_per_step"]) for n in networks.values())],
     ]
+    if all("tokens_per_second" in n for n in networks.values()):
+        rows.append(["tokens a second", *(f"{n['tokens_per_second']:,.0f}" for n in networks.values())])
     if comparison is None:
         return ["", *networks], rows
     compared = (
@@ -52,12 +54,25 @@ def result_cells(results: dict[str, Any]) -> Cells:
         _times(comparison["parameters_dense_over_sparse"], "fewer", "more"),
         _times(comparison["bytes_dense_over_sparse"], "smaller", "larger"),
         _time(comparison["time_sparse_over_dense"]),
+        *[""] * (len(rows) - 5),
     )
-    return ["", *networks, "sparse against dense"], [[*row, cell] for row, cell in zip(rows, compared, strict=True)]
+    rows = [[*row, cell] for row, cell in zip(rows, compared, strict=True)]
+    rows.insert(1, _equal_time_row(metric, networks, comparison["at_equal_time"]))
+    return ["", *networks, "sparse against dense"], rows
 
 
 def _reached(metric: Metric, network: dict[str, Any]) -> str:
-    return f"{mean_and_deviation(network[metric.key], metric.scale, 2)} {metric.unit}"
+    return f"{mean_and_deviation(network[metric.key], metric.scale, 2)} {metric.unit}".rstrip()
+
+
+def _equal_time_row(metric: Metric, networks: Iterable[str], reached: dict[str, Any]) -> list[str]:
+    """Return what both networks had reached when the faster one was done."""
+    values = [reached[name] for name in networks]
+    cells = ["not measured" if value is None else metric.text(value) for value in values]
+    gap = ""
+    if reached["sparse"] is not None and reached["dense"] is not None:
+        gap = f"{metric.scale * (reached['sparse'] - reached['dense']):+.2f} {metric.difference}".rstrip()
+    return ["at equal time", *cells, gap]
 
 
 def _milliseconds(spread: dict[str, float | None]) -> str:
@@ -67,7 +82,7 @@ def _milliseconds(spread: dict[str, float | None]) -> str:
 def _gap(metric: Metric, comparison: dict[str, Any]) -> str:
     error = comparison[f"{metric.gap}_standard_error"]
     spread = "" if error is None else f" ± {metric.scale * error:.2f}"
-    return f"{metric.scale * comparison[metric.gap]:+.2f}{spread} {metric.difference}"
+    return f"{metric.scale * comparison[metric.gap]:+.2f}{spread} {metric.difference}".rstrip()
 
 
 def _time(ratio: dict[str, float | None]) -> str:
@@ -102,6 +117,9 @@ def result_notes(results: dict[str, Any]) -> list[tuple[str, str]]:
             f"{environment['kernels']} kernels",
         ),
     ]
+    if "comparison" in results:
+        seconds = results["comparison"]["at_equal_time"]["seconds"]
+        notes.append(("at equal time", f"{metric.name} that each network had after {seconds:,.0f} seconds of training"))
     ratio = results["comparison"]["time_sparse_over_dense"] if "comparison" in results else {"low": None}
     if ratio["low"] is not None:
         notes.append(
@@ -127,7 +145,7 @@ def result_notes(results: dict[str, Any]) -> list[tuple[str, str]]:
 def comparison_cells(rows: Sequence[dict[str, Any]]) -> Cells:
     """Return the table of ``comparison.json``: a row a run."""
     metric = metric_of(rows[0])
-    heading = ["method", "sparsity", "overall", "block", f"{metric.name} ({metric.unit})", "to dense"]
+    heading = ["method", "sparsity", "overall", "block", metric.label.removeprefix("test "), "to dense"]
     return [*heading, "seconds", "ms/step", "FLOPs", "peak MiB"], [
         [
             row["method"],
@@ -151,7 +169,10 @@ def comparison_notes(content: dict[str, Any]) -> list[tuple[str, str]]:
     spread = over_seeds(content["plan"]["base"]["seeds"])
     return [
         ("sparsity", "of the sparse layers, as asked for; overall: of all weights of the network"),
-        (metric.name, f"after the last epoch, {spread}; to dense: difference in {metric.difference}"),
+        (
+            metric.name,
+            f"after the last epoch, {spread}; to dense: difference{metric.difference and f' in {metric.difference}'}",
+        ),
         ("seconds", f"all steps of a training, on {environment['device']}, {count(environment['threads'], 'thread')}"),
         ("FLOPs", "matrix products of a training, at stored elements; scores of updates included"),
         ("peak", "weights, gradients, optimizer and activations at the highest moment of a step"),

@@ -42,6 +42,7 @@ RESULTS = {
         "parameters_dense_over_sparse": 7.54,
         "bytes_dense_over_sparse": 7.5,
         "time_sparse_over_dense": {"median": 1.25, "low": 1.1, "high": 1.4, "highest": 2.0},
+        "at_equal_time": {"seconds": 61.7, "sparse": 0.9789, "dense": 0.95},
     },
 }
 
@@ -70,10 +71,11 @@ def test_a_slower_sparse_network_is_called_slower():
 
 def test_the_notes():
     assert aligned(result_notes(RESULTS)).splitlines() == [
-        "accuracy  after the last epoch, mean over 5 seeds ± standard deviation; gap ± standard error; "
+        "accuracy       after the last epoch, mean over 5 seeds ± standard deviation; gap ± standard error; "
         "on 359 test images",
-        "time      forward, backward and optimizer on CPU, 2 threads, eager kernels",
-        "ratio     time of a sparse step / of a dense step, epoch by epoch: median 1.25, quartiles 1.10 to 1.40; "
+        "time           forward, backward and optimizer on CPU, 2 threads, eager kernels",
+        "at equal time  accuracy that each network had after 62 seconds of training",
+        "ratio          time of a sparse step / of a dense step, epoch by epoch: median 1.25, quartiles 1.10 to 1.40; "
         "the two networks took turns",
     ]
 
@@ -94,6 +96,27 @@ def test_the_ratio_in_words(ratio, low, high, said):
     results["comparison"]["time_sparse_over_dense"] = {"median": ratio, "low": low, "high": high, "highest": ratio}
     assert said in words(results)
     assert ("ratio" in dict(result_notes(results))) == (low is not None)
+
+
+def test_what_was_reached_at_equal_time():
+    assert "at equal time │ 97.89 % │ 95.00 % │ +2.89 points" in words(RESULTS)
+    results = copy.deepcopy(RESULTS)
+    results["comparison"]["at_equal_time"]["dense"] = None  # it had not finished its first epoch
+    assert "at equal time │ 97.89 % │ not measured │ │" in words(results)
+
+
+def test_bits_per_byte_have_no_unit_and_a_speed():
+    results = copy.deepcopy(RESULTS)
+    for bits, one in zip((1.5, 1.25), results["networks"].values(), strict=True):
+        one["bits_per_byte"] = {"mean": bits, "standard_deviation": None, "by_seed": [bits]}
+        one["tokens_per_second"] = 1234.5
+        del one["test_accuracy"]
+    results["comparison"] |= {"bits_per_byte_gap": 0.25, "bits_per_byte_gap_standard_error": None}
+    results["data"] = {"name": "a text", "train_bytes": 90, "held_out_bytes": 12345}
+    text = words(results)
+    assert "test bits per byte │ 1.50 │ 1.25 │ +0.25 │" in text
+    assert "tokens a second │ 1,234 │ 1,234 │ │" in text
+    assert "on 12,345 held out bytes" in dict(result_notes(results))["bits per byte"]
 
 
 def test_a_busy_machine_is_noted():

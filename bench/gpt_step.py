@@ -1,0 +1,119 @@
+"""A training step of a GPT, dense and sparse, in turn: ``python -m bench.gpt_step``.
+
+The network is ``gpt-mini`` of the recipes (6 layers of 384 features, context 128, batches of 16): feed-forward 90 % and
+attention's projections 70 % sparse; ``--width 768 --sparsity 0.9 0.9`` is a wider one. A step is forward,
+cross-entropy, backward and AdamW. SparseLab (single weights) takes part on one thread where it is installed: it brings
+an OpenMP runtime of its own.
+
+One JSON line a contestant; ``vs_dense`` says how many times as fast it is as the dense network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import sparsekern as sk
+from bench.cpu.clock import Stopwatch
+from bench.cpu.results import Row, circumstances, rounded, write_rows
+from sparsekern.lab.models import GPT
+
+VOCABULARY, CONTEXT, BATCH, HEAD_FEATURES = 256, 128, 16, 64
+
+KINDS = ("mlp", "attention")
+"""Names of the layers' parents; each kind has a sparsity."""
+
+
+def dense_gpt(width: int, depth: int) -> GPT:
+    """Return the dense network."""
+    torch.manual_seed(0)
+    return GPT(VOCABULARY, CONTEXT, depth=depth, heads=width // HEAD_FEATURES, head_features=HEAD_FEATURES)
+
+
+def sparse_gpt(width: int, depth: int, sparsities: Sequence[float], block: int) -> GPT:
+    """Return the network with sparse layers in blocks of that side; a sparsity for each of :data:`KINDS`."""
+    by_kind = {f"*.{kind}.*": sparsity for kind, sparsity in zip(KINDS, sparsities, strict=True)}
+    model = dense_gpt(width, depth)
+    sk.sparsify_(model, by_kind, block)
+    return model
+
+
+def sparselab_gpt(width: int, depth: int, sparsities: Sequence[float]) -> GPT:
+    """Return the network with SparseLab's layers."""
+    sparse_linear = import_module("sparselab").SparseLinear
+    model = dense_gpt(width, depth)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            sparsity = next(s for kind, s in zip(KINDS, sparsities, strict=True) if kind in name)
+            model.set_submodule(name, sparse_linear(layer.in_features, layer.out_features, sparsity=sparsity))
+    return model
+
+
+def step_of(model: nn.Module) -> Callable[[], None]:
+    """Return a whole training step on one batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=generator)
+
+    def step() -> None:
+        cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Race, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/out/gpt_step.jsonl"))
+    parser.add_argument("--width", type=int, default=384, help=f"features, a multiple of {HEAD_FEATURES}")
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--sparsity", type=float, nargs=2, default=(0.9, 0.7), metavar=("MLP", "ATTENTION"))
+    parser.add_argument("--blocks", type=int, nargs="+", default=(1, 16, 32))
+    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args(argv)
+    torch.set_flush_denormal(True)  # as `sparsekern train`
+    rows: list[Row] = []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        models = {"dense": dense_gpt(options.width, options.depth)}
+        for block in options.blocks:
+            models[f"{block}x{block}"] = sparse_gpt(options.width, options.depth, options.sparsity, block)
+        if threads == 1 and find_spec("sparselab") is not None:
+            models["sparselab"] = sparselab_gpt(options.width, options.depth, options.sparsity)
+        calls = {name: step_of(model) for name, model in models.items()}
+        timings, errors = Stopwatch().race(calls, options.rounds, seconds=60)
+        if errors:
+            raise RuntimeError(f"{threads} threads: {errors}")
+        dense = timings["dense"].quantile(0.5)
+        for name, timing in timings.items():
+            row: Row = {
+                "network": f"gpt {options.width}x{options.depth}",
+                "mlp_sparsity": options.sparsity[0],
+                "attention_sparsity": options.sparsity[1],
+                "threads": threads,
+                "contestant": name,
+                "ms": rounded(timing.quantile(0.5)),
+                "p25": rounded(timing.quantile(0.25)),
+                "p75": rounded(timing.quantile(0.75)),
+                "samples": len(timing.samples),
+                "vs_dense": rounded(dense / timing.quantile(0.5)),
+            }
+            print(json.dumps(row), flush=True)
+            rows.append({**row, **circumstances()})
+    write_rows(options.out, rows)
+
+
+if __name__ == "__main__":
+    sk.keep_freed_memory()
+    main()
