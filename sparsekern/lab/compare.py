@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsekern.errors import InputError
 from sparsekern.files.atomic_files import refuse_link
-from sparsekern.lab.config import Config, Run, resolve
+from sparsekern.lab.config import Config
 from sparsekern.lab.cost import training_cost
 from sparsekern.lab.formats import CostFile, PlanEntries, checked
 from sparsekern.lab.lock import locked
@@ -18,6 +18,7 @@ from sparsekern.lab.options import OPTIONS, Value
 from sparsekern.lab.recipes import SPARSITY, find
 from sparsekern.lab.report.pictures import draw_comparison, draw_or_warn
 from sparsekern.lab.report.tables import comparison_cells, markdown
+from sparsekern.lab.resolved import Run, resolve
 from sparsekern.lab.results import score_rows
 from sparsekern.lab.run import Interrupted, Observer, resume, start_resolved
 from sparsekern.lab.store import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekern.analysis import Summary, summary
 from sparsekern.analysis.measure import peak_above
 from sparsekern.lab import checkpoint
-from sparsekern.lab.config import Config, Run, resolve
+from sparsekern.lab.config import Config
 from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
+from sparsekern.lab.resolved import Run, resolve
 from sparsekern.lab.train import Learner
 from sparsekern.training import AGENT, NetworkSampler
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.errors import InputError
-from sparsekern.lab.config import Run
 from sparsekern.lab.models.layers import widened
+from sparsekern.lab.resolved import Run
 from sparsekern.topology import generator_for
 from sparsekern.training import AGENT, Method
 from sparsekern.transforms import Width

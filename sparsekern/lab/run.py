@@ -14,11 +14,12 @@ import sparsekern as sk
 from sparsekern.errors import InputError
 from sparsekern.integrations.loggers import LogTo, log, open_log
 from sparsekern.lab import checkpoint
-from sparsekern.lab.config import Config, Run, resolve
+from sparsekern.lab.config import Config
 from sparsekern.lab.history import History
 from sparsekern.lab.lock import locked
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.pictures import draw_graphs, draw_or_warn, draw_summary
+from sparsekern.lab.resolved import Run, resolve
 from sparsekern.lab.results import best_step, summarise
 from sparsekern.lab.store import (
     DEFAULT,

@@ -18,8 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from sparsekern.analysis import network_sparsity, spectral, stored_parameters, training_bytes
 from sparsekern.errors import InputError
-from sparsekern.lab.config import Run
 from sparsekern.lab.networks import build, build_agent, build_method
+from sparsekern.lab.resolved import Run
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import sparse_layers
 from sparsekern.topology import generator_for

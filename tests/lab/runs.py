@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sparsekern.lab.config import Config, Run, resolve
+from sparsekern.lab.config import Config
 from sparsekern.lab.data import Dataset
 from sparsekern.lab.networks import build
 from sparsekern.lab.recipes import RECIPES
+from sparsekern.lab.resolved import Run, resolve
 from sparsekern.lab.run import Observer
 from sparsekern.lab.tasks import Classification
 from sparsekern.lab.train import Learner

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sparsekern.errors import InputError
-from sparsekern.lab.config import Config, usable_device
+from sparsekern.lab.config import Config
+from sparsekern.lab.resolved import usable_device
 from tests.lab.runs import run_of
 
 

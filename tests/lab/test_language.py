@@ -15,9 +15,9 @@ import sparsekern as sk
 from sparsekern.cli.main import application
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Interrupted, resume, start
-from sparsekern.lab.config import resolve
 from sparsekern.lab.language import EXAMPLES, Language
 from sparsekern.lab.report.text import printable
+from sparsekern.lab.resolved import resolve
 from sparsekern.lab.run import Observer
 from sparsekern.lab.store import RESULTS
 from sparsekern.lab.train import Learner

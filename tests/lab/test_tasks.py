@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from sparsekern.lab.config import Config, resolve
+from sparsekern.lab.config import Config
 from sparsekern.lab.metric import Metric
 from sparsekern.lab.recipes import RECIPES
+from sparsekern.lab.resolved import resolve
 from sparsekern.lab.results import best_step
 from sparsekern.lab.tasks import MARGIN, Task, augmented
 from sparsekern.lab.train import Learner

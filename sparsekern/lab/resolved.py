@@ -1,0 +1,130 @@
+"""The run that a configuration and its data decide: everything looked up, nothing left open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsekern.errors import InputError
+from sparsekern.lab.config import Config
+from sparsekern.lab.options import OPTIONS, STOP, part_of
+from sparsekern.lab.recipes import Recipe, find
+from sparsekern.lab.tasks import Task
+from sparsekern.training import METHODS, PRESETS, VRPGE, Method
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in which everything is decided: what the training reads, and needs to look up or parse no more.
+
+    Attributes:
+        config: the options, none of them open. ``config.json`` holds them.
+        recipe: how the network is trained.
+        task: what it is trained on, with the data, on the device.
+        device: of the training.
+        batches: steps of an epoch.
+        steps: steps of the whole training.
+        method: class of the training method.
+        arguments: of its constructor, but for model, optimizer and seed.
+        network: options of the network, but for its width.
+        sparsity: of all sparse layers, or of those whose names match a glob.
+        dtype: in which autocast computes, or None for a training without it.
+        pool: blocks to store for each one that is to remain; None if the method does not choose among candidates.
+        agent: arguments of AGENT, or None for a training without it.
+        layers: arguments of :func:`sparsekern.sparsify_`, but for sparsity, blocks and what stays dense.
+        transform: name of the Sparse-IFT transform, or None.
+        transform_max_gib: GiB that it may take, or None for its default.
+        spectral: whether the graphs of the blocks are measured at each update.
+    """
+
+    config: Config
+    recipe: Recipe
+    task: Task
+    device: torch.device
+    batches: int
+    steps: int
+    method: type[Method]
+    arguments: Mapping[str, Any]
+    network: Mapping[str, Any]
+    sparsity: float | Mapping[str, float]
+    dtype: torch.dtype | None
+    pool: float | None
+    agent: Mapping[str, Any] | None
+    layers: Mapping[str, Any]
+    transform: str | None
+    transform_max_gib: float | None
+    spectral: bool
+
+
+def resolve(config: Config, task: Task) -> Run:
+    """Decide a run.
+
+    Args:
+        config: the options, some of them open.
+        task: with the data.
+
+    Raises:
+        ValueError: this machine lacks the device, or the data do not fit the network.
+    """
+    recipe = find(config.recipe)
+    config = config.resolved(task.examples, task.augmentation(recipe))
+    device = usable_device(str(config.device))
+    batches = math.ceil(task.examples / config.batch_size)
+    steps = (config.epochs or 0) * batches
+    chosen = None if config.preset is None else PRESETS[config.preset]
+    method, options = METHODS[config.method], config.options
+    arguments: dict[str, Any] = {"stop": (STOP if chosen is None else chosen.until) * steps}
+    arguments |= {} if chosen is None else chosen.options
+    arguments["update_every"] = config.update_every
+    for name, value in part_of("method", options).items():
+        arguments[name] = float(value) * steps if OPTIONS[name].fraction else value
+    if "start" in arguments:
+        arguments["start"] = int(arguments["start"])
+    layers = {"distribution": recipe.distribution} | ({} if chosen is None else dict(chosen.layers))
+    layers |= part_of("recipe", options)
+    pool = layers.pop("pool", VRPGE.pool)
+    agent, transform = part_of("agent", options), part_of("transform", options)
+    network, sparsity = {**recipe.network, **config.network}, config.sparsity
+    if isinstance(sparsity, Mapping):
+        sparsity = {recipe.kinds[kind]: number for kind, number in sparsity.items()}
+        layers["targets"] = list(sparsity)
+    elif recipe.kinds:
+        layers["targets"] = list(recipe.kinds.values())
+    return Run(
+        config=config,
+        recipe=recipe,
+        task=task.prepared(recipe, network, str(config.augment), device),
+        device=device,
+        batches=batches,
+        steps=steps,
+        method=method,
+        arguments=arguments,
+        network=network,
+        sparsity=sparsity,
+        dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
+        pool=float(pool) if issubclass(method, VRPGE) else None,
+        agent={name.removeprefix("agent_"): v for name, v in agent.items()} if agent.pop("agent", False) else None,
+        layers=layers,
+        transform=transform.get("transform"),
+        transform_max_gib=transform.get("transform_max_gib"),
+        spectral=bool(options.get("spectral")),
+    )
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ValueError: this machine, or this installation of PyTorch, does not have it.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu",
+            parameter="device",
+        )
+    return device
