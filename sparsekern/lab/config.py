@@ -35,7 +35,7 @@ OF_RECIPE: Any = None
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one run. Those that are None are decided when the data are known, by 
+    """The options of one run. Those that are None are decided when the data are known, by
     :func:`sparsekern.lab.resolved.resolve`.
 
     Attributes:
