@@ -22,7 +22,8 @@ from sparsekern.files import load_
 from sparsekern.files.atomic_files import make_folder, make_parents, refuse_link, remove_folder, remove_leftovers
 from sparsekern.files.torch_files import read_torch
 from sparsekern.files.weight_files import write_state
-from sparsekern.lab.formats import FORMAT_VERSION, State, checked
+from sparsekern.lab.checkpoint_formats import State
+from sparsekern.lab.formats import FORMAT_VERSION, checked
 
 logger = logging.getLogger("sparsekern")
 

@@ -6,14 +6,11 @@ is executed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,7 +20,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from torch import Tensor
 
 from sparsekern.errors import InputError
 from sparsekern.lab.metric import METRICS
@@ -33,10 +29,6 @@ FORMAT_VERSION = 4
 
 LARGEST = 2**31 - 1
 """Largest count that is accepted."""
-
-PIXELS = 2**20
-"""Most pixels of a block map in a film; those that are written have far fewer."""
-
 
 IMAGES, TEXT = "<images>", "<text>"
 """Kinds of data. Errors do not name them."""
@@ -55,25 +47,6 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 Seconds = Annotated[Number, Field(ge=0)]
 Name = Literal["sparse", "dense"]
 Pair = Annotated[Sequence[Positive], Field(min_length=2, max_length=2)]
-Counts = Annotated[Sequence[Count], Field(min_length=2, max_length=2)]
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.dim() != 1 or not tensor.is_contiguous():
-        raise InputError("it must be a tensor of one axis")
-    return tensor
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.uint8:
-        raise InputError(f"it is {tensor.dtype}, and must be torch.uint8")
-    return tensor
-
-
-def _keys(tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"it is {tensor.dtype}, and must hold integers")
-    return tensor
 
 
 def _the_only(part: BaseModel, names: Sequence[str]) -> str:
@@ -82,10 +55,6 @@ def _the_only(part: BaseModel, names: Sequence[str]) -> str:
     if len(given) != 1:
         raise InputError(f"it must have one of {', '.join(names)}")
     return given[0]
-
-
-Bytes = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_bytes)]
-Keys = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_keys)]
 
 
 class Part(BaseModel):
@@ -308,94 +277,6 @@ class PlanEntries(Part):
     sparsities: list[Number]
     block_sizes: list[Positive]
     dense: bool
-
-
-class FilmedLayer(Part):
-    """A layer of a film."""
-
-    shape: Pair
-    tile: Positive
-    rows: Positive
-    cols: Positive
-    kernel: Pair | None
-    groups: Positive
-    block: Pair
-
-    @model_validator(mode="after")
-    def _small(self) -> FilmedLayer:
-        if math.prod(self.shape) > PIXELS:
-            raise InputError(f"a block map of {' x '.join(map(str, self.shape))} pixels is larger than {PIXELS}")
-        return self
-
-
-class FilmFrame(Part):
-    """A frame of a film."""
-
-    step: Count
-    update: Count
-    images: dict[str, Bytes]
-    blocks: dict[str, Counts]
-
-
-class Film(Part):
-    """State of a :class:`~sparsekern.lab.history.History`."""
-
-    every: Positive
-    layers: dict[str, FilmedLayer]
-    start: dict[str, Bytes]
-    frames: Annotated[list[FilmFrame], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _same_layers(self) -> Film:
-        parts: list[dict[str, Any]] = [self.start]
-        parts += [part for frame in self.frames for part in (frame.images, frame.blocks)]
-        if any(part.keys() != self.layers.keys() for part in parts):
-            raise InputError("its frames are of other layers")
-        return self
-
-
-class BlockMap(Part):
-    """Places of the blocks of one layer, at the start and now."""
-
-    layer: str
-    rows: Positive
-    cols: Positive
-    kernel: Pair | None
-    start: Keys
-    end: Keys
-
-    @model_validator(mode="after")
-    def _inside(self) -> BlockMap:
-        for keys in (self.start, self.end):
-            if keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < self.rows * self.cols:
-                raise InputError("a block is outside the grid")
-        return self
-
-
-class LearnerState(Part):
-    """State of a :class:`~sparsekern.lab.train.Learner`."""
-
-    epoch: Count
-    batch: Count
-    steps: Count
-    loss_sum: Number
-    seconds: Seconds
-    milliseconds: list[Seconds]
-    graphs: list[Graphs]
-    optimizer: dict[str, Any]
-    method: dict[str, Any] | None
-
-
-class State(Part):
-    """``state.pt`` of a checkpoint. A finished seed has ``sizes`` and ``map``, an unfinished one ``learners``."""
-
-    rows: list[Row]
-    finished: bool
-    history: Film | None
-    sizes: dict[Name, Sizes] = {}
-    map: BlockMap | None = None
-    written: dict[Name, str] = {}
-    learners: dict[Name, LearnerState] = {}
 
 
 Kind = TypeVar("Kind", bound=Part)
