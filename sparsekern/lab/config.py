@@ -35,8 +35,9 @@ OF_RECIPE: Any = None
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one run. Those that are None are decided when the data are known, by
-    :func:`sparsekern.lab.resolved.resolve`.
+    """The options of one run.
+
+    Those that are None are decided when the data are known, by :func:`sparsekern.lab.resolved.resolve`.
 
     Attributes:
         recipe: a name in :data:`sparsekern.lab.recipes.RECIPES`. It decides what is not given of ``block_size``,
