@@ -130,7 +130,7 @@ class Learner:
             return self.task.written(self.model)
 
     def _evaluation(self) -> AbstractContextManager[None]:
-        """Let the model compute as the network that is being trained."""
+        """Return a context in which the model computes as the network that is being trained."""
         return self.method.evaluation() if isinstance(self.method, NetworkSampler) else nullcontext()
 
     def speed(self) -> str:
