@@ -24,7 +24,8 @@ def main(steps: int = 300, width: int = 256, depth: int = 4, folder: str = "spar
     rows = [{"input_ids": row, "labels": row} for row in batch(text, CONTEXT, 16 * steps, seed=0)]
     torch.manual_seed(0)
     sizes = {"n_embd": width, "n_layer": depth, "n_head": width // 64, "n_positions": 4 * CONTEXT, "vocab_size": 256}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=10, eos_token_id=0, pad_token_id=0))
+    options = {"activation_function": "gelu_pytorch_tanh", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **options, bos_token_id=10, eos_token_id=0, pad_token_id=0))
     sk.sparsify_(model, {"*.mlp.*": 0.9, "*": 0.7}, block_size=16)  # the log says that the tied head stays dense
     trainer = Trainer(
         model,

@@ -80,7 +80,7 @@ def refusals(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str
     for name, module in layers.items():
         why = f"{read[name]} reads its weight instead of calling it" if name in read else _own_reason(module, uses)
         if name in read and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            why = f"{why} (call sparsekern.nn.split_attention_(model) first, which changes that)"
+            why = f"{why} (sparsekern.nn.split_attention_ changes that)"
         if why is not None:
             found[name] = why
     return found
