@@ -67,7 +67,7 @@ def exchange_(optimizer: torch.optim.Optimizer, exchanges: Exchanges) -> None:
             continue
         old_state = optimizer.state.pop(old)
         optimizer.state[new] = {
-            key: _converted(value, old, new, topology, untouched(optimizer, key, group))
+            key: _converted(value, old, new, topology, initial_entry(optimizer, key, group))
             if isinstance(value, Tensor) and value.shape == old.shape
             else value
             for key, value in old_state.items()
@@ -85,7 +85,7 @@ def _converted(state: Tensor, old: Tensor, new: Tensor, topology: Topology, fres
     return gather_blocks(topology, state)
 
 
-def untouched(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
+def initial_entry(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
     """Return what an entry of a state holds before the first step in PyTorch's optimizers: zero in all but two."""
     if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
         return float(group.get("initial_accumulator_value", 0.0))

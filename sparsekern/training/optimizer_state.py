@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.nn.carry_state import initial_entry
 from sparsekern.training.optimizer_trial import Layout, Refusal, a_what, is_one_value, trial_layout
 
 SECOND_MOMENTS = (
@@ -94,7 +95,7 @@ def slot_state(
                 name,
             )
         found.append(
-            SlotState(key, state, _known_fresh(optimizer, key, group) if layout is None else layout.fresh[key])
+            SlotState(key, state, initial_entry(optimizer, key, group) if layout is None else layout.fresh[key])
         )
     return found
 
@@ -139,15 +140,6 @@ def _is_by_slot(state: Tensor, parameter: Tensor) -> bool:
         return False
     later = zip(state.shape[1:], parameter.shape[1:], strict=False)
     return state.dim() == 1 or (state.dim() == parameter.dim() and all(s in (1, p) for s, p in later))
-
-
-def _known_fresh(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:
-    """Return the first value of a state of PyTorch's own optimizers: zero in all but two."""
-    if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
-        return float(group.get("initial_accumulator_value", 0.0))
-    if isinstance(optimizer, torch.optim.Rprop) and key == "step_size":
-        return float(group["lr"])
-    return 0.0
 
 
 def mean_of_kept(state: Tensor, kept: Tensor, real: Tensor | None) -> Tensor:
