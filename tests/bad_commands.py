@@ -10,7 +10,10 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("", ()),  # the help, not an error: see the test
     ("trian", ("no such command 'trian'; did you mean 'train'? ", " --help")),
     ("train --epochs ten", ("--epochs is 'ten'", "it must be a whole number", "--help")),
-    ("train --sparsity lots", ("--sparsity is 'lots'", "it must be a number", "--help")),
+    ("train --sparsity head=0.5", ("sparsity is given for head", "recipe mlp has none", "give one number")),
+    ("train --recipe gpt --width 100", ("width is 100", "a multiple of 64")),
+    ("train --depth 2", ("depth is 2", "recipe mlp has no such options", "drop it")),
+    ("train --sparsity lots", ("sparsity is 'lots'", "it must be a number such as 0.9", "mlp=0.9")),
     ("train --width", ("--width",)),
     ("train --widht 64", ("no such option", "--widht", "--width")),
     ("train somewhere", ("unexpected extra argument", "somewhere")),
