@@ -96,6 +96,8 @@ def test_ctrl_c_while_pytorch_is_imported_ends_the_command_without_a_traceback(t
 def test_ctrl_c_is_python_s_own_again_when_a_command_runs(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     seen = []
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)  # it is of the whole process
+    monkeypatch.setattr(sparsekern, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(module, "application", lambda: lambda prog_name: seen.append(signal.getsignal(signal.SIGINT)))
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
