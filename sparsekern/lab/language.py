@@ -107,7 +107,7 @@ class Language(Task):
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Return the first bytes of the windows of an epoch ``(N,)``, drawn uniformly."""
-        return torch.randint(len(self.corpus.train) - self.context, (EXAMPLES,), generator=generator)
+        return self.corpus.train.random_starts(EXAMPLES, self.context + 1, generator)
 
     def batch(self, order: Tensor, number: int, size: int, generator: torch.Generator) -> Batch:
         """Return bytes and the bytes that follow them, both ``(B, context)`` int64."""
@@ -128,7 +128,7 @@ class Language(Task):
         return {"bits_per_byte": nats / windows.shape[0] / math.log(2)}
 
     def tokens(self, examples: int) -> int:
-        """Return the bytes that so many windows ask the network about."""
+        """Return the bytes that the network predicts in that many windows."""
         return examples * self.context
 
     def written(self, model: nn.Module) -> str:

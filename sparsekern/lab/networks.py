@@ -55,12 +55,14 @@ def build(run: Run, network: str, seed: int) -> nn.Module:
     return model
 
 
-def _stored(run: Run) -> float | dict[str, float]:
+def _stored(run: Run) -> float | Mapping[str, float]:
     """Return the sparsity of what is stored, candidates included."""
-    pool = run.pool or 1.0
-    if isinstance(run.sparsity, Mapping):
-        return {glob: max(0.0, 1 - pool * (1 - sparsity)) for glob, sparsity in run.sparsity.items()}
-    return run.sparsity if run.pool is None else max(0.0, 1 - pool * (1 - run.sparsity))
+    pool, sparsity = run.pool, run.sparsity
+    if pool is None:
+        return sparsity
+    if isinstance(sparsity, Mapping):
+        return {glob: max(0.0, 1 - pool * (1 - number)) for glob, number in sparsity.items()}
+    return max(0.0, 1 - pool * (1 - sparsity))
 
 
 def _width(run: Run, widen: Width) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,9 @@ class Text:
         content = bytearray().join(self.read(start, length) for start in starts.tolist())
         return torch.frombuffer(content, dtype=torch.uint8).view(-1, length).long()
 
-    def random_windows(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        """Return ``(count, length)`` int64 from places drawn uniformly."""
-        return self.windows(torch.randint(len(self) - length + 1, (count,), generator=generator), length)
+    def random_starts(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Return the first bytes of windows of that length, ``(count,)`` int64, drawn uniformly."""
+        return torch.randint(len(self) - length + 1, (count,), generator=generator)
 
     def even_windows(self, count: int, length: int) -> Tensor:
         """Return ``(N, length)`` int64 from evenly spaced places without overlap; N is at most ``count``."""
@@ -146,8 +147,13 @@ class Corpus:
             "train_bytes": len(self.train),
             "held_out_bytes": len(self.held_out),
             "files": len({piece.path for part in (self.train, self.held_out) for piece in part.pieces}),
-            "sha256": hashlib.sha256((self.train.digest() + self.held_out.digest()).encode()).hexdigest(),
+            "sha256": self._sha256,
         }
+
+    @cached_property
+    def _sha256(self) -> str:
+        """Of both parts. A run asks for it at its beginning and its end, and it reads the whole text."""
+        return hashlib.sha256((self.train.digest() + self.held_out.digest()).encode()).hexdigest()
 
 
 def load_text(path: str | None) -> Corpus:
