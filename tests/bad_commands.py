@@ -51,7 +51,10 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("train --agent --agent-gamma 7", ("gamma is 7", "[0, 1]", "option --agent-gamma")),
     ("train --agent --agent-batches 0", ("batches is 0", "1 or more", "option --agent-batches")),
     ("train --agent --agent-every 5", ("every is 5", "estimate must be gradients", "option --agent-every")),
-    ("train --agent --agent-estimate guess", ("agent_estimate is 'guess'", "one of losses, gradients")),
+    (
+        "train --agent --agent-estimate guess",
+        ("estimate is 'guess'", "one of losses, gradients", "option --agent-estimate"),
+    ),
     ("train --agent-gamma 0.5", ("agent_gamma is 0.5", "agent is off", "turn it on")),
     # Where it writes.
     ("train --width 64 --out {place}/full", ("out is {place}/full", "not empty", "choose another --out")),

@@ -372,7 +372,7 @@ CASES: list[tuple[Any, ...]] = [
     ("Config(seeds=0)", ValueError, "seeds", "0", "whole number of 1 or more"),
     ('Config(device="gpu")', ValueError, "device", "gpu", "cpu, cuda"),
     ("Config(dense=1)", ValueError, "dense", "1", "true or false"),
-    ("Config(data=3)", ValueError, "data", "3", "a path"),
+    ("Config(data=3)", ValueError, "data", "3", "a text"),
     # Sizes that are no whole numbers.
     ("sk.SparseLinear(torch.ones(2), 8)", TypeError, "in_features is tensor([1., 1.])", "it must be a whole number"),
     ('sk.SparseLinear(torch.tensor(3, device="meta"), 8)', TypeError, "in_features is tensor(", "it must be a whole"),

@@ -12,21 +12,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 
 from sparsekern.cli.live import Live
-from sparsekern.cli.options import (
-    RUN_OPTIONS,
-    Json,
-    Quiet,
-    absolute,
-    given,
-    of_recipe,
-    option,
-    takes_network_options,
-    takes_run_options,
-)
+from sparsekern.cli.options import NETWORK, RUN, Json, Quiet, absolute, given, option, sparsity_of, takes
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
 from sparsekern.lab.compare import PICTURE, TABLE, Contestant, compare, default_folder, is_finished, plan_for
-from sparsekern.lab.options import NETWORK_OPTIONS
-from sparsekern.lab.recipes import SPARSITY
 from sparsekern.lab.report.tables import comparison_cells, comparison_notes
 from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import PLAN
@@ -39,8 +27,14 @@ QUICK = {"seeds": 1, "epochs": 1}
 """What ``--quick`` says where nothing else is said."""
 
 
-@takes_network_options
-@takes_run_options
+LISTED = ("method", "preset", "sparsity", "block_size")
+"""Options of a run of which a comparison takes several values."""
+
+SHARED = {name: annotation for name, annotation in RUN.items() if name not in (*LISTED, "sparse")}
+"""Options that all runs of a comparison share."""
+
+
+@takes(values=SHARED, network=NETWORK)
 def compare_methods(
     *,
     method: Annotated[
@@ -55,10 +49,11 @@ def compare_methods(
         list[str] | None,
         option(f"A publication's method and options: {', '.join(PRESETS)}. Options as above. Repeat it.", "none"),
     ] = None,
-    sparsity: Annotated[list[float] | None, option("Fraction absent. Repeat it for more.", SPARSITY)] = None,
-    block_size: Annotated[
-        list[int] | None, option("Side of the blocks. Repeat it for more.", of_recipe("block_size"))
+    sparsity: Annotated[
+        list[str] | None,
+        option("Fraction absent, or one for each kind of layers: mlp=0.9,attention=0.7. Repeat it.", "the recipe's"),
     ] = None,
+    block_size: Annotated[list[int] | None, option("Side of the blocks. Repeat it for more.", "the recipe's")] = None,
     values: dict[str, Any],
     network: dict[str, Any],
     quick: Annotated[bool, typer.Option("--quick", help="One seed and one epoch, unless others are given.")] = False,
@@ -79,11 +74,7 @@ def compare_methods(
     errors = error_console()
     folder = out or default_folder(datetime.now())
     with (
-        explained(
-            errors,
-            lambda saved: _how_to_go_on(folder, saved=saved),
-            {*RUN_OPTIONS, *NETWORK_OPTIONS, "sparsity", "block_size"},
-        ),
+        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), {*RUN, *NETWORK}),
         CtrlC() as interrupt,
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):
@@ -94,7 +85,7 @@ def compare_methods(
             folder,
             (QUICK | values) if quick else values,
             contestants,
-            sparsity or (),
+            [sparsity_of(text) for text in sparsity or ()],
             block_size or (),
             dense,
         )

@@ -18,7 +18,7 @@ from sparsekern.files.size_limits import DEFAULT, Limits
 from sparsekern.files.states import StoredLayer, stored_layers
 from sparsekern.files.weight_files import FORMAT_VERSION, read_state
 from sparsekern.lab import checkpoint
-from sparsekern.lab.report.text import printable
+from sparsekern.lab.report.text import percent, printable
 from sparsekern.lab.store import CONFIG, check_run, read_config
 from sparsekern.nn.layer_state import STORED
 
@@ -122,9 +122,7 @@ def _print(found: dict[str, Any]) -> None:
     say(f"{found['file']}: {found['file_bytes']:,} bytes, {version}")
     if "run" in found:
         config = found["run"]["config"]
-        kinds = config["sparsity"]
-        sparsity = ", ".join(f"{kind} {s:g}" for kind, s in kinds.items()) if isinstance(kinds, dict) else f"{kinds:g}"
-        say(f"run: recipe {config['recipe']}, {config['method']}, sparsity {sparsity}")
+        say(f"run: recipe {config['recipe']}, {config['method']}, {percent(config['sparsity'])} sparse")
     console.print(table)
     say(f"{found['stored_weights']:,} weights in blocks; {found['bytes']:,} bytes in all tensors")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,50 +13,23 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sparsekern.cli.live import Live
-from sparsekern.cli.options import (
-    MLP,
-    Quiet,
-    absolute,
-    given,
-    of_recipe,
-    option,
-    sparsity_of,
-    takes_method_options,
-    takes_network_options,
-    takes_run_options,
-)
+from sparsekern.cli.options import KEEPING, METHOD, NETWORK, RUN, Quiet, absolute, given, option, sparsity_of, takes
 from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Logged, resume, start
-from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS
 from sparsekern.lab.recipes import RECIPES, Recipe
 from sparsekern.lab.report.tables import result_cells, result_notes, result_title
 from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
-from sparsekern.training import METHODS, PRESETS
 
-NAMES = {*OPTIONS, *NETWORK_OPTIONS, "log_to", *(entry.name for kind in (Config, Keeping) for entry in fields(kind))}
+NAMES = {*RUN, *KEEPING, *NETWORK, *METHOD}
 """Parameters that are options of this command."""
 
 
-@takes_method_options
-@takes_network_options
-@takes_run_options
+@takes(values=RUN, keeping=KEEPING, network=NETWORK, options=METHOD)
 def train(
     *,
-    sparsity: Annotated[
-        list[str] | None,
-        option(
-            "Fraction of the hidden weights that is absent. Of the gpt also by kind of layer: mlp=0.9, attention=0.7.",
-            "0.9; gpt: mlp=0.9, attention=0.7",
-        ),
-    ] = None,
-    block_size: Annotated[int | None, option("Side of the blocks.", of_recipe("block_size"))] = None,
-    method: Annotated[str | None, option(f"How blocks move: {', '.join(METHODS)}.", MLP.method)] = None,
-    preset: Annotated[str | None, option(f"A publication's method and options: {', '.join(PRESETS)}.", "none")] = None,
     values: dict[str, Any],
-    network: dict[str, Any],
-    sparse: Annotated[bool | None, option("Train the sparse network.", "sparse", "--sparse/--no-sparse")] = None,
     out: Annotated[
         Path | None, option("Folder for everything the run writes.", "runs/<date-time>-<method>-<sparsity>")
     ] = None,
@@ -65,19 +37,14 @@ def train(
         Path | None,
         typer.Option("--resume", help="Go on with the run in this folder, exactly where it stopped.", metavar="FOLDER"),
     ] = None,
-    save_every: Annotated[
-        str | None,
-        option("Save inside an epoch too: steps (500) or time (90s, 10min, 2h) in between.", Keeping.save_every),
-    ] = None,
-    keep: Annotated[
-        int | None, option("Newest checkpoints of a seed that stay; the best one stays beside them.", Keeping.keep)
-    ] = None,
+    keeping: dict[str, Any],
     log_to: Annotated[
         Path | None, option("Folder for TensorBoard, which shows the numbers of each epoch.", "none")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the recipes and where they come from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the list, as JSON.")] = False,
     quiet: Quiet = False,
+    network: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
     """Train a block-sparse network and its dense twin side by side, and compare them.
@@ -87,16 +54,7 @@ def train(
     if list_:
         _show_recipes(as_json=as_json)
         return
-    values |= given(
-        data=absolute(values.get("data")),
-        network=network or None,
-        block_size=block_size,
-        method=method,
-        preset=preset,
-        options=options or None,
-        sparse=sparse,
-    )
-    keeping = given(save_every=save_every, keep=keep)
+    values |= given(data=absolute(values.get("data")), network=network or None, options=options or None)
     errors = error_console()
     folder = resume_ or out
     with (
@@ -106,7 +64,8 @@ def train(
     ):
         check_one_process()
         observer = live if log_to is None else Logged(live, log_to)
-        values |= given(sparsity=sparsity_of(sparsity))
+        if "sparsity" in values:
+            values["sparsity"] = sparsity_of(",".join(values["sparsity"]))
         if resume_ is not None:
             _check_agreement(resume_, values, out)
             finished = (resume_ / RESULTS).is_file()

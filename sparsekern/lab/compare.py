@@ -15,7 +15,7 @@ from sparsekern.lab.cost import training_cost
 from sparsekern.lab.formats import CostFile, PlanEntries, checked
 from sparsekern.lab.lock import locked
 from sparsekern.lab.options import OPTIONS, Value
-from sparsekern.lab.recipes import SPARSITY, find
+from sparsekern.lab.recipes import find
 from sparsekern.lab.report.pictures import draw_comparison, draw_or_warn
 from sparsekern.lab.report.tables import comparison_cells, markdown
 from sparsekern.lab.resolved import Run, resolve
@@ -30,6 +30,8 @@ TABLE, PICTURE, COST = "comparison", "comparison.png", "cost.json"
 
 DENSE = "dense"
 """Name of the cell of the dense twin, which is the same for all methods, sparsities and blocks."""
+
+Sparsity = float | Mapping[str, float]
 
 BASE: dict[str, Any] = {"method": "static", "sparsity": 0.0, "block_size": 1}
 """What is said in place of that in which the cells differ."""
@@ -91,7 +93,7 @@ class Plan:
     Attributes:
         base: what all runs share; its method, sparsity and blocks are those of no cell.
         contestants: methods with options.
-        sparsities: each with every contestant.
+        sparsities: each with every contestant: numbers, or one for each kind of layers.
         block_sizes: each with every contestant and sparsity.
         dense: whether the dense twin is trained, once a seed.
 
@@ -101,7 +103,7 @@ class Plan:
 
     base: Config
     contestants: tuple[Contestant, ...]
-    sparsities: tuple[float, ...]
+    sparsities: tuple[Sparsity, ...]
     block_sizes: tuple[int, ...]
     dense: bool = True
 
@@ -120,8 +122,8 @@ class Plan:
         for block_size in self.block_sizes:
             for sparsity in self.sparsities:
                 for contestant in self.contestants:
-                    name = f"{contestant.slug}-s{sparsity:g}-b{block_size}"
-                    cells[name] = replace(alone, sparsity=sparsity, block_size=block_size, **contestant.entries())
+                    cell = replace(alone, sparsity=sparsity, block_size=block_size, **contestant.entries())
+                    cells[f"{contestant.slug}-s{cell.sparsity_slug}-b{block_size}"] = cell
         return cells
 
     def to_json(self) -> dict[str, Any]:
@@ -180,7 +182,7 @@ def plan_for(
     folder: Path,
     values: Mapping[str, Any],
     contestants: Sequence[Contestant] = (),
-    sparsities: Sequence[float] = (),
+    sparsities: Sequence[Sparsity] = (),
     block_sizes: Sequence[int] = (),
     dense: bool | None = None,
 ) -> Plan:
@@ -202,7 +204,7 @@ def plan_for(
         return Plan(
             base,
             _union((), contestants) or tuple(map(Contestant, METHODS)),
-            _union((), sparsities) or (SPARSITY,),
+            _union((), sparsities) or (find(base.recipe).sparsity,),
             _union((), block_sizes) or (find(base.recipe).block_size,),
             dense is not False,
         )

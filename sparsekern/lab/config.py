@@ -11,17 +11,15 @@ import torch
 
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import DEFAULT
-from sparsekern.lab.formats import LARGEST
-from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS, STOP, Value, check_options, in_words
+from sparsekern.lab.options import LARGEST, NETWORK_OPTIONS, OPTIONS, STOP, Value, check_options, declared, in_words
 from sparsekern.lab.recipes import RECIPES, find
+from sparsekern.lab.report.text import percent
 from sparsekern.lab.tasks import AUGMENTATIONS
 from sparsekern.topology import check_sparsity
-from sparsekern.training import METHODS, PRESETS, Method
+from sparsekern.training import METHODS, PRESETS
 
 SMALL_DATA = 10_000
 """Training examples up to which a data set counts as small and is trained on for more epochs by default."""
-
-PRECISIONS = ("float32", "bfloat16")
 
 METHOD = "set"
 """The method if neither it nor a preset is given."""
@@ -35,37 +33,38 @@ OF_RECIPE: Any = None
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one run.
+    """The options of one run. The command shows what is said of them here.
 
     Those that are None are decided when the data are known, by :func:`sparsekern.lab.resolved.resolve`.
 
     Attributes:
-        recipe: a name in :data:`sparsekern.lab.recipes.RECIPES`. It decides what is not given of ``block_size``,
-            ``width``, ``batch_size``, ``rate`` and ``seeds``.
-        data: None for the recipe's own data, or a path that its task loads (:mod:`sparsekern.lab.tasks`).
+        recipe: network and training; ``sparsekern train --list`` shows what there is. It decides what is not given.
+        data: of a GPT a text file or a folder of them. Of other recipes an .npz file (train_images, train_labels,
+            test_images, test_labels), CIFAR (binary version) as a folder or .tar.gz, or a folder of IDX files. Default:
+            the digits of scikit-learn; of a GPT the source of the standard library.
         data_max_gib: GiB of memory that the data may ask for. Large files may ask for 16 times their own size.
-        sparsity: fraction of the sparse layers' weights that is absent, in [0, 1); or one for each kind of layers, by
-            the names of :attr:`Recipe.kinds <sparsekern.lab.recipes.Recipe>`, others staying dense.
+        sparsity: fraction of the sparse layers' weights that is absent, in [0, 1); or one for each kind of layers of
+            the recipe, others staying dense.
         block_size: side of the blocks.
-        method: a name in :data:`sparsekern.training.METHODS`. Default: the preset's, or SET.
-        preset: a name in :data:`sparsekern.training.PRESETS`, whose values count where no options are given.
+        method: how blocks move. Default: the preset's, or set.
+        preset: a publication's method and options, which count where no others are given.
         options: options of the method, by the names of :data:`sparsekern.lab.options.OPTIONS`.
         width: features of the hidden layers of the MLP, or of the GPT; None for other networks.
         width_multiplier: factor of the published channels of other networks; 1 for the MLP.
-        augment: how images are varied, a name in :data:`sparsekern.lab.tasks.AUGMENTATIONS`. Default: the recipe's,
-            but ``"none"`` for grey images.
-        epochs: passes over the training set. Default: the recipe's; of the MLP 20, or 5 with more than 10 000 images.
-        batch_size: examples a step.
-        rate: highest learning rate.
+        augment: how images are varied. Default: the recipe's; of grey images none.
+        epochs: passes over the training set; of a text, 1600 windows each. Default: the recipe's; of the MLP 20, or 5
+            with more than 10 000 images.
+        batch_size: images or texts a step.
+        rate: learning rate at its highest.
         update_every: steps between updates of the topology. Default: the preset's; or about eight updates, at most as
             far apart as the recipe says.
         seeds: number of runs; run ``i`` has seed ``i``.
-        network: options of the network by the names of :data:`sparsekern.lab.options.NETWORK_OPTIONS`.
+        network: options of the network, by the names of :data:`sparsekern.lab.options.NETWORK_OPTIONS`.
         accumulate: parts of a batch whose gradients are computed one after the other.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:<n>"``. Default: CUDA where there is one.
-        dense: whether the dense twin is trained too.
-        sparse: whether the sparse network is trained. Without it only the twin is.
+        precision: of the products, by autocast.
+        device: where to train: cpu, cuda or cuda:<number>. Default: CUDA where there is one.
+        dense: train the dense twin too.
+        sparse: train the sparse network. Without it only the twin is trained.
 
     Raises:
         ValueError: a value out of range, or options that contradict each other.
@@ -95,20 +94,14 @@ class Config:
     sparse: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("recipe", "method", "preset", "augment"):
-            self._check(name, isinstance(getattr(self, name), (str, type(None))), "a name")
+        RUN_OPTIONS["recipe"].check(self.recipe)
         self._ask_recipe()
-        for name in ("block_size", "width", "epochs", "batch_size", "update_every", "seeds", "accumulate"):
-            value = getattr(self, name)
-            if value is None and name in ("epochs", "update_every", "width"):
-                continue
-            whole = type(value) is int
-            bounds = "1 or more" if not whole or value < 1 else f"1 to {LARGEST}"
-            self._check(name, whole and 1 <= value <= LARGEST, f"a whole number of {bounds}")
-        for name in ("rate", "width_multiplier", "data_max_gib"):
-            self._check(name, type(getattr(self, name)) in (int, float), "a number")
+        self._ask_method()
+        for name, option in RUN_OPTIONS.items():
+            if name != "sparsity":
+                option.check(getattr(self, name))
         self._check_sparsity()
-        self._check("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        self._check_network()
         if self.accumulate > self.batch_size:
             raise InputError(
                 f"accumulate is {self.accumulate}, more than the {self.batch_size} examples of a batch; "
@@ -121,15 +114,6 @@ class Config:
                 "choose smaller blocks or a larger width",
                 parameter="block_size",
             )
-        for name in ("rate", "width_multiplier", "data_max_gib"):
-            self._check(name, math.isfinite(value := getattr(self, name)) and value > 0, "a number above 0")
-        known = self.augment is None or self.augment in AUGMENTATIONS
-        self._check("augment", known, f"one of {', '.join(AUGMENTATIONS)}")
-        self._ask_method()
-        text = self.data is None or isinstance(self.data, str)
-        self._check("data", text, "a path, or nothing for the digits of scikit-learn")
-        for name in ("dense", "sparse"):
-            self._check(name, type(getattr(self, name)) is bool, "true or false")
         if not self.networks:
             raise InputError("dense and sparse are false, which leaves nothing to train; drop one of them")
         if self.options and not self.sparse:
@@ -160,7 +144,31 @@ class Config:
             check_sparsity(number)
 
     def _ask_recipe(self) -> None:
-        """Fill in what was not given; raise ValueError if there is no such recipe, or its network has no such width."""
+        """Fill in what was not given."""
+        recipe = find(self.recipe)
+        for name in FROM_RECIPE:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
+
+    def _ask_method(self) -> None:
+        """Take the method from the preset; raise ValueError if they disagree, or an option is not the method's."""
+        implied = METHOD
+        if self.preset is not None:
+            RUN_OPTIONS["preset"].check(self.preset)
+            implied = next(name for name, known in METHODS.items() if known is PRESETS[self.preset].method)
+        if self.method is OF_RECIPE:
+            object.__setattr__(self, "method", implied)
+        RUN_OPTIONS["method"].check(self.method)
+        if self.preset is not None and self.method != implied:
+            raise InputError(
+                f"preset is {self.preset!r}, whose method is {implied}, but method is {self.method!r}",
+                parameter="preset",
+            )
+        self._check("options", isinstance(self.options, dict), "a dictionary of names and values")
+        object.__setattr__(self, "options", check_options(self.method, self.options))
+
+    def _check_network(self) -> None:
+        """Raise ValueError if the recipe's network has no such width or option."""
         recipe = find(self.recipe)
         if recipe.width is None and self.width is not None:
             raise InputError(
@@ -171,10 +179,7 @@ class Config:
                 f"width_multiplier is {self.width_multiplier}, but recipe {recipe.name} has none; give a width",
                 parameter="width_multiplier",
             )
-        for name in ("block_size", "width", "batch_size", "rate", "seeds", "sparsity"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
-        if isinstance(self.width, int) and self.width % recipe.width_step:
+        if self.width is not None and self.width % recipe.width_step:
             raise InputError(
                 f"width is {self.width}; for recipe {recipe.name} it must be a multiple of {recipe.width_step}",
                 parameter="width",
@@ -185,21 +190,6 @@ class Config:
                 has = f"has {', '.join(recipe.network)}" if recipe.network else "has no such options"
                 raise InputError(f"{name} is {value}, but recipe {recipe.name} {has}; drop it", parameter=name)
             NETWORK_OPTIONS[name].check(value)
-
-    def _ask_method(self) -> None:
-        """Take the method from the preset; raise ValueError if they disagree, or an option is not the method's."""
-        self._check("preset", self.preset is None or self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
-        implied = METHOD if self.preset is None else _name_of(PRESETS[self.preset].method)
-        if self.method is OF_RECIPE:
-            object.__setattr__(self, "method", implied)
-        self._check("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
-        if self.preset is not None and self.method != implied:
-            raise InputError(
-                f"preset is {self.preset!r}, whose method is {implied}, but method is {self.method!r}",
-                parameter="preset",
-            )
-        self._check("options", isinstance(self.options, dict), "a dictionary of names and values")
-        object.__setattr__(self, "options", check_options(self.method, self.options))
 
     @property
     def method_title(self) -> str:
@@ -222,9 +212,7 @@ class Config:
     @property
     def sparsity_title(self) -> str:
         """How sparse the sparse layers are to be, such as "90 % sparse" or "mlp 90 %, attention 70 % sparse"."""
-        if isinstance(self.sparsity, Mapping):
-            return f"{', '.join(f'{kind} {100 * s:.4g} %' for kind, s in self.sparsity.items())} sparse"
-        return f"{100 * self.sparsity:.4g} % sparse"
+        return f"{percent(self.sparsity)} sparse"
 
     @property
     def sparsity_slug(self) -> str:
@@ -293,12 +281,26 @@ class Config:
         return cls(**values)
 
 
-def _name_of(method: type[Method]) -> str:
-    return next(name for name, known in METHODS.items() if known is method)
-
-
 def _is_device(name: object) -> bool:
     try:
         return torch.device(name).type in ("cpu", "cuda")  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
         return False
+
+
+FROM_RECIPE = ("block_size", "width", "batch_size", "rate", "seeds", "sparsity")
+"""What a recipe decides unless it is given."""
+
+_COUNT: dict[str, Any] = {"low": 1, "high": LARGEST}
+_POSITIVE: dict[str, Any] = {"low": 0, "above": True}
+_RULES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("block_size", "width", "epochs", "batch_size", "update_every", "seeds", "accumulate"), _COUNT),
+    **dict.fromkeys(("rate", "width_multiplier", "data_max_gib"), _POSITIVE),
+    "method": {"choices": tuple(METHODS)},
+    "preset": {"choices": tuple(PRESETS)},
+    "augment": {"choices": AUGMENTATIONS},
+    "precision": {"choices": ("float32", "bfloat16")},
+}
+
+RUN_OPTIONS = {option.name: replace(option, **_RULES.get(option.name, {})) for option in declared(Config)}
+"""The options of a run by name, but for those of its method and network."""

@@ -50,11 +50,9 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
         schedule = real.method.schedule
         stop = min(steps, steps if schedule.stop is None else schedule.stop)
         updates = sum(schedule.due(step) for step in range(1, steps + 1))
-        after = usual
-        if run.config.method in OPTIONS["stop"].methods:
-            ended = _long(run, network, update_every=LONG, options={**without_agent, "start": 0, "stop": 0})
-            _step(ended)
-            after = _flops(ended, 1)
+        ended = _long(run, network, update_every=LONG, options={**without_agent, "start": 0, "stop": 0})
+        _step(ended)
+        after = _flops(ended, 1)
         extra = max(0.0, _flops(moving, period) - usual * period)
         flops = usual * stop + after * (steps - stop) + extra * updates
         if agent is not None and agent.gamma > 0:

@@ -23,12 +23,10 @@ from pydantic import (
 
 from sparsekern.errors import InputError
 from sparsekern.lab.metric import METRICS
+from sparsekern.lab.options import LARGEST
 
 FORMAT_VERSION = 4
 """Version of every file in a run folder. Files of other versions are refused."""
-
-LARGEST = 2**31 - 1
-"""Largest count that is accepted."""
 
 IMAGES, TEXT = "<images>", "<text>"
 """Kinds of data. Errors do not name them."""
@@ -274,7 +272,7 @@ class PlanEntries(Part):
 
     base: dict[str, Any]
     contestants: list[ContestantEntries]
-    sparsities: list[Number]
+    sparsities: list[Number | dict[str, Number]]
     block_sizes: list[Positive]
     dense: bool
 

@@ -1,65 +1,74 @@
-"""The options of the methods: one table, from which Config, the command line and the checks come."""
+"""The options of methods and networks, from which a configuration, the command line and the checks come.
+
+A method declares its options itself: they are the keyword arguments of its constructor, with their defaults and their
+text in its docstring.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsekern.errors import InputError
 from sparsekern.lab.models.gpt import ACTIVATIONS, POSITIONS
-from sparsekern.training import METHODS
-from sparsekern.training.agent.agent import ESTIMATES
-from sparsekern.training.agent.agent import SCOPES as AGENT_SCOPES
-from sparsekern.training.growth.gse import DISTRIBUTIONS
-from sparsekern.training.growth.rigl import SCORINGS
-from sparsekern.training.schedules import ANNEALS
-from sparsekern.training.set import DROPS, GROWN_VALUES
-from sparsekern.training.vrpge.candidates import GROUPS
-from sparsekern.training.vrpge.probabilities import OPTIMIZERS
-from sparsekern.training.vrpge.projection import PROJECTIONS
-from sparsekern.transforms import TRANSFORMS
+from sparsekern.training import AGENT, METHODS, VRPGE
+from sparsekern.transforms import TRANSFORMS, transform
 
 STOP = 0.75
 """Fraction of the training after which no block moves, so that the last grown ones have time to learn."""
 
+LARGEST = 2**31 - 1
+"""Largest count that is accepted."""
+
 Value = bool | int | float | str
 
 ALL = tuple(METHODS)
-MOVING = tuple(name for name in METHODS if name != "static")
-SCORED = ("rigl", "gse")
-"""Methods that read the gradient of absent blocks."""
 
-DROPPING = ("set", *SCORED)
-"""Methods that drop the weakest blocks."""
+SET_BY_RUN = {"seed", "update_every", "sparsity", "costs", "check_ranks"}
+"""Arguments of a method that are no options of it: a run sets them, or they name layers."""
+
+KINDS = {"bool": bool, "int": int, "float": float, "str": str, "Group": str}
+"""Kinds of values that can be given as text, by their annotations."""
+
+ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", re.MULTILINE)
+"""An argument in a docstring and what is said of it."""
+
+MARKUP = re.compile(r":\w+:`~?(?:\w+\.)*(\w+)`|`+")
 
 
 @dataclass(frozen=True)
 class Option:
-    """What may be said about a method, on the command line as ``--name``.
+    """What may be said about a run, on the command line as ``--name``.
 
     Attributes:
         name: of the argument that takes it.
         kind: ``bool``, ``int``, ``float`` or ``str``.
         text: what it does, for the help.
+        default: what it is if it is not given, for the help; empty if the text says it.
         methods: names of the methods that have it.
         choices: what a text may be.
-        low, high: bounds of a number that nobody else checks; the method checks the others.
+        low, high: bounds of a number that nobody else checks; a method checks its own.
+        above: whether ``low`` itself is out of bounds.
+        optional: whether None is a value too.
         part: who takes it: ``"method"``, its constructor; ``"recipe"``, what builds network and method around it. A
-            wrapper of methods or a transform of the network has a part of its own: :meth:`Config.part`.
-        fraction: given as a fraction of the training, taken in steps.
+            wrapper of methods or a transform of the network has a part of its own, with which its options begin.
     """
 
     name: str
-    kind: type[bool] | type[int] | type[float] | type[str]
+    kind: type[Value]
     text: str
+    default: str = ""
     methods: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     low: float = -math.inf
     high: float = math.inf
+    above: bool = False
+    optional: bool = False
     part: str = "method"
-    fraction: bool = False
 
     @property
     def owners(self) -> str:
@@ -68,17 +77,24 @@ class Option:
 
     def check(self, value: object) -> None:
         """Raise ValueError if the value is of another kind, none of the choices, or out of bounds."""
-        kinds = (int, float) if self.kind is float else (self.kind,)
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
-        if self.choices:
-            words = f"one of {', '.join(self.choices)}"
-        elif self.low > -math.inf:
-            words += f" from {self.low:g} to {self.high:g}" if self.high < math.inf else f" of {self.low:g} or more"
-        right = type(value) in kinds and (not self.choices or value in self.choices)
+        if value is None and self.optional:
+            return
+        right = type(value) in ((int, float) if self.kind is float else (self.kind,))
+        right = right and (not self.choices or value in self.choices)
         if right and isinstance(value, (int, float)):
-            right = math.isfinite(value) and self.low <= value <= self.high
+            right = math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low)
         if not right:
-            raise InputError(f"{self.name} is {value!r}; it must be {words}", parameter=self.name)
+            raise InputError(f"{self.name} is {value!r}; it must be {self._rule(value)}", parameter=self.name)
+
+    def _rule(self, value: object) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        if self.low == -math.inf:
+            return words
+        if self.high < LARGEST or (type(value) is int and value > self.high):
+            return f"{words} from {self.low:g} to {self.high:.12g}"
+        return f"{words} above {self.low:g}" if self.above else f"{words} of {self.low:g} or more"
 
     def parse(self, text: str) -> Value:
         """Return what a text such as ``"0.3"`` or ``"yes"`` says.
@@ -98,122 +114,86 @@ class Option:
         return value
 
 
-_ALL = (
-    Option("drop_fraction", float, "Fraction of a layer's blocks that an update moves, at the start.", MOVING),
+def declared(owner: Callable[..., Any]) -> Iterator[Option]:
+    """Yield the options that a function or a class declares: what its signature and its docstring say of arguments.
+
+    Arguments that cannot be given as text are left out.
+    """
+    about = {
+        name: " ".join(MARKUP.sub(r"\1", words).split())
+        for names, words in ENTRY.findall(inspect.cleandoc(owner.__doc__ or ""))
+        for name in names.split(", ")
+    }
+    for name, parameter in inspect.signature(owner).parameters.items():
+        kinds = str(parameter.annotation).split(" | ")
+        kind = next((KINDS[word] for word in kinds if word in KINDS), None)
+        if kind is not None:
+            text = about.get(name, "")
+            default = "" if parameter.default in (None, parameter.empty) else str(parameter.default)
+            yield Option(name, kind, text[:1].upper() + text[1:], default, optional="None" in kinds)
+
+
+def _of_methods() -> dict[str, Option]:
+    """Return what the constructors of the methods declare, with the methods that have it and its defaults."""
+    found: dict[str, Option] = {}
+    for method, cls in METHODS.items():
+        constructors = (base for base in reversed(cls.__mro__) if "__init__" in vars(base))
+        own = {option.name: option for base in constructors for option in declared(base)}
+        for name, option in own.items():
+            if name not in {*SET_BY_RUN, *cls.unused_options}:
+                before = found.setdefault(name, replace(option, default=""))
+                defaults = [before.default] if before.default else []
+                if option.default != before.default.partition(";")[0]:
+                    defaults.append(f"{method}: {option.default}" if defaults else option.default)
+                found[name] = replace(before, methods=(*before.methods, method), default="; ".join(defaults))
+    return found
+
+
+def _of_part(part: str, owner: Callable[..., Any], names: Sequence[str] = ()) -> dict[str, Option]:
+    """Return what a wrapper of methods declares, or those ``names`` of it, with the name of the part before them."""
+    named = {option.name: option for option in declared(owner) if option.name in names or not names}
+    return {
+        f"{part}_{name}": replace(option, name=f"{part}_{name}", methods=ALL, part=part)
+        for name, option in named.items()
+    }
+
+
+SCORED = ("rigl", "gse")
+"""Methods that read the gradient of absent blocks."""
+
+_OTHERS = (
+    Option("start", float, "Fraction of the training before which no block moves.", "0", ALL, low=0, high=1),
+    Option("stop", float, "Fraction of the training after which no block moves.", f"{STOP}", ALL, low=0, high=1),
     Option(
-        "start",
-        float,
-        "Fraction of the training before which no block moves.",
-        MOVING,
-        low=0,
-        high=1,
-        fraction=True,
+        "capacity", float, "Slots for each block; free ones are for a global scope.", "", SCORED, low=1, part="recipe"
     ),
     Option(
-        "stop",
-        float,
-        "Fraction of the training after which no block moves.",
-        MOVING,
-        low=0,
-        high=1,
-        fraction=True,
+        "pool", float, "Candidates for each block that is to remain.", f"{VRPGE.pool}", ("vrpge",), low=1, part="recipe"
     ),
-    Option("anneal", str, "Whether the fraction falls along a cosine or stays.", MOVING, ANNEALS),
-    Option(
-        "offset", int, "Steps that the schedule does not count: at 1 an update follows the first one.", MOVING, low=0
-    ),
-    Option("drop", str, "Whether positive and negative blocks are dropped apart.", ("set",), DROPS),
-    Option("grown_values", str, "Values of grown blocks.", ("set",), GROWN_VALUES),
-    Option("grown_state", str, "Optimizer state of a moved block.", MOVING, ("zero", "mean_v")),
-    Option("keep_connected", bool, "Never drop the strongest block of a block row or column.", DROPPING),
-    Option("min_age", int, "Updates during which a grown block is not dropped.", DROPPING),
-    Option(
-        "scope", str, "Whether layers keep their blocks or compete for them.", (*SCORED, "vrpge"), ("layer", "global")
-    ),
-    Option(
-        "capacity",
-        float,
-        "Slots of a layer for each of its blocks: what is free is for a global scope.",
-        SCORED,
-        low=1,
-        part="recipe",
-    ),
-    Option("score_tokens", int, "Score on this many tokens of a batch instead of all.", SCORED),
-    Option("scoring", str, "How absent blocks are scored.", ("rigl",), SCORINGS),
-    Option("sketches", int, "Numbers a block when screening.", ("rigl",)),
-    Option("shortlist", float, "Times more places are scored exactly than are grown, when screening.", ("rigl",)),
-    Option("regrow", bool, "A dropped block may win its place back at once.", ("rigl",)),
-    Option("skip_step", bool, "Leave out the optimizer's step of an update.", ("rigl",)),
-    Option("allow_dense_scores", bool, "Needed with 1x1 blocks: scores fill as much as a dense gradient.", ("rigl",)),
-    Option("distribution", str, "By what candidates are drawn.", ("gse",), DISTRIBUTIONS),
-    Option("subset_factor", float, "Candidates over the blocks of a layer (gamma).", ("gse",)),
-    Option("with_replacement", bool, "Draw candidates independently, as the paper does.", ("gse",)),
-    Option("pool", float, "Stored candidates over the blocks that are to remain.", ("vrpge",), low=1, part="recipe"),
-    Option("masks", int, "Masks drawn a step: passes over a batch.", ("vrpge",)),
-    Option("structure_every", int, "Steps between those of the probabilities.", ("vrpge",)),
-    Option("group", str, "What has a probability.", ("vrpge",), GROUPS),
-    Option("probability_rate", float, "Learning rate of the probabilities.", ("vrpge",)),
-    Option("probability_optimizer", str, "Optimizer of the probabilities.", ("vrpge",), tuple(OPTIMIZERS)),
-    Option("score_clip", float, "The largest norm of the probabilities' gradient.", ("vrpge",)),
-    Option("floor", float, "The lowest probability.", ("vrpge",)),
-    Option("refill", float, "Probability of a candidate that moves to a new place; 0: none moves.", ("vrpge",)),
-    Option("projection", str, "How probabilities keep the budget.", ("vrpge",), PROJECTIONS),
-    Option(
-        "transform",
-        str,
-        "Spend the sparsity on capacity, at the FLOPs of the dense network (Sparse-IFT).",
-        ALL,
-        TRANSFORMS,
-        part="transform",
-    ),
-    Option(
-        "transform_max_gib",
-        float,
-        "GiB that the weights of the transform wide may take while the network builds.",
-        ALL,
-        part="transform",
-    ),
-    Option(
-        "spectral",
-        bool,
-        "Measure at each update how well the blocks connect each layer (spectral gaps of their graphs).",
-        ALL,
-        part="record",
-    ),
-    Option("weight_step", str, "Whether weights see one mask of a step or all.", ("vrpge",), ("one", "all")),
-    Option("unsampled", str, "What the optimizer does to blocks that no mask held.", ("vrpge",), ("lazy", "decay")),
-    Option("agent", bool, "Correct gradients by AGENT, with a snapshot an epoch.", ALL, part="agent"),
-    Option("agent_gamma", float, "Damps AGENT's correction.", ALL, part="agent"),
-    Option("agent_alpha", float, "How much of AGENT's c the newest estimate is.", ALL, part="agent"),
-    Option("agent_estimate", str, "From what AGENT's c is estimated.", ALL, ESTIMATES, part="agent"),
-    Option("agent_scope", str, "Whether all modules share AGENT's c.", ALL, AGENT_SCOPES, part="agent"),
-    Option("agent_batches", int, "Batches of AGENT's pass instead of all.", ALL, part="agent"),
-    Option("agent_every", int, "Steps between AGENT's snapshots, which then take no pass.", ALL, part="agent"),
+    Option("transform", str, "Spend the sparsity on capacity (Sparse-IFT).", "", ALL, TRANSFORMS, part="transform"),
+    Option("spectral", bool, "Measure at each update how well blocks connect a layer.", "", ALL, part="record"),
+    Option("agent", bool, "Correct gradients by AGENT, with a snapshot an epoch.", "", ALL, part="agent"),
+)
+"""Those that no constructor declares, or that a run takes in another unit."""
+
+OPTIONS = {
+    **_of_methods(),
+    **{option.name: option for option in _OTHERS},
+    **_of_part("transform", transform, ["max_gib"]),
+    **_of_part("agent", AGENT),
+}
+"""All options of methods by name."""
+
+
+_NETWORKS = (
+    Option("depth", int, "Layers of the network.", low=1, high=1000),
+    Option("context", int, "Tokens that the network sees, and the length of a training text.", low=1, high=2**20),
+    Option("activation", str, "Activation of the feed-forward.", choices=ACTIVATIONS),
+    Option("positions", str, "How the network knows the order of tokens.", choices=POSITIONS),
+    Option("free_head", bool, "Give the head a weight of its own instead of the token embedding's."),
 )
 
-OPTIONS = {option.name: option for option in _ALL}
-"""All options by name. A new method or wrapper adds entries here, and nowhere else."""
-
-
-NETWORK_OPTIONS = {
-    option.name: option
-    for option in (
-        Option("depth", int, "Layers of the network.", low=1, high=1000, part="network"),
-        Option(
-            "context",
-            int,
-            "Tokens that the network sees, and the length of a training text.",
-            low=1,
-            high=2**20,
-            part="network",
-        ),
-        Option("activation", str, "Activation of the feed-forward.", choices=ACTIVATIONS, part="network"),
-        Option("positions", str, "How the network knows the order of tokens.", choices=POSITIONS, part="network"),
-        Option(
-            "free_head", bool, "Give the head a weight of its own instead of the token embedding's.", part="network"
-        ),
-    )
-}
+NETWORK_OPTIONS = {option.name: option for option in _NETWORKS}
 """Options of networks by name; :attr:`sparsekern.lab.recipes.Recipe.network` says which a recipe has."""
 
 

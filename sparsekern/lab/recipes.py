@@ -30,9 +30,6 @@ from sparsekern.lab.language import Language
 from sparsekern.lab.models.gpt import HEAD_FEATURES
 from sparsekern.lab.tasks import Classification, Task
 
-SPARSITY = 0.9
-"""Of the sparse layers, where a recipe has no other."""
-
 
 @dataclass(frozen=True)
 class Constant:
@@ -198,7 +195,7 @@ class Recipe:
     seeds: int = 1
     width: int | None = None
     width_step: int = 1
-    sparsity: float | Mapping[str, float] = SPARSITY
+    sparsity: float | Mapping[str, float] = 0.9
     kinds: Mapping[str, str] = field(default_factory=dict)
     network: Mapping[str, Any] = field(default_factory=dict)
     needs_image_size: bool = False

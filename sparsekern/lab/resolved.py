@@ -11,7 +11,7 @@ import torch
 
 from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
-from sparsekern.lab.options import OPTIONS, STOP, part_of
+from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
 from sparsekern.lab.tasks import Task
 from sparsekern.training import METHODS, PRESETS, VRPGE, Method
@@ -80,10 +80,11 @@ def resolve(config: Config, task: Task) -> Run:
     arguments: dict[str, Any] = {"stop": (STOP if chosen is None else chosen.until) * steps}
     arguments |= {} if chosen is None else chosen.options
     arguments["update_every"] = config.update_every
-    for name, value in part_of("method", options).items():
-        arguments[name] = float(value) * steps if OPTIONS[name].fraction else value
-    if "start" in arguments:
-        arguments["start"] = int(arguments["start"])
+    arguments |= part_of("method", options)
+    if "stop" in options:
+        arguments["stop"] = float(options["stop"]) * steps
+    if "start" in options:
+        arguments["start"] = int(float(options["start"]) * steps)
     layers = {"distribution": recipe.distribution} | ({} if chosen is None else dict(chosen.layers))
     layers |= part_of("recipe", options)
     pool = layers.pop("pool", VRPGE.pool)

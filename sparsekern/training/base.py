@@ -55,8 +55,8 @@ class Method(Attached):
         start, stop: first step at which an update may happen, and step from which on none happens (None: no end).
         drop_fraction: fraction of a layer's blocks that an update moves; it falls to 0 along a cosine until ``stop``.
             Or a function of the step.
-        anneal, offset: ``"constant"`` for a fraction that does not fall; steps by which the schedule is delayed. See
-            :class:`~sparsekern.training.Schedule`.
+        anneal: ``"cosine"``, or ``"constant"`` for a fraction that does not fall.
+        offset: steps by which the schedule is delayed. See :class:`~sparsekern.training.Schedule`.
         grown_state: optimizer state of a moved block: ``"zero"`` or ``"mean_v"``. See :class:`Followers`.
         keep_connected: never drop the strongest block of a block row or block column, so that none becomes empty.
         min_age: updates during which a grown block, which starts at zero and is weak, is not dropped. 0 in the papers.

@@ -73,6 +73,30 @@ def test_an_error_is_one_line(tmp_path, monkeypatch, arguments, message):
     assert result.stderr.count("\n") == 1 and result.stdout == "" and list(tmp_path.iterdir()) == []
 
 
+def test_a_language_model_with_a_sparsity_for_each_kind_of_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsekern.lab.language.EXAMPLES", 32)
+    (tmp_path / "a.txt").write_text("To be, or not to be. " * 200)
+    options = [
+        f"--data={tmp_path / 'a.txt'}",
+        "--recipe=gpt-nano",
+        "--depth=1",
+        "--context=16",
+        "--width=64",
+        "--quick",
+    ]
+    kinds = ["--sparsity=mlp=0.75,attention=0.5", "--sparsity=0.5", "--no-dense", "--method=static", "--quiet"]
+    result = invoke(*options, *kinds, "--device=cpu", "--out", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    assert "mlp 75 %, attention 50 %" in result.stdout and (tmp_path / "new" / "comparison.png").is_file()
+    names = {path.name for path in (tmp_path / "new").iterdir() if path.is_dir()}
+    assert names == {"static-smlp0.75-attention0.5-b16", "static-s0.5-b16"}
+    again = invoke("--out", tmp_path / "new", "--quiet", "--json")
+    rows = json.loads(again.stdout)["rows"]
+    assert [row["sparsity"] for row in rows] == [{"mlp": 0.75, "attention": 0.5}, 0.5]
+    wrong = invoke("--recipe=gpt-nano", "--sparsity=head=0.5", "--out", tmp_path / "other")
+    assert wrong.exit_code == 2 and "sparsity is given for head; recipe gpt-nano has mlp, attention" in wrong.stderr
+
+
 def test_another_folder_is_not_written_to(finished):
     result = invoke("--epochs", "7", "--out", finished[0])
     assert result.exit_code == 2 and "epochs is 7, but the comparison in" in result.stderr

@@ -63,6 +63,11 @@ def test_the_twin_takes_no_options():
     assert Plan(base, TWO, (0.5,), (8,)).cells()["dense"].options == {}
 
 
+def test_the_default_sparsity_is_the_recipe_s():
+    assert plan_for(NOWHERE, {}).sparsities == (0.9,)
+    assert plan_for(NOWHERE, {"recipe": "gpt"}).sparsities == ({"mlp": 0.9, "attention": 0.7},)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -269,7 +274,7 @@ def test_the_slug_names_the_preset():
         ("sett", False, "method is 'sett'; it must be one of static, set"),
         ("gsee", True, "preset is 'gsee'; it must be one of set-mocanu, set-rigl"),
         ("set:masks=3", False, "masks is 3, but method set has no such option; vrpge has it"),
-        ("set:depth=3", False, "'depth' is no option of a method; set has drop_fraction"),
+        ("set:depth=3", False, "'depth' is no option of a method; set has start, stop"),
         ("vrpge:masks=some", False, "masks is 'some'; it must be a whole number"),
         ("vrpge:masks", False, "masks is 'true'; it must be a whole number"),
     ],

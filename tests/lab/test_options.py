@@ -1,4 +1,4 @@
-"""The table of options is that of the constructors; wrong options say who has them."""
+"""Methods declare their options; wrong ones say who has them."""
 
 from __future__ import annotations
 
@@ -6,49 +6,56 @@ import inspect
 
 import pytest
 
-from sparsekern.lab.options import OPTIONS, check_options
-from sparsekern.training import AGENT, METHODS
-
-NOT_OPTIONS = {
-    *("self", "model", "optimizer", "options", "process_group", "check_ranks", "seed", "update_every"),
-    *("sparsity", "costs"),  # the first is the run's own, the second names layers
-}
-WITHOUT_EFFECT = {("vrpge", "keep_connected"), ("vrpge", "min_age"), ("set", "scope"), ("static", "scope")} | {
-    ("static", name) for name, option in OPTIONS.items() if "set" in option.methods
-}
+from sparsekern.lab.config import RUN_OPTIONS
+from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS, check_options, declared
+from sparsekern.training import AGENT, METHODS, SET
 
 
-def arguments(method):
-    """The arguments of a constructor and of those that it hands the rest to."""
-    return {
-        name: parameter
-        for cls in reversed(METHODS[method].__mro__[:-1])
-        for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if parameter.kind is not parameter.VAR_POSITIONAL
-        and parameter.kind is not parameter.VAR_KEYWORD
-        and name not in NOT_OPTIONS
-        and (method, name) not in WITHOUT_EFFECT
+class Declared:
+    """A class.
+
+    Args:
+        model: not for text.
+        count, rate: of :class:`~some.Thing`, ``1`` or
+            more.
+        plain: without a kind.
+        word: a text.
+
+    Raises:
+        ValueError: never.
+    """
+
+    def __init__(self, model: list[int], plain, count: int = 3, *, rate: float | None = None, word: str = "a") -> None:
+        pass
+
+
+def test_what_a_constructor_declares():
+    found = {option.name: option for option in declared(Declared)}
+    assert {name: (o.kind, o.text, o.default, o.optional) for name, o in found.items()} == {
+        "count": (int, "Of Thing, 1 or more.", "3", False),
+        "rate": (float, "Of Thing, 1 or more.", "", True),
+        "word": (str, "A text.", "a", False),
     }
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_table_has_the_arguments_of_the_constructor(method):
+def test_the_options_of_a_method_are_the_arguments_of_its_constructor(method):
     listed = {name for name, option in OPTIONS.items() if option.part == "method" and method in option.methods}
-    assert listed == arguments(method).keys()
+    taken = {name for cls in METHODS[method].__mro__[:-1] for name in inspect.signature(cls).parameters}
+    assert listed <= taken and not listed & {"seed", "update_every", *METHODS[method].unused_options}
+    assert {"start", "stop", "offset"} <= listed, "those of the base class"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_kinds_are_those_of_the_constructor(method):
-    for name, parameter in arguments(method).items():
-        option = OPTIONS[name]
-        assert option.fraction or option.kind.__name__ in parameter.annotation or parameter.annotation == "Group"
+def test_defaults_and_owners():
+    assert (OPTIONS["scope"].default, OPTIONS["scope"].methods) == ("layer; vrpge: global", ("rigl", "gse", "vrpge"))
+    assert OPTIONS["stop"].owners == "all methods" and OPTIONS["drop"].methods == ("set",)
+    assert (OPTIONS["score_tokens"].default, OPTIONS["score_tokens"].optional) == ("", True)
+    assert inspect.signature(SET).parameters["drop"].default == OPTIONS["drop"].default
 
 
 def test_every_option_says_what_it_does():
-    for name, option in OPTIONS.items():
-        assert (
-            name == option.name and option.text.endswith(".") and option.methods and set(option.methods) <= set(METHODS)
-        )
+    for name, option in (RUN_OPTIONS | NETWORK_OPTIONS | OPTIONS).items():
+        assert name == option.name and option.text.endswith(".") and "`" not in option.text, name
 
 
 def test_options_come_in_the_order_of_the_table():
@@ -74,10 +81,10 @@ def test_options_come_in_the_order_of_the_table():
             "set",
             "mask",
             3,
-            "'mask' is no option of a method; set has drop_fraction, start, stop, anneal, offset, drop, ",
+            "'mask' is no option of a method; set has start, stop, offset, drop_fraction, anneal, ",
         ),
         ("static", "mask", 3, "'mask' is no option of a method; static has "),
-        ("gse", "distribution", "graboo", "distribution is 'graboo'; it must be one of uniform, grabo, graest"),
+        ("set", "transform", "wider", "transform is 'wider'; it must be one of wide, parallel, factorized, doped"),
         ("vrpge", "masks", 2.5, "masks is 2.5; it must be a whole number"),
         ("vrpge", "masks", True, "masks is True; it must be a whole number"),
         ("vrpge", "pool", 0.5, "pool is 0.5; it must be a number of 1 or more"),
@@ -112,7 +119,7 @@ def test_a_text_is_read(name, text, value):
     [
         ("masks", "3.5", "masks is '3.5'; it must be a whole number"),
         ("regrow", "maybe", "regrow is 'maybe'; it must be true or false"),
-        ("scope", "all", "scope is 'all'; it must be one of layer, global"),
+        ("transform", "all", "transform is 'all'; it must be one of wide, "),
     ],
 )
 def test_a_text_that_says_nothing(name, text, message):
@@ -122,10 +129,7 @@ def test_a_text_that_says_nothing(name, text, message):
 
 def test_options_of_agent_are_those_of_its_constructor_and_need_it():
     listed = {name.removeprefix("agent_") for name, option in OPTIONS.items() if option.part == "agent"} - {"agent"}
-    taken = inspect.signature(AGENT).parameters
-    assert listed == taken.keys() - {"model", "optimizer", "method", "process_group"}
-    for name in listed:
-        assert OPTIONS[f"agent_{name}"].kind.__name__ in taken[name].annotation
+    assert listed == inspect.signature(AGENT).parameters.keys() - {"model", "optimizer", "method", "process_group"}
     assert check_options("set", {"agent_gamma": 0.5, "agent": True}) == {"agent": True, "agent_gamma": 0.5}
     for options in ({"agent_gamma": 0.5}, {"agent_gamma": 0.5, "agent": False}):
         with pytest.raises(ValueError, match="agent_gamma is 0.5, but agent is off; turn it on, or drop the option"):

@@ -113,7 +113,7 @@ def test_a_folder_without_a_run(tmp_path):
         (damaged(data=DATA | {"train_images": "9"}), "is damaged: data.train_images: input should be a valid integer"),
         (options(epochs=None), "config: epochs must not be null"),
         (options(augment=None, device=None), "augment and device must not be null"),
-        (options(width=10**30), "width is 10+; it must be a whole number of 1 to 2147483647"),
+        (options(width=10**30), "width is 10+; it must be a whole number from 1 to 2147483647"),
         (damaged(keeping=[]), "keeping: it must have the entries save_every and keep"),
         (damaged(keeping={"keep": 2}), "keeping: it must have the entries save_every and keep"),
         (damaged(keeping={"save_every": "1", "keep": 0}), "keeping: keep is 0"),

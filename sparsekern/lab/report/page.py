@@ -184,7 +184,7 @@ def command_of(config: Config) -> str:
         if type(value) is bool:
             words.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, dict):
-            words += [word for kind, number in value.items() for word in (f"--{option}", f"{kind}={number}")]
+            words += [f"--{option}", ",".join(f"{kind}={number}" for kind, number in value.items())]
         elif value is not None:
             words += [f"--{option}", str(value)]
     return shlex.join(words)

@@ -12,6 +12,7 @@ from sparsekern.lab.config import Config
 from sparsekern.lab.metric import Metric, metric_of
 from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, panels, taps
 from sparsekern.lab.report.charts import COLOURS, curves_of, draw_curves, save_figure
+from sparsekern.lab.report.text import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,15 +232,15 @@ def draw_comparison(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> N
     axes_of_blocks = figure.subplots(1, max(1, len(blocks)), sharey=True, squeeze=False)[0]
     for axes, block in zip(axes_of_blocks, blocks, strict=False):
         _draw_twin(axes, rows, metric)
-        ticks = sorted({row["sparsity"] for row in rows if row["block_size"] == block})
+        own = sorted((row for row in rows if row["block_size"] == block), key=lambda row: row["network_sparsity"])
+        ticks = list(dict.fromkeys(percent(row["sparsity"]) for row in own))
         for number, method in enumerate(methods):
-            mine = {row["sparsity"]: row for row in rows if (row["method"], row["block_size"]) == (method, block)}
-            places = {place: mine[sparsity] for place, sparsity in enumerate(ticks) if sparsity in mine}
+            places = {ticks.index(percent(row["sparsity"])): row for row in own if row["method"] == method}
             _draw_method(axes, metric, method, (number, len(methods)), places)
-        axes.set_xticks(range(len(ticks)), [f"{100 * tick:.4g}" for tick in ticks])
+        axes.set_xticks(range(len(ticks)), [tick.replace(", ", ",\n") for tick in ticks])
         axes.set_xlim(-0.5, len(ticks) - 0.5)  # one sparsity: all points stand near its tick
         axes.set_title(f"blocks of {block} x {block}", fontsize=11)
-        axes.set_xlabel("sparsity of the sparse layers (%)")
+        axes.set_xlabel("sparsity of the sparse layers")
         axes.grid(alpha=0.25)
     several = any(row[metric.key]["standard_deviation"] is not None for row in rows)
     axes_of_blocks[0].set_ylabel(metric.label + ": mean and deviation over seeds" * several)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsekern.lab.config import Config
 from sparsekern.lab.metric import Metric, metric_of
-from sparsekern.lab.report.text import count, mean_and_deviation
+from sparsekern.lab.report.text import count, mean_and_deviation, percent
 
 MIB = 2**20
 
@@ -149,7 +149,7 @@ def comparison_cells(rows: Sequence[dict[str, Any]]) -> Cells:
     return [*heading, "seconds", "ms/step", "FLOPs", "peak MiB"], [
         [
             row["method"],
-            "" if row["sparsity"] is None else f"{100 * row['sparsity']:.4g} %",
+            "" if row["sparsity"] is None else percent(row["sparsity"]),
             "" if row["sparsity"] is None else f"{100 * row['network_sparsity']:.1f} %",
             "" if row["block_size"] is None else str(row["block_size"]),
             mean_and_deviation(row[metric.key], metric.scale, 2),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -29,6 +29,13 @@ def printable(text: str) -> str:
 def count(number: int, thing: str) -> str:
     """Return a number of things, such as "1 thread" or "2 threads"."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def percent(sparsity: float | Mapping[str, float]) -> str:
+    """Return a sparsity such as "90 %", or "mlp 90 %, attention 70 %" where kinds of layers have one each."""
+    if isinstance(sparsity, Mapping):
+        return ", ".join(f"{kind} {100 * number:.4g} %" for kind, number in sparsity.items())
+    return f"{100 * sparsity:.4g} %"
 
 
 def mean_and_deviation(numbers: dict[str, Any], scale: float, digits: int) -> str:

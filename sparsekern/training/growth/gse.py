@@ -57,7 +57,7 @@ class GSE(GradientMethod):
     ``docs/methods.md`` lists all differences from the paper and its code.
 
     Args:
-        distribution: ``"uniform"``, ``"grabo"`` or ``"graest"``.
+        distribution: how pairs are drawn: ``"uniform"``, ``"grabo"`` or ``"graest"``.
         subset_factor: gamma, the size of S over the number of the layer's blocks.
         with_replacement: draw pairs independently, as in the paper: pairs that are repeated or stored are discarded, so
             that S is smaller; and take all empty places of a layer that is at least half full, as in the authors' code.

@@ -55,7 +55,7 @@ class RigL(GradientMethod):
     a high sparsity need ``allow_dense_scores`` too, and without it are screened with fewer sketches, at least 4.
 
     Args:
-        scoring: ``"auto"``, ``"exact"`` or ``"screen"``.
+        scoring: how empty places are scored: ``"auto"``, ``"exact"`` or ``"screen"``.
         sketches: the largest number of sketches a block, in screening.
         shortlist: the number of places that are scored exactly over the number that is grown, in screening.
         regrow: whether a dropped block may win its place back, as in the paper; it then keeps its values. Needs exact

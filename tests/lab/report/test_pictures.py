@@ -160,7 +160,8 @@ def test_a_run_without_spectral_measures_has_no_such_picture(tmp_path):
 
 def compared(method, sparsity=None, block_size=None, accuracy=0.8, deviation=0.01):
     numbers = {"mean": accuracy, "standard_deviation": deviation}
-    return {"method": method, "sparsity": sparsity, "block_size": block_size, "test_accuracy": numbers}
+    row = {"method": method, "sparsity": sparsity, "block_size": block_size, "test_accuracy": numbers}
+    return row | {"network_sparsity": sparsity or 0.0}
 
 
 ROWS = [compared("dense", accuracy=0.9)] + [
@@ -175,7 +176,7 @@ def test_the_picture_of_a_comparison(tmp_path, calls):
     drawn = calls("errorbar")
     draw_comparison(tmp_path / "x.svg", "a title", ROWS)
     text = (tmp_path / "x.svg").read_text()
-    for said in ("a title", "blocks of 1 x 1", "blocks of 16 x 16", "90", "95", "static", "gse, scope global"):
+    for said in ("a title", "blocks of 1 x 1", "blocks of 16 x 16", "90 %", "95 %", "static", "gse, scope global"):
         assert f">{said}<" in text
     assert text.count(">dense<") == 1, "the legend names each once"
     assert [(y, deviation) for _, y, deviation in drawn] == [([80, 80], [1, 1])] * 4
