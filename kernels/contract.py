@@ -33,6 +33,7 @@ The last block of each tap and of each group may stick out; that part is phantom
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -211,6 +212,27 @@ class Backend(Protocol):
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums of ``dtype`` are formed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_output(x: Tensor, geometry: Geometry) -> Tensor:
+    """Return an uninitialised y for an input x, in the layout that kernels write."""
+    if isinstance(geometry, LinearShape):
+        return x.new_empty(x.shape[0], geometry.out_features)
+    return _new_images(x, geometry.out_channels, *geometry.output_size(x.shape[2], x.shape[3]))
+
+
+def new_input(dy: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
+    """Return an uninitialised dx for a gradient dy, in the layout that kernels write.
+
+    The ``size`` is ``(H, W)`` for images, and not read for a linear layer.
+    """
+    if isinstance(geometry, LinearShape):
+        return dy.new_empty(dy.shape[0], geometry.in_features)
+    return _new_images(dy, geometry.in_channels, size[0], size[1])
+
+
+def _new_images(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
 
 def entry_columns(index: Index, block: tuple[int, int], start: int, stop: int) -> Tensor:

@@ -25,13 +25,13 @@ def linear_calls(case: Case) -> Calls:
     """Return the native kernels of a linear layer."""
     grid, values = case.grid, case.values
     return {
-        "fwd": (lambda index: cpu.linear.fwd(case.x, values, case.bias, index, case.geometry), ROWS),
-        "dx": (lambda index: cpu.linear.dx(case.dy, values, index, case.geometry), COLS),
+        "fwd": (lambda index: cpu.products.fwd(case.x, values, case.bias, index, case.geometry), ROWS),
+        "dx": (lambda index: cpu.products.dx(case.dy, values, index, case.geometry), COLS),
         "dvalues": (
-            lambda index: cpu.linear.dvalues(case.dy, case.x, index, grid.block, case.geometry, values.dtype),
+            lambda index: cpu.products.dvalues(case.dy, case.x, index, grid.block, case.geometry, values.dtype),
             ROWS,
         ),
-        "backward": (lambda index: cpu.linear.backward(case.dy, case.x, values, index, case.geometry), ROWS + COLS),
+        "backward": (lambda index: cpu.products.backward(case.dy, case.x, values, index, case.geometry), ROWS + COLS),
     }
 
 
@@ -39,10 +39,10 @@ def conv_calls(case: ConvCase) -> Calls:
     """Return the native kernels of a convolution."""
     values, shape, block = case.values, case.shape, case.grid.block
     return {
-        "fwd": (lambda index: cpu.conv2d.fwd(case.x, values, case.bias, index, shape), ROWS),
-        "dx": (lambda index: cpu.conv2d.dx(case.dy, values, index, shape, case.size), COLS),
-        "dvalues": (lambda index: cpu.conv2d.dvalues(case.dy, case.x, index, block, shape, values.dtype), ROWS),
-        "backward": (lambda index: cpu.conv2d.backward(case.dy, case.x, values, index, shape), ROWS + COLS),
+        "fwd": (lambda index: cpu.products.fwd(case.x, values, case.bias, index, shape), ROWS),
+        "dx": (lambda index: cpu.products.dx(case.dy, values, index, shape, case.size), COLS),
+        "dvalues": (lambda index: cpu.products.dvalues(case.dy, case.x, index, block, shape, values.dtype), ROWS),
+        "backward": (lambda index: cpu.products.backward(case.dy, case.x, values, index, shape), ROWS + COLS),
     }
 
 

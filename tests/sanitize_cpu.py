@@ -243,10 +243,10 @@ def run_extremes(turn: int) -> None:
         dy = torch.randn(2, *shape.output_size(*size), shape.out_channels).permute(0, 3, 1, 2)
         values = torch.randn(index.slots, *block)
         for call in (
-            partial(cpu.conv2d.fwd, x, values, None, index, shape),
-            partial(cpu.conv2d.dx, dy, values, index, shape, size),
-            partial(cpu.conv2d.dvalues, dy, x, index, block, shape, torch.float32),
-            partial(cpu.conv2d.backward, dy, x, values, index, shape),
+            partial(cpu.products.fwd, x, values, None, index, shape),
+            partial(cpu.products.dx, dy, values, index, shape, size),
+            partial(cpu.products.dvalues, dy, x, index, block, shape, torch.float32),
+            partial(cpu.products.backward, dy, x, values, index, shape),
         ):
             with suppress(MemoryError):  # its text is for tests/kernels/cpu/test_conv2d.py to see
                 call()

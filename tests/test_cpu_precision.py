@@ -36,10 +36,10 @@ def product(x: Tensor, way: str, row: Tensor, col: Tensor, features: int) -> Ten
     values = torch.eye(side).expand(row.shape[0], side, side).contiguous()
     if way.startswith("dx"):
         index = build_index(Topology(Grid(x.shape[1], features, (side, side)), col, row))
-        return cpu.linear.dx(x, values, index, LinearShape(features, x.shape[1]))
+        return cpu.products.dx(x, values, index, LinearShape(features, x.shape[1]))
     index = build_index(Topology(Grid(features, x.shape[1], (side, side)), row, col))
     parts = x.split(2) if way == "fwd few" else [x]
-    return torch.cat([cpu.linear.fwd(part, values, None, index, LinearShape(x.shape[1], features)) for part in parts])
+    return torch.cat([cpu.products.fwd(part, values, None, index, LinearShape(x.shape[1], features)) for part in parts])
 
 
 def through(x: Tensor, way: str) -> Tensor:
@@ -89,7 +89,7 @@ def test_nan_and_infinity_stay_what_they_are(dtype: torch.dtype, tokens: int, si
         x[:, block * side] = number
     values, index = diagonal(4 * side, side)
 
-    y = cpu.linear.fwd(x, torch.ones_like(values), None, index, LinearShape(x.shape[-1], 4 * side))
+    y = cpu.products.fwd(x, torch.ones_like(values), None, index, LinearShape(x.shape[-1], 4 * side))
 
     expected = torch.tensor([float("nan"), float("inf"), float("-inf"), side]).repeat_interleave(side).to(dtype)
     same(y, expected.expand(tokens, -1).contiguous())
@@ -142,9 +142,9 @@ def test_sums_over_many_inputs_are_not_formed_in_half_precision(dtype: torch.dty
     ones, shape = torch.ones(4096 // side, side, side).to(dtype), LinearShape(4096, side)
 
     for tokens in (1, 30):
-        assert (cpu.linear.fwd(torch.ones(tokens, 4096).to(dtype), ones, None, index, shape) == 4096).all()
+        assert (cpu.products.fwd(torch.ones(tokens, 4096).to(dtype), ones, None, index, shape) == 4096).all()
     x, dy = torch.ones(4096, 4096).to(dtype), torch.ones(4096, side).to(dtype)
-    assert (cpu.linear.dvalues(dy, x, index, (side, side), shape, torch.float32) == 4096).all()
+    assert (cpu.products.dvalues(dy, x, index, (side, side), shape, torch.float32) == 4096).all()
 
 
 @pytest.mark.parametrize("side", [1, 16])
@@ -153,6 +153,6 @@ def test_dvalues_of_half_precision_inputs_keep_the_precision_of_their_sums(side:
     values, index = diagonal(side, side)
     x, dy = torch.ones(2, side).half(), torch.tensor([[1.0], [2**-13]]).expand(2, side).half()
 
-    found = cpu.linear.dvalues(dy, x, index, (side, side), LinearShape(side, side), torch.float32)
+    found = cpu.products.dvalues(dy, x, index, (side, side), LinearShape(side, side), torch.float32)
     assert (found == 1 + 2**-13).all()
     assert values.shape == (1, side, side)

@@ -25,9 +25,9 @@ PAGE = 4096
 def all_three(case: Case) -> list[torch.Tensor]:
     grid, index = case.grid, case.index
     return [
-        cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry),
-        cpu.linear.dx(case.dy, case.values, index, case.geometry),
-        cpu.linear.dvalues(case.dy, case.x, index, grid.block, case.geometry, case.values.dtype),
+        cpu.products.fwd(case.x, case.values, case.bias, index, case.geometry),
+        cpu.products.dx(case.dy, case.values, index, case.geometry),
+        cpu.products.dvalues(case.dy, case.x, index, grid.block, case.geometry, case.values.dtype),
     ]
 
 
@@ -64,8 +64,8 @@ layer = sk.SparseLinear(512, 512, block_size=32, sparsity=0.5, seed=0)
 values, index = layer.values.detach(), layer.index
 x = torch.randn(300, 512)
 sizes = LinearShape(512, 512)
-call = lambda: (cpu.linear.fwd(x, values, None, index, sizes), cpu.linear.dx(x, values, index, sizes),
-                cpu.linear.dvalues(x, x, index, (32, 32), sizes, torch.float32))
+call = lambda: (cpu.products.fwd(x, values, None, index, sizes), cpu.products.dx(x, values, index, sizes),
+                cpu.products.dvalues(x, x, index, (32, 32), sizes, torch.float32))
 expected = call()  # on two threads, which live on and which no child will have
 
 def right():
@@ -122,7 +122,7 @@ torch.set_num_threads(1)
 stop = False
 def grow_and_release():
     while not stop:
-        cpu.linear.fwd(x[:16], values, None, index, sizes)
+        cpu.products.fwd(x[:16], values, None, index, sizes)
         cpu.release_scratch()
 other = threading.Thread(target=grow_and_release)
 other.start()
@@ -130,7 +130,7 @@ ends = []
 for _ in range(150):
     child = os.fork()
     if child == 0:
-        cpu.linear.fwd(x[:16], values, None, index, sizes)
+        cpu.products.fwd(x[:16], values, None, index, sizes)
         os._exit(0)
     ends.append(end_of(child))
 stop = True
@@ -156,7 +156,7 @@ class Multiplied(torch.utils.data.Dataset):
     def __len__(self):
         return 8
     def __getitem__(self, item):
-        return cpu.linear.fwd(x + item, values, None, index, sizes)[:4]
+        return cpu.products.fwd(x + item, values, None, index, sizes)[:4]
 
 alone = [Multiplied()[item] for item in range(8)]
 loader = torch.utils.data.DataLoader(
@@ -206,8 +206,8 @@ def test_ten_thousand_calls_of_changing_shapes_leave_memory_as_it_was() -> None:
     def calls(number: int) -> None:
         for n in range(number):
             case, index = ready[n % len(ready)]
-            cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry)
-            cpu.linear.dvalues(case.dy, case.x, index, case.grid.block, case.geometry, torch.float32)
+            cpu.products.fwd(case.x, case.values, case.bias, index, case.geometry)
+            cpu.products.dvalues(case.dy, case.x, index, case.grid.block, case.geometry, torch.float32)
 
     calls(1000)
     before, scratch = resident(), library.scratch_bytes()

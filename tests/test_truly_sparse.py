@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from sparsekern.kernels import cpu
-from sparsekern.kernels.cpu import scores as cpu_scores
+from sparsekern.kernels.cpu import products
 from sparsekern.kernels.eager import chunks
 from sparsekern.kernels.eager import linear as eager_linear
 from torch import Tensor
@@ -143,7 +143,7 @@ def check_bytes(part: str, found: Allocations, largest: float, allowed: float) -
 @pytest.fixture(autouse=True)
 def small_scratch(monkeypatch):
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", SCRATCH)
-    monkeypatch.setattr(cpu_scores, "CHUNK_BYTES", SCRATCH)
+    monkeypatch.setattr(products, "CHUNK_BYTES", SCRATCH)
     monkeypatch.setattr(eager_linear, "TILE", 128)
 
 

@@ -41,10 +41,10 @@ def sparsekern(scene: Scene, op: str) -> Contestant:
         OURS,
         scene,
         op,
-        fwd=lambda: cpu.linear.fwd(x, values, None, index, sizes),
-        dx=lambda: cpu.linear.dx(dy, values, index, sizes),
-        dvalues=lambda: cpu.linear.dvalues(dy, x, index, grid.block, sizes, x.dtype),
-        backward=lambda: cpu.linear.backward(dy, x, values, index, sizes),
+        fwd=lambda: cpu.products.fwd(x, values, None, index, sizes),
+        dx=lambda: cpu.products.dx(dy, values, index, sizes),
+        dvalues=lambda: cpu.products.dvalues(dy, x, index, grid.block, sizes, x.dtype),
+        backward=lambda: cpu.products.backward(dy, x, values, index, sizes),
     )
 
 

@@ -40,10 +40,10 @@ def sparsekern(scene: ConvScene, op: str) -> Contestant:
         OURS,
         scene,
         op,
-        fwd=lambda: cpu.conv2d.fwd(x, values, None, index, shape),
-        dx=lambda: cpu.conv2d.dx(dy, values, index, shape, size),
-        dvalues=lambda: cpu.conv2d.dvalues(dy, x, index, grid.block, shape, x.dtype),
-        backward=lambda: cpu.conv2d.backward(dy, x, values, index, shape),
+        fwd=lambda: cpu.products.fwd(x, values, None, index, shape),
+        dx=lambda: cpu.products.dx(dy, values, index, shape, size),
+        dvalues=lambda: cpu.products.dvalues(dy, x, index, grid.block, shape, x.dtype),
+        backward=lambda: cpu.products.backward(dy, x, values, index, shape),
     )
 
 
@@ -121,11 +121,11 @@ def _on_rows(
     sizes = LinearShape(scene.grid.in_features, scene.grid.out_features)
 
     def forward(rows: Tensor) -> Tensor:
-        return _images(cpu.linear.fwd(rows, values, None, index, sizes), scene.dy)
+        return _images(cpu.products.fwd(rows, values, None, index, sizes), scene.dy)
 
     def step() -> tuple[Tensor, ...]:
         rows = windows()
-        drows, dvalues = cpu.linear.backward(dy, rows, values, index, sizes)
+        drows, dvalues = cpu.products.backward(dy, rows, values, index, sizes)
         return forward(rows), fold(drows), dvalues
 
     runs: dict[str, Callable[[], object]] = {"fwd": lambda: forward(windows()), "step": step}

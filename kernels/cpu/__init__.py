@@ -12,11 +12,11 @@ import sys
 from typing import Any
 
 import torch
-from sparsekern.kernels.contract import ConvShape, Geometry, Kernels
-from sparsekern.kernels.cpu import conv2d, linear
+from sparsekern.kernels.contract import Geometry, Kernels
+from sparsekern.kernels.cpu import products
 from sparsekern.kernels.cpu.library import DTYPES, load, release_scratch, scratch_bytes
 
-__all__ = ["conv2d", "keep_freed_memory", "kernels", "linear", "release_scratch", "scratch_bytes", "why_not"]
+__all__ = ["keep_freed_memory", "kernels", "products", "release_scratch", "scratch_bytes", "why_not"]
 
 SIDES = (16, 32, 64, 128)
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int,
 
 
 def kernels(geometry: Geometry) -> Kernels[Any]:
-    """Return the module whose kernels run this geometry."""
-    return conv2d if isinstance(geometry, ConvShape) else linear
+    """Return the module whose kernels run this geometry: one for both."""
+    return products
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import struct
 from pathlib import Path
 
 import torch
-from sparsekern.kernels.contract import ConvShape
+from sparsekern.kernels.contract import ConvShape, Geometry
 from torch import Tensor
 
 _log = logging.getLogger("sparsekern")
@@ -69,7 +70,7 @@ class Call(ctypes.Structure):
         values: Tensor,
         bias: Tensor | None,
         lists: tuple[Tensor, Tensor, Tensor],
-        shape: ConvShape | None = None,
+        geometry: Geometry,
         *,
         transposed: bool = False,
     ) -> Call:
@@ -81,12 +82,12 @@ class Call(ctypes.Structure):
             values: ``(Z, bo, bi)``, contiguous: the stored blocks or their gradient.
             bias: contiguous float32, or None.
             lists: an order of the index: where the entries of each list begin, the other coordinate, the slot.
-            shape: that of a convolution; None for a linear layer.
+            geometry: of the layer; only its kind is read of a linear one.
             transposed: whether the product is the input's gradient; then ``lists`` are by block column.
         """
         slots, bo, bi = values.shape
         ptr, other, slot = lists
-        tensors = (*_matrix(x), *_matrix(y)) if shape is None else (*_pixels(x), *_pixels(y))
+        tensors, sizes = _described(x, y, geometry)
         return cls(
             *tensors,
             values.data_ptr(),
@@ -101,7 +102,7 @@ class Call(ctypes.Structure):
             transposed,
             DTYPES[values.dtype],
             threads(),
-            *(() if shape is None else _sizes(x, y, shape)),
+            *sizes,
         )
 
     @classmethod
@@ -114,14 +115,23 @@ class Call(ctypes.Structure):
         v: Tensor,
         pairs: int,
         block: tuple[int, int],
-        shape: ConvShape | None = None,
+        geometry: Geometry,
     ) -> Call:
         """Describe a sketch of the weight's gradient; ``out`` takes its tiles, ``u`` and ``v`` are as in ``Call``."""
-        tensors = (*_matrix(x), *_matrix(y)) if shape is None else (*_pixels(x), *_pixels(y))
+        tensors, sizes = _described(x, y, geometry)
         weight = out.data_ptr(), 0, 0, 0, 0, 0, 0, *block, 0, 0, threads()
-        call = cls(*tensors, *weight, *(() if shape is None else _sizes(x, y, shape)))
+        call = cls(*tensors, *weight, *sizes)
         call.u, call.v, call.pairs = u.data_ptr(), v.data_ptr(), pairs
         return call
+
+
+def _described(x: Tensor, y: Tensor, geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the two matrices of a call, of pixels for a convolution, and the sizes of a convolution."""
+    if not isinstance(geometry, ConvShape):
+        return (*_matrix(x), *_matrix(y)), ()
+    top, _, left, _ = geometry.padding
+    axes = x.shape[2:], y.shape[2:], geometry.kernel, geometry.stride, (top, left), geometry.dilation
+    return (*_pixels(x), *_pixels(y)), (x.shape[0], geometry.groups, *itertools.chain(*axes))
 
 
 def _matrix(x: Tensor) -> tuple[int, ...]:
@@ -131,11 +141,6 @@ def _matrix(x: Tensor) -> tuple[int, ...]:
 def _pixels(x: Tensor) -> tuple[int, ...]:
     images, channels, height, width = x.shape
     return x.data_ptr(), images * height * width, channels, channels, 1, DTYPES[x.dtype]
-
-
-def _sizes(x: Tensor, y: Tensor, shape: ConvShape) -> tuple[int, ...]:
-    before = shape.padding[0], shape.padding[2]
-    return x.shape[0], shape.groups, *x.shape[2:], *y.shape[2:], *shape.kernel, *shape.stride, *before, *shape.dilation
 
 
 @functools.cache

@@ -44,24 +44,3 @@ def channels_last(x: Tensor) -> Tensor:
 def as_tokens(x: Tensor) -> Tensor:
     """Return ``(T, F)``, a view: the pixels of images that are channels last, or the tokens of a linear layer."""
     return x.permute(0, 2, 3, 1).flatten(0, 2) if x.dim() == 4 else x
-
-
-def new_output(x: Tensor, geometry: Geometry) -> Tensor:
-    """Return an uninitialised y for an input x, in the layout that kernels write."""
-    if isinstance(geometry, LinearShape):
-        return x.new_empty(x.shape[0], geometry.out_features)
-    return _new_images(x, geometry.out_channels, *geometry.output_size(x.shape[2], x.shape[3]))
-
-
-def new_input(dy: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
-    """Return an uninitialised dx for a gradient dy, in the layout that kernels write.
-
-    The ``size`` is ``(H, W)`` for images, and not read for a linear layer.
-    """
-    if isinstance(geometry, LinearShape):
-        return dy.new_empty(dy.shape[0], geometry.in_features)
-    return _new_images(dy, geometry.in_channels, size[0], size[1])
-
-
-def _new_images(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)

@@ -137,10 +137,10 @@ def test_a_convolution_that_nobody_has_is_refused(block, kernel, stride, padding
     dy = torch.ones(1, *out, 16).permute(0, 3, 1, 2)
     x, values = torch.ones(1, 1, 1, 600).permute(0, 3, 1, 2), torch.ones(4, *block)
     for call in (
-        lambda: cpu.conv2d.fwd(x, values, None, index, shape),
-        lambda: cpu.conv2d.dx(dy, values, index, shape, (1, 1)),
-        lambda: cpu.conv2d.dvalues(dy, x, index, block, shape, torch.float32),
-        lambda: cpu.conv2d.backward(dy, x, values, index, shape),
+        lambda: cpu.products.fwd(x, values, None, index, shape),
+        lambda: cpu.products.dx(dy, values, index, shape, (1, 1)),
+        lambda: cpu.products.dvalues(dy, x, index, block, shape, torch.float32),
+        lambda: cpu.products.backward(dy, x, values, index, shape),
     ):
         with pytest.raises(MemoryError, match="cannot plan a convolution of such a padding, stride or dilation"):
             call()

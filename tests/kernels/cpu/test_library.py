@@ -247,11 +247,11 @@ def test_no_memory_for_the_scratch_is_a_memory_error(monkeypatch: pytest.MonkeyP
     library.load.cache_clear()
 
     with pytest.raises(MemoryError, match="sk_multiply finds no memory for its scratch"):
-        cpu.linear.fwd(case.x, case.values, None, index, case.geometry)
+        cpu.products.fwd(case.x, case.values, None, index, case.geometry)
     with pytest.raises(MemoryError, match="sk_outer finds no memory for its scratch"):
-        cpu.linear.dvalues(case.dy, case.x, index, (16, 16), case.geometry, torch.float32)
+        cpu.products.dvalues(case.dy, case.x, index, (16, 16), case.geometry, torch.float32)
     with pytest.raises(MemoryError, match="sk_backward finds no memory for its scratch"):
-        cpu.linear.backward(case.dy, case.x, case.values, index, case.geometry)
+        cpu.products.backward(case.dy, case.x, case.values, index, case.geometry)
 
 
 TOO_LITTLE = """
@@ -261,7 +261,7 @@ from sparsekern.kernels.contract import LinearShape
 torch.set_num_threads(1)
 layer = sk.SparseLinear(2**19, 16, block_size=16, sparsity=0.999)
 x = torch.ones(24, 2**19)
-run = lambda: cpu.linear.fwd(x, layer.values.detach(), None, layer.index, LinearShape(2**19, 16))
+run = lambda: cpu.products.fwd(x, layer.values.detach(), None, layer.index, LinearShape(2**19, 16))
 expected = (x @ layer.dense_weight().detach().T)
 run()
 assert cpu.scratch_bytes() >= 24 * 2**19 * 4
@@ -293,15 +293,15 @@ def test_the_scratch_is_kept_for_the_next_call_and_can_be_given_back() -> None:
     library.release_scratch()
     assert library.scratch_bytes() == 0
 
-    y = cpu.linear.fwd(case.x, case.values, None, case.index, case.geometry)
+    y = cpu.products.fwd(case.x, case.values, None, case.index, case.geometry)
     held = library.scratch_bytes()
-    again = cpu.linear.fwd(case.x, case.values, None, case.index, case.geometry)
+    again = cpu.products.fwd(case.x, case.values, None, case.index, case.geometry)
 
     assert torch.equal(y, again)
     assert library.scratch_bytes() == held > 0
     library.release_scratch()
     assert library.scratch_bytes() == 0
-    assert torch.equal(cpu.linear.fwd(case.x, case.values, None, case.index, case.geometry), y)
+    assert torch.equal(cpu.products.fwd(case.x, case.values, None, case.index, case.geometry), y)
 
 
 # One OpenMP.
@@ -336,7 +336,7 @@ def test_a_thread_that_ends_gives_its_scratch_back():
     held = []
 
     def run() -> None:
-        cpu.linear.fwd(x, torch.ones(8, 16, 16), None, index, LinearShape(x.shape[-1], 64))
+        cpu.products.fwd(x, torch.ones(8, 16, 16), None, index, LinearShape(x.shape[-1], 64))
         held.append(library.scratch_bytes())
 
     thread = threading.Thread(target=run)

@@ -143,6 +143,8 @@ def test_a_masked_index_leaves_blocks_out(block: tuple[int, int], tokens: int) -
     index = mask_index(case.index, keep, block)
     kept = replace(case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int())
 
-    check_y(kept, cpu.linear.fwd(case.x, case.values, case.bias, index, case.geometry))
-    check_dx(kept, cpu.linear.dx(case.dy, case.values, index, case.geometry))
-    check_dvalues(kept, cpu.linear.dvalues(case.dy, case.x, index, block, case.geometry, torch.float32), torch.float32)
+    check_y(kept, cpu.products.fwd(case.x, case.values, case.bias, index, case.geometry))
+    check_dx(kept, cpu.products.dx(case.dy, case.values, index, case.geometry))
+    check_dvalues(
+        kept, cpu.products.dvalues(case.dy, case.x, index, block, case.geometry, torch.float32), torch.float32
+    )

@@ -231,8 +231,8 @@ def test_a_nan_in_x_reaches_only_the_rows_that_read_it(side: int, tokens: int) -
     reached = torch.arange(2 * side) < side
 
     shape = LinearShape(2 * side, 2 * side)
-    assert torch.equal(cpu.linear.fwd(x, values, None, index, shape).isnan(), reached.expand(tokens, -1))
-    assert torch.equal(cpu.linear.dx(x, values, index, shape).isnan(), reached.expand(tokens, -1))
+    assert torch.equal(cpu.products.fwd(x, values, None, index, shape).isnan(), reached.expand(tokens, -1))
+    assert torch.equal(cpu.products.dx(x, values, index, shape).isnan(), reached.expand(tokens, -1))
 
 
 @pytest.mark.parametrize("tokens", [7, 40])

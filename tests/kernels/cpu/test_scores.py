@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sparsekern.kernels import cpu
-from sparsekern.kernels.cpu import scores
+from sparsekern.kernels.cpu import products
 from torch import Tensor
 
 from tests.kernels.cpu.calls import (
@@ -127,7 +127,7 @@ def test_the_size_of_chunks_changes_nothing(block: tuple[int, int], monkeypatch:
         monkeypatch.undo()
         expected = all_norms(case), chosen(case, which)
         for size in (1, 3 * 4 * block[0] * block[1], 20_000):
-            monkeypatch.setattr(scores, "CHUNK_BYTES", size)
+            monkeypatch.setattr(products, "CHUNK_BYTES", size)
             assert torch.equal(all_norms(case), expected[0])
             assert torch.equal(chosen(case, which), expected[1])
 
@@ -166,7 +166,7 @@ def test_chosen_blocks_may_be_given_in_int64_and_in_any_strides() -> None:
 
 def test_the_norms_of_all_blocks_never_hold_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """G is 2048 x 2048, 16 MiB; a chunk of its blocks has 8 at most, set to 1 here."""
-    monkeypatch.setattr(scores, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(products, "CHUNK_BYTES", 2**20)
     found = allocations(lambda: all_norms(wide_case((16, 16), 2)))
 
     assert found.largest <= 2**20
