@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +26,12 @@ from bench.cpu.results import circumstances, rounded, write_rows
 from bench.cpu.table import milliseconds, times
 from bench.gpu.results import ROOT, Row
 from sparsekern import keep_freed_memory, sparsify_
+from sparsekern.analysis.clock import race
 from sparsekern.lab.recipes import find
 
 NETWORKS = ("resnet18-cifar", "vgg16-small")
 SPARSITIES = (0.5, 0.75, 0.9, 0.95)
 IMAGES, SIDE, CLASSES = 64, 32, 10
-WARM_UP = 2
 
 PARTS = {
     "our kernels": ("sparsekern::",),
@@ -73,20 +71,6 @@ def make_step(network: str, sparsity: float | None) -> Step:
     return step
 
 
-def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Return the milliseconds of steps that take turns."""
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            taken[name].append(1e3 * (time.perf_counter() - began))
-    return taken
-
-
 def parts_of(step: Step, repeats: int) -> dict[str, float]:
     """Return the milliseconds that each of :data:`PARTS` takes of a step by itself, and ``"other"``."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -108,12 +92,12 @@ def measure(network: str, sparsities: Sequence[float], threads: int, rounds: int
     torch.set_num_threads(threads)
     by_name = {"dense": None} | {f"{sparsity:g}": sparsity for sparsity in sparsities}
     steps = {name: make_step(network, sparsity) for name, sparsity in by_name.items()}
-    taken = timed(steps, rounds)
-    dense = statistics.median(taken["dense"])
+    timings = race(steps, torch.device("cpu"), rounds)
+    dense = timings["dense"].median
     rows: list[Row] = []
-    for name, milliseconds_taken in taken.items():
+    for name, timing in timings.items():
         parts = parts_of(steps[name], max(1, rounds // 3))
-        total, median = sum(parts.values()), statistics.median(milliseconds_taken)
+        total = sum(parts.values())
         rows.append(
             {
                 "network": network,
@@ -121,10 +105,10 @@ def measure(network: str, sparsities: Sequence[float], threads: int, rounds: int
                 "images": IMAGES,
                 "threads": threads,
                 "sparsity": by_name[name],
-                "ms": rounded(median),
-                "fastest": rounded(min(milliseconds_taken)),
-                "samples": len(milliseconds_taken),
-                "vs_dense": rounded(dense / median),
+                "ms": rounded(timing.median),
+                "fastest": rounded(min(timing.samples)),
+                "samples": len(timing.samples),
+                "vs_dense": rounded(dense / timing.median),
                 "shares": {part: rounded(ms / total) for part, ms in sorted(parts.items(), key=lambda p: -p[1])},
             }
         )

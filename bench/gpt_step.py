@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import sparsekern as sk
-from bench.cpu.clock import Stopwatch
 from bench.cpu.results import Row, circumstances, rounded, write_rows
+from sparsekern.analysis.clock import race
 from sparsekern.lab.models import GPT
 
 VOCABULARY, CONTEXT, BATCH, HEAD_FEATURES = 256, 128, 16, 64
@@ -92,10 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if threads == 1 and find_spec("sparselab") is not None:
             models["sparselab"] = sparselab_gpt(options.width, options.depth, options.sparsity)
         calls = {name: step_of(model) for name, model in models.items()}
-        timings, errors = Stopwatch().race(calls, options.rounds, seconds=60)
-        if errors:
-            raise RuntimeError(f"{threads} threads: {errors}")
-        dense = timings["dense"].quantile(0.5)
+        timings = race(calls, torch.device("cpu"), options.rounds, seconds=60)
+        dense = timings["dense"].median
         for name, timing in timings.items():
             row: Row = {
                 "network": f"gpt {options.width}x{options.depth}",
@@ -103,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "attention_sparsity": options.sparsity[1],
                 "threads": threads,
                 "contestant": name,
-                "ms": rounded(timing.quantile(0.5)),
+                "ms": rounded(timing.median),
                 "p25": rounded(timing.quantile(0.25)),
                 "p75": rounded(timing.quantile(0.75)),
                 "samples": len(timing.samples),
-                "vs_dense": rounded(dense / timing.quantile(0.5)),
+                "vs_dense": rounded(dense / timing.median),
             }
             print(json.dumps(row), flush=True)
             rows.append({**row, **circumstances()})

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekern as sk
-from bench.cpu.clock import Stopwatch
 from bench.cpu.results import Row, circumstances, rounded, write_rows
+from sparsekern.analysis.clock import race
 from sparsekern.lab.models import mlp
 from sparsekern.topology import to_dense
 
@@ -91,10 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for sparsity in options.sparsities:
                 models = networks(width, options.side, block, sparsity)
                 calls = {name: step_of(model, x, y) for name, model in models.items()}
-                timings, errors = Stopwatch().race(calls, options.rounds, seconds=4)
-                if errors:
-                    raise RuntimeError(f"width {width}, block {block}, sparsity {sparsity}: {errors}")
-                times = {name: timing.quantile(0.5) for name, timing in timings.items()}
+                timings = race(calls, torch.device("cpu"), options.rounds, seconds=4)
+                times = {name: timing.median for name, timing in timings.items()}
                 row = {"width": width, "block": block, "sparsity": sparsity}
                 row |= {f"{name}_ms": rounded(ms) for name, ms in times.items()}
                 row |= {f"vs_{name}": rounded(times[name] / times["sparse"]) for name in ("masked", "dense")}

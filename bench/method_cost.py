@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import sparsekern as sk
-from bench.cpu.clock import Stopwatch
+from sparsekern.analysis.clock import race
 
 METHODS: dict[str, tuple[type[sk.Method], dict[str, Any]]] = {
     "SET": (sk.SET, {}),
@@ -78,10 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cycles = {name: cycle(name, block, options) for name in options.methods}
         plain = cycle(None, block, options)
         calls = {"": plain[0], **{name: run for name, (run, _, _) in cycles.items()}}
-        timings, errors = Stopwatch().race(calls, options.rounds, seconds=60)
-        for name, error in errors.items():
-            raise RuntimeError(f"{name or 'the plain step'} failed: {error}")
-        step = timings[""].quantile(0.5)
+        timings = race(calls, torch.device("cpu"), options.rounds, seconds=60)
+        step = timings[""].median
         names = ("tokens", "inputs", "outputs", "sparsity", "drop", "update_every")
         about = {name: getattr(options, name) for name in names}
         about = {
@@ -92,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "step_ms": round(step, 3),
         }
         for name, (_, steps, _) in cycles.items():
-            extra = timings[name].quantile(0.5) - steps * step
+            extra = timings[name].median - steps * step
             row = {**about, "method": name, "update_ms": round(extra, 3)}
             row["percent"] = round(100 * extra / (options.update_every * step), 3)
             if METHODS[name][0] is sk.RigL:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from sparsekern.analysis import profile, stored_parameters, training_bytes
+from sparsekern.analysis import profile, race, stored_parameters, training_bytes
 from sparsekern.lab.models import gpt_small, resnet18_cifar, vgg16
 from sparsekern.transforms import TRANSFORMS, Width, transform
 
@@ -85,18 +84,12 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def cpu_times(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of CPU time of each; they take turns, after a round to warm up.
+    """Return the median milliseconds of CPU time of each; they take turns.
 
     CPU time is that of all threads: with one, the time of a step on a machine that has nothing else to do.
     """
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            began = time.process_time()
-            step()
-            if repeat:
-                samples[name].append(1e3 * (time.process_time() - began))
-    return {name: statistics.median(times) for name, times in samples.items()}
+    timings = race(steps, torch.device("cpu"), repeats, watch=time.process_time)
+    return {name: timing.median for name, timing in timings.items()}
 
 
 def described(model: nn.Module, network: Network) -> dict[str, Any]:

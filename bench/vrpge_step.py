@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from bench.cpu.clock import Stopwatch
-from bench.gpu.clock import Call
+from sparsekern.analysis.clock import Call, Clock
 
 
 class OneDnn(torch.autograd.Function):
@@ -95,12 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "oneDNN": step_of(network(width, OneDnnLinear), x, y, None),
     }
     calls: dict[str, Call] = {**dense, **{json.dumps(key): call for key, call in rows.items()}}
-    timings, errors = Stopwatch().race(calls, options.rounds, seconds=60)
-    times = {name: timing.quantile(0.5) for name, timing in timings.items()}
+    timings, errors = Clock(torch.device("cpu")).race(calls, options.rounds, seconds=60)
+    times = {name: timing.median for name, timing in timings.items()}
     best = min(times[name] for name in dense if name in times)
     about = {"device": "cpu", "threads": torch.get_num_threads(), "width": width, "tokens": tokens}
     for name in dense:
-        ms = {"ms": round(times[name], 2)} if name in times else {"error": errors[name]}
+        ms = {"ms": round(times[name], 2)} if name in times else {"error": str(errors[name])}
         print(json.dumps({**about, "network": f"dense {name}", **ms}))
     for ratio, pool, structure in rows:
         ms = times[json.dumps((ratio, pool, structure))]

@@ -26,8 +26,8 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from bench.cpu.clock import Stopwatch
 from bench.cpu.results import Row, circumstances, rounded, write_rows
+from sparsekern.analysis.clock import race
 
 WIDTHS = (512, 1024, 2048, 4096, 8192, 16384)
 BLOCKS = (1, 16)
@@ -98,10 +98,8 @@ def measure(widths: Sequence[int], blocks: Sequence[int], tokens: int, rounds: i
                 for name, make in contestants(width, block, tokens).items()
                 if name in ("step", "gse cycle") or (peers and 4 * last.get(name, 0.0) < LONG)
             }
-            timings, errors = Stopwatch().race(taking_part, rounds, seconds=2)
-            if errors:
-                raise RuntimeError(f"width {width}, block {block}: {errors}")
-            last |= {name: timing.quantile(0.5) for name, timing in timings.items()}
+            timings = race(taking_part, torch.device("cpu"), rounds, seconds=2)
+            last |= {name: timing.median for name, timing in timings.items()}
             times = {name: last[name] for name in taking_part}
             found = {"step": times["step"], "gse update": times["gse cycle"] - 2 * times["step"]}
             if "rigl cycle" in times:

@@ -8,8 +8,8 @@ from bench.cpu.cases import WIDE, Case
 from bench.cpu.contestants import DENSE, OURS
 from bench.cpu.conv_cases import SHAPES, ConvCase, Shape, conv_case
 from bench.cpu.results import rows_of
-from bench.gpu.clock import Timing
 from bench.gpu.contestants import SPARSE, Contestant
+from sparsekern.analysis.clock import Timing
 
 HEAD = Case("step", "fp32", *WIDE, 32, 0.9)
 TINY = Case("step", "fp32", 24, 64, 128, 16, 0.75)

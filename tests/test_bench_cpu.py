@@ -11,7 +11,6 @@ import torch
 from bench import readme
 from bench.cpu import contestants, conv_contestants, peers, run
 from bench.cpu.cases import LARGE, WIDE, cases, quick_cases
-from bench.cpu.clock import Stopwatch
 from bench.cpu.contestants import DENSE, OURS
 from bench.cpu.conv_cases import Shape, conv_case, conv_cases, quick_conv_cases
 from bench.cpu.conv_goals import conv_findings
@@ -19,7 +18,6 @@ from bench.cpu.conv_scene import make_conv_scene
 from bench.cpu.goals import findings
 from bench.cpu.results import Race, case_of, circumstances, write_rows
 from bench.cpu.scene import MOVED, make_scene
-from bench.gpu.clock import Timing
 from bench.gpu.contestants import Contestant
 from bench.gpu.peers import NotSupported
 from bench.gpu.results import read_rows
@@ -244,23 +242,6 @@ def test_cases_run_with_their_threads_and_leave_the_number_as_it_was(monkeypatch
     assert [(row["contestant"], row["threads"]) for row in rows] == [("F.linear", 1), ("unable", 1), ("F.linear", 2)]
     assert {row["device"] for row in rows} == {"here"} and case_of(rows[2]) == TINY._replace(threads=2)
     assert len(said) == 2 and all("F.linear" in line and "unable NOT TIMED (not here)" in line for line in said)
-
-
-def test_a_short_call_is_made_twice_and_the_second_is_timed(monkeypatch):
-    made, now = [], [0.0]
-    monkeypatch.setattr("bench.gpu.clock.time.perf_counter", lambda: now[0])
-
-    def call(milliseconds: float):
-        made.append(milliseconds)
-        now[0] += milliseconds / 1e3
-
-    timing = Timing()
-    watch = Stopwatch()
-    assert watch._sample(lambda: call(3.0), timing) == pytest.approx(3.0) and len(made) == 2
-    timing.samples.append(3.0)
-    assert watch._sample(lambda: call(3.0), timing) == pytest.approx(3.0) and len(made) == 4
-    timing.samples.append(600.0)
-    assert watch._sample(lambda: call(600.0), timing) == pytest.approx(600.0) and len(made) == 5
 
 
 def test_the_ratios_of_a_case():

@@ -24,11 +24,11 @@ from bench.gpu import (
     table,
     tune,
 )
-from bench.gpu.clock import Clock
 from bench.gpu.goals import GOALS, break_even, verdict
-from bench.gpu.part import DeviceLost, Part
+from bench.gpu.part import Part
 from bench.gpu.results import Results, circumstances
 from bench.gpu.scene import NORMS, OPS, Case, Judge, make_scene
+from sparsekern.analysis import Clock
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -43,61 +43,6 @@ def part(tmp_path: Path):
     results = Results(tmp_path / "race.jsonl", circumstances("race", True))
     yield Part(tmp_path, True, CPU, results, time.monotonic() + 60)
     results.close()
-
-
-# The clock of a GPU, with a GPU that is made up.
-
-
-class FakeGpu:
-    """A queue that is held back for a while; a call takes ``python`` seconds to get into it and 3 ms to run."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, python: float) -> None:
-        self.held, self.python, self.clock = [], python, Clock(CPU)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.held.append(cycles / 2e9))
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-        self.clock.cuda, self.clock.flush, self.clock.start, self.clock.stop = True, torch.zeros(1), self, self
-
-    def query(self) -> bool:
-        return self.held[-1] < self.python
-
-    def elapsed_time(self, stop: FakeGpu) -> float:
-        return 3.0
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
-@pytest.mark.parametrize(("python", "longest"), [(1e-3, 3e-3), (10.0, 0.05)])
-def test_the_queue_is_held_until_the_whole_call_is_in_it_or_for_a_limited_time(monkeypatch, python, longest):
-    gpu = FakeGpu(monkeypatch, python)
-    timings, errors = gpu.clock.race({"a": lambda: None, "bad": lambda: 1 / 0}, rounds=7, seconds=0)
-    assert 2 <= len(timings["a"].samples) <= 5 and timings["a"].row()["ms"] == 3.0 and "ZeroDivision" in errors["bad"]
-    assert min(python, 0.05) <= gpu.held[-1] <= longest and timings["a"].wall_ms < 3.0
-    assert gpu.clock.median_seconds(lambda: None) == 3e-3
-
-
-@pytest.mark.parametrize("lost", [True, False])
-def test_an_error_of_a_call_that_ran_before_is_the_device_only_if_it_answers_nothing_more(monkeypatch, lost):
-    gpu, calls_made = FakeGpu(monkeypatch, 0.0), []
-    gpu.clock.device = torch.device("cuda")
-
-    def answers(*_) -> None:
-        if lost and len(calls_made) > 3:
-            raise RuntimeError("an illegal memory access")
-
-    def breaks() -> None:
-        calls_made.append(1)
-        if len(calls_made) > 3:
-            raise torch.OutOfMemoryError("no memory for it")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", answers)
-    if lost:
-        with pytest.raises(DeviceLost, match="illegal"):
-            gpu.clock.race({"a": breaks})
-    else:
-        timings, errors = gpu.clock.race({"a": breaks, "b": lambda: None})
-        assert set(timings) == {"b"} and "no memory" in errors["a"]
 
 
 def test_what_is_gathered_fits_the_l2_cache(monkeypatch):

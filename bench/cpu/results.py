@@ -16,9 +16,9 @@ from sparsekern.kernels.cpu.library import load
 import sparsekern
 from bench.cpu.cases import Case
 from bench.cpu.conv_cases import ConvCase
-from bench.gpu.clock import Timing
 from bench.gpu.contestants import DENSE, OURS, SPARSE, Contestant
 from bench.gpu.results import ROOT, Row, commit
+from sparsekern.analysis.clock import Timing
 from sparsekern.cli.info import cpu_model
 
 COMMITTED = ROOT / "bench" / "results" / "cpu_linear.jsonl"
@@ -59,7 +59,7 @@ def rows_of(case: AnyCase, elements: int, taking_part: dict[str, Contestant], ti
     full = case.in_features * case.out_features
     for name, timing in timings.items():
         kind = taking_part[name].kind
-        ms = timing.quantile(0.5)
+        ms = timing.median
         flops = (3 if case.op == "step" else 1) * 2 * case.tokens * (full if kind == DENSE else elements)
         rows.append(
             {

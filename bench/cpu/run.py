@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bench.cpu import contestants, conv_contestants, peers
-from bench.cpu.clock import Stopwatch
 from bench.cpu.conv_cases import ConvCase
 from bench.cpu.conv_scene import make_conv_scene
 from bench.cpu.results import AnyCase, rounded, rows_of
@@ -19,11 +18,14 @@ from bench.gpu.part import say_what_failed
 from bench.gpu.peers import NotSupported
 from bench.gpu.results import Row
 from bench.gpu.scene import Judge, Scene
+from sparsekern.analysis.clock import Clock
 
 SECONDS = 1.0
 """After which five rounds of a case are enough. A contestant that alone takes that long has fewer, but at least two."""
 
 MOST_ROUNDS = 100
+
+CPU = torch.device("cpu")
 
 Say = Callable[[str], None]
 
@@ -96,8 +98,8 @@ def run_case(
             reasons[name] = {"not_supported": str(error)}
         except Exception as error:
             reasons[name] = {"error": say_what_failed(error)}
-    timings, errors = Stopwatch().race({name: c.run for name, c in right.items()}, MOST_ROUNDS, seconds)
-    reasons |= {name: {"error": error} for name, error in errors.items()}
+    timings, errors = Clock(CPU).race({name: c.run for name, c in right.items()}, MOST_ROUNDS, seconds)
+    reasons |= {name: {"error": say_what_failed(error)} for name, error in errors.items()}
     rows = rows_of(case, scene.elements, right, timings)
     return rows + [{**case._asdict(), "contestant": name, **reason} for name, reason in reasons.items()]
 

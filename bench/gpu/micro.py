@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from sparsekern.kernels.gpu.launch import multiprocessors
 
-from bench.gpu.clock import Clock
-from bench.gpu.part import Part, check_device, main, say_what_failed
+from bench.gpu.part import Part, main, say_what_failed
 from bench.gpu.results import Row
+from sparsekern.analysis.clock import Clock, check_device
 
 Measurement = tuple[str, Callable[[Clock, bool], Row]]
 
@@ -138,7 +138,7 @@ def dots(clock: Clock, tiny: bool, side: int, fed: bool) -> Row:
 
 def run(part: Part) -> bool:
     """Run what is not in the results yet; return whether all is."""
-    clock = Clock(part.device)
+    clock = Clock(part.device, device_alone=True)
     for name, measure in measurements():
         if part.results.has(name):
             continue

@@ -15,17 +15,11 @@ import torch
 from sparsekern.kernels.gpu.launch import interpreted
 
 from bench.gpu.results import ROOT, Results, circumstances, delete, other_results
+from sparsekern.analysis.clock import DeviceLost
 
 FINISHED, FAILED, NO_DEVICE, PARTLY, LOST, MIXED = 0, 1, 2, 3, 4, 5
 """Exit codes: all measured | something is wrong | there is no GPU | the budget is over | run again, the GPU's context
 is gone | there are results of another device, commit or version."""
-
-
-class DeviceLost(BaseException):
-    """After an illegal access every call of this process fails. No Exception: handlers of those must not swallow it.
-
-    The measurement is recorded as failed before; a new process continues after it.
-    """
 
 
 @dataclass
@@ -50,16 +44,6 @@ class Part:
 def say_what_failed(error: Exception) -> str:
     """Return an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-
-
-def check_device(device: torch.device) -> None:
-    """Raise :class:`DeviceLost` if the GPU answers nothing any more."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        raise DeviceLost(str(error)) from error
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:

@@ -14,12 +14,12 @@ import torch
 from sparsekern.kernels.gpu.launch import dot_precision
 
 from bench.gpu import peers
-from bench.gpu.clock import Clock
 from bench.gpu.contestants import DENSE, OURS, SPARSE, Contestant, cublas, sparsekern_gpu
 from bench.gpu.goals import AROUND_BREAK_EVEN, ORDER
-from bench.gpu.part import Part, check_device, main, say_what_failed
+from bench.gpu.part import Part, main, say_what_failed
 from bench.gpu.results import Row
 from bench.gpu.scene import OPS, Case, Judge, Scene, make_scene
+from sparsekern.analysis.clock import Clock, check_device
 
 SHAPES = ((1024, 4096), (4096, 11008), (8192, 8192))
 """(K, N), beside 4096 x 4096."""
@@ -82,7 +82,7 @@ def makers(rehearsal: bool) -> dict[str, Maker]:
 
 def run(part: Part) -> bool:
     """Run the cases that are not in the results yet; return whether all are."""
-    clock = Clock(part.device)
+    clock = Clock(part.device, device_alone=True)
     torch.set_float32_matmul_precision("high")  # float32 is tf32 for everyone
     chosen = rehearsal_cases() if part.rehearsal else cases()
     for number, case in enumerate(chosen, 1):
@@ -138,9 +138,12 @@ def run_case(
     rows: list[Row] = []
     for name, timing in timings.items():
         rows.append({"key": f"{case.key} | {name}", **fields, "contestant": name, "kind": right[name].kind})
-        rows[-1] |= timing.row()
+        rows[-1] |= {"ms": timing.median, "p20": timing.quantile(0.2), "p80": timing.quantile(0.8)}
+        rows[-1] |= {"wall_ms": timing.wall_ms, "samples": len(timing.samples)}
     compare(rows, case)
-    rows += [{"key": f"{case.key} | {n}", **fields, "contestant": n, "error": e} for n, e in errors.items()]
+    rows += [
+        {"key": f"{case.key} | {n}", **fields, "contestant": n, "error": say_what_failed(e)} for n, e in errors.items()
+    ]
     part.results.add(*rows, {"key": case.key, "contestants": len(timings)})
     print("race: " + case.key + ": " + ", ".join(f"{r['contestant']} {r['ms']:.3f} ms" for r in rows if "ms" in r))
 

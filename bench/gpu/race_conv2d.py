@@ -7,16 +7,16 @@ import sys
 import torch
 
 from bench.gpu.cases_conv2d import cases, rehearsal_cases
-from bench.gpu.clock import Clock
 from bench.gpu.contestants_conv2d import cudnn, sparsekern_gpu
-from bench.gpu.part import Part, check_device, main, say_what_failed
+from bench.gpu.part import Part, main, say_what_failed
 from bench.gpu.race import run_case
 from bench.gpu.scene_conv2d import make_scene
+from sparsekern.analysis.clock import Clock, check_device
 
 
 def run(part: Part) -> bool:
     """Run the cases that are not in the results yet; return whether all are."""
-    clock = Clock(part.device)
+    clock = Clock(part.device, device_alone=True)
     torch.set_float32_matmul_precision("high")  # float32 is tf32 for everyone
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True

@@ -20,11 +20,11 @@ from sparsekern.kernels.gpu import roofline, tables
 from sparsekern.kernels.gpu.config import Config, Problem
 
 from bench.gpu.calls import AnyCase, Launch, call_with, calls, choosing, ours, problem_of, scene_of
-from bench.gpu.clock import Clock
 from bench.gpu.contestants import named
-from bench.gpu.part import DeviceLost, Part, check_device, main, say_what_failed
+from bench.gpu.part import Part, main, say_what_failed
 from bench.gpu.results import ROOT, Row, write_json
 from bench.gpu.scene import Judge
+from sparsekern.analysis.clock import Clock, DeviceLost, check_device
 
 COMPILING = 0.5
 """Share of the budget that compiling side by side may take."""
@@ -43,7 +43,7 @@ def run(part: Part) -> bool:
     if not waiting:
         return True
     compile_side_by_side(part)
-    clock = Clock(part.device)
+    clock = Clock(part.device, device_alone=True)
     for key, (which, case) in waiting.items():
         if part.over(0.0 if part.rehearsal else 8.0):
             print(f"tune: the budget is over before {key}")

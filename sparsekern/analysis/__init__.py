@@ -8,17 +8,20 @@ from sparsekern.analysis.account import (
     stored_parameters,
     training_bytes,
 )
-from sparsekern.analysis.measure import race, time_layer
+from sparsekern.analysis.clock import Clock, Timing, race
+from sparsekern.analysis.measure import time_layer
 from sparsekern.analysis.profile import LayerProfile, Profile, arguments, profile
 from sparsekern.analysis.spectral import Spectral, spectral
 from sparsekern.analysis.summary import Summary, summary
 
 __all__ = [
     "Account",
+    "Clock",
     "LayerProfile",
     "Profile",
     "Spectral",
     "Summary",
+    "Timing",
     "account",
     "arguments",
     "network_sparsity",

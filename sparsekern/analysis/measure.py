@@ -3,84 +3,41 @@
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from sparsekern.nn import BlockSparse, SparseConv2d
+from sparsekern.analysis.layer_race import Contestant, LayerInput, race_steps, sparse_contestant, trained
+from sparsekern.nn import BlockSparse
 
 
-def race(contestants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Return the median milliseconds of each contestant by name; they take turns, so that load slows all alike.
+def time_layer(layer: BlockSparse, given: Tensor | LayerInput, repeats: int = 5) -> tuple[float, float]:
+    """Return ``(sparse, dense)`` median milliseconds of forward and backward on an input ``(..., in_features)``.
 
-    Args:
-        contestants: functions by name.
-        repeats: number of measured rounds, after two rounds of warming up.
-        device: device to synchronise around each call.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for repeat in range(repeats + 2):  # two rounds to warm up
-        for name, run in contestants.items():
-            _wait(device)
-            began = time.perf_counter()
-            run()
-            _wait(device)
-            if repeat >= 2:
-                samples[name].append((time.perf_counter() - began) * 1e3)
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def time_layer(layer: BlockSparse, x: Tensor, repeats: int = 5) -> tuple[float, float]:
-    """Return ``(sparse, dense)`` median milliseconds of forward and backward on the input ``x (..., in_features)``.
-
-    The dense contestant is PyTorch's own layer with a weight of zeros; convolutions and their inputs are channels last.
-    The gradients of the layer do not change.
+    The dense contestant is PyTorch's own layer with a weight of zeros, channels last in a convolution. The gradients of
+    the layer do not change.
 
     Args:
         layer: the sparse layer.
-        x: an input of the layer.
+        given: an input of the layer.
         repeats: number of measured rounds.
     """
-    x = x.detach().to(layer.values.dtype, copy=True)
+    given = LayerInput(given) if isinstance(given, Tensor) else given
+    if given.autocast is None:
+        given = replace(given, x=given.x.to(layer.values.dtype))
     shape = replace(layer.grid, transposed=False).weight_shape
-    weight = torch.zeros(shape, dtype=x.dtype, device=x.device)
-    if isinstance(layer, SparseConv2d):
-        weight = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
-        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-    x.requires_grad_()
+    weight = torch.zeros(shape, dtype=layer.values.dtype, device=layer.values.device)
+    if weight.dim() == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
     weight.requires_grad_(layer.values.requires_grad)
-    bias = [] if layer.bias is None or not layer.bias.requires_grad else [layer.bias]
-    sparse_inputs = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-    dense_inputs = [x, weight, *bias] if layer.values.requires_grad else [x, *bias]
-
-    def dense() -> Tensor:
-        if isinstance(layer, SparseConv2d):
-            return layer.dense_forward(x, weight)
-        return F.linear(x, weight, layer.bias)
-
-    with torch.enable_grad():
-        dy = torch.ones_like(layer(x))
-        medians = race(
-            {
-                "sparse": lambda: torch.autograd.grad(layer(x), sparse_inputs, dy),
-                "dense": lambda: torch.autograd.grad(dense(), dense_inputs, dy),
-            },
-            repeats,
-            x.device,
-        )
-    return medians["sparse"], medians["dense"]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    sparse = sparse_contestant(layer)
+    dense = Contestant(lambda x: layer.dense_forward(x, weight), trained(weight, layer.bias))
+    timings = race_steps({"sparse": sparse, "dense": dense}, given, repeats)
+    return timings["sparse"].median, timings["dense"].median
 
 
 def peak_above(run: Callable[[], object], device: torch.device) -> int:

@@ -7,14 +7,14 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekern.analysis.account import Account, account, network_sparsity
+from sparsekern.analysis.layer_race import kind_of, layer_inputs
 from sparsekern.analysis.measure import time_layer
-from sparsekern.analysis.profile import arguments, hooked, profile
+from sparsekern.analysis.profile import profile
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, DenseShare, dense_share, is_replaceable, refuse_sharded
-from sparsekern.nn.converters import out_features
 from sparsekern.topology.arguments import check_kind
 
 MIB = 2**20
@@ -58,6 +58,8 @@ class Summary:
             share = 1 - sum(row.elements for row in sparse) / sum(row.numel for row in sparse)
             network = f"all weights of the network: {self.network_sparsity:.1%} absent"
             text.append(f"sparse layers: {share:.1%} absent; {network}; {self.dense_share}")
+        if slower := [name for name, (sparse_ms, dense_ms) in self.milliseconds.items() if sparse_ms >= dense_ms]:
+            text.append(f"slower than their dense layers on this sample: {', '.join(slower)}")
         return "\n".join(line.rstrip() for line in text)
 
     def _cells(self, row: Account, timed: bool) -> list[str]:
@@ -116,7 +118,7 @@ def summary(
     Args:
         model: the model; not changed, nor are its gradients.
         sample_input: a tensor, a tuple of arguments, or a dict of keyword arguments of the model. If given, FLOPs are
-            those of this batch (otherwise of one token), and the sparse layers are timed.
+            those of this batch (otherwise of one token), and the sparse layers are timed, equal ones once.
         optimizer: optimizer whose present state is counted.
         measure: whether to time the layers, each against a dense layer of its size.
         dense: the dense network that ``model`` was made from, if its layers have other shapes
@@ -151,13 +153,18 @@ def summary(
     if measure and sample_input is not None:
         sharded = {name: layer for name, layer in layers.items() if isinstance(layer, BlockSparse)}
         refuse_sharded(sharded, "sharded layers cannot be timed one by one; use measure=False")
-    inputs, tokens = ({}, {}) if sample_input is None else _run(model, layers, sample_input)
+    inputs = {} if sample_input is None else layer_inputs(model, layers, sample_input)
     rows = []
     milliseconds = {}
+    raced: dict[Any, tuple[float, float]] = {}  # equal layers are raced once
     for name, layer in layers.items():
-        rows.append(account(name, layer, 1 if sample_input is None else tokens.get(name, 0), optimizer))
+        tokens = 1 if sample_input is None else inputs[name].tokens if name in inputs else 0
+        rows.append(account(name, layer, tokens, optimizer))
         if measure and name in inputs and isinstance(layer, BlockSparse):
-            milliseconds[name] = time_layer(layer, inputs[name])
+            kind = kind_of(layer, inputs[name])
+            if kind not in raced:
+                raced[kind] = time_layer(layer, inputs[name])
+            milliseconds[name] = raced[kind]
     flops = _dense_flops(rows, dense, sample_input)
     return Summary(rows, milliseconds, flops, network_sparsity(model), dense_share(model))
 
@@ -180,21 +187,3 @@ def _dense_flops(rows: list[Account], dense: nn.Module | None, sample_input: Any
             )
         found[row.name] = 6 * layer.multiply_adds
     return found
-
-
-def _run(model: nn.Module, layers: dict[str, nn.Module], sample_input: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Run the model once and return the input and the tokens of each layer in its last call."""
-    inputs: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            inputs[name] = (args[0] if args else kwargs["input"]).detach()
-            tokens[name] = output.numel() // out_features(module, output)
-
-        return hook
-
-    args, kwargs = arguments(sample_input)
-    with hooked(model, {layer: remember(name) for name, layer in layers.items()}), torch.no_grad():
-        model(*args, **kwargs)
-    return inputs, tokens

@@ -1,4 +1,4 @@
-"""Races of contestants, and peaks of memory. No test here looks at a time."""
+"""Layers beside their dense twins, and peaks of memory. No test here looks at a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,8 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.analysis import race, time_layer
+from sparsekern.analysis import time_layer
 from sparsekern.analysis.measure import peak_above
-
-
-def test_contestants_take_turns_after_two_rounds_of_warming_up():
-    calls = []
-    medians = race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, torch.device("cpu"))
-    assert calls == ["a", "b"] * 5
-    assert medians.keys() == {"a", "b"} and min(medians.values()) > 0
 
 
 def test_timing_leaves_the_layer_as_it_was():

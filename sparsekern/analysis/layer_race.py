@@ -1,0 +1,212 @@
+"""Races of one layer: its dense form and sparse layers that could take its place, in turn on the same input."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.analysis.clock import Call, Timing, race
+from sparsekern.analysis.profile import arguments, hooked
+from sparsekern.nn import BlockSparse
+from sparsekern.nn.converters import out_features
+from sparsekern.topology import gather_blocks, to_dense
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+"""The norm of an error, as a fraction of the norm of the exact answer, up to which an answer is right."""
+
+TF32_TOLERANCE = 2e-3
+"""The same on CUDA in float32, whose products may be of TensorFloat-32."""
+
+CHECKED = 10**9
+"""Multiply-adds of a forward pass up to which a whole input is checked; of a larger one the first rows are."""
+
+ROUNDS, SECONDS = 20, 0.5
+"""Rounds of a race at most, and the time after which five are enough."""
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer receives in a forward pass.
+
+    Attributes:
+        x: the input.
+        autocast: the dtype to which the layer's products were cast, or None.
+        tokens: number of rows of the output, or of its pixels.
+    """
+
+    x: Tensor
+    autocast: torch.dtype | None = None
+    tokens: int = 0
+
+    @contextlib.contextmanager
+    def cast(self) -> Iterator[None]:
+        """Autocast as in the forward pass."""
+        kind, wanted = self.x.device.type, self.autocast is not None
+        with torch.autocast(kind, self.autocast, enabled=wanted) if wanted else contextlib.nullcontext():
+            yield
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A layer in a race.
+
+    Attributes:
+        forward: function of the input.
+        parameters: tensors whose gradients a step computes, beside that of the input.
+        exact: function ``(x, dy)`` of float64 tensors that returns what a step returns, computed by dense float64
+            products. None if the answers are not checked.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: tuple[Tensor, ...]
+    exact: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None
+
+    def forward_call(self, given: LayerInput) -> Call:
+        """Return a call of the forward pass alone."""
+
+        def run() -> Tensor:
+            with torch.no_grad(), given.cast():
+                return self.forward(given.x)
+
+        return run
+
+    def step_call(self, given: LayerInput, dy: Tensor | None = None) -> Callable[[], tuple[Tensor, ...]]:
+        """Return a call of forward and backward: it returns the output, its input's gradient and the parameters'.
+
+        Gradients of the layer do not change.
+
+        Args:
+            given: the input.
+            dy: gradient of the output. Default: :func:`seeded_like` it.
+        """
+        x = given.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        if dy is None:
+            dy = seeded_like(self.forward_call(given)())  # type: ignore[arg-type]
+
+        def run() -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                with given.cast():
+                    y = self.forward(x)
+                return y.detach(), *torch.autograd.grad(y, (x, *self.parameters), dy)
+
+        return run
+
+
+def dense_contestant(layer: nn.Module) -> Contestant:
+    """Return a dense layer as it is, without its hooks, and with parameters of its own that share its storage."""
+    alias = copy.copy(layer)
+    alias._parameters = {
+        name: None if p is None else nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+        for name, p in layer._parameters.items()
+    }
+
+    def exact(x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        twin = dense_contestant(copy.deepcopy(alias).double())
+        return twin.step_call(LayerInput(x), dy)()
+
+    return Contestant(alias.forward, trained(*alias.parameters()), exact)
+
+
+def sparse_contestant(layer: BlockSparse) -> Contestant:
+    """Return a sparse layer, without its hooks."""
+
+    def exact(x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        topology = replace(layer.topology, grid=replace(layer.grid, transposed=False))
+        weight = to_dense(topology, layer.values.detach().double()).requires_grad_()
+        twin = copy.copy(layer)
+        twin._parameters = {"bias": None if layer.bias is None else nn.Parameter(layer.bias.detach().double())}
+        dense = Contestant(lambda x: twin.dense_forward(x, weight), trained(weight, twin.bias))
+        y, dx, dweight, *dbias = dense.step_call(LayerInput(x), dy)()
+        return y, dx, gather_blocks(topology, dweight), *dbias
+
+    return Contestant(layer.forward, trained(*layer.parameters()), exact)
+
+
+def trained(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Return those of some tensors that require gradients."""
+    return tuple(t for t in tensors if t is not None and t.requires_grad)
+
+
+def seeded_like(y: Tensor) -> Tensor:
+    """Return normally distributed numbers like ``y (...)``, the same at each call."""
+    return torch.empty_like(y).normal_(generator=torch.Generator(y.device).manual_seed(0))
+
+
+def what_is_wrong(contestant: Contestant, given: LayerInput, multiply_adds: int) -> str | None:
+    """Compare forward and backward with dense products in float64; return what is wrong in half a sentence, or None.
+
+    Args:
+        contestant: with ``exact``.
+        given: the input; of a large one the first rows are checked (:data:`CHECKED`).
+        multiply_adds: of a dense forward pass on the whole input.
+    """
+    assert contestant.exact is not None
+    rows = max(1, int(len(given.x) * min(1.0, CHECKED / max(1, multiply_adds))))
+    part = replace(given, x=given.x[:rows])
+    dy = seeded_like(contestant.forward_call(part)())  # type: ignore[arg-type]
+    answers = contestant.step_call(part, dy)()
+    truth = contestant.exact(part.x.double(), dy.double())
+    compute = given.autocast or given.x.dtype
+    tolerance = TF32_TOLERANCE if given.x.is_cuda and compute == torch.float32 else TOLERANCES[compute]
+    names = ["y", "the gradient of x", *(f"that of parameter {i}" for i in range(len(answers) - 2))]
+    for name, answer, right in zip(names, answers, truth, strict=True):
+        share = float((answer.double() - right).norm() / right.norm().clamp(min=1e-300))
+        if not share <= tolerance:  # NaN is not
+            return f"{name} is off by {share:.2g} of its norm"
+    return None
+
+
+def race_steps(
+    contestants: Mapping[Any, Contestant], given: LayerInput, rounds: int = ROUNDS, seconds: float = SECONDS
+) -> dict[Any, Timing]:
+    """Return the timings of forward and backward of contestants that take turns on an input, by the same keys.
+
+    Args:
+        contestants: layers by name.
+        given: the input of each.
+        rounds, seconds: as in :meth:`~sparsekern.analysis.clock.Clock.race`.
+    """
+    calls = {name: contestant.step_call(given) for name, contestant in contestants.items()}
+    return race(calls, given.x.device, rounds, seconds)
+
+
+def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], sample: Any) -> dict[str, LayerInput]:
+    """Run a model once, in evaluation mode, and return what each layer received in its last call.
+
+    The statistics of norms and the state of random generators do not change.
+
+    Args:
+        model: the model.
+        layers: some of its layers by name; those that the sample does not reach are left out of the result.
+        sample: a tensor, a tuple of arguments, or a dict of keyword arguments of the model.
+    """
+    found: dict[str, LayerInput] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = (args[0] if args else kwargs["input"]).detach()
+            kind = x.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            found[name] = LayerInput(x, autocast, output.numel() // out_features(module, output))
+
+        return hook
+
+    positional, named = arguments(sample)
+    gpus = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    hooks = {layer: remember(name) for name, layer in layers.items()}
+    with hooked(model, hooks), torch.no_grad(), torch.random.fork_rng(devices=gpus):
+        model(*positional, **named)
+    return found
+
+
+def kind_of(layer: nn.Module, given: LayerInput) -> tuple[Any, ...]:
+    """Return what the time of a layer depends on: its class, options, and the layouts of its tensors and its input."""
+    x, tensors = given.x, [p for p in layer.parameters(recurse=False)]
+    layouts = ((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
+    return type(layer), layer.extra_repr() or repr(layer), *layouts, x.shape, x.stride(), x.dtype, given.autocast
