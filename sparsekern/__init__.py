@@ -63,7 +63,19 @@ from sparsekern.nn import (  # noqa: E402
     sparsify_,
 )
 from sparsekern.ops import Probe, backend  # noqa: E402
-from sparsekern.training import AGENT, GSE, SET, VRPGE, Method, RigL, Static, preset, recalibrate_norms  # noqa: E402
+from sparsekern.training import (  # noqa: E402
+    AGENT,
+    GSE,
+    SET,
+    VRPGE,
+    Gradual,
+    Method,
+    RigL,
+    Static,
+    compact_,
+    preset,
+    recalibrate_norms,
+)
 
 __version__ = "0.1.0"
 
@@ -72,6 +84,7 @@ __all__ = [
     "GSE",
     "SET",
     "VRPGE",
+    "Gradual",
     "Method",
     "Probe",
     "RigL",
@@ -80,6 +93,7 @@ __all__ = [
     "SparseLinear",
     "Static",
     "backend",
+    "compact_",
     "densify",
     "densify_",
     "integrations",

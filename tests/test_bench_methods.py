@@ -15,6 +15,7 @@ import sparsekern as sk
 from bench import (
     agent_claim,
     end_to_end,
+    gradual,
     masked,
     method_cost,
     sparse_ift_claim,
@@ -324,3 +325,15 @@ def test_the_committed_runs(name):
     if name == "width":
         slopes = [row["exponent"] for row in found if "exponent" in row and row["what"] in ("step", "gse update")]
         assert len(slopes) == 8
+
+
+# Gradual pruning.
+
+
+def test_gradual_has_a_row_an_update(capsys):
+    gradual.main(["--width", "64", "--tokens", "8", "--block", "16", "--updates", "2", "--rounds", "1"])
+    rows = lines(capsys.readouterr().out)
+    assert [row["sparsity"] for row in rows] == [0.0, 0.8125, 0.9375]
+    kept, compact, dense = ([row[f"{name}_mib"] for row in rows] for name in ("kept", "compact", "dense"))
+    assert kept[0] == kept[-1] == compact[0] > 2 * compact[-1] and dense[0] == dense[-1]
+    assert all(row["kept_ms"] > 0 and row["compact_update_ms"] > 0 for row in rows)

@@ -43,6 +43,7 @@ METHODS = {
     "GSE, global": (sk.GSE, {"scope": "global"}),
     "GraBo": (sk.GSE, {"distribution": "grabo"}),
     "GraEst": (sk.GSE, {"distribution": "graest"}),
+    "Gradual": (sk.Gradual, {"scope": "global", "stop": 10}),
 }
 VRPGE = {
     "VRPGE": (sk.VRPGE, {"stop": 8}),

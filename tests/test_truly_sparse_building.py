@@ -131,6 +131,8 @@ METHODS = {
     "GraEst": (sk.GSE, {"distribution": "graest"}),
     "RigL": (sk.RigL, {}),
     "VRPGE": (sk.VRPGE, {"floor": 0.05}),
+    "Gradual": (sk.Gradual, {"final_sparsity": 0.99, "stop": 5}),
+    "Gradual, compact": (sk.Gradual, {"final_sparsity": 0.99, "stop": 5, "scope": "global", "compact": True}),
 }
 
 
@@ -175,7 +177,7 @@ def test_a_method(name, block):
     model = layer(block)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     kind, options = METHODS[name]
-    check(lambda: kind(model, optimizer, **options), BUILDING)
+    check(lambda: kind(model, optimizer, update_every=1, **options), BUILDING)
     training = Step(name, block)
     activations = 6 * training.x.numel() * 4 / STORED
     for _ in range(2):

@@ -232,6 +232,28 @@ class Indexed(nn.Module):
         if self.tie_taps:
             check_tied(topology)
 
+    @torch.no_grad()
+    def keep_slots_(self, slots: Tensor) -> None:
+        """Keep some slots, with their gradient: ``values``, ``row``, ``col`` and the index become smaller tensors.
+
+        ``values`` is a new parameter, which an optimizer does not know: :func:`sparsekern.compact_` tells it.
+
+        Args:
+            slots: ``(n,)`` distinct slots; slot ``slots[i]`` becomes slot ``i``.
+        """
+        old, slots = self.values, slots.long()
+        values = nn.Parameter(old.detach().index_select(0, slots), requires_grad=old.requires_grad)
+        if old.grad is not None:
+            values.grad = old.grad.index_select(0, slots)
+        values.__dict__.update(vars(old))
+        self.values = values
+        for name in ("row", "col"):
+            self._buffers[name] = getattr(self, name).index_select(0, slots)
+        self._capacity = self._blocks = slots.shape[0]
+        self.init = "given"  # the topology of the first draw has more slots
+        self._allocate_index()
+        self.refresh_()
+
     def accept_index_(self) -> None:
         """Record that ``row``, ``col`` and the index were all written to and are consistent."""
         if self._source is not None:

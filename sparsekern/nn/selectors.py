@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -66,6 +66,36 @@ def select(model: nn.Module, selector: Selector, argument: str) -> dict[str, nn.
             )
         chosen |= found
     return {name: module for name, module in named.items() if name in chosen}
+
+
+def by_entry(
+    model: nn.Module, layers: Mapping[str, nn.Module], entries: float | Mapping[str, float], argument: str
+) -> list[tuple[float, list[str]]]:
+    """Return the numbers of a mapping by selector, each with the names of the layers whose first match it is.
+
+    Args:
+        model: the model.
+        layers: some of its modules, by name.
+        entries: ``{selector: number}`` with string selectors, or one number for all layers.
+        argument: the user's name for the mapping, for the error.
+
+    Raises:
+        ValueError: a selector matches nothing, or a layer has no entry.
+    """
+    if not isinstance(entries, Mapping):
+        return [(entries, list(layers))]
+    for pattern in entries:
+        select(model, pattern, argument)
+    names: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        first = next((pattern for pattern in entries if matches(pattern, layer, name)), None)
+        if first is None:
+            raise InputError(
+                f"{argument} has no entry that matches {name!r}; add one, or a last entry '*': <value>",
+                parameter=argument,
+            )
+        names.setdefault(first, []).append(name)
+    return [(entries[pattern], those) for pattern, those in names.items()]
 
 
 def _describe(single: Any) -> str:

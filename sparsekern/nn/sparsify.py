@@ -16,7 +16,7 @@ from sparsekern.nn.carry_state import check_optimizer, exchange_
 from sparsekern.nn.converters import class_name, converter_of, grid_of, hosts_of, is_replaceable, known_classes
 from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, refusals, tied_heads
 from sparsekern.nn.init import check_scale
-from sparsekern.nn.selectors import Selector, flatten, matches, select
+from sparsekern.nn.selectors import Selector, by_entry, flatten, matches, select
 from sparsekern.nn.surgery import lost, sparse_layers, swap_
 from sparsekern.topology import Grid, allocate, block_pair
 from sparsekern.topology.arguments import check_kind, check_number
@@ -208,21 +208,9 @@ def _counts(
 ) -> dict[str, tuple[Grid, int]]:
     """Return the grid and the number of blocks of each layer."""
     grids = {name: grid_of(layer, block_size) for name, layer in layers.items()}
-    groups: dict[str, list[str]] = {}
-    by_pattern = sparsity if isinstance(sparsity, Mapping) else {"*": sparsity}
-    for pattern in by_pattern:
-        select(model, pattern, "sparsity")  # raises if nothing matches
-    for name, layer in layers.items():
-        first = next((p for p in by_pattern if matches(p, layer, name)), None)
-        if first is None:
-            raise InputError(
-                f"sparsity has no entry that matches {name!r}; add one, or a last entry '*': <value>",
-                parameter="sparsity",
-            )
-        groups.setdefault(first, []).append(name)
     counts: dict[str, tuple[Grid, int]] = {}
-    for pattern, names in groups.items():
-        blocks = allocate([grids[n] for n in names], by_pattern[pattern], distribution)
+    for number, names in by_entry(model, layers, sparsity, "sparsity"):
+        blocks = allocate([grids[n] for n in names], number, distribution)
         counts |= {n: (grids[n], b) for n, b in zip(names, blocks, strict=True)}
     return {name: counts[name] for name in layers}
 

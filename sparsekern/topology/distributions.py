@@ -61,14 +61,14 @@ def share(grid: Grid, distribution: str) -> float:
     return grid.rows + grid.tap_cols + sum(grid.kernel) / math.sqrt(grid.block[0] * grid.block[1])
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Raise ValueError unless ``sparsity`` is in [0, 1); TypeError if it is not a number."""
-    check_number("sparsity", sparsity, "a number in [0, 1)")
+def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
+    """Raise ValueError unless the argument ``name`` is in [0, 1); TypeError if it is not a number."""
+    check_number(name, sparsity, "a number in [0, 1)")
     if not 0 <= sparsity < 1:
         hint = f" (did you mean {sparsity / 100:g}?)" if 1 < sparsity < 100 else ""
         raise InputError(
-            f"sparsity is {sparsity}; it is the fraction absent and must be in [0, 1){hint}",
-            parameter="sparsity",
+            f"{name} is {sparsity}; it is the fraction absent and must be in [0, 1){hint}",
+            parameter=name,
         )
 
 

@@ -2,8 +2,11 @@
 
 from sparsekern.topology import Move
 from sparsekern.training.agent import AGENT
-from sparsekern.training.base import Method, NetworkSampler
+from sparsekern.training.attachment import NetworkSampler
+from sparsekern.training.base import Method
+from sparsekern.training.compact import compact_
 from sparsekern.training.followers import Followers
+from sparsekern.training.gradual import Gradual
 from sparsekern.training.growth import GSE, GradientMethod, RigL
 from sparsekern.training.passes import recalibrate_norms
 from sparsekern.training.presets import PRESETS, Preset, preset
@@ -24,6 +27,7 @@ __all__ = [
     "VRPGE",
     "Followers",
     "GradientMethod",
+    "Gradual",
     "Method",
     "Move",
     "NetworkSampler",
@@ -31,6 +35,7 @@ __all__ = [
     "RigL",
     "Schedule",
     "Static",
+    "compact_",
     "preset",
     "recalibrate_norms",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -89,6 +89,16 @@ class Attached:
         if not self.closed:
             self.detach()
 
+    def check_compact(self) -> None:
+        """Raise NotImplementedError if free slots cannot be taken from the layers: this holds numbers for each slot."""
+        raise NotImplementedError(
+            f"{type(self).__name__} holds numbers for each slot, so slots cannot go; close it first, and build it anew "
+            "afterwards"
+        )
+
+    def compacted(self, kept: Mapping[Any, Tensor]) -> None:
+        """Adapt to layers that kept only the slots ``(n,)``; called after :meth:`check_compact`."""
+
     def check_open(self) -> None:
         """Raise RuntimeError if this is closed."""
         if self.closed:
@@ -124,6 +134,24 @@ class Attached:
         self._handles, self._freeze = [], Freeze()
         if not self.closed:
             self._begin()
+
+
+@runtime_checkable
+class NetworkSampler(Protocol):
+    """A method that trains networks which it samples at each step, until it has chosen one: VR-PGE."""
+
+    finished: bool
+    """Whether the choice is made."""
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Return a context in which the model computes as the network that would be chosen now."""
+        ...
+
+
+def acting_on(places: Iterable[Any]) -> list[Attached]:
+    """Return the objects that act on layers or optimizers now, each once."""
+    owners = {id(owner): owner for place in places if (known := _owners.get(place)) and (owner := known()) is not None}
+    return [owner for owner in owners.values() if not owner.closed]
 
 
 def _remove(handles: list[Any]) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -279,6 +278,17 @@ class Method(Attached):
     def settle(self, moves: dict[str, Move]) -> None:
         """Adapt a subclass's own state to moves that were made; does nothing by default."""
 
+    def check_compact(self) -> None:
+        """Raise ValueError if a tensor follows the blocks, or a copy of the model has other blocks."""
+        self.followers.check_compact()
+
+    def compacted(self, kept: Mapping[BlockSparse, Tensor]) -> None:
+        """Adapt to layers that kept only some slots."""
+        self.followers.compacted(kept)
+        for name, born in self._born.items():
+            self._born[name] = born.index_select(0, kept[layer]) if (layer := self.layers[name]) in kept else born
+        self.note_values()
+
     def _check_agreement(self) -> None:
         if self.check_ranks:
             schedule = self.schedule
@@ -386,15 +396,3 @@ class Method(Attached):
         if isinstance(start := state["start"], dict) and start.keys() != self.layers.keys():
             raise InputError(f"the state is of layers {', '.join(start)}; the model has {', '.join(self.layers)}")
         check_state_of(self, state)
-
-
-@runtime_checkable
-class NetworkSampler(Protocol):
-    """A method that trains networks which it samples at each step, until it has chosen one: VR-PGE."""
-
-    finished: bool
-    """Whether the choice is made."""
-
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Return a context in which the model computes as the network that would be chosen now."""
-        ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,25 @@ class Followers:
                         f"{what} of {name!r} cannot be written in place where blocks move: {why}; keep it an ordinary "
                         "strided tensor"
                     ) from error
+
+    def check_compact(self) -> None:
+        """Raise ValueError if a tensor follows the blocks, or a copy of the model has other blocks than the model."""
+        for name, layer in self.layers.items():
+            if self._tensors[name]:
+                raise InputError(
+                    f"a tensor follows the blocks of {name!r}, one entry a slot, so slots cannot go; remove it first "
+                    "(AGENT's snapshot: close AGENT)"
+                )
+            for twin in self._twins[name]:
+                twin.check_not_parametrized()
+                if not _same_blocks(twin, layer):
+                    raise InputError(f"{name!r} has other blocks in a copy that follows the model, so slots cannot go")
+
+    def compacted(self, kept: Mapping[BlockSparse, Tensor]) -> None:
+        """Keep the same slots in copies of the model as in its layers."""
+        for name, twins in self._twins.items():
+            for twin in twins if self.layers[name] in kept else ():
+                twin.keep_slots_(kept[self.layers[name]].to(twin.row.device))
 
     def _written(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """Yield a name for, and the tensor of, each tensor that a move writes into.

@@ -76,6 +76,7 @@ class TopologyMetrics:
 
     def __init__(self, layers: dict[str, BlockSparse], seed: int) -> None:
         self._layers = layers
+        self._slots = {name: layer.topology.slots for name, layer in layers.items()}
         self.start: dict[str, Tensor] = {n: layer.topology.sorted_keys().cpu() for n, layer in layers.items()}
         self._coverage = {name: Coverage(layer.topology, seed, name) for name, layer in layers.items()}
         self.begin_update()
@@ -118,9 +119,9 @@ class TopologyMetrics:
         }
 
     def _padded(self, name: str) -> Tensor:
-        """Return the first keys of a layer, padded with -1 to the number of slots: one shape in all states."""
+        """Return the first keys of a layer, padded with -1 to the first number of slots: one shape in all states."""
         start = self.start[name]
-        return pad(start, (0, self._layers[name].topology.slots - start.shape[0]), value=-1)
+        return pad(start, (0, max(0, self._slots[name] - start.shape[0])), value=-1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""

@@ -78,6 +78,23 @@ class Schedule:
         """Return whether updates may still happen after optimizer step ``step``."""
         return self.stop is None or step - self.offset < self.stop
 
+    def progress(self, step: int) -> float:
+        """Return the part of the way from ``start`` to the last update that step ``step`` has come, in [0, 1].
+
+        Raises:
+            ValueError: there is no ``stop``, or no update before it.
+        """
+        last = None if self.stop is None else (self.stop - 1) // self.update_every * self.update_every
+        if last is None or not self.due(last + self.offset):
+            raise InputError(
+                f"stop is {self.stop}; it must be a step after which the final sparsity stays, with an update between "
+                f"start = {self.start} and it (update_every = {self.update_every})",
+                parameter="stop",
+            )
+        if last == self.start:
+            return 1.0
+        return min(1.0, max(0.0, (step - self.offset - self.start) / (last - self.start)))
+
     def fraction(self, step: int) -> float:
         """Return the fraction of blocks to move after optimizer step ``step``."""
         if callable(self.drop_fraction):

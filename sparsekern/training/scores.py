@@ -121,6 +121,12 @@ def protect_last(topology: Topology, scores: Tensor) -> Tensor:
     return scores.masked_fill_(protected, torch.inf)
 
 
+def protect_strongest(strength: Tensor) -> Tensor:
+    """Return the strengths with infinity at the highest finite one, so that a layer keeps a block."""
+    finite = torch.isfinite(strength)
+    return strength.index_fill(0, torch.where(finite, strength, -torch.inf).argmax(), torch.inf)
+
+
 class Units(NamedTuple):
     """The units of a layer that move as one: blocks, or one block of every tap where a convolution ties its taps."""
 

@@ -16,8 +16,8 @@ from sparsekern.nn import refuse_sharded, sparse_layers
 from sparsekern.topology.arguments import check_kind, check_number, check_whole
 from sparsekern.training.agent.correction import Correction, from_losses, smoothed
 from sparsekern.training.agent.snapshot import Snapshot, pass_over
-from sparsekern.training.attachment import Attached, unwrapped
-from sparsekern.training.base import Method, NetworkSampler
+from sparsekern.training.attachment import Attached, NetworkSampler, unwrapped
+from sparsekern.training.base import Method
 from sparsekern.training.distributed import Ranks
 from sparsekern.training.followers import OnMove
 from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, parallel_modules, perturbed

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import Move, to_places
-from sparsekern.training.scores import ascending, descending, highest, lowest
+from sparsekern.training.scores import ascending, descending, highest, lowest, protect_strongest
 
 
 class Offer(NamedTuple):
@@ -39,7 +39,7 @@ def share_out(
     names = list(layers)
     sides = [math.sqrt(layers[n].grid.block[0] * layers[n].grid.block[1]) for n in names]
     # At most count of each layer: what follows is then small compared with the blocks.
-    slots = [lowest(_without_the_strongest(strengths[n]), count) for n in names]
+    slots = [lowest(protect_strongest(strengths[n]), count) for n in names]
     places = [highest(offers[n].scores, count) for n in names]
     weak = [strengths[n][s].cpu() / side for n, s, side in zip(names, slots, sides, strict=True)]
     good = [offers[n].scores[p].cpu() / side for n, p, side in zip(names, places, sides, strict=True)]
@@ -73,12 +73,6 @@ def share_out(
             keys = pad(keys, (0, -more), value=-1)
         moves[name] = to_places(dropped, keys, layers[name].grid)
     return moves
-
-
-def _without_the_strongest(strength: Tensor) -> Tensor:
-    """Return the strengths with infinity at the highest finite one, so that a layer keeps a block."""
-    finite = torch.isfinite(strength)
-    return strength.index_fill(0, torch.where(finite, strength, -torch.inf).argmax(), torch.inf)
 
 
 def _owners(parts: list[Tensor]) -> Tensor:

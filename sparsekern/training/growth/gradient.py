@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -345,6 +346,13 @@ class GradientMethod(Method):
             raise InputError(f"the state has no candidates of {error} for the stage that it is in") from None
         self.steps, self._versions = now, {}
         self._probes.load_state_dict(state["probes"][1])
+
+    def compacted(self, kept: Mapping[BlockSparse, Tensor]) -> None:
+        """Adapt to layers that kept only some slots, and arm the probes on their new values."""
+        super().compacted(kept)
+        armed = self.state_dict()
+        self._disarm()
+        self._resume(armed)
 
     def detach(self) -> None:
         """Remove all hooks and probes."""

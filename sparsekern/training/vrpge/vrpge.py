@@ -13,6 +13,7 @@ from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, refuse_sharded
 from sparsekern.topology import Move, generator_for
 from sparsekern.topology.arguments import check_number, check_whole
+from sparsekern.training.attachment import Attached
 from sparsekern.training.base import Method
 from sparsekern.training.scores import part_of
 from sparsekern.training.vrpge.candidates import Budget, Candidates, Group
@@ -205,6 +206,10 @@ class VRPGE(Method):
             self._seen = self.steps
             return self.finish()
         return super().step()
+
+    def check_compact(self) -> None:
+        """Raise NotImplementedError: probabilities and masks are held for each slot."""
+        Attached.check_compact(self)
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the move of units at the floor to empty places."""
