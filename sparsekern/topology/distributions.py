@@ -62,7 +62,7 @@ def share(grid: Grid, distribution: str) -> float:
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
-    """Raise ValueError unless the argument ``name`` is in [0, 1); TypeError if it is not a number."""
+    """Raise ValueError unless ``sparsity``, the argument ``name``, is in [0, 1); TypeError if it is no number."""
     check_number(name, sparsity, "a number in [0, 1)")
     if not 0 <= sparsity < 1:
         hint = f" (did you mean {sparsity / 100:g}?)" if 1 < sparsity < 100 else ""
