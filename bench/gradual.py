@@ -1,10 +1,9 @@
 """Milliseconds and bytes of a training step along the schedule of gradual pruning: ``python -m bench.gradual``.
 
-An MLP of three layers of one width and AdamW go from no sparsity to the final one. At each update step, forward,
-backward and optimizer are timed: of the dense network, of the sparse one whose slots stay (``kept``) and of the one whose
+An MLP of three layers of one width and AdamW go from no sparsity to the final one. At each update a step (forward,
+backward, optimizer) is timed: of the dense network, of the sparse one whose slots stay (``kept``) and of the one whose
 slots go at each update (``compact``), which take turns. Bytes are those of parameters, gradients, optimizer state and
-index. ``*_update_ms`` is what the update took, with
-``compact`` giving the memory back, too. One JSON line an update.
+index. ``*_update_ms`` is what the update took, with ``compact`` giving the memory back, too. One JSON line an update.
 """
 
 from __future__ import annotations
