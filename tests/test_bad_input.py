@@ -55,28 +55,11 @@ def fill(place: Path) -> None:
     """Make the folders and files of the table."""
     sets = {"train_images": images(8), "train_labels": numpy.arange(8) % 2}
     sets |= {"test_images": images(4), "test_labels": numpy.arange(4) % 2}
-    for name, changes in {
-        "small": {},
-        "empty": {"train_images": images(0), "train_labels": numpy.arange(0)},
-        "nothing-to-test": {"test_images": images(0), "test_labels": numpy.arange(0)},
-        "one-class": {"train_labels": numpy.zeros(8, dtype=int)},
-        "ä b": {"train_labels": numpy.zeros(8, dtype=int)},
-        "nan": {"train_images": numpy.full((8, 8, 8), numpy.nan, dtype="float32")},
-        "inf": {"test_images": numpy.full((4, 8, 8), numpy.inf)},
-        "grey": {"train_images": images(8) * 0},
-        "uneven": {"train_labels": numpy.arange(7) % 2},
-        "negative": {"train_labels": numpy.arange(8) % 2 - 1},
-        "huge-label": {"train_labels": numpy.arange(8) // 7 * 1_000_000, "test_labels": numpy.zeros(4, dtype=int)},
-        "strange": {"test_labels": numpy.array([0, 1, 9, 1])},
-        "float-labels": {"train_labels": numpy.arange(8) / 2},
-        "other-size": {"test_images": images(4, 9)},
-        "channels": {"train_images": numpy.zeros((8, 8, 8, 40), dtype="uint8")},
-    }.items():
-        numpy.savez(place / f"{name}.npz", **sets | changes)
-    numpy.savez(place / "pickled.npz", **sets | {"train_labels": numpy.array([{}] * 8, dtype=object)})
-    numpy.savez(place / "lost.npz", **{key: value for key, value in sets.items() if key != "test_labels"})
+    numpy.savez(place / "small.npz", **sets)
+    numpy.savez(place / "nothing-to-test.npz", **sets | {"test_images": images(0), "test_labels": numpy.arange(0)})
+    numpy.savez(place / "ä b.npz", **sets | {"train_labels": numpy.zeros(8, dtype=int)})
+    numpy.savez(place / "inf.npz", **sets | {"test_images": numpy.full((4, 8, 8), numpy.inf)})
     (place / "text.npz").write_text("not data")
-    (place / "cut.npz").write_bytes((place / "small.npz").read_bytes()[:200])
     (place / "broken.tar.gz").write_bytes(b"\x1f\x8b junk")
     (place / "notes.txt").write_text("mine")
     (place / "full").mkdir()

@@ -31,14 +31,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _keys(tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"it is {tensor.dtype}, and must hold integers")
-    return tensor
-
-
 Bytes = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_bytes)]
-Keys = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_keys)]
 
 
 class FilmedLayer(Part):
@@ -85,24 +78,6 @@ class Film(Part):
         return self
 
 
-class BlockMap(Part):
-    """Places of the blocks of one layer, at the start and now."""
-
-    layer: str
-    rows: Positive
-    cols: Positive
-    kernel: Pair | None
-    start: Keys
-    end: Keys
-
-    @model_validator(mode="after")
-    def _inside(self) -> BlockMap:
-        for keys in (self.start, self.end):
-            if keys.numel() and not 0 <= int(keys.min()) <= int(keys.max()) < self.rows * self.cols:
-                raise InputError("a block is outside the grid")
-        return self
-
-
 class LearnerState(Part):
     """State of a :class:`~sparsekern.lab.train.Learner`."""
 
@@ -118,12 +93,11 @@ class LearnerState(Part):
 
 
 class State(Part):
-    """``state.pt`` of a checkpoint. A finished seed has ``sizes`` and ``map``, an unfinished one ``learners``."""
+    """``state.pt`` of a checkpoint. A finished seed has ``sizes``, an unfinished one ``learners``."""
 
     rows: list[Row]
     finished: bool
     history: Film | None
     sizes: dict[Name, Sizes] = Field(default_factory=dict)
-    map: BlockMap | None = None
     written: dict[Name, str] = Field(default_factory=dict)
     learners: dict[Name, LearnerState] = Field(default_factory=dict)

@@ -138,16 +138,8 @@ class Sizes(Part):
     training_bytes: Positive
 
 
-class Accuracy(Part):
-    """Accuracy over the seeds."""
-
-    mean: Fraction
-    standard_deviation: Seconds | None
-    by_seed: Annotated[list[Fraction], Field(min_length=1)]
-
-
-class Bits(Part):
-    """Bits per byte over the seeds."""
+class Scores(Part):
+    """A metric over the seeds."""
 
     mean: Seconds
     standard_deviation: Seconds | None
@@ -183,8 +175,8 @@ class Network(Sizes):
 
     sparsity: Fraction
     seconds: Spent
-    test_accuracy: Accuracy | None = None
-    bits_per_byte: Bits | None = None
+    test_accuracy: Scores | None = None
+    bits_per_byte: Scores | None = None
     ms_per_step: Times
     tokens_per_second: Annotated[Number, Field(gt=0)] | None = None
     written: str | None = None
@@ -238,10 +230,10 @@ class Results(Part):
     def _compares_two(self) -> Results:
         if self.comparison is not None and len(self.networks) < 2:
             raise InputError("there is a comparison of one network")
-        metrics = [getattr(network, network.metric_key()) for network in self.networks.values()]
-        if len({type(metric) for metric in metrics}) > 1:
+        keys = {network.metric_key() for network in self.networks.values()}
+        if len(keys) > 1:
             raise InputError("its networks have different metrics")
-        if len({len(metric.by_seed) for metric in metrics}) > 1:
+        if len({len(getattr(network, key).by_seed) for network in self.networks.values() for key in keys}) > 1:
             raise InputError("its networks are of different numbers of seeds")
         return self
 

@@ -85,45 +85,35 @@ class Milestones(Constant):
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """Adam with decoupled weight decay: a step takes ``rate * weight_decay * parameter`` away.
+class Optimizer:
+    """An optimizer of PyTorch with its arguments, but for the rate.
 
     Attributes:
-        weight_decay: see above.
+        kind: the class.
+        weight_decay: as the class takes it: decoupled in AdamW, a part of the gradient in SGD.
         decay_all: whether norms and biases decay too.
-        betas: factors of the running means of the gradient and of its square.
+        arguments: others of the class.
     """
 
-    weight_decay: float = 0.01
-    decay_all: bool = True
-    betas: tuple[float, float] = (0.9, 0.999)
-
-    def build(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        """Return the optimizer of a model's parameters."""
-        groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
-        return torch.optim.AdamW(groups, lr=rate, betas=self.betas, fused=True)
-
-
-@dataclass(frozen=True)
-class SGD:
-    """Stochastic gradient descent with momentum.
-
-    Attributes:
-        weight_decay: added to the gradient as ``weight_decay * parameter``.
-        momentum: factor of the running sum of gradients.
-        nesterov: whether to look one step ahead.
-        decay_all: whether norms and biases decay too.
-    """
-
+    kind: Callable[..., torch.optim.Optimizer]
     weight_decay: float
-    momentum: float = 0.9
-    nesterov: bool = False
-    decay_all: bool = True
+    decay_all: bool
+    arguments: Mapping[str, Any]
 
     def build(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
         """Return the optimizer of a model's parameters."""
         groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
-        return torch.optim.SGD(groups, lr=rate, momentum=self.momentum, nesterov=self.nesterov, fused=True)
+        return self.kind(groups, lr=rate, fused=True, **self.arguments)
+
+
+def adamw(weight_decay: float = 0.01, *, decay_all: bool = True, **arguments: Any) -> Optimizer:
+    """Return AdamW."""
+    return Optimizer(torch.optim.AdamW, weight_decay, decay_all, arguments)
+
+
+def sgd(weight_decay: float, *, decay_all: bool = True, momentum: float = 0.9, nesterov: bool = False) -> Optimizer:
+    """Return stochastic gradient descent with momentum."""
+    return Optimizer(torch.optim.SGD, weight_decay, decay_all, {"momentum": momentum, "nesterov": nesterov})
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_all: bool) -> list[dict[str, Any]]:
@@ -181,7 +171,7 @@ class Recipe:
     source: str
     model: Callable[..., nn.Module]
     kept_dense: tuple[str, ...]
-    optimizer: SGD | AdamW
+    optimizer: Optimizer
     rate: float
     schedule: Constant
     batch_size: int
@@ -212,7 +202,7 @@ def _cifar_resnet(name: str, title: str, model: Callable[..., nn.Module]) -> Rec
         "He 2016, section 4.2",
         model,
         kept_dense=("conv1", "fc"),
-        optimizer=SGD(weight_decay=1e-4),
+        optimizer=sgd(weight_decay=1e-4),
         rate=0.1,
         schedule=Milestones((0.5, 0.75), 0.1),
         batch_size=128,
@@ -228,7 +218,7 @@ def _gpt(name: str, title: str, *, width: int, depth: int, context: int, epochs:
         "Karpathy 2022 (nanoGPT)",
         models.gpt,
         kept_dense=(),
-        optimizer=AdamW(weight_decay=0.1, decay_all=False, betas=(0.9, 0.99)),
+        optimizer=adamw(weight_decay=0.1, decay_all=False, betas=(0.9, 0.99)),
         rate=1e-3,
         schedule=Cosine(warm_up=0.05, floor=0.1),
         batch_size=16,
@@ -253,7 +243,7 @@ _ALL = (
         "ours, for the bundled digits",
         models.mlp,
         kept_dense=("input", "output"),
-        optimizer=AdamW(),
+        optimizer=adamw(),
         rate=1e-3,
         schedule=Constant(),
         batch_size=64,
@@ -273,7 +263,7 @@ _ALL = (
         "Thangarasa 2024 (Sparse-IFT)",
         models.resnet18_cifar,
         kept_dense=("conv1", "fc"),
-        optimizer=SGD(weight_decay=5e-4, nesterov=True),
+        optimizer=sgd(weight_decay=5e-4, nesterov=True),
         rate=0.1,
         schedule=Milestones((0.3, 0.6, 0.8), 0.2),
         batch_size=128,
@@ -287,7 +277,7 @@ _ALL = (
         "Thangarasa 2024 (Sparse-IFT)",
         models.resnet18,
         kept_dense=("conv1", "fc"),
-        optimizer=SGD(weight_decay=3.05e-5, momentum=0.875, decay_all=False),
+        optimizer=sgd(weight_decay=3.05e-5, momentum=0.875, decay_all=False),
         rate=0.256,
         schedule=Cosine(),
         batch_size=256,
@@ -302,7 +292,7 @@ _ALL = (
         "Evci 2020 (RigL)",
         models.resnet50,
         kept_dense=("conv1", "fc"),
-        optimizer=SGD(weight_decay=1e-4, decay_all=False),
+        optimizer=sgd(weight_decay=1e-4, decay_all=False),
         rate=0.1,
         schedule=Milestones((0.3, 0.7, 0.9), 0.1, warm_up=0.05),
         batch_size=256,
@@ -316,7 +306,7 @@ _ALL = (
         "Zagoruyko 2016 (WRN)",
         models.wrn_28_4,
         kept_dense=("conv1", "fc"),
-        optimizer=SGD(weight_decay=5e-4, nesterov=True),
+        optimizer=sgd(weight_decay=5e-4, nesterov=True),
         rate=0.1,
         schedule=Milestones((0.3, 0.6, 0.8), 0.2),
         batch_size=128,
@@ -328,7 +318,7 @@ _ALL = (
         "Liu 2021 (ITOP)",
         models.vgg16,
         kept_dense=("features.0", "fc"),
-        optimizer=SGD(weight_decay=5e-4, nesterov=True),
+        optimizer=sgd(weight_decay=5e-4, nesterov=True),
         rate=0.1,
         schedule=Milestones((0.5, 0.75), 0.1),
         batch_size=128,
@@ -342,7 +332,7 @@ _ALL = (
         "Heddes 2024 (GSE)",
         models.vgg16_small,
         kept_dense=("features.0", "fc"),
-        optimizer=SGD(weight_decay=1e-4),
+        optimizer=sgd(weight_decay=1e-4),
         rate=0.1,
         schedule=Milestones((0.4, 0.6), 0.1, warm_up=0.025),
         batch_size=128,
@@ -359,7 +349,7 @@ _ALL = (
         "Beyer 2022 (SimpleViT)",
         models.simplevit_tiny,
         kept_dense=("embed", "head"),
-        optimizer=AdamW(weight_decay=0.1, decay_all=False),
+        optimizer=adamw(weight_decay=0.1, decay_all=False),
         rate=1e-3,
         schedule=Cosine(warm_up=0.09),
         batch_size=1024,

@@ -36,7 +36,6 @@ from sparsekern.lab.store import (
     write_json,
 )
 from sparsekern.lab.train import Learner
-from sparsekern.nn import sparse_layers
 from sparsekern.ops import BACKENDS, supports
 
 
@@ -185,18 +184,18 @@ def _train(run: Run, folder: Path, observer: Observer, keeping: Keeping, first: 
     for name, text in finished[0]["written"].items():
         content["networks"][name]["written"] = text
     results = write_json(folder / RESULTS, content)  # it says that the run is finished
-    _draw(config, folder, results, rows, finished[0]["map"])
+    _draw(config, folder, results, rows, finished[0]["history"])
     return Finished(config, results)
 
 
 def _draw(
-    config: Config, folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], block_map: dict[str, Any] | None
+    config: Config, folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], history: dict[str, Any] | None
 ) -> None:
     """Draw the pictures of a finished run that are not there."""
-    if not config.sparse or block_map is None:
+    if history is None:
         return
     if not (folder / PICTURE).exists():
-        draw_or_warn(folder / PICTURE, lambda path: draw_summary(path, config, results, rows, block_map))
+        draw_or_warn(folder / PICTURE, lambda path: draw_summary(path, config, results, rows, history))
     if not (folder / SPECTRAL).exists():
         draw_or_warn(folder / SPECTRAL, lambda path: draw_graphs(path, config, results, rows))
 
@@ -208,7 +207,8 @@ def _finished(config: Config, folder: Path) -> Finished:
         saved = [checkpoint.restore(checkpoint.seed_folder(folder, seed)) for seed in range(config.seeds)]
         states = [found[1] for found in saved if found is not None and found[1]["finished"]]
         if len(states) == config.seeds:
-            _draw(config, folder, results, [row for state in states for row in state["rows"]], states[0]["map"])
+            rows = [row for state in states for row in state["rows"]]
+            _draw(config, folder, results, rows, states[0]["history"])
     return Finished(config, results)
 
 
@@ -229,8 +229,8 @@ def _check_state(path: Path, state: dict[str, Any], config: Config, seed: int) -
         wrong = f"it has rows of another seed than {seed}"
     elif rows != sorted((name, epoch) for name, epochs in done.items() for epoch in range(1, epochs + 1)):
         wrong = "its rows are not those of the epochs done"
-    elif finished and config.sparse and state.get("map") is None:
-        wrong = "it has no block map"
+    elif config.sparse and state["history"] is None:
+        wrong = "it has no block maps"
     if wrong is not None:
         raise InputError(f"{path / checkpoint.STATE} is damaged: {wrong}; delete {path} to go on from an older one")
 
@@ -282,10 +282,9 @@ class _Seed:
             if epoch + 1 != epochs:
                 self._save()
         sizes = {name: learner.sizes() for name, learner in self.learners.items()}
-        block_map = _block_map(self.learners["sparse"]) if self.history is not None else None
         texts = {name: learner.written() for name, learner in self.learners.items()}
         written = {name: text for name, text in texts.items() if text is not None}
-        return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "map": block_map, "written": written})
+        return self._write({"rows": self.rows, "finished": True, "sizes": sizes, "written": written})
 
     def _finish_epoch(self, learner: Learner) -> None:
         while learner.batch < learner.batches:
@@ -315,24 +314,6 @@ class _Seed:
         checkpoint.save(self.checkpoints, self.steps, models, state, keep=self.keep, best=best)
         self.clock.set(self.steps)
         return state
-
-
-def _block_map(sparse: Learner) -> dict[str, Any]:
-    """Return where the blocks of the layer with most places are, now and at the start.
-
-    They are sorted keys ``row * C + col``. Of several such layers it is the first. The first layers of a convolutional
-    network have too few places to show. ``kernel`` is None for a linear layer.
-    """
-    assert sparse.method is not None
-    name, layer = max(sparse_layers(sparse.model).items(), key=lambda item: item[1].grid.cells)
-    return {
-        "layer": name,
-        "rows": layer.grid.rows,
-        "cols": layer.grid.cols,
-        "kernel": layer.grid.kernel,
-        "start": sparse.method.first_keys[name],
-        "end": layer.topology.sorted_keys().cpu(),
-    }
 
 
 def environment(run: Run) -> dict[str, Any]:

@@ -54,25 +54,6 @@ def test_json_is_alone_on_stdout(finished):
     assert content["rows"][0]["peak_bytes"] > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--method", "sett"], "error: method is 'sett'; it must be one of static, set"),
-        (["--method", "set:masks=3"], "error: masks is 3, but method set has no such option; vrpge has it"),
-        (["--preset", "gsee"], "error: preset is 'gsee'; it must be one of set-mocanu, set-rigl"),
-        (["--sparsity", "90"], "error: sparsity is 90.0; it is the fraction absent"),
-        (["--block-size", "1"], "error: rigl-s0.9-b1: 'hidden1' has 1x1 blocks"),
-        (["--recipe", "resent20"], "did you mean resnet20"),
-        (["--seeds", "0"], "seeds is 0"),
-    ],
-)
-def test_an_error_is_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    result = invoke(*arguments)
-    assert result.exit_code == 2 and message in result.stderr
-    assert result.stderr.count("\n") == 1 and result.stdout == "" and list(tmp_path.iterdir()) == []
-
-
 def test_a_language_model_with_a_sparsity_for_each_kind_of_layers(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsekern.lab.language.EXAMPLES", 32)
     (tmp_path / "a.txt").write_text("To be, or not to be. " * 200)

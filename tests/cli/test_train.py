@@ -109,35 +109,6 @@ def test_the_default_folder(no_picture, tmp_path, monkeypatch):
     assert folder.name.endswith("-static-0.5")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--sparsity", "1.5"], "error: sparsity is 1.5; it is the fraction absent and must be in [0, 1)"),
-        (["--method", "sett"], "error: method is 'sett'; it must be one of static, set"),
-        (["--masks", "3"], "masks is 3, but method set has no such option; vrpge has it"),
-        (["--preset", "gse", "--method", "set"], "preset is 'gse', whose method is gse, but method is 'set'"),
-        (
-            ["--method", "gse", "--subset-factor", "0"],
-            "subset_factor is 0.0; it must be a number above 0 (option --subset-factor)",
-        ),
-        (["--agent", "--agent-gamma", "7"], "gamma is 7.0; it must be in [0, 1] (option --agent-gamma)"),
-        (["--data", "nothing.npz"], "which does not exist"),
-        (["--resume", "nothing"], "error: resume is nothing, which has no config.json"),
-        (["--width", "16"], "every layer needs at least one"),
-        (["--no-sparse", "--agent"], "error: agent would change nothing: only the dense twin is trained; drop it"),
-        (["--recipe", "resent20"], "recipe is 'resent20', which there is not; did you mean resnet20"),
-        (["--recipe", "resnet20", "--width", "16"], "recipe resnet20 has none; give a width_multiplier"),
-        (["--recipe", "vgg16"], "images of 8 x 8; recipe vgg16 needs 32 x 32 or more"),
-    ],
-)
-def test_an_error_is_one_line_and_no_traceback(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    result = invoke(*arguments)
-    assert result.exit_code == 2 and message in result.stderr
-    assert result.stderr.count("\n") == 1 and result.stdout == ""
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_list_of_recipes():
     result = invoke("--list")
     assert result.exit_code == 0 and "simplevit-tiny" in result.stdout and "Zagoruyko" in result.stdout

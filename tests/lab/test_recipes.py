@@ -7,7 +7,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.lab import models
-from sparsekern.lab.recipes import RECIPES, SGD, AdamW, Constant, Cosine, Milestones, find, parameter_groups
+from sparsekern.lab.recipes import RECIPES, Constant, Cosine, Milestones, adamw, find, parameter_groups, sgd
 from sparsekern.lab.tasks import AUGMENTATIONS
 from tests.lab.runs import IMAGE_RECIPES
 
@@ -132,7 +132,7 @@ def test_one_group_otherwise():
 def test_sgd_by_hand(nesterov):
     layer = nn.Linear(1, 1, bias=False)
     nn.init.constant_(layer.weight, 2.0)
-    optimizer = SGD(weight_decay=0.5, momentum=0.9, nesterov=nesterov).build(layer, 0.1)
+    optimizer = sgd(weight_decay=0.5, momentum=0.9, nesterov=nesterov).build(layer, 0.1)
     weight, running = 2.0, 0.0
     for gradient in (3.0, -1.0):
         layer.weight.grad = torch.full((1, 1), gradient)
@@ -147,14 +147,14 @@ def test_adamw_takes_weights_away_in_proportion_to_the_rate():
     layer = nn.Linear(1, 1)
     nn.init.constant_(layer.weight, 2.0)
     nn.init.constant_(layer.bias, 2.0)
-    optimizer = AdamW(weight_decay=0.5, decay_all=False).build(layer, 0.1)
+    optimizer = adamw(weight_decay=0.5, decay_all=False).build(layer, 0.1)
     layer.weight.grad, layer.bias.grad = torch.zeros(1, 1), torch.zeros(1)
     optimizer.step()
     assert layer.weight.item() == pytest.approx(2 * (1 - 0.1 * 0.5)) and layer.bias.item() == 2
 
 
 def test_adamw_is_pytorchs():
-    group = AdamW().build(nn.Linear(1, 1), 0.1).param_groups[0]
+    group = adamw().build(nn.Linear(1, 1), 0.1).param_groups[0]
     usual = torch.optim.AdamW(nn.Linear(1, 1).parameters(), lr=0.1).param_groups[0]
     assert {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} == {
         key: usual[key] for key in ("lr", "betas", "eps", "weight_decay")

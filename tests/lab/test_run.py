@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -12,8 +11,9 @@ import torch
 import sparsekern as sk
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Interrupted, Observer, checkpoint, resume, start
+from sparsekern.lab.history import film
 from sparsekern.lab.networks import build
-from sparsekern.lab.run import _block_map, environment
+from sparsekern.lab.run import environment
 from sparsekern.lab.store import Keeping
 from sparsekern.training import METHODS
 from tests.lab.runs import StopAt, changed, network_of, rows_of, run_of
@@ -84,8 +84,9 @@ def test_a_finished_checkpoint_holds_the_network_and_no_optimizer(straight):
     model = network_of("sparse", CONFIG, (1, 8, 8), 10, seed=99)
     checkpoint.load_model(newest, "sparse", model)
     keys = sk.sparse_layers(model)["hidden1"].topology.sorted_keys()
-    assert torch.equal(keys, state["map"]["end"]) and not torch.equal(keys, state["map"]["start"])
-    assert keys.shape == state["map"]["start"].shape == (8,)
+    start, frames = film(state["history"], "hidden1")
+    assert frames[-1].now.flatten().nonzero().squeeze(1).tolist() == keys.tolist()
+    assert frames[-1].blocks[0] == len(keys) == int(start.count_nonzero()) == 8 > frames[-1].blocks[1]
 
 
 @pytest.mark.parametrize(
@@ -261,24 +262,6 @@ def test_every_method_ends_bit_for_bit_alike_when_it_is_stopped_or_killed(no_pic
     same("killed")
 
 
-def map_of(model):
-    return _block_map(SimpleNamespace(model=model, method=sk.Static(model, torch.optim.SGD(model.parameters()))))
-
-
-def test_the_largest_layer_is_shown():
-    sizes = ((8, 16), (16, 24), (24, 16), (16, 8))  # the second and the third have 6 places
-    model = torch.nn.Sequential(*(sk.SparseLinear(*size, block_size=8, sparsity=0.5) for size in sizes))
-    found = map_of(model)
-    assert (found["layer"], found["rows"], found["cols"]) == ("1", 3, 2)
-    assert torch.equal(found["start"], found["end"]) and len(found["end"]) == 3 and found["kernel"] is None
-
-
-def test_the_kernel_of_a_convolution_is_known():
-    model = torch.nn.Sequential(sk.SparseConv2d(8, 16, (3, 1), block_size=8, sparsity=0.5))
-    found = map_of(model)
-    assert (found["rows"], found["cols"], found["kernel"]) == (2, 3, (3, 1))
-
-
 def test_a_finished_run_is_only_read(straight):
     folder, results = straight
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -354,7 +337,7 @@ def test_the_environment_names_the_kernels_of_convolutions(monkeypatch):
 
 
 def test_what_goes_wrong_with_a_picture_ends_no_training_and_resuming_draws_it(tmp_path, monkeypatch, caplog):
-    def broken(path, config, results, rows, block_map):
+    def broken(path, config, results, rows, history):
         assert (tmp_path / "results.json").is_file(), "the results come first"
         raise RuntimeError("a formula")
 
@@ -366,14 +349,14 @@ def test_what_goes_wrong_with_a_picture_ends_no_training_and_resuming_draws_it(t
     drawn = []
     monkeypatch.setattr("sparsekern.lab.run.draw_summary", lambda path, *what: drawn.append((path, *what)))
     assert resume(tmp_path, Observer()).results == results
-    ((path, config, read, rows, block_map),) = drawn
+    ((path, config, read, rows, history),) = drawn
     assert (
         path == tmp_path / "summary.png"
         and config == CONFIG
         and read == results
         and rows == rows_of(tmp_path, timed=True)
     )
-    assert block_map["layer"] == "hidden1"
+    assert list(history["layers"]) == ["hidden1", "hidden2"]
     shutil.rmtree(
         tmp_path / "checkpoints"
     )  # of what is gone no picture can be made, and the results are read all the same

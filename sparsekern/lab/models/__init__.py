@@ -1,9 +1,8 @@
 """The networks of the recipes, one family a file: dense, plain :mod:`torch.nn`, at any width."""
 
-from sparsekern.lab.models.cifar_resnet import CifarResNet, resnet20, resnet56
 from sparsekern.lab.models.gpt import GPT, gpt, gpt_small
 from sparsekern.lab.models.mlp import mlp
-from sparsekern.lab.models.resnet import ResNet, resnet18, resnet18_cifar, resnet50
+from sparsekern.lab.models.resnet import ResNet, resnet18, resnet18_cifar, resnet20, resnet50, resnet56
 from sparsekern.lab.models.simple_vit import SimpleViT, simplevit_tiny
 from sparsekern.lab.models.vgg import VGG, vgg16, vgg16_small
 from sparsekern.lab.models.wide_resnet import WideResNet, wrn_28_4
@@ -11,7 +10,6 @@ from sparsekern.lab.models.wide_resnet import WideResNet, wrn_28_4
 __all__ = [
     "GPT",
     "VGG",
-    "CifarResNet",
     "ResNet",
     "SimpleViT",
     "WideResNet",

@@ -1,29 +1,56 @@
-"""ResNet-18 and ResNet-50: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1.
+"""Residual networks: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1 and section 4.2.
 
 Modules have torchvision's names, so that its checkpoints load. As there, the bottleneck has its stride in the 3x3
-convolution (the paper: in the first 1x1 one), and shortcuts that change shape are pointwise convolutions (option B).
+convolution (the paper: in the first 1x1 one), and shortcuts that change shape are pointwise convolutions (option B). In
+the small networks for CIFAR they have no parameters (option A).
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sparsekern.lab.models.layers import Multiplier, conv1x1, conv3x3, init_convolutions_, widened
 
 STAGES = (64, 128, 256, 512)
+"""Channels of the stages of the networks for ImageNet; each but the first halves the image."""
+
+CIFAR_STAGES = (16, 32, 64)
+
+
+class Projection(nn.Sequential):
+    """A pointwise convolution and a norm (option B of the paper)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(conv1x1(in_channels, channels, stride), nn.BatchNorm2d(channels))
+
+
+class Padding(nn.Module):
+    """Every second pixel, and new channels of zeros, half of them before the old ones, half behind (option A)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.added = stride, channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(N, channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
+        before = self.added // 2
+        return pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added - before))
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut."""
 
     expansion = 1
+    shortcut: type[Projection] | type[Padding] = Projection
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv3x3(in_channels, channels, stride), nn.BatchNorm2d(channels)
         self.conv2, self.bn2 = conv3x3(channels, channels), nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, channels, stride)
+        same = stride == 1 and in_channels == channels
+        self.downsample = None if same else self.shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(N, channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
@@ -31,6 +58,12 @@ class BasicBlock(nn.Module):
         y += x if self.downsample is None else self.downsample(x)
         out: Tensor = self.relu(y)
         return out
+
+
+class CifarBlock(BasicBlock):
+    """A basic block whose shortcut has no parameters."""
+
+    shortcut = Padding
 
 
 class Bottleneck(nn.Module):
@@ -45,7 +78,8 @@ class Bottleneck(nn.Module):
         self.conv2, self.bn2 = conv3x3(channels, channels, stride), nn.BatchNorm2d(channels)
         self.conv3, self.bn3 = conv1x1(channels, out_channels), nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, out_channels, stride)
+        same = stride == 1 and in_channels == out_channels
+        self.downsample = None if same else Projection(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(N, 4 * channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
@@ -56,20 +90,15 @@ class Bottleneck(nn.Module):
         return out
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
-
-
 class ResNet(nn.Module):
-    """A stem, four stages of blocks, average pooling, a linear layer.
+    """A stem, stages of blocks, average pooling, a linear layer.
 
     Args:
         num_classes: outputs.
         in_channels: of the images ``(N, in_channels, H, W)``.
         block: kind of the blocks.
         blocks: how many each stage has.
+        stages: channels of each stage; the stem has those of the first.
         small_images: a stem of one 3x3 convolution of stride 1 and no pooling, for 32x32 images, in place of a 7x7
             convolution of stride 2 and max pooling.
         width_multiplier: times the channels of the stem and of all stages.
@@ -81,12 +110,13 @@ class ResNet(nn.Module):
         in_channels: int = 3,
         *,
         block: type[BasicBlock] | type[Bottleneck],
-        blocks: tuple[int, int, int, int],
+        blocks: tuple[int, ...],
+        stages: tuple[int, ...] = STAGES,
         small_images: bool = False,
         width_multiplier: Multiplier = 1.0,
     ) -> None:
         super().__init__()
-        channels, *_ = widths = [widened(stage, width_multiplier) for stage in STAGES]
+        channels, *_ = widths = [widened(stage, width_multiplier) for stage in stages]
         self.conv1 = (
             conv3x3(in_channels, channels)
             if small_images
@@ -94,20 +124,20 @@ class ResNet(nn.Module):
         )
         self.bn1, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
-        stages = []
+        self.layers = [f"layer{i + 1}" for i in range(len(stages))]
         for i, width in enumerate(widths):
             made: list[nn.Module] = [block(channels, width, stride=1 if i == 0 else 2)]
             channels = block.expansion * width
             made += [block(channels, width, stride=1) for _ in range(blocks[i] - 1)]
-            stages.append(nn.Sequential(*made))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+            self.add_module(self.layers[i], nn.Sequential(*made))
         self.fc = nn.Linear(channels, num_classes)
         init_convolutions_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits ``(N, num_classes)``."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for name in self.layers:
+            x = self.get_submodule(name)(x)
         logits: Tensor = self.fc(x.mean((2, 3)))
         return logits
 
@@ -132,3 +162,26 @@ def resnet18_cifar(num_classes: int, in_channels: int = 3, width_multiplier: Mul
 def resnet50(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
     """Return ResNet-50 for images as large as those of ImageNet, 25.56 M parameters for 1000 classes."""
     return ResNet(num_classes, in_channels, block=Bottleneck, blocks=(3, 4, 6, 3), width_multiplier=width_multiplier)
+
+
+def resnet20(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
+    """Return ResNet-20 for 32x32 images, 0.27 M parameters."""
+    return _cifar(num_classes, in_channels, 3, width_multiplier)
+
+
+def resnet56(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
+    """Return ResNet-56 for 32x32 images, 0.85 M parameters."""
+    return _cifar(num_classes, in_channels, 9, width_multiplier)
+
+
+def _cifar(num_classes: int, in_channels: int, n: int, width_multiplier: Multiplier) -> ResNet:
+    """Return a network of ``6 n + 2`` layers (section 4.2)."""
+    return ResNet(
+        num_classes,
+        in_channels,
+        block=CifarBlock,
+        blocks=(n, n, n),
+        stages=CIFAR_STAGES,
+        small_images=True,
+        width_multiplier=width_multiplier,
+    )

@@ -71,12 +71,12 @@ def shades(
     return panels(numpy.where(now > 0, shade, start > 0).astype(numpy.uint8), kernel, BLANK)
 
 
-def palette() -> numpy.ndarray:
-    """Return the colours ``(n, 3)`` uint8: empty, dropped, blank, then by level and share of kept blocks."""
+def palette(other: str = GROWN) -> numpy.ndarray:
+    """Return the colours ``(n, 3)`` uint8: empty, dropped, blank, then by level and share of kept and other blocks."""
     import numpy
     from matplotlib.colors import to_rgb
 
-    empty, kept, dropped, grown = (255 * numpy.array(to_rgb(colour)) for colour in (EMPTY, KEPT, DROPPED, GROWN))
+    empty, kept, dropped, grown = (255 * numpy.array(to_rgb(colour)) for colour in (EMPTY, KEPT, DROPPED, other))
     share = numpy.linspace(0, 1, LEVELS + 1)[:, None]
     full = numpy.rint(grown + share * (kept - grown))
     level = numpy.linspace(0, 1, LEVELS + 1)[1:, None, None]

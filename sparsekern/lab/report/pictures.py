@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekern.lab.config import Config
+from sparsekern.lab.history import film
 from sparsekern.lab.metric import Metric, metric_of
-from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panel_gap, panels, taps
+from sparsekern.lab.report.blocks import DROPPED, GROWN, KEPT, palette, panel_gap, shades, taps
 from sparsekern.lab.report.charts import COLOURS, curves_of, draw_curves, save_figure
 from sparsekern.lab.report.text import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 logger = logging.getLogger("sparsekern")
 
@@ -64,7 +66,7 @@ def network_labels(config: Config) -> dict[str, str]:
 
 
 def draw_summary(
-    path: Path, config: Config, results: dict[str, Any], rows: Sequence[dict[str, Any]], block_map: dict[str, Any]
+    path: Path, config: Config, results: dict[str, Any], rows: Sequence[dict[str, Any]], history: dict[str, Any]
 ) -> None:
     """Draw the metric and the loss of all seeds, and the blocks of one layer of seed 0 at the start and at the end.
 
@@ -73,9 +75,8 @@ def draw_summary(
         config: of the run.
         results: its ``results.json``.
         rows: of ``metrics.jsonl``.
-        block_map: of a layer: its name, ``rows``, ``cols``, ``kernel``, and the keys ``row * cols + col`` of its blocks
-            at the ``start`` and the ``end``. ``kernel`` is None for a linear layer; the columns of a convolution are in
-            (tap, channel) order.
+        history: of the blocks of seed 0, from :class:`~sparsekern.lab.history.History`. The layer with most places is
+            shown, of several the first: the first layers of a convolutional network have too few.
     """
     from matplotlib.figure import Figure
 
@@ -86,7 +87,9 @@ def draw_summary(
         f"{name} {metric.text(network[metric.key]['mean'], metric.digits)}" for name, network in networks.items()
     )
     stored = " against ".join(f"{network['stored_parameters']:,}" for network in networks.values())
-    height = 4.9 if taps(block_map["kernel"]) == (1, 1) else 5.7  # the labels of a kernel take two lines
+    name, layer = max(history["layers"].items(), key=lambda item: item[1]["rows"] * item[1]["cols"])
+    start, frames = film(history, name)
+    height = 4.9 if taps(layer["kernel"]) == (1, 1) else 5.7  # the labels of a kernel take two lines
     figure = Figure(figsize=(16, height), dpi=110, layout="constrained")
     figure.suptitle(
         f"{run_title(config, results['data']['name'])}\n"
@@ -96,42 +99,51 @@ def draw_summary(
     left, middle, before, after = figure.subplots(1, 4, width_ratios=(1.15, 1.15, 1, 1))
     draw_curves(left, curves_of(rows, labels, metric.key, metric.scale), metric.label)
     draw_curves(middle, curves_of(rows, labels, "loss"), "training loss", log=True)
-    _draw_blocks(before, block_map, config.block_size, at_start=True)
-    _draw_blocks(after, block_map, config.block_size, at_start=False)
+    end = frames[-1]
+    titled = f"layer {name} of seed 0 at the"
+    _draw_blocks(before, layer, start, end.kept, (frames[0].blocks[0], end.blocks[1]), f"{titled} start")
+    _draw_blocks(after, layer, end.now, end.kept, end.blocks, f"{titled} end")
     save_figure(figure, path)
 
 
-def _draw_blocks(axes: Axes, block_map: dict[str, Any], side: int, *, at_start: bool) -> None:
-    """Draw one cell a block: blocks of both times in one colour, blocks of this time only in another."""
-    import numpy
-    from matplotlib.colors import ListedColormap
+def _draw_blocks(
+    axes: Axes, layer: dict[str, Any], image: Tensor, kept: Tensor, blocks: tuple[int, int], title: str
+) -> None:
+    """Draw how full each pixel of a layer is, ``(H, W)``: of blocks that are there at both times, or at this one only.
+
+    Args:
+        axes: to draw on.
+        layer: what a film says of it.
+        image, kept: ``(H, W)`` uint8: of all blocks at this time, and of those that are there at both.
+        blocks: the number of both.
+        title: layer and time.
+    """
     from matplotlib.patches import Patch
 
-    start, end = set(block_map["start"].tolist()), set(block_map["end"].tolist())
-    rows, cols, kernel = block_map["rows"], block_map["cols"], block_map["kernel"]
-    shown, both = (start if at_start else end), start & end
+    at_start = title.endswith("start")
+    rows, cols, kernel, unit = layer["rows"], layer["cols"], taps(layer["kernel"]), "channels"
     only, name = (DROPPED, "dropped later") if at_start else (GROWN, "grown since")
-    cells = numpy.zeros(rows * cols)
-    cells[sorted(shown)] = 2
-    cells[sorted(both)] = 1
-    colours = ListedColormap([EMPTY, KEPT, only, "white"])
-    image = panels(cells.reshape(rows, cols), kernel, blank=3)
-    axes.imshow(image, cmap=colours, vmin=0, vmax=3, interpolation="nearest")
-    share = f"{len(shown)} of {cells.size} blocks, {100 * len(shown) / cells.size:.3g} %"
-    layer = f"layer {block_map['layer']} of seed 0 at the {'start' if at_start else 'end'}"
-    axes.set_title(f"{textwrap.fill(layer, TITLE_WIDTH)}\n{share}", fontsize=11)
-    unit = "features" if kernel is None else "channels"
-    if taps(kernel) == (1, 1):
-        _label_blocks(axes, rows, cols, f"(of {side} {unit})")
+    shown = shades(image.numpy(), kept.numpy(), 0 * image.numpy(), int(image.max()), layer["kernel"])
+    count, both = blocks
+    share = f"{count} of {rows * cols} blocks, {100 * count / (rows * cols):.3g} %"
+    axes.set_title(f"{textwrap.fill(title, TITLE_WIDTH)}\n{share}", fontsize=11)
+    if layer["kernel"] is None:
+        unit = "features"
+    size = f"(of {layer['block'][1]} {unit})"
+    if kernel == (1, 1):
+        axes.imshow(palette(only)[shown], interpolation="nearest", extent=(-0.5, cols - 0.5, rows - 0.5, -0.5))
+        _label_blocks(axes, rows, cols, size)
     else:
-        _label_panels(axes, rows, cols, taps(kernel), f"(of {side} {unit})")
-    entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({len(both)})")]
-    if shown - both:
-        entries.append(Patch(color=only, label=f"{name} ({len(shown - both)})"))
+        axes.imshow(palette(only)[shown], interpolation="nearest")
+        height, width = image.shape
+        _label_panels(axes, height, width, kernel, size)
+    entries = [Patch(color=KEPT, label=f"{'stays' if at_start else 'kept from the start'} ({both})")]
+    if count > both:
+        entries.append(Patch(color=only, label=f"{name} ({count - both})"))
     axes.legend(
         handles=entries,
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.14 if taps(kernel) == (1, 1) else -0.2),
+        bbox_to_anchor=(0.5, -0.14 if kernel == (1, 1) else -0.2),
         ncols=2,
         frameon=False,
         handlelength=1,
