@@ -9,6 +9,7 @@ from sparsekern.analysis.account import (
     training_bytes,
 )
 from sparsekern.analysis.clock import Clock, Timing, race
+from sparsekern.analysis.faster import LayerRaces
 from sparsekern.analysis.measure import time_layer
 from sparsekern.analysis.profile import LayerProfile, Profile, arguments, profile
 from sparsekern.analysis.spectral import Spectral, spectral
@@ -18,6 +19,7 @@ __all__ = [
     "Account",
     "Clock",
     "LayerProfile",
+    "LayerRaces",
     "Profile",
     "Spectral",
     "Summary",

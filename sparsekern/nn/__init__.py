@@ -2,6 +2,7 @@
 
 from sparsekern.nn.attention import SplitAttention, split_attention_
 from sparsekern.nn.block_sparse import BlockSparse
+from sparsekern.nn.choice import Choice, register_racer
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d
 from sparsekern.nn.converters import is_replaceable, register_converter, register_host
 from sparsekern.nn.dense_layers import DenseShare, dense_share, left_dense
@@ -15,6 +16,7 @@ from sparsekern.nn.weight import WeightInfo
 
 __all__ = [
     "BlockSparse",
+    "Choice",
     "DenseShare",
     "Selector",
     "SparseConv1d",
@@ -33,6 +35,7 @@ __all__ = [
     "refuse_sharded",
     "register_converter",
     "register_host",
+    "register_racer",
     "select",
     "sparse_layers",
     "sparsify_",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.carry_state import check_optimizer, exchange_
+from sparsekern.nn.choice import Choice, Choose, racer
 from sparsekern.nn.converters import class_name, converter_of, grid_of, hosts_of, is_replaceable, known_classes
 from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, refusals, tied_heads
 from sparsekern.nn.init import check_scale
@@ -27,7 +28,7 @@ logger = logging.getLogger("sparsekern")
 def sparsify_(
     model: nn.Module,
     sparsity: float | Mapping[str, float] = 0.9,
-    block_size: int | tuple[int, int] | None = None,
+    block_size: int | tuple[int, int] | list[int | tuple[int, int]] | None = None,
     *,
     targets: Selector = is_replaceable,
     ignore: Selector = (),
@@ -39,6 +40,8 @@ def sparsify_(
     seed: int = 0,
     tie_taps: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    only_if_faster: Any = None,
+    choices: list[Choice] | None = None,
 ) -> nn.Module:
     """Replace the linear layers and convolutions of a model by sparse ones, in place.
 
@@ -51,6 +54,11 @@ def sparsify_(
     With ``init="balanced"`` or ``"random"`` places *and values* are drawn for training from scratch. To start from
     trained weights use ``init="norm"``, which keeps the blocks of largest norm with their values.
 
+    With ``only_if_faster``, a sample of the model's input, each layer is raced against the sparse layers that could
+    take its place, forward and backward on what the sample gives it, on this machine and with the present number of
+    threads. The fastest takes its place; a layer that is fastest stays dense. Equal layers are raced once. The sparsity
+    of a layer is what it is if all chosen layers become sparse.
+
     A selector is a type, a name, a glob (``"blocks.*.fc1"``), a pattern (``"re:.*head"``, matched from the start of the
     name), a function ``(module, name) -> bool``, or a list of these.
 
@@ -60,7 +68,7 @@ def sparsify_(
         sparsity: fraction of all chosen layers together that is not stored, in [0, 1); or ``{selector: sparsity}`` with
             string selectors: the first match counts, and each entry is a group of its own.
         block_size: side of the blocks, or ``(out, in)``. Default: 32 on a CPU, 64 on CUDA; in a convolution no larger
-            than its channels need.
+            than its channels need. With ``only_if_faster``, also a list of sizes to choose from.
         targets: selector of the layers to replace.
         ignore: selector of layers to leave dense.
         distribution: how blocks are distributed over layers: ``"uniform"``, ``"er"``, ``"er-matrix"`` or ``"erk"``; see
@@ -77,6 +85,9 @@ def sparsify_(
             accordingly.
         optimizer: an optimizer in use that is to continue, changed in place: it gets the blocks instead of the weights,
             with the state of the kept blocks. Only with ``init="norm"``.
+        only_if_faster: a tensor, a tuple of arguments, or a dict of keyword arguments of the model, which runs once, in
+            evaluation mode and without gradients. In a process group all ranks take what the first one measures.
+        choices: a list to which a :class:`Choice` is added for each layer that was raced; they are logged, too.
 
     Returns:
         The model.
@@ -85,7 +96,7 @@ def sparsify_(
         TypeError: ``model`` is not a :class:`torch.nn.Module`, or another argument has the wrong type.
         ValueError: a selector matches nothing; a layer cannot be sparse (its weight is shared or read by another
             module's forward, or it is a subclass of nn.Linear or of a convolution); a sparsity leaves a layer without a
-            block. The model is then unchanged.
+            block; there is nothing to race. The model is then unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -106,19 +117,33 @@ def sparsify_(
             f"optimizer is given, but init={init!r} draws new values; pass init='norm', or build it afterwards",
             parameter="optimizer",
         )
-    stem_width = block_pair(block_size)[1] if stems and block_size is not None else None
+    sizes = _sizes(block_size, only_if_faster, choices)
+    stem_width = min(block_pair(size)[1] for size in sizes if size is not None) if stems and None not in sizes else None
     layers = choose_layers(model, targets, ignore, stem_width)
     if optimizer is not None:
         check_optimizer(optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()})
-    counts = _counts(model, layers, sparsity, block_size, distribution)
+    counts = [_counts(model, layers, sparsity, size, distribution) for size in sizes]
     factors = _factors(model, layers, capacity)
-    twins: dict[str, BlockSparse] = {}  # built before any layer is replaced, so that errors change nothing
-    for name, (grid, blocks) in counts.items():
+
+    def twin_of(name: str, grid: Grid, blocks: int) -> BlockSparse:
         unit = grid.taps if tie_taps else 1  # blocks stored together
         parts = min(max(1, round(blocks / unit)), grid.cells // unit)
         room = min(math.ceil(parts * factors[name] - 1e-9), grid.cells // unit)
         options = {"blocks": parts * unit, "capacity": room * unit, "seed": seed, "name": name}
-        twins[name] = _sparse_twin(layers[name], grid, init, init_scale, tie_taps, options)
+        return _sparse_twin(layers[name], grid, init, init_scale, tie_taps, options)
+
+    choose = None if only_if_faster is None else _racer(model, layers, only_if_faster)
+    chosen: list[Choice] = []
+    twins: dict[str, BlockSparse] = {}  # built before any layer is replaced, so that errors change nothing
+    for name in layers:
+        candidates = {twin.block_size: twin for twin in (twin_of(name, *by_name[name]) for by_name in counts)}
+        if choose is None:
+            (twins[name],) = candidates.values()
+            continue
+        choice = choose(name, list(candidates.values()))
+        chosen.append(choice)
+        if choice.block is not None:
+            twins[name] = candidates[choice.block]
     for name, twin in twins.items():
         if optimizer is not None and isinstance(bias := layers[name].bias, nn.Parameter):
             twin.bias = bias  # the optimizer holds this parameter
@@ -126,6 +151,12 @@ def sparsify_(
             logger.warning("%s: the sparse layer does not take over %s", name, ", ".join(gone))
         swap_(model, name, twin)
         logger.info("%s: %d of %d blocks", name, twin._blocks, twin.grid.cells)
+    if choose is not None:
+        for choice in chosen:
+            logger.info("%s", choice)
+        logger.info("%d of %d layers are faster sparse", len(twins), len(layers))
+    if choices is not None:
+        choices += chosen
     if optimizer is not None:
         exchange_(
             optimizer,
@@ -135,6 +166,32 @@ def sparsify_(
         host.settle(model)
     logger.info("%s", dense_share(model))
     return model
+
+
+def _sizes(block_size: Any, only_if_faster: Any, choices: list[Choice] | None) -> list[int | tuple[int, int] | None]:
+    """Return the block sizes to choose from: one without a race."""
+    if only_if_faster is None:
+        if choices is not None:
+            raise InputError(
+                "choices is given without only_if_faster, so there is nothing to choose; drop it, or give a sample",
+                parameter="choices",
+            )
+        return [block_size]
+    if not isinstance(block_size, list):
+        return [block_size]
+    if not block_size:
+        raise InputError("block_size is an empty list; give at least one size", parameter="block_size")
+    return list({block_pair(size): size for size in block_size}.values())
+
+
+def _racer(model: nn.Module, layers: dict[str, nn.Module], sample: Any) -> Choose:
+    """Return what chooses between a layer and its sparse twins."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            "only_if_faster is given, but the model is on the meta device, where nothing can be raced; load it first",
+            parameter="only_if_faster",
+        )
+    return racer()(model, layers, sample)
 
 
 def choose_layers(
