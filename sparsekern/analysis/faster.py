@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from sparsekern.analysis.layer_race import (
     sparse_contestant,
 )
 from sparsekern.nn import BlockSparse, Choice, register_racer
+
+ALIKE = 0.05
+"""Relative difference of the number of blocks up to which layers are equal: allocation rounds it."""
 
 
 class LayerRaces:
@@ -34,21 +38,26 @@ class LayerRaces:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], sample: Any) -> None:
         self._layers = layers
         self._inputs = layer_inputs(model, layers, sample)
-        self._known: dict[Any, Choice] = {}
+        self._known: dict[Any, list[tuple[list[float], Choice]]] = {}
 
     def __call__(self, name: str, candidates: Sequence[BlockSparse]) -> Choice:
         """Race a layer against sparse layers of several block sizes, unless an equal one has been raced."""
         if name not in self._inputs:
             return Choice(name, None, {}, float("nan"))
         layer, given = self._layers[name], self._inputs[name]
-        kind = kind_of(layer, given), tuple((twin.block_size, twin.topology.slots) for twin in candidates)
-        if kind not in self._known:
-            contestants: dict[Any, Contestant] = {"dense": dense_contestant(layer)}
-            contestants |= {twin.block_size: sparse_contestant(twin) for twin in candidates}
-            times = {key: timing.median for key, timing in race_steps(contestants, given).items()}
-            dense_ms = times.pop("dense")
-            self._known[kind] = _of_first_rank(Choice.of(times, dense_ms))
-        return self._known[kind].named(name)
+        kind = kind_of(layer, given), *(twin.block_size for twin in candidates)
+        densities = [twin.topology.slots / twin.grid.cells for twin in candidates]
+        known = self._known.setdefault(kind, [])
+        for others, choice in known:
+            if all(math.isclose(*pair, rel_tol=ALIKE) for pair in zip(densities, others, strict=True)):
+                return choice.named(name)
+        contestants: dict[Any, Contestant] = {"dense": dense_contestant(layer)}
+        contestants |= {twin.block_size: sparse_contestant(twin) for twin in candidates}
+        times = {key: timing.median for key, timing in race_steps(contestants, given).items()}
+        dense_ms = times.pop("dense")
+        choice = _of_first_rank(Choice.of(times, dense_ms))
+        known.append((densities, choice))
+        return choice.named(name)
 
 
 def _of_first_rank(choice: Choice) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 
@@ -68,6 +69,17 @@ def test_the_fastest_block_size_takes_the_place_of_a_layer(times, caplog):
     assert races["all"] == 2, "equal layers are raced once"
     assert "0: 8x8 blocks, 4.00x as fast as dense (0.5 of 2 ms)" in caplog.messages
     assert "3 of 3 layers are faster sparse" in caplog.messages
+
+
+def test_layers_that_differ_by_a_block_are_raced_once_and_those_of_other_sparsities_apart(times):
+    table, races = times
+    table[16, 16] = table[8, 8] = 1.0
+    alike = nn.Sequential(*(nn.Linear(128, 128) for _ in range(3)))
+    raced = sk.sparsify_(copy.deepcopy(alike), 0.9, 8, only_if_faster=torch.randn(4, 128))
+    assert len({layer.topology.slots for layer in sk.sparse_layers(raced).values()}) == 2
+    assert races["all"] == 1
+    sk.sparsify_(alike, {"0": 0.9, "*": 0.5}, 16, only_if_faster=torch.randn(4, 128))
+    assert races["all"] == 3
 
 
 def test_the_layers_are_those_of_a_call_without_a_race(times):
