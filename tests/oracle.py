@@ -387,6 +387,6 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     raise ValueError(f"layout {layout!r}")
 
 
-def with_slots_reordered(case: Case, order: Tensor) -> Case:
+def with_slots_reordered(case: AnyCase, order: Tensor) -> AnyCase:
     """Return the same weight with its blocks in other slots: slot ``order[z]`` becomes slot ``z``."""
     return replace(case, row=case.row[order], col=case.col[order], values=case.values[order])

@@ -207,8 +207,3 @@ def conv_case(seed: int, **given: Any) -> ConvCase:
 def channels_last(x: Tensor) -> Tensor:
     """Return ``(N, H, W, C)`` as ``(N, C, H, W)``."""
     return x.permute(0, 3, 1, 2)
-
-
-def with_slots_reordered(case: ConvCase, order: Tensor) -> ConvCase:
-    """Return the same weight with its blocks in other slots: slot ``order[z]`` becomes slot ``z``."""
-    return replace(case, row=case.row[order], col=case.col[order], values=case.values[order])

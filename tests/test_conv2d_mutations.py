@@ -11,8 +11,9 @@ from sparsekern.kernels import eager
 from sparsekern.kernels.eager.windows import Windows
 from torch import Tensor
 
-from tests.oracle import check_dvalues, check_dx, check_kernels, check_y
+from tests.oracle import check_kernels
 from tests.oracle_conv2d import ConvCase, conv_case
+from tests.test_mutations import assert_red, dvalues_are_right, dx_is_right, y_is_right
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -23,19 +24,6 @@ def case() -> ConvCase:
     given: dict[str, Any] = {"block": (4, 4), "kernel": (2, 3), "stride": (1, 2), "dilation": (2, 1), "groups": 2}
     given |= {"padding": (2, 0, 1, 0), "group_out": 7, "group_in": 6, "height": 5, "width": 8, "images": 2}
     return conv_case(1, **given, blocks=40, free=2, dtype=torch.float32, bias=True)
-
-
-def y_is_right(case: ConvCase) -> None:
-    check_y(case, eager.conv2d.fwd(case.x, case.values, case.bias, case.index, case.shape))
-
-
-def dx_is_right(case: ConvCase) -> None:
-    check_dx(case, eager.conv2d.dx(case.dy, case.values, case.index, case.shape, case.size))
-
-
-def dvalues_are_right(case: ConvCase) -> None:
-    grad = eager.conv2d.dvalues(case.dy, case.x, case.index, case.grid.block, case.shape, torch.float32)
-    check_dvalues(case, grad, torch.float32)
 
 
 def mutated_gather(change: Callable[[Windows, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
@@ -116,8 +104,3 @@ def test_a_result_that_is_not_channels_last(case, monkeypatch):
     monkeypatch.setattr(eager.conv2d, "fwd", lambda *args: healthy(*args).contiguous())
     with pytest.raises(AssertionError, match="y is not channels last"):
         check_kernels(eager, case)
-
-
-def assert_red(check: Callable[[ConvCase], None], case: ConvCase) -> None:
-    with pytest.raises(AssertionError, match=r"(y|dx|dvalues)\[.*\] is .*, not .* elements are wrong"):
-        check(case)

@@ -28,9 +28,8 @@ from sparsekern.training.vrpge import candidates, masked, probabilities, project
 from tests import test_methods_conv2d as t_conv
 from tests import test_true_gradient as t_true
 from tests.kernels.eager import test_places as t_places
-from tests.ops import test_conv2d_answers as t_answers
-from tests.ops import test_conv2d_marginals as t_conv_marginals
 from tests.ops import test_marginals as t_marginals
+from tests.ops import test_probes as t_probes
 from tests.topology import test_sampling as t_cells
 from tests.training import test_metrics as t_books
 from tests.training import test_schedules as t_schedules
@@ -207,13 +206,13 @@ MUTATIONS: dict[str, Mutation] = {
         marginals._seen,
         "first[axis] - before",
         "first[axis] - before + 1",
-        t_conv_marginals.test_magnitudes_by_hand,
+        t_marginals.test_magnitudes_of_a_convolution_by_hand,
     ),
     "a lattice of tokens starts at the edge": (
         probes._thin,
         "first = (every - 1) // 2",
         "first = 0",
-        t_answers.test_a_lattice_by_hand,
+        t_probes.test_a_lattice_by_hand,
     ),
     "a layer grows beyond its slots": (
         competition.share_out,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsekern.topology import Topology, mask_index
 from sparsekern.topology import index as index_module
+from tests.kernels.calls import AnyCase, Calls
 from tests.oracle import (
     GARBAGE,
     Case,
@@ -35,6 +36,7 @@ from tests.oracle import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 Mutate = Callable[..., None]
+calls = Calls(eager)
 
 
 @pytest.fixture
@@ -58,20 +60,16 @@ def mutate(monkeypatch: pytest.MonkeyPatch) -> Mutate:
     return apply
 
 
-def y_is_right(case: Case) -> None:
-    check_y(case, eager.linear.fwd(case.x, case.values, case.bias, case.index, case.geometry))
+def y_is_right(case: AnyCase) -> None:
+    check_y(case, calls.fwd(case))
 
 
-def dx_is_right(case: Case) -> None:
-    check_dx(case, eager.linear.dx(case.dy, case.values, case.index, case.geometry))
+def dx_is_right(case: AnyCase) -> None:
+    check_dx(case, calls.dx(case))
 
 
-def dvalues_are_right(case: Case) -> None:
-    check_dvalues(
-        case,
-        eager.linear.dvalues(case.dy, case.x, case.index, case.grid.block, case.geometry, torch.float32),
-        torch.float32,
-    )
+def dvalues_are_right(case: AnyCase) -> None:
+    check_dvalues(case, calls.dvalues(case, torch.float32), torch.float32)
 
 
 def both_agree(case: Case) -> None:
@@ -79,7 +77,7 @@ def both_agree(case: Case) -> None:
     check_op(case)
 
 
-def assert_red(check: Callable[[Case], None], case: Case, message: str = "") -> None:
+def assert_red(check: Callable[[AnyCase], None], case: AnyCase, message: str = "") -> None:
     """The check that fails is the oracle's own comparison: it says what is wrong and where."""
     with pytest.raises(AssertionError, match=message or r"(y|dx|dvalues)\[.*\] is .*, not .* elements are wrong"):
         check(case)
@@ -110,7 +108,7 @@ def test_healthy_code_passes(case: Case) -> None:
 @pytest.mark.parametrize("factor", [1 + 1e-5, 1 - 1e-5])
 def test_an_error_in_the_sixth_digit_is_seen(case: Case, factor: float) -> None:
     """The tolerance is not so wide that it hides anything."""
-    y = eager.linear.fwd(case.x, case.values, case.bias, case.index, case.geometry)
+    y = calls.fwd(case)
     check_y(case, y)
 
     with pytest.raises(AssertionError):
@@ -218,7 +216,7 @@ def test_phantom_elements_not_cleared_where_a_nan_meets_the_filling(case: Case, 
     dvalues_are_right(case)
 
     broken = replace(case, x=case.x.clone().fill_(float("nan")))
-    grad = eager.linear.dvalues(broken.dy, broken.x, broken.index, (4, 4), broken.geometry, torch.float32)
+    grad = calls.dvalues(broken, torch.float32)
     with pytest.raises(AssertionError):
         assert_phantom_is_zero(broken, grad)
 
@@ -321,7 +319,7 @@ def test_a_mask_that_lets_free_slots_in(case: Case, mutate: Mutate) -> None:
 
     def masked_y_is_right(case: Case) -> None:
         index = mask_index(case.index, keep, (4, 4))
-        check_y(case, eager.linear.fwd(case.x, case.values, case.bias, index, case.geometry))
+        check_y(case, calls.fwd(case, index))
 
     masked_y_is_right(case)
 

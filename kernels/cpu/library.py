@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import logging
 import os
 import struct
@@ -130,8 +129,8 @@ def _described(x: Tensor, y: Tensor, geometry: Geometry) -> tuple[tuple[int, ...
     if not isinstance(geometry, ConvShape):
         return (*_matrix(x), *_matrix(y)), ()
     top, _, left, _ = geometry.padding
-    axes = x.shape[2:], y.shape[2:], geometry.kernel, geometry.stride, (top, left), geometry.dilation
-    return (*_pixels(x), *_pixels(y)), (x.shape[0], geometry.groups, *itertools.chain(*axes))
+    axes = *x.shape[2:], *y.shape[2:], *geometry.kernel, *geometry.stride, top, left, *geometry.dilation
+    return (*_pixels(x), *_pixels(y)), (x.shape[0], geometry.groups, *axes)
 
 
 def _matrix(x: Tensor) -> tuple[int, ...]:

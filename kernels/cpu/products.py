@@ -205,8 +205,9 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], 
         raise ValueError(f"directions of a sketch have shapes {shapes}; they must be {wanted}")
     missing = (0, 0, 0, -pairs % GROUP_PAIRS)  # the library reads (F, r), with zeros up to a whole group of pairs
     u, v = numbers(pad(u.float(), missing).t()), numbers(pad(v.float(), missing).t())
+    dy, x = positive(dy), positive(x)
     size = (pairs, groups, -(-(rows // groups) // GROUP), -(-cols // GROUP), GROUP, GROUP)
     tiles = torch.empty(size, dtype=torch.float32, device=x.device)
-    call("sk_sketch", Call.sketch(positive(x), positive(dy), tiles, u, v, pairs, block, geometry))
+    call("sk_sketch", Call.sketch(x, dy, tiles, u, v, pairs, block, geometry))
     whole = tiles.transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return whole[:, :, : rows // groups, :cols].flatten(1, 2).contiguous()

@@ -8,18 +8,13 @@ import torch
 from sparsekern.kernels import cpu
 from torch import Tensor
 
-from tests.oracle import Case, check_dvalues, check_dx, check_kernels, check_y, random_case
+from tests.kernels.calls import NAN, AnyCase, Calls, ints  # noqa: F401  for the tests of this folder
+from tests.oracle import Case, random_case
 from tests.oracle_conv2d import ConvCase, conv_case
 
-AnyCase = Case | ConvCase
-NAN = float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SQUARES = ((1, 1), (16, 16), (32, 32), (64, 64), (128, 128))
 PLAIN = {"dtype": torch.float32, "x_layout": "contiguous", "dy_layout": "contiguous"}
-
-
-def ints(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def negated(x: Tensor) -> Tensor:
@@ -29,61 +24,10 @@ def negated(x: Tensor) -> Tensor:
     return view
 
 
-# Calls.
-
-
-def kernels(case: AnyCase) -> Any:
-    return cpu.kernels(case.geometry)
-
-
-def fwd(case: AnyCase) -> Tensor:
-    return kernels(case).fwd(case.x, case.values, case.bias, case.index, case.geometry)
-
-
-def dx(case: AnyCase) -> Tensor:
-    return kernels(case).dx(case.dy, case.values, case.index, case.geometry, tuple(case.x.shape[2:]))
-
-
-def dvalues(case: AnyCase, dtype: torch.dtype | None = None) -> Tensor:
-    dtype, block = dtype or case.values.dtype, case.grid.block
-    return kernels(case).dvalues(case.dy, case.x, case.index, block, case.geometry, dtype)
-
-
-def backward(case: AnyCase) -> tuple[Tensor, Tensor]:
-    return kernels(case).backward(case.dy, case.x, case.values, case.index, case.geometry)
-
-
-def results(case: AnyCase) -> tuple[Tensor, Tensor, Tensor]:
-    return fwd(case), dx(case), dvalues(case, torch.float32)
-
-
-def all_norms(case: AnyCase) -> Tensor:
-    return kernels(case).all_block_norms(case.dy, case.x, case.grid.block, case.geometry)
-
-
-def chosen_norms(case: AnyCase, row: Tensor, col: Tensor) -> Tensor:
-    return kernels(case).block_norms(case.dy, case.x, row, col, case.grid.block, case.geometry)
-
-
-def sketch(case: AnyCase, u: Tensor, v: Tensor) -> Tensor:
-    return kernels(case).sketch(case.dy, case.x, u, v, case.grid.block, case.geometry)
-
-
-# Checks.
-
-
-def check(case: AnyCase) -> None:
-    """All products, by the oracle."""
-    check_kernels(cpu, case)
-
-
-def check_y_and_dx(case: AnyCase, y: Tensor, grad: Tensor) -> None:
-    check_y(case, y)
-    check_dx(case, grad)
-
-
-def check_gradient(case: AnyCase, grad: Tensor, dtype: torch.dtype) -> None:
-    check_dvalues(case, grad, dtype)
+calls = Calls(cpu)
+kernels, fwd, dx, dvalues, backward = calls.kernels, calls.fwd, calls.dx, calls.dvalues, calls.backward
+results, all_norms, chosen_norms, sketch = calls.results, calls.all_norms, calls.chosen_norms, calls.sketch
+check = calls.check
 
 
 def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

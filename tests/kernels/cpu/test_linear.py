@@ -14,6 +14,7 @@ from tests.kernels.cpu.calls import (
     DTYPES,
     PLAIN,
     SQUARES,
+    calls,
     check_backward_is_dx_and_dvalues,
     dvalues,
     dx,
@@ -143,8 +144,6 @@ def test_a_masked_index_leaves_blocks_out(block: tuple[int, int], tokens: int) -
     index = mask_index(case.index, keep, block)
     kept = replace(case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int())
 
-    check_y(kept, cpu.products.fwd(case.x, case.values, case.bias, index, case.geometry))
-    check_dx(kept, cpu.products.dx(case.dy, case.values, index, case.geometry))
-    check_dvalues(
-        kept, cpu.products.dvalues(case.dy, case.x, index, block, case.geometry, torch.float32), torch.float32
-    )
+    check_y(kept, calls.fwd(case, index))
+    check_dx(kept, calls.dx(case, index))
+    check_dvalues(kept, calls.dvalues(case, torch.float32, index), torch.float32)

@@ -59,18 +59,11 @@ def chosen(case: AnyCase, which: Tensor) -> Tensor:
     return chosen_norms(case, *cells(case, which))
 
 
-def check_norms_of(case: AnyCase, found: Tensor) -> None:
-    if isinstance(case, ConvCase):
-        check_norms(case, found)
-    else:
-        check_norms(case, found)
-
-
 def check_all_norms(case: AnyCase) -> None:
     found = all_norms(case)
     assert found.shape == (case.grid.rows, case.grid.cols)
-    check_norms_of(case, found)
-    check_norms_of(case, chosen_norms(case, *cells(case)))
+    check_norms(case, found)
+    check_norms(case, chosen_norms(case, *cells(case)))
 
 
 # Norms.
@@ -100,7 +93,7 @@ def test_blocks_are_chosen_in_any_order_and_more_than_once(
     which = torch.randint(case.grid.cells, (50,), generator=generator)
     expected = chosen(case, torch.arange(case.grid.cells))
 
-    check_norms_of(case, expected)
+    check_norms(case, expected)
     if block != (1, 1):  # all elements are computed in larger blocks
         assert torch.equal(all_norms(case).flatten(), expected)
     if block != (1, 1) or make is edge_case:  # the chunks of a convolution follow from how many are chosen
