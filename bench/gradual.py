@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from bench.cpu.clock import Stopwatch
+from sparsekern.analysis.clock import race
 
 
 def network(width: int) -> nn.Sequential:
@@ -84,11 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             method.update()
             row[f"{name}_update_ms"] = round((time.perf_counter() - began) * 1e3, 3)
             row["sparsity"] = round(method.metrics()["sparsity/global"], 4)
-        timings, errors = Stopwatch().race(
-            {name: step_of(*both, x, y) for name, both in trained.items()}, options.rounds, seconds=60
-        )
-        if errors:
-            raise RuntimeError(str(errors))
+        steps = {name: step_of(*both, x, y) for name, both in trained.items()}
+        timings = race(steps, x.device, options.rounds, seconds=60)
         for name, both in trained.items():
             row[f"{name}_ms"] = round(timings[name].quantile(0.5), 3)
             row[f"{name}_mib"] = round(held(*both) / 2**20, 2)

@@ -32,7 +32,7 @@ class SparseCallback(Callback):
     ``loss = callback.method.backward(lambda: ...)`` in the place of ``self.manual_backward``.
 
     Args:
-        method: ``"set"``, ``"rigl"``, ``"gse"``, ``"vrpge"`` or ``"static"``; or a function of the module and the
+        method: one of :data:`sparsekern.training.METHODS`, such as ``"set"``; or a function of the module and the
             optimizer that returns the method.
         log_to: where numbers go besides the trainer's loggers: a folder for TensorBoard, a ``SummaryWriter``, or an
             object with ``log(dict)``.

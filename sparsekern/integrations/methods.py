@@ -20,7 +20,7 @@ class MethodSpec:
     """A training method that is built when the host has made its optimizer.
 
     Args:
-        method: ``"set"``, ``"rigl"``, ``"gse"``, ``"vrpge"`` or ``"static"``; or a function of the model and the
+        method: one of :data:`sparsekern.training.METHODS`, such as ``"set"``; or a function of the model and the
             optimizer that returns the method.
         options: arguments of the method of that name. ``stop`` is three quarters of the training if it is not given.
 

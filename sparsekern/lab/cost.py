@@ -17,7 +17,7 @@ from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
 from sparsekern.lab.resolved import Run, resolve
 from sparsekern.lab.train import Learner
-from sparsekern.training import AGENT, NetworkSampler
+from sparsekern.training import AGENT, Gradual, NetworkSampler, compact_
 
 PERIOD = 4
 """Steps between updates while counting: room for two steps of probes and one without."""
@@ -41,11 +41,13 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
     without_agent = {name: value for name, value in options.items() if OPTIONS[name].part != "agent"}
     real = Learner(_changed(run, options=without_agent), network, seed=0)
     steps, period = real.total_steps, max(PERIOD, int(options.get("structure_every", 1)))
-    usual = _flops(_long(run, network, options=without_agent, update_every=LONG), period) / period
+    usual = _flops(_long(run, network, options=without_agent, update_every=LONG // 2), period) / period
     moving = _long(run, network, options=without_agent, update_every=period)
     agent = None if run.agent is None else Learner(run, network, seed=0).agent
     if real.method is None:
         flops = usual * steps
+    elif isinstance(real.method, Gradual):
+        flops = _gradual_flops(real.method, steps, usual, _long(run, network, options=without_agent))
     else:
         schedule = real.method.schedule
         stop = min(steps, steps if schedule.stop is None else schedule.stop)
@@ -67,6 +69,27 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
     examples = run.task.examples
     flops *= examples / (run.batches * min(examples, run.config.batch_size))  # the last batch may be smaller
     return {"training_flops": round(flops), "peak_bytes": peak}
+
+
+def _gradual_flops(method: Gradual, steps: int, first: float, learner: Learner) -> float:
+    """Return the FLOPs of a training in which blocks go, ``first`` a step in the beginning.
+
+    Args:
+        method: says when how many go.
+        steps: of the training.
+        first: see above.
+        learner: of the same network; its blocks go at once.
+    """
+    assert isinstance(learner.method, Gradual)
+    learner.method.steps = LONG**2  # past its end
+    learner.method.update()
+    last = _flops(learner, 1)
+    flops, left = 0.0, 1.0
+    for step in range(1, steps + 1):
+        flops += last + (first - last) * left
+        if method.schedule.due(step):
+            left = (1 - method.schedule.progress(step)) ** 3
+    return flops
 
 
 def _agent_flops(agent: AGENT, learner: Learner, begin: int, step: float) -> float:
@@ -140,7 +163,7 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
     Raises:
         ValueError: this machine lacks the device, or the checkpoint cannot be loaded.
     """
-    run = resolve(config, find(config.recipe).task.noise(described, config.batch_size))
+    run = resolve(replace(config, epochs=LONG), find(config.recipe).task.noise(described, config.batch_size))
     sizes = {}
     for network in reversed(config.networks):  # the sparse one last
         learner = Learner(run, network, seed=0)
@@ -148,5 +171,8 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
         learner.step()
         sizes[network] = learner.sizes()
     checkpoint.load_model(newest, learner.network, learner.model)
+    if isinstance(learner.method, Gradual):  # what went since
+        compact_(learner.model, learner.optimizer)
+        sizes[learner.network] = learner.sizes()
     account = summary(learner.model, inputs, optimizer=learner.optimizer, measure=timed)
     return account, {name: sizes[name] for name in config.networks}

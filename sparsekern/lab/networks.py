@@ -56,8 +56,10 @@ def build(run: Run, network: str, seed: int) -> nn.Module:
 
 
 def _stored(run: Run) -> float | Mapping[str, float]:
-    """Return the sparsity of what is stored, candidates included."""
+    """Return the sparsity of what is stored, candidates and what is to go included."""
     pool, sparsity = run.pool, run.sparsity
+    if run.initial_sparsity is not None:
+        return run.initial_sparsity
     if pool is None:
         return sparsity
     if isinstance(sparsity, Mapping):
@@ -118,6 +120,8 @@ def build_method(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, s
         ValueError: an argument that the method refuses.
     """
     arguments = dict(run.arguments)
+    if run.initial_sparsity is not None:
+        arguments["final_sparsity"] = run.sparsity
     if run.pool is not None:
         arguments["sparsity"] = run.sparsity
         if run.transform is not None or isinstance(run.sparsity, Mapping):  # what is stored says how much remains

@@ -28,7 +28,7 @@ Value = bool | int | float | str
 
 ALL = tuple(METHODS)
 
-SET_BY_RUN = {"seed", "update_every", "sparsity", "costs", "check_ranks"}
+SET_BY_RUN = {"seed", "update_every", "sparsity", "final_sparsity", "costs", "check_ranks"}
 """Arguments of a method that are no options of it: a run sets them, or they name layers."""
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str, "Group": str}
@@ -169,6 +169,16 @@ _OTHERS = (
     ),
     Option(
         "pool", float, "Candidates for each block that is to remain.", f"{VRPGE.pool}", ("vrpge",), low=1, part="recipe"
+    ),
+    Option(
+        "initial_sparsity",
+        float,
+        "Sparsity of the layers in the beginning.",
+        "0",
+        ("gradual",),
+        low=0,
+        high=1,
+        part="recipe",
     ),
     Option("transform", str, "Spend the sparsity on capacity (Sparse-IFT).", "", ALL, TRANSFORMS, part="transform"),
     Option("spectral", bool, "Measure at each update how well blocks connect a layer.", "", ALL, part="record"),

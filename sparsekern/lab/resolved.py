@@ -14,7 +14,7 @@ from sparsekern.lab.config import Config
 from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
 from sparsekern.lab.tasks import Task
-from sparsekern.training import METHODS, PRESETS, VRPGE, Method
+from sparsekern.training import METHODS, PRESETS, VRPGE, Gradual, Method
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Run:
         sparsity: of all sparse layers, or of those whose names match a glob.
         dtype: in which autocast computes, or None for a training without it.
         pool: blocks to store for each one that is to remain; None if the method does not choose among candidates.
+        initial_sparsity: of the sparse layers before blocks go, or None for that of the end.
         agent: arguments of AGENT, or None for a training without it.
         layers: arguments of :func:`sparsekern.sparsify_`, but for sparsity, blocks and what stays dense.
         transform: name of the Sparse-IFT transform, or None.
@@ -53,6 +54,7 @@ class Run:
     sparsity: float | Mapping[str, float]
     dtype: torch.dtype | None
     pool: float | None
+    initial_sparsity: float | None
     agent: Mapping[str, Any] | None
     layers: Mapping[str, Any]
     transform: str | None
@@ -87,8 +89,14 @@ def resolve(config: Config, task: Task) -> Run:
         arguments["start"] = int(float(options["start"]) * steps)
     layers = {"distribution": recipe.distribution} | ({} if chosen is None else dict(chosen.layers))
     layers |= part_of("recipe", options)
-    pool = layers.pop("pool", VRPGE.pool)
+    pool, initial = layers.pop("pool", VRPGE.pool), layers.pop("initial_sparsity", 0.0)
     agent, transform = part_of("agent", options), part_of("transform", options)
+    if transform and issubclass(method, Gradual):
+        raise InputError(
+            f"transform is {transform['transform']}, which makes sparse layers as large as the sparsity allows, and "
+            "gradual begins with more blocks; choose another method",
+            parameter="transform",
+        )
     network, sparsity = {**recipe.network, **config.network}, config.sparsity
     if isinstance(sparsity, Mapping):
         sparsity = {recipe.kinds[kind]: number for kind, number in sparsity.items()}
@@ -108,6 +116,7 @@ def resolve(config: Config, task: Task) -> Run:
         sparsity=sparsity,
         dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
         pool=float(pool) if issubclass(method, VRPGE) else None,
+        initial_sparsity=float(initial) if issubclass(method, Gradual) else None,
         agent={name.removeprefix("agent_"): v for name, v in agent.items()} if agent.pop("agent", False) else None,
         layers=layers,
         transform=transform.get("transform"),

@@ -23,7 +23,7 @@ from sparsekern.lab.resolved import Run
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import sparse_layers
 from sparsekern.topology import generator_for
-from sparsekern.training import NetworkSampler
+from sparsekern.training import Gradual, NetworkSampler, compact_
 
 WARM_UP = 5
 """Steps at the start that are not timed: they allocate the optimizer's state and fill caches."""
@@ -188,6 +188,8 @@ class Learner:
             )
         if (state["method"] is None) != (self._outer is None):
             raise InputError(f"{self.network}: the state of the method is {'' if self._outer is None else 'not '}there")
+        if isinstance(self.method, Gradual) and self.method.compact:
+            compact_(self.model, self.optimizer)  # the model's own state left free the slots that had gone
         self.epoch, self.batch, self.steps = epoch, batch, state["steps"]
         self._loss_sum, self._seconds = state["loss_sum"], state["seconds"]
         self._milliseconds, self._graphs = list(state["milliseconds"]), list(state["graphs"])

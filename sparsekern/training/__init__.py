@@ -15,7 +15,14 @@ from sparsekern.training.set import SET
 from sparsekern.training.static import Static
 from sparsekern.training.vrpge import VRPGE
 
-METHODS: dict[str, type[Method]] = {"static": Static, "set": SET, "rigl": RigL, "gse": GSE, "vrpge": VRPGE}
+METHODS: dict[str, type[Method]] = {
+    "static": Static,
+    "set": SET,
+    "rigl": RigL,
+    "gse": GSE,
+    "vrpge": VRPGE,
+    "gradual": Gradual,
+}
 """The methods by their names on the command line."""
 
 __all__ = [

@@ -35,7 +35,7 @@ class SparseCallback(TrainerCallback):
     before: give their writer or run as ``log_to``, or use :class:`SparseTrainer`. VR-PGE and AGENT need that.
 
     Args:
-        method: ``"set"``, ``"rigl"``, ``"gse"``, ``"vrpge"`` or ``"static"``; or a function of the model and the
+        method: one of :data:`sparsekern.training.METHODS`, such as ``"set"``; or a function of the model and the
             optimizer that returns the method.
         log_to: where numbers go too: a folder for TensorBoard, a ``SummaryWriter``, or an object with ``log(dict)``.
         layers: log the numbers of each layer, and not of the whole model only.
