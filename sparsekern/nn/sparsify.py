@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
+from sparsekern.nn.block_scores import best_places, check_score
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.carry_state import check_optimizer, exchange_
 from sparsekern.nn.choice import Choice, Choose, racer
@@ -19,7 +20,7 @@ from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, re
 from sparsekern.nn.init import check_scale
 from sparsekern.nn.selectors import Selector, by_entry, flatten, matches, select
 from sparsekern.nn.surgery import lost, sparse_layers, swap_
-from sparsekern.topology import Grid, allocate, block_pair
+from sparsekern.topology import Grid, Topology, allocate, block_pair
 from sparsekern.topology.arguments import check_kind, check_number
 
 logger = logging.getLogger("sparsekern")
@@ -42,6 +43,8 @@ def sparsify_(
     optimizer: torch.optim.Optimizer | None = None,
     only_if_faster: Any = None,
     choices: list[Choice] | None = None,
+    score: str | None = None,
+    sample: Any = None,
 ) -> nn.Module:
     """Replace the linear layers and convolutions of a model by sparse ones, in place.
 
@@ -52,7 +55,19 @@ def sparsify_(
     parameters stay dense, and in which layers.
 
     With ``init="balanced"`` or ``"random"`` places *and values* are drawn for training from scratch. To start from
-    trained weights use ``init="norm"``, which keeps the blocks of largest norm with their values.
+    trained weights use ``init="norm"``, which keeps the blocks of largest norm with their values, or ``score``, which
+    keeps those of highest score:
+
+    * ``"magnitude"``: Frobenius norm, as ``init="norm"``. ``"random"``: a random number.
+    * ``"snip"`` (Lee et al. 2019, equation 5): ``|w * g|``, g being the gradient of the loss of ``sample``.
+    * ``"grasp"`` (Wang et al. 2020, equation 8): ``w * (H g)``, with the Hessian H: how much the block adds to the
+      norm of the gradient.
+    * ``"synflow"`` (Tanaka et al. 2020, algorithm 1): ``|w| * dR / d|w|``, R being the output of the network of
+      absolute weights for an input of ones; blocks go in 100 rounds.
+
+    The products are summed over a block, which is the score of a gate on the whole of it; at 1x1 it is the published
+    one. The publications rank the weights of all layers together: ``distribution="global"``. Gradients come one layer
+    at a time, and none of the whole model is stored, but for one that GraSP differentiates.
 
     With ``only_if_faster``, a sample of the model's input, each layer is raced against the sparse layers that could
     take its place, forward and backward on what the sample gives it, on this machine and with the present number of
@@ -72,7 +87,8 @@ def sparsify_(
         targets: selector of the layers to replace.
         ignore: selector of layers to leave dense.
         distribution: how blocks are distributed over layers: ``"uniform"``, ``"er"``, ``"er-matrix"`` or ``"erk"``; see
-            :func:`sparsekern.topology.allocate`.
+            :func:`sparsekern.topology.allocate`. Or ``"global"``, with trained weights: the best blocks of all layers
+            (with selectors of ``sparsity``, of those of one entry) stay, and the best one of each layer.
         init: ``"balanced"``, ``"random"`` or ``"norm"``.
         init_scale: factor on the initial values, whose variance at 1 is ``1 / (3 fan_in)`` as in PyTorch; ``3 ** 0.5``
             gives ``1 / fan_in``. Not with ``init="norm"``.
@@ -84,10 +100,14 @@ def sparsify_(
         tie_taps: store a block of channels in all taps of a convolution or in none; the number of blocks is rounded
             accordingly.
         optimizer: an optimizer in use that is to continue, changed in place: it gets the blocks instead of the weights,
-            with the state of the kept blocks. Only with ``init="norm"``.
+            with the state of the kept blocks. Only with ``init="norm"`` or a ``score``.
         only_if_faster: a tensor, a tuple of arguments, or a dict of keyword arguments of the model, which runs once, in
             evaluation mode and without gradients. In a process group all ranks take what the first one measures.
         choices: a list to which a :class:`Choice` is added for each layer that was raced; they are logged, too.
+        score: see above; None for ``init``.
+        sample: for SNIP and GraSP a batch ``(inputs, classes)``, whose loss is the cross-entropy, or a function without
+            arguments that returns the loss: ``lambda: loss_fn(model(x), y)``. For SynFlow a batch of inputs, which says
+            their shape, or a function that returns R.
 
     Returns:
         The model.
@@ -107,12 +127,17 @@ def sparsify_(
     if init not in ("balanced", "random", "norm"):
         raise InputError(f"init is {init!r}; it must be one of balanced, random, norm", parameter="init")
     check_scale(init_scale)
-    if init == "norm" and init_scale != 1:
+    if init == "norm" and score is None and distribution == "global":
+        score = "magnitude"
+    check_score(score, sample, init, distribution)
+    keeps = init == "norm" or score is not None
+    if keeps and init_scale != 1:
+        how = "init='norm'" if score is None else f"score={score!r}"
         raise InputError(
-            f"init_scale is {init_scale}, but init='norm' keeps the trained values; leave one of them out",
+            f"init_scale is {init_scale}, but {how} keeps the trained values; leave one of them out",
             parameter="init_scale",
         )
-    if optimizer is not None and init != "norm":
+    if optimizer is not None and not keeps:
         raise InputError(
             f"optimizer is given, but init={init!r} draws new values; pass init='norm', or build it afterwards",
             parameter="optimizer",
@@ -124,19 +149,29 @@ def sparsify_(
         check_optimizer(optimizer, {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()})
     counts = [_counts(model, layers, sparsity, size, distribution) for size in sizes]
     factors = _factors(model, layers, capacity)
+    placed: list[dict[str, Topology]] = [{} for _ in counts]
+    if score is not None:
+        groups = [[name] for name in layers]
+        if distribution == "global":
+            groups = [names for _, names in by_entry(model, layers, sparsity, "sparsity")]
+        placed = [best_places(model, by_name, groups, score, sample, tie_taps, seed) for by_name in counts]
 
-    def twin_of(name: str, grid: Grid, blocks: int) -> BlockSparse:
+    def twin_of(name: str, grid: Grid, blocks: int, topology: Topology | None) -> BlockSparse:
+        blocks = blocks if topology is None else topology.slots
         unit = grid.taps if tie_taps else 1  # blocks stored together
         parts = min(max(1, round(blocks / unit)), grid.cells // unit)
         room = min(math.ceil(parts * factors[name] - 1e-9), grid.cells // unit)
         options = {"blocks": parts * unit, "capacity": room * unit, "seed": seed, "name": name}
-        return _sparse_twin(layers[name], grid, init, init_scale, tie_taps, options)
+        if topology is not None:
+            options["topology"] = topology
+        return _sparse_twin(layers[name], grid, keeps, init, init_scale, tie_taps, options)
 
     choose = None if only_if_faster is None else _racer(model, layers, only_if_faster)
     chosen: list[Choice] = []
     twins: dict[str, BlockSparse] = {}  # built before any layer is replaced, so that errors change nothing
     for name in layers:
-        candidates = {twin.block_size: twin for twin in (twin_of(name, *by_name[name]) for by_name in counts)}
+        made = (twin_of(name, *by_name[name], places.get(name)) for by_name, places in zip(counts, placed, strict=True))
+        candidates = {twin.block_size: twin for twin in made}
         if choose is None:
             (twins[name],) = candidates.values()
             continue
@@ -267,7 +302,7 @@ def _counts(
     grids = {name: grid_of(layer, block_size) for name, layer in layers.items()}
     counts: dict[str, tuple[Grid, int]] = {}
     for number, names in by_entry(model, layers, sparsity, "sparsity"):
-        blocks = allocate([grids[n] for n in names], number, distribution)
+        blocks = allocate([grids[n] for n in names], number, "uniform" if distribution == "global" else distribution)
         counts |= {n: (grids[n], b) for n, b in zip(names, blocks, strict=True)}
     return {name: counts[name] for name in layers}
 
@@ -288,7 +323,7 @@ def _factors(model: nn.Module, layers: dict[str, nn.Module], capacity: float | M
 
 
 def _sparse_twin(
-    layer: nn.Module, grid: Grid, init: str, init_scale: float, tie_taps: bool, options: dict[str, Any]
+    layer: nn.Module, grid: Grid, keeps: bool, init: str, init_scale: float, tie_taps: bool, options: dict[str, Any]
 ) -> BlockSparse:
     converter, weight = converter_of(layer), layer.weight
     assert converter is not None and isinstance(weight, Tensor)
@@ -296,7 +331,7 @@ def _sparse_twin(
     if grid.kernel is not None:
         options["tie_taps"] = tie_taps
     new: BlockSparse
-    if init == "norm":
+    if keeps:
         if weight.is_meta:
             raise InputError(
                 f"init is 'norm', and {options['name']!r} has no weight on the meta device; load the model first",

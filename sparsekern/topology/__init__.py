@@ -1,9 +1,16 @@
 """The places of the stored blocks of a weight, and the index that kernels read."""
 
 from sparsekern.kernels.contract import PADDING, Index
-from sparsekern.topology.blocks import dense_block_norms, gather_blocks, reblock, to_dense
+from sparsekern.topology.blocks import (
+    dense_block_norms,
+    dense_block_sums,
+    gather_blocks,
+    reblock,
+    to_dense,
+    zero_blocks_,
+)
 from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at, check_sparsity
-from sparsekern.topology.draw import balanced, by_norm, check_count, from_mask, random
+from sparsekern.topology.draw import balanced, by_norm, by_score, check_count, from_mask, random
 from sparsekern.topology.grid import Grid, block_pair, conv_grid
 from sparsekern.topology.index import (
     IndexSource,
@@ -58,6 +65,7 @@ __all__ = [
     "blocks_at",
     "build_index",
     "by_norm",
+    "by_score",
     "check_count",
     "check_multiple",
     "check_sparsity",
@@ -66,6 +74,7 @@ __all__ = [
     "copy_index_",
     "current_index",
     "dense_block_norms",
+    "dense_block_sums",
     "distinct_absent",
     "empty_index",
     "fresh_index",
@@ -93,4 +102,5 @@ __all__ = [
     "to_dense",
     "to_places",
     "with_capacity",
+    "zero_blocks_",
 ]

@@ -76,6 +76,24 @@ def dense_block_norms(grid: Grid, weight: Tensor) -> Tensor:
     return norms
 
 
+@torch.no_grad()
+def dense_block_sums(grid: Grid, weight: Tensor) -> Tensor:
+    """Return the sum of every block of a tensor in the shape of the dense weight, ``(R, C)``; float32 or float64."""
+    return _as_blocks(grid, weight).sum((1, 3), dtype=accumulate_dtype(weight.dtype))
+
+
+@torch.no_grad()
+def zero_blocks_(grid: Grid, weight: Tensor, kept: Tensor) -> None:
+    """Set the blocks of a dense weight to zero, in place, where ``kept (R, C)`` is False."""
+    mask = kept[:, None, :, None].expand(grid.rows, grid.block[0], grid.cols, grid.block[1])
+    parts = mask.reshape(grid.groups, grid.group_rows * grid.block[0], grid.taps, grid.tap_cols * grid.block[1])
+    matrix = parts[:, : grid.group_out, :, : grid.tap_in].reshape(grid.out_features, grid.in_features)
+    if grid.kernel is None:
+        weight.mul_(matrix.t() if grid.transposed else matrix)
+    else:
+        weight.mul_(matrix.view(grid.out_features, *grid.kernel, grid.tap_in).movedim(-1, 1))
+
+
 def _as_blocks(grid: Grid, weight: Tensor) -> Tensor:
     """Return the dense weight as ``(R, bo, C, bi)``, padded with zeros at the edges of groups and taps."""
     if tuple(weight.shape) != grid.weight_shape:

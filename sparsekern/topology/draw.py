@@ -195,11 +195,21 @@ def by_norm(grid: Grid, weight: Tensor, blocks: int, tie_taps: bool = False) -> 
     if tie_taps:
         check_multiple(grid, blocks)
         norms = norms.unflatten(1, (grid.taps, grid.tap_cols)).norm(dim=1)
-        blocks //= grid.taps
-    norms = norms.flatten()
     if bool(norms.isnan().any()):
         raise InputError("weight holds NaN, so its blocks cannot be ranked; load another one", parameter="weight")
-    keys = norms.sort(descending=True, stable=True).indices[:blocks]
-    keys = keys.sort().values
-    drawn = from_keys(one_tap(grid) if tie_taps else grid, keys, checked=True)
+    return by_score(grid, norms, blocks, tie_taps)
+
+
+def by_score(grid: Grid, scores: Tensor, blocks: int, tie_taps: bool = False) -> Topology:
+    """Return the topology of the blocks of highest score; ties go to the first.
+
+    Args:
+        grid: the grid.
+        scores: ``(R, C)``, one for each block, none of them NaN; with tied taps ``(R, C / taps)``, one for all taps.
+        blocks: number of blocks; with tied taps a multiple of the taps.
+        tie_taps: store a block of channels in all taps or in none.
+    """
+    places = one_tap(grid) if tie_taps else grid
+    keys = scores.flatten().sort(descending=True, stable=True).indices[: blocks * places.cells // grid.cells]
+    drawn = from_keys(places, keys.sort().values, checked=True)
     return tie(drawn, grid) if tie_taps else drawn
