@@ -82,9 +82,9 @@ class Gradual(Method):
         if scope not in ("layer", "global"):
             raise InputError(f"scope is {scope!r}; it must be 'layer' or 'global'", parameter="scope")
         super().__init__(model, optimizer, **options)
-        self.schedule.progress(0)  # raises if there is no update
         self.scope, self.compact = scope, compact
         self._groups = self._final_blocks(model, final_sparsity)
+        self.schedule.progress(0)  # raises if there is no update
         if compact:
             refuse_sharded(self.layers, "compact=True is for values that are not sharded; leave it out")
         if compact and (self._parallel or self.ranks.count > 1):

@@ -148,7 +148,14 @@ def test_cells_may_be_added_later(tmp_path):
 
 def test_the_defaults():
     found = plan_for(NOWHERE, {})
-    assert [contestant.method for contestant in found.contestants] == ["static", "set", "rigl", "gse", "vrpge"]
+    assert [contestant.method for contestant in found.contestants] == [
+        "static",
+        "set",
+        "rigl",
+        "gse",
+        "vrpge",
+        "gradual",
+    ]
     assert (found.sparsities, found.block_sizes, found.dense) == ((0.9,), (16,), True)
     twice = plan_for(NOWHERE, {}, (*TWO, *TWO), (0.5, 0.5), (8, 8))
     assert (twice.contestants, twice.sparsities, twice.block_sizes) == (TWO, (0.5,), (8,))

@@ -53,6 +53,12 @@ def test_scores_count_once_an_update(data):
     assert extra == pytest.approx(2 * 2 * HIDDEN * IMAGES / 3, abs=1)
 
 
+def test_blocks_that_go_count_until_then(data):
+    # updates after steps 2 and 4 of 9: all blocks, 1/8 of the way from half of them, half of them
+    by_hand = ENDS + HIDDEN * (2 * 6 + 2 * (3 + 3 / 8) + 5 * 3) / STEPS
+    assert cost(data, method="gradual")["training_flops"] == pytest.approx(by_hand * images(), rel=1e-6)
+
+
 def test_masks_are_passes_until_they_end(data):
     # 6 of 9 steps: forward under two masks, backward under one; then as static
     vrpge = cost(data, method="vrpge")["training_flops"]

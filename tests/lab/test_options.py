@@ -47,7 +47,10 @@ def test_the_options_of_a_method_are_the_arguments_of_its_constructor(method):
 
 
 def test_defaults_and_owners():
-    assert (OPTIONS["scope"].default, OPTIONS["scope"].methods) == ("layer; vrpge: global", ("rigl", "gse", "vrpge"))
+    assert (OPTIONS["scope"].default, OPTIONS["scope"].methods) == (
+        "layer; vrpge: global",
+        ("rigl", "gse", "vrpge", "gradual"),
+    )
     assert OPTIONS["stop"].owners == "all methods" and OPTIONS["drop"].methods == ("set",)
     assert (OPTIONS["score_tokens"].default, OPTIONS["score_tokens"].optional) == ("", True)
     assert inspect.signature(SET).parameters["drop"].default == OPTIONS["drop"].default

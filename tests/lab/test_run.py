@@ -233,6 +233,7 @@ EVERY_METHOD = {
     "rigl": {"scoring": "screen"},
     "gse": {"distribution": "graest", "scope": "global"},
     "vrpge": {"structure_every": 2},
+    "gradual": {"initial_sparsity": 0.2, "compact": True},
 }
 
 

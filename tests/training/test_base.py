@@ -275,7 +275,7 @@ def test_an_option_without_effect_is_refused(kind, option):
 def test_choosing_changes_nothing(name):
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    method = METHODS[name](model, optimizer, update_every=3)
+    method = METHODS[name](model, optimizer, update_every=3, stop=40)
     if name == "vrpge":
         with torch.no_grad():
             method.probabilities._value[:9] = 0  # to be refilled
@@ -299,7 +299,7 @@ def test_only_a_method_that_samples_networks_says_so():
     samplers = [
         kind
         for kind in METHODS.values()
-        if isinstance(kind(model, torch.optim.SGD(model.parameters())), NetworkSampler)
+        if isinstance(kind(model, torch.optim.SGD(model.parameters()), stop=400), NetworkSampler)
     ]
     assert samplers == [sk.VRPGE]
 
