@@ -14,7 +14,7 @@ from sparsekern.nn.converters import CONVERTERS, converter_for, converter_of, gr
 from sparsekern.nn.indexed import Indexed
 from sparsekern.nn.init import blocks_of, check_init, draw_bias, draw_values
 from sparsekern.nn.layer_state import LAYER_VERSION, adapt, describe
-from sparsekern.nn.sharded import is_sharded, sharded_as, whole
+from sparsekern.nn.sharded import check_by_slots, fill_slots_, sharded_as, whole
 from sparsekern.nn.weight import WeightInfo
 from sparsekern.ops import Probe
 from sparsekern.topology import (
@@ -298,11 +298,7 @@ class BlockSparse(Indexed):
     def _require_movable(self) -> IndexSource:
         """Return the index's source; raise if blocks cannot move."""
         self.check_not_parametrized()
-        if is_sharded(self.values):
-            raise NotImplementedError(
-                f"values of {self._called} are a DTensor; blocks of sharded values cannot move: use "
-                "DistributedDataParallel, or move them before fully_shard"
-            )
+        check_by_slots(self.values, self._called)
         _ = self.index
         if self._source is None:
             raise InputError(
@@ -315,7 +311,7 @@ class BlockSparse(Indexed):
         """Move blocks to other places, in place; zero their values and gradients and rebuild the index.
 
         No shape or address changes. Training methods call this through their own ``move``, which also resets the
-        optimizer's state.
+        optimizer's state. Under ``fully_shard`` call it on all ranks, after ``reshard()`` of the module.
 
         Args:
             slots: ``(k,)`` integers, the slots to move.
@@ -324,7 +320,7 @@ class BlockSparse(Indexed):
 
         Raises:
             ValueError: a place is taken or outside the grid, or tied taps would differ; nothing has changed.
-            NotImplementedError: the values are a DTensor; nothing has changed.
+            NotImplementedError: the values are sharded, but not by slots; nothing has changed.
         """
         source = self._require_movable()
         if not checked:
@@ -332,9 +328,9 @@ class BlockSparse(Indexed):
         slots = slots.long()
         self.row.index_copy_(0, slots, row.to(self.row))
         self.col.index_copy_(0, slots, col.to(self.col))
-        self.values.index_fill_(0, slots, 0)
+        fill_slots_(self.values, slots, 0)
         if self.values.grad is not None:
-            self.values.grad.index_fill_(0, slots, 0)
+            fill_slots_(self.values.grad, slots, 0)
         rebuild_(source.index, self.topology)
         source.accept()
 

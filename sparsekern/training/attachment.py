@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sparsekern.nn.sharded import whole
+
 _log = logging.getLogger("sparsekern")
 
 _owners: weakref.WeakKeyDictionary[Any, weakref.ref[Attached]] = weakref.WeakKeyDictionary()
@@ -196,7 +198,7 @@ def is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:
         if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0:
             return False
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    return all(p.grad is not None for p in parameters) and not any(bool(p.grad.any()) for p in parameters)
+    return all(p.grad is not None for p in parameters) and not any(bool(whole(p.grad.any())) for p in parameters)
 
 
 class Freeze:

@@ -12,19 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
+from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology import Move, generator_for, stored_blocks
-from sparsekern.topology.arguments import check_kind, check_whole
+from sparsekern.topology.arguments import check_whole
 from sparsekern.training.attachment import Attached, unwrapped
-from sparsekern.training.distributed import Ranks
+from sparsekern.training.distributed import Ranks, reshard, sharded_modules
 from sparsekern.training.followers import Followers, OnMove
 from sparsekern.training.metrics import TopologyMetrics
 from sparsekern.training.passes import backpropagate, loss_of, parallel_modules
-from sparsekern.training.saved_state import check_state_of
+from sparsekern.training.saved_state import STATE_VERSION, check_state_of_method
 from sparsekern.training.schedules import Schedule, whole_stop
 from sparsekern.training.scores import Units, block_norms, is_finite, protect_last, warn_of_few_blocks
 
-STATE_VERSION = 2
 NEVER = -(2**30)
 """The update at which the blocks of the first topology were grown."""
 
@@ -60,15 +59,15 @@ class Method(Attached):
         keep_connected: never drop the strongest block of a block row or block column, so that none becomes empty.
         min_age: updates during which a grown block, which starts at zero and is weak, is not dropped. 0 in the papers.
         seed: determines all random choices, together with the layer's name and the step.
-        check_ranks: check that all ranks have the same seed and blocks, when the method is built (on all ranks) and
-            after each update, and raise if they differ. Sends one integer.
+        check_ranks: make the first rank's choice on all ranks, and check that all have the same seed, steps and blocks:
+            when the method is built (on all ranks), before the first step, and after each update. Sends one integer.
         process_group: the ranks that train one model. Default: all, where torch.distributed is in use.
 
     Raises:
         ValueError: a number is out of range, an option has no effect, there is no sparse layer, the optimizer does not
             hold one or keeps a state that cannot follow, or ranks differ.
         TypeError: the optimizer is not a :class:`torch.optim.Optimizer`.
-        NotImplementedError: the values are sharded.
+        NotImplementedError: the values are sharded, but not by slots, or not by ``fully_shard``.
     """
 
     unused_options: ClassVar[tuple[str, ...]] = ()
@@ -108,6 +107,8 @@ class Method(Attached):
         check_whole("seed", seed)
         if min_age < 0:
             raise InputError(f"min_age is {min_age}; it must be 0 or more updates", parameter="min_age")
+        self._sharded = sharded_modules(model)
+        reshard(self._sharded, self.layers)
         self.schedule = Schedule(update_every, start, whole_stop(stop), drop_fraction, anneal, offset)
         self.followers = Followers(self.layers, optimizer, grown_state)
         self.followers.check()
@@ -123,6 +124,7 @@ class Method(Attached):
         self.check_ranks, self.ranks = check_ranks, Ranks(process_group)
         self._parallel = parallel_modules(model)
         self._check_agreement()
+        self._loaded = True
         if self.moves_fraction and not callable(drop_fraction):
             warn_of_few_blocks(self.layers, drop_fraction)
         self._warned_of_optimizer = False
@@ -218,7 +220,7 @@ class Method(Attached):
             NotImplementedError: the values were sharded after it was built, or ranks run out of batches under ``Join``.
         """
         self.check_open()
-        refuse_sharded(self.layers)
+        reshard(self._sharded, self.layers)
         if self.check_ranks or self.sums_over_ranks:
             self.ranks.refuse_join(self._parallel, type(self).__name__)
         steps, versions = self._noted
@@ -257,8 +259,10 @@ class Method(Attached):
             began = time.perf_counter()
             fraction = self.schedule.fraction(self.steps)
             self._metrics.begin_update()
+            reshard(self._sharded, self.layers)
             self.followers.check()  # before blocks are chosen: their scores must be there
             moves = {name: move for name, move in choose(fraction).items() if move.slots.numel()}
+            moves = self.ranks.first_choice(moves, self.layers) if self.check_ranks else moves
             self.followers.check_moves(moves)  # all of them, before the first layer moves
             self.followers.move(moves)
             for name, move in moves.items():
@@ -291,13 +295,15 @@ class Method(Attached):
 
     def _check_agreement(self) -> None:
         if self.check_ranks:
-            schedule = self.schedule
-            facts = {
-                "method": type(self).__name__,
-                "seed": self.seed,
-                "update_every, start and stop": (schedule.update_every, schedule.start, schedule.stop),
-            }
-            self.ranks.check_agreement(facts, self.layers)
+            schedule = (self.schedule.update_every, self.schedule.start, self.schedule.stop)
+            facts = {"method": type(self).__name__, "seed": self.seed, "the steps made": self.steps}
+            self.ranks.check_agreement(facts | {"update_every, start and stop": schedule}, self.layers)
+
+    def before_step(self) -> None:
+        """Check, before the first step after the method was built or loaded, that ranks loaded the same."""
+        if self._loaded:
+            self._check_agreement()
+            self._loaded = False
 
     def after_step(self, made: bool) -> None:
         """Count a step that the optimizer made."""
@@ -336,6 +342,7 @@ class Method(Attached):
         """
         if isinstance(target, nn.Module):
             self.followers.add_model(target)
+            self._sharded += sharded_modules(target)
             return
         if layer is None:
             raise InputError("layer is missing; a tensor follows the layer that it names", parameter="layer")
@@ -376,6 +383,8 @@ class Method(Attached):
             TypeError: it is not a dictionary.
         """
         self.check_state(state)
+        reshard(self._sharded, self.layers)
+        self._loaded = True
         self.steps, self._seen = state["steps"], state["seen"]
         self.updates, self.seconds = state["updates"], state["seconds"]
         self.note_values()
@@ -385,14 +394,4 @@ class Method(Attached):
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise what :meth:`load_state_dict` would raise, without loading anything."""
-        check_kind("state", state, dict, "what state_dict() returned")
-        version = state.get("version")
-        if type(version) is not int or version != STATE_VERSION:
-            raise InputError(f"the state has version {version}; this code reads {STATE_VERSION}")
-        if missing := self.state_dict().keys() - state.keys():
-            raise InputError(f"the state lacks {', '.join(sorted(missing))}; it is not one that state_dict() returned")
-        if not isinstance(state["method"], str) or state["method"] != type(self).__name__:
-            raise InputError(f"the state is of {state['method']}; this is {type(self).__name__}")
-        if isinstance(start := state["start"], dict) and start.keys() != self.layers.keys():
-            raise InputError(f"the state is of layers {', '.join(start)}; the model has {', '.join(self.layers)}")
-        check_state_of(self, state)
+        check_state_of_method(self, state)

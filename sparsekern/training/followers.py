@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.errors import InputError
-from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
+from sparsekern.nn import BlockSparse, sparse_layers
+from sparsekern.nn.sharded import check_by_slots, fill_slots_, local
 from sparsekern.topology import Move
 from sparsekern.topology.arguments import check_kind
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
@@ -93,9 +94,7 @@ class Followers:
 
         Raises:
             ValueError: it does not, or the state cannot.
-            NotImplementedError: values are sharded.
         """
-        refuse_sharded(self.layers)
         for name, layer in self.layers.items():
             layer.check_not_parametrized()
             if layer.values.requires_grad:
@@ -108,14 +107,14 @@ class Followers:
         Raises:
             ValueError: a move is not legal, the optimizer or its state cannot follow, a copy of the model no longer
                 has the model's blocks, or a follower cannot be written in place.
-            NotImplementedError: values are sharded.
+            NotImplementedError: values of a copy are sharded, but not by slots.
         """
         self.check()
         for name, move in moves.items():
             layer = self.layers[name]
             layer.moved(*move)
             for twin in self._twins[name]:
-                refuse_sharded({name: twin})
+                check_by_slots(twin.values, repr(name))
                 if not _same_blocks(twin, layer):
                     raise InputError(
                         f"{name!r} has other blocks in a copy that follows the model; load both from the same "
@@ -127,7 +126,7 @@ class Followers:
                 if tensor.dim() == 0 or tensor.shape[0] != slots:
                     raise InputError(f"{what} of {name!r} has shape {tuple(tensor.shape)}; it had {slots} slots before")
                 try:  # writes nothing, but raises whatever a write would raise
-                    tensor.index_fill_(0, torch.empty(0, dtype=torch.int64, device=tensor.device), 0)
+                    local(tensor).index_fill_(0, torch.empty(0, dtype=torch.int64, device=tensor.device), 0)
                 except Exception as error:
                     why = str(error).splitlines()[0]
                     raise InputError(
@@ -183,12 +182,12 @@ class Followers:
         for key, tensor, fresh in states:
             if self.grown_state == "mean_v" and key in SECOND_MOMENTS:
                 kept = layer.topology.used().index_fill(0, slots, False)
-                tensor[slots] = mean_of_kept(tensor, kept, layer.topology.real())
+                fill_slots_(tensor, slots, mean_of_kept(tensor, kept, layer.topology.real()))
             else:
-                tensor.index_fill_(0, slots, fresh)
+                fill_slots_(tensor, slots, fresh)
         for tensor, on_move in self._tensors[name]:
             if on_move == "zero":
-                tensor.index_fill_(0, slots.to(tensor.device), 0)
+                fill_slots_(tensor, slots.to(tensor.device), 0)
         for twin in self._twins[name]:
             twin.move_(*(t.to(twin.row.device) for t in move), checked=True)
 

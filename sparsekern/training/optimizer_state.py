@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn.carry_state import initial_entry
+from sparsekern.nn.sharded import is_by_slots, is_sharded, local, own_rows
+from sparsekern.training.distributed import sum_of_parts
 from sparsekern.training.optimizer_trial import Layout, Refusal, a_what, is_one_value, trial_layout
 
 SECOND_MOMENTS = (
@@ -70,15 +72,15 @@ def slot_state(
     group = param_group(optimizer, parameter)
     if group is None:
         raise InputError(
-            f"values of {name!r} are not in this optimizer. Build it after sparsify_, from model.parameters(); a model "
-            "whose sparse layers are spread over several optimizers is not supported"
+            f"values of {name!r} are not in this optimizer. Build it after sparsify_ (and fully_shard), from "
+            "model.parameters(); a model whose sparse layers are spread over several optimizers is not supported"
         )
     layout = None if _is_known(optimizer) else _tried(optimizer, group, parameter if part_of is None else part_of, name)
     found = []
     for key, state in optimizer.state.get(parameter, {}).items():
         if not isinstance(state, Tensor) and is_one_value(state):
             continue
-        if type(state) not in (Tensor, nn.Parameter):
+        if type(state) not in (Tensor, nn.Parameter) and not _is_spread_alike(state, parameter):
             raise _refused(kind, f"keeps {key!r} for {{}}, {a_what(state)}, which cannot be reset by slots", name)
         if state.dim() == 0 or (layout is not None and key in layout.whole):
             continue
@@ -87,6 +89,8 @@ def slot_state(
                 kind, f"keeps {key!r} for {{}}, which it did not in its first steps: how it begins is unknown", name
             )
         by_slot = layout is not None or _is_by_slot(state, parameter)
+        if is_sharded(parameter) and not is_sharded(state):
+            raise _refused(kind, f"keeps {key!r} for {{}}, which is not a DTensor as they are", name)
         if not by_slot or state.shape[0] != parameter.shape[0]:
             raise _refused(
                 kind,
@@ -134,6 +138,16 @@ def _holds_optimizer(part: Any) -> bool:
     return any(isinstance(p, torch.optim.Optimizer) for p in parts)
 
 
+def _is_spread_alike(state: Any, parameter: Any) -> bool:
+    """Return whether a state is a DTensor on the ranks of its parameter, by slots or replicated, as in Adafactor."""
+    return (
+        is_sharded(state)
+        and is_sharded(parameter)
+        and state.device_mesh == parameter.device_mesh
+        and is_by_slots(state)
+    )
+
+
 def _is_by_slot(state: Tensor, parameter: Tensor) -> bool:
     """Return whether a state is one number a slot, or has the parameter's shape with some axes reduced to 1."""
     if state.shape[0] != parameter.shape[0]:
@@ -150,8 +164,10 @@ def mean_of_kept(state: Tensor, kept: Tensor, real: Tensor | None) -> Tensor:
         kept: ``(Z,)`` bool, slots whose blocks stay.
         real: mask of real elements, or None if all are real; ignored unless the state has one entry a weight.
     """
-    weight = kept.view(-1, *[1] * (state.dim() - 1)).expand_as(state)
+    part, rows = local(state), own_rows(state)
+    weight = (kept if rows is None else kept[rows]).view(-1, *[1] * (state.dim() - 1)).expand_as(part)
     if real is not None and state.shape[1:] == real.shape[1:]:
-        weight = weight & real
-    total = torch.where(weight, state, 0).sum(dtype=accumulate_dtype(state.dtype))  # a sum in float16 would overflow
-    return (total / weight.sum().clamp(min=1)).to(state.dtype)
+        weight = weight & (real if rows is None else real[rows])
+    total = torch.where(weight, part, 0).sum(dtype=accumulate_dtype(state.dtype))  # a sum in float16 would overflow
+    count = sum_of_parts(state, weight.sum()).clamp(min=1)
+    return (sum_of_parts(state, total) / count).to(state.dtype)

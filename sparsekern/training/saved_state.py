@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
+from sparsekern.topology.arguments import check_kind
+
+STATE_VERSION = 2
+"""Version of the state of a method."""
 
 FREE = ("start",)
 """Entries whose tensors may be of any length: with a global scope the numbers of blocks change."""
@@ -22,6 +26,26 @@ OPTIONAL: dict[str, tuple[Any, str]] = {
 
 LARGEST = 2**62
 """Bound of counts."""
+
+
+def check_state_of_method(method: Any, state: Any) -> None:
+    """Check a state that a method is to load, completely.
+
+    Raises:
+        ValueError: it is damaged, or of another method, version or model.
+        TypeError: it is not a dictionary.
+    """
+    check_kind("state", state, dict, "what state_dict() returned")
+    version, kind = state.get("version"), type(method).__name__
+    if type(version) is not int or version != STATE_VERSION:
+        raise InputError(f"the state has version {version}; this code reads {STATE_VERSION}")
+    if missing := method.state_dict().keys() - state.keys():
+        raise InputError(f"the state lacks {', '.join(sorted(missing))}; it is not one that state_dict() returned")
+    if not isinstance(state["method"], str) or state["method"] != kind:
+        raise InputError(f"the state is of {state['method']}; this is {kind}")
+    if isinstance(start := state["start"], dict) and start.keys() != method.layers.keys():
+        raise InputError(f"the state is of layers {', '.join(start)}; the model has {', '.join(method.layers)}")
+    check_state_of(method, state)
 
 
 def check_state_of(owner: Any, saved: dict[str, Any]) -> None:

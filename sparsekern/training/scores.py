@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import Move, Topology, one_tap, places_for, stored_blocks
+from sparsekern.training.distributed import slot_scores
 
 _log = logging.getLogger("sparsekern")
 
@@ -45,7 +46,7 @@ def warn_of_few_blocks(layers: dict[str, BlockSparse], fraction: float) -> None:
 
 def block_norms(layer: BlockSparse) -> Tensor:
     """Return the Frobenius norm ``(Z,)`` of each slot's block; infinity for a free slot, which is never dropped."""
-    norms = norms_of(layer.values.detach())
+    norms = slot_scores(layer.values, norms_of)
     if stored_blocks(layer.index) < layer.topology.slots:
         norms.masked_fill_(~layer.topology.used(), torch.inf)
     return norms

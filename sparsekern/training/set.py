@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.init import draw_values
+from sparsekern.nn.sharded import copy_slots_
 from sparsekern.topology import Move, Topology, generator_for, ordered_keys, sample_absent, to_places
 from sparsekern.training.base import Method
+from sparsekern.training.distributed import slot_scores
 from sparsekern.training.scores import Units, lowest, part_of, units
 
 DROPS = ("norm", "signs")
@@ -92,12 +94,12 @@ class SET(Method):
         moved = Topology(layer.grid, move.row.cpu(), move.col.cpu())
         generator = generator_for(self.seed, type(self).__name__, name, self.steps, "values")
         drawn = draw_values(moved, layer.values.dtype, generator, layer.init_scale, whole)
-        layer.values.index_copy_(0, move.slots.long(), drawn.to(layer.values.device))
+        copy_slots_(layer.values, move.slots.long(), drawn.to(layer.values.device))
 
 
 def _weakest_of_each_sign(layer: BlockSparse, parts: Units, strength: Tensor, fraction: float) -> Tensor:
     """Return a fraction of the positive units and of the negative ones, the weakest of each, in ascending order."""
-    sums = layer.values.detach().sum((1, 2), dtype=strength.dtype)
+    sums = slot_scores(layer.values, lambda blocks: blocks.sum((1, 2), dtype=strength.dtype))
     positive = parts.sums(sums) >= 0
     used = parts.topology.used()
     chosen = [

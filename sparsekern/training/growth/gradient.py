@@ -257,6 +257,7 @@ class GradientMethod(Method):
 
     def before_step(self) -> None:
         """Clear answers whose gradients were cleared: some optimizers clear gradients in their step."""
+        super().before_step()
         self._probes.settle()
 
     def after_step(self, made: bool) -> None:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
+from sparsekern.nn.sharded import is_sharded, whole
 from sparsekern.ops import Probe
 
 
@@ -30,7 +32,8 @@ class ProbeSet:
     later answers belong to the next one.
 
     A tensor does not tell that it was cleared. So hooks compare gradients before and after they accumulate, only while
-    probes are armed. They do not synchronise the device.
+    probes are armed. They do not synchronise the device. Under ``fully_shard`` the gradient is that of the shards,
+    which all ranks compare together; a backward that is not reduced over ranks leaves none, and clears nothing.
 
     Args:
         layers: sparse layers by name.
@@ -38,37 +41,38 @@ class ProbeSet:
 
     def __init__(self, layers: dict[str, BlockSparse]) -> None:
         self._layers = layers
+        self._values: dict[str, Tensor] = {}  # of the layers when they are not gathered
         self.probes: dict[str, Probe] = {}
         self._kept: dict[str, Tensor | None] = {}  # answers of the last step that the optimizer made
         self._left: dict[str, Seen] = {}
         self._looked: dict[str, int] = {}  # the backward that compared last
         self._answered: set[str] = set()  # with answers since the last comparison
+        self._unreduced: set[str] = set()  # with answers of backwards that left no gradient
         self._hooks: list[Any] = []
 
     def arm(self, name: str, probe: Probe) -> None:
         """Give a layer a probe, which it answers from its next forward on."""
         layer = self._layers[name]
+        values = self._values[name] = layer.values
         self.probes[name] = layer.probe = probe
 
         def before(gradient: Tensor) -> None:
             if layer.probe is probe:  # and not in an extra pass without probes
                 self._look(name)
 
-        def after(values: Tensor) -> None:
-            gradient = values.grad
-            if layer.probe is probe and gradient is not None:
-                found = gradient.detach()
-                self._left[name] = Seen(weakref.ref(gradient), gradient._version, found.any())
+        def after(*_: Tensor) -> None:
+            if layer.probe is probe:
+                self._note(name)
 
         def answered(answer: Tensor) -> None:
             self._look(name)  # the gradient of the values may come before or after the answer
             self._answered.add(name)
+            if is_sharded(values):  # it is the gradient of a gathered copy that autograd computes
+                Variable._execution_engine.queue_callback(after)
 
-        self._hooks += [
-            layer.values.register_hook(before),
-            layer.values.register_post_accumulate_grad_hook(after),
-            probe.tensor.register_hook(answered),
-        ]
+        if not is_sharded(values):
+            self._hooks += [values.register_hook(before), values.register_post_accumulate_grad_hook(after)]
+        self._hooks.append(probe.tensor.register_hook(answered))
 
     def disarm(self) -> None:
         """Remove all probes and hooks, and clear the answers."""
@@ -76,8 +80,8 @@ class ProbeSet:
             self._layers[name].probe = None
         for hook in self._hooks:
             hook.remove()
-        self.probes, self._kept, self._left, self._looked = {}, {}, {}, {}
-        self._answered, self._hooks = set(), []
+        self.probes, self._values, self._kept, self._left, self._looked = {}, {}, {}, {}, {}
+        self._answered, self._unreduced, self._hooks = set(), set(), []
 
     def _look(self, name: str) -> None:
         """Clear answers from before this backward if their gradient was cleared, once a backward."""
@@ -86,19 +90,30 @@ class ProbeSet:
             self._looked[name] = backward
             self._drop(name)
 
+    def _note(self, name: str) -> None:
+        """Record the gradient that a backward has left."""
+        gradient = self._values[name].grad
+        self._unreduced.discard(name)
+        if gradient is not None:
+            self._left[name] = Seen(weakref.ref(gradient), gradient._version, _is_nonzero(gradient))
+        elif is_sharded(self._values[name]):
+            self._unreduced.add(name)
+
     @torch.no_grad()
     def _drop(self, name: str) -> None:
-        heard, gradient = self.probes[name].tensor.grad, self._layers[name].values.grad
+        heard, gradient = self.probes[name].tensor.grad, self._values[name].grad
         if heard is None:
             return
         if gradient is None:
-            self.probes[name].tensor.grad = None
+            if name not in self._unreduced:
+                self.probes[name].tensor.grad = None
             return
         left = self._left.get(name)
-        if left is not None and left.gradient() is gradient and left.version == gradient._version:
+        same = left is not None and left.gradient() is gradient and left.version == gradient._version
+        if same and not is_sharded(gradient):  # whose version does not count every write
             return
         # Something wrote into it: clipping, unscaling, or zero_grad(set_to_none=False).
-        dropped = ~gradient.any()
+        dropped = ~_is_nonzero(gradient)
         heard.masked_fill_(dropped if left is None else dropped & left.nonzero, 0)
 
     def settle(self) -> None:
@@ -116,10 +131,10 @@ class ProbeSet:
         self.settle()
         missed = []
         for name, probe in self.probes.items():
-            heard, gradient = probe.tensor.grad, self._layers[name].values.grad
+            heard, gradient = probe.tensor.grad, self._values[name].grad
             probe.tensor.grad = None
             self._kept[name] = None if heard is None else heard.detach()
-            if heard is None and gradient is not None and bool(gradient.any()):
+            if heard is None and gradient is not None and bool(_is_nonzero(gradient)):
                 missed.append(name)
         return missed
 
@@ -165,3 +180,8 @@ class ProbeSet:
         if answer.shape != probe.shape or answer.dtype != probe.dtype:
             raise InputError(f"the state's answer of a probe has shape {tuple(answer.shape)}, not {tuple(probe.shape)}")
         return answer.to(probe.device, copy=True)
+
+
+def _is_nonzero(gradient: Tensor) -> Tensor:
+    """Return whether any element of a gradient is not zero, on any rank, as a bool ``()``."""
+    return whole(gradient.any())

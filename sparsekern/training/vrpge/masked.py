@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn import lend_index
+from sparsekern.nn.sharded import copy_slots_, full_like_rows, take_slots
 from sparsekern.topology import Index, Move, empty_index, mask_index_
 from sparsekern.training.optimizer_state import param_group, slot_state
 from sparsekern.training.passes import RandomState, backpropagate, keep_norm_statistics, loss_of, without_sync
@@ -134,10 +135,10 @@ class PartialStep:
             return
         optimizer = self.optimizer
         states = slot_state(optimizer, parameter, name)
-        chosen = nn.Parameter(parameter[slots])
-        chosen.grad = parameter.grad[slots]
+        chosen = nn.Parameter(take_slots(parameter, slots))
+        chosen.grad = take_slots(parameter.grad, slots)
         if parameter in optimizer.state:
-            small = {key: tensor[slots] for key, tensor, _ in states}
+            small = {key: take_slots(tensor, slots) for key, tensor, _ in states}
             optimizer.state[chosen] = {**optimizer.state[parameter], **small}
         self._replace(parameter, chosen)
         self._replaced.append(_Replaced(parameter, chosen, slots, name))
@@ -151,7 +152,7 @@ class PartialStep:
             # of the smaller parameter, which the group still holds
             fresh = {key: value for key, _, value in slot_state(optimizer, chosen, name, part_of=parameter)}
             self._replace(chosen, parameter)
-            parameter.index_copy_(0, slots, chosen)
+            copy_slots_(parameter, slots, chosen)
             after = optimizer.state.pop(chosen, None)
             if after is None:
                 continue
@@ -161,9 +162,8 @@ class PartialStep:
                     whole[key] = value
                     continue
                 if key not in whole:  # created by the optimizer's first step
-                    shape = (parameter.shape[0], *value.shape[1:])
-                    whole[key] = torch.full(shape, fresh[key], dtype=value.dtype, device=value.device)
-                whole[key].index_copy_(0, slots, value)
+                    whole[key] = full_like_rows(value, parameter.shape[0], fresh[key])
+                copy_slots_(whole[key], slots, value)
 
     def _replace(self, old: Tensor, new: Tensor) -> None:
         group = param_group(self.optimizer, old)

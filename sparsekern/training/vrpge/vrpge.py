@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.nn import BlockSparse, refuse_sharded
+from sparsekern.nn import BlockSparse
 from sparsekern.topology import Move, generator_for
 from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.attachment import Attached
@@ -179,7 +179,6 @@ class VRPGE(Method):
         if self.finished:
             return super().backward(closure, scaler=scaler)
         self.check_open()
-        refuse_sharded(self.layers)
         if self._masks is None or self._drawn_at != self.steps:
             generator = generator_for(self.seed, type(self).__name__, "masks", self.steps)
             self._masks = draw_masks(self.probabilities.value, self.masks, generator)
@@ -306,6 +305,7 @@ class VRPGE(Method):
 
     def before_step(self) -> None:
         """Restrict the optimizer's step to the values that a mask held."""
+        super().before_step()
         self._partial_step.end()  # of a step that failed
         if self.finished:
             return
