@@ -214,6 +214,14 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def ordered_bits(scores: Tensor) -> Tensor:
+    """Return a copy of floats that are 0 or more, or infinite, as integers of the same order.
+
+    Minus infinity becomes a negative integer. PyTorch sorts integers ten times as fast as floats on a CPU.
+    """
+    return scores.contiguous().view(torch.int64 if scores.element_size() == 8 else torch.int32).clone()
+
+
 def new_output(x: Tensor, geometry: Geometry) -> Tensor:
     """Return an uninitialised y for an input x, in the layout that kernels write."""
     if isinstance(geometry, LinearShape):

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Threads that wait sleep. They spin by default: with tests running side by side, on a core that another one needs.
@@ -121,25 +123,47 @@ def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     tables.forget()
 
 
-@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "generic"])
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the native CPU kernels on one instruction set after the other; those that this machine lacks are skipped."""
+INSTRUCTIONS = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
+
+
+@contextmanager
+def _native(instructions: str) -> Iterator[None]:
+    """Run the native CPU kernels on an instruction set; skip the test where this machine lacks it."""
     from sparsekern.kernels.cpu import library
 
     if library._open()[0] is None and os.environ.get("SPARSEKERN_REQUIRE_CPU") != "1":
         pytest.skip(f"the native library {library._open()[1]}")
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SPARSEKERN_CPU", request.param)
+            patch.setenv("SPARSEKERN_CPU", instructions)
             library.load.cache_clear()
             try:
                 library.load()
             except RuntimeError as error:
                 pytest.skip(str(error))
-            yield request.param
+            yield
     finally:
         library.load.cache_clear()
         library.load()  # the library keeps its last choice, and so would all tests that follow
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the native CPU kernels on one instruction set after the other; those that this machine lacks are skipped."""
+    with _native(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["eager", *INSTRUCTIONS])
+def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The eager kernels, and the native ones on one instruction set after the other."""
+    from sparsekern.kernels import cpu, eager
+
+    if request.param == "eager":
+        yield eager
+    else:
+        with _native(request.param):
+            yield cpu
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsekern.topology import Topology, build_index
 from tests.device import DEVICE, huge
+from tests.kernels.calls import NAN, AnyCase, Calls, directions
 from tests.oracle import (
     Case,
     all_cells,
@@ -28,11 +29,9 @@ from tests.oracle import (
     check_sketch,
     check_y,
     random_case,
-    signs,
     with_slots_reordered,
 )
 
-NAN = float("nan")
 HOLES = ("......", ".xxxx.", "......", ".xx.x.", "...x..", "......")
 """Stored blocks, block row by block row: empty ones at both ends and between; rows of 1, 3 and 4 blocks."""
 CORNERS = ("xx.x", "..x.", "xxxx")
@@ -99,62 +98,51 @@ SUPERTILE = Supertile(tile_out=64, tile_in=32, tile_t=16, warps=4, stages=3)
 
 # One call.
 
-
-def fwd(case: Case) -> Tensor:
-    here = case.on(DEVICE)
-    return gpu.linear.fwd(here.x, here.values, here.bias, here.index, case.geometry)
+calls = Calls(gpu, DEVICE)
+fwd, dx, dvalues = calls.fwd, calls.dx, calls.dvalues
 
 
-def dx(case: Case) -> Tensor:
-    here = case.on(DEVICE)
-    return gpu.linear.dx(here.dy, here.values, here.index, case.geometry)
+# Checks, of layers and of convolutions.
 
 
-def dvalues(case: Case, dtype: torch.dtype | None = None) -> Tensor:
-    here = case.on(DEVICE)
-    return gpu.linear.dvalues(here.dy, here.x, here.index, case.grid.block, case.geometry, dtype or case.values.dtype)
-
-
-# Checks.
-
-
-def check_products(case: Case, *configs: Config) -> None:
+def check_products(case: AnyCase, *configs: Config) -> None:
     """Raise AssertionError unless y and dx are right."""
     with forced(*configs):
         y, grad = fwd(case), dx(case)
-    assert y.is_contiguous() and grad.is_contiguous()
+    assert case.size or (y.is_contiguous() and grad.is_contiguous())
     check_y(case, y)
     check_dx(case, grad)
 
 
-def check_outer(case: Case, *configs: Config, dtype: torch.dtype | None = None) -> None:
+def check_outer(case: AnyCase, *configs: Config, dtype: torch.dtype | None = None) -> None:
     """Raise AssertionError unless the stored gradient is right, its free slots and phantom parts zero."""
     with forced(*configs):
         check_dvalues(case, dvalues(case, dtype), dtype or case.values.dtype)
 
 
-def check_block_norms(case: Case, *configs: Config) -> None:
+def norms_in(case: AnyCase, order: Tensor) -> Tensor:
+    """Return the norms of all blocks, asked for one by one in this order, sorted again."""
+    row, col = all_cells(case)
+    return calls.chosen_norms(case, row[order], col[order]).cpu()[order.argsort()]
+
+
+def check_block_norms(case: AnyCase, *configs: Config) -> None:
     """Raise AssertionError unless the norms of all blocks, asked for one by one in a random order, are right."""
-    here, order = case.on(DEVICE), torch.randperm(case.grid.cells, generator=torch.Generator().manual_seed(1))
-    row, col = (places[order].to(DEVICE) for places in all_cells(case))
     with forced(*configs):
-        norms = gpu.linear.block_norms(here.dy, here.x, row, col, case.grid.block, case.geometry)
-    check_norms(case, norms.cpu()[order.argsort()])
+        norms = norms_in(case, torch.randperm(case.grid.cells, generator=torch.Generator().manual_seed(1)))
+    check_norms(case, norms)
 
 
-def check_all_block_norms(case: Case, *configs: Config) -> None:
+def check_all_block_norms(case: AnyCase, *configs: Config) -> None:
     """Raise AssertionError unless the norms of all blocks, asked for at once, are right."""
-    here = case.on(DEVICE)
     with forced(*configs):
-        check_norms(case, gpu.linear.all_block_norms(here.dy, here.x, case.grid.block, case.geometry))
+        check_norms(case, calls.all_norms(case))
 
 
-def check_sketches(case: Case, pairs: int = 3) -> None:
+def check_sketches(case: AnyCase, pairs: int = 3) -> None:
     """Raise AssertionError unless sketches of random directions are right."""
-    here, u, v = case.on(DEVICE), signs(pairs, case.grid.out_features, 0), signs(pairs, case.grid.in_features, 1)
-    check_sketch(
-        case, gpu.linear.sketch(here.dy, here.x, u.to(DEVICE), v.to(DEVICE), case.grid.block, case.geometry), u, v
-    )
+    u, v = directions(case, pairs)
+    check_sketch(case, calls.sketch(case, u, v), u, v)
 
 
 def check_that_nan_stays_where_it_is_read(product: Product) -> None:

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu.config import Config, Multiply, Outer, Supertile
-from torch import Tensor
 
-from tests import oracle
 from tests.device import DEVICE, huge
-from tests.gpu_checks import forced
-from tests.oracle import all_cells, check_dvalues, check_norms, check_sketch, check_y, signs
+from tests.gpu_checks import calls, dvalues, dx, forced, fwd
+from tests.kernels.calls import NAN
+from tests.oracle import check_dvalues, check_y
 from tests.oracle_conv2d import ConvCase, conv_case
 
-NAN = float("nan")
 GATHER = (Multiply(tile_t=16, tile_k=32, group=2, warps=4, stages=3), Outer(tile_in=32, tile_t=16, warps=4, stages=3))
 """Two blocks of 16 side by side."""
 PARTS = (Multiply(tile_t=16, tile_k=16, group=2, warps=4, stages=3), Outer(tile_in=16, tile_t=16, warps=4, stages=3))
@@ -74,57 +72,20 @@ def check_far_pixels() -> None:
     check_dvalues(case, grad.cpu(), case.values.dtype)
 
 
-def norms_of(case: ConvCase, order: Tensor) -> Tensor:
-    """Return the norms of all blocks, asked for one by one in this order, sorted again."""
-    here, (row, col) = case.on(DEVICE), (places[order].to(DEVICE) for places in all_cells(case))
-    norms = gpu.conv2d.block_norms(here.dy, here.x, row, col, case.grid.block, case.shape)
-    return norms.cpu()[order.argsort()]
-
-
 # Checks.
 
 
 def check_kernels(case: ConvCase, *configs: Config) -> None:
     """Raise AssertionError unless y, dx and the stored gradient are right."""
     with forced(*configs):
-        oracle.check_kernels(gpu, case, DEVICE)
-
-
-def check_outer(case: ConvCase, *configs: Config, dtype: torch.dtype | None = None) -> None:
-    """Raise AssertionError unless the stored gradient is right, its free slots and phantom parts zero."""
-    here, wanted = case.on(DEVICE), dtype or case.values.dtype
-    with forced(*configs):
-        grad = gpu.conv2d.dvalues(here.dy, here.x, here.index, case.grid.block, case.shape, wanted)
-    check_dvalues(case, grad.cpu(), wanted)
-
-
-def check_block_norms(case: ConvCase, *configs: Config) -> None:
-    """Raise AssertionError unless the norms of all blocks, asked for one by one in a random order, are right."""
-    with forced(*configs):
-        norms = norms_of(case, torch.randperm(case.grid.cells, generator=torch.Generator().manual_seed(1)))
-    check_norms(case, norms)
-
-
-def check_all_block_norms(case: ConvCase, *configs: Config) -> None:
-    """Raise AssertionError unless the norms of all blocks, asked for at once, are right."""
-    here = case.on(DEVICE)
-    with forced(*configs):
-        norms = gpu.conv2d.all_block_norms(here.dy, here.x, case.grid.block, case.shape)
-    check_norms(case, norms.cpu())
-
-
-def check_sketches(case: ConvCase, pairs: int = 2) -> None:
-    """Raise AssertionError unless sketches of random directions are right."""
-    here, u, v = case.on(DEVICE), signs(pairs, case.shape.out_channels, 0), signs(pairs, case.grid.in_features, 1)
-    sketch = gpu.conv2d.sketch(here.dy, here.x, u.to(DEVICE), v.to(DEVICE), case.grid.block, case.shape)
-    check_sketch(case, sketch.cpu(), u, v)
+        calls.check(case)
 
 
 def check_that_phantom_elements_are_zero(case: ConvCase, *configs: Config) -> None:
     """Raise AssertionError if a NaN in x and dy reaches the part of a block outside the matrix, or a free slot."""
-    broken = replace(case, x=torch.full_like(case.x, NAN), dy=torch.full_like(case.dy, NAN)).on(DEVICE)
+    broken = replace(case, x=torch.full_like(case.x, NAN), dy=torch.full_like(case.dy, NAN))
     with forced(*configs):
-        grad = gpu.conv2d.dvalues(broken.dy, broken.x, broken.index, case.grid.block, case.shape, case.values.dtype)
+        grad = dvalues(broken)
     real_rows, real_cols = case.grid.real_rows(case.row), case.grid.real_cols(case.col)
     for block, rows, cols in zip(grad.cpu(), real_rows.tolist(), real_cols.tolist(), strict=True):
         assert not block[rows:].any() and not block[:, cols:].any(), "phantom elements are wrong"
@@ -134,16 +95,16 @@ def check_that_phantom_elements_are_zero(case: ConvCase, *configs: Config) -> No
 def check_that_nan_stays_where_it_is_read(case: ConvCase, *configs: Config) -> None:
     """Raise AssertionError if a NaN in a channel of x (of dy) reaches a result that does not read that channel."""
     with forced(*configs):
-        here, shape, (bo, bi) = case.on(DEVICE), case.shape, case.grid.block
-        y = gpu.conv2d.fwd(here.x, here.values, None, here.index, shape).cpu()
-        dx = gpu.conv2d.dx(here.dy, here.values, here.index, shape, case.size).cpu()
+        bo, bi = case.grid.block
+        case = replace(case, bias=None)
+        y, grad = fwd(case).cpu(), dx(case).cpu()
         pairs = [
             (r, c % case.grid.tap_cols) for r, c in zip(case.row.tolist(), case.col.tolist(), strict=True) if r >= 0
         ]
         for cb in range(case.grid.tap_cols):
             x = case.x.clone()
             x[:, cb * bi] = NAN
-            result = gpu.conv2d.fwd(x.to(DEVICE), here.values, None, here.index, shape).cpu()
+            result = fwd(replace(case, x=x)).cpu()
             unread = [r for r in range(case.grid.rows) if (r, cb) not in pairs]
             for r in unread:
                 part = slice(r * bo, (r + 1) * bo)
@@ -152,8 +113,8 @@ def check_that_nan_stays_where_it_is_read(case: ConvCase, *configs: Config) -> N
         for r in range(case.grid.rows):
             dy = case.dy.clone()
             dy[:, r * bo] = NAN
-            result = gpu.conv2d.dx(dy.to(DEVICE), here.values, here.index, shape, case.size).cpu()
+            result = dx(replace(case, dy=dy)).cpu()
             for cb in range(case.grid.tap_cols):
                 part = slice(cb * bi, (cb + 1) * bi)
                 if (r, cb) not in pairs:
-                    assert torch.equal(result[:, part], dx[:, part]), f"the NaN of row {r} is in channel block {cb}"
+                    assert torch.equal(result[:, part], grad[:, part]), f"the NaN of row {r} is in channel block {cb}"

@@ -11,17 +11,14 @@ from sparsekern.kernels.gpu import conv2d
 
 from tests.broken_kernels import SEEN, mutate
 from tests.device import interpreted_only
+from tests.gpu_checks import check_all_block_norms, check_block_norms, check_outer, check_sketches
 from tests.gpu_conv2d_checks import (
     GATHER,
     PARTS,
     SHAPES,
     SUPERTILE,
-    check_all_block_norms,
-    check_block_norms,
     check_far_pixels,
     check_kernels,
-    check_outer,
-    check_sketches,
     check_that_nan_stays_where_it_is_read,
     check_that_phantom_elements_are_zero,
     edge_case,

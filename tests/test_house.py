@@ -57,8 +57,6 @@ SMALL = {
 """Sources of fewer than 40 lines, and why each is a file of its own."""
 
 FEW = {
-    "tests/kernels/gpu/test_conv2d_lists.py": "lists made by hand beside those of one function",
-    "tests/kernels/gpu/test_conv2d_projection.py": "half of a sketch, in Triton's interpreter",
     "tests/ops/test_onnx.py": "both exporters, each on every kind of model",
     "tests/test_cpu_sanitizers.py": "one program, which is run by hand for longer",
     "tests/test_gpu_mutations.py": "a list of mutations, each a case",

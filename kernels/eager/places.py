@@ -7,7 +7,7 @@ without sorts; what both return is the same to the last number.
 from __future__ import annotations
 
 import torch
-from sparsekern.kernels.contract import Index
+from sparsekern.kernels.contract import Index, ordered_bits
 from torch import Tensor
 
 __all__ = [
@@ -87,7 +87,7 @@ def leave_out_(numbers: Tensor, positions: Tensor) -> Tensor:
 
 def lowest(scores: Tensor, count: int) -> Tensor:
     """Return the positions of the ``count`` lowest finite scores; see :func:`highest`."""
-    return _smallest(_bits(scores), min(count, int(torch.isfinite(scores).sum())))
+    return _smallest(ordered_bits(scores), min(count, int(torch.isfinite(scores).sum())))
 
 
 def highest(scores: Tensor, count: int) -> Tensor:
@@ -100,13 +100,8 @@ def highest(scores: Tensor, count: int) -> Tensor:
     contenders = _contenders(scores, count)
     scores = scores[contenders]
     most = torch.iinfo(torch.int64 if scores.element_size() == 8 else torch.int32).max
-    order = _bits(scores).clamp_(min=-1).neg_().add_(most - 1)  # minus infinity comes last
+    order = ordered_bits(scores).clamp_(min=-1).neg_().add_(most - 1)  # minus infinity comes last
     return contenders[_smallest(order, min(count, int((scores > -torch.inf).sum())))]
-
-
-def _bits(scores: Tensor) -> Tensor:
-    """Return a copy that is read as integers, whose order is that of scores of 0 or more; negative where those are."""
-    return scores.contiguous().view(torch.int64 if scores.element_size() == 8 else torch.int32).clone()
 
 
 def _smallest(numbers: Tensor, count: int) -> Tensor:
@@ -140,7 +135,7 @@ def _contenders(scores: Tensor, count: int) -> Tensor:
     rank = 2 * count // STRIDE + 64  # of the bound in the sample: about twice as many scores as wanted are above it
     if rank * STRIDE * 4 <= scores.shape[0]:
         sample = scores[::STRIDE]
-        bound = sample[_bits(sample).neg_().sort(stable=True).indices[rank]]
+        bound = sample[ordered_bits(sample).neg_().sort(stable=True).indices[rank]]
         above = (scores >= bound).nonzero().squeeze(1)
         if above.shape[0] >= count:
             return above

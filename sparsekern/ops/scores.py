@@ -34,14 +34,10 @@ def block_norms(
 
 
 def all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, backend: str, geometry: Geometry | None = None) -> Tensor:
-    """Return the Frobenius norms ``(R, C)`` of all blocks: float32, or float64 for float64.
+    """Return the Frobenius norms ``(R, C)`` of all blocks.
 
     Args:
-        dy: ``(T, O)``, or images ``(N, Cout, Ho, Wo)``.
-        x: ``(T, I)``, or images ``(N, Cin, H, W)``.
-        bo, bi: rows and columns of a block.
-        backend: its name, or ``"auto"`` for the fastest that can.
-        geometry: of a convolution; None for a linear layer with these dy and x.
+        dy, x, bo, bi, backend, geometry: as in :func:`block_norms`.
     """
     return _score("all_block_norms", dy, x, (), (bo, bi), backend, geometry)
 
@@ -49,16 +45,12 @@ def all_block_norms(dy: Tensor, x: Tensor, bo: int, bi: int, backend: str, geome
 def sketch(
     dy: Tensor, x: Tensor, u: Tensor, v: Tensor, bo: int, bi: int, backend: str, geometry: Geometry | None = None
 ) -> Tensor:
-    """Return ``u[q]' G v[q]`` of every block, ``(r, R, C)``: float32, or float64 for float64.
+    """Return ``u[q]' G v[q]`` of every block, ``(r, R, C)``.
 
     Args:
-        dy: ``(T, O)``, or images ``(N, Cout, Ho, Wo)``.
-        x: ``(T, I)``, or images ``(N, Cin, H, W)``.
         u: ``(r, O)``; of a convolution ``(r, Cout)``.
         v: ``(r, I)``; of a convolution ``(r, kh * kw * Cin / groups)``.
-        bo, bi: rows and columns of a block.
-        backend: its name, or ``"auto"`` for the fastest that can.
-        geometry: of a convolution; None for a linear layer with these dy and x.
+        dy, x, bo, bi, backend, geometry: as in :func:`block_norms`.
     """
     return _score("sketch", dy, x, (u, v), (bo, bi), backend, geometry)
 

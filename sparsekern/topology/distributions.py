@@ -34,10 +34,7 @@ def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "unifor
         ValueError: the sparsity is outside [0, 1), the distribution is unknown, or there are fewer blocks than layers.
     """
     check_sparsity(sparsity)
-    if distribution not in DISTRIBUTIONS:
-        raise InputError(
-            f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}", parameter="distribution"
-        )
+    check_distribution(distribution)
     cells = [grid.cells for grid in grids]
     total = blocks_at(sparsity, sum(cells))
     if total < len(grids):
@@ -59,6 +56,14 @@ def share(grid: Grid, distribution: str) -> float:
     if distribution == "er":
         return float((grid.rows + grid.tap_cols) * grid.taps)
     return grid.rows + grid.tap_cols + sum(grid.kernel) / math.sqrt(grid.block[0] * grid.block[1])
+
+
+def check_distribution(distribution: str) -> None:
+    """Raise ValueError unless ``distribution`` is one of :data:`DISTRIBUTIONS`."""
+    if distribution not in DISTRIBUTIONS:
+        raise InputError(
+            f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}", parameter="distribution"
+        )
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> None:

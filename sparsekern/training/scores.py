@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.kernels.contract import accumulate_dtype, ordered_bits
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import Move, Topology, one_tap, places_for, stored_blocks
 from sparsekern.training.distributed import slot_scores
@@ -72,20 +72,14 @@ def is_finite(tensor: Tensor) -> bool:
 def ascending(scores: Tensor) -> Tensor:
     """Return the positions that sort scores in ascending order; equal scores keep their order.
 
-    Scores must be 0 or more, or infinite. Such floats have the order of their bits, and PyTorch sorts integers ten
-    times as fast as floats on a CPU.
+    Scores must be 0 or more, or infinite.
     """
-    return _bits(scores).sort(stable=True).indices
+    return ordered_bits(scores).sort(stable=True).indices
 
 
 def descending(scores: Tensor) -> Tensor:
     """Return the positions that sort scores in descending order, as :func:`ascending`."""
-    return _bits(scores).neg_().sort(stable=True).indices
-
-
-def _bits(scores: Tensor) -> Tensor:
-    """Return a copy of scores as integers of the same order; minus infinity becomes a negative one."""
-    return scores.contiguous().view(torch.int64 if scores.element_size() == 8 else torch.int32).clone()
+    return ordered_bits(scores).neg_().sort(stable=True).indices
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

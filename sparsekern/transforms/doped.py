@@ -7,8 +7,7 @@ import copy
 from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
-from sparsekern.nn.converters import grid_of
-from sparsekern.transforms.sizes import doped_rank, match_blocks
+from sparsekern.transforms.sizes import doped_rank
 from sparsekern.transforms.twins import (
     Dense,
     check,
@@ -17,7 +16,7 @@ from sparsekern.transforms.twins import (
     draw_bias_,
     draw_dense_,
     features,
-    sparse_twin,
+    sparse_twins,
     wanted_variance,
 )
 
@@ -77,9 +76,7 @@ def sparse_doped(
     inner = dense_twin(layer, ins, rank, bias=False)
     outer = dense_twin(layer, rank, outs, pointwise=True, bias=False)
     total, beside = layer.weight.numel(), inner.weight.numel() + outer.weight.numel()
-    grid = grid_of(layer, block_size)
-    (blocks,) = match_blocks([grid], [1], pool * (total - beside))
-    sparse = sparse_twin(layer, blocks, grid.block, layer=layer, seed=seed, name=f"{name}.sparse".lstrip("."))
+    (sparse,) = sparse_twins(layer, {"sparse": layer}, pool * (total - beside), block_size, seed, name)
     share = beside / total
     draw_(sparse, None if variance is None else variance * (1 - share))
     draw_dense_(inner, variance, seed, f"{name}.inner")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.converters import grid_of
-from sparsekern.transforms.sizes import factorized_features, match_blocks
+from sparsekern.transforms.sizes import factorized_features
 from sparsekern.transforms.twins import (
     Dense,
     check,
@@ -19,7 +19,7 @@ from sparsekern.transforms.twins import (
     features,
     moments,
     norm_of,
-    sparse_twin,
+    sparse_twins,
     wanted_variance,
 )
 
@@ -83,12 +83,7 @@ def sparse_factorized(
         "inner": dense_twin(layer, ins, between, bias=False, device="meta"),
         "outer": dense_twin(layer, between, outs, pointwise=True, bias=layer.bias is not None, device="meta"),
     }
-    grids = {part: grid_of(twin, block_size, layer.weight.device) for part, twin in twins.items()}
-    counts = dict(zip(grids, match_blocks(list(grids.values()), [1, 1], pool * layer.weight.numel()), strict=True))
-    inner, outer = (
-        sparse_twin(twin, counts[part], grids[part].block, layer=layer, seed=seed, name=f"{name}.{part}".lstrip("."))
-        for part, twin in twins.items()
-    )
+    inner, outer = sparse_twins(layer, twins, pool * layer.weight.numel(), block_size, seed, name)
     norm, made = norm_of(layer, between), activation()
     after = None
     if variance is not None:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
-from sparsekern.nn.converters import grid_of
-from sparsekern.transforms.sizes import match_blocks, parallel_branches
+from sparsekern.transforms.sizes import parallel_branches
 from sparsekern.transforms.twins import (
     Dense,
     check,
@@ -21,7 +20,7 @@ from sparsekern.transforms.twins import (
     draw_bias_,
     features,
     norm_of,
-    sparse_twin,
+    sparse_twins,
     variance_before,
     wanted_variance,
 )
@@ -120,9 +119,7 @@ def sparse_parallel(
         )
     ins, outs = features(layer)
     twin = dense_twin(layer, ins, count * outs, bias=layer.bias is not None, device="meta")
-    grid = grid_of(twin, block_size, layer.weight.device)
-    (blocks,) = match_blocks([grid], [1], pool * layer.weight.numel())
-    branches = sparse_twin(twin, blocks, grid.block, layer=layer, seed=seed, name=f"{name}.branches".lstrip("."))
+    (branches,) = sparse_twins(layer, {"branches": twin}, pool * layer.weight.numel(), block_size, seed, name)
     made = activation()
     norm = norm_of(layer, count * outs)
     before = None if variance is None else variance_before(made, variance / count)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsekern.errors import InputError
-from sparsekern.topology import DISTRIBUTIONS, Grid, block_pair
-from sparsekern.topology.distributions import fill, share
+from sparsekern.topology import Grid, block_pair
+from sparsekern.topology.distributions import check_distribution, fill, share
 
 SMALLEST_MULTIPLE = 8
 """Widths and ranks are multiples of at least this number, because odd ones are slow on all hardware."""
@@ -82,10 +82,7 @@ def match_blocks(
         ValueError: there are too few for a block in each layer or too many for all layers, or the distribution is
             unknown.
     """
-    if distribution not in DISTRIBUTIONS:
-        raise InputError(
-            f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}", parameter="distribution"
-        )
+    check_distribution(distribution)
     costs = [count * grid.numel / grid.cells for grid, count in zip(grids, tokens, strict=True)]
     full = [grid.cells * cost for grid, cost in zip(grids, costs, strict=True)]
     if multiply_adds < sum(costs):

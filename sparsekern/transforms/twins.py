@@ -18,8 +18,10 @@ from torch import nn
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, SparseConv2d, SparseLinear
 from sparsekern.nn.conv import conv_arguments
+from sparsekern.nn.converters import grid_of
 from sparsekern.nn.init import fan_in
 from sparsekern.topology import check_sparsity, generator_for
+from sparsekern.transforms.sizes import match_blocks
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -93,17 +95,37 @@ def norm_of(layer: Dense, features: int) -> nn.Module:
     return nn.BatchNorm2d(features, device=layer.weight.device, dtype=layer.weight.dtype)
 
 
-def sparse_twin(twin: Dense, blocks: int, block: tuple[int, int], *, layer: Dense, seed: int, name: str) -> BlockSparse:
-    """Return a sparse layer with the sizes of ``twin``, and the device and ``requires_grad`` of ``layer``."""
-    options: dict[str, Any] = {"block_size": block, "blocks": blocks, "seed": seed, "name": name}
-    options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    sparse: BlockSparse
-    if isinstance(twin, nn.Linear):
-        sparse = SparseLinear(twin.in_features, twin.out_features, twin.bias is not None, **options)
-    else:
-        sparse = SparseConv2d(**conv_arguments(twin), **options)
-    sparse.values.requires_grad_(layer.weight.requires_grad)
-    return sparse
+def sparse_twins(
+    layer: Dense,
+    twins: dict[str, Dense],
+    multiply_adds: float,
+    block_size: int | tuple[int, int] | None,
+    seed: int,
+    name: str,
+) -> list[BlockSparse]:
+    """Return sparse layers that together take a number of multiply-adds for each token.
+
+    Args:
+        layer: the layer that they replace, which gives the device, the dtype and ``requires_grad``.
+        twins: dense layers of their sizes, by the name of the part.
+        multiply_adds: of all of them together.
+        block_size, seed, name: as in :func:`sparsekern.transforms.sparse_wide`.
+
+    Raises:
+        ValueError: the blocks do not fit.
+    """
+    grids = [grid_of(twin, block_size, layer.weight.device) for twin in twins.values()]
+    options: dict[str, Any] = {"seed": seed, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    made: list[BlockSparse] = []
+    counts = match_blocks(grids, [1] * len(grids), multiply_adds)
+    for (part, twin), grid, blocks in zip(twins.items(), grids, counts, strict=True):
+        options |= {"block_size": grid.block, "blocks": blocks, "name": f"{name}.{part}".strip(".")}
+        if isinstance(twin, nn.Linear):
+            made.append(SparseLinear(twin.in_features, twin.out_features, twin.bias is not None, **options))
+        else:
+            made.append(SparseConv2d(**conv_arguments(twin), **options))
+        made[-1].values.requires_grad_(layer.weight.requires_grad)
+    return made
 
 
 def output_variance(layer: nn.Linear | nn.Conv2d) -> float:

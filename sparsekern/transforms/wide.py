@@ -7,7 +7,7 @@ import copy
 from torch import nn
 
 from sparsekern.nn.converters import grid_of
-from sparsekern.transforms.sizes import match_blocks, wide_width
+from sparsekern.transforms.sizes import wide_width
 from sparsekern.transforms.twins import (
     Dense,
     check,
@@ -15,7 +15,7 @@ from sparsekern.transforms.twins import (
     draw_,
     draw_bias_,
     features,
-    sparse_twin,
+    sparse_twins,
     wanted_variance,
 )
 
@@ -61,9 +61,7 @@ def sparse_wide(
     width = wide_width(sparsity, grid_of(layer, block_size).block)
     sizes = (width(ins) if widen_in else ins, width(outs) if widen_out else outs)
     twin = dense_twin(layer, *sizes, bias=layer.bias is not None, device="meta")
-    grid = grid_of(twin, block_size, layer.weight.device)
-    (blocks,) = match_blocks([grid], [1], pool * layer.weight.numel())
-    wide = sparse_twin(twin, blocks, grid.block, layer=layer, seed=seed, name=name)
+    (wide,) = sparse_twins(layer, {"": twin}, pool * layer.weight.numel(), block_size, seed, name)
     draw_(wide, variance)
     draw_bias_(wide, layer)
     return wide.train(layer.training)

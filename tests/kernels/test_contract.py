@@ -16,12 +16,9 @@ from sparsekern.kernels.contract import (
 )
 
 from sparsekern.topology import Grid, Topology, build_index, with_capacity
+from tests.kernels.calls import ints
 
 KERNELS = [name for name in vars(Backend) if not name.startswith("_")]
-
-
-def ints(*numbers: int) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def five_blocks(block: int) -> Topology:

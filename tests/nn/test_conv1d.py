@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-
 import pytest
 import torch
 from torch import nn
@@ -12,42 +9,12 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.files.conversion import dense_state, sparse_state
 from sparsekern.topology import check_tied, conv_grid
-from tests.nn.test_linear import assert_computes_like_its_dense_layer
 from tests.oracle import assert_within
-
-SETTINGS = [
-    dict(kernel_size=3),
-    dict(kernel_size=(3,), padding=1, stride=2),
-    dict(kernel_size=5, padding=(2,), stride=3, dilation=2, bias=False),
-    dict(kernel_size=2, padding="same"),
-    dict(kernel_size=4, padding="same", dilation=3),
-    dict(kernel_size=3, padding="valid"),
-    dict(kernel_size=1),
-    dict(kernel_size=1, stride=2),
-    dict(kernel_size=3, padding=1, groups=2),
-    dict(kernel_size=3, padding=1, groups=6),
-    *(dict(kernel_size=3, padding=2, padding_mode=mode) for mode in ("reflect", "replicate", "circular")),
-    dict(kernel_size=2, padding="same", padding_mode="reflect"),
-]
 
 
 def layer(**options) -> sk.SparseConv1d:
     settings = {"in_channels": 6, "out_channels": 12, "block_size": (4, 2), "sparsity": 0.5, "seed": 0}
     return sk.SparseConv1d(**{**settings, "dtype": torch.float64, **options})
-
-
-def test_the_arguments_are_those_of_nn_conv1d_in_order():
-    ours, theirs = (list(inspect.signature(c).parameters) for c in (sk.SparseConv1d, nn.Conv1d))
-    assert ours[: len(theirs)] == theirs
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_it_computes_what_its_dense_twin_computes(settings):
-    module, x = layer(**settings), torch.randn(2, 6, 17, dtype=torch.float64)
-    dense = assert_computes_like_its_dense_layer(module, x)
-    assert type(dense) is nn.Conv1d and repr(dense) == repr(nn.Conv1d(6, 12, **settings))
-    assert dense.weight.shape == module.weight.shape == (12, 6 // module.groups, module.kernel_size[0])
-    torch.testing.assert_close(module(x[0]), dense(x)[0])
 
 
 def test_it_is_right_to_the_arithmetic_of_its_dtype():
@@ -120,24 +87,6 @@ ERRORS = [
 def test_errors(call, error, text):
     with pytest.raises(error, match=text):
         call()
-
-
-def test_repr():
-    assert repr(layer(kernel_size=3, padding=1, groups=2)) == (
-        "SparseConv1d(6, 12, kernel_size=(3,), stride=(1,), padding=(1,), groups=2, bias=True, block_size=(4, 2), "
-        "blocks=12/24, sparsity=0.5)"
-    )
-
-
-def test_it_survives_deepcopy_to_empty_compile_and_export():
-    module = layer(kernel_size=3, dtype=torch.float32)
-    x = torch.randn(2, 6, 9)
-    assert torch.equal(copy.deepcopy(module)(x), module(x))
-    empty = layer(kernel_size=3, device="meta", dtype=torch.float32).to_empty(device="cpu")
-    assert torch.equal(empty.row, module.row)
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
-    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
 
 
 def audio() -> nn.Sequential:

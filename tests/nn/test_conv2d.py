@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import sparsekern as sk
 from sparsekern.nn.conv import four_sides, sides
 from sparsekern.topology import balanced, check_tied, conv_grid, generator_for, tie
-from tests.nn.test_linear import assert_computes_like_its_dense_layer
-
-SETTINGS = [
-    dict(kernel_size=3),
-    dict(kernel_size=3, padding=1, stride=2),
-    dict(kernel_size=(1, 3), padding=(0, 2), dilation=(1, 2)),
-    dict(kernel_size=(5, 3), padding=(2, 0), stride=(3, 1), bias=False),
-    dict(kernel_size=2, padding="same"),
-    dict(kernel_size=(4, 3), padding="same", dilation=(1, 3)),
-    dict(kernel_size=3, padding="valid"),
-    dict(kernel_size=1),
-    dict(kernel_size=1, stride=2),
-    dict(kernel_size=3, padding=1, groups=2),
-    dict(kernel_size=3, padding=1, groups=6),
-    dict(kernel_size=7, padding=3),
-    *(dict(kernel_size=3, padding=(1, 2), padding_mode=mode) for mode in ("reflect", "replicate", "circular")),
-    dict(kernel_size=2, padding="same", padding_mode="reflect"),
-]
 
 
 def layer(**options) -> sk.SparseConv2d:
@@ -38,30 +18,8 @@ def layer(**options) -> sk.SparseConv2d:
     return sk.SparseConv2d(**{**settings, "dtype": torch.float64, **options})
 
 
-def test_the_arguments_are_those_of_nn_conv2d_in_order():
-    ours, theirs = (list(inspect.signature(c).parameters) for c in (sk.SparseConv2d, nn.Conv2d))
-    assert ours[: len(theirs)] == theirs
-
-
 def test_the_docstring_says_what_is_sparse():
     assert inspect.getdoc(sk.SparseConv2d).startswith("Convolution with a block-sparse weight")
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_it_computes_what_its_dense_twin_computes(settings, memory_format):
-    module = layer(**settings)
-    x = torch.randn(2, 6, 8, 9, dtype=torch.float64).contiguous(memory_format=memory_format)
-    dense = assert_computes_like_its_dense_layer(module, x)
-    assert type(dense) is nn.Conv2d and repr(dense) == repr(nn.Conv2d(6, 12, **settings))
-    assert module(x).is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[7], SETTINGS[12]], ids=str)
-def test_without_a_batch(settings):
-    module = layer(**settings)
-    x = torch.randn(6, 8, 9, dtype=torch.float64)
-    torch.testing.assert_close(module(x), module.to_dense()(x))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -90,13 +48,6 @@ def test_from_dense_with_tied_taps_keeps_the_strongest_channels():
     assert torch.equal(module.dense_weight(), dense.weight * mask)
     with pytest.raises(ValueError, match="blocks is 10; .* a multiple of the 9 taps"):
         sk.SparseConv2d.from_dense(dense, blocks=10, block_size=2, tie_taps=True)
-
-
-def test_a_full_layer_is_the_dense_layer_both_ways():
-    dense = nn.Conv2d(5, 6, (2, 3), padding="same", padding_mode="circular").to(torch.bfloat16).eval()
-    back = sk.SparseConv2d.from_dense(dense, sparsity=0, block_size=4).eval().to_dense()
-    assert torch.equal(back.weight, dense.weight) and torch.equal(back.bias, dense.bias)
-    assert back.weight.dtype == torch.bfloat16 and not back.training and repr(back) == repr(dense)
 
 
 def test_from_dense_at_given_places():
@@ -143,20 +94,6 @@ ERRORS = [
 def test_errors(options, error, text):
     with pytest.raises(error, match=text):
         layer(**{"kernel_size": 3, **options})
-
-
-def test_repr():
-    assert repr(layer(kernel_size=3)) == (
-        "SparseConv2d(6, 12, kernel_size=(3, 3), stride=(1, 1), bias=True, block_size=(4, 2), blocks=41/81, "
-        "sparsity=0.4938)"
-    )
-    module = layer(
-        kernel_size=2, padding="same", dilation=2, groups=3, padding_mode="reflect", tie_taps=True, device="meta"
-    )
-    assert repr(module) == (
-        "SparseConv2d(6, 12, kernel_size=(2, 2), stride=(1, 1), padding=same, dilation=(2, 2), groups=3, "
-        "padding_mode=reflect, bias=True, block_size=(4, 2), tie_taps=True, slots=8)"
-    )
 
 
 def test_default_block_size_is_no_wider_than_the_channels():
@@ -207,51 +144,6 @@ def test_tied_taps_refuse_what_is_not_tied():
     assert torch.equal(module.row, topology.row)
 
 
-@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[9]], ids=str)
-def test_checkpoints_dense_and_sparse(settings):
-    module, other = layer(**settings), layer(**settings, init="random")
-    module.load_state_dict(other.state_dict())
-    assert torch.equal(module.dense_weight(), other.dense_weight())
-    dense = nn.Conv2d(6, 12, **settings).double()
-    module.load_state_dict(dense.state_dict())
-    kept = other.dense_weight() != 0
-    assert torch.equal(module.dense_weight(), dense.weight * kept)
-    with pytest.raises(RuntimeError, match=r"weight has shape \(12, 6\); it must be that of the layer, \(12, "):
-        module.load_state_dict({"weight": torch.zeros(12, 6), "bias": torch.zeros(12)})
-
-
-def test_it_survives_deepcopy_to_empty_and_half():
-    module = layer(kernel_size=3, tie_taps=True, dtype=torch.float32)
-    x = torch.randn(2, 6, 5, 5)
-    assert torch.equal(copy.deepcopy(module)(x), module(x))
-    assert module.weight.shape == (12, 6, 3, 3) and module.weight.dim() == 4
-    empty = layer(kernel_size=3, tie_taps=True, device="meta", dtype=torch.float32).to_empty(device="cpu")
-    assert torch.equal(empty.row, module.row) and torch.equal(empty.col, module.col)
-    assert copy.deepcopy(module).half()(x.half()).dtype == torch.float16
-
-
-def test_compile_fullgraph_with_backward_moves_and_batch_sizes():
-    torch._dynamo.reset()
-    module = layer(kernel_size=3, padding=1, stride=2, dtype=torch.float32)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
-    optimizer = torch.optim.AdamW(module.parameters())
-    method = sk.SET(module, optimizer, update_every=1)
-    for images in (2, 3, 5, 4):
-        x = torch.randn(images, 6, 8, 8)
-        y = compiled(x)
-        torch.testing.assert_close(y, module(x))
-        y.square().sum().backward()
-        grad = module.values.grad.clone()
-        module.values.grad = None
-        module(x).square().sum().backward()
-        torch.testing.assert_close(module.values.grad, grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        assert method.step()
-    assert counter.frame_count <= 2
-
-
 def test_compile_a_model_with_pointwise_and_padded_convolutions():
     torch._dynamo.reset()
     model = nn.Sequential(
@@ -264,20 +156,3 @@ def test_compile_a_model_with_pointwise_and_padded_convolutions():
     y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(y, model(x))
     y.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    module = layer(kernel_size=3, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=dtype):
-        y = module(torch.randn(2, 6, 8, 8))
-    assert y.dtype == dtype
-    y.float().square().mean().backward()
-    assert module.values.grad.dtype == torch.float32
-
-
-def test_export_is_a_snapshot_that_runs():
-    module = layer(kernel_size=3, dtype=torch.float32).eval()
-    x = torch.randn(2, 6, 8, 8)
-    program = torch.export.export(module, (x,))
-    torch.testing.assert_close(program.module()(x), module(x))

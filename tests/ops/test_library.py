@@ -84,7 +84,7 @@ SIZES = {
 }
 
 
-# The forward ops are tested so through the modules, with their backwards: tests/nn.
+# The forward ops are tested so through the modules, with their backwards: tests/nn/test_layers.py.
 @pytest.mark.parametrize("name", [name for name in OPS if name not in LAYERS])
 def test_one_graph_for_many_batch_and_image_sizes(name):
     """Sizes are SymInt: after a static and a dynamic graph no batch size compiles anew."""

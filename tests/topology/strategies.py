@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparsekern.topology import Grid, Topology, conv_grid
+from tests.kernels.calls import ints
 
 SIDES = (1, 2, 3, 4)
-
-
-def ints(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 @st.composite

@@ -284,30 +284,25 @@ def chi_square_quantile(freedom: int) -> float:
     return freedom * (1 - 2 / (9 * freedom) + 4.753 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
+def excess(keys: Tensor, weights: Tensor) -> float:
+    """Return the chi-square statistic of drawn keys over its quantile; above 1 they have another distribution."""
+    counts, weights = torch.bincount(keys, minlength=20), weights.flatten()
+    expected = len(keys) * (weights / weights.sum())[weights > 0]
+    statistic = float(((counts[weights > 0] - expected) ** 2 / expected).sum())
+    return statistic / chi_square_quantile(expected.numel() - 1) + float(counts[weights == 0].sum())
+
+
 def test_the_joint_distribution_has_rank_one():
-    draws = 60_000
-    counts = torch.bincount(sample_pairs(ROWS, COLS, draws, generator_for(0)), minlength=20).view(4, 5)
-    assert not counts[JOINT == 0].any()
-    expected = draws * JOINT[JOINT > 0]
-    statistic = float(((counts[JOINT > 0] - expected) ** 2 / expected).sum())
-    assert statistic < chi_square_quantile(expected.numel() - 1)
+    assert excess(sample_pairs(ROWS, COLS, 60_000, generator_for(0)), JOINT) < 1
 
 
 def test_groups_of_rows_may_weigh_columns_apart():
     """Rows 0 and 1 see columns as COLS says, 2 and 3 another way; a group that weighs nothing is never drawn."""
-    draws = 60_000
     other = torch.tensor([0.0, 0.0, 4.0, 1.0, 3.0])
     for cols in (torch.stack([COLS, other]), torch.stack([COLS, torch.zeros(5)])):
         joint = ROWS[:, None] * cols.repeat_interleave(2, 0)
-        joint /= joint.sum()
-        counts = torch.bincount(sample_pairs(ROWS, cols, draws, generator_for(0)), minlength=20).view(4, 5)
-        assert not counts[joint == 0].any()
-        expected = draws * joint[joint > 0]
-        statistic = float(((counts[joint > 0] - expected) ** 2 / expected).sum())
-        assert statistic < chi_square_quantile(expected.numel() - 1)
-        torch.testing.assert_close(
-            row_weights(ROWS, cols), (ROWS[:, None] * cols.repeat_interleave(2, 0)).sum(1).double()
-        )
+        assert excess(sample_pairs(ROWS, cols, 60_000, generator_for(0)), joint) < 1
+        torch.testing.assert_close(row_weights(ROWS, cols), joint.sum(1).double())
     assert torch.equal(row_weights(ROWS, COLS), ROWS.double() * 10)
 
 
@@ -319,24 +314,17 @@ def test_a_draw_that_is_rounded_up_stays_in_its_group(monkeypatch):
 
 
 def test_the_test_notices_another_distribution():
-    draws = 200_000
-    counts = torch.bincount(sample_pairs(ROWS, COLS + 0.1, draws, generator_for(0)), minlength=20).view(4, 5)
-    expected = draws * JOINT[JOINT > 0]
-    statistic = float(((counts[JOINT > 0] - expected) ** 2 / expected).sum())
-    assert statistic > chi_square_quantile(expected.numel() - 1)
+    keys = sample_pairs(ROWS, COLS + 0.1, 200_000, generator_for(0))
+    assert excess(keys[JOINT.flatten()[keys] > 0], JOINT) > 1
 
 
 def test_one_absent_cell_has_the_joint_distribution_outside_the_present_ones():
     weights = JOINT.flatten().clone()
     weights[PRESENT] = 0
-    draws = 20_000
     generator = generator_for(1)
-    keys = torch.cat([sample_absent_pairs(PRESENT, ROWS, COLS, 1, generator) for _ in range(draws)])
-    counts = torch.bincount(keys, minlength=20)
-    assert not counts[weights == 0].any()
-    expected = draws * weights[weights > 0] / weights.sum()
-    statistic = float(((counts[weights > 0] - expected) ** 2 / expected).sum())
-    assert statistic < chi_square_quantile(expected.numel() - 1)
+    assert (
+        excess(torch.cat([sample_absent_pairs(PRESENT, ROWS, COLS, 1, generator) for _ in range(20_000)]), weights) < 1
+    )
 
 
 def test_several_are_drawn_one_after_the_other_without_replacement():

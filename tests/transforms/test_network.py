@@ -178,7 +178,7 @@ def test_any_config_that_takes_a_width():
 
 
 def test_a_network_that_is_built_cannot_be_widened():
-    with pytest.raises(ValueError, match="model is a CifarResNet that is built already, and cannot be widened"):
+    with pytest.raises(ValueError, match="model is a ResNet that is built already, and cannot be widened"):
         transform(resnet20(10), "wide", 0.5, IMAGE)
 
 

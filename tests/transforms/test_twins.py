@@ -21,7 +21,7 @@ from sparsekern.transforms.twins import (
     moments,
     norm_of,
     output_variance,
-    sparse_twin,
+    sparse_twins,
     variance_before,
     wanted_variance,
 )
@@ -48,7 +48,7 @@ def test_twins_keep_the_kind_and_the_way():
     assert (one.weight.shape, one.stride, one.padding, one.padding_mode) == ((80, 64, 1, 1), (1, 1), (0, 0), "zeros")
     conv.weight.requires_grad_(False)
     grid = grid_of(twin, 16, conv.weight.device)
-    sparse = sparse_twin(twin, 7, grid.block, layer=conv, seed=3, name="a")
+    (sparse,) = sparse_twins(conv, {"": twin}, 7 * grid.numel / grid.cells, 16, 3, "a")
     assert (sparse.topology.blocks(), sparse.grid, sparse.values.dtype) == (7, grid, torch.float64)
     assert sparse.padding_mode == "circular" and not sparse.values.requires_grad and sparse.values.device.type == "cpu"
 

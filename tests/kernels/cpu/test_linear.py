@@ -9,12 +9,10 @@ import pytest
 import torch
 from sparsekern.kernels import cpu
 
-from sparsekern.topology import mask_index
 from tests.kernels.cpu.calls import (
     DTYPES,
     PLAIN,
     SQUARES,
-    calls,
     check_backward_is_dx_and_dvalues,
     dvalues,
     dx,
@@ -23,7 +21,7 @@ from tests.kernels.cpu.calls import (
     small_case,
     with_block,
 )
-from tests.oracle import DY_LAYOUTS, X_LAYOUTS, check_dvalues, check_dx, check_kernels, check_y, random_case
+from tests.oracle import DY_LAYOUTS, X_LAYOUTS, check_dvalues, check_dx, check_kernels, random_case
 
 pytestmark = pytest.mark.usefixtures("instructions", "poisoned_memory")
 
@@ -121,29 +119,7 @@ def test_a_full_layer_is_a_dense_one(block: tuple[int, int]) -> None:
     check_kernels(cpu, with_block(block, blocks=20, free=0))
 
 
-def test_a_bias_of_any_strides() -> None:
-    case = small_case()
-    assert case.bias is not None
-
-    check_y(case, fwd(replace(case, bias=case.bias.repeat_interleave(2)[::2])))
-    expanded = replace(case, bias=torch.tensor(3.0).expand(70))
-    check_y(expanded, fwd(expanded))
-
-
 def test_values_of_any_strides() -> None:
     case = small_case()
 
     check_kernels(cpu, replace(case, values=case.values.transpose(1, 2).contiguous().transpose(1, 2)))
-
-
-@pytest.mark.parametrize("tokens", [3, 40])
-@pytest.mark.parametrize("block", [(1, 1), (16, 32)])
-def test_a_masked_index_leaves_blocks_out(block: tuple[int, int], tokens: int) -> None:
-    case = with_block(block, tokens=tokens)
-    keep = torch.arange(11) % 3 > 0
-    index = mask_index(case.index, keep, block)
-    kept = replace(case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int())
-
-    check_y(kept, calls.fwd(case, index))
-    check_dx(kept, calls.dx(case, index))
-    check_dvalues(kept, calls.dvalues(case, torch.float32, index), torch.float32)

@@ -1,4 +1,4 @@
-"""The native products of linear layers and of convolutions: what both must do, on every instruction set here."""
+"""The native products of linear layers and of convolutions: threads, views, large outputs, on every instruction set."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from sparsekern.kernels import cpu
-from sparsekern.kernels.contract import LinearShape
 from torch import Tensor
 
-from sparsekern.topology import Grid, Topology, build_index
 from tests.kernels.cpu.calls import (
     DTYPES,
     NAN,
@@ -20,13 +17,11 @@ from tests.kernels.cpu.calls import (
     AnyCase,
     assert_same,
     backward,
-    check,
     check_backward_is_dx_and_dvalues,
     conv_with_block,
     dvalues,
     dx,
     fwd,
-    ints,
     kernels,
     large_case,
     negated,
@@ -38,11 +33,7 @@ from tests.kernels.cpu.calls import (
 from tests.oracle import (
     DY_LAYOUTS,
     X_LAYOUTS,
-    check_dvalues,
-    check_dx,
-    check_y,
     random_case,
-    with_slots_reordered,
 )
 from tests.oracle_conv2d import channels_last
 
@@ -55,30 +46,6 @@ of_blocks = pytest.mark.parametrize("block", BLOCKS)
 
 
 # Dtypes, views, empty parts.
-
-
-@of_blocks
-@both
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_of_another_dtype_are_rounded_when_read(dtype: torch.dtype, make: Make, block: tuple[int, int]) -> None:
-    """As under autocast: float32 values, and inputs of the compute dtype."""
-    case = make(block, dtype=dtype, values_dtype=torch.float32)
-    y, grad = fwd(case), dx(case)
-
-    assert y.dtype == grad.dtype == dtype
-    check_y(case, y)
-    check_dx(case, grad)
-    check_backward_is_dx_and_dvalues(case)
-
-
-@both
-@pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_dvalues_come_in_the_dtype_that_is_asked_for(x_dtype: torch.dtype, dtype: torch.dtype, make: Make) -> None:
-    for block in BLOCKS:
-        case = make(block, dtype=x_dtype)
-
-        check_dvalues(case, dvalues(case, dtype), dtype)
 
 
 @of_blocks
@@ -119,30 +86,6 @@ def test_negated_views_keep_their_sign(make: Make, block: tuple[int, int]) -> No
     same = replace(case, **views)
 
     assert_same((*results(same), *backward(same)), (*results(case), *backward(case)))
-
-
-@of_blocks
-@both
-@pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_a_layer_of_nothing_but_free_slots_gives_the_bias(tokens: int, make: Make, block: tuple[int, int]) -> None:
-    case = make(block, **({"tokens": tokens} if make is with_block else {"images": tokens % 6}))
-    case = replace(case, row=torch.full_like(case.row, -1), col=torch.full_like(case.col, -1))
-    y, grad, blocks = results(case)
-
-    assert torch.equal(y, case.bias.view(-1, *(1,) * (y.dim() - 2)).expand_as(y))
-    assert not any(found.any() for found in (grad, blocks, *backward(case)))
-
-
-@of_blocks
-@both
-def test_a_layer_of_no_slots(make: Make, block: tuple[int, int]) -> None:
-    case = make(block)
-    case = replace(case, row=ints(), col=ints(), values=torch.zeros(0, *block), bias=None)
-    y, grad, blocks = results(case)
-    found = backward(case)
-
-    assert not y.any() and not grad.any() and not found[0].any()
-    assert blocks.shape == found[1].shape == (0, *block)
 
 
 # The same bits for any number of threads, any order of slots, and for both gradients at once.
@@ -194,99 +137,7 @@ def test_both_gradients_at_once_of_any_strides(dy_layout: str) -> None:
         check_backward_is_dx_and_dvalues(small_case(tokens=40, x_layout=x_layout, dy_layout=dy_layout))
 
 
-@of_blocks
-@both
-def test_the_order_of_the_slots_changes_no_bit(make: Make, block: tuple[int, int], generator: torch.Generator) -> None:
-    """Sums run in the order of the index, not of the slots."""
-    for given in ({"tokens": 3}, {"tokens": 40}) if make is with_block else ({},):
-        case = make(block, **given)
-        order = torch.randperm(len(case.row), generator=generator)
-        shuffled = with_slots_reordered(case, order)
-        y, grad, blocks = results(case)
-
-        check(shuffled)
-        assert_same(results(shuffled), (y, grad, blocks[order]))
-
-
 # What must not leak: NaN and infinity, phantom elements and free slots.
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
-@of_blocks
-def test_a_nan_in_one_token_stays_in_that_token(block: tuple[int, int], tokens: int) -> None:
-    case = with_block(block, blocks=20, tokens=tokens)
-    x, dy = case.x.clone(), case.dy.clone()
-    x[2, :] = dy[4, :] = NAN
-    broken = replace(case, x=x, dy=dy)
-
-    assert torch.equal(fwd(broken).isnan().any(1).nonzero().flatten(), torch.tensor([2]))
-    assert torch.equal(dx(broken).isnan().any(1).nonzero().flatten(), torch.tensor([4]))
-    assert torch.equal(fwd(broken)[3:], fwd(case)[3:])
-    assert torch.equal(dx(broken)[:4], dx(case)[:4])
-    assert torch.equal(backward(broken)[0].isnan(), dx(broken).isnan())
-
-
-@pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("side", [1, 16])
-def test_a_nan_in_x_reaches_only_the_rows_that_read_it(side: int, tokens: int) -> None:
-    """Block column 0 is read by block row 0 alone, block column 1 by block row 1."""
-    index = build_index(Topology(Grid(2 * side, 2 * side, (side, side)), ints(0, 1), ints(0, 1)))
-    values, x = torch.ones(2, side, side), torch.ones(tokens, 2 * side)
-    x[:, 0] = NAN
-    reached = torch.arange(2 * side) < side
-
-    shape = LinearShape(2 * side, 2 * side)
-    assert torch.equal(cpu.products.fwd(x, values, None, index, shape).isnan(), reached.expand(tokens, -1))
-    assert torch.equal(cpu.products.dx(x, values, index, shape).isnan(), reached.expand(tokens, -1))
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
-@of_blocks
-def test_a_nan_in_a_free_slot_reaches_nothing(block: tuple[int, int], tokens: int) -> None:
-    case = with_block(block, tokens=tokens)
-    values = case.values.clone()
-    values[case.row < 0] = NAN
-
-    assert_same(results(replace(case, values=values))[:2], results(case)[:2])
-
-
-@pytest.mark.parametrize("tokens", [7, 40])
-def test_the_contents_of_the_phantom_part_change_nothing(tokens: int) -> None:
-    """The contract asks that they be finite; layers keep them at zero."""
-    case = small_case(blocks=20, tokens=tokens)
-    values = case.values.clone()
-    values[case.row == 4, 6:, :] = 1e30  # 70 = 4 * 16 + 6
-    values[case.col == 3, :, 29:] = -1e30  # 125 = 3 * 32 + 29
-
-    assert_same(results(replace(case, values=values))[:2], results(case)[:2])
-
-
-@pytest.mark.parametrize("poisoned", [("dy",), ("x",), ("dy", "x")])
-@pytest.mark.parametrize("number", [NAN, float("inf")])
-@pytest.mark.parametrize("count", [1, 3])
-def test_dvalues_of_phantom_elements_and_free_slots_are_zero_whatever_dy_and_x_hold(
-    poisoned: tuple[str, ...], number: float, count: int, threads: Callable[[int], None]
-) -> None:
-    threads(count)
-    case = small_case(blocks=20, tokens=300)
-    case = replace(case, **{name: torch.full_like(getattr(case, name), number) for name in poisoned})
-
-    for grad in (dvalues(case), backward(case)[1]):
-        assert not grad[case.row < 0].any()
-        assert not grad[case.row == 4, 6:, :].any()
-        assert not grad[case.col == 3, :, 29:].any()
-        assert grad[(case.row == 0) & (case.col == 0)].isfinite().logical_not().all()
-
-
-def test_phantom_channels_and_free_slots_of_a_convolution_are_zero() -> None:
-    case = small_conv()
-    x = case.x.clone(memory_format=torch.channels_last)
-    x[0, :, 2, 2] = NAN
-    grad = dvalues(replace(case, x=x))
-
-    assert not grad[case.row < 0].any()
-    assert not grad[(case.row >= 0) & (case.row % 2 == 1), 7:].any()
-    assert not grad[(case.row >= 0) & (case.col % 2 == 1), :, 7:].any()
 
 
 @of_blocks

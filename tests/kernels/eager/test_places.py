@@ -8,9 +8,7 @@ from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.kernels.eager import places
 from torch import Tensor
 
-
-def ints(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
+from tests.kernels.calls import ints
 
 
 def index_of(slots: int, rows: int, cols: int) -> Index:

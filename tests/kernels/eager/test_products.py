@@ -1,4 +1,7 @@
-"""The products of the eager kernels, of linear layers and of convolutions: by hand, by the oracle, and their order."""
+"""The products of the eager kernels, of linear layers and of convolutions: by hand and by the oracle.
+
+What they share with the native kernels is in :mod:`tests.kernels.test_products`.
+"""
 
 from __future__ import annotations
 
@@ -11,51 +14,18 @@ import torch
 from sparsekern.kernels import eager
 from sparsekern.kernels.contract import ConvShape, LinearShape
 
-from sparsekern.topology import Grid, Topology, build_index, conv_grid, mask_index
-from tests.kernels.calls import NAN, AnyCase, Calls, ints, is_real
+from sparsekern.topology import Grid, Topology, build_index, conv_grid
+from tests.kernels.calls import NAN, AnyCase, Calls, full, ints, small_conv, small_layer
 from tests.oracle import (
     DTYPES,
     DY_LAYOUTS,
     X_LAYOUTS,
-    Case,
-    check_dvalues,
-    check_dx,
-    check_y,
     random_case,
-    with_slots_reordered,
 )
-from tests.oracle_conv2d import ConvCase, conv_case
+from tests.oracle_conv2d import conv_case
 
 calls = Calls(eager)
 fwd, dx, dvalues, check = calls.fwd, calls.dx, calls.dvalues, calls.check
-
-Small = Callable[..., AnyCase]
-
-
-def small_layer(block: tuple[int, int] = (4, 4), **given: object) -> Case:
-    """5 x 4 blocks, 9 of them stored, and 2 free slots; those of 4 x 4 stick out on both sides."""
-    sizes = (18, 15) if block == (4, 4) else (5 * block[0], 4 * block[1])
-    settings = {"rows": 5, "cols": 4, "out_features": sizes[0], "in_features": sizes[1], "blocks": 9, "free": 2}
-    settings |= {"tokens": 7, "dtype": torch.float32, "bias": True}
-    settings |= {"x_layout": "contiguous", "dy_layout": "contiguous"}
-    return random_case(0, **{**settings, "block": block, **given})
-
-
-def small_conv(**given: object) -> ConvCase:
-    """3x3, 2 groups, 2 x (9 * 2) blocks of 4 x 4 with an edge in every tap and group, 11 stored, 2 free slots."""
-    settings = {"kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "padding": (1, 1, 1, 1), "groups": 2}
-    settings |= {"group_out": 6, "group_in": 7, "height": 5, "width": 6, "images": 3, "blocks": 11, "free": 2}
-    settings |= {"block": (4, 4), "dtype": torch.float32, "bias": True}
-    return conv_case(0, **{**settings, **given})
-
-
-both = pytest.mark.parametrize("small", [small_layer, small_conv])
-
-
-def full(small: Small, **given: object) -> AnyCase:
-    """Return a case with all blocks stored."""
-    return small(blocks=20 if small is small_layer else 72, **given)
-
 
 # By hand.
 
@@ -139,7 +109,7 @@ def test_groups_share_block_columns_but_not_channels() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [(1, 1), (4, 4), (16, 16), (3, 7), (64, 16)])
 @pytest.mark.parametrize("draw", [partial(random_case, tokens=19), partial(conv_case, images=2)], ids=["", "conv2d"])
-def test_all_blocks_and_dtypes(draw: Small, block: tuple[int, int], dtype: torch.dtype) -> None:
+def test_all_blocks_and_dtypes(draw: Callable[..., AnyCase], block: tuple[int, int], dtype: torch.dtype) -> None:
     check(draw(11, block=block, dtype=dtype))
 
 
@@ -195,53 +165,6 @@ def test_pixels_that_no_window_sees_have_no_gradient() -> None:
     assert not dx(case)[:, :, 6:].any()
 
 
-@both
-def test_a_full_weight_is_a_dense_one(small: Small) -> None:
-    check(full(small, free=0))
-
-
-@both
-def test_nothing_but_free_slots_gives_the_bias(small: Small) -> None:
-    case = small()
-    case = replace(case, row=torch.full_like(case.row, -1), col=torch.full_like(case.col, -1))
-    y = fwd(case)
-
-    assert torch.equal(y, case.bias.view(-1, *(1 for _ in case.size)).expand_as(y))
-    assert not dx(case).any()
-    assert not dvalues(case).any()
-
-
-@both
-def test_a_bias_of_any_strides(small: Small) -> None:
-    case = small()
-
-    check_y(case, fwd(replace(case, bias=case.bias.repeat_interleave(2)[::2])))
-    expanded = replace(case, bias=torch.tensor(3.0).expand_as(case.bias))
-    check_y(expanded, fwd(expanded))
-
-
-@both
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_of_another_dtype_are_rounded_when_read(small: Small, dtype: torch.dtype) -> None:
-    """As under autocast: float32 values, and inputs of the compute dtype."""
-    case = small(dtype=dtype, values_dtype=torch.float32)
-
-    y, grad = fwd(case), dx(case)
-
-    assert y.dtype == grad.dtype == dtype
-    check_y(case, y)
-    check_dx(case, grad)
-    check_dvalues(case, dvalues(case, torch.float32), torch.float32)
-
-
-@pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dvalues_come_in_the_dtype_that_is_asked_for(x_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    case = small_layer(dtype=x_dtype, tokens=40)
-
-    check_dvalues(case, dvalues(case, dtype), dtype)
-
-
 def test_dvalues_of_half_precision_inputs_keep_the_precision_of_their_sums() -> None:
     """1 + 2**-13 is no float16 number; the sum of its two parts must not have been one on the way."""
     case = random_case(0, block=(1, 1), rows=1, cols=1, blocks=1, free=0, tokens=2, dtype=torch.float16)
@@ -258,64 +181,6 @@ def test_sums_over_many_inputs_are_not_formed_in_half_precision() -> None:
     assert eager.linear.fwd(x, ones, None, index, LinearShape(4096, 1)).item() == 4096
 
 
-# What must not leak.
-
-
-@both
-def test_a_nan_in_one_token_or_image_stays_there(small: Small) -> None:
-    case = small()
-    x, dy = case.x.clone(), case.dy.clone()
-    x[1] = dy[2] = NAN
-    broken = replace(case, x=x, dy=dy)
-    number = torch.arange(len(x))
-
-    assert torch.equal(fwd(broken)[number != 1], fwd(case)[number != 1])
-    assert torch.equal(dx(broken)[number != 2], dx(case)[number != 2])
-    assert fwd(broken)[1].isnan().any()
-    assert dx(broken)[2].isnan().any()
-
-
-def test_a_nan_in_x_reaches_only_the_rows_that_read_it() -> None:
-    """Input 0 is read by block row 0 alone, input 2 by block row 1."""
-    shape, index = LinearShape(4, 4), build_index(Topology(Grid(4, 4, (2, 2)), ints(0, 1), ints(0, 1)))
-    values, x = torch.ones(2, 2, 2), torch.tensor([[NAN, 1, 1, 1]])
-
-    assert eager.linear.fwd(x, values, None, index, shape).isnan().tolist() == [[True, True, False, False]]
-    assert eager.linear.dx(x, values, index, shape).isnan().tolist() == [[True, True, False, False]]
-
-
-@both
-@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
-def test_a_nan_in_a_free_slot_and_numbers_in_the_phantom_part_reach_nothing(
-    small: Small, block: tuple[int, int]
-) -> None:
-    """The contract asks that the phantom part be finite; layers keep it at zero."""
-    case = small(block=block) if block == (1, 1) else full(small)
-    values = case.values.clone()
-    values[~is_real(case)] = 1e30
-    values[case.row < 0] = NAN
-    broken = replace(case, values=values)
-
-    assert torch.equal(fwd(broken), fwd(case))
-    assert torch.equal(dx(broken), dx(case))
-
-
-@both
-@pytest.mark.parametrize("poisoned", [("dy",), ("x",), ("dy", "x")], ids=str)
-@pytest.mark.parametrize("number", [NAN, float("inf")])
-def test_dvalues_of_phantom_elements_and_free_slots_are_zero_whatever_dy_and_x_hold(
-    small: Small, poisoned: tuple[str, ...], number: float
-) -> None:
-    case = full(small)
-    case = replace(case, **{name: torch.full_like(getattr(case, name), number) for name in poisoned})
-
-    grad = dvalues(case)
-
-    assert not grad[~is_real(case)].any()
-    middle = 8 if case.size else 0  # block column: of the middle tap
-    assert grad[(case.row == 0) & (case.col == middle)].isfinite().logical_not().all()
-
-
 def test_a_nan_in_dy_reaches_only_the_gradients_of_its_row() -> None:
     case = full(small_layer)
     dy = case.dy.clone()
@@ -326,56 +191,3 @@ def test_a_nan_in_dy_reaches_only_the_gradients_of_its_row() -> None:
     assert grad[(case.row == 1) & (case.col < 3), 1].isnan().all()
     assert torch.equal(grad[case.row != 1], clean[case.row != 1])
     assert torch.equal(grad[case.row == 1][:, [0, 2, 3]], clean[case.row == 1][:, [0, 2, 3]])
-
-
-@both
-def test_the_weight_and_the_inputs_are_not_written_to(small: Small) -> None:
-    case = small()
-    before = [t.clone() for t in (case.x, case.values, case.dy, case.row, case.col)]
-
-    check(case)
-
-    for tensor, copy in zip((case.x, case.values, case.dy, case.row, case.col), before, strict=True):
-        assert torch.equal(tensor, copy)
-
-
-# Order, and masks over slots.
-
-
-@both
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("block", [(1, 1), (4, 4), (16, 32)])
-def test_two_calls_agree_to_the_bit(small: Small, block: tuple[int, int], dtype: torch.dtype) -> None:
-    case = small(block=block, dtype=dtype, blocks=2)
-
-    for kernel in (fwd, dx, dvalues):
-        assert torch.equal(kernel(case), kernel(case))
-
-
-@both
-@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
-def test_the_order_of_the_slots_does_not_matter(
-    small: Small, block: tuple[int, int], generator: torch.Generator
-) -> None:
-    """Not even to the last bit: sums run in the order of the index, not of the slots."""
-    case = small(block=block)
-    order = torch.randperm(len(case.row), generator=generator)
-    shuffled = with_slots_reordered(case, order)
-
-    check(shuffled)
-    assert torch.equal(fwd(shuffled), fwd(case))
-    assert torch.equal(dx(shuffled), dx(case))
-    assert torch.equal(dvalues(shuffled), dvalues(case)[order])
-
-
-@both
-@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
-def test_a_masked_index_leaves_blocks_out(small: Small, block: tuple[int, int]) -> None:
-    case = small(block=block)
-    keep = torch.arange(len(case.row)) % 3 > 0
-    index = mask_index(case.index, keep, block)
-    kept = replace(case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int())
-
-    check_y(kept, fwd(case, index))
-    check_dx(kept, dx(case, index))
-    check_dvalues(kept, dvalues(case, torch.float32, index), torch.float32)

@@ -11,8 +11,7 @@ from sparsekern.kernels import eager
 from sparsekern.kernels.eager import chunks
 from torch import Tensor
 
-from tests.kernels.calls import AnyCase, Calls, directions
-from tests.kernels.eager.test_products import small_conv, small_layer
+from tests.kernels.calls import AnyCase, Calls, directions, small_conv, small_layer
 from tests.memory import allocations
 from tests.oracle import Case, random_case
 from tests.oracle_conv2d import ConvCase, conv_case

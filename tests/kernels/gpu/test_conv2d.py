@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sparsekern.kernels import gpu
-from sparsekern.kernels.gpu import conv2d, tables
+from sparsekern.kernels.contract import PADDING
+from sparsekern.kernels.gpu import tables
 from sparsekern.kernels.gpu.config import Config, Problem
+from sparsekern.kernels.gpu.conv2d import lists_by_phase
 
 import sparsekern
 from tests.device import DEVICE
-from tests.gpu_checks import forced
-from tests.gpu_conv2d_checks import GATHER, check_far_pixels, check_kernels, edge_case, whole_case
+from tests.gpu_checks import dvalues, dx, forced
+from tests.gpu_conv2d_checks import GATHER, SHAPES, check_far_pixels, check_kernels, edge_case, whole_case
 from tests.oracle import check_op
-from tests.oracle_conv2d import conv_case
+from tests.oracle_conv2d import ConvCase, conv_case
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -56,9 +60,7 @@ def test_no_blocks_are_the_bias_and_zeros() -> None:
 
 
 def test_the_gradient_of_no_images_is_zero() -> None:
-    case = edge_case(images=0)
-    here = case.on(DEVICE)
-    assert not gpu.conv2d.dvalues(here.dy, here.x, here.index, (16, 16), case.shape, torch.float32).any()
+    assert not dvalues(edge_case(images=0)).any()
 
 
 def test_problems_are_counted_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +68,40 @@ def test_problems_are_counted_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
     healthy = tables.choose
     monkeypatch.setattr(tables, "choose", lambda problem, launch: asked.append(problem) or healthy(problem, launch))
-    case = edge_case(stride=(2, 2), blocks=46, free=2)
-    here = case.on(DEVICE)
-    conv2d.dx(here.dy, here.values, here.index, case.shape, case.size)
+    dx(edge_case(stride=(2, 2), blocks=46, free=2))
     assert [(p.kernel, p.log2_tokens, p.log2_blocks) for p in asked] == [("conv2d_dx", 5, 2)]
+
+
+# The lists of dx against lists made one block at a time.
+
+
+def lists_by_hand(case: ConvCase) -> dict[tuple[int, int, int], list[tuple[int, int]]]:
+    """Return by phase, group and block of channels the ``(tap, row of the group)`` and slot of each stored block."""
+    grid, shape, found = case.grid, case.shape, {}
+    for slot, (r, c) in enumerate(zip(case.row.tolist(), case.col.tolist(), strict=True)):
+        if r >= 0:
+            tap, block = divmod(c, grid.tap_cols)
+            i, j = divmod(tap, shape.kernel[1])
+            y = (i * shape.dilation[0] - shape.padding[0]) % shape.stride[0]
+            x = (j * shape.dilation[1] - shape.padding[2]) % shape.stride[1]
+            place = (y * shape.stride[1] + x, r // grid.group_rows, block)
+            found.setdefault(place, []).append((tap * grid.group_rows + r % grid.group_rows, slot))
+    return {place: sorted(entries) for place, entries in found.items()}
+
+
+@pytest.mark.parametrize("given", [*SHAPES.values(), {"blocks": 1}, {"group_in": 16 * 20, "kernel": (3, 5)}])
+def test_lists(given: dict[str, Any]) -> None:
+    """Also of more columns than a program reads at a time, and with groups that store nothing."""
+    case = edge_case(**{"images": 1, "height": 6, "width": 9, **given})
+    starts, numbers, slots = (n.cpu() for n in lists_by_phase(case.on(DEVICE).index, case.shape, case.grid.block))
+    expected, groups, per_tap = lists_by_hand(case), case.shape.groups, case.grid.tap_cols
+
+    stored = int((case.row >= 0).sum())
+    assert starts[0] == 0 and starts[-1] == stored
+    assert len(starts) == case.shape.stride[0] * case.shape.stride[1] * groups * per_tap + 1
+    for number in range(len(starts) - 1):
+        place = (number // per_tap // groups, number // per_tap % groups, number % per_tap)
+        part = slice(int(starts[number]), int(starts[number + 1]))
+        found = list(zip(numbers[part].tolist(), slots[part].tolist(), strict=True))
+        assert found == expected.get(place, []), f"phase, group and block {place}"
+    assert not numbers[stored : stored + PADDING].any() and not slots[stored : stored + PADDING].any()

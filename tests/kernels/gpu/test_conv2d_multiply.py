@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from sparsekern.kernels import gpu
 
-from tests.device import DEVICE, DTYPES
-from tests.gpu_checks import forced
+from tests.device import DTYPES
+from tests.gpu_checks import check_products, dx, forced, fwd
 from tests.gpu_conv2d_checks import (
     GATHER,
     PARTS,
@@ -17,7 +18,6 @@ from tests.gpu_conv2d_checks import (
     edge_case,
     whole_case,
 )
-from tests.oracle import check_dx, check_y
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -69,25 +69,19 @@ def test_a_nan_reaches_only_what_reads_it(config: tuple, block: tuple[int, int])
 def test_infinities_stay_infinite() -> None:
     """Padding is zero and adds nothing; what fills up a tile of blocks is zero on both sides."""
     case = whole_case(height=2, width=2, images=1, blocks=5)
-    here, inf = case.on(DEVICE), float("inf")
+    x, dy = (torch.full_like(part, float("inf")) for part in (case.x, case.dy))
+    infinite = replace(case, x=x, dy=dy, values=case.values.abs(), bias=None)
     with forced(*GATHER):
-        y = gpu.conv2d.fwd(torch.full_like(here.x, inf), here.values.abs(), None, here.index, case.shape)
-        dx = gpu.conv2d.dx(torch.full_like(here.dy, inf), here.values.abs(), here.index, case.shape, case.size)
-    for result in (y, dx):
+        results = fwd(infinite), dx(infinite)
+    for result in results:
         assert result.isinf().any() and not result.isnan().any()
 
 
 def test_two_calls_agree_to_the_bit() -> None:
     case = edge_case(stride=(2, 2))
-    here = case.on(DEVICE)
     with forced(*GATHER):
-        first, second = (gpu.conv2d.dx(here.dy, here.values, here.index, case.shape, case.size) for _ in range(2))
-    assert torch.equal(first, second)
+        assert torch.equal(dx(case), dx(case))
 
 
 def test_values_of_another_dtype_are_rounded() -> None:
-    case = edge_case(dtype=torch.float16, values_dtype=torch.float32, images=1)
-    here = case.on(DEVICE)
-    with forced(*GATHER):
-        check_y(case, gpu.conv2d.fwd(here.x, here.values, here.bias, here.index, case.shape).cpu())
-        check_dx(case, gpu.conv2d.dx(here.dy, here.values, here.index, case.shape, case.size).cpu())
+    check_products(edge_case(dtype=torch.float16, values_dtype=torch.float32, images=1), *GATHER)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu import conv2d
 from sparsekern.kernels.gpu.config import Outer
 
-from tests.device import DEVICE, DTYPES
-from tests.gpu_checks import forced
+from tests.device import DTYPES
+from tests.gpu_checks import check_block_norms, check_outer, dvalues, forced
 from tests.gpu_conv2d_checks import (
     GATHER,
     PARTS,
-    check_block_norms,
-    check_outer,
     check_that_phantom_elements_are_zero,
     edge_case,
 )
@@ -59,13 +56,8 @@ def test_the_gradient_comes_in_the_dtype_that_is_asked_for() -> None:
 
 def test_two_calls_agree_to_the_bit() -> None:
     case = edge_case(**SPLIT)
-    here = case.on(DEVICE)
-
-    def run() -> torch.Tensor:
-        return gpu.conv2d.dvalues(here.dy, here.x, here.index, case.grid.block, case.shape, torch.float32)
-
     with forced(*GATHER):
-        assert torch.equal(run(), run())
+        assert torch.equal(dvalues(case), dvalues(case))
 
 
 @pytest.mark.parametrize("given", [{}, {"groups": 2, "group_out": 21, "group_in": 16}])

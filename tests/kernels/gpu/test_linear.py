@@ -98,8 +98,7 @@ def test_arguments_are_not_written_to(product: Product) -> None:
     before = [t.clone() for t in (here.x, here.dy, here.values)]
 
     with forced(product.config):
-        gpu.linear.fwd(here.x, here.values, here.bias, here.index, here.geometry)
-        gpu.linear.dx(here.dy, here.values, here.index, here.geometry)
+        fwd(here), dx(here)
 
     assert all(torch.equal(t, b) for t, b in zip((here.x, here.dy, here.values), before, strict=True))
 
@@ -202,13 +201,12 @@ def test_a_masked_index_leaves_blocks_out(product: Product) -> None:
     keep = torch.arange(len(case.row)) % 3 > 0
     index = mask_index(case.index, keep, product.block)
     kept = replace(case, row=torch.where(keep, case.row, -1).int(), col=torch.where(keep, case.col, -1).int())
-    here, index = case.on(DEVICE), type(index)(*(moved(t, DEVICE) for t in index))
+    index = type(index)(*(moved(t, DEVICE) for t in index))
 
     with forced(product.config):
-        check_y(kept, gpu.linear.fwd(here.x, here.values, here.bias, index, case.geometry))
-        check_dx(kept, gpu.linear.dx(here.dy, here.values, index, case.geometry))
-    grad = gpu.linear.dvalues(here.dy, here.x, index, product.block, case.geometry, torch.float32)
-    check_dvalues(kept, grad, torch.float32)
+        check_y(kept, fwd(case, index))
+        check_dx(kept, dx(case, index))
+    check_dvalues(kept, dvalues(case, torch.float32, index), torch.float32)
 
 
 # Far away.

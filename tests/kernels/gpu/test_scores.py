@@ -1,4 +1,4 @@
-"""The launchers of norms and sketches: order, panels, and nothing to do."""
+"""The launchers of norms and sketches, of layers and of convolutions: order, panels, and nothing to do."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ import pytest
 import torch
 from sparsekern.kernels import gpu
 from sparsekern.kernels.contract import LinearShape
-from sparsekern.kernels.gpu import linear
+from sparsekern.kernels.gpu import conv2d, linear
+from sparsekern.kernels.gpu.linear import PROJECTED
 from torch import Tensor
 
 from tests.device import DEVICE, DTYPES
-from tests.gpu_checks import check_all_block_norms, check_block_norms, check_sketches, corners
-from tests.oracle import DY_LAYOUTS, X_LAYOUTS, signs
+from tests.gpu_checks import calls, check_all_block_norms, check_block_norms, check_sketches, corners, norms_in
+from tests.gpu_conv2d_checks import SHAPES, edge_case
+from tests.kernels.calls import AnyCase, directions, ints
+from tests.oracle import DY_LAYOUTS, X_LAYOUTS, all_cells
 
 BLOCK = (16, 16)
+SMALL = {"linear": corners(BLOCK), "conv2d": edge_case(images=1, height=3, width=3, kernel=(1, 2))}
+NOTHING = {"linear": corners(BLOCK, tokens=0), "conv2d": edge_case(images=0)}
+each = pytest.mark.parametrize("name", SMALL)
 
 
-def ints(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+def scores(case: AnyCase, pairs: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norms of all blocks, the same one by one, and a sketch, each ``(..., R, C)``."""
+    one_by_one = calls.chosen_norms(case, *all_cells(case)).view(case.grid.rows, case.grid.cols)
+    return calls.all_norms(case).cpu(), one_by_one.cpu(), calls.sketch(case, *directions(case, pairs)).cpu()
+
+
+# By the oracle.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -32,68 +43,81 @@ def test_all_scores_as_they_are_configured_by_default(block: tuple[int, int], dt
     check_sketches(case)
 
 
-@pytest.mark.parametrize("tokens", [0, 5])
-def test_scores_are_float32_whatever_the_default_dtype(tokens: int) -> None:
-    here = corners(BLOCK, tokens=tokens).on(DEVICE)
-    u, v = torch.ones(2, here.dy.shape[1], device=DEVICE), torch.ones(2, here.x.shape[1], device=DEVICE)
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_sketch_of_any_convolution(name: str) -> None:
+    check_sketches(edge_case(**SHAPES[name]), pairs=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [(16, 32), (128, 128)])
+def test_the_sketch_of_a_convolution_of_any_dtype_and_side(block: tuple[int, int], dtype: torch.dtype) -> None:
+    check_sketches(edge_case(block=block, dtype=dtype, kernel=(1, 2), images=1))
+
+
+@pytest.mark.parametrize("layout", DY_LAYOUTS)
+def test_scores_of_any_strides(layout: str) -> None:
+    case = corners(BLOCK, dy_layout=layout, x_layout=layout if layout in X_LAYOUTS else "contiguous")
+
+    check_block_norms(case)
+    check_all_block_norms(case)
+    check_sketches(case)
+
+
+def test_norms_by_hand() -> None:
+    """``dy' x`` with one number in three of its four blocks; they are asked for in any order, one of them twice."""
+    dy, x, shape = torch.zeros(3, 32, device=DEVICE), torch.zeros(3, 32, device=DEVICE), LinearShape(32, 32)
+    dy[0, 0] = dy[1, 1] = dy[2, 31] = 1
+    x[0, 0], x[1, 5], x[2, 31] = 3, 4, -2  # the corner above left holds 3 and 4, that below right -2
+    places = ints(1, 0, 1, 0).to(DEVICE), ints(1, 0, 0, 0).to(DEVICE)
+
+    assert gpu.linear.all_block_norms(dy, x, BLOCK, shape).tolist() == [[5, 0], [0, 2]]
+    assert gpu.linear.block_norms(dy, x, *places, BLOCK, shape).tolist() == [2, 5, 0, 5]
+
+
+# Order, dtype, nothing to do.
+
+
+@each
+def test_norms_in_any_order(name: str) -> None:
+    case, order = SMALL[name], torch.arange(SMALL[name].grid.cells)
+
+    assert torch.equal(norms_in(case, order), norms_in(case, order.flip(0)))
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_norms_of_blocks_in_one_row_only(row: int) -> None:
+    case, rows = SMALL["linear"], ints(row, row, row)
+
+    found = calls.chosen_norms(case, rows, ints(3, 0, 2))
+    assert torch.equal(found, calls.chosen_norms(case, rows, ints(0, 2, 3))[[2, 0, 1]])
+
+
+@each
+@pytest.mark.parametrize("cases", [SMALL, NOTHING], ids=["", "nothing"])
+def test_scores_are_float32_whatever_the_default_dtype(cases: dict[str, AnyCase], name: str) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float16)
     try:
-        results = (
-            gpu.linear.block_norms(here.dy, here.x, ints(0), ints(0), BLOCK, here.geometry),
-            gpu.linear.all_block_norms(here.dy, here.x, BLOCK, here.geometry),
-            gpu.linear.sketch(here.dy, here.x, u, v, BLOCK, here.geometry),
-        )
+        results = scores(cases[name])
     finally:
         torch.set_default_dtype(before)
 
     assert [r.dtype for r in results] == [torch.float32] * 3
 
 
-def test_a_sketch_of_no_directions_is_empty() -> None:
-    here = corners(BLOCK).on(DEVICE)
-    none = torch.ones(0, here.dy.shape[1], device=DEVICE), torch.ones(0, here.x.shape[1], device=DEVICE)
+@each
+def test_scores_of_nothing_are_zero_and_no_blocks_have_no_norms(name: str) -> None:
+    case = NOTHING[name]
 
-    assert gpu.linear.sketch(here.dy, here.x, *none, BLOCK, here.geometry).shape == (0, here.grid.rows, here.grid.cols)
-
-
-def test_norms_by_hand() -> None:
-    """``dy' x`` with one number in three of its four blocks; they are asked for in any order, one of them twice."""
-    dy, x = torch.zeros(3, 32, device=DEVICE), torch.zeros(3, 32, device=DEVICE)
-    dy[0, 0] = dy[1, 1] = dy[2, 31] = 1
-    x[0, 0], x[1, 5], x[2, 31] = 3, 4, -2  # the corner above left holds 3 and 4, that below right -2
-
-    assert gpu.linear.all_block_norms(dy, x, BLOCK, LinearShape(x.shape[-1], dy.shape[-1])).tolist() == [[5, 0], [0, 2]]
-    assert gpu.linear.block_norms(
-        dy, x, ints(1, 0, 1, 0), ints(1, 0, 0, 0), BLOCK, LinearShape(x.shape[-1], dy.shape[-1])
-    ).tolist() == [2, 5, 0, 5]
+    for score in scores(case):
+        assert torch.equal(score, torch.zeros_like(score))
+    assert calls.chosen_norms(SMALL[name], ints(), ints()).shape == (0,)
+    assert calls.chosen_norms(case, ints(), ints()).shape == (0,)
+    none = calls.sketch(SMALL[name], *directions(SMALL[name], 0))
+    assert none.shape == (0, SMALL[name].grid.rows, SMALL[name].grid.cols)
 
 
-@pytest.mark.parametrize("row", [0, 2])
-def test_norms_of_blocks_in_one_row_only(row: int) -> None:
-    here = corners(BLOCK).on(DEVICE)
-
-    norms = gpu.linear.block_norms(here.dy, here.x, ints(row, row, row), ints(3, 0, 2), BLOCK, here.geometry)
-
-    assert torch.equal(
-        norms,
-        gpu.linear.block_norms(here.dy, here.x, ints(row, row, row), ints(0, 2, 3), BLOCK, here.geometry)[[2, 0, 1]],
-    )
-
-
-def test_norms_of_no_blocks() -> None:
-    here = corners(BLOCK).on(DEVICE)
-
-    assert gpu.linear.block_norms(here.dy, here.x, ints(), ints(), BLOCK, here.geometry).shape == (0,)
-
-
-def test_scores_of_no_tokens_are_zero() -> None:
-    here = corners(BLOCK, tokens=0).on(DEVICE)
-    u, v = signs(2, 37, 0).to(DEVICE), signs(2, 55, 1).to(DEVICE)
-
-    assert gpu.linear.all_block_norms(here.dy, here.x, BLOCK, here.geometry).tolist() == [[0.0] * 4] * 3
-    assert gpu.linear.block_norms(here.dy, here.x, ints(0, 1), ints(0, 3), BLOCK, here.geometry).tolist() == [0, 0]
-    assert gpu.linear.sketch(here.dy, here.x, u, v, BLOCK, here.geometry).tolist() == [[[0.0] * 4] * 3] * 2
+# Panels of a sketch.
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 200])
@@ -102,6 +126,18 @@ def test_sketches_over_several_panels(tokens: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(linear, "SKETCH_BYTES", 1)
 
     check_sketches(corners(BLOCK, tokens=tokens))
+
+
+def test_sketches_of_images_over_several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of at least one tile of pixels each, over the end of images."""
+    monkeypatch.setattr(conv2d, "SKETCH_BYTES", 1)
+    panels = []
+    healthy = conv2d._project
+    monkeypatch.setattr(conv2d, "_project", lambda *args: panels.append(args[2]) or healthy(*args))
+
+    check_sketches(edge_case(images=3, groups=2, group_out=20, group_in=20), pairs=2)
+
+    assert panels == [(0, PROJECTED), (PROJECTED, 105 - PROJECTED)]
 
 
 def test_what_a_sketch_holds_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,43 +154,21 @@ def test_what_a_sketch_holds_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sketches_of_micro_batches_add_up() -> None:
     case = corners(BLOCK, tokens=33)
-    here, u, v = case.on(DEVICE), signs(3, 37, 0).to(DEVICE), signs(3, 55, 1).to(DEVICE)
+    u, v = directions(case, 3)
+    parts = [replace(case, dy=dy, x=x) for dy, x in zip(case.dy.split(8), case.x.split(8), strict=True)]
 
-    parts = [
-        gpu.linear.sketch(here.dy[t : t + 8], here.x[t : t + 8], u, v, BLOCK, case.geometry) for t in range(0, 33, 8)
-    ]
-
-    torch.testing.assert_close(
-        torch.stack(parts).sum(0), gpu.linear.sketch(here.dy, here.x, u, v, BLOCK, case.geometry)
-    )
-
-
-@pytest.mark.parametrize("layout", DY_LAYOUTS)
-def test_scores_of_any_strides(layout: str) -> None:
-    case = corners(BLOCK, dy_layout=layout, x_layout=layout if layout in X_LAYOUTS else "contiguous")
-
-    check_block_norms(case)
-    check_all_block_norms(case)
-    check_sketches(case)
+    torch.testing.assert_close(sum(calls.sketch(part, u, v) for part in parts), calls.sketch(case, u, v))
 
 
 @pytest.mark.parametrize("which", ["dy", "x"])
 def test_a_nan_reaches_only_the_blocks_that_it_belongs_to(which: str) -> None:
     """In dy a block row, in x a block column; also in the last one, which sticks out."""
     case = corners(BLOCK)
-    u, v = signs(2, 37, 0).to(DEVICE), signs(2, 55, 1).to(DEVICE)
-    row, col = (n.to(DEVICE) for n in (torch.arange(12).int() // 4, torch.arange(12).int() % 4))
     for block in (0, 2):
         broken = getattr(case, which).clone()
         broken[3, block * 16] = float("nan")
-        here = replace(case, **{which: broken}).on(DEVICE)
         expected = torch.zeros(3, 4, dtype=torch.bool)
         expected.select(int(which == "x"), block).fill_(True)
 
-        assert torch.equal(gpu.linear.all_block_norms(here.dy, here.x, BLOCK, case.geometry).isnan().cpu(), expected)
-        assert torch.equal(
-            gpu.linear.block_norms(here.dy, here.x, row, col, BLOCK, case.geometry).view(3, 4).isnan().cpu(), expected
-        )
-        assert torch.equal(
-            gpu.linear.sketch(here.dy, here.x, u, v, BLOCK, case.geometry).isnan().cpu(), expected.expand(2, 3, 4)
-        )
+        for score in scores(replace(case, **{which: broken})):
+            assert torch.equal(score.isnan(), expected.expand_as(score))

@@ -1,14 +1,17 @@
-"""The norms of all blocks, a supertile of them a program."""
+"""The norms of all blocks, a supertile of them a program, of layers and of convolutions."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu.config import Supertile
 
-from tests.device import DEVICE, DTYPES
-from tests.gpu_checks import SUPERTILE, check_all_block_norms, corners, drawn, far_apart, forced
+from tests.device import DTYPES
+from tests.gpu_checks import SUPERTILE, calls, check_all_block_norms, corners, drawn, far_apart, forced
+from tests.gpu_conv2d_checks import SHAPES, edge_case
 from tests.oracle import check_norms
 
 
@@ -67,19 +70,46 @@ def test_rows_that_are_2_to_the_31_elements_apart() -> None:
 
 def test_an_infinity_that_meets_the_filling_is_no_nan() -> None:
     case = corners((16, 16), out_features=43, in_features=61)
-    dy = case.dy.abs() + 1
-    dy[2, 3] = float("inf")
+    case = replace(case, dy=case.dy.abs() + 1, x=case.x.abs() + 1)
+    case.dy[2, 3] = float("inf")
 
     with forced(SUPERTILE):
-        norms = gpu.linear.all_block_norms(dy.to(DEVICE), (case.x.abs() + 1).to(DEVICE), (16, 16), case.geometry).cpu()
+        norms = calls.all_norms(case).cpu()
 
     assert norms[0].isinf().all() and norms[1:].isfinite().all()
 
 
 def test_two_calls_agree_to_the_bit() -> None:
-    here = corners((16, 16)).on(DEVICE)
+    case = corners((16, 16))
 
     with forced(SUPERTILE):
-        norms = [gpu.linear.all_block_norms(here.dy, here.x, (16, 16), here.geometry) for _ in range(2)]
+        assert torch.equal(calls.all_norms(case), calls.all_norms(case))
 
-    assert torch.equal(*norms)
+
+# Convolutions.
+
+
+@pytest.mark.parametrize("name", ["padded", "dilated and strided", "grouped", "same, on four sides"])
+def test_of_any_convolution(name: str) -> None:
+    check_all_block_norms(edge_case(**SHAPES[name]), SUPERTILE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_a_convolution_of_any_dtype_as_it_is_configured_by_default(dtype: torch.dtype) -> None:
+    check_all_block_norms(edge_case(dtype=dtype, kernel=(2, 2), block=(32, 16)))
+
+
+@pytest.mark.parametrize("which", ["dy", "x"])
+def test_a_nan_reaches_only_the_blocks_of_the_taps_that_see_it(which: str) -> None:
+    """In dy a block row, in x a block of channels in the taps that see the pixel: the last one, which sticks out."""
+    case = edge_case(kernel=(2, 1), padding=(0, 0, 0, 0), height=3, width=2, images=1)
+    broken = getattr(case, which).clone()
+    broken[0, -1, 0, 0] = float("nan")  # the pixel above left: seen by the first tap only
+    expected = torch.zeros(2, 2, 3, dtype=torch.bool)  # row, tap, block of channels
+    if which == "dy":
+        expected[1] = True
+    else:
+        expected[:, 0, 2] = True
+    with forced(SUPERTILE):
+        norms = calls.all_norms(replace(case, **{which: broken}))
+    assert torch.equal(norms.isnan().cpu().view(2, 2, 3), expected)
