@@ -1,0 +1,18 @@
+"""What a training costs before it runs: bytes, FLOPs, traffic and time of a step."""
+
+from sparsekern.analysis.plan.parallel import STRATEGIES, Layout, Memory, Traffic, Updates, memory, traffic
+from sparsekern.analysis.plan.trace import Step, Trace, repeated_blocks, trace
+
+__all__ = [
+    "STRATEGIES",
+    "Layout",
+    "Memory",
+    "Step",
+    "Trace",
+    "Traffic",
+    "Updates",
+    "memory",
+    "repeated_blocks",
+    "trace",
+    "traffic",
+]

@@ -1,0 +1,121 @@
+"""Bytes on a device and bytes that it sends, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern.analysis.plan import Layout, Step, Updates, memory, trace, traffic
+from sparsekern.errors import InputError
+
+VALUES, BIAS = 9 * 256 * 4, 64 * 4
+"""Bytes of a layer of 9 of 16 blocks of 16 x 16."""
+
+
+@pytest.fixture(scope="module")
+def found():
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+        sk.sparsify_(model, 0.4375, 16)
+    x = torch.empty(8, 64, device="meta")
+    return trace(Step(model, x, lambda m, x: m(x).sum(), lambda m: torch.optim.SGD(m.parameters(), momentum=0.9)))
+
+
+def test_a_single_device_holds_everything(found):
+    held = memory(found, Layout())
+    assert held.values == held.optimizer == held.gradients == 3 * (VALUES + BIAS)
+    assert (held.communication, held.step) == (0, found.peak())
+    assert held.total == held.values + held.optimizer + held.index + held.step
+
+
+def test_ddp_holds_everything_and_buckets(found):
+    held, alone = memory(found, Layout("ddp", 4)), memory(found, Layout())
+    assert held.communication == 3 * (VALUES + BIAS)
+    assert held.total == alone.total + held.communication
+
+
+def test_fsdp2_shards_slots_as_torch_chunk_does(found):
+    held = memory(found, Layout("fsdp2", 4, ("0", "1")))
+    rows = 3  # of 9 slots on 4 devices: 3, 3, 3, 0
+    assert held.values == held.optimizer == held.gradients == 3 * (rows * 1024 + BIAS // 4)
+    layer = VALUES + BIAS
+    assert held.communication == (1 + 2 + 1) * layer  # outside of blocks, two blocks, the gradients of one
+    assert held.index == memory(found, Layout()).index
+
+
+def test_more_devices_than_slots(found):
+    assert memory(found, Layout("fsdp2", 512)).values == 3 * (1024 + 4)
+
+
+def test_accumulated_gradients_are_there_throughout(found):
+    more, once = memory(found, Layout(), accumulate=2), memory(found, Layout())
+    assert more.step - once.step == max(o for _, o in found.peaks) + once.gradients - found.peak() >= 0
+
+
+def test_one_device_sends_nothing(found):
+    sent = traffic(found.parameters, Layout("ddp", 1), Updates(every=100, moved=0.3))
+    assert (sent.step, sent.moves) == (0, 0)
+
+
+def test_ddp_adds_gradients_up(found):
+    sent = traffic(found.parameters, Layout("ddp", 4), Updates())
+    assert sent.gradients == sent.step == 2 * 3 * 3 * (VALUES + BIAS) // 4
+    assert traffic(found.parameters, Layout("ddp", 4), Updates(), accumulate=8) == sent
+
+
+def test_fsdp2_gathers_blocks_twice_and_scatters_gradients(found):
+    layout, layer = Layout("fsdp2", 2, ("0", "1")), VALUES + BIAS
+    sent = traffic(found.parameters, layout, Updates())
+    assert (sent.gathers, sent.gradients) == ((1 + 2 * 2) * layer // 2, 3 * layer // 2)
+    assert traffic(found.parameters, layout, Updates(), accumulate=3).step == 3 * sent.step
+
+
+def test_updates_of_set(found):
+    rules = Updates(every=100, moved=1 / 3, ranked=True)
+    sent = traffic(found.parameters, Layout("fsdp2", 2), rules)
+    assert sent.scores == 3 * 9 * 4 // 2  # a number a slot
+    assert sent.moves == 3 * 3 * 8 // 2  # two coordinates of 3 blocks a layer
+    assert sent.step == sent.gradients + sent.gathers + (sent.scores + sent.moves) / 100
+    assert traffic(found.parameters, Layout("ddp", 2), rules).scores == 0  # every rank has all values
+    assert sent.scores + sent.moves <= 16 * 3 * 9
+
+
+def test_updates_that_score_candidates(found):
+    sent = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, candidates=1 / 3))
+    assert sent.scores == 3 * 3 * (2 * 256 + 1) * 4 // 2  # gradients of 3 candidates a layer, and their scores
+    every = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, candidates=5.0))
+    assert every.scores == 3 * 7 * (2 * 256 + 1) * 4 // 2  # no more than there are empty places
+
+
+def test_updates_that_screen_all_places(found):
+    sent = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, scores_all=True, sketches=16))
+    assert sent.scores == 3 * 16 * (2 * 16 + 1) * 4 // 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("fsdp", 2), "strategy is 'fsdp'; it must be one of single, ddp, fsdp2"),
+        (("ddp", 0), "devices is 0; it must be 1 or more"),
+        (("single", 8), "strategy is 'single' and devices is 8; use ddp or fsdp2 for several devices"),
+    ],
+)
+def test_bad_layouts(arguments, words):
+    with pytest.raises(InputError, match=words):
+        Layout(*arguments)
+
+
+def test_a_frozen_layer_has_no_gradient():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    model[0].weight.requires_grad_(False)
+    x = torch.empty(8, 64, device="meta")
+    optimizer = lambda m: torch.optim.SGD([p for p in m.parameters() if p.requires_grad])  # noqa: E731
+    found = trace(Step(model, x, lambda m, x: m(x).sum(), optimizer))
+    sent = traffic(found.parameters, Layout("ddp", 2), Updates())
+    assert sent.gradients == 64 * 64 * 4
+    assert math.isclose(sent.step, sent.gradients)
