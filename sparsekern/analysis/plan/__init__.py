@@ -1,4 +1,4 @@
-"""What a training costs before it runs: bytes, FLOPs, traffic and time of a step."""
+"""Predictions for a training that has not run: bytes, FLOPs, traffic and time of a step."""
 
 from sparsekern.analysis.plan.parallel import STRATEGIES, Layout, Memory, Traffic, Updates, memory, traffic
 from sparsekern.analysis.plan.trace import Step, Trace, repeated_blocks, trace

@@ -82,7 +82,7 @@ _SPARSE = {f"{op}{which}" for op in ("linear", "conv2d") for which in ("", "_bac
 
 
 def _sparse(name: str, args: Sequence[Any], result: Any, flops: int, size: int) -> Operation:
-    """A sparse product: the first argument is x or dy; values, where there are some, have three axes."""
+    """Return a sparse product, whose first argument is x or dy; values are the tensor with three axes."""
     op, _, which = name.partition("_")
     values = next((t for t in tree_leaves((args, result)) if isinstance(t, Tensor) and t.dim() == 3), None)
     assert values is not None
