@@ -9,9 +9,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from sparsekern.kernels.contract import ConvShape
-from sparsekern.ops.geometry import unpack
-
 SPARSE, DENSE, ATTENTION, OTHER, OPTIMIZER = "sparse products", "dense products", "attention", "other", "optimizer"
 
 GROUPS = (SPARSE, DENSE, ATTENTION, OTHER, OPTIMIZER)
@@ -82,24 +79,18 @@ _SPARSE = {f"{op}{which}" for op in ("linear", "conv2d") for which in ("", "_bac
 
 
 def _sparse(name: str, args: Sequence[Any], result: Any, flops: int, size: int) -> Operation:
-    """Return a sparse product, whose first argument is x or dy; values are the tensor with three axes."""
+    """Return a sparse product; dx and dvalues count as halves of the backward."""
     op, _, which = name.partition("_")
-    values = next((t for t in tree_leaves((args, result)) if isinstance(t, Tensor) and t.dim() == 3), None)
-    assert values is not None
-    geometry = next(unpack(a) for a in args if isinstance(a, (list, tuple)) and len(a) in (2, 13) and type(a[0]) is int)
-    dense = [t for t in tree_leaves((args[:3], result)) if isinstance(t, Tensor) and t.dim() in (2, 4)]
-    by_features = {t.shape[1]: t for t in dense}
-    if isinstance(geometry, ConvShape):
-        x, y = by_features[geometry.in_channels], by_features[geometry.out_channels]
-    else:
-        x, y = by_features[geometry.in_features], by_features[geometry.out_features]
-    tokens = y.numel() // y.shape[1]
+    values = {"": 1, "dx": 1, "backward": 2}
+    stored = args[values[which]] if which in values else result
+    x, y = {"": (args[0], result), "dx": (result, args[0])}.get(which, (args[1], args[0]))
     products = 2 if which == "backward" else 1
-    elements = x.numel() + y.numel() + values.numel()
-    bo, bi = values.shape[1:]
+    bo, bi = stored.shape[1:]
+    tokens = y.numel() // y.shape[1]
+    elements = products * (x.numel() + y.numel() + stored.numel())
+    gathered = products * stored.shape[0] * tokens * bi * size
     kind = f"sparse {op} {bo}x{bi} {which or 'forward'}"
-    gathered = products * values.shape[0] * tokens * bi * size
-    return product(SPARSE, kind, products * elements, flops, size, tokens=tokens, gathered=gathered)
+    return product(SPARSE, kind, elements, flops, size, tokens=tokens, gathered=gathered)
 
 
 def _mm(name: str, args: Sequence[Any], result: Any, flops: int, size: int) -> Operation:

@@ -1,0 +1,227 @@
+"""The seconds of operators on a machine that was measured, or on a device whose maker published its peaks.
+
+A measurement is a set of curves. A product takes ``elements * curve(intensity)`` seconds: how long it takes for each
+number that it reads or writes, by the multiply-adds for each of them. Any other operator takes ``bytes *
+curve(bytes)``. Between two points a curve is a straight line on logarithmic axes, and beyond its ends it is constant.
+Each call takes some time more: Python, autograd and the dispatcher.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparsekern.analysis.plan.operation import ATTENTION, DENSE, OPTIMIZER, SPARSE, Operation
+from sparsekern.errors import InputError
+from sparsekern.kernels.gpu.roofline import device as architecture
+
+Points = list[tuple[float, float]]
+
+FORMAT = 1
+"""Of the file of a measurement."""
+
+FAMILIES = {
+    "add": ("add_", "mul", "mul_", "div", "sub", "pow", "neg", "rsqrt", "constant_pad_nd", "cat", "slice_backward"),
+    "relu": ("relu_", "clamp", "clamp_min"),
+    "clone": ("_to_copy", "stack", "copy_"),
+    "sum": ("mean", "linalg_vector_norm", "nll_loss_forward"),
+    "zeros": ("fill_", "zero_", "ones_like", "zeros_like", "new_zeros", "nll_loss_backward", "ones"),
+    "_log_softmax": ("_softmax",),
+    "_log_softmax_backward_data": ("_softmax_backward_data",),
+    "silu": ("sigmoid", "tanh", "exp"),
+    "gelu": ("erf",),
+    "native_batch_norm": ("cudnn_batch_norm",),
+}
+"""Operators that take as long as one that was measured, by its name. What is in no family takes as long as ``add``."""
+
+FAMILY = {name: measured for measured, names in FAMILIES.items() for name in names}
+
+
+class Clocked(Protocol):
+    """Anything that says how long an operation takes."""
+
+    def seconds(self, operation: Operation) -> float:
+        """Return the seconds of one call."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that was measured.
+
+    Attributes:
+        about: processor, threads, versions of PyTorch and of this package, and the date.
+        call: seconds that any call takes besides its work.
+        sparse_call: seconds that a call of a sparse product takes besides its work.
+        curves: points of each curve by its name, which ends with ``@tokens`` where the number of tokens matters too.
+    """
+
+    about: Mapping[str, Any]
+    call: float
+    sparse_call: float
+    curves: Mapping[str, Points] = field(repr=False)
+
+    def seconds(self, operation: Operation) -> float:
+        """Return the seconds of one call."""
+        if not operation.kind:
+            return self.call
+        if operation.group == SPARSE:
+            return self.sparse_call + operation.elements * self._at_tokens(operation)
+        if operation.group in (DENSE, ATTENTION):
+            kind = operation.kind if operation.kind in self.curves else operation.kind.removesuffix(" causal")
+            return self.call + operation.elements * value(self.curves[kind], operation.intensity)
+        usual = operation.group == OPTIMIZER and operation.kind not in self.curves
+        kind = "_fused_adamw_" if usual else FAMILY.get(operation.kind, operation.kind)
+        points = self.curves.get(kind, self.curves["add"])
+        return self.call + operation.bytes * value(points, operation.bytes)
+
+    def nearest_block(self, operation: Operation) -> str:
+        """Return the curve of a sparse product: its own, or that of the measured block of the nearest size."""
+        measured = self._sparse
+        op, block, which = parts_of(operation.kind)
+        which = which if which in ("forward", "backward") else "forward" if which == "dx" else "backward"
+        own = [name for name in measured if parts_of(name)[0] == op and parts_of(name)[2] == which]
+        return min(own, key=lambda name: abs(math.log(area(parts_of(name)[1]) / area(block))))
+
+    def _at_tokens(self, operation: Operation) -> float:
+        by_tokens = self._sparse[self.nearest_block(operation)]
+        return value([(tokens, value(points, operation.intensity)) for tokens, points in by_tokens], operation.tokens)
+
+    @cached_property
+    def _sparse(self) -> dict[str, list[tuple[float, Points]]]:
+        """Curves of sparse products by their name without the tokens, which come first in each pair."""
+        found: dict[str, list[tuple[float, Points]]] = {}
+        for name, points in self.curves.items():
+            kind, _, tokens = name.partition("@")
+            if tokens:
+                found.setdefault(kind, []).append((float(tokens), points))
+        return {kind: sorted(pairs) for kind, pairs in found.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the measurement to a file of its own."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_text(json.dumps({"format": FORMAT} | asdict(self)))
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Machine | None:
+        """Return what :meth:`save` wrote; None if there is no such file.
+
+        Raises:
+            ValueError: the file is damaged, or of another version.
+        """
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text())
+            if content.pop("format") != FORMAT:
+                raise KeyError
+            curves = {name: [(float(x), float(y)) for x, y in points] for name, points in content["curves"].items()}
+            return cls(**content | {"curves": curves})
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is no measurement of this version; run sparsekern plan --measure") from None
+
+
+def parts_of(kind: str) -> tuple[str, str, str]:
+    """Return op, block and product of a sparse kind: ``("linear", "16x16", "forward")``."""
+    _, op, block, which = kind.split(" ")
+    return op, block, which
+
+
+def area(block: str) -> int:
+    """Return the elements of a block such as ``"16x16"``."""
+    return math.prod(int(side) for side in block.split("x"))
+
+
+def value(points: Iterable[tuple[float, float]], x: float) -> float:
+    """Return the height of a curve at x: a line on logarithmic axes between its points, constant beyond its ends."""
+    ordered = sorted(points)
+    place = bisect.bisect(ordered, (x, math.inf))
+    if place == 0 or place == len(ordered):
+        return ordered[min(place, len(ordered) - 1)][1]
+    (x0, y0), (x1, y1) = ordered[place - 1 : place + 1]
+    share = math.log(x / x0) / math.log(x1 / x0)
+    return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
+
+
+def cache_file(processor: str, threads: int, torch: str, sparsekern: str) -> Path:
+    """Return where a measurement is kept: in the user's cache folder by the platform's convention."""
+    if sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = f"{processor} {threads} threads torch {torch} sparsekern {sparsekern}"
+    return folder / "sparsekern" / f"machine {re.sub(r'[^A-Za-z0-9.+ _-]+', '_', key)}.json".replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device by its published peaks, which no program reaches: times are lower bounds.
+
+    Attributes:
+        name: of the device.
+        arch: whose rates of the tensor cores and of the L2 cache are in ``kernels/gpu/configs/devices.json``.
+        gigabytes: of its memory.
+        memory_tb_s: of its memory, terabytes a second.
+        link_gb_s: that it sends to its neighbours in one machine, gigabytes a second.
+        tflops: rates of the tensor cores where they are not those of the architecture's entry.
+        network_gb_s: that it sends beyond its machine, gigabytes a second: 400 Gbit/s a device where it is meant to.
+        launch: seconds between the starts of two kernels: an estimate.
+        dtype: ``"half"``, ``"tf32"`` or ``"ieee"``: how products are computed.
+    """
+
+    name: str
+    arch: str
+    gigabytes: float
+    memory_tb_s: float
+    link_gb_s: float
+    tflops: Mapping[str, float] = field(default_factory=dict)
+    network_gb_s: float = 50.0
+    launch: float = 5e-6
+    dtype: str = "half"
+
+    def seconds(self, operation: Operation) -> float:
+        """Return the seconds of one call: the slowest of computing, memory, gathering from L2, and starting it."""
+        if not operation.kind:
+            return 0.0
+        constants = architecture(self.arch)
+        peak = (constants["tflops"] | dict(self.tflops))[self.dtype]
+        compute = operation.flops / (peak * 1e12)
+        moving = operation.bytes / (self.memory_tb_s * 1e12)
+        gathering = operation.gathered / (constants["l2_tb_s"] * 1e12)
+        return max(compute, moving, gathering, self.launch)
+
+    def sends(self, devices: int) -> float:
+        """Return the bytes a second that each of some devices sends; more than eight are in several machines."""
+        return 1e9 * (self.link_gb_s if devices <= 8 else min(self.link_gb_s, self.network_gb_s))
+
+
+_RTX_4090 = {"half": 165.2, "tf32": 82.6, "ieee": 82.6}  # NVIDIA's Ada whitepaper, float32 accumulation, dense
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100", "sm_80", 80, 2.039, 300),
+        Device("h100", "sm_90", 80, 3.35, 450),
+        Device("h200", "sm_90", 141, 4.8, 450),
+        Device("b200", "sm_100", 180, 8.0, 900),
+        Device("l40s", "sm_89", 48, 0.864, 32),
+        Device("rtx4090", "sm_89", 24, 1.008, 32, _RTX_4090, network_gb_s=12.5),
+        Device("rtx5090", "sm_120", 32, 1.792, 64, network_gb_s=12.5),
+    )
+}
+"""Devices by name: the SXM forms of A100 to B200. Memory, its rate and links are NVIDIA's data sheets."""
+
+CPU_NETWORK = 1.25e9
+"""Bytes a second that a CPU sends to others: Ethernet of 10 Gbit/s, an assumption."""
