@@ -55,6 +55,7 @@ def application() -> typer.Typer:
     from sparsekern.cli.convert import convert
     from sparsekern.cli.info import info
     from sparsekern.cli.inspect import inspect
+    from sparsekern.cli.plan import plan
     from sparsekern.cli.report import report
     from sparsekern.cli.shell import PlainErrors
     from sparsekern.cli.train import train
@@ -77,6 +78,7 @@ def application() -> typer.Typer:
     app.command()(train)
     app.command("compare")(compare_methods)
     app.command()(report)
+    app.command()(plan)
     app.command()(info)
     app.command()(inspect)
     app.command()(convert)

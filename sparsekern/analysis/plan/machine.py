@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -200,7 +200,11 @@ class Device:
         compute = operation.flops / (peak * 1e12)
         moving = operation.bytes / (self.memory_tb_s * 1e12)
         gathering = operation.gathered / (constants["l2_tb_s"] * 1e12)
-        return max(compute, moving, gathering, self.launch)
+        return float(max(compute, moving, gathering, self.launch))
+
+    def in_float32(self) -> Device:
+        """Return the device as it computes float32 products without the tensor cores, which is PyTorch's default."""
+        return replace(self, dtype="ieee")
 
     def sends(self, devices: int) -> float:
         """Return the bytes a second that each of some devices sends; more than eight are in several machines."""

@@ -38,6 +38,14 @@ class Operation(NamedTuple):
     bytes: int = 0
     gathered: int = 0
 
+    def scaled(self, factor: float) -> Operation:
+        """Return a product of the same activations with ``factor`` times the blocks."""
+        return self._replace(
+            intensity=self.intensity * factor,
+            flops=round(self.flops * factor),
+            gathered=round(self.gathered * factor),
+        )
+
 
 def operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> list[Operation]:
     """Return what an operator call is, as a list of one; an empty one for what computes nothing on tensors."""

@@ -142,8 +142,8 @@ class Updates:
         moved: fraction of the blocks that an update moves.
         ranked: whether blocks are ranked by their values.
         candidates: absent blocks, over the stored ones, whose gradients are computed and added up over devices.
-        scores_all: whether the gradient of every place is scored.
-        sketches: numbers a place that are added up over devices, where every place is scored.
+        scores_all: whether the whole gradient is computed, to score every place; it is never stored.
+        sketches: numbers a place from which candidates are chosen; they are added up over devices.
         masked: the part of the stored blocks with which a pass computes.
         forwards: forward passes of a step beyond the first.
     """
@@ -211,7 +211,7 @@ def traffic(parameters: Sequence[Parameter], layout: Layout, updates: Updates, a
         if p.slots and p.gradient:
             if updates.ranked and layout.sharded:
                 scores += ring * SCORE * p.slots
-            if updates.scores_all:
+            if updates.sketches:
                 scores += ring * SCORE * p.cells * (2 * updates.sketches + 1)
             if updates.candidates:
                 chosen = min(math.ceil(updates.candidates * p.slots), p.cells - p.slots)

@@ -92,7 +92,7 @@ def test_updates_that_score_candidates(found):
 
 
 def test_updates_that_screen_all_places(found):
-    sent = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, scores_all=True, sketches=16))
+    sent = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, sketches=16))
     assert sent.scores == 3 * 16 * (2 * 16 + 1) * 4 // 2
 
 
