@@ -179,6 +179,7 @@ setup(
     packages=[
         "sparsekern",
         "sparsekern.analysis",
+        "sparsekern.analysis.plan",
         "sparsekern.cli",
         "sparsekern.files",
         "sparsekern.integrations",
