@@ -78,7 +78,7 @@ def compare_methods(
         CtrlC() as interrupt,
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):
-        check_one_process()
+        check_one_process("sparsekern compare")
         contestants = [Contestant.parse(text) for text in method or ()]
         contestants += [Contestant.parse(text, preset=True) for text in preset or ()]
         plan = plan_for(

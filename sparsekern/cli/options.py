@@ -13,6 +13,7 @@ import typer
 from sparsekern.errors import InputError
 from sparsekern.lab import Config
 from sparsekern.lab.config import FROM_RECIPE, RUN_OPTIONS
+from sparsekern.lab.distributed import Launch
 from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS, Option, declared
 from sparsekern.lab.recipes import RECIPES
 from sparsekern.lab.store import Keeping
@@ -92,13 +93,14 @@ RUN: dict[str, Any] = {
     for name, entry in RUN_OPTIONS.items()
 }
 KEEPING: dict[str, Any] = {entry.name: annotation(entry) for entry in declared(Keeping)}
+LAUNCH: dict[str, Any] = {entry.name: annotation(entry, panel="Options under torchrun") for entry in declared(Launch)}
 NETWORK: dict[str, Any] = {
     name: annotation(entry, _of_network(name), "Options of networks") for name, entry in NETWORK_OPTIONS.items()
 }
 METHOD: dict[str, Any] = {
     name: annotation(entry, "", "Options of methods", f" [{entry.owners}]") for name, entry in OPTIONS.items()
 }
-"""The options of a run, of its checkpoints, of networks and of methods, by name, as typer takes them."""
+"""The options of a run, its checkpoints, its processes, of networks and methods, by name, as typer takes them."""
 
 
 def absolute(path: str | None) -> str | None:

@@ -20,13 +20,17 @@ from typer.core import TyperGroup
 
 from sparsekern.errors import InputError
 from sparsekern.lab import Interrupted
+from sparsekern.lab.distributed import ToldByFirst, launched
 from sparsekern.lab.report.tables import Cells
 from sparsekern.lab.report.text import printable
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR, INTERRUPTED, LOST_RANK = 2, 130, 3
 
 NO_ROOM = ("No space left on device", "PytorchStreamWriter failed", "inline_container", "Disk quota exceeded")
 """What the system, safetensors and PyTorch say when a disk is full."""
+
+NO_RANK = ("/gloo/", "ncclRemoteError", "NCCL", "DistNetworkError")
+"""What the libraries of process groups say when another process has ended or does not answer."""
 
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 """What PyTorch says when there is not enough memory, on a CPU and on CUDA."""
@@ -71,21 +75,32 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str], options: Col
     That is an InputError, an error of the system with a file, and a lack of memory or of room on a disk. Any other
     error, a plain ValueError among them, is a defect of sparsekern and keeps its traceback.
 
+    Of several processes the first one tells what they have agreed on. The others then end with code 0: a launcher ends
+    all when one of them fails, and the first might not have spoken yet.
+
     Args:
         errors: where the line goes.
         how_to_go_on: what to say after Ctrl-C; takes whether everything was saved.
         options: names of the parameters that are options of the command; an error about one names the option.
     """
+    ranks = launched()
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
+        if not ranks.first:
+            raise typer.Exit from None
         errors.print(how_to_go_on(isinstance(stop, Interrupted)))
         raise typer.Exit(INTERRUPTED) from None
+    except ToldByFirst:
+        raise typer.Exit from None
     except Exception as error:
+        if ranks.count > 1 and any(words in str(error) for words in NO_RANK):
+            errors.print(f"error: rank {ranks.rank}: another rank has ended or does not answer. {how_to_go_on(False)}")
+            os._exit(LOST_RANK)  # the threads that wait for the other rank would abort the end of the interpreter
         message = _way_out(error, how_to_go_on, options)
         if message is None:
             raise
-        errors.print(f"error: {message}")
+        errors.print(f"error: {'' if ranks.first else f'rank {ranks.rank}: '}{message}")
         raise typer.Exit(USAGE_ERROR) from None
 
 
@@ -104,23 +119,16 @@ def _way_out(error: Exception, how_to_go_on: Callable[[bool], str], options: Col
     return f"{error} (option --{option})" if error.parameter in options and option not in str(error) else str(error)
 
 
-def check_one_process() -> None:
+def check_one_process(command: str) -> None:
     """Stop on every rank if a launcher such as torchrun started several processes; the first rank says why.
 
     Raises:
-        ValueError: on the first rank.
-        typer.Exit: on the others, without a word and with code 0: a launcher ends all ranks when one of them fails,
-            and the first might not have spoken yet.
+        ValueError: on all ranks.
     """
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if not ranks.isdecimal() or int(ranks) <= 1:
-        return
-    if os.environ.get("RANK", "0") != "0":
-        raise typer.Exit
-    raise InputError(
-        f"WORLD_SIZE is {ranks}: a launcher started {ranks} processes, and each would train all of the run; start "
-        "sparsekern without torchrun, or train by a loop of your own with the sparse layers and methods under DDP"
-    )
+    ranks = launched()
+    if ranks.count > 1:
+        text = f"WORLD_SIZE is {ranks.count}, but {command} runs in one process; start it without torchrun"
+        raise InputError(text) if ranks.first else ToldByFirst(text)
 
 
 def stopped(saved: bool) -> str:
@@ -132,7 +140,8 @@ class CtrlC:
     """Turns the first Ctrl-C into a request, which the loop reads between two steps; a second one ends at once.
 
     A KeyboardInterrupt in the middle of a step would leave weights and optimizer state of different steps. SIGTERM,
-    which batch systems send some time before they kill, is such a request too.
+    which batch systems send some time before they kill, is such a request too. Under a launcher, which passes on what
+    the terminal sends to each process as well, all of them are requests.
     """
 
     def __init__(self) -> None:
@@ -153,7 +162,8 @@ class CtrlC:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if launched().count == 1:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 USAGE = cast(type[Exception], typer.BadParameter.__mro__[1])

@@ -13,20 +13,33 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from sparsekern.cli.live import Live
-from sparsekern.cli.options import KEEPING, METHOD, NETWORK, RUN, Quiet, absolute, given, option, sparsity_of, takes
-from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
+from sparsekern.cli.options import (
+    KEEPING,
+    LAUNCH,
+    METHOD,
+    NETWORK,
+    RUN,
+    Quiet,
+    absolute,
+    given,
+    option,
+    sparsity_of,
+    takes,
+)
+from sparsekern.cli.shell import CtrlC, PlainConsole, error_console, explained, say, table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Logged, resume, start
+from sparsekern.lab.distributed import Launch, joined, launched
 from sparsekern.lab.recipes import RECIPES, Recipe
 from sparsekern.lab.report.tables import result_cells, result_notes, result_title
 from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
 
-NAMES = {*RUN, *KEEPING, *NETWORK, *METHOD}
+NAMES = {*RUN, *KEEPING, *LAUNCH, *NETWORK, *METHOD}
 """Parameters that are options of this command."""
 
 
-@takes(values=RUN, keeping=KEEPING, network=NETWORK, options=METHOD)
+@takes(values=RUN, keeping=KEEPING, launch=LAUNCH, network=NETWORK, options=METHOD)
 def train(
     *,
     values: dict[str, Any],
@@ -44,12 +57,13 @@ def train(
     list_: Annotated[bool, typer.Option("--list", help="Show the recipes and where they come from.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the list, as JSON.")] = False,
     quiet: Quiet = False,
+    launch: dict[str, Any],
     network: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
     """Train a block-sparse network and its dense twin side by side, and compare them.
 
-    Ctrl-C saves everything and says how to go on.
+    Ctrl-C saves everything and says how to go on. Under torchrun, all processes train one run together.
     """
     if list_:
         _show_recipes(as_json=as_json)
@@ -60,22 +74,24 @@ def train(
     with (
         explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), NAMES),
         CtrlC() as interrupt,
-        Live(errors, interrupt.asked, quiet=quiet) as live,
+        joined(launched().alike(lambda: Launch(**launch)), values.get("device")) as ranks,
+        Live(errors, interrupt.asked, quiet=quiet or not ranks.first) as live,
     ):
-        check_one_process()
-        observer = live if log_to is None else Logged(live, log_to)
+        observer = live if log_to is None or not ranks.first else Logged(live, log_to)
         if "sparsity" in values:
-            values["sparsity"] = sparsity_of(",".join(values["sparsity"]))
+            values["sparsity"] = ranks.alike(lambda: sparsity_of(",".join(values["sparsity"])))
         if resume_ is not None:
-            _check_agreement(resume_, values, out)
-            finished = (resume_ / RESULTS).is_file()
-            run = resume(resume_, observer, **keeping)
+            going_on = resume_
+            finished = ranks.on_first(lambda: _check_agreement(going_on, values, out))
+            run = resume(going_on, observer, ranks, **keeping)
             if finished:
                 errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
         else:
-            config = Config(**values)
-            folder = out or default_folder(config, datetime.now())
-            run = start(config, folder, observer, Keeping(**keeping))
+            config, kept = ranks.alike(lambda: (Config(**values), Keeping(**keeping)))
+            folder = out or ranks.from_first(default_folder(config, datetime.now()))
+            run = start(config, folder, observer, kept, ranks)
+    if not ranks.first:
+        return
     assert folder is not None
     if as_json:
         say(json.dumps(run.results | {"folder": str(folder)}))
@@ -102,8 +118,8 @@ def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:
     return f"{state}. To go on: sparsekern train --resume {shlex.quote(str(folder))}"
 
 
-def _check_agreement(folder: Path, values: dict[str, Any], out: Path | None) -> None:
-    """Raise ValueError if an option contradicts the run that is resumed."""
+def _check_agreement(folder: Path, values: dict[str, Any], out: Path | None) -> bool:
+    """Raise ValueError if an option contradicts the run that is resumed; return whether it is finished."""
     if out is not None and out.resolve() != folder.resolve():
         raise InputError(f"--out is {out}, but a resumed run stays in its folder {folder}; drop --out")
     config = read_config(folder).config.to_json()
@@ -116,6 +132,7 @@ def _check_agreement(folder: Path, values: dict[str, Any], out: Path | None) -> 
                 "or start a new run without --resume",
                 parameter=name,
             )
+    return (folder / RESULTS).is_file()
 
 
 def recipe_table() -> Table:

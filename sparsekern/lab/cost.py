@@ -167,7 +167,7 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
     sizes = {}
     for network in reversed(config.networks):  # the sparse one last
         learner = Learner(run, network, seed=0)
-        inputs, _ = learner.next_batch()
+        inputs, _ = learner.next_batch().batch
         learner.step()
         sizes[network] = learner.sizes()
     checkpoint.load_model(newest, learner.network, learner.model)

@@ -128,6 +128,7 @@ class Environment(Part):
     device: str
     threads: Positive
     kernels: str
+    ranks: Positive = 1
 
 
 class Sizes(Part):

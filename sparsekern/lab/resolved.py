@@ -11,6 +11,7 @@ import torch
 
 from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
+from sparsekern.lab.distributed import ALONE, Ranks
 from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
 from sparsekern.lab.tasks import Task
@@ -40,6 +41,7 @@ class Run:
         transform: name of the Sparse-IFT transform, or None.
         transform_max_gib: GiB that it may take, or None for its default.
         spectral: whether the graphs of the blocks are measured at each update.
+        ranks: the processes that train it together.
     """
 
     config: Config
@@ -60,21 +62,29 @@ class Run:
     transform: str | None
     transform_max_gib: float | None
     spectral: bool
+    ranks: Ranks
 
 
-def resolve(config: Config, task: Task) -> Run:
+def resolve(config: Config, task: Task, ranks: Ranks = ALONE) -> Run:
     """Decide a run.
 
     Args:
         config: the options, some of them open.
         task: with the data.
+        ranks: the processes that train it together.
 
     Raises:
-        ValueError: this machine lacks the device, or the data do not fit the network.
+        ValueError: this machine lacks the device, the data do not fit the network, or the ranks do not divide a batch.
     """
     recipe = find(config.recipe)
     config = config.resolved(task.examples, task.augmentation(recipe))
-    device = usable_device(str(config.device))
+    device = usable_device(str(config.device), ranks)
+    if config.batch_size % ranks.count:
+        raise InputError(
+            f"batch_size is {config.batch_size}, which {ranks.count} ranks do not divide; choose a multiple of "
+            f"{ranks.count}, or another number of ranks",
+            parameter="batch_size",
+        )
     batches = math.ceil(task.examples / config.batch_size)
     steps = (config.epochs or 0) * batches
     chosen = None if config.preset is None else PRESETS[config.preset]
@@ -122,16 +132,21 @@ def resolve(config: Config, task: Task) -> Run:
         transform=transform.get("transform"),
         transform_max_gib=transform.get("transform_max_gib"),
         spectral=bool(options.get("spectral")),
+        ranks=ranks,
     )
 
 
-def usable_device(name: str) -> torch.device:
-    """Return the device of that name.
+def usable_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """Return the device of that name; of several ranks on GPUs, each has its own.
 
     Raises:
         ValueError: this machine, or this installation of PyTorch, does not have it.
     """
     device = torch.device(name)
+    if device.type == "cuda" and ranks.count > 1:
+        if ":" in name:
+            raise InputError(f"device is {name!r}, but each rank takes a GPU of its own; give cuda", parameter="device")
+        device = torch.device("cuda", ranks.local)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu",

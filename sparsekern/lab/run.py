@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sparsekern.errors import InputError
 from sparsekern.integrations.loggers import LogTo, log, open_log
 from sparsekern.lab import checkpoint
 from sparsekern.lab.config import Config
+from sparsekern.lab.distributed import ALONE, Ranks
 from sparsekern.lab.history import History
 from sparsekern.lab.lock import locked
 from sparsekern.lab.recipes import find
@@ -108,73 +110,97 @@ class Finished:
     results: dict[str, Any]
 
 
-def start(config: Config, folder: Path, observer: Observer, keeping: Keeping = DEFAULT) -> Finished:
+def start(
+    config: Config, folder: Path, observer: Observer, keeping: Keeping = DEFAULT, ranks: Ranks = ALONE
+) -> Finished:
     """Train in a new run folder.
+
+    Args:
+        config: options of the run.
+        folder: is made.
+        observer: is told what happens.
+        keeping: when to save, and how many checkpoints stay.
+        ranks: the processes that train it together. The first one writes; all of them are told the results.
 
     Raises:
         ValueError: data, options or the folder are not usable, or another process uses the folder.
         Interrupted: the observer asked to stop.
     """
-    task = find(config.recipe).task.load(config.data, config.data_max_gib)
-    return start_resolved(resolve(config, task), folder, observer, keeping)
+
+    def resolved() -> Run:
+        return resolve(config, find(config.recipe).task.load(config.data, config.data_max_gib), ranks)
+
+    return start_resolved(ranks.together(resolved), folder, observer, keeping)
 
 
 def start_resolved(run: Run, folder: Path, observer: Observer, keeping: Keeping = DEFAULT) -> Finished:
     """Train a run that is resolved already in a new folder; see :func:`start`."""
-    first = {name: Learner(run, name, seed=0) for name in run.config.networks}  # raises before the folder is made
-    with locked(folder):
-        create(folder, run.config, run.task.describe(), environment(run), keeping)
+    # what raises comes before the folder is made
+    first = run.ranks.together(lambda: {name: Learner(run, name, seed=0) for name in run.config.networks})
+    described, made = run.task.describe(), environment(run)
+    run.ranks.check_same(described, "data")
+    with ExitStack() as held:
+        run.ranks.on_first(lambda: held.enter_context(locked(folder)))
+        run.ranks.on_first(lambda: create(folder, run.config, described, made, keeping))
         return _train(run, folder, observer, keeping, first)
 
 
-def resume(folder: Path, observer: Observer, **keeping: Any) -> Finished:
+def resume(folder: Path, observer: Observer, ranks: Ranks = ALONE, **keeping: Any) -> Finished:
     """Go on with a run, on the CPU bit for bit as if it had not stopped; of a finished one read the results.
 
     Args:
         folder: of the run.
         observer: is told what happens.
+        ranks: the processes that train it together; their number may be another one than before.
         keeping: fields of :class:`~sparsekern.lab.store.Keeping` that are to be others than those the run began with.
 
     Raises:
         ValueError: the folder is not that of a run, its data have changed, or another process trains in it.
         Interrupted: the observer asked to stop.
     """
-    file = read_config(folder)
-    kept = replace(file.keeping, **keeping)
-    if (folder / RESULTS).is_file():
-        return _finished(file.config, folder)
-    task = find(file.config.recipe).task.load(file.config.data, file.config.data_max_gib)
-    if task.describe() != file.data.model_dump():
-        raise InputError(f"the data of {folder} have changed since it began; restore them, or start a new run")
-    run = resolve(file.config, task)
-    with locked(folder):
-        if (folder / RESULTS).is_file():  # whoever held the lock before has finished
-            return _finished(file.config, folder)
+    file = ranks.from_first(ranks.on_first(lambda: read_config(folder)))
+    assert file is not None
+    kept = ranks.together(lambda: replace(file.keeping, **keeping))
+
+    def finished() -> Finished | None:
+        """Return the results if there are any, else None."""
+        return ranks.from_first(
+            ranks.on_first(lambda: _finished(file.config, folder) if (folder / RESULTS).is_file() else None)
+        )
+
+    if (done := finished()) is not None:
+        return done
+
+    def resolved() -> Run:
+        task = find(file.config.recipe).task.load(file.config.data, file.config.data_max_gib)
+        if task.describe() != file.data.model_dump():
+            raise InputError(f"the data of {folder} have changed since it began; restore them, or start a new run")
+        return resolve(file.config, task, ranks)
+
+    run = ranks.together(resolved)
+    with ExitStack() as held:
+        ranks.on_first(lambda: held.enter_context(locked(folder)))
+        if (done := finished()) is not None:  # whoever held the lock before has finished
+            return done
         return _train(run, folder, observer, kept, {})
 
 
 def _train(run: Run, folder: Path, observer: Observer, keeping: Keeping, first: dict[str, Learner]) -> Finished:
     """Train all seeds that are not finished; ``first`` holds the learners of seed 0 that are built already, if any."""
-    config = run.config
-    saved = [checkpoint.restore(checkpoint.seed_folder(folder, seed)) for seed in range(config.seeds)]
-    for seed, found in enumerate(saved):
-        if found is not None:
-            _check_state(*found, config, seed)
+    config, ranks = run.config, run.ranks
+    saved = ranks.from_first(ranks.on_first(lambda: _restored(config, folder)))
+    assert saved is not None
     before = [row for found in saved if found is not None for row in found[1]["rows"]]
-    metrics = Metrics(folder / METRICS, before)
+    metrics = ranks.on_first(lambda: Metrics(folder / METRICS, before))
     observer.begin(config, run.batches, before)
     finished = []
     for seed, found in enumerate(saved):
         if found is not None and found[1]["finished"]:
-            best = best_step(found[1]["rows"], config.networks, run.task.metric)
-            # it may have been killed before it did
-            checkpoint.tidy(checkpoint.seed_folder(folder, seed), keeping.keep, best)
             finished.append(found[1])
         else:
             learners = {name: first.pop(name) if first else Learner(run, name, seed) for name in config.networks}
             finished.append(_Seed(run, learners, seed, found, folder, metrics, observer, keeping).train())
     rows = [row for state in finished for row in state["rows"]]
-    Metrics(folder / METRICS, rows)  # in order, even if a seed was trained anew after a later one had begun
     content = {
         "config": config.to_json(),
         "data": run.task.describe(),
@@ -183,9 +209,29 @@ def _train(run: Run, folder: Path, observer: Observer, keeping: Keeping, first: 
     }
     for name, text in finished[0]["written"].items():
         content["networks"][name]["written"] = text
-    results = write_json(folder / RESULTS, content)  # it says that the run is finished
-    _draw(config, folder, results, rows, finished[0]["history"])
-    return Finished(config, results)
+
+    def write() -> Finished:
+        for seed, found in enumerate(saved):
+            if found is not None and found[1]["finished"]:  # it may have been killed before it tidied up
+                best = best_step(found[1]["rows"], config.networks, run.task.metric)
+                checkpoint.tidy(checkpoint.seed_folder(folder, seed), keeping.keep, best)
+        Metrics(folder / METRICS, rows)  # in order, even if a seed was trained anew after a later one had begun
+        results = write_json(folder / RESULTS, content)  # it says that the run is finished
+        _draw(config, folder, results, rows, finished[0]["history"])
+        return Finished(config, results)
+
+    done = ranks.from_first(ranks.on_first(write))
+    assert done is not None
+    return done
+
+
+def _restored(config: Config, folder: Path) -> list[tuple[Path, dict[str, Any]] | None]:
+    """Return the newest checkpoint of each seed, if there is one, and its state."""
+    saved = [checkpoint.restore(checkpoint.seed_folder(folder, seed)) for seed in range(config.seeds)]
+    for seed, found in enumerate(saved):
+        if found is not None:
+            _check_state(*found, config, seed)
+    return saved
 
 
 def _draw(
@@ -245,7 +291,7 @@ class _Seed:
         seed: int,
         found: tuple[Path, dict[str, Any]] | None,
         folder: Path,
-        metrics: Metrics,
+        metrics: Metrics | None,
         observer: Observer,
         keeping: Keeping,
     ) -> None:
@@ -258,10 +304,11 @@ class _Seed:
             self.rows = list(state["rows"])
             try:
                 for name, learner in learners.items():
-                    checkpoint.load_model(path, name, learner.model)
+                    run.ranks.on_first(lambda: checkpoint.load_model(path, name, learner.model))  # noqa: B023
+                    run.ranks.share_(learner.model)
                     learner.load_state_dict(state["learners"][name])
             except InputError as error:
-                raise InputError(f"{path} is damaged: {error}; delete it to go on from an older one") from None
+                raise type(error)(f"{path} is damaged: {error}; delete it to go on from an older one") from None
         method = learners["sparse"].method if run.config.sparse else None
         self.history = None if method is None else History(method, None if found is None else found[1]["history"])
         self.keep, self.clock = keeping.keep, Clock(keeping, self.steps)
@@ -288,7 +335,7 @@ class _Seed:
 
     def _finish_epoch(self, learner: Learner) -> None:
         while learner.batch < learner.batches:
-            if self.observer.should_stop():
+            if self.run.ranks.any(self.observer.should_stop()):
                 self._save()
                 raise Interrupted(self.folder)
             loss = learner.step()
@@ -296,11 +343,12 @@ class _Seed:
                 self.history.step()
             self.observer.step(learner, loss)
             # not after the last batch: the checkpoint at the end of the epoch has the same number
-            if learner.batch < learner.batches and self.clock.due(self.steps):
+            if learner.batch < learner.batches and self.run.ranks.any(self.clock.due(self.steps)):
                 self._save()
         row = learner.finish_epoch()
         self.rows.append(row)
-        self.metrics.append(row)
+        if self.metrics is not None:
+            self.metrics.append(row)
         self.observer.row(row)
 
     def _save(self) -> None:
@@ -311,7 +359,9 @@ class _Seed:
         models = {name: learner.model for name, learner in self.learners.items()}
         state["history"] = None if self.history is None else self.history.state_dict()
         best = best_step(self.rows, list(self.learners), self.run.task.metric)
-        checkpoint.save(self.checkpoints, self.steps, models, state, keep=self.keep, best=best)
+        self.run.ranks.on_first(
+            lambda: checkpoint.save(self.checkpoints, self.steps, models, state, keep=self.keep, best=best)
+        )
         self.clock.set(self.steps)
         return state
 
@@ -326,5 +376,6 @@ def environment(run: Run) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
+        **({"ranks": run.ranks.count} if run.ranks.count > 1 else {}),
         "kernels": next(name for name in BACKENDS if supports(name, op, device, torch.float32, block)),
     }

@@ -18,9 +18,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from sparsekern.analysis import network_sparsity, spectral, stored_parameters, training_bytes
 from sparsekern.errors import InputError
+from sparsekern.lab.distributed import Share, unsynchronised
 from sparsekern.lab.networks import build, build_agent, build_method
 from sparsekern.lab.resolved import Run
-from sparsekern.lab.tasks import Batch
 from sparsekern.nn import sparse_layers
 from sparsekern.topology import generator_for
 from sparsekern.training import Gradual, NetworkSampler, compact_
@@ -50,11 +50,12 @@ class Learner:
         self.run, self.network, self.seed = run, network, seed
         self.task, self.recipe, self.batches, self.total_steps = run.task, run.recipe, run.batches, run.steps
         self.model = build(run, network, seed).to(run.device)
+        self._replica = run.ranks.replicated(self.model)  # what computes in training
         self.optimizer = run.recipe.optimizer.build(self.model, run.config.rate)
         self.method = self.agent = None
         if network == "sparse":
-            self.method = build_method(run, self.model, self.optimizer, seed)
-            self.agent = build_agent(run, self.model, self.optimizer, self.method)
+            self.method = build_method(run, self._replica, self.optimizer, seed)
+            self.agent = build_agent(run, self._replica, self.optimizer, self.method)
         self._outer = self.agent or self.method  # whom to call
         self.epoch = self.batch = self.steps = 0
         self._loss_sum = self._seconds = self._last_seconds = 0.0
@@ -91,12 +92,12 @@ class Learner:
         if self._spectral and (moved or self.steps == 0):
             graphs = {name: asdict(spectral(layer)) for name, layer in sparse_layers(self.model).items()}
             self._graphs.append({"step": self.steps + 1, "layers": graphs})
-        value = loss.item()
+        value = self.run.ranks.mean(loss.cpu()).item()
         if not math.isfinite(value):
             raise InputError(
                 f"the loss of the {self.network} network is {value} after {self.steps} steps; choose a lower rate"
             )
-        self._loss_sum += value * batch[1].shape[0]
+        self._loss_sum += value * batch.examples
         self.batch += 1
         self.steps += 1
         return value
@@ -197,28 +198,25 @@ class Learner:
         if self._outer is not None:
             self._outer.load_state_dict(state["method"])
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the mean loss ``()`` of a batch."""
+    def loss(self, share: Share) -> Tensor:
+        """Return the mean loss ``()`` of a part of a batch, times its weight."""
         with self._autocast():
-            return self.task.loss(self.model, batch)
+            loss = self.task.loss(self._replica, share.batch)
+        return loss if share.weight == 1 else share.weight * loss
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.run.device.type, self.run.dtype, enabled=self.run.dtype is not None)
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _backward(self, share: Share) -> Tensor:
         """Compute the gradients of the mean loss of a batch, part by part, and return that loss."""
-        count = self.run.config.accumulate
-        if count == 1:
-            return self._backward_of(lambda: self.loss(batch))
-        inputs, targets = batch
+        if self.run.config.accumulate == 1:
+            return self._backward_of(lambda: self.loss(share))
         total = torch.zeros((), device=self.run.device)
-        for part in zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True):
-            if size := part[0].shape[0]:  # the last batch of an epoch may have fewer examples than parts
-                total += self._backward_of(partial(self._share_of_loss, part, size / inputs.shape[0]))
-        return total
-
-    def _share_of_loss(self, part: Batch, share: float) -> Tensor:
-        return share * self.loss(part)
+        *parts, last = share.split(self.run.config.accumulate)
+        with unsynchronised(self._replica):
+            for part in parts:
+                total += self._backward_of(partial(self.loss, part))
+        return total + self._backward_of(partial(self.loss, last))
 
     def _backward_of(self, closure: Callable[[], Tensor]) -> Tensor:
         if self._outer is not None:
@@ -227,8 +225,8 @@ class Learner:
         loss.backward()
         return loss.detach()
 
-    def next_batch(self) -> Batch:
-        """Return the batch of the next step; both networks see the same ones in the same order.
+    def next_batch(self) -> Share:
+        """Return this rank's part of the batch of the next step; both networks see the same ones in the same order.
 
         Seed, epoch and step decide all that is random in it, so that nothing of it needs to be saved.
         """
@@ -249,9 +247,9 @@ class Learner:
     def _draw_order(self, purpose: str) -> Any:
         return self.task.order(generator_for(self.seed, purpose, self.epoch))
 
-    def _batch(self, order: Any, number: int, purpose: str) -> Batch:
+    def _batch(self, order: Any, number: int, purpose: str) -> Share:
         generator = generator_for(self.seed, purpose, self.epoch, number)
-        return self.task.batch(order, number, self.run.config.batch_size, generator)
+        return self.run.ranks.part(self.task.batch(order, number, self.run.config.batch_size, generator))
 
     def _synchronise(self) -> None:
         if self.run.device.type == "cuda":

@@ -15,7 +15,6 @@ from sparsekern.cli.shell import (
     USAGE_ERROR,
     CtrlC,
     PlainConsole,
-    check_one_process,
     error_console,
     explained,
     say,
@@ -106,26 +105,20 @@ def test_the_first_ctrl_c_asks_and_the_second_stops():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("command", [["train", "--quiet"], ["compare", "--method", "set"]])
-def test_under_a_launcher_of_many_processes_the_first_rank_says_why_and_nothing_is_trained(
-    monkeypatch, tmp_path, command
-):
+def test_a_command_of_one_process_is_refused_by_the_first_of_several(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = []
     for rank, code in (("0", USAGE_ERROR), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
-        result = CliRunner().invoke(application(), command)
+        result = CliRunner().invoke(application(), ["compare", "--method", "set"])
         assert result.exit_code == code and result.stdout == ""
         said.append(result.stderr)
-    assert said[0].startswith("error: WORLD_SIZE is 2: a launcher started 2 processes") and said[0].count("\n") == 1
-    assert said[1] == "" and not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("ranks", ["1", "", "many"])
-def test_one_process_of_a_launcher_may_train(monkeypatch, ranks):
-    monkeypatch.setenv("WORLD_SIZE", ranks)
-    check_one_process()
+    assert said == [
+        "error: WORLD_SIZE is 2, but sparsekern compare runs in one process; start it without torchrun\n",
+        "",
+    ]
+    assert not any(tmp_path.iterdir())
 
 
 def test_foreign_text_is_printed_and_not_obeyed(capsys):

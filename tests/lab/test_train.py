@@ -73,13 +73,13 @@ def test_an_epoch_takes_every_image_once_in_the_same_order_for_both(data):
         seen[learner.network] = []
         for batch in range(learner.batches):
             learner.batch = batch
-            seen[learner.network].append(learner.next_batch()[0])
+            seen[learner.network].append(learner.next_batch().batch[0])
     assert all(torch.equal(s, d) for s, d in zip(seen["sparse"], seen["dense"], strict=True))
     assert [len(part) for part in seen["sparse"]] == [500, 500, 438]
     rows = torch.cat(seen["sparse"]).sort(0).values
     assert torch.equal(rows, data.train_images.sort(0).values)
     sparse.epoch, sparse.batch = 1, 0
-    assert not torch.equal(sparse.next_batch()[0], seen["sparse"][0])
+    assert not torch.equal(sparse.next_batch().batch[0], seen["sparse"][0])
 
 
 def test_the_row_of_an_epoch(data):
@@ -184,7 +184,7 @@ def test_the_rate_follows_the_schedule(colour, name, place, expected):
 
 def test_labels_are_smoothed(colour):
     learner = learner_of("dense", small("resnet18", batch_size=12), colour, seed=0)
-    images, labels = learner.next_batch()
+    images, labels = learner.next_batch().batch
     logits = copy.deepcopy(learner.model)(images).log_softmax(1)
     target = torch.full((12, 3), 0.1 / 3).scatter_(1, labels[:, None], 0.9 + 0.1 / 3)
     assert learner.step() == pytest.approx(-(target * logits).sum(1).mean().item(), rel=1e-5)
@@ -213,7 +213,7 @@ def test_images_vary_from_batch_to_batch_and_alike_for_both_networks(colour):
         learner = learner_of(network, config, alike, seed)
         seen.append([])
         for learner.epoch, learner.batch in ((0, 0), (0, 1), (1, 0)):
-            seen[-1].append(learner.next_batch()[0])
+            seen[-1].append(learner.next_batch().batch[0])
     sparse, dense, other_seed = seen
     assert all(torch.equal(s, d) for s, d in zip(sparse, dense, strict=True))
     different = [*dense, other_seed[0]]
@@ -223,7 +223,7 @@ def test_images_vary_from_batch_to_batch_and_alike_for_both_networks(colour):
 def test_convolutions_get_channels_last(colour):
     for augment in ("none", "crop-flip"):
         learner = learner_of("dense", small("resnet20", augment=augment), colour, seed=0)
-        assert learner.next_batch()[0].is_contiguous(memory_format=torch.channels_last)
+        assert learner.next_batch().batch[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,14 @@ def result_notes(results: dict[str, Any]) -> list[tuple[str, str]]:
     metric = metric_of(next(iter(networks.values())))
     seeds = results["config"]["seeds"]
     gap = "; gap ± standard error" if "comparison" in results and seeds > 1 else ""
+    ranks = f" on each of {environment['ranks']} ranks" if "ranks" in environment else ""
     on = f"{results['data'][metric.examples]:,} {metric.examples.replace('_', ' ')}"
     notes = [
         (metric.name, f"after the last epoch, {over_seeds(seeds)}{gap}; on {on}"),
         (
             "time",
-            f"forward, backward and optimizer on {environment['device']}, {count(environment['threads'], 'thread')}, "
-            f"{environment['kernels']} kernels",
+            f"forward, backward and optimizer on {environment['device']}, {count(environment['threads'], 'thread')}"
+            f"{ranks}, {environment['kernels']} kernels",
         ),
     ]
     if "comparison" in results:

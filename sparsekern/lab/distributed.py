@@ -1,0 +1,257 @@
+"""Several processes that train one run, as ``torchrun`` starts them: which one this is, and what they agree on."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsekern.errors import InputError
+from sparsekern.lab.tasks import Batch
+from sparsekern.nn import refresh_
+
+Result = TypeVar("Result")
+
+STRATEGIES = ("ddp", "fsdp2")
+
+
+class ToldByFirst(InputError):
+    """An error that the first rank tells; the others end without a word."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the processes that ``torchrun`` started train together. The command shows what is said of them here.
+
+    Attributes:
+        strategy: how they share the work. ddp: each has the whole model, and a part of each batch.
+        timeout: seconds after which they give up on one of them that does not answer.
+
+    Raises:
+        ValueError: a value out of range, or a strategy that there is not yet.
+    """
+
+    strategy: str = "ddp"
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise InputError(
+                f"strategy is {self.strategy!r}; it must be one of {', '.join(STRATEGIES)}", parameter="strategy"
+            )
+        if self.strategy == "fsdp2":
+            raise InputError(
+                "strategy is 'fsdp2', which the command does not know yet; take ddp, or a loop of your own with "
+                "fully_shard",
+                parameter="strategy",
+            )
+        if not 0 < self.timeout < 10**7:
+            raise InputError(f"timeout is {self.timeout}; it must be a number of seconds above 0", parameter="timeout")
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a batch.
+
+    Attributes:
+        batch: inputs and targets of the part.
+        examples: of the whole batch.
+        weight: times which the mean loss of the part counts. The mean over all ranks of such losses is the mean over
+            the whole batch.
+    """
+
+    batch: Batch
+    examples: int
+    weight: float = 1.0
+
+    def split(self, count: int) -> list[Share]:
+        """Return at most ``count`` parts of about the same size, none of them empty."""
+        inputs, targets = self.batch
+        parts = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
+        whole = inputs.shape[0]
+        return [Share(part, self.examples, self.weight * (n / whole)) for part in parts if (n := part[0].shape[0])]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train a run together; by default this one alone.
+
+    Attributes:
+        rank, count: number of this process, from 0, and of all.
+        local: number among those on this machine, and of its GPU.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Return whether it is true on any rank."""
+        if self.count > 1:
+            flags = torch.tensor([flag], dtype=torch.int32)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            flag = bool(flags)
+        return flag
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over all ranks, in place, and return it."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+            tensor.div_(self.count)
+        return tensor
+
+    def from_first(self, value: Result) -> Result:
+        """Return the first rank's value."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def on_first(self, work: Callable[[], Result]) -> Result | None:
+        """Do something on the first rank alone, and return what it returned there, None on the others.
+
+        Raises:
+            InputError: that of the first rank, on all.
+        """
+        result, error = None, None
+        if self.first:
+            try:
+                result = work()
+            except Exception as caught:
+                if self.count == 1:
+                    raise
+                error = caught
+        failed = self.from_first(None if error is None else str(error))
+        if error is not None:
+            raise error
+        if failed is not None:
+            raise ToldByFirst(failed)
+        return result
+
+    def alike(self, work: Callable[[], Result]) -> Result:
+        """Do something that ends alike on all ranks, and return what it returned; the first one tells its error."""
+        try:
+            return work()
+        except InputError as error:
+            raise error if self.first else ToldByFirst(str(error)) from None
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do something on all ranks, and return what it returned.
+
+        Raises:
+            InputError: that of the first rank that has one, on all.
+        """
+        if self.count == 1:
+            return work()
+        result, error = None, None
+        try:
+            result = work()
+        except InputError as caught:
+            error = caught
+        told: list[InputError | None] = [None] * self.count
+        dist.all_gather_object(told, error)
+        for rank, other in enumerate(told):
+            if other is not None:
+                if not self.first:
+                    raise ToldByFirst(str(other))
+                raise other if rank == 0 else InputError(f"on rank {rank}: {other}", parameter=other.parameter)
+        return cast(Result, result)
+
+    def check_same(self, value: object, what: str) -> None:
+        """Check that all ranks have the same.
+
+        Raises:
+            InputError: one has another value than the first; raised on all.
+        """
+        if self.count > 1:
+            theirs: list[object] = [None] * self.count
+            dist.all_gather_object(theirs, value)
+            odd = next((rank for rank, other in enumerate(theirs) if other != theirs[0]), None)
+            if odd is not None:
+                text = f"the {what} of rank {odd} are others than those of rank 0; give all ranks the same"
+                raise InputError(text, parameter=what) if self.first else ToldByFirst(text)
+
+    def part(self, batch: Batch) -> Share:
+        """Return this rank's part of a batch that all ranks have.
+
+        A rank for which no example is left, in the last batch of an epoch, gets one that does not count.
+        """
+        inputs, targets = batch
+        examples = inputs.shape[0]
+        if self.count == 1:
+            return Share(batch, examples)
+        part = inputs.tensor_split(self.count)[self.rank], targets.tensor_split(self.count)[self.rank]
+        mine = part[0].shape[0]
+        return Share(part if mine else (inputs[:1], targets[:1]), examples, self.count * mine / examples)
+
+    def replicated(self, model: nn.Module) -> nn.Module:
+        """Return the module to compute with in training: one that averages gradients over the ranks."""
+        if self.count == 1:
+            return model
+        # Statistics of norm layers stay each rank's own, as those of its part of a batch are; the first rank's count.
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since PyTorch 2.13
+        options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return DistributedDataParallel(model, **options)
+
+    def share_(self, model: nn.Module) -> None:
+        """Overwrite the parameters and buffers of a model with those of the first rank."""
+        if self.count > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
+            refresh_(model)  # the write leaves no trace in the tensors, by which a layer knows that its index is old
+
+
+ALONE = Ranks()
+
+
+def unsynchronised(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which gradients are accumulated and not averaged over ranks."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def launched() -> Ranks:
+    """Return which process this is of those that a launcher such as ``torchrun`` started, by its environment."""
+    count, rank, local = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    if not (count.isdecimal() and rank.isdecimal() and int(count) > 1):
+        return ALONE
+    return Ranks(int(rank), int(count), int(local) if local.isdecimal() else 0)
+
+
+@contextmanager
+def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
+    """Join the processes that a launcher started in one process group; alone there is none.
+
+    Args:
+        launch: how they train together.
+        device: of the training; None for CUDA where there is one.
+
+    Raises:
+        RuntimeError: another process has ended, or does not answer.
+    """
+    ranks = launched()
+    if ranks.count == 1:
+        yield ranks
+        return
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(ranks.local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=launch.timeout))
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,247 @@
+"""Runs of several processes end as runs of one: the same blocks, and values within rounding."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsekern.errors import InputError
+from sparsekern.lab import Config, Interrupted, Observer, resume, start
+from sparsekern.lab.distributed import ALONE, Launch, Ranks, ToldByFirst, launched
+from sparsekern.lab.resolved import resolve
+from sparsekern.lab.store import METRICS, RESULTS, Keeping, read_results
+from sparsekern.lab.tasks import Classification
+from tests.lab.runs import StopAt, changed, rows_of
+from tests.ranks import on_ranks
+
+MLP = Config(width=32, block_size=8, sparsity=0.5, epochs=2, batch_size=400, seeds=1, update_every=2, device="cpu")
+GPT = Config(
+    recipe="gpt-nano",
+    width=64,
+    block_size=16,
+    network={"depth": 1, "context": 16},
+    epochs=1,
+    seeds=1,
+    update_every=2,
+    accumulate=2,
+    method="gse",
+    device="cpu",
+)
+STOPPED = changed(
+    MLP, batch_size=396, method="rigl", options={"scoring": "screen"}
+)  # what it does on several ranks anyway
+"""Its last batch has 250 images, 83 or 84 for each of three ranks."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text("".join(f"{n} squared is {n * n}. " for n in range(2000)))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _cheap(monkeypatch):
+    cheap(monkeypatch)
+
+
+def cheap(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
+    patch.setattr("sparsekern.lab.language.EXAMPLES", 96)  # six batches
+
+
+def assert_alike(folder: Path, other: Path, seeds: int = 1) -> None:
+    """The same blocks in the same slots, and values, optimizer and losses within rounding."""
+    for seed in range(seeds):
+        mine, theirs = (max((run / "checkpoints" / f"seed-{seed}").glob("step-*")) for run in (folder, other))
+        assert mine.name == theirs.name
+        for path in mine.glob("*.safetensors"):
+            one, two = load_file(path), load_file(theirs / path.name)
+            for name, tensor in one.items():
+                if name.endswith("qkv.bias"):  # softmax takes no notice of the keys' part, whose gradient is rounding
+                    for state in (tensor, two[name]):
+                        state.chunk(3)[1].zero_()
+                torch.testing.assert_close(two[name], tensor, atol=1e-6 * tensor.is_floating_point(), rtol=0)
+    for one, two in zip(rows_of(folder), rows_of(other), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-6) and one.get("updates") == two.get("updates")
+
+
+def two_ranks(rank: int, folder: Path, text: str) -> list[str]:
+    """Train both recipes to the end, stop a third run, and meet errors; return what was told."""
+    ranks, told = Ranks(rank, 2, rank), []
+    with pytest.MonkeyPatch.context() as patch:
+        cheap(patch)
+        for name, config in (("mlp", MLP), ("gpt", changed(GPT, data=text))):
+            done = start(config, folder / name, Observer(), ranks=ranks)
+            assert done.results == read_results(folder / name)
+        with pytest.raises(Interrupted):  # one rank is asked to stop, and all do
+            start(STOPPED, folder / "stopped", StopAt(9) if rank == 1 else Observer(), ranks=ranks)
+        for work in (
+            lambda: start(MLP, folder / "mlp", Observer(), ranks=ranks),
+            lambda: start(changed(MLP, batch_size=401), folder / "new", Observer(), ranks=ranks),
+            lambda: ranks.together(lambda: 1 if rank == 0 else Config(width=0)),
+            lambda: start(changed(MLP, rate=1e30), folder / "hot", Observer(), ranks=ranks),
+            lambda: start(changed(GPT, data=text if rank else __file__), folder / "new", Observer(), ranks=ranks),
+        ):
+            with pytest.raises(InputError) as error:
+                work()
+            told.append(str(error.value))
+            assert isinstance(error.value, ToldByFirst) == (rank == 1 and "NaN" not in told[-1])  # that each rank meets
+    assert not (folder / "new").exists()
+    return told
+
+
+def finish(rank: int, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        cheap(patch)
+        resume(folder / "stopped", Observer(), Ranks(rank, 3, rank))
+
+
+def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, text):
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    told, silent = on_ranks(two_ranks, 2, two, two, text)
+    words = (
+        "not empty",
+        "which 2 ranks do not divide",
+        "on rank 1: width is 0",
+        "lower the learning rate",
+        "data of rank 1 are others",
+    )
+    assert [word for word, said in zip(words, told, strict=True) if word not in said] == [] and len(silent) == len(told)
+    for name, config in (("mlp", MLP), ("gpt", changed(GPT, data=text)), ("stopped", STOPPED)):
+        start(config, one / name, Observer())
+    for name in ("mlp", "gpt"):
+        assert_alike(one / name, two / name)
+        assert read_results(two / name)["environment"]["ranks"] == 2
+    with pytest.raises(Interrupted):  # alone from step 9, of three ranks from step 13
+        resume(two / "stopped", StopAt(4))
+    (tmp_path / "meet").mkdir()
+    on_ranks(finish, 3, tmp_path / "meet", two)
+    assert_alike(one / "stopped", two / "stopped")
+
+
+@pytest.mark.parametrize("examples", [1, 3, 7])
+def test_the_mean_over_ranks_is_that_of_the_batch(examples):
+    """Also where some ranks get more examples than others, or none."""
+    batch = torch.arange(float(examples))[:, None], torch.arange(examples)
+    shares = [Ranks(rank, 4).part(batch) for rank in range(4)]
+    parts = [part for share in shares for part in share.split(2)]
+    assert sum(part.weight * float(part.batch[0].mean()) for part in parts) / 4 == pytest.approx((examples - 1) / 2)
+    counted = [int(n) for part in parts if part.weight for n in part.batch[1]]
+    assert counted == list(range(examples)) and {share.examples for share in shares} == {examples}
+    assert ALONE.part(batch).batch is batch and ALONE.part(batch).weight == 1
+
+
+def test_a_launcher_says_which_process_this_is(monkeypatch):
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "5"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert launched() == Ranks(5, 8, 1)
+    for count in ("1", "", "many"):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        assert launched() == ALONE
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"strategy": "dp"}, "strategy is 'dp'; it must be one of ddp, fsdp2"),
+        ({"strategy": "fsdp2"}, "strategy is 'fsdp2', which the command does not know yet; take ddp"),
+        ({"timeout": 0.0}, "timeout is 0.0; it must be a number of seconds above 0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
+    ],
+)
+def test_a_launch_that_cannot_be(values, words):
+    with pytest.raises(InputError, match=f"^{words}"):
+        Launch(**values)
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(Classification, "prepared", lambda self, *_: self)
+    task = Classification.noise({"train_images": 100, "image_shape": (1, 8, 8), "classes": 10}, 100)
+    assert resolve(changed(MLP, device="cuda"), task, Ranks(3, 4, 1)).device == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="device is 'cuda:2', but each rank takes a GPU of its own; give cuda"):
+        resolve(changed(MLP, device="cuda:2"), task, Ranks(3, 4, 1))
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
+    """Two processes of the command without a launcher that would notice."""
+    folder, logs = tmp_path / "run", [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    options = ["--width=32", "--block-size=8", "--sparsity=0.5", "--epochs=60", "--batch-size=100", "--seeds=1"]
+    options += ["--update-every=2", "--device=cpu", "--no-dense", "--save-every=1", f"--out={folder}", "--timeout=60"]
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
+    shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sparsekern", "train", *options],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=log.open("w"),
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / METRICS).is_file() or not (folder / METRICS).read_text():
+            assert time.monotonic() < deadline and processes[0].poll() is None, logs[0].read_text()
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGKILL)
+        assert processes[0].wait(120) == 3
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    last = logs[0].read_text().splitlines()[-1]
+    assert last.startswith("error: rank 0: another rank has ended or does not answer.") and "--resume" in last
+    assert not (folder / RESULTS).exists()
+    with pytest.raises(Interrupted):
+        resume(folder, StopAt(15), keep=1)
+    config = changed(MLP, epochs=60, batch_size=100, dense=False)
+    (newest,) = (folder / "checkpoints" / "seed-0").iterdir()
+    with pytest.raises(Interrupted):
+        start(config, tmp_path / "one", StopAt(int(newest.name[5:])), Keeping(keep=1))
+    one = load_file(tmp_path / "one" / "checkpoints" / "seed-0" / newest.name / "sparse.safetensors")
+    for name, tensor in load_file(newest / "sparse.safetensors").items():
+        if not tensor.is_floating_point():
+            assert torch.equal(tensor, one[name]), name
+
+
+def test_the_commands_of_the_page_run(tmp_path, text):
+    """In small, and two ranks in place of eight."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "scale.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    commands = [line for kind, block in blocks if not kind for line in block.splitlines()]
+    assert len(commands) == 5
+    small = (
+        f"--data {text} --width 64 --depth 1 --context 16 --batch-size 200 --epochs 1 --device cpu --no-dense --quiet"
+    )
+    programs = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+        "sparsekern": [sys.executable, "-m", "sparsekern"],
+    }
+    for command in commands:
+        first, *rest = command.replace("--nproc-per-node 8", "--nproc-per-node 2").split()
+        options = [] if "--resume" in rest else small.split()
+        done = subprocess.run(
+            [*programs[first], *rest, *options],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0 and done.stdout.count("config, metrics, checkpoints") == 1, done.stderr
+    folders = [tmp_path / "runs" / name for name in ("one", "two", "eight")]
+    for folder in folders[1:]:
+        assert_alike(folders[0], folder)
