@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import on_ranks
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -58,6 +61,19 @@ def test_sparse_finetuning(example):
     assert found["trained on sparse"] > max(0.85, found["cut to sparse"]) and found["trained on dense again"] > 0.85
 
 
+def fsdp2(rank: int, folder: Path) -> list[tuple[float, int]]:
+    """Train, and go on from the checkpoint to a later step."""
+    sys.path.insert(0, str(EXAMPLES))
+    main = importlib.import_module("fsdp2").main
+    return [main(steps=steps, width=128, folder=str(folder / "runs")) for steps in (50, 110)]
+
+
+def test_fsdp2(tmp_path: Path):
+    for (before, first), (after, again) in on_ranks(fsdp2, 2, tmp_path, tmp_path):
+        assert first == 0 and again == 50
+        assert after < before < 2.08
+
+
 def test_each_is_one_page_and_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     for path in EXAMPLES.glob("*.py"):
@@ -66,4 +82,4 @@ def test_each_is_one_page_and_linked_from_the_readme():
         program = "__main__" in text
         assert (f"(examples/{path.name})" in readme) == program, path
         if program:
-            assert re.search(rf"python examples/{path.name} ", text), path
+            assert re.search(rf"^(python|torchrun .*) examples/{path.name} ", text, re.MULTILINE), path

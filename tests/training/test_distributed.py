@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import sparsekern as sk
+from bench.traffic import Traffic
+from sparsekern.topology import Move
 from sparsekern.training.distributed import Ranks
 from tests.ranks import on_ranks
 from tests.training.test_base import batch, make
@@ -67,8 +70,38 @@ def differences(rank: int) -> dict[str, str]:
     return said | {"group": built("seed", process_group=pair) if rank < 2 else "nothing"}
 
 
+def traffic(rank: int) -> dict[str, int]:
+    """Return what bench/traffic.py counts of one collective of each kind, over 300 numbers of 4 bytes."""
+    whole, part = torch.ones(300), torch.ones(100)
+    with Traffic() as seen:
+        Ranks().sum(whole)
+        dist.all_gather_into_tensor(whole, part)
+        dist.reduce_scatter_tensor(part, whole)
+        Ranks().from_first(whole)
+        Ranks().sum(torch.ones(2))
+    return dict(seen.sent)
+
+
+def choices(rank: int) -> dict[str, Tensor]:
+    """Return the moves of three ranks, of which each chose others, and one layer that only the last one moves."""
+    layers = sk.sparse_layers(make(0))
+    first, second, *_ = layers
+    slots = torch.arange(2 - rank % 2)
+    moves = {first: Move(slots + rank, slots.int() * 0 - 1, slots.int() * 0 - 1)}
+    if rank == 2:
+        moves[second] = moves[first]
+    found = Ranks().first_choice(moves, layers)
+    assert list(found) == [first]
+    return dict(zip(Move._fields, found[first], strict=True))
+
+
 def run_rank(rank: int) -> dict[str, Any]:
-    return {"sums": sums(rank), "differences": differences(rank)}
+    return {
+        "sums": sums(rank),
+        "differences": differences(rank),
+        "traffic": traffic(rank),
+        "choices": choices(rank),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +117,18 @@ def test_all_ranks_or_those_of_a_group(ranks):
         if rank:
             assert found["pair ranks"] == 2
             assert found["pair sum"].tolist() == [5, 50] and found["pair first"].tolist() == [2, 20]
+
+
+def test_the_first_rank_chooses(ranks):
+    """Whatever the others chose, and however many blocks."""
+    for found in (rank["choices"] for rank in ranks):
+        assert found["slots"].tolist() == [0, 1] and found["row"].tolist() == found["col"].tolist() == [-1, -1]
+
+
+def test_traffic_is_what_a_ring_sends(ranks):
+    """Two thirds of 1200 bytes, twice in an all-reduce, which is a scatter and a gather."""
+    for found in (rank["traffic"] for rank in ranks):
+        assert found == {"reduce": 1600, "gather": 800, "scatter": 800, "broadcast": 1200, "small reduce": 10}
 
 
 def test_ranks_that_differ_say_in_what(ranks):
