@@ -2,8 +2,8 @@
 
 The network is ``gpt-mini`` of the recipes (6 layers of 384 features, context 128, batches of 16): feed-forward 90 % and
 attention's projections 70 % sparse; ``--width 768 --sparsity 0.9 0.9`` is a wider one. A step is forward,
-cross-entropy, backward and AdamW. SparseLab (single weights) takes part on one thread where it is installed: it brings
-an OpenMP runtime of its own.
+cross-entropy, backward and AdamW. SparseLab (single weights) takes part where it is installed, on one thread if it
+brings an OpenMP runtime of its own.
 
 One JSON line a contestant; ``vs_dense`` says how many times as fast it is as the dense network.
 """
@@ -14,7 +14,6 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from torch.nn.functional import cross_entropy
 import sparsekern as sk
 from bench.cpu.results import Row, circumstances, rounded, write_rows
 from sparsekern.analysis.clock import race
+from sparsekern.lab.bench.peers import absent, why_one_thread
 from sparsekern.lab.models import GPT
 
 VOCABULARY, CONTEXT, BATCH, HEAD_FEATURES = 256, 128, 16, 64
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = {"dense": dense_gpt(options.width, options.depth)}
         for block in options.blocks:
             models[f"{block}x{block}"] = sparse_gpt(options.width, options.depth, options.sparsity, block)
-        if threads == 1 and find_spec("sparselab") is not None:
+        if absent() is None and (threads == 1 or why_one_thread() is None):
             models["sparselab"] = sparselab_gpt(options.width, options.depth, options.sparsity)
         calls = {name: step_of(model) for name, model in models.items()}
         timings = race(calls, torch.device("cpu"), options.rounds, seconds=60)

@@ -40,6 +40,15 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("compare --sparsity 90 --out {place}/new", ("sparsity is 90.0; it is the fraction absent",)),
     ("compare --block-size 1 --out {place}/new", ("rigl-s0.9-b1: 'hidden1' has 1x1 blocks",)),
     ("compare --seeds 0 --out {place}/new", ("seeds is 0",)),
+    # A race.
+    ("bench --linear 10", ("linear is '10'", "INxOUT such as 1024x4096")),
+    ("bench --sparsity 90", ("sparsity is 90", "did you mean 0.9?")),
+    ("bench --block 0", ("block is '0'", "sides of blocks")),
+    ("bench --threads 4096", ("threads is '4096'", "the cores that there are")),
+    ("bench --model resnet200", ("model is 'resnet200'", "module:function, or one of the recipes")),
+    ("bench --model {place}:build", ("{place}:build", "which fails with ModuleNotFoundError")),
+    ("bench --picture {place}/a.bmp", ("a.bmp", "the name must end in .png")),
+    ("bench --tokens ten", ("--tokens is 'ten'", "it must be a whole number")),
     # Where it writes.
     ("train --width 64 --out {place}/full", ("out is {place}/full", "not empty", "choose another --out")),
     ("train --width 64 --out {place}/run", ("not empty", "--resume")),

@@ -5,6 +5,7 @@ torch-csr, torch-bsr   PyTorch's compressed rows, of elements and of blocks. Eac
                        weight for dx. dvalues is ``torch.sparse.sampled_addmm``, which knows elements only. Nothing
                        joins the three for autograd; a step is the three after each other
 scipy-csr, scipy-bsr   the forward on one thread, x transposed in advance; it has no product for dvalues
+SparseLab              its layer of single weights, through autograd, on one thread where it brings an OpenMP runtime
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch import Tensor
 from bench.cpu.cases import Case
 from bench.cpu.contestants import Maker
 from bench.cpu.scene import Scene
-from bench.gpu.contestants import SPARSE, Contestant, joined
+from bench.gpu.contestants import SPARSE, Contestant, joined, named
 from bench.gpu.peers import NotSupported
 from bench.gpu.scene import Answer
+from sparsekern.lab.bench.peers import SPARSELAB, SparseLabLayer, absent, why_one_thread
 
 FLOAT32_ONLY = "it multiplies float32 and float64 on a CPU, nothing shorter"
 
@@ -99,6 +101,30 @@ def scipy(form: str, scene: Scene, op: str) -> Contestant:
     return Contestant(f"scipy-{form}", SPARSE, lambda: weight @ x, answer)
 
 
+def sparselab(scene: Scene, op: str) -> Contestant:
+    """Return SparseLab's linear layer: forward through its module, gradients through autograd."""
+    if (missing := absent()) is not None:
+        raise NotSupported(missing)
+    if torch.get_num_threads() > 1 and (why := why_one_thread()) is not None:
+        raise NotSupported(why)
+    layer, x = SparseLabLayer(scene.weight, None), scene.x.detach().requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        y = layer.module(x)
+        return y.detach(), *torch.autograd.grad(y, (x, *layer.parameters), scene.dy)
+
+    def answer(result: object) -> Answer:
+        found = named(op, result)
+        if "dvalues" in found:
+            gradient = torch.zeros_like(scene.weight)
+            gradient[layer.rows, layer.cols] = found["dvalues"][layer.slots]
+            found["dvalues"] = scene.blocks_of(gradient)
+        return found
+
+    runs: dict[str, Callable[[], object]] = {"fwd": torch.no_grad()(lambda: layer.module(x)), "step": step}
+    return Contestant(SPARSELAB, SPARSE, runs[op], answer)
+
+
 def makers(case: Case) -> dict[str, Maker]:
     """Return who of these takes part in a case."""
     warnings.filterwarnings("ignore", message=".*Sparse (CSR|BSR) tensor support is in beta.*")
@@ -108,4 +134,6 @@ def makers(case: Case) -> dict[str, Maker]:
     }
     if case.op == "fwd" and case.threads == 1:
         made |= {f"scipy-{form}": functools.partial(scipy, form) for form in ("csr", "bsr")}
+    if case.op != "dvalues" and case.block == 1 and case.dtype == "fp32":
+        made[SPARSELAB] = sparselab
     return made

@@ -51,6 +51,7 @@ def application() -> typer.Typer:
     import typer  # here, so that main() can say what is missing
 
     import sparsekern
+    from sparsekern.cli.bench import bench
     from sparsekern.cli.compare import compare_methods
     from sparsekern.cli.convert import convert
     from sparsekern.cli.info import info
@@ -79,6 +80,7 @@ def application() -> typer.Typer:
     app.command("compare")(compare_methods)
     app.command()(report)
     app.command()(plan)
+    app.command()(bench)
     app.command()(info)
     app.command()(inspect)
     app.command()(convert)
