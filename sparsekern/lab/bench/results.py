@@ -1,4 +1,4 @@
-"""What ``sparsekern bench`` shows of its rows: tables with the losing cells marked, and break-even sparsities."""
+"""Tables of the rows of ``sparsekern bench``, the losing cells marked, and break-even sparsities."""
 
 from __future__ import annotations
 
