@@ -187,6 +187,7 @@ setup(
         "sparsekern.nn",
         "sparsekern.ops",
         "sparsekern.lab",
+        "sparsekern.lab.bench",
         "sparsekern.lab.models",
         "sparsekern.lab.report",
         "sparsekern.topology",
