@@ -1,4 +1,4 @@
-"""The contract of the kernels: the functions that every backend offers, and the data that they read.
+"""The interface of the kernels: the functions that every backend implements, and the data that they read.
 
 One letter per axis, used in all kernels and their tests:
 
@@ -47,13 +47,13 @@ PADDING = 16
 
 
 class Index(NamedTuple):
-    """Where the stored blocks are, by block row (for the forward) and by block column (for the input gradient).
+    """The places of the stored blocks, by block row (for the forward) and by block column (for the input gradient).
 
     All int32 and contiguous. ``Z`` entries each, then :data:`PADDING` zeros; entries from ``row_ptr[R]`` on belong to
     free slots.
 
-    Blocks of 1x1 are many, and their index is kept to 16 bytes a value: there ``row_col`` and ``col_row`` are the
-    topology's own ``col`` and ``row``, *by slot* and without padding, so that entry ``e`` of block row ``r`` is in
+    There are many blocks of 1x1, so their index is limited to 16 bytes per value: ``row_col`` and ``col_row`` are then
+    the topology's own ``col`` and ``row``, *by slot* and without padding, and entry ``e`` of block row ``r`` is in
     block column ``row_col[row_slot[e]]``. :func:`entry_columns` and :func:`entry_rows` hide the difference.
     """
 
@@ -165,7 +165,7 @@ Shape = TypeVar("Shape", LinearShape, ConvShape, contravariant=True)
 
 
 class Kernels(Protocol[Shape]):
-    """The functions of a backend for one geometry: a module. Those of ``kernels/eager`` are the ones to read first."""
+    """The functions of a backend for one geometry, as a module. Read those of ``kernels/eager`` first."""
 
     def fwd(self, x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: Shape) -> Tensor:
         """Return ``y = x W' + bias``. An empty block row yields the bias."""
@@ -203,7 +203,7 @@ class Backend(Protocol):
     """A package of kernels."""
 
     def why_not(self, op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
-        """Return None when the backend can run ``op`` on such tensors, else the reason as half a sentence."""
+        """Return None if the backend can run ``op`` on such tensors, otherwise the reason as part of a sentence."""
 
     def kernels(self, geometry: Geometry) -> Kernels[Any]:
         """Return the module whose kernels run this geometry."""

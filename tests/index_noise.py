@@ -11,38 +11,24 @@ from sparsekern.kernels import cpu
 from sparsekern.kernels.contract import Index
 from torch import Tensor
 
-from tests.oracle import Case
-from tests.oracle_conv2d import ConvCase
+from tests.kernels import calls
+from tests.kernels.calls import AnyCase
 
 Calls = dict[str, tuple[Callable[[Index], object], tuple[int, ...]]]
 """By name: a kernel on an index, and the numbers of the lists that it reads."""
 
+NATIVE = calls.Calls(cpu)
 ROWS, COLS = (0, 1, 2), (3, 4, 5)
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
 
 
-def linear_calls(case: Case) -> Calls:
-    """Return the native kernels of a linear layer."""
-    grid, values = case.grid, case.values
+def calls_of(case: AnyCase) -> Calls:
+    """Return the native products of a layer or of a convolution."""
     return {
-        "fwd": (lambda index: cpu.products.fwd(case.x, values, case.bias, index, case.geometry), ROWS),
-        "dx": (lambda index: cpu.products.dx(case.dy, values, index, case.geometry), COLS),
-        "dvalues": (
-            lambda index: cpu.products.dvalues(case.dy, case.x, index, grid.block, case.geometry, values.dtype),
-            ROWS,
-        ),
-        "backward": (lambda index: cpu.products.backward(case.dy, case.x, values, index, case.geometry), ROWS + COLS),
-    }
-
-
-def conv_calls(case: ConvCase) -> Calls:
-    """Return the native kernels of a convolution."""
-    values, shape, block = case.values, case.shape, case.grid.block
-    return {
-        "fwd": (lambda index: cpu.products.fwd(case.x, values, case.bias, index, shape), ROWS),
-        "dx": (lambda index: cpu.products.dx(case.dy, values, index, shape, case.size), COLS),
-        "dvalues": (lambda index: cpu.products.dvalues(case.dy, case.x, index, block, shape, values.dtype), ROWS),
-        "backward": (lambda index: cpu.products.backward(case.dy, case.x, values, index, shape), ROWS + COLS),
+        "fwd": (lambda index: NATIVE.fwd(case, index), ROWS),
+        "dx": (lambda index: NATIVE.dx(case, index), COLS),
+        "dvalues": (lambda index: NATIVE.dvalues(case, None, index), ROWS),
+        "backward": (lambda index: NATIVE.backward(case, index), ROWS + COLS),
     }
 
 
@@ -101,7 +87,7 @@ def survive(call: Callable[[Index], object], index: Index) -> bool:
     return False
 
 
-def survive_writer(calls: Calls, index: Index, times: int) -> None:
+def survive_writer(kernels: Calls, index: Index, times: int) -> None:
     """Call kernels while another thread writes into the lists of the index that they read."""
     legal, over = copy_of(index), threading.Event()
 
@@ -117,11 +103,11 @@ def survive_writer(calls: Calls, index: Index, times: int) -> None:
     writer.start()
     try:
         for _ in range(times):
-            for call, _ in calls.values():
+            for call, _ in kernels.values():
                 survive(call, index)
     finally:
         over.set()
         writer.join()
     for tensor, good in zip(index, legal, strict=True):
         tensor.copy_(good)
-    assert not any(survive(call, index) for call, _ in calls.values())
+    assert not any(survive(call, index) for call, _ in kernels.values())

@@ -132,7 +132,7 @@ def sweep(library_file: Path, seeds: int) -> None:
     import torch
     from sparsekern.kernels.cpu import library
 
-    from tests.index_noise import conv_calls, linear_calls
+    from tests.index_noise import calls_of
     from tests.oracle import random_case
     from tests.oracle_conv2d import conv_case
 
@@ -162,12 +162,12 @@ def sweep(library_file: Path, seeds: int) -> None:
                 case = random_case(seed, **given)
                 run(case, seed % 11 + 1, check=seed % len(LEVELS) == turn)
                 if seed < 3:  # one of each: 1x1, and blocks in two dtypes
-                    run_noise(linear_calls(case), case.index, case.grid.block, seed)
+                    run_noise(calls_of(case), case.index, case.grid.block, seed)
             for seed, given in enumerate(conv_cases(seeds // 4)):
                 conv = conv_case(seed, **given)
                 run(conv, seed % 9 + 1, check=seed % len(LEVELS) == turn)
                 if seed < 2:
-                    run_noise(conv_calls(conv), conv.index, conv.grid.block, seed)
+                    run_noise(calls_of(conv), conv.index, conv.grid.block, seed)
             run_extremes(turn)
         for seed in range(turn, seeds, len(LEVELS)):  # the same on all of them
             library.release_scratch()
@@ -192,11 +192,8 @@ def run(case: Case | ConvCase, pairs: int, *, check: bool) -> None:
             product(case)
         return
     calls.check(case)
-    if isinstance(case, ConvCase):
-        check_sketch(case, sketch, u, v)
-    else:
-        check_sketch(case, sketch, u, v)
-        check_norms(case, norms)
+    check_sketch(case, sketch, u, v)
+    check_norms(case, norms)
 
 
 def run_noise(calls: Calls, index: Index, block: tuple[int, int], seed: int) -> None:

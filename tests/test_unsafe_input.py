@@ -12,7 +12,7 @@ from sparsekern import ops
 from sparsekern.ops import products
 from sparsekern.ops.geometry import pack
 from sparsekern.topology import Grid, balanced, build_index, conv_grid, generator_for
-from tests.index_noise import conv_calls, illegal, linear_calls, noises, survive, survive_writer
+from tests.index_noise import calls_of, illegal, noises, survive, survive_writer
 from tests.oracle import Case, check_kernels, random_case
 from tests.oracle_conv2d import ConvCase, conv_case
 
@@ -189,7 +189,7 @@ CONV = [((1, 1), 1, 1), ((1, 1), 3, 2), ((16, 16), 1, 1), ((16, 16), 2, 2), ((16
 def test_native_kernels_refuse_what_is_not_in_the_grid(make, given):
     case = make(*given)
     index, block = case.index, case.grid.block
-    calls = linear_calls(case) if make is linear_case else conv_calls(case)
+    calls = calls_of(case)
     for name, (call, lists) in calls.items():
         for number in lists:
             for seed, wrong in enumerate(illegal(index, number, block, 0)):
@@ -203,11 +203,11 @@ def test_native_kernels_refuse_what_is_not_in_the_grid(make, given):
 @pytest.mark.parametrize("block", [(1, 1), (16, 16)])
 def test_another_thread_may_write_into_an_index_meanwhile(block):
     case, conv = linear_case(block, 40), conv2d_case(block, 2)
-    survive_writer(linear_calls(case), case.index, 10)
-    survive_writer(conv_calls(conv), conv.index, 10)
+    survive_writer(calls_of(case), case.index, 10)
+    survive_writer(calls_of(conv), conv.index, 10)
 
 
 @pytest.mark.usefixtures("instructions")
 def test_native_kernels_refuse_an_index_of_another_grid():
     case, larger = linear_case((16, 32), 40), random_case(3, block=(16, 32), rows=8, cols=9, blocks=30, free=4)
-    assert all(survive(call, larger.index) for call, _ in linear_calls(case).values())
+    assert all(survive(call, larger.index) for call, _ in calls_of(case).values())

@@ -1,4 +1,4 @@
-"""Native kernels for the CPU: C++ micro-kernels in ``csrc``, compiled at installation once per instruction set.
+"""Native CPU kernels: C++ micro-kernels in ``csrc``, compiled at installation, once per instruction set.
 
 Blocks of 16, 32, 64 and 128 and their rectangles, and 1x1; float32, bfloat16 and float16, with sums in float32. The
 result is the same to the bit for any number of threads. A processor's own bfloat16 instructions (AMX, AVX512_BF16)
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
-    """Return None when these kernels can run ``op`` so, else the reason."""
+    """Return None if these kernels can run ``op`` on such tensors, otherwise the reason."""
     if op not in ("linear", "conv2d"):
         return f"it has no kernels for {op}"
     if device != CPU and device.type != "cpu":  # the name of the type costs five times as much
@@ -48,15 +48,15 @@ MOST_INT = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Keep the memory of freed CPU tensors in this process for the next ones, up to 2 GiB at the end of its heap.
 
-    Otherwise glibc gives memory back to the system when large tensors are freed, that of 32 MiB and more each time, and
-    the next ones are cleared anew, page by page. Of the steps of a sparse layer whose kernels took 5.4 ms some took 8.4
-    so; a dense layer of the same size loses as much, of 85. An allocator such as jemalloc or tcmalloc, which PyTorch
-    recommends for CPUs, keeps memory anyway; this is for the C library's own. It holds for the whole process, but for
-    allocations of more than 64 MiB on other threads than the first, so it is for programs to call, early on:
-    ``sparsekern train``, ``bench.race`` and ``bench.end_to_end`` do.
+    By default glibc returns the memory of large freed tensors to the system (that of 32 MiB and more every time), and
+    the system clears it again, page by page, for the next tensors. Some steps of a sparse layer whose kernels take
+    5.4 ms took 8.4 ms for this reason; a dense layer of the same size loses as many milliseconds, of 85. Allocators
+    such as jemalloc and tcmalloc, which PyTorch recommends for CPUs, keep memory anyway; this function is for glibc's.
+    It affects the whole process except allocations of more than 64 MiB on threads other than the first, so programs
+    should call it early: ``sparsekern train``, ``bench.race`` and ``bench.end_to_end`` do.
 
     Returns:
-        Whether glibc took it: False on other systems.
+        Whether glibc accepted the settings; False on other systems.
     """
     if not sys.platform.startswith("linux"):
         return False

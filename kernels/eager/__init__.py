@@ -1,4 +1,4 @@
-"""Plain PyTorch: any device, any floating dtype, any block, in a bounded scratch. The backend to read first."""
+"""Kernels in plain PyTorch, for any device, floating dtype and block, with bounded scratch memory. Read these first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Panels of tokens or image rows and chunks of blocks, by which the eager kernels keep their scratch bounded."""
+"""Panels of tokens or image rows and chunks of blocks, which bound the scratch memory of the eager kernels."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 SCRATCH_BYTES = 16 * 2**20
-"""What a kernel may hold beside its inputs and outputs. One token with one block is the least it can work with,
-so a layer whose single token needs more gets that much; see :func:`token_panel`."""
+"""Bytes that a kernel may hold in addition to its inputs and outputs. It needs enough for at least one token and one
+block, and takes that much where it is more."""
 
 
 def token_panel(tokens: int, bytes_per_token: int) -> int:
-    """Return how many tokens to take at once, so that what grows with them fills at most half the scratch."""
+    """Return the number of tokens to process at once, so that what grows with them fills at most half the scratch."""
     return max(1, min(tokens, SCRATCH_BYTES // 2 // max(1, bytes_per_token)))
 
 
 def block_chunk(blocks: int, bytes_per_block: int) -> int:
-    """Return how many blocks to take at once, so that what grows with them fills at most half the scratch."""
+    """Return the number of blocks to process at once, so that what grows with them fills at most half the scratch."""
     return max(1, min(blocks, SCRATCH_BYTES // 2 // max(1, bytes_per_block)))
 
 
@@ -46,9 +46,9 @@ def panels(
     Args:
         images: number of images.
         rows: rows of one.
-        bytes_per_row: what a row takes.
-        bytes_per_panel: what an image takes however few of its rows are in the panel.
-        most: rows of a panel, whatever would fit; one at least.
+        bytes_per_row: bytes per row.
+        bytes_per_panel: bytes per image, independent of how many of its rows are in the panel.
+        most: maximum number of rows in a panel, even if more would fit; 0 counts as 1.
     """
     budget = SCRATCH_BYTES // 2
     at_once = max(1, (budget - bytes_per_panel) // max(1, bytes_per_row))

@@ -66,7 +66,7 @@ def are_legal(row: Tensor, col: Tensor, rows: int, cols: int) -> bool:
 
 
 def distinct(keys: Tensor, present: Tensor, bound: int) -> Tensor:
-    """Return the different ones of some keys, int32, ascending, but for the present ones.
+    """Return the distinct keys that are not present, int32, ascending.
 
     Args:
         keys: ``(n,)`` int32 from 0 to below ``bound``, in any order.
@@ -78,7 +78,7 @@ def distinct(keys: Tensor, present: Tensor, bound: int) -> Tensor:
 
 
 def leave_out_(numbers: Tensor, positions: Tensor) -> Tensor:
-    """Return int32 ``numbers (n,)``, which may be overwritten, but for those at ``positions (k,)``.
+    """Return int32 ``numbers (n,)`` without those at ``positions (k,)``; ``numbers`` may be overwritten.
 
     The positions are int64, distinct and ascending.
     """
@@ -95,7 +95,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
     Args:
         scores: ``(n,)`` floats of 0 or more, or infinite; of minus infinity, they are never chosen.
-        count: how many; fewer where there are not so many.
+        count: number of positions; fewer are returned if there are not as many.
     """
     contenders = _contenders(scores, count)
     scores = scores[contenders]
@@ -157,7 +157,7 @@ def find(places: Tensor, keys: Tensor, bound: int) -> Tensor:
 
 
 def first_occurrences(keys: Tensor, present: Tensor, bound: int) -> Tensor:
-    """Return ``(n,)`` bool: whether a key is there for the first time, and not among the present ones.
+    """Return ``(n,)`` bool: whether a key occurs for the first time and is not present.
 
     Args:
         keys: ``(n,)`` int32 from 0 to below ``bound``, in any order.

@@ -1,4 +1,4 @@
-"""The parts that the products of both geometries are made of, and what is made of chosen blocks of a gradient."""
+"""Functions shared by the products of both geometries, and reductions of chosen blocks of a gradient."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def start_sums(
 ) -> Tensor:
     """Return the sums ``(rows + 1, tokens, side)`` before the first block: the bias, or zeros.
 
-    One row more than there is: free slots add into it, and it is thrown away. Skipping them instead would need their
-    number on the host.
+    The additional row receives what free slots add and is discarded: to skip free slots, the host would need their
+    number.
     """
     total = torch.zeros(rows + 1, tokens, side, dtype=dtype, device=device)
     if bias is not None:
@@ -86,7 +86,7 @@ def add_at(total: Tensor, owner: Tensor, part: Tensor) -> None:
 
 
 def clear_phantom(part: Tensor, position: Tensor, features: int, axis: int) -> None:
-    """Zero what lies beyond ``features`` in blocks at the edge: NaN times the zero filling is NaN, not zero."""
+    """Zero the elements beyond ``features`` in edge blocks, because NaN times the zero padding is NaN."""
     side = part.shape[axis]
     real = features % side
     if real:

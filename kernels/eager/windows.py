@@ -1,4 +1,4 @@
-"""The windows of a convolution over some output rows, read from and added into a small copy of the padded input.
+"""The windows of a convolution over some output rows, in a small copy of the padded input.
 
 No matrix of all windows (im2col) is made: the copy holds every pixel once, cut into blocks of channels, and a block of
 the weight names the pixels that it reads by their number in it.
@@ -107,7 +107,7 @@ class Windows:
 
 
 def buffer_bytes(shape: ConvShape, size: tuple[int, int], side: int, itemsize: int) -> tuple[int, int]:
-    """Return the bytes of a buffer: for each output row, and for each image however few its rows are."""
+    """Return the bytes of a buffer per output row, and those per image that do not depend on the number of rows."""
     (kh, kw), (sh, sw), (dh, dw) = shape.kernel, shape.stride, shape.dilation
     width = (shape.output_size(*size)[1] - 1) * sw + (kw - 1) * dw + 1
     row = width * shape.groups * shape.block_cols(side) * side * itemsize

@@ -21,7 +21,7 @@ __all__ = ["DTYPES", "SIDES", "kernels", "why_not"]
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
-    """Return None when these kernels can run ``op`` so, else the reason."""
+    """Return None if these kernels can run ``op`` on such tensors, otherwise the reason."""
     if op not in ("linear", "conv2d"):
         return f"it has no kernels for {op}"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):

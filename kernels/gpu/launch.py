@@ -1,4 +1,4 @@
-"""Helpers of all launchers in this folder: aligned rows, the precision of float32, the device."""
+"""Functions shared by the launchers in this folder: aligned rows, the precision of float32, the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def arch(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs a device works on side by side, at one each."""
+    """Return the number of multiprocessors of a device."""
     return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 

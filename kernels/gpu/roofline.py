@@ -1,4 +1,4 @@
-"""Configurations worth trying, best guess first: what runs where nothing was measured.
+"""Configurations worth trying, best guess first. The first one runs where nothing was measured.
 
 The guess is a roofline per stored FLOP: gathering from the L2 cache, the tensor cores, and issuing instructions,
 whichever is slowest; or the latency of a program that starts, loads and stores, shared by those that a multiprocessor

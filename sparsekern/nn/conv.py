@@ -30,18 +30,10 @@ class SparseConv2d(BlockSparse):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             as in :class:`torch.nn.Conv2d`.
-        sparsity: fraction of blocks that are not stored, in [0, 1), rounded to whole blocks. Ignored if ``blocks`` or
-            ``topology`` is given.
+        sparsity: as in :class:`SparseLinear`.
         block_size: side of the blocks, or ``(out, in)``, in channels. Need not divide the channel counts. Default: 32
             on a CPU, 64 on CUDA, but no larger than a group's channels need (16 at least).
-        blocks: number of stored blocks, instead of ``sparsity``.
-        capacity: number of slots, at least ``blocks``; the others stay free, for training methods in which layers
-            exchange blocks. Default: ``blocks``.
-        init: ``"balanced"`` (block rows differ by at most one block, and so do block columns) or ``"random"``.
-        init_scale: factor on the initial values and bias, which are uniform in ``+-1 / sqrt(fan_in)`` as in PyTorch.
-        topology: places of the blocks, instead of drawn ones; see :mod:`sparsekern.topology`.
-        seed: seed of the topology and the values, together with ``name``. Default: drawn from torch's global generator.
-        name: the layer's name in the model; layers with the same seed and different names differ.
+        blocks, capacity, init, init_scale, topology, seed, name: as in :class:`SparseLinear`.
         tie_taps: store a block of channels in all taps or in none. ``blocks`` counts the blocks of all taps.
 
     Raises:

@@ -48,9 +48,9 @@ class Calls:
         given = here.dy, here.x, index or here.index, case.grid.block, case.geometry, dtype or case.values.dtype
         return self.kernels(case).dvalues(*given)
 
-    def backward(self, case: AnyCase) -> tuple[Tensor, Tensor]:
+    def backward(self, case: AnyCase, index: Index | None = None) -> tuple[Tensor, Tensor]:
         here = case.on(self.device)
-        return self.kernels(case).backward(here.dy, here.x, here.values, here.index, case.geometry)
+        return self.kernels(case).backward(here.dy, here.x, here.values, index or here.index, case.geometry)
 
     def results(self, case: AnyCase) -> tuple[Tensor, Tensor, Tensor]:
         return self.fwd(case), self.dx(case), self.dvalues(case, torch.float32)

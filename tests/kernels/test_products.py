@@ -7,36 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
-from sparsekern.kernels import cpu, eager
+from sparsekern.kernels import cpu
 from sparsekern.kernels.contract import LinearShape
 
 from sparsekern.topology import Grid, Topology, build_index, mask_index
-from tests.kernels.calls import NAN, AnyCase, Calls, full, ints, is_real, small_conv, small_layer
+from tests.kernels.calls import NAN, AnyCase, Calls, full, ints, is_real, small_layer
 from tests.oracle import DTYPES, check_dvalues, check_dx, check_y, with_slots_reordered
 
 Block = tuple[int, int]
 Make = Callable[..., AnyCase]
-
-
-@pytest.fixture
-def calls(backend: ModuleType) -> Calls:
-    return Calls(backend)
-
-
-@pytest.fixture(params=["1x1", "blocks"])
-def block(request: pytest.FixtureRequest, backend: ModuleType) -> Block:
-    if request.param == "1x1":
-        return 1, 1
-    return (4, 4) if backend is eager else (16, 32)
-
-
-@pytest.fixture(params=[small_layer, small_conv])
-def make(request: pytest.FixtureRequest) -> Make:
-    return request.param
 
 
 def sized(make: Make, tokens: int) -> dict[str, int]:

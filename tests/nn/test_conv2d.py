@@ -22,23 +22,6 @@ def test_the_docstring_says_what_is_sparse():
     assert inspect.getdoc(sk.SparseConv2d).startswith("Convolution with a block-sparse weight")
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_from_dense_keeps_the_strongest_blocks(bias, groups):
-    dense = nn.Conv2d(6, 8, 3, padding=1, bias=bias, groups=groups)
-    module = sk.SparseConv2d.from_dense(dense, sparsity=0.5, block_size=2)
-    blocks = dense.weight.detach().view(4, 2, 6 // groups, 3, 3)
-    channels = -(-(6 // groups) // 2)
-    padded = nn.functional.pad(blocks, (0, 0, 0, 0, 0, 2 * channels - 6 // groups)).view(4, 2, channels, 2, 3, 3)
-    norms = padded.norm(dim=(1, 3))
-    kept = norms >= norms.flatten().topk(norms.numel() // 2).values[-1]
-    mask = kept.view(4, 1, channels, 1, 3, 3).expand(4, 2, channels, 2, 3, 3).reshape(8, -1, 3, 3)
-    assert torch.equal(module.dense_weight(), dense.weight * mask[:, : 6 // groups])
-    assert (module.bias is None) == (not bias)
-    if bias:
-        assert torch.equal(module.bias, dense.bias) and module.bias is not dense.bias
-
-
 def test_from_dense_with_tied_taps_keeps_the_strongest_channels():
     dense = nn.Conv2d(4, 4, 3)
     module = sk.SparseConv2d.from_dense(dense, sparsity=0.5, block_size=2, tie_taps=True)

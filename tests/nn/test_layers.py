@@ -126,6 +126,27 @@ def test_it_computes_what_its_dense_twin_computes(kind: Kind, settings: dict[str
 
 
 @each
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_dense_keeps_the_strongest_blocks(kind: Kind, bias: bool, groups: int):
+    options = {} if kind.dense is nn.Linear else {"kernel_size": 3, "groups": groups}
+    dense = kind.dense(**kind.sizes, bias=bias, **options)
+    module = kind.sparse.from_dense(dense, sparsity=0.5, block_size=4)
+    out, into, *taps = dense.weight.shape
+    groups = groups if taps else 1
+    cells = torch.zeros(groups, -(-out // groups // 4) * 4, -(-into // 4) * 4, *taps)  # whole blocks
+    cells[:, : out // groups, :into] = dense.weight.detach().view(groups, -1, into, *taps)
+    norms = cells.unflatten(1, (-1, 4)).unflatten(3, (-1, 4)).norm(dim=(2, 4), keepdim=True)
+    kept = norms >= norms.flatten().topk(module.topology.blocks()).values[-1]
+    mask = kept.expand(-1, -1, 4, -1, 4, *taps).flatten(1, 2).flatten(2, 3)[:, : out // groups, :into]
+    assert module.topology.blocks() == (kept.numel() + 1) // 2
+    assert torch.equal(module.dense_weight(), dense.weight * mask.reshape(dense.weight.shape))
+    assert (module.bias is None) == (not bias)
+    if bias:
+        assert torch.equal(module.bias, dense.bias) and module.bias is not dense.bias
+
+
+@each
 @pytest.mark.parametrize("last", [{}, {"padding_mode": "circular"}], ids=str)
 def test_a_full_layer_is_the_dense_layer_both_ways(kind: Kind, last: dict[str, Any]):
     options = {"kernel_size": 2, "padding": "same", **last} if kind.dense is not nn.Linear else {}

@@ -11,20 +11,6 @@ from sparsekern.nn.linear import default_block_size
 from sparsekern.topology import by_norm
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_from_dense_keeps_the_strongest_blocks(bias):
-    dense = nn.Linear(12, 8, bias=bias)
-    layer = sk.SparseLinear.from_dense(dense, sparsity=0.5, block_size=4)
-    norms = dense.weight.detach().view(2, 4, 3, 4).norm(dim=(1, 3)).flatten()
-    kept = torch.zeros(6, dtype=torch.bool)
-    kept[norms.topk(3).indices] = True
-    mask = kept.view(2, 1, 3, 1).expand(2, 4, 3, 4).reshape(8, 12)
-    assert torch.equal(layer.dense_weight(), dense.weight * mask)
-    assert (layer.bias is None) == (not bias)
-    if bias:
-        assert torch.equal(layer.bias, dense.bias) and layer.bias is not dense.bias
-
-
 def test_from_dense_at_given_places():
     dense = nn.Linear(12, 8)
     topology = by_norm(sk.topology.Grid(8, 12, (4, 4)), -dense.weight.detach(), 2)

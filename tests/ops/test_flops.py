@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from sparsekern.kernels.contract import ConvShape
@@ -55,27 +58,6 @@ def test_counting_makes_nothing_that_has_an_entry_an_element(block):
     assert allocations(lambda: ops.stored_elements(index, ragged)).peak < 2**17
 
 
-def test_the_counter_sees_a_training_step():
-    x = torch.ones(10, 7, requires_grad=True)
-    values = torch.ones(5, 2, 4, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        ops.linear(x, values, None, build_index(TOPOLOGY), GRID).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 10 * ELEMENTS
-
-
-def test_scores():
-    dy, x = torch.ones(10, 5), torch.ones(10, 7)
-    row = torch.zeros(3, dtype=torch.int32)
-    for score, flops in (
-        (lambda: ops.all_block_norms(dy, x, 2, 4, "auto"), 2 * 10 * 5 * 7),
-        (lambda: ops.block_norms(dy, x, row, row, 2, 4, "auto"), 2 * 10 * 3 * 8),
-        (lambda: ops.sketch(dy, x, torch.ones(4, 5), torch.ones(4, 7), 2, 4, "auto"), 2 * 10 * 4 * (5 + 7 + 6)),
-    ):
-        with FlopCounterMode(display=False) as counter:
-            score()
-        assert counter.get_total_flops() == flops
-
-
 @pytest.mark.parametrize("block", [(2, 4), (1, 1)])
 def test_without_data_every_slot_counts(block):
     index = build_index(Topology(Grid(5, 7, block), TOPOLOGY.row, TOPOLOGY.col))
@@ -91,39 +73,38 @@ CONV_TOPOLOGY = Topology(CONV_GRID, torch.tensor([0, 3], dtype=torch.int32), tor
 CONV_ELEMENTS, PIXELS = 8 + 1, 2 * 2 * 6
 
 
-def test_a_training_step_of_a_convolution():
-    x = torch.ones(2, 10, 4, 7, requires_grad=True)
-    values = torch.ones(2, 2, 4, requires_grad=True)
+def flops(run: Callable[..., object], *args: object) -> int:
     with FlopCounterMode(display=False) as counter:
-        ops.conv2d(x, values, None, build_index(CONV_TOPOLOGY), CONV_GRID, CONV).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * PIXELS * CONV_ELEMENTS
+        run(*args)
+    return counter.get_total_flops()
+
+
+def test_the_counter_sees_a_training_step():
+    x, values = torch.ones(10, 7, requires_grad=True), torch.ones(5, 2, 4, requires_grad=True)
+    y = partial(ops.linear, x, values, None, build_index(TOPOLOGY), GRID)
+    assert flops(lambda: y().sum().backward()) == 3 * 2 * 10 * ELEMENTS
+    x, values = torch.ones(2, 10, 4, 7, requires_grad=True), torch.ones(2, 2, 4, requires_grad=True)
+    y = partial(ops.conv2d, x, values, None, build_index(CONV_TOPOLOGY), CONV_GRID, CONV)
+    assert flops(lambda: y().sum().backward()) == 3 * 2 * PIXELS * CONV_ELEMENTS
 
 
 def test_a_full_convolution_counts_as_torchs():
     x, weight = torch.ones(2, 10, 4, 7), torch.ones(6, 5, 1, 2)
     full = Topology(CONV_GRID, torch.arange(16, dtype=torch.int32) // 4, torch.arange(16, dtype=torch.int32) % 4)
-    totals = []
-    for run in (
-        lambda: torch.nn.functional.conv2d(x, weight, None, (2, 1), groups=2),
-        lambda: ops.conv2d(x, torch.ones(16, 2, 4), None, build_index(full), CONV_GRID, CONV),
-    ):
-        with FlopCounterMode(display=False) as counter:
-            run()
-        totals.append(counter.get_total_flops())
-    assert totals[0] == totals[1] > 0
+    theirs = flops(lambda: torch.nn.functional.conv2d(x, weight, None, (2, 1), groups=2))
+    assert theirs > 0
+    assert flops(lambda: ops.conv2d(x, torch.ones(16, 2, 4), None, build_index(full), CONV_GRID, CONV)) == theirs
 
 
-def test_scores_of_a_convolution():
-    dy, x = torch.ones(2, 6, 2, 6), torch.ones(2, 10, 4, 7)
+def test_scores():
     row = torch.zeros(3, dtype=torch.int32)
-    for score, flops in (
-        (lambda: scores.all_block_norms(dy, x, 2, 4, "auto", CONV), 2 * PIXELS * 6 * 10),
-        (lambda: scores.block_norms(dy, x, row, row, 2, 4, "auto", CONV), 2 * PIXELS * 3 * 8),
-        (
-            lambda: scores.sketch(dy, x, torch.ones(4, 6), torch.ones(4, 10), 2, 4, "auto", CONV),
-            2 * PIXELS * 4 * (6 + 2 * 10 + 16),
-        ),
+    for dy, x, shape, tokens, (out, into), cells in (
+        (torch.ones(10, 5), torch.ones(10, 7), None, 10, (5, 7), 6),
+        (torch.ones(2, 6, 2, 6), torch.ones(2, 10, 4, 7), CONV, PIXELS, (6, 10), 16),
     ):
-        with FlopCounterMode(display=False) as counter:
-            score()
-        assert counter.get_total_flops() == flops
+        groups = 1 if shape is None else shape.groups
+        pairs = torch.ones(4, out), torch.ones(4, into)
+        assert flops(scores.all_block_norms, dy, x, 2, 4, "auto", shape) == 2 * tokens * out * into
+        assert flops(scores.block_norms, dy, x, row, row, 2, 4, "auto", shape) == 2 * tokens * 3 * 8
+        sketch = 2 * tokens * 4 * (out + groups * into + cells)
+        assert flops(scores.sketch, dy, x, *pairs, 2, 4, "auto", shape) == sketch
