@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.files import load_
@@ -45,7 +45,7 @@ def seed_folder(run_folder: Path, seed: int) -> Path:
 def save(
     folder: Path,
     step: int,
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, Mapping[str, Tensor]],
     state: dict[str, Any],
     *,
     keep: int = 1,
@@ -57,7 +57,7 @@ def save(
         folder: of the seed.
         step: grows from one checkpoint to the next. One that exists is left alone: training is deterministic, so a
             step has one state.
-        models: by the name of the network.
+        models: state dicts by the name of the network.
         state: tensors and plain values only.
         keep: number of newest checkpoints that stay.
         best: step of one that stays beside them.
@@ -73,7 +73,7 @@ def save(
 
     def fill(unfinished: Path) -> None:
         for name, model in models.items():
-            write_state(unfinished / f"{name}.safetensors", model.state_dict())
+            write_state(unfinished / f"{name}.safetensors", model)
         sums = {path.name: _checksum(path) for path in unfinished.iterdir()}
         torch.save({"version": FORMAT_VERSION, "sha256": sums, **state}, unfinished / STATE)
 

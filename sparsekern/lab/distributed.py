@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsekern.errors import InputError
+from sparsekern.files.states import metadata_of, with_metadata
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import refresh_
+from sparsekern.nn.sharded import is_sharded, local, sharded_as, whole
 
 Result = TypeVar("Result")
 
@@ -33,11 +38,12 @@ class Launch:
     """How the processes that ``torchrun`` started train together. The command shows what is said of them here.
 
     Attributes:
-        strategy: how they share the work. ddp: each has the whole model, and a part of each batch.
+        strategy: how they share the work. Each takes a part of every batch. ddp: each has the whole model; fsdp2: each
+            stores a part of it, with its gradients and optimizer state.
         timeout: seconds after which they give up on one of them that does not answer.
 
     Raises:
-        ValueError: a value out of range, or a strategy that there is not yet.
+        ValueError: a value out of range.
     """
 
     strategy: str = "ddp"
@@ -47,12 +53,6 @@ class Launch:
         if self.strategy not in STRATEGIES:
             raise InputError(
                 f"strategy is {self.strategy!r}; it must be one of {', '.join(STRATEGIES)}", parameter="strategy"
-            )
-        if self.strategy == "fsdp2":
-            raise InputError(
-                "strategy is 'fsdp2', which the command does not know yet; take ddp, or a loop of your own with "
-                "fully_shard",
-                parameter="strategy",
             )
         if not 0 < self.timeout < 10**7:
             raise InputError(f"timeout is {self.timeout}; it must be a number of seconds above 0", parameter="timeout")
@@ -88,11 +88,13 @@ class Ranks:
     Attributes:
         rank, count: number of this process, from 0, and of all.
         local: number among those on this machine, and of its GPU.
+        strategy: see :class:`Launch`.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
+    strategy: str = "ddp"
 
     @property
     def first(self) -> bool:
@@ -199,29 +201,69 @@ class Ranks:
         mine = part[0].shape[0]
         return Share(part if mine else (inputs[:1], targets[:1]), examples, self.count * mine / examples)
 
-    def replicated(self, model: nn.Module) -> nn.Module:
-        """Return the module to compute with in training: one that averages gradients over the ranks."""
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank stores a part of the model only."""
+        return self.count > 1 and self.strategy == "fsdp2"
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Return the module to compute with in training, which averages gradients over the ranks.
+
+        By fsdp2 it is the model, sharded in place, block by block of those that it holds in lists.
+        """
         if self.count == 1:
+            return model
+        if self.sharded:
+            mesh = init_device_mesh(next(model.parameters()).device.type, (self.count,))
+            lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+            for block in (child for module in lists for child in module.children() if [*child.children()]):
+                if not isinstance(block, (nn.ModuleList, nn.Sequential)):
+                    fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
             return model
         # Statistics of norm layers stay each rank's own, as those of its part of a batch are; the first rank's count.
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # since PyTorch 2.13
         options: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         return DistributedDataParallel(model, **options)
 
-    def share_(self, model: nn.Module) -> None:
-        """Overwrite the parameters and buffers of a model with those of the first rank."""
-        if self.count > 1:
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)
-            refresh_(model)  # the write leaves no trace in the tensors, by which a layer knows that its index is old
+    @torch.no_grad()
+    def load_(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the parameters and buffers of a model with those of the first rank's state.
+
+        Args:
+            model: on all ranks, whole or sharded.
+            state: on the first rank; on the others tensors of the same shapes.
+        """
+        for name, mine in model.state_dict().items():
+            full = state[name].to(mine.device)
+            dist.broadcast(full, 0)
+            local(mine).copy_(local(sharded_as(mine, full)))
+        refresh_(model)
+
+
+def gathered(value: Any) -> Any:
+    """Return a state with its tensors whole, those that are sharded on the CPU; all ranks must call this."""
+    if isinstance(value, OrderedDict):  # a state dict
+        tensors: dict[str, Any] = {key: gathered(entry) for key, entry in value.items()}
+        return with_metadata(tensors, metadata_of(value))
+    if isinstance(value, dict):
+        return {key: gathered(entry) for key, entry in value.items()}
+    return whole(value).cpu() if isinstance(value, Tensor) and is_sharded(value) else value
 
 
 ALONE = Ranks()
 
 
-def unsynchronised(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which gradients are accumulated and not averaged over ranks."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients without averaging them over ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            yield
 
 
 def launched() -> Ranks:
@@ -252,6 +294,6 @@ def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=launch.timeout))
     try:
-        yield ranks
+        yield replace(ranks, strategy=launch.strategy)
     finally:
         dist.destroy_process_group()

@@ -100,10 +100,10 @@ class Optimizer:
     decay_all: bool
     arguments: Mapping[str, Any]
 
-    def build(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        """Return the optimizer of a model's parameters."""
+    def build(self, model: nn.Module, rate: float, *, fused: bool = True) -> torch.optim.Optimizer:
+        """Return the optimizer of a model's parameters; ``fused`` is not for sharded ones."""
         groups = parameter_groups(model, self.weight_decay, decay_all=self.decay_all)
-        return self.kind(groups, lr=rate, fused=True, **self.arguments)
+        return self.kind(groups, lr=rate, fused=fused, **self.arguments)
 
 
 def adamw(weight_decay: float = 0.01, *, decay_all: bool = True, **arguments: Any) -> Optimizer:

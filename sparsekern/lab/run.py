@@ -16,9 +16,10 @@ from sparsekern.errors import InputError
 from sparsekern.integrations.loggers import LogTo, log, open_log
 from sparsekern.lab import checkpoint
 from sparsekern.lab.config import Config
-from sparsekern.lab.distributed import ALONE, Ranks
+from sparsekern.lab.distributed import ALONE, Ranks, gathered
 from sparsekern.lab.history import History
 from sparsekern.lab.lock import locked
+from sparsekern.lab.networks import build
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.pictures import draw_graphs, draw_or_warn, draw_summary
 from sparsekern.lab.resolved import Run, resolve
@@ -304,8 +305,10 @@ class _Seed:
             self.rows = list(state["rows"])
             try:
                 for name, learner in learners.items():
-                    run.ranks.on_first(lambda: checkpoint.load_model(path, name, learner.model))  # noqa: B023
-                    run.ranks.share_(learner.model)
+                    model = build(run, name, seed) if run.ranks.sharded else learner.model
+                    run.ranks.on_first(lambda: checkpoint.load_model(path, name, model))  # noqa: B023
+                    if run.ranks.count > 1:
+                        run.ranks.load_(learner.model, model.state_dict())
                     learner.load_state_dict(state["learners"][name])
             except InputError as error:
                 raise type(error)(f"{path} is damaged: {error}; delete it to go on from an older one") from None
@@ -356,7 +359,7 @@ class _Seed:
         self._write({"rows": self.rows, "finished": False, "learners": states})
 
     def _write(self, state: dict[str, Any]) -> dict[str, Any]:
-        models = {name: learner.model for name, learner in self.learners.items()}
+        models = {name: gathered(learner.model.state_dict()) for name, learner in self.learners.items()}
         state["history"] = None if self.history is None else self.history.state_dict()
         best = best_step(self.rows, list(self.learners), self.run.task.metric)
         self.run.ranks.on_first(

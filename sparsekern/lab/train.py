@@ -18,10 +18,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from sparsekern.analysis import network_sparsity, spectral, stored_parameters, training_bytes
 from sparsekern.errors import InputError
-from sparsekern.lab.distributed import Share, unsynchronised
+from sparsekern.lab.distributed import Share, gathered, unsynchronised
 from sparsekern.lab.networks import build, build_agent, build_method
 from sparsekern.lab.resolved import Run
 from sparsekern.nn import sparse_layers
+from sparsekern.nn.sharded import sharded_as
 from sparsekern.topology import generator_for
 from sparsekern.training import Gradual, NetworkSampler, compact_
 
@@ -50,8 +51,8 @@ class Learner:
         self.run, self.network, self.seed = run, network, seed
         self.task, self.recipe, self.batches, self.total_steps = run.task, run.recipe, run.batches, run.steps
         self.model = build(run, network, seed).to(run.device)
-        self._replica = run.ranks.replicated(self.model)  # what computes in training
-        self.optimizer = run.recipe.optimizer.build(self.model, run.config.rate)
+        self._replica = run.ranks.parallel(self.model)  # what computes in training
+        self.optimizer = run.recipe.optimizer.build(self.model, run.config.rate, fused=not run.ranks.sharded)
         self.method = self.agent = None
         if network == "sparse":
             self.method = build_method(run, self._replica, self.optimizer, seed)
@@ -171,7 +172,7 @@ class Learner:
             "seconds": self._seconds,
             "milliseconds": list(self._milliseconds),
             "graphs": list(self._graphs),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "method": None if self._outer is None else self._outer.state_dict(),
         }
 
@@ -278,16 +279,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         checked[number] = {
             key: _fitting(entries[key], f"{key} of parameter {number}", parameters[number], kept[key]) for key in kept
         }
-    optimizer.load_state_dict({"state": checked, "param_groups": state["param_groups"]})
+    optimizer.load_state_dict({"state": checked, "param_groups": groups})
 
 
 def _same_groups(given: Any, wanted: list[dict[str, Any]]) -> bool:
-    """Return whether groups are those wanted but for the rate, which every step sets, as a number of the same kind."""
+    """Return whether groups are those wanted, but for the rate, which every step sets, and how steps are computed."""
     if not isinstance(given, list) or not all(isinstance(group, dict) for group in given):
         return False
     if not all(type(group.get("lr")) is float and 0 <= group["lr"] < math.inf for group in given):
         return False
-    return repr([group | {"lr": 0} for group in given]) == repr([group | {"lr": 0} for group in wanted])
+    free = {"lr": 0, "fused": None}
+    return repr([group | free for group in given]) == repr([group | free for group in wanted])
 
 
 def _entries(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -308,4 +310,4 @@ def _fitting(value: Any, name: str, parameter: Tensor, like: Tensor) -> Tensor:
         raise InputError(f"the optimizer's {name} must be {dtype} of shape {tuple(shape)}")
     if not like.dim():
         return value.clone()
-    return torch.empty_like(parameter, requires_grad=False).copy_(value)
+    return torch.empty_like(parameter, requires_grad=False).copy_(sharded_as(parameter, value))

@@ -24,8 +24,10 @@ def test_one_checkpoint_stays_and_loads(tmp_path):
     folder = checkpoint.seed_folder(tmp_path, 4)
     assert folder == tmp_path / "checkpoints" / "seed-4"
     assert checkpoint.latest(folder) is None
-    checkpoint.save(folder, 9, {"sparse": sparse, "dense": dense}, state(a=1))
-    last = checkpoint.save(folder, 10, {"sparse": sparse, "dense": dense}, state(a=2, tensor=torch.arange(3)))
+    checkpoint.save(folder, 9, {"sparse": sparse.state_dict(), "dense": dense.state_dict()}, state(a=1))
+    last = checkpoint.save(
+        folder, 10, {"sparse": sparse.state_dict(), "dense": dense.state_dict()}, state(a=2, tensor=torch.arange(3))
+    )
     assert names(folder) == ["step-00000010"] and checkpoint.latest(folder) == last
     assert names(last) == ["dense.safetensors", "sparse.safetensors", "state.pt"]
     found = checkpoint.load_state(last)
@@ -116,7 +118,7 @@ def flip(path):
 def test_a_run_goes_on_from_the_one_before_if_the_newest_is_damaged(tmp_path, caplog, name, damage):
     """As a power cut leaves it on a disk that lies about syncing."""
     for step in (5, 6):
-        checkpoint.save(tmp_path, step, {"dense": nn.Linear(3, 2)}, state(a=step), keep=2)
+        checkpoint.save(tmp_path, step, {"dense": nn.Linear(3, 2).state_dict()}, state(a=step), keep=2)
     damage(tmp_path / "step-00000006" / name)
     path, found = checkpoint.restore(tmp_path)
     assert (path.name, found["a"]) == ("step-00000005", 5)
@@ -142,7 +144,7 @@ def test_every_file_and_folder_is_synced_before_and_after_the_rename(tmp_path, m
     fsync, rename = os.fsync, type(tmp_path).rename
     monkeypatch.setattr(os, "fsync", lambda h: (done.append(os.readlink(f"/proc/self/fd/{h}")), fsync(h)))
     monkeypatch.setattr(type(tmp_path), "rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
-    checkpoint.save(folder, 1, {"dense": nn.Linear(3, 2)}, {})
+    checkpoint.save(folder, 1, {"dense": nn.Linear(3, 2).state_dict()}, {})
     at = done.index("rename")
     unfinished = done[at - 1]
     assert Path(unfinished).parent.parent == folder
@@ -152,7 +154,7 @@ def test_every_file_and_folder_is_synced_before_and_after_the_rename(tmp_path, m
 
 
 def test_weights_that_do_not_load_are_described(tmp_path):
-    folder = checkpoint.save(tmp_path, 1, {"dense": nn.Linear(3, 2)}, {})
+    folder = checkpoint.save(tmp_path, 1, {"dense": nn.Linear(3, 2).state_dict()}, {})
     with pytest.raises(ValueError, match=r"dense.safetensors does not fit .*: weight has shape"):
         checkpoint.load_model(folder, "dense", nn.Linear(4, 2))
     with pytest.raises(ValueError, match=r"sparse.safetensors cannot be read: No such file"):

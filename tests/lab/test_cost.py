@@ -115,7 +115,7 @@ def saved(tmp_path):
 
     def save(asked):
         models = {name: network_of(name, asked, (1, 8, 8), 10, seed=5) for name in asked.networks}
-        return models, checkpoint.save(tmp_path, 1, models, {})
+        return models, checkpoint.save(tmp_path, 1, {name: model.state_dict() for name, model in models.items()}, {})
 
     return save
 

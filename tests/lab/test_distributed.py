@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ GPT = Config(
     block_size=16,
     network={"depth": 1, "context": 16},
     epochs=1,
+    batch_size=12,
     seeds=1,
     update_every=2,
     accumulate=2,
@@ -56,7 +58,7 @@ def _cheap(monkeypatch):
 
 def cheap(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("sparsekern.lab.run.draw_summary", lambda *_: None)
-    patch.setattr("sparsekern.lab.language.EXAMPLES", 96)  # six batches
+    patch.setattr("sparsekern.lab.language.EXAMPLES", 96)  # eight batches
 
 
 def assert_alike(folder: Path, other: Path, seeds: int = 1) -> None:
@@ -83,12 +85,17 @@ def two_ranks(rank: int, folder: Path, text: str) -> list[str]:
         for name, config in (("mlp", MLP), ("gpt", changed(GPT, data=text))):
             done = start(config, folder / name, Observer(), ranks=ranks)
             assert done.results == read_results(folder / name)
+        sharded = replace(ranks, strategy="fsdp2")
+        start(changed(GPT, data=text), folder / "sharded", Observer(), ranks=sharded)
+        with pytest.raises(Interrupted):
+            start(changed(GPT, data=text), folder / "sharded-stopped", StopAt(11), ranks=sharded)
         with pytest.raises(Interrupted):  # one rank is asked to stop, and all do
             start(STOPPED, folder / "stopped", StopAt(9) if rank == 1 else Observer(), ranks=ranks)
         for work in (
             lambda: start(MLP, folder / "mlp", Observer(), ranks=ranks),
             lambda: start(changed(MLP, batch_size=401), folder / "new", Observer(), ranks=ranks),
             lambda: ranks.together(lambda: 1 if rank == 0 else Config(width=0)),
+            lambda: start(changed(MLP, options={"agent": True}), folder / "new", Observer(), ranks=sharded),
             lambda: start(changed(MLP, rate=1e30), folder / "hot", Observer(), ranks=ranks),
             lambda: start(changed(GPT, data=text if rank else __file__), folder / "new", Observer(), ranks=ranks),
         ):
@@ -104,6 +111,7 @@ def finish(rank: int, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         cheap(patch)
         resume(folder / "stopped", Observer(), Ranks(rank, 3, rank))
+        resume(folder / "sharded-stopped", Observer(), Ranks(rank, 3, rank, "fsdp2"))
 
 
 def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, text):
@@ -114,6 +122,7 @@ def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, 
         "not empty",
         "which 2 ranks do not divide",
         "on rank 1: width is 0",
+        "agent needs whole weights",
         "lower the learning rate",
         "data of rank 1 are others",
     )
@@ -123,11 +132,15 @@ def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, 
     for name in ("mlp", "gpt"):
         assert_alike(one / name, two / name)
         assert read_results(two / name)["environment"]["ranks"] == 2
+    assert_alike(one / "gpt", two / "sharded")
     with pytest.raises(Interrupted):  # alone from step 9, of three ranks from step 13
         resume(two / "stopped", StopAt(4))
+    with pytest.raises(Interrupted):
+        resume(two / "sharded-stopped", StopAt(1))
     (tmp_path / "meet").mkdir()
     on_ranks(finish, 3, tmp_path / "meet", two)
     assert_alike(one / "stopped", two / "stopped")
+    assert_alike(one / "gpt", two / "sharded-stopped")
 
 
 @pytest.mark.parametrize("examples", [1, 3, 7])
@@ -155,7 +168,6 @@ def test_a_launcher_says_which_process_this_is(monkeypatch):
     ("values", "words"),
     [
         ({"strategy": "dp"}, "strategy is 'dp'; it must be one of ddp, fsdp2"),
-        ({"strategy": "fsdp2"}, "strategy is 'fsdp2', which the command does not know yet; take ddp"),
         ({"timeout": 0.0}, "timeout is 0.0; it must be a number of seconds above 0"),
         ({"timeout": float("nan")}, "timeout is nan"),
     ],

@@ -203,7 +203,7 @@ def folder(tmp_path):
 
 def save(folder):
     model, state = torch.nn.Linear(1, 1), {"rows": [], "finished": False, "history": FILM}
-    return checkpoint.save(checkpoint.seed_folder(folder, 0), 1, {"sparse": model}, state)
+    return checkpoint.save(checkpoint.seed_folder(folder, 0), 1, {"sparse": model.state_dict()}, state)
 
 
 def test_a_run_that_is_not_finished(folder):

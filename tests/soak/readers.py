@@ -138,7 +138,7 @@ def readers(base: Path) -> list[Reader]:
     bsr = _bytes(lambda f: torch.save(bsr_state(nn.Sequential(even).state_dict()), f))
     hostile = _bytes(lambda f: torch.save({"a": Harm()}, f))
     state = {"rows": [], "finished": False, "history": None, "t": torch.arange(50)}
-    step = checkpoint.save(base / "made", 5, {"sparse": model}, state)
+    step = checkpoint.save(base / "made", 5, {"sparse": model.state_dict()}, state)
     (base / "state" / "sparse.safetensors").write_bytes((step / "sparse.safetensors").read_bytes())
     torch_seeds = (_weights(base, "a.pt"), bsr, hostile)
     return [
