@@ -37,6 +37,7 @@ METHODS = {
     "GraEst, global, some tokens": (sk.GSE, {"distribution": "graest", "scope": "global", "score_tokens": 20}),
     "VRPGE": (sk.VRPGE, {"floor": 0.05}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.8}),
+    "GraNet": (sk.GraNet, {"final_sparsity": 0.8, "scoring": "screen", "shortlist": 1e6}),
 }
 
 

@@ -75,6 +75,7 @@ METHODS = {
     "GraBo": (sk.GSE, {"distribution": "grabo"}),
     "GraEst": (sk.GSE, {"distribution": "graest"}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.995, "stop": 4}),
+    "GraNet": (sk.GraNet, {"final_sparsity": 0.995, "stop": 4}),
     "Gradual, compact": (sk.Gradual, {"final_sparsity": 0.995, "stop": 4, "compact": True}),
 }
 
@@ -204,7 +205,8 @@ def test_a_pass_without_an_optimizer(kind, part, block, kernels):
         for kind, large in (("linear", (32, 32)), ("conv2d", (16, 16)))
         for method in METHODS
         for block in (large, (1, 1))
-        if method != "SET" and not ("RigL" in method and block == (1, 1))  # which asks for allow_dense_scores
+        if method != "SET"
+        and not (method.startswith(("RigL", "GraNet")) and block == (1, 1))  # which asks for allow_dense_scores
     ],
     ids=str,
 )

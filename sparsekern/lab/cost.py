@@ -47,7 +47,10 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
     if real.method is None:
         flops = usual * steps
     elif isinstance(real.method, Gradual):
-        flops = _gradual_flops(real.method, steps, usual, _long(run, network, options=without_agent))
+        ended = _long(run, network, options=without_agent, update_every=LONG // 2)
+        flops = _gradual_flops(real.method, steps, usual, ended)
+        updates = sum(real.method.schedule.due(step) for step in range(1, steps + 1))
+        flops += max(0.0, _flops(moving, period) - usual * period) * updates
     else:
         schedule = real.method.schedule
         stop = min(steps, steps if schedule.stop is None else schedule.stop)
@@ -80,9 +83,11 @@ def _gradual_flops(method: Gradual, steps: int, first: float, learner: Learner) 
         first: see above.
         learner: of the same network; its blocks go at once.
     """
-    assert isinstance(learner.method, Gradual)
-    learner.method.steps = LONG**2  # past its end
-    learner.method.update()
+    pruned = learner.method
+    assert isinstance(pruned, Gradual)
+    pruned.steps = LONG**2  # past its end
+    pruned.move(lambda fraction: Gradual.choose_all(pruned, fraction))
+    pruned.steps = 0  # and far from an update
     last = _flops(learner, 1)
     flops, left = 0.0, 1.0
     for step in range(1, steps + 1):

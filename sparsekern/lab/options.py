@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsekern.errors import InputError
 from sparsekern.lab.models.gpt import ACTIVATIONS, POSITIONS
-from sparsekern.training import AGENT, METHODS, VRPGE
+from sparsekern.training import AGENT, METHODS, VRPGE, Gradual, GraNet
 from sparsekern.transforms import TRANSFORMS, transform
 
 STOP = 0.75
@@ -174,8 +174,8 @@ _OTHERS = (
         "initial_sparsity",
         float,
         "Sparsity of the layers in the beginning.",
-        "0",
-        ("gradual",),
+        f"{Gradual.initial_sparsity:g}; granet: {GraNet.initial_sparsity:g}",
+        ("gradual", "granet"),
         low=0,
         high=1,
         part="recipe",

@@ -101,12 +101,14 @@ def resolve(config: Config, task: Task, ranks: Ranks = ALONE) -> Run:
         arguments["start"] = int(float(options["start"]) * steps)
     layers = {"distribution": recipe.distribution} | ({} if chosen is None else dict(chosen.layers))
     layers |= part_of("recipe", options)
-    pool, initial = layers.pop("pool", VRPGE.pool), layers.pop("initial_sparsity", 0.0)
+    pool, initial = layers.pop("pool", VRPGE.pool), layers.pop("initial_sparsity", None)
+    if initial is None and issubclass(method, Gradual):
+        initial = method.initial_sparsity
     agent, transform = part_of("agent", options), part_of("transform", options)
     if transform and issubclass(method, Gradual):
         raise InputError(
             f"transform is {transform['transform']}, which makes sparse layers as large as the sparsity allows, and "
-            "gradual begins with more blocks; choose another method",
+            f"{config.method} begins with more blocks; choose another method",
             parameter="transform",
         )
     network, sparsity = {**recipe.network, **config.network}, config.sparsity
@@ -128,7 +130,7 @@ def resolve(config: Config, task: Task, ranks: Ranks = ALONE) -> Run:
         sparsity=sparsity,
         dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
         pool=float(pool) if issubclass(method, VRPGE) else None,
-        initial_sparsity=float(initial) if issubclass(method, Gradual) else None,
+        initial_sparsity=initial,
         agent={name.removeprefix("agent_"): v for name, v in agent.items()} if agent.pop("agent", False) else None,
         layers=layers,
         transform=transform.get("transform"),

@@ -7,7 +7,7 @@ from sparsekern.training.base import Method
 from sparsekern.training.compact import compact_
 from sparsekern.training.followers import Followers
 from sparsekern.training.gradual import Gradual
-from sparsekern.training.growth import GSE, GradientMethod, RigL
+from sparsekern.training.growth import GSE, GradientMethod, GraNet, RigL
 from sparsekern.training.passes import recalibrate_norms
 from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.schedules import Schedule
@@ -22,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "gse": GSE,
     "vrpge": VRPGE,
     "gradual": Gradual,
+    "granet": GraNet,
 }
 """The methods by their names on the command line."""
 
@@ -33,6 +34,7 @@ __all__ = [
     "SET",
     "VRPGE",
     "Followers",
+    "GraNet",
     "GradientMethod",
     "Gradual",
     "Method",

@@ -65,8 +65,11 @@ class Gradual(Method):
         0.75
     """
 
-    unused_options: ClassVar = ("drop_fraction", "anneal", "grown_state", "min_age")
+    unused_options: ClassVar[tuple[str, ...]] = ("drop_fraction", "anneal", "grown_state", "min_age")
     moves_fraction = False
+
+    initial_sparsity: ClassVar[float] = 0.0
+    """The sparsity from which the publication starts; the layers decide."""
 
     def __init__(
         self,

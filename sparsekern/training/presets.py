@@ -12,7 +12,7 @@ from torch import nn
 from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.base import Method
-from sparsekern.training.growth import GSE, RigL
+from sparsekern.training.growth import GSE, GraNet, RigL
 from sparsekern.training.set import SET
 from sparsekern.training.vrpge import VRPGE
 
@@ -62,6 +62,11 @@ _GSE_LAYERS = {"distribution": "er-matrix", "init_scale": 3**0.5, "capacity": 1.
 # Their code counts steps from 0: the first update follows the first batch.
 _EVCI = {"update_every": 100, "drop_fraction": 0.3, "offset": 1}
 
+# All weights but those of norms and biases are sparse.
+_ERK = {"distribution": "erk", "stems": True}
+_ITOP = {"drop_fraction": 0.5}
+_LIU = "Liu et al. 2021 (ITOP): CIFAR, 250 epochs of 128 images"
+
 
 def _gse(source: str, **options: Any) -> Preset:
     return Preset(GSE, 0.6, _GSE | options, f"Heddes et al. 2024{source}", _GSE_LAYERS, "none")
@@ -83,6 +88,16 @@ PRESETS = {
         _EVCI | {"regrow": True, "skip_step": True},
         "Evci et al. 2020: ResNet-50 and Wide ResNet",
         dense="first",
+    ),
+    "set-itop": Preset(SET, 1.0, _ITOP | {"update_every": 1500}, f"{_LIU}, SET-ITOP", _ERK, "none"),
+    "rigl-itop": Preset(RigL, 1.0, _ITOP | {"update_every": 4000, "regrow": True}, f"{_LIU}, RigL-ITOP", _ERK, "none"),
+    "granet": Preset(
+        GraNet,
+        110 / 160,
+        {"update_every": 1000, "drop_fraction": 0.5},
+        "Liu et al. 2021 (GraNet): CIFAR, from half of the weights; 160 epochs, 110 of them with pruning",
+        _ERK,
+        "none",
     ),
     "rigl-sparse-ift": Preset(
         RigL,

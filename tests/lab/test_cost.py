@@ -59,6 +59,12 @@ def test_blocks_that_go_count_until_then(data):
     assert cost(data, method="gradual")["training_flops"] == pytest.approx(by_hand * images(), rel=1e-6)
 
 
+def test_granet_scores_all_places_besides(data):
+    gradual, granet = (cost(data, method=method)["training_flops"] for method in ("gradual", "granet"))
+    half = cost(data, method="gradual", options={"initial_sparsity": 0.5})["training_flops"]
+    assert granet == pytest.approx(half + 2 * 2 * HIDDEN * IMAGES / 3, rel=1e-6) and granet != gradual
+
+
 def test_masks_are_passes_until_they_end(data):
     # 6 of 9 steps: forward under two masks, backward under one; then as static
     vrpge = cost(data, method="vrpge")["training_flops"]

@@ -48,8 +48,8 @@ def test_the_options_of_a_method_are_the_arguments_of_its_constructor(method):
 
 def test_defaults_and_owners():
     assert (OPTIONS["scope"].default, OPTIONS["scope"].methods) == (
-        "layer; vrpge: global",
-        ("rigl", "gse", "vrpge", "gradual"),
+        "layer; vrpge: global; granet: global",
+        ("rigl", "gse", "vrpge", "gradual", "granet"),
     )
     assert OPTIONS["stop"].owners == "all methods" and OPTIONS["drop"].methods == ("set",)
     assert (OPTIONS["score_tokens"].default, OPTIONS["score_tokens"].optional) == ("", True)
@@ -79,7 +79,7 @@ def test_options_come_in_the_order_of_the_table():
             3,
             "masks is 3, but method set has no such option; vrpge has it: choose that, or drop the option",
         ),
-        ("vrpge", "min_age", 3, "min_age is 3, but method vrpge has no such option; set, rigl, gse have it"),
+        ("vrpge", "min_age", 3, "min_age is 3, but method vrpge has no such option; set, rigl, gse, granet have it"),
         (
             "set",
             "mask",

@@ -234,6 +234,7 @@ EVERY_METHOD = {
     "gse": {"distribution": "graest", "scope": "global"},
     "vrpge": {"structure_every": 2},
     "gradual": {"initial_sparsity": 0.2, "compact": True},
+    "granet": {"initial_sparsity": 0.2, "scoring": "screen"},
 }
 
 

@@ -16,7 +16,11 @@ def test_it_moves_blocks(name, block):
     """VR-PGE once, at its end; the others at every update, those of RigL's authors from the first step on."""
     layer = sk.SparseLinear(48, 48, sparsity=0.7, block_size=block, seed=0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-    more = {"rigl": {"allow_dense_scores": True}, "vrpge": {"sparsity": 0.85, "stop": 6}}.get(name.split("-")[0], {})
+    more = {
+        "rigl": {"allow_dense_scores": True},
+        "granet": {"allow_dense_scores": True, "stop": 12},
+        "vrpge": {"sparsity": 0.85, "stop": 6},
+    }.get(name.split("-")[0], {})
     method = preset(name, layer, optimizer, steps=5000, update_every=3, **more)
     before = layer.topology.keys().clone()
     moved = []
@@ -41,6 +45,9 @@ VALUES = {
     "rigl": (sk.RigL, 0.75, 100, 0.3, {"regrow": True, "scoring": "auto", "scope": "layer", "score_tokens": None}),
     "rigl-sparse-ift": (sk.RigL, 0.75, 100, 0.3, {"regrow": True}),
     "rigl-sparse-ift-gpt": (sk.RigL, 0.8, 500, 0.3, {"regrow": True}),
+    "set-itop": (sk.SET, 1.0, 1500, 0.5, {"drop": "norm", "grown_values": "zero"}),
+    "rigl-itop": (sk.RigL, 1.0, 4000, 0.5, {"regrow": True, "scope": "layer"}),
+    "granet": (sk.GraNet, 110 / 160, 1000, 0.5, {"scope": "global", "compact": False}),
     "gse": (sk.GSE, 0.6, 1000, 0.2, GSE),
     "gse-grabo": (sk.GSE, 0.6, 1000, 0.2, GSE | {"distribution": "grabo"}),
     "gse-graest": (sk.GSE, 0.6, 1000, 0.2, GSE | {"distribution": "graest"}),

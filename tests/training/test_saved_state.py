@@ -111,7 +111,7 @@ def trained(name):
     torch.manual_seed(0)
     model = sk.sparsify_(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), 0.5, 8, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = {"VRPGE": {"sparsity": 0.75}, "Gradual": {"stop": 40}}.get(name, {})
+    options = {"VRPGE": {"sparsity": 0.75}, "Gradual": {"stop": 40}, "GraNet": {"stop": 40}}.get(name, {})
     host = getattr(sk, "SET" if name == "AGENT" else name)(model, optimizer, update_every=3, **options)
     method = sk.AGENT(model, optimizer, method=host, every=1, estimate="gradients") if name == "AGENT" else host
     for step in range(3):
@@ -132,7 +132,7 @@ def plain(state):
     return state.tolist() if isinstance(state, torch.Tensor) else state
 
 
-@pytest.mark.parametrize("name", ["Static", "SET", "RigL", "GSE", "VRPGE", "Gradual", "AGENT"])
+@pytest.mark.parametrize("name", ["Static", "SET", "RigL", "GSE", "VRPGE", "Gradual", "GraNet", "AGENT"])
 def test_a_state_that_is_refused_changes_nothing(name):
     method = trained(name)
     state = copy.deepcopy(method.state_dict())

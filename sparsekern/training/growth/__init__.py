@@ -1,7 +1,8 @@
-"""Methods that grow blocks where the gradient of the whole weight is large: RigL and GSE."""
+"""Methods that grow blocks where the gradient of the whole weight is large: RigL, GraNet and GSE."""
 
 from sparsekern.training.growth.gradient import GradientMethod
+from sparsekern.training.growth.granet import GraNet
 from sparsekern.training.growth.gse import GSE
 from sparsekern.training.growth.rigl import RigL
 
-__all__ = ["GSE", "GradientMethod", "RigL"]
+__all__ = ["GSE", "GraNet", "GradientMethod", "RigL"]

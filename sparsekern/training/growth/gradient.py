@@ -277,8 +277,11 @@ class GradientMethod(Method):
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and as many of the places with the highest scores."""
-        strength = self.strength(name, layer)
-        slots = lowest(strength, part_of(stored_blocks(layer.index), fraction))
+        return self.exchange(name, layer, self.strength(name, layer), part_of(stored_blocks(layer.index), fraction))
+
+    def exchange(self, name: str, layer: BlockSparse, strength: Tensor, count: int) -> Move:
+        """Return the move of the ``count`` blocks of lowest strength ``(Z,)`` to the places with the highest scores."""
+        slots = lowest(strength, count)
         count = slots.shape[0]
         offer = self.offer(name, layer, count)
         best = highest(offer.scores, count)

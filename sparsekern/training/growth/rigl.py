@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import Move, ordered_keys, stored_blocks, to_places
+from sparsekern.topology import Move, ordered_keys, to_places
 from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.growth.competition import Offer
 from sparsekern.training.growth.gradient import GradientMethod
@@ -223,11 +223,11 @@ class RigL(GradientMethod):
         best = highest(scores, count)
         return Offer(best.int(), scores[best])
 
-    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
-        """Return the weakest blocks and the best empty places, among which ``regrow`` counts their own."""
+    def exchange(self, name: str, layer: BlockSparse, strength: Tensor, count: int) -> Move:
+        """Return the move of the weakest blocks to the best empty places, among which ``regrow`` counts their own."""
         if not self.regrow or name not in self._grid_scores:
-            return super().choose(name, layer, fraction, generator)
-        slots = lowest(self.strength(name, layer), part_of(stored_blocks(layer.index), fraction))
+            return super().exchange(name, layer, strength, count)
+        slots = lowest(strength, count)
         theirs = self._grid_scores[name][layer.topology.keys()[slots].long()]
         offer = self.offer(name, layer, slots.shape[0])
         best = highest(torch.cat([theirs, offer.scores]), slots.shape[0])
