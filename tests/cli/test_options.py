@@ -76,7 +76,11 @@ def test_the_help_says_whose_an_option_is_and_its_default(command):
     lines = {word: line for line in text.splitlines() for word in line.split() if word.startswith("--")}
     assert {f"--{name.replace('_', '-')}" for name in OPTIONS} <= lines.keys()
     assert "[vrpge]" in lines["--masks"] and "(2)" in lines["--masks"]
-    assert "(layer; vrpge: global; granet: global)" in lines["--scope"] and "(2.0)" in lines["--pool"] and "(0.75)" in lines["--stop"]
+    assert (
+        "(layer; vrpge: global; granet: global)" in lines["--scope"]
+        and "(2.0)" in lines["--pool"]
+        and "(0.75)" in lines["--stop"]
+    )
     assert "(0.1)" in lines["--agent-gamma"] and "(losses)" in lines["--agent-estimate"]
     assert "default" not in lines["--score-tokens"] and '"uniform", "grabo" or "graest"' in lines["--distribution"]
     assert "(the recipe's; mlp: 64)" in lines["--batch-size"] and "none, crop, crop-flip" in lines["--augment"]
