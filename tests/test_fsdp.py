@@ -25,7 +25,10 @@ LINEAR = [(name, fsdp.linear, "AdamW", fsdp.plain, {}) for name in fsdp.METHODS]
 OPTIMIZERS = [("SET", fsdp.linear, name, fsdp.plain, {}) for name in ("AdamW, loop", "SGD", "SGD, momentum")]
 CONV = [
     *((name, fsdp.conv, "SGD", fsdp.plain, {}) for name in ("SET", "SET, signs", "Gradual", "VRPGE")),
-    *((name, fsdp.untied, "SGD", fsdp.plain, {}) for name in ("RigL", "GraNet", "GSE", "GSE, global", "GraBo", "GraEst")),
+    *(
+        (name, fsdp.untied, "SGD", fsdp.plain, {})
+        for name in ("RigL", "GraNet", "GSE", "GSE, global", "GraBo", "GraEst")
+    ),
 ]
 PASSES = [
     *((name, fsdp.linear, "SGD, momentum", fsdp.accumulated, {}) for name in ("SET", "RigL", "GSE")),
