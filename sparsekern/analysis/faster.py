@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsekern.analysis.layer_race import (
+    CALM,
     Contestant,
     dense_contestant,
     kind_of,
@@ -18,6 +20,8 @@ from sparsekern.analysis.layer_race import (
     sparse_contestant,
 )
 from sparsekern.nn import BlockSparse, Choice, register_racer
+
+logger = logging.getLogger("sparsekern")
 
 ALIKE = 0.05
 """Relative difference of the number of blocks up to which layers are equal: allocation rounds it."""
@@ -53,9 +57,15 @@ class LayerRaces:
                 return choice.named(name)
         contestants: dict[Any, Contestant] = {"dense": dense_contestant(layer)}
         contestants |= {twin.block_size: sparse_contestant(twin) for twin in candidates}
-        times = {key: timing.median for key, timing in race_steps(contestants, given).items()}
-        dense_ms = times.pop("dense")
-        choice = _of_first_rank(Choice.of(times, dense_ms))
+        timings = race_steps(contestants, given)
+        dense = timings.pop("dense")
+        if dense.spread > CALM:
+            apart = f"{dense.spread:.0%} of its median apart; the machine is too busy to choose"
+            logger.warning(
+                "%s: the quartiles of the dense layer are %s; the machine is too busy to choose", name, apart
+            )
+        times = {block: timing.median for block, timing in timings.items()}
+        choice = _of_first_rank(Choice.of(times, dense.median))
         known.append((densities, choice))
         return choice.named(name)
 

@@ -26,6 +26,9 @@ TF32_TOLERANCE = 2e-3
 CHECKED = 10**9
 """Multiply-adds of a forward pass up to which a whole input is checked; of a larger one the first rows are."""
 
+CALM = 0.15
+"""Distance of the dense layer's quartiles, as a fraction of its median, beyond which the machine is too busy."""
+
 ROUNDS, SECONDS = 20, 0.5
 """Rounds of a race at most, and the time after which five are enough."""
 

@@ -118,7 +118,8 @@ def bench(
         check_picture(picture)
         report = _raced(request, errors, quiet)
         place = _place(request)
-        if picture is not None and (left := draw_bench(picture, report.rows, place)):
+        drawn = place if report.busy is None else f"{place}; the machine was too busy to believe it"
+        if picture is not None and (left := draw_bench(picture, report.rows, drawn)):
             report.note(f"the picture shows the first {MOST} layers; {count(left, 'layer')} more are in the tables")
     if as_json:
         say(json.dumps(_contents(report, place)))
@@ -195,9 +196,12 @@ def _print(request: Request, report: Report, place: str, picture: Path | None) -
             rows = [row for row in report.rows if (row["dtype"], row["threads"]) == (dtype, threads)]
             title = group_title((f"{request.model}, forward + backward", dtype, threads))
             console.print(_table(title, model_cells(rows)))
-    lines = [place, f"x: times as fast as dense, {SLOWER} where it is not; in parentheses the quartiles"]
+    lines = [place, f"x: times as fast as dense, {SLOWER} where it is not"]
     if request.model is None:
+        lines[-1] += "; in parentheses the quartiles"
         lines.append("break-even: interpolated linearly between the measured times as fractions of the dense one")
+    else:
+        lines.append("all layers: each as often as it occurs, those that cannot be sparse dense")
     lines += report.notes
     lines += [] if picture is None else [f"picture: {picture}"]
     say("\n".join(lines))

@@ -119,6 +119,14 @@ def test_an_error_leaves_the_model_as_it_was(times, monkeypatch):
     assert not choices
 
 
+def test_a_busy_machine_is_said(monkeypatch, caplog):
+    unsteady = {"dense": Timing([1.0, 1.0, 2.0, 3.0]), (16, 16): Timing([1.0])}
+    monkeypatch.setattr(faster, "race_steps", lambda *_: unsteady.copy())
+    sk.sparsify_(nn.Sequential(nn.Linear(32, 32)), 0.5, 16, only_if_faster=SAMPLE)
+    (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert said.startswith("0: the quartiles of the dense layer are 50% of its median apart; the machine is too busy")
+
+
 def test_hooks_and_gradients_of_the_model_know_nothing_of_the_race(times):
     times[0][16, 16] = 5.0
     model, seen = network(), []

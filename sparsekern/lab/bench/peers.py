@@ -63,9 +63,9 @@ class SparseLabLayer:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         sparselab: Any = import_module("sparselab")
         outputs, inputs = weight.shape
-        self.module = sparselab.SparseLinear(inputs, outputs, bias=bias is not None, sparsity=0.0)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta.*")
+            self.module = sparselab.SparseLinear(inputs, outputs, bias=bias is not None, sparsity=0.0)
             csr = sparselab.layout.from_dense(weight.detach())
         self.module._csr = csr
         self.module._values = nn.Parameter(torch.from_numpy(csr.values))

@@ -14,6 +14,7 @@ from torch import nn
 
 from sparsekern.analysis.clock import Clock
 from sparsekern.analysis.layer_race import (
+    CALM,
     Contestant,
     LayerInput,
     dense_contestant,
@@ -33,9 +34,6 @@ FORWARD, STEP = "forward", "forward + backward"
 
 ROUNDS = 30
 """Rounds of a race at most."""
-
-CALM = 0.15
-"""Distance of the dense layer's quartiles, as a fraction of its median, beyond which the machine is too busy."""
 
 Row = dict[str, Any]
 
