@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from sparsekern.analysis.plan import Step, Updates
+from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
 from sparsekern.lab.language import Language
 from sparsekern.lab.networks import build
 from sparsekern.lab.recipes import find
 from sparsekern.lab.resolved import Run, resolve
-from sparsekern.training import GSE, SET, VRPGE, Method, RigL
+from sparsekern.training import GSE, SET, VRPGE, Gradual, Method, RigL
 
 WIDTHS = 8
 """A network without a width is scaled in eighths of its channels."""
@@ -30,6 +31,9 @@ class Planned:
         devices: that share the batch.
         image: channels and side of the images, of a recipe that takes images.
         classes: of the images.
+
+    Raises:
+        ValueError: AGENT or a transform of the network is on, of which no plan is made.
     """
 
     config: Config
@@ -37,17 +41,24 @@ class Planned:
     image: tuple[int, int] = (3, 32)
     classes: int = 10
 
+    def __post_init__(self) -> None:
+        for name in ("agent", "transform"):
+            if self.config.options.get(name):
+                raise InputError(f"{name} is on, of which no plan is made; drop the option", parameter=name)
+
     def described(self) -> dict[str, Any]:
         """Return what ``config.json`` would say of the data."""
         if issubclass(find(self.config.recipe).task, Language):
             return {"train_bytes": 2**24, "held_out_bytes": 2**20}
         channels, side = self.image
-        return {"image_shape": [channels, side, side], "classes": self.classes, "train_images": 50_000}
+        count = 1437 if (channels, side) == (1, 8) else 50_000  # of scikit-learn's digits, and of CIFAR
+        return {"image_shape": [channels, side, side], "classes": self.classes, "train_images": count}
 
-    def run(self) -> Run:
-        """Return the run, on noise of one example."""
-        config = replace(self.config, device="cpu", augment="none", epochs=self.config.epochs or 1)
-        return resolve(config, find(config.recipe).task.noise(self.described(), 1))
+    def run(self, examples: int = 1) -> Run:
+        """Return the run, on noise of that many examples; it has the steps of one on real data."""
+        task, described = find(self.config.recipe).task, self.described()
+        config = replace(self.config, device="cpu").resolved(task.examples_of(described))
+        return resolve(config, task.noise(described, examples))
 
     def step(self, network: str) -> Step:
         """Return a pass of a device over its part of the batch.
@@ -112,6 +123,8 @@ def updates_of(run: Run, devices: int) -> Updates:
         assert run.pool is not None
         forwards = (argument("masks") - 1) / argument("structure_every")
         return Updates(every=every, masked=1 / run.pool, forwards=forwards)
+    if issubclass(method, Gradual):
+        return Updates(every=every, ranked=True)
     if not issubclass(method, (SET, RigL, GSE)):
         return Updates()
     moved = float(argument("drop_fraction"))

@@ -42,8 +42,8 @@ SIZES = (2**17, 2**21, 2**23)
 ROTATED = 2**24
 """Numbers in the inputs that an elementwise operator takes in turn, so that no cache holds them."""
 
-ROUNDS, QUANTILE = 7, 0.25
-"""Calls that are timed, and which of them counts: a busy machine makes the slower ones slower."""
+ROUNDS = 7
+"""Calls of an operator that are timed; their median counts."""
 
 
 def probes() -> Iterator[Call]:
@@ -70,7 +70,7 @@ def measure(about: dict[str, Any], told: Callable[[float], None], watch: Watch) 
         for number, call in enumerate(probes()):
             told(number / total)
             found = recorded(call)
-            seconds = race({"": call}, torch.device("cpu"), ROUNDS, watch=watch)[""].quantile(QUANTILE) / 1e3
+            seconds = race({"": call}, torch.device("cpu"), ROUNDS, watch=watch)[""].median / 1e3
             name, x, amount = point_of(found)
             curves.setdefault(name, []).append((x, seconds / amount))
     plain, sparse = _calls(watch)
@@ -271,7 +271,7 @@ def _calls(watch: Watch) -> tuple[float, float]:
             optimizer.zero_grad(set_to_none=True)
 
         with torch.enable_grad():
-            seconds.append(race({"": step}, torch.device("cpu"), 30, watch=watch)[""].quantile(QUANTILE) / 1e3)
+            seconds.append(race({"": step}, torch.device("cpu"), 30, watch=watch)[""].median / 1e3)
         with torch.device("meta"):
             meta = network(sparse)
         traced = trace(Step(meta, x, lambda m, x: m(x).square().mean(), adamw, clip_norm=1.0))

@@ -1,8 +1,8 @@
 """Bytes that a device holds and sends when one, several or many train a model together.
 
 Traffic is what a device sends in the ring algorithms of NCCL and Gloo: of an all-reduce of B bytes over n devices it is
-``2 (n - 1) / n * B``, of an all-gather or a reduce-scatter ``(n - 1) / n * B``, and of a broadcast about as much as of
-an all-gather.
+``2 (n - 1) / n * B``, of an all-gather or a reduce-scatter ``(n - 1) / n * B``, where FSDP2 pads the shards to the size
+of the largest, and of a broadcast B.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sparsekern.errors import InputError
 
 STRATEGIES = ("single", "ddp", "fsdp2")
 
-SCORE = 4
-"""Bytes of a score, and of a coordinate of a move."""
+SCORE, MOVE, LAYER, AGREEMENT = 4, 12, 8, 16
+"""Bytes of a score; of a move: slot and coordinates; of the moves of a layer besides; of what all ranks compare."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ class Layout:
         if not self.sharded or parameter.rows == 0:
             return size
         return math.ceil(size * math.ceil(parameter.rows / self.devices) / parameter.rows)
+
+    def padded(self, sizes: Iterable[tuple[int, Parameter]]) -> int:
+        """Return the bytes of tensors along parameters with all shards as large as the largest."""
+        return sum(self.devices * self.part(size, parameter) for size, parameter in sizes)
 
     def groups(self, parameters: Iterable[Parameter]) -> list[list[Parameter]]:
         """Return the parameters that are gathered together: those outside of all blocks, then those of each block."""
@@ -186,7 +190,8 @@ def traffic(parameters: Sequence[Parameter], layout: Layout, updates: Updates, a
     """Return the bytes that a device sends.
 
     DDP adds the gradients up once a step. FSDP2 gathers the parameters of each block in the forward and again in the
-    backward of every pass, those outside of blocks once, and scatters the sums of the gradients of every pass.
+    backward of every pass, those outside of blocks once, and scatters the sums of the gradients of every pass. What DDP
+    sends of buffers is not counted; see ``forward_sync_buffers``.
 
     Args:
         parameters: of the model.
@@ -198,23 +203,23 @@ def traffic(parameters: Sequence[Parameter], layout: Layout, updates: Updates, a
     if n == 1:
         return Traffic(every=updates.every)
     ring = (n - 1) / n
-    gradients = sum(p.gradient for p in parameters)
     if layout.sharded:
         root, *blocks = layout.groups(parameters)
-        inside = sum(p.bytes for block in blocks for p in block)
-        gathers = accumulate * ring * (sum(p.bytes for p in root) + 2 * inside)
-        sums = accumulate * ring * gradients
+        inside = layout.padded((p.bytes, p) for block in blocks for p in block)
+        gathers = accumulate * ring * (layout.padded((p.bytes, p) for p in root) + 2 * inside)
+        sums = accumulate * ring * layout.padded((p.gradient, p) for p in parameters)
     else:
-        gathers, sums = 0.0, 2 * ring * gradients
+        gathers, sums = 0.0, 2 * ring * sum(p.gradient for p in parameters)
     scores = moves = 0.0
-    for p in parameters if updates.every else ():
-        if p.slots and p.gradient:
-            if updates.ranked and layout.sharded:
-                scores += ring * SCORE * p.slots
-            if updates.sketches:
-                scores += ring * SCORE * p.cells * (2 * updates.sketches + 1)
-            if updates.candidates:
-                chosen = min(math.ceil(updates.candidates * p.slots), p.cells - p.slots)
-                scores += ring * SCORE * chosen * (2 * p.block + 1)
-            moves += ring * 2 * SCORE * math.floor(updates.moved * p.slots)
+    layers = [p for p in parameters if updates.every and p.slots and p.gradient]
+    for p in layers:
+        if updates.ranked and layout.sharded:
+            scores += ring * layout.padded([(SCORE * p.slots, p)])
+        scores += SCORE * p.cells * (2 * ring * updates.sketches + 1) if updates.sketches else 0
+        if updates.candidates:
+            chosen = min(math.ceil(updates.candidates * p.slots), p.cells - p.slots)
+            scores += SCORE * chosen * (2 * ring * p.block + 1)
+        moves += MOVE * math.floor(updates.moved * p.slots) + LAYER
+    if layers:
+        moves += 2 * ring * AGREEMENT
     return Traffic(round(sums), round(gathers), round(scores), round(moves), updates.every)

@@ -68,7 +68,7 @@ def test_ddp_adds_gradients_up(found):
 
 
 def test_fsdp2_gathers_blocks_twice_and_scatters_gradients(found):
-    layout, layer = Layout("fsdp2", 2, ("0", "1")), VALUES + BIAS
+    layout, layer = Layout("fsdp2", 2, ("0", "1")), 10 * 1024 + BIAS  # 9 slots are padded to 5 on each
     sent = traffic(found.parameters, layout, Updates())
     assert (sent.gathers, sent.gradients) == ((1 + 2 * 2) * layer // 2, 3 * layer // 2)
     assert traffic(found.parameters, layout, Updates(), accumulate=3).step == 3 * sent.step
@@ -77,23 +77,46 @@ def test_fsdp2_gathers_blocks_twice_and_scatters_gradients(found):
 def test_updates_of_set(found):
     rules = Updates(every=100, moved=1 / 3, ranked=True)
     sent = traffic(found.parameters, Layout("fsdp2", 2), rules)
-    assert sent.scores == 3 * 9 * 4 // 2  # a number a slot
-    assert sent.moves == 3 * 3 * 8 // 2  # two coordinates of 3 blocks a layer
+    assert sent.scores == 3 * 10 * 4 // 2  # a number a slot, padded
+    assert sent.moves == 3 * (3 * 12 + 8) + 16  # of 3 blocks a layer; and the ranks are compared
     assert sent.step == sent.gradients + sent.gathers + (sent.scores + sent.moves) / 100
     assert traffic(found.parameters, Layout("ddp", 2), rules).scores == 0  # every rank has all values
-    assert sent.scores + sent.moves <= 16 * 3 * 9
 
 
 def test_updates_that_score_candidates(found):
     sent = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, candidates=1 / 3))
-    assert sent.scores == 3 * 3 * (2 * 256 + 1) * 4 // 2  # gradients of 3 candidates a layer, and their scores
+    assert sent.scores == 3 * 3 * (256 + 1) * 4  # gradients of 3 candidates a layer, and their scores
     every = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, candidates=5.0))
-    assert every.scores == 3 * 7 * (2 * 256 + 1) * 4 // 2  # no more than there are empty places
+    assert every.scores == 3 * 7 * (256 + 1) * 4  # no more than there are empty places
 
 
 def test_updates_that_screen_all_places(found):
     sent = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, sketches=16))
-    assert sent.scores == 3 * 16 * (2 * 16 + 1) * 4 // 2
+    assert sent.scores == 3 * 16 * (16 + 1) * 4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method", "measured"),
+    [
+        ("ddp", "set", (4956160, 0, 4368 + 16)),
+        ("ddp", "gse", (4956160, 0, 4956160 + 9208 + 16)),
+        ("fsdp2", "set", (2506752, 5013504, 2448 + 4368 + 16)),
+        ("fsdp2", "gse", (2506752, 5013504, 4958608 + 9208 + 16)),
+    ],
+)
+def test_what_two_ranks_were_measured_to_send(strategy, method, measured):
+    """The rows of ``bench/results/traffic.jsonl``: the linear layers of a GPT, 90 % sparse in blocks of 32."""
+    width, depth = 384, 6
+    shapes = [(width, 3 * width), (3 * width, width), (width, 4 * width), (4 * width, width)]
+    with torch.device("meta"):
+        parts = [nn.Sequential(*(nn.Linear(n, m, bias=False) for n, m in shapes)) for _ in range(depth)]
+        model = sk.sparsify_(nn.Sequential(*parts), 0.9, 32)
+    x = torch.empty(4, width, device="meta")
+    step = Step(model, x, lambda m, x: m(x).sum(), lambda m: torch.optim.SGD(m.parameters()))
+    rules = Updates(every=3, moved=0.3, ranked=True, candidates=1.0 if method == "gse" else 0.0)
+    layout = Layout(strategy, 2, tuple(str(number) for number in range(depth)))
+    sent = traffic(trace(step).parameters, layout, rules)
+    assert (sent.gradients, sent.gathers, sent.scores + sent.moves) == measured
 
 
 @pytest.mark.parametrize(
