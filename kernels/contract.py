@@ -226,7 +226,8 @@ def new_output(x: Tensor, geometry: Geometry) -> Tensor:
     """Return an uninitialised y for an input x, in the layout that kernels write."""
     if isinstance(geometry, LinearShape):
         return x.new_empty(x.shape[0], geometry.out_features)
-    return _new_images(x, geometry.out_channels, *geometry.output_size(x.shape[2], x.shape[3]))
+    images, _, height, width = x.shape
+    return x.new_empty(images, *geometry.output_size(height, width), geometry.out_channels).permute(0, 3, 1, 2)
 
 
 def new_input(dy: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
@@ -236,11 +237,7 @@ def new_input(dy: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
     """
     if isinstance(geometry, LinearShape):
         return dy.new_empty(dy.shape[0], geometry.in_features)
-    return _new_images(dy, geometry.in_channels, size[0], size[1])
-
-
-def _new_images(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return like.new_empty(like.shape[0], height, width, channels).permute(0, 3, 1, 2)
+    return dy.new_empty(dy.shape[0], size[0], size[1], geometry.in_channels).permute(0, 3, 1, 2)
 
 
 def entry_columns(index: Index, block: tuple[int, int], start: int, stop: int) -> Tensor:

@@ -86,9 +86,11 @@ class Call(ctypes.Structure):
         """
         slots, bo, bi = values.shape
         ptr, other, slot = lists
-        tensors, sizes = _described(x, y, geometry)
+        sizes = _sizes(x, y, geometry) if isinstance(geometry, ConvShape) else ()
+        described = _pixels if sizes else _matrix
         return cls(
-            *tensors,
+            *described(x),
+            *described(y),
             values.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             ptr.data_ptr(),
@@ -117,20 +119,12 @@ class Call(ctypes.Structure):
         geometry: Geometry,
     ) -> Call:
         """Describe a sketch of the weight's gradient; ``out`` takes its tiles, ``u`` and ``v`` are as in ``Call``."""
-        tensors, sizes = _described(x, y, geometry)
+        sizes = _sizes(x, y, geometry) if isinstance(geometry, ConvShape) else ()
+        described = _pixels if sizes else _matrix
         weight = out.data_ptr(), 0, 0, 0, 0, 0, 0, *block, 0, 0, threads()
-        call = cls(*tensors, *weight, *sizes)
+        call = cls(*described(x), *described(y), *weight, *sizes)
         call.u, call.v, call.pairs = u.data_ptr(), v.data_ptr(), pairs
         return call
-
-
-def _described(x: Tensor, y: Tensor, geometry: Geometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the two matrices of a call, of pixels for a convolution, and the sizes of a convolution."""
-    if not isinstance(geometry, ConvShape):
-        return (*_matrix(x), *_matrix(y)), ()
-    top, _, left, _ = geometry.padding
-    axes = *x.shape[2:], *y.shape[2:], *geometry.kernel, *geometry.stride, top, left, *geometry.dilation
-    return (*_pixels(x), *_pixels(y)), (x.shape[0], geometry.groups, *axes)
 
 
 def _matrix(x: Tensor) -> tuple[int, ...]:
@@ -140,6 +134,11 @@ def _matrix(x: Tensor) -> tuple[int, ...]:
 def _pixels(x: Tensor) -> tuple[int, ...]:
     images, channels, height, width = x.shape
     return x.data_ptr(), images * height * width, channels, channels, 1, DTYPES[x.dtype]
+
+
+def _sizes(x: Tensor, y: Tensor, shape: ConvShape) -> tuple[int, ...]:
+    before = shape.padding[0], shape.padding[2]
+    return x.shape[0], shape.groups, *x.shape[2:], *y.shape[2:], *shape.kernel, *shape.stride, *before, *shape.dilation
 
 
 @functools.cache
