@@ -39,6 +39,7 @@ def circumstances() -> Row:
         "path": path if library is not None else "none",
         "torch": torch.__version__,
         "scipy": _version("scipy"),
+        "sparselab": _version("sparselab"),
         "sparsekern": sparsekern.__version__,
         "python": platform.python_version(),
         "commit": commit(),
