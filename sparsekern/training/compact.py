@@ -92,8 +92,9 @@ def keep_slots_(
     kept = {name: slots for name, slots in kept.items() if slots.shape[0] < layers[name].topology.slots}
     for name in kept:
         layers[name].check_not_parametrized()
-        if optimizer is not None and layers[name].values.requires_grad:
-            slot_state(optimizer, layers[name].values, name)  # raises if it cannot be split
+        values = layers[name].values
+        if optimizer is not None and (values.requires_grad or values in optimizer.state):  # frozen later
+            slot_state(optimizer, values, name)  # raises if it cannot be split
     before = _bytes(layers, optimizer)
     for name, slots in kept.items():
         _keep(name, layers[name], optimizer, slots)

@@ -157,8 +157,10 @@ class TestRefused:
         with pytest.raises(ValueError, match="values of '0' are not in this optimizer"):
             sk.compact_(model, torch.optim.SGD([nn.Parameter(torch.ones(1))]))
 
-    def test_an_optimizer_that_cannot_follow_changes_nothing(self):
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_an_optimizer_that_cannot_follow_changes_nothing(self, frozen):
         model, optimizer = with_free_slots()
+        model[2].values.requires_grad_(not frozen)
         optimizer.state[model[2].values]["flat"] = torch.zeros(3)
         before = bits(model)
         with pytest.raises(ValueError, match="keeps 'flat' for values of '2'"):
