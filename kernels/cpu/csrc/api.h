@@ -2,7 +2,7 @@
 //
 // Words. entry: one stored block in an order of the index. slot: where its values are. panel: some tokens (or images), packed
 // as the kernels read them. tile: sums that are held in registers. aside: where a tile is written that does not fit y.
-// strip: successive rows of a 1x1 weight. piece: the strips whose entries a thread arranges at a time. chunk: successive
+// strip: successive rows of a 1x1 weight. piece: the strips whose entries are arranged at a time. chunk: successive
 // features, or channels, at 1x1. run: the entries of a row in a chunk. slice: 16 or 32 features of a block in bfloat16.
 // band: rows of one image. span: outputs of a convolution that lie in a row in a panel. group: of block rows, or of channels.
 #pragma once
@@ -59,7 +59,8 @@ struct Order {
 // 1x1: how rows, features and tokens are cut. See elements.h.
 struct ElementPlan {
   int64_t lanes;                      // tokens of a panel; all of them where they are up to NARROW (elements_few.h)
-  int64_t tokens;                     // tokens that are packed at a time
+  int64_t panels;                     // that are packed at a time
+  int32_t alone;                      // each thread packs its own panels
   int64_t strip, strips;              // rows of a strip, strips of a piece
   int64_t chunks;                     // of 2^shift features
   int64_t entries;                    // of the largest piece
@@ -127,6 +128,7 @@ struct Kernels {
   void (*backward)(const Backward &);
   void (*multiply_elements)(const Multiply &);
   void (*outer_elements)(const Outer &);
+  void (*backward_elements)(const Backward &);  // where each is one piece
   void (*sketch)(const Sketch &);
   void (*convolve)(const Convolve &);
   void (*convolve_elements)(const Convolve &);
@@ -175,11 +177,13 @@ inline int64_t sketch_floats(int64_t pairs) { return 128 * 32 + round_up(pairs, 
 
 constexpr int64_t NARROW = 16;       // for up to this many tokens 1x1 needs no panels: elements_few.h
 
-// Floats that a thread needs beside the packed tokens: its rows of y or dy, and the lists of arranged_in() in arrange.h.
-inline int64_t thread_floats(const ElementPlan &p, bool gradient) {
-  return round_up(p.strip * p.lanes + p.strips * p.chunks * (3 * p.strip + 1) + (gradient ? 2 : 1) * p.entries +
-                  round_up(p.entries, 2) / 2 + 2 * p.strip, LINE);
+// Floats of a piece that is arranged: arranged_in() of arrange.h.
+inline int64_t arranged_floats(const ElementPlan &p, bool gradient) {
+  return round_up(p.strips * p.chunks * (3 * p.strip + 1) + (gradient ? 2 : 1) * p.entries + round_up(p.entries, 2) / 2, LINE);
 }
+
+// Floats that a thread needs beside it and the packed panels: rows of y or dy; numbers of arrange().
+inline int64_t thread_floats(const ElementPlan &p) { return round_up(p.strip * (p.lanes + 2), LINE); }
 
 namespace {
 

@@ -1,12 +1,11 @@
 // Unstructured weights (1x1 blocks): tokens are the lanes. Kernels for a panel of tokens that is packed as [feature][lane].
 //
 //   y[o][lane]   += w[e] * x[col[e]][lane]
-//   total[e]     += sum over lanes of dy[o][lane] * x[col[e]][lane]
 //
-// Entries read lines of the panel in any order, so these should be in the L1 cache: the features of x are cut into chunks, and
-// the entries are read in the order (strip of rows, chunk, row). A thread arranges those of a few strips at a time, a piece,
-// which stays in its L2 cache while it goes through all panels. A panel that does not fit the L2 cache is read once for each
-// strip, so strips are long then. A sum runs over ascending columns, whatever the chunks, strips and panels are.
+// Entries read lines of the panel in any order, so these should be near: a panel is packed just before its use and stays in
+// the L2 cache, its features are cut into chunks for the L1 cache, and entries are read in the order (strip of rows, chunk,
+// row), in which they are arranged once for all panels (arrange.h). A panel that does not fit the L2 cache is read once for
+// each strip, so strips are long then. A sum runs over ascending columns, whatever the chunks, strips and panels are.
 #pragma once
 #include "arrange.h"
 #include "elements_few.h"
@@ -35,13 +34,21 @@ NOINLINE void store_lanes(const Matrix &y, bool past, int64_t t0, int64_t count,
   }
 }
 
-// Pack the panels of some tokens, each [feature][T]. Called by all threads.
-template <int T> NOINLINE void pack_panels(const Matrix &x, int64_t t0, int64_t count, float *out) {
-  const int64_t wide = 16 * VL, parts = (x.cols + wide - 1) / wide, panels = (count + T - 1) / T;
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t q = 0; q < panels * parts; q++) {
-    const int64_t p = q / parts, f = q % parts * wide, left = count - p * T;
-    pack_lanes<T>(columns(x, f, wide), t0 + p * T, left < T ? left : T, out + (p * x.cols + f) * T);
+constexpr int64_t PACKED_AT_ONCE = 16 * VL;  // features
+
+// Pack some features of a panel, [feature][T].
+template <int T> NOINLINE void pack_part(const Matrix &x, int64_t panel, int64_t feature, float *out) {
+  const int64_t left = x.rows - panel * T;
+  pack_lanes<T>(columns(x, feature, PACKED_AT_ONCE), panel * T, left < T ? left : T, out + feature * T);
+}
+
+// Pack the panels [p0, p1). Called by all threads.
+template <int T> INLINE void pack_panels(const Matrix &x, int64_t p0, int64_t p1, float *out) {
+  const int64_t parts = blocks_of(x.cols, PACKED_AT_ONCE);
+#pragma omp for schedule(static)
+  for (int64_t q = 0; q < (p1 - p0) * parts; q++) {
+    const int64_t p = q / parts;
+    pack_part<T>(x, p0 + p, q % parts * PACKED_AT_ONCE, out + p * x.cols * T);
   }
 }
 
@@ -61,140 +68,74 @@ template <int T> INLINE void add_run(const Arranged &a, int64_t first, int64_t c
   }
 }
 
+// The strips [first, last) of a piece for a panel; `y` holds the lanes of a strip.
+template <int T>
+void multiply_strips(const Multiply &m, const Arranged &a, const Piece &piece, int64_t first, int64_t last, int64_t t0, const float *x, float *y) {
+  const int64_t left = m.x.rows - t0, count = left < T ? left : T;
+  for (int64_t s = first; s < last; s++) {
+    const Strip strip = strip_of(piece, s, m.order, m.plan, a);
+    for (int64_t r = 0; r < strip.rows; r++)
+      for (int64_t t = 0; t < T; t += VL) store(y + r * T + t, all(m.bias ? m.bias[strip.r0 + r] : 0.f));
+    const Run *run = strip.runs;
+    for (int64_t c = 0; c < m.plan.chunks; c++) {
+      for (const Run *end = a.runs + strip.ends[c]; run < end; run++)
+        add_run<T>(a, run->first, run->count, x + (c << m.plan.shift) * T, y + run->row * T);
+    }
+    store_lanes<T>(m.y, m.past, t0, count, strip.r0, strip.rows, y);
+  }
+}
+
+// A piece times the packed panels [p0, p1). Called by all threads: each takes whole panels, or they share them.
+template <int T>
+INLINE void multiply_panels(const Multiply &m, const Arranged &a, const Piece &piece, int64_t p0, int64_t p1, const float *packed, float *y) {
+  const int64_t panel = m.x.cols * T;
+  if ((p1 - p0) % m.threads == 0) {
+#pragma omp for schedule(static)
+    for (int64_t p = p0; p < p1; p++) multiply_strips<T>(m, a, piece, 0, piece.strips, p * T, packed + (p - p0) * panel, y);
+  } else {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t q = 0; q < (p1 - p0) * piece.strips; q++) {
+      const int64_t p = q / piece.strips, s = q % piece.strips;
+      multiply_strips<T>(m, a, piece, s, s + 1, (p0 + p) * T, packed + p * panel, y);
+    }
+  }
+}
+
 template <int T> void multiply_lanes(const Multiply &m) {
   const ElementPlan &plan = m.plan;
-  const int64_t rows = m.order.rows, tokens = m.x.rows, features = m.x.cols;
-  const int64_t piece = plan.strips * plan.strip, pieces = (rows + piece - 1) / piece;
+  const int64_t rows = m.order.rows, panels = blocks_of(m.x.rows, T), step = plan.strips * plan.strip;
   const int threads = m.threads;
-  float *packed = (float *)m.scratch;
+  float *packed = (float *)m.scratch, *lists = packed + plan.panels * m.x.cols * T, *rest = lists + arranged_floats(plan, false);
 
 #pragma omp parallel num_threads(threads)
   {
-    float *mine = packed + plan.tokens * features + thread_number() * thread_floats(plan, false);
-    float *y = mine;
-    const Arranged a = arranged_in(mine + plan.strip * T, plan, false);
-    for (int64_t t0 = 0; t0 < tokens; t0 += plan.tokens) {
-      const int64_t some = tokens - t0 < plan.tokens ? tokens - t0 : plan.tokens;
-      pack_panels<T>(m.x, t0, some, packed);
+    const Arranged a = arranged_in(lists, plan, false);
+    float *y = rest + thread_number() * thread_floats(plan);
+    int32_t *numbers = (int32_t *)(y + plan.strip * T);
+    if (plan.alone) {
+      const Piece piece = piece_from(0, m.order, plan);
+      float *own = packed + thread_number() * m.x.cols * T;
+      if (arrange_piece<false>(m.order, piece, plan, a, m.values, numbers)) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t q = 0; q < pieces; q++) {
-        const int64_t start = q * piece, stop = start + piece < rows ? start + piece : rows;
-        if (!arrange<false>(m.order, start, stop, plan, a, m.values)) {
-          refuse(m.order);
-          continue;
+        for (int64_t p = 0; p < panels; p++) {
+          for (int64_t f = 0; f < m.x.cols; f += PACKED_AT_ONCE) pack_part<T>(m.x, p, f, own);
+          multiply_strips<T>(m, a, piece, 0, piece.strips, p * T, own, y);
         }
-        for (int64_t p = 0; p < some; p += T) {
-          const int64_t count = some - p < T ? some - p : T;
-          const float *x = packed + p * features;
-          const Run *run = a.runs;
-          const int32_t *end = a.ends;
-          for (int64_t r0 = start; r0 < stop; r0 += plan.strip) {
-            const int64_t r1 = r0 + plan.strip < stop ? r0 + plan.strip : stop;
-            for (int64_t r = r0; r < r1; r++)
-              for (int64_t t = 0; t < T; t += VL) store(y + (r - r0) * T + t, all(m.bias ? m.bias[r] : 0.f));
-            for (int64_t c = 0; c < plan.chunks; c++) {
-              for (const Run *last = a.runs + *end++; run < last; run++)
-                add_run<T>(a, run->first, run->count, x + (c << plan.shift) * T, y + run->row * T);
-            }
-            store_lanes<T>(m.y, m.past, t0 + p, count, r0, r1 - r0, y);
-          }
+      }
+    } else {
+      bool legal = true;
+      for (int64_t p0 = 0; p0 < panels && legal; p0 += plan.panels) {
+        const int64_t p1 = p0 + plan.panels < panels ? p0 + plan.panels : panels;
+        pack_panels<T>(m.x, p0, p1, packed);
+        for (int64_t start = 0; start < rows; start += step) {
+          const Piece piece = piece_from(start, m.order, plan);
+          legal = arrange_piece<false>(m.order, piece, plan, a, m.values, numbers);
+          if (!legal) break;
+          multiply_panels<T>(m, a, piece, p0, p1, packed, y);
         }
       }
     }
     fence();
-  }
-}
-
-// Multiply a run by a row of dy, into vectors that add_sums() adds up over their lanes.
-template <int T> INLINE void dot_run(const uint16_t *feature, int64_t count, const float *x, const float *dy, Vector *partial) {
-  constexpr int VECTORS = T / VL, AT_ONCE = VECTORS < 8 ? VECTORS : 8;
-  for (int v0 = 0; v0 < VECTORS; v0 += AT_ONCE) {
-    Vector g[AT_ONCE];
-    UNROLL for (int v = 0; v < AT_ONCE; v++) g[v] = load(dy + (v0 + v) * VL);
-    for (int64_t e = 0; e < count; e++) {
-      const float *line = x + int64_t(feature[e]) * T + v0 * VL;
-      asm("" : "+r"(line));
-      Vector acc = v0 ? partial[e] : Vector{}, more = {};  // two chains, or each addition waits for the last
-      UNROLL for (int v = 0; v < AT_ONCE; v += 2) {
-        acc += g[v] * load(line + v * VL);
-        more += g[v + 1] * load(line + (v + 1) * VL);
-      }
-      partial[e] = acc + more;
-    }
-  }
-}
-
-// Add the sums over the lanes of the first `held` vectors to as many totals.
-NOINLINE void add_sums(Vector *partial, int64_t held, float *total) {
-  int64_t e = 0;
-  for (; e + VL <= held; e += VL) store(total + e, load(total + e) + sums(partial + e));
-  if (e < held) {
-    float line[VL];
-    store(line, sums(partial + e));  // the vectors behind are of former entries; their sums are not used
-    for (int64_t l = 0; e + l < held; l++) total[e + l] += line[l];
-  }
-}
-
-template <int T> void outer_lanes(const Outer &m) {
-  constexpr int64_t MOST = 64;  // entries whose vectors wait in the L1 cache
-  const ElementPlan &plan = m.plan;
-  const int64_t rows = m.order.rows, tokens = m.x.rows, features = m.x.cols;
-  const int64_t piece = plan.strips * plan.strip, pieces = (rows + piece - 1) / piece;
-  const int threads = m.threads;
-  float *packed = (float *)m.scratch;
-
-#pragma omp parallel num_threads(threads)
-  {
-    float *mine = packed + plan.tokens * features + thread_number() * thread_floats(plan, true);
-    float *dy = mine;
-    const Arranged a = arranged_in(mine + plan.strip * T, plan, true);
-    Vector partial[MOST] = {};
-    for (int64_t t0 = 0; t0 < tokens; t0 += plan.tokens) {
-      const int64_t some = tokens - t0 < plan.tokens ? tokens - t0 : plan.tokens;
-      pack_panels<T>(m.x, t0, some, packed);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t q = 0; q < pieces; q++) {
-        const int64_t start = q * piece, stop = start + piece < rows ? start + piece : rows;
-        if (!arrange<true>(m.order, start, stop, plan, a, nullptr)) {
-          refuse(m.order);
-          continue;
-        }
-        const Run *runs_end = a.runs + a.ends[(stop - start + plan.strip - 1) / plan.strip * plan.chunks - 1];
-        float *total = a.number;  // in the order of the runs
-        for (const Run *run = a.runs; run < runs_end; run++)
-          for (int64_t i = 0; i < run->count; i++) *total++ = t0 ? m.out[a.slot[run->first + i]] : 0.f;
-        for (int64_t p = 0; p < some; p += T) {
-          const int64_t count = some - p < T ? some - p : T;
-          const Run *run = a.runs;
-          const int32_t *end = a.ends;
-          int64_t held = 0;  // vectors that wait for add_sums()
-          total = a.number;
-          for (int64_t r0 = start; r0 < stop; r0 += plan.strip) {
-            pack_lanes<T>(columns(m.dy, r0, r0 + plan.strip < stop ? plan.strip : stop - r0), t0 + p, count, dy);
-            for (int64_t c = 0; c < plan.chunks; c++) {
-              const float *x = packed + p * features + (c << plan.shift) * T;
-              for (const Run *last = a.runs + *end++; run < last; run++) {
-                for (int64_t i = 0, n; i < run->count; i += n, held += n) {
-                  if (held == MOST) add_sums(partial, MOST, total), total += MOST, held = 0;
-                  n = run->count - i < MOST - held ? run->count - i : MOST - held;
-                  dot_run<T>(a.feature + run->first + i, n, x, dy + run->row * T, partial + held);
-                }
-              }
-            }
-          }
-          add_sums(partial, held, total);
-        }
-        total = a.number;
-        const int64_t entries = m.order.ptr[stop] - m.order.ptr[start];
-        for (const Run *run = a.runs; run < runs_end; run++) {
-          for (int64_t e = run->first; e < run->first + run->count; e++) {
-            __builtin_prefetch(m.out + a.slot[e + SLOTS_AHEAD < entries ? e + SLOTS_AHEAD : e], 1, 3);
-            m.out[a.slot[e]] = *total++;
-          }
-        }
-      }
-    }
-    clear_free(m.order, m.out);
   }
 }
 
@@ -205,13 +146,6 @@ void multiply_elements(const Multiply &m) {
   else if (m.plan.lanes == 32) multiply_lanes<32>(m);
   else if (m.plan.lanes == 64) multiply_lanes<64>(m);
   else multiply_lanes<128>(m);
-}
-
-void outer_elements(const Outer &m) {
-  if (m.plan.lanes == 16) outer_narrow(m);
-  else if (m.plan.lanes == 32) outer_lanes<32>(m);
-  else if (m.plan.lanes == 64) outer_lanes<64>(m);
-  else outer_lanes<128>(m);
 }
 
 }  // namespace

@@ -84,41 +84,52 @@ int64_t lanes_for(int64_t tokens, int64_t most) {
 }
 
 // Plan a product at 1x1: see elements.h. Lanes and chunks do not depend on `threads`: they change how a sum is formed.
-ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, bool gradient, int threads) {
-  constexpr int64_t IN_L2 = 128 << 10;  // floats of a panel that may stay whole; entries of a piece
+// `lanes`: those of another product of the same panels, or 0.
+ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, bool gradient, int threads, int64_t lanes = 0) {
+  constexpr int64_t IN_L2 = 128 << 10;  // floats of a panel that may stay whole (twice); entries of a strip
+  constexpr int64_t IN_L3 = 256 << 10;  // entries that each panel may read anew
   ElementPlan p = {};
   const double mean = double(order.ptr[order.rows]) / order.rows, density = mean / features;
-  int64_t run;  // least mean entries of a run, over which the cost of beginning one is spread
+  int64_t run = 8;  // least mean entries of a run, over which the cost of beginning one is spread
+  bool whole = false;
   if (tokens <= NARROW) {
     p.lanes = gradient || tokens > 8 ? 16 : tokens > 4 ? 8 : 4;
     p.shift = 9, run = 32;
-  } else if (gradient || density > 0.18) {  // the most lanes, and chunks of up to twice the L1 cache
+  } else if (gradient) {  // the most lanes: each entry's are added up once a panel
     p.lanes = lanes_for(tokens, 128);
-    p.shift = density > 0.35 && features * p.lanes <= 2 * IN_L2 ? 6 : 7, run = 8;
-  } else {  // few entries: the L2 cache is fast enough for them
-    p.lanes = lanes_for(tokens, 64);
-    p.shift = features * p.lanes <= IN_L2 ? 16 : 9, run = 8;
+    p.shift = 6, run = 6;
+  } else {
+    p.lanes = lanes ? lanes : lanes_for(tokens, 64);
+    whole = density < 0.18 && features * p.lanes <= IN_L2 / 2;  // few entries: the L2 cache is fast enough for them
+    p.shift = whole ? 16 : density > 0.35 ? 7 : 8;
   }
   while (p.shift < 16 && density * (int64_t(1) << p.shift) < run) p.shift++;
   p.chunks = blocks_of(features, int64_t(1) << p.shift);
-  p.tokens = (int64_t(4) << 20) / features / p.lanes * p.lanes;
-  if (p.tokens > round_up(tokens, p.lanes)) p.tokens = round_up(tokens, p.lanes);
-  if (p.tokens < p.lanes) p.tokens = p.lanes;
   // A panel that does not fit the L2 cache is read once for each strip: long strips, whose part of y (or dy) fills a quarter.
-  const bool long_strips = tokens > NARROW && features * p.lanes > 2 * IN_L2;
-  p.strip = long_strips ? IN_L2 / p.lanes : p.shift == 6 ? 32 : p.chunks == 1 ? 64 : 128;  // 6: all of it in the L1 cache
-  while (p.strip > LINE && (mean * p.strip > IN_L2 || p.strip * 2 * threads > order.rows)) p.strip /= 2;
-  p.strips = int64_t(IN_L2 / (mean * p.strip + 1));
-  const int64_t share = order.rows / (p.strip * 4 * threads);  // several pieces for each thread, so that they end together
-  if (threads > 1 && p.strips > share) p.strips = share;
-  if (p.strips < 1) p.strips = 1;
-  if (p.strips > blocks_of(order.rows, p.strip)) p.strips = blocks_of(order.rows, p.strip);
+  // With many entries it is the time of these that counts.
+  const bool long_strips = tokens > NARROW && features * p.lanes >= 2 * IN_L2 && density < 0.35;
+  p.strip = long_strips ? IN_L2 / p.lanes : p.chunks == 1 ? 64 : 128;
+  while (p.strip > LINE && ((!long_strips && mean * p.strip > IN_L2) || p.strip * 2 * threads > order.rows)) p.strip /= 2;
+  // Few entries are one piece, and panels are packed just before their use. Of more, a piece fills part of the L2 cache and is
+  // read by all panels, as many as 16 MiB hold.
+  const int64_t strips = blocks_of(order.rows, p.strip), panels = blocks_of(tokens, p.lanes);
+  const bool few = order.ptr[order.rows] <= IN_L3;
+  p.strips = few ? strips : int64_t(threads * IN_L2 / (mean * p.strip + 1));
+  p.strips = p.strips < 1 ? 1 : p.strips < strips ? p.strips : strips;
+  p.alone = few && !gradient && (threads == 1 || panels >= 2 * threads);
+  p.panels = p.alone ? threads : few && threads == 1 ? 1 : few && gradient ? 4 * threads : (int64_t(4) << 20) / features / p.lanes;
+  p.panels = p.panels < 1 ? 1 : p.panels < panels || p.alone ? p.panels : panels;
   const int64_t piece = p.strip * p.strips;
   for (int64_t r = 0; r < order.rows; r += piece) {
     const int64_t entries = order.ptr[r + piece < order.rows ? r + piece : order.rows] - order.ptr[r];
     if (p.entries < entries) p.entries = entries;
   }
   return p;
+}
+
+// Floats of scratch of one product at 1x1.
+int64_t floats_of(const ElementPlan &p, int64_t features, bool gradient, int threads) {
+  return p.panels * features * p.lanes + arranged_floats(p, gradient) + threads * thread_floats(p);
 }
 
 // Plan a product in bfloat16 (product_bf16.h); returns the floats of scratch.
@@ -172,7 +183,7 @@ int linear_multiply(const Call &c, const Order &order) {
   if (elements) {
     m.plan = plan_elements(order, m.x.cols, m.x.rows, false, m.threads);
     floats = m.x.rows <= NARROW ? m.x.cols * m.plan.lanes + m.threads * m.plan.strip * (2 * m.plan.lanes + 1)
-                                : m.plan.tokens * m.x.cols + m.threads * thread_floats(m.plan, false);
+                                : floats_of(m.plan, m.x.cols, false, m.threads);
   } else {
     floats = half ? plan_half(m) : few ? blocks_of(m.x.cols, m.in) * m.in * m.x.rows : plan_product(m);
   }
@@ -193,7 +204,7 @@ int linear_outer(const Call &c, const Order &order) {
   if (elements) {
     m.plan = plan_elements(order, m.x.cols, m.x.rows, true, m.threads);
     floats = m.x.rows <= NARROW ? (m.x.cols + m.dy.cols) * m.plan.lanes
-                                : m.plan.tokens * m.x.cols + m.threads * thread_floats(m.plan, true);
+                                : floats_of(m.plan, m.x.cols, true, m.threads);
   } else {
     floats = half ? plan_half(m) : plan_superpanel(m);
   }
@@ -205,15 +216,36 @@ int linear_outer(const Call &c, const Order &order) {
   });
 }
 
+// Both gradients at 1x1 from panels of dy that are packed once; -1 where each by itself is faster: with many entries, for which
+// packing matters little, and where panels of both leave the L2 cache.
+static int elements_backward(Backward &b) {
+  Multiply &m = b.dx;
+  Outer &d = b.dvalues;
+  constexpr int64_t MOST_ENTRIES = 128 << 10;
+  if (d.x.rows <= NARROW) return -1;
+  d.plan = plan_elements(d.order, d.x.cols, d.x.rows, true, d.threads);
+  m.plan = plan_elements(m.order, m.x.cols, m.x.rows, false, d.threads, d.plan.lanes);
+  if (d.dy.cols <= d.x.cols || d.order.ptr[d.order.rows] > MOST_ENTRIES || (d.x.cols + d.dy.cols) * d.plan.lanes > 2 * half_of_l2()) return -1;
+  const int64_t floats = floats_of(m.plan, m.x.cols, false, d.threads) + floats_of(d.plan, d.x.cols, true, d.threads);
+  return with_scratch(floats, [&](float *memory) {
+    d.scratch = (char *)memory;
+    kernels().backward_elements(b);
+    return 0;
+  });
+}
+
 int linear_backward(const Call &dx, const Order &by_col, const Call &dvalues, const Order &by_row) {
-  if (of_elements(dx) || (half_kernels() && dx.y.dtype == BFLOAT16)) {
-    const int failed = linear_multiply(dx, by_col);  // the two pack dy differently
-    return failed ? failed : linear_outer(dvalues, by_row);
-  }
+  const bool elements = of_elements(dx), half = !elements && half_kernels() && dx.y.dtype == BFLOAT16;
   Backward b = {multiply_of(dx, by_col), outer_of(dvalues, by_row)};
   Outer &d = b.dvalues;
-  d.threads = threads_for(2 * work(by_row.ptr[by_row.rows] * d.bo * d.bi, d.x.rows), dvalues.threads);
+  b.dx.threads = d.threads = threads_for(2 * work(by_row.ptr[by_row.rows] * d.bo * d.bi, d.x.rows), dvalues.threads);
   b.dx.past = is_written_past(b.dx.y, d.threads);
+  int failed = elements ? elements_backward(b) : -1;
+  if (failed >= 0) return failed;
+  if (elements || half) {  // the two pack dy differently
+    failed = linear_multiply(dx, by_col);
+    return failed ? failed : linear_outer(dvalues, by_row);
+  }
   const int64_t floats = plan_superpanel(d) + d.threads * ASIDE;
   return with_scratch(floats + wanted_floats(d), [&](float *memory) {
     d.scratch = (char *)memory;

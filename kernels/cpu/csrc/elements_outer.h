@@ -1,0 +1,168 @@
+// Unstructured weights (1x1 blocks): the gradient of the weight, alone or together with that of the input. The order of all
+// is that of elements.h.
+//
+//   total[e] += sum over lanes of dy[o][lane] * x[col[e]][lane]
+#pragma once
+#include "elements.h"
+
+namespace {
+
+// Multiply a run by a row of dy, into vectors that add_sums() adds up over their lanes.
+template <int T> INLINE void dot_run(const uint16_t *feature, int64_t count, const float *x, const float *dy, Vector *partial) {
+  constexpr int VECTORS = T / VL, AT_ONCE = VECTORS < 8 ? VECTORS : 8;
+  for (int v0 = 0; v0 < VECTORS; v0 += AT_ONCE) {
+    Vector g[AT_ONCE];
+    UNROLL for (int v = 0; v < AT_ONCE; v++) g[v] = load(dy + (v0 + v) * VL);
+    for (int64_t e = 0; e < count; e++) {
+      const float *line = x + int64_t(feature[e]) * T + v0 * VL;
+      asm("" : "+r"(line));
+      Vector acc = v0 ? partial[e] : Vector{}, more = {};  // two chains, or each addition waits for the last
+      UNROLL for (int v = 0; v < AT_ONCE; v += 2) {
+        acc += g[v] * load(line + v * VL);
+        more += g[v + 1] * load(line + (v + 1) * VL);
+      }
+      partial[e] = acc + more;
+    }
+  }
+}
+
+// Add the sums over the lanes of the first `held` vectors to as many totals.
+NOINLINE void add_sums(Vector *partial, int64_t held, float *total) {
+  int64_t e = 0;
+  for (; e + VL <= held; e += VL) store(total + e, load(total + e) + sums(partial + e));
+  if (e < held) {
+    float line[VL];
+    store(line, sums(partial + e));  // the vectors behind are of former entries; their sums are not used
+    for (int64_t l = 0; e + l < held; l++) total[e + l] += line[l];
+  }
+}
+
+// One strip for the packed panel of x that begins at token t0; `dy`: the lanes of its rows.
+template <int T>
+void add_strip(const Outer &m, const Arranged &a, const Strip &strip, const float *x, const float *dy) {
+  constexpr int64_t MOST = 64;  // entries whose vectors wait in the L1 cache
+  Vector partial[MOST] = {};
+  int64_t held = 0;  // vectors that wait for add_sums()
+  float *total = a.number + strip.entry;
+  const Run *run = strip.runs;
+  for (int64_t c = 0; c < m.plan.chunks; c++) {
+    const float *chunk = x + (c << m.plan.shift) * T;
+    for (const Run *end = a.runs + strip.ends[c]; run < end; run++) {
+      for (int64_t i = 0, n; i < run->count; i += n, held += n) {
+        if (held == MOST) add_sums(partial, MOST, total), total += MOST, held = 0;
+        n = run->count - i < MOST - held ? run->count - i : MOST - held;
+        dot_run<T>(a.feature + run->first + i, n, chunk, dy + run->row * T, partial + held);
+      }
+    }
+  }
+  add_sums(partial, held, total);
+}
+
+// Add the packed panels [p0, p1) of x to the totals of a piece. Called by all threads. `dy`: its packed panels, or null; then
+// each strip of it is packed into `mine`.
+template <int T>
+INLINE void add_panels(const Outer &m, const Arranged &a, const Piece &piece, int64_t p0, int64_t p1, const float *x, const float *dy, float *mine) {
+  const int64_t most = m.threads > 1 ? 4 * m.threads : 1, groups = piece.strips < most ? piece.strips : most;
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t first = piece.strips * g / groups, last = piece.strips * (g + 1) / groups;
+    for (int64_t p = p0; p < p1; p++) {
+      const int64_t left = m.x.rows - p * T;
+      for (int64_t s = first; s < last; s++) {
+        const Strip strip = strip_of(piece, s, m.order, m.plan, a);
+        if (!dy) pack_lanes<T>(columns(m.dy, strip.r0, strip.rows), p * T, left < T ? left : T, mine);
+        add_strip<T>(m, a, strip, x + (p - p0) * m.x.cols * T, dy ? dy + ((p - p0) * m.dy.cols + strip.r0) * T : mine);
+      }
+    }
+  }
+}
+
+// Write the totals of a piece to their slots, or read them there. Called by all threads.
+template <bool WRITE> INLINE void move_totals(const Outer &m, const Arranged &a, const Piece &piece) {
+  const int64_t entries = m.order.ptr[piece.stop] - m.order.ptr[piece.start];
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t s = 0; s < piece.strips; s++) {
+    const Strip strip = strip_of(piece, s, m.order, m.plan, a);
+    float *total = a.number + strip.entry;
+    for (const Run *run = strip.runs, *end = a.runs + strip.ends[m.plan.chunks - 1]; run < end; run++) {
+      for (int64_t e = run->first; e < run->first + run->count; e++, total++) {
+        __builtin_prefetch(m.out + a.slot[e + SLOTS_AHEAD < entries ? e + SLOTS_AHEAD : e], 1, 3);
+        if (WRITE) m.out[a.slot[e]] = *total;
+        else *total = m.out[a.slot[e]];
+      }
+    }
+  }
+}
+
+template <int T> void outer_lanes(const Outer &m) {
+  const ElementPlan &plan = m.plan;
+  const int64_t rows = m.order.rows, panels = blocks_of(m.x.rows, T), step = plan.strips * plan.strip;
+  const bool one = step >= rows;  // piece, which is arranged once
+  const int threads = m.threads;
+  float *packed = (float *)m.scratch, *lists = packed + plan.panels * m.x.cols * T, *rest = lists + arranged_floats(plan, true);
+
+#pragma omp parallel num_threads(threads)
+  {
+    const Arranged a = arranged_in(lists, plan, true);
+    float *dy = rest + thread_number() * thread_floats(plan);
+    bool legal = true;
+    for (int64_t p0 = 0; p0 < panels && legal; p0 += plan.panels) {
+      const int64_t p1 = p0 + plan.panels < panels ? p0 + plan.panels : panels;
+      pack_panels<T>(m.x, p0, p1, packed);
+      for (int64_t start = 0; start < rows; start += step) {
+        const Piece piece = piece_from(start, m.order, plan);
+        if (p0 == 0 || !one) legal = arrange_piece<true>(m.order, piece, plan, a, nullptr, (int32_t *)(dy + plan.strip * T));
+        if (!legal) break;
+        if (p0 && !one) move_totals<false>(m, a, piece);
+        add_panels<T>(m, a, piece, p0, p1, packed, nullptr, dy);
+        if (p1 == panels || !one) move_totals<true>(m, a, piece);
+      }
+    }
+    clear_free(m.order, m.out);
+  }
+}
+
+void outer_elements(const Outer &m) {
+  if (m.plan.lanes == 16) outer_narrow(m);
+  else if (m.plan.lanes == 32) outer_lanes<32>(m);
+  else if (m.plan.lanes == 64) outer_lanes<64>(m);
+  else outer_lanes<128>(m);
+}
+
+// Both gradients, each of one piece: panels of dy are packed once.
+template <int T> void backward_lanes(const Backward &b) {
+  const Multiply &m = b.dx;
+  const Outer &d = b.dvalues;
+  const int64_t panels = blocks_of(d.x.rows, T), at_once = d.plan.panels;
+  const int threads = d.threads;
+  float *x = (float *)d.scratch, *dy = x + at_once * d.x.cols * T, *by_col = dy + at_once * d.dy.cols * T;
+  float *by_row = by_col + arranged_floats(m.plan, false), *rest = by_row + arranged_floats(d.plan, true);
+
+#pragma omp parallel num_threads(threads)
+  {
+    float *mine = rest + thread_number() * (thread_floats(m.plan) + thread_floats(d.plan));
+    const Arranged cols = arranged_in(by_col, m.plan, false), rows = arranged_in(by_row, d.plan, true);
+    const Piece all_cols = piece_from(0, m.order, m.plan), all_rows = piece_from(0, d.order, d.plan);
+    const bool legal = arrange_piece<false>(m.order, all_cols, m.plan, cols, m.values, (int32_t *)(mine + m.plan.strip * T));
+    if (arrange_piece<true>(d.order, all_rows, d.plan, rows, nullptr, (int32_t *)mine) && legal) {
+      for (int64_t p0 = 0; p0 < panels; p0 += at_once) {
+        const int64_t p1 = p0 + at_once < panels ? p0 + at_once : panels;
+        pack_panels<T>(d.dy, p0, p1, dy);
+        multiply_panels<T>(m, cols, all_cols, p0, p1, dy, mine);
+        pack_panels<T>(d.x, p0, p1, x);
+        add_panels<T>(d, rows, all_rows, p0, p1, x, dy, nullptr);
+      }
+      move_totals<true>(d, rows, all_rows);
+    }
+    clear_free(d.order, d.out);
+    fence();
+  }
+}
+
+void backward_elements(const Backward &b) {
+  if (b.dvalues.plan.lanes == 32) backward_lanes<32>(b);
+  else if (b.dvalues.plan.lanes == 64) backward_lanes<64>(b);
+  else backward_lanes<128>(b);
+}
+
+}  // namespace
