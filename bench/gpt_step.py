@@ -1,9 +1,9 @@
 """A training step of a GPT, dense and sparse, in turn: ``python -m bench.gpt_step``.
 
-The network is ``gpt-mini`` of the recipes (6 layers of 384 features, context 128, batches of 16): feed-forward 90 % and
-attention's projections 70 % sparse; ``--width 768 --sparsity 0.9 0.9`` is a wider one. A step is forward,
-cross-entropy, backward and AdamW. SparseLab (single weights) takes part where it is installed, on one thread if it
-brings an OpenMP runtime of its own.
+There are two networks (``--networks``). ``mini`` is ``gpt-mini`` of the recipes (6 layers of 384 features, context 128,
+batches of 16): feed-forward 90 % and attention's projections 70 % sparse. ``wide`` has 768 features and is 90 % sparse
+everywhere. A step is forward, cross-entropy, backward and AdamW. SparseLab (single weights) takes part where
+it is installed, on one thread if it brings an OpenMP runtime of its own.
 
 One JSON line a contestant; ``vs_dense`` says how many times as fast it is as the dense network.
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,25 +32,29 @@ VOCABULARY, CONTEXT, BATCH, HEAD_FEATURES = 256, 128, 16, 64
 KINDS = ("mlp", "attention")
 """Names of the layers' parents; each kind has a sparsity."""
 
+DEPTH = 6
+NETWORKS = {"mini": (384, (0.9, 0.7)), "wide": (768, (0.9, 0.9))}
+"""By name: the features of a network, and its sparsity by kind."""
 
-def dense_gpt(width: int, depth: int) -> GPT:
+
+def dense_gpt(width: int) -> GPT:
     """Return the dense network."""
     torch.manual_seed(0)
-    return GPT(VOCABULARY, CONTEXT, depth=depth, heads=width // HEAD_FEATURES, head_features=HEAD_FEATURES)
+    return GPT(VOCABULARY, CONTEXT, depth=DEPTH, heads=width // HEAD_FEATURES, head_features=HEAD_FEATURES)
 
 
-def sparse_gpt(width: int, depth: int, sparsities: Sequence[float], block: int) -> GPT:
+def sparse_gpt(width: int, sparsities: Sequence[float], block: int) -> GPT:
     """Return the network with sparse layers in blocks of that side; a sparsity for each of :data:`KINDS`."""
     by_kind = {f"*.{kind}.*": sparsity for kind, sparsity in zip(KINDS, sparsities, strict=True)}
-    model = dense_gpt(width, depth)
+    model = dense_gpt(width)
     sk.sparsify_(model, by_kind, block)
     return model
 
 
-def sparselab_gpt(width: int, depth: int, sparsities: Sequence[float]) -> GPT:
+def sparselab_gpt(width: int, sparsities: Sequence[float]) -> GPT:
     """Return the network with SparseLab's layers."""
     sparse_linear = import_module("sparselab").SparseLinear
-    model = dense_gpt(width, depth)
+    model = dense_gpt(width)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             sparsity = next(s for kind, s in zip(KINDS, sparsities, strict=True) if kind in name)
@@ -71,42 +76,49 @@ def step_of(model: nn.Module) -> Callable[[], None]:
     return step
 
 
+def race_network(
+    width: int, sparsities: Sequence[float], blocks: Sequence[int], threads: int, rounds: int
+) -> list[Row]:
+    """Time the steps of a network, dense and in blocks of each side, on so many threads; return a row a contestant."""
+    models = {"dense": dense_gpt(width)}
+    for block in blocks:
+        models[f"{block}x{block}"] = sparse_gpt(width, sparsities, block)
+    if absent() is None and (threads == 1 or why_one_thread() is None):
+        models["sparselab"] = sparselab_gpt(width, sparsities)
+    calls = {name: step_of(model) for name, model in models.items()}
+    timings = race(calls, torch.device("cpu"), rounds, seconds=60)
+    dense = timings["dense"].median
+    return [
+        {
+            "network": f"gpt {width}x{DEPTH}",
+            "mlp_sparsity": sparsities[0],
+            "attention_sparsity": sparsities[1],
+            "threads": threads,
+            "contestant": name,
+            "ms": rounded(timing.median),
+            "p25": rounded(timing.quantile(0.25)),
+            "p75": rounded(timing.quantile(0.75)),
+            "samples": len(timing.samples),
+            "vs_dense": rounded(dense / timing.median),
+        }
+        for name, timing in timings.items()
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Race, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench/out/gpt_step.jsonl"))
-    parser.add_argument("--width", type=int, default=384, help=f"features, a multiple of {HEAD_FEATURES}")
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--sparsity", type=float, nargs=2, default=(0.9, 0.7), metavar=("MLP", "ATTENTION"))
+    parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=list(NETWORKS))
     parser.add_argument("--blocks", type=int, nargs="+", default=(1, 16, 32))
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(argv)
     torch.set_flush_denormal(True)  # as `sparsekern train`
     rows: list[Row] = []
-    for threads in options.threads:
+    for name, threads in product(options.networks, options.threads):
         torch.set_num_threads(threads)
-        models = {"dense": dense_gpt(options.width, options.depth)}
-        for block in options.blocks:
-            models[f"{block}x{block}"] = sparse_gpt(options.width, options.depth, options.sparsity, block)
-        if absent() is None and (threads == 1 or why_one_thread() is None):
-            models["sparselab"] = sparselab_gpt(options.width, options.depth, options.sparsity)
-        calls = {name: step_of(model) for name, model in models.items()}
-        timings = race(calls, torch.device("cpu"), options.rounds, seconds=60)
-        dense = timings["dense"].median
-        for name, timing in timings.items():
-            row: Row = {
-                "network": f"gpt {options.width}x{options.depth}",
-                "mlp_sparsity": options.sparsity[0],
-                "attention_sparsity": options.sparsity[1],
-                "threads": threads,
-                "contestant": name,
-                "ms": rounded(timing.median),
-                "p25": rounded(timing.quantile(0.25)),
-                "p75": rounded(timing.quantile(0.75)),
-                "samples": len(timing.samples),
-                "vs_dense": rounded(dense / timing.median),
-            }
+        for row in race_network(*NETWORKS[name], options.blocks, threads, options.rounds):
             print(json.dumps(row), flush=True)
             rows.append({**row, **circumstances()})
     write_rows(options.out, rows)

@@ -225,6 +225,7 @@ static int elements_backward(Backward &b) {
   if (d.x.rows <= NARROW) return -1;
   d.plan = plan_elements(d.order, d.x.cols, d.x.rows, true, d.threads);
   m.plan = plan_elements(m.order, m.x.cols, m.x.rows, false, d.threads, d.plan.lanes);
+  m.plan.panels = d.plan.panels;
   if (d.dy.cols <= d.x.cols || d.order.ptr[d.order.rows] > MOST_ENTRIES || (d.x.cols + d.dy.cols) * d.plan.lanes > 2 * half_of_l2()) return -1;
   const int64_t floats = floats_of(m.plan, m.x.cols, false, d.threads) + floats_of(d.plan, d.x.cols, true, d.threads);
   return with_scratch(floats, [&](float *memory) {
