@@ -117,8 +117,9 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
   p.strips = few ? strips : int64_t(threads * IN_L2 / (mean * p.strip + 1));
   p.strips = p.strips < 1 ? 1 : p.strips < strips ? p.strips : strips;
   p.alone = few && !gradient && (threads == 1 || panels >= 2 * threads);
-  p.panels = p.alone ? threads : few && threads == 1 ? 1 : few && gradient ? 4 * threads : (int64_t(4) << 20) / features / p.lanes;
-  p.panels = p.panels < 1 ? 1 : p.panels < panels || p.alone ? p.panels : panels;
+  const int64_t most = few && gradient ? threads == 1 ? 1 : 4 * threads : panels;
+  p.panels = std::min(most, std::max<int64_t>(1, (int64_t(4) << 20) / features / p.lanes));
+  if (p.alone) p.panels = threads;
   const int64_t piece = p.strip * p.strips;
   for (int64_t r = 0; r < order.rows; r += piece) {
     const int64_t entries = order.ptr[r + piece < order.rows ? r + piece : order.rows] - order.ptr[r];

@@ -104,6 +104,31 @@ def test_elements_of_a_panel_that_leaves_the_cache(rows: int, cols: int, threads
     assert all(map(torch.equal, *results))
 
 
+def test_elements_of_several_pieces(threads: Callable[[int], None]) -> None:
+    """Entries that leave the cache are arranged a piece at a time, and anew for the next tokens that are packed."""
+    sizes = {"block": (1, 1), "blocks": 300_000, "free": 1, "tokens": 270, "dtype": torch.float32}
+    case = random_case(7, rows=26, cols=16500, out_features=26, in_features=16500, **sizes)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        check_kernels(cpu, case)
+        check_backward_is_dx_and_dvalues(case)
+        results.append((fwd(case), dx(case), dvalues(case)))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("tokens", [40, 700])
+def test_both_gradients_of_elements_share_panels_of_dy(tokens: int, threads: Callable[[int], None]) -> None:
+    sizes = {"block": (1, 1), "blocks": 4000, "free": 1, "tokens": tokens, "dtype": torch.float32}
+    for out_features, in_features in ((300, 90), (90, 300)):  # and where dy is the narrower one, each packs for itself
+        layer = {"rows": out_features, "cols": in_features, "out_features": out_features, "in_features": in_features}
+        case = random_case(8, **layer, **sizes)
+        for count in (1, 2):
+            threads(count)
+            check_backward_is_dx_and_dvalues(case)
+            check_kernels(cpu, case)
+
+
 @pytest.mark.parametrize("dy_layout", DY_LAYOUTS)
 @pytest.mark.parametrize("x_layout", X_LAYOUTS)
 def test_any_strides(x_layout: str, dy_layout: str) -> None:
