@@ -156,8 +156,7 @@ def sweep(library_file: Path, seeds: int) -> None:
             library.release_scratch()
             real(which, *arguments)
 
-        linear, conv2d = (mock.patch(f"sparsekern.kernels.cpu.{part}.call", call) for part in ("linear", "conv2d"))
-        with linear, conv2d:
+        with mock.patch("sparsekern.kernels.cpu.products.call", call):
             for seed, given in enumerate(cases(seeds)):
                 case = random_case(seed, **given)
                 run(case, seed % 11 + 1, check=seed % len(LEVELS) == turn)
