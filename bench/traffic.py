@@ -8,12 +8,13 @@ from n bytes ``n (p - 1) / p``, a broadcast n. One JSON line for each model and 
 ``gradients``, ``gathers`` and ``buffers`` are bytes of a step, ``of_dense`` their sum over that of the dense model.
 ``scores``, ``moves`` and ``agreement`` are what an update adds, ``bytes_a_slot`` their sum over the number of slots.
 ``peak_mib`` is the growth of a rank's resident memory from before the model was built to its peak in three steps, the
-last of which has an update.
+last of which has an update; what was allocated only until the model was sharded does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 from collections import Counter
@@ -70,9 +71,14 @@ def _bytes(leaf: Any) -> int:
 
 
 def peak() -> int:
-    """Return the peak of this process's resident memory so far, in bytes."""
+    """Return the peak of this process's resident memory since :func:`restart_peak`, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def restart_peak() -> None:
+    """Set the peak to the present resident memory."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def network(width: int, depth: int, sparsity: float, block: int) -> nn.Module:
@@ -84,12 +90,21 @@ def network(width: int, depth: int, sparsity: float, block: int) -> nn.Module:
     return sk.sparsify_(model, sparsity, block) if sparsity else model
 
 
-def measure(rank: int, options: argparse.Namespace, name: str | None, strategy: str, folder: str) -> None:
-    """Train on one rank; the first one writes the row."""
+def run_rank(rank: int, options: argparse.Namespace, name: str | None, strategy: str, folder: str) -> None:
+    """Measure on one rank; the first one writes the row."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=options.ranks)
+    row = measure(options, name, strategy)
+    if rank == 0:
+        (Path(folder) / "row.json").write_text(json.dumps(row))
+    gc.collect()  # DistributedDataParallel must not outlive the group: its end would wait for ever
+    dist.destroy_process_group()
+
+
+def measure(options: argparse.Namespace, name: str | None, strategy: str) -> dict[str, Any]:
+    """Train, and return the row of this rank."""
     x = torch.randn(options.tokens, options.width)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    restart_peak()
     before = peak()
     sparsity = options.sparsity if name else 0.0
     model = network(options.width, options.depth, sparsity, options.block)
@@ -102,6 +117,7 @@ def measure(rank: int, options: argparse.Namespace, name: str | None, strategy: 
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     method = METHODS[name](model, optimizer, update_every=EVERY) if name else None
+    restart_peak()
     sent = []
     for _ in range(EVERY):
         with Traffic() as traffic:
@@ -114,7 +130,7 @@ def measure(rank: int, options: argparse.Namespace, name: str | None, strategy: 
         sent.append((step, traffic.sent - step))
     step, update = sent[-1]
     slots = sum(m.values.shape[0] for m in model.modules() if isinstance(m, BlockSparse))
-    row = {
+    return {
         "strategy": strategy, "ranks": options.ranks, "sparsity": sparsity, "block": options.block,
         "method": name, "width": options.width, "depth": options.depth,
         "gradients": step["reduce"] + step["scatter"], "gathers": step["gather"],
@@ -124,9 +140,6 @@ def measure(rank: int, options: argparse.Namespace, name: str | None, strategy: 
         "bytes_a_slot": round(sum(update.values()) / slots, 3) if slots else None,
         "peak_mib": round((peak() - before) / 2**20, 1), "torch": torch.__version__,
     }  # fmt: skip
-    if rank == 0:
-        (Path(folder) / "row.json").write_text(json.dumps(row))
-    dist.destroy_process_group()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -146,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for strategy in ("ddp", "fsdp2"):
         for name in (None, *options.methods):
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(measure, (options, name, strategy, folder), nprocs=options.ranks)
+                mp.spawn(run_rank, (options, name, strategy, folder), nprocs=options.ranks)
                 rows.append(json.loads((Path(folder) / "row.json").read_text()))
             sent = sum(rows[-1][what] for what in ("gradients", "gathers", "buffers"))
             dense = sent if name is None else dense

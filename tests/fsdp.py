@@ -51,13 +51,13 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layers, x, use_reentrant=False)
 
 
-def linear() -> nn.Module:
+def linear(device: str | None = None) -> nn.Module:
     """Three layers of 27, 25 and 6 blocks: uneven shards on 2 ranks and on 3."""
     torch.manual_seed(0)
     sizes, parts = ((12, 36), (36, 20), (20, 5)), []
     for i, (n, m) in enumerate(sizes):
-        blocks = (27, 25, 6)[i]
-        parts += [sk.SparseLinear(n, m, blocks=blocks, capacity=blocks + i, block_size=(2, 4), seed=i, name=str(2 * i))]
+        blocks, options = (27, 25, 6)[i], {"block_size": (2, 4), "seed": i, "name": str(2 * i), "device": device}
+        parts += [sk.SparseLinear(n, m, blocks=blocks, capacity=blocks + i, **options)]
         parts += [nn.ReLU()] if i < 2 else []
     return nn.Sequential(*parts)
 
@@ -114,6 +114,16 @@ def shard(model: nn.Module, mesh: Any, *, root_only: bool = False, **options: An
         if isinstance(module, BlockSparse):
             fully_shard(module, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
+
+
+def from_meta(mesh: Any) -> nn.Module:
+    """Return the linear network, sharded before its values are drawn, a layer at a time."""
+    model = shard(linear("meta"), mesh)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, BlockSparse):
+            module.reset_parameters()
+    return model
 
 
 def batch(step: int, rank: int = 0, world: int = 1) -> Tensor:

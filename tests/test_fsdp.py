@@ -136,14 +136,16 @@ def refusals(rank: int, mesh: DeviceMesh) -> dict[str, str]:
     return said
 
 
-def low_precision(mesh: DeviceMesh, one: DeviceMesh) -> None:
-    """Check that two ranks train as one does, with parameters gathered in bfloat16."""
+def low_precision(mesh: DeviceMesh, one: DeviceMesh) -> list[str]:
+    """Check that two ranks train as one does, with parameters gathered in bfloat16; return the methods."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for name in ("SET", "RigL", "GSE"):
+    names = ["SET", "RigL", "GSE"]
+    for name in names:
         case = name, fsdp.linear, "AdamW", fsdp.accumulated, {"mp_policy": policy}
         alone, found = (trained(case, m, process_group=m.get_group()) for m in (one, mesh))
         for key, value in alone.items():
             assert value.dtype != torch.bfloat16 and torch.equal(found[key], value), (name, key)
+    return names
 
 
 def followers(mesh: DeviceMesh | None) -> dict[str, Tensor]:
@@ -177,7 +179,8 @@ def run_rank(rank: int, folder: Path) -> dict[str, Any]:
         found["split"] = {name_of(case): trained(case, pair, rank, 2, **group) for case in [*SPLIT, *ALIKE]}
         found["refusals"] = refusals(rank, pair)
         found["followers"] = followers(pair)
-        low_precision(pair, ones["alone"])
+        found["meta"] = fsdp.train(fsdp.from_meta(pair), "SET", **group)
+        found["low precision"] = low_precision(pair, ones["alone"])
     return found
 
 
@@ -260,6 +263,12 @@ def test_followers_sharded_or_not_and_a_sharded_copy(ranks):
             torch.testing.assert_close(rank["followers"][key], value, rtol=0, atol=1e-6, msg=key)
 
 
+def test_a_model_built_on_the_meta_device(ranks):
+    expected = fsdp.train(fsdp.linear(), "SET")
+    for rank in ranks[:2]:
+        assert all(torch.equal(rank["meta"][key], value) for key, value in expected.items())
+
+
 def test_parameters_gathered_in_low_precision(ranks):
     """Two ranks are compared with one on the ranks."""
-    assert "same" in ranks[0]
+    assert all(rank["low precision"] == ["SET", "RigL", "GSE"] for rank in ranks[:2])

@@ -41,7 +41,7 @@ class ProbeSet:
 
     def __init__(self, layers: dict[str, BlockSparse]) -> None:
         self._layers = layers
-        self._values: dict[str, Tensor] = {}  # of the layers when they are not gathered
+        self._shards: dict[str, Tensor] = {}  # sharded values, in whose place a layer has gathered ones in a backward
         self.probes: dict[str, Probe] = {}
         self._kept: dict[str, Tensor | None] = {}  # answers of the last step that the optimizer made
         self._left: dict[str, Seen] = {}
@@ -53,7 +53,9 @@ class ProbeSet:
     def arm(self, name: str, probe: Probe) -> None:
         """Give a layer a probe, which it answers from its next forward on."""
         layer = self._layers[name]
-        values = self._values[name] = layer.values
+        values = layer.values
+        if is_sharded(values):
+            self._shards[name] = values
         self.probes[name] = layer.probe = probe
 
         def before(gradient: Tensor) -> None:
@@ -80,7 +82,7 @@ class ProbeSet:
             self._layers[name].probe = None
         for hook in self._hooks:
             hook.remove()
-        self.probes, self._values, self._kept, self._left, self._looked = {}, {}, {}, {}, {}
+        self.probes, self._shards, self._kept, self._left, self._looked = {}, {}, {}, {}, {}
         self._answered, self._unreduced, self._hooks = set(), set(), []
 
     def _look(self, name: str) -> None:
@@ -90,18 +92,22 @@ class ProbeSet:
             self._looked[name] = backward
             self._drop(name)
 
+    def _gradient(self, name: str) -> Tensor | None:
+        values: Tensor = self._shards.get(name, self._layers[name].values)
+        return values.grad
+
     def _note(self, name: str) -> None:
         """Record the gradient that a backward has left."""
-        gradient = self._values[name].grad
+        gradient = self._gradient(name)
         self._unreduced.discard(name)
         if gradient is not None:
             self._left[name] = Seen(weakref.ref(gradient), gradient._version, _is_nonzero(gradient))
-        elif is_sharded(self._values[name]):
+        elif name in self._shards:
             self._unreduced.add(name)
 
     @torch.no_grad()
     def _drop(self, name: str) -> None:
-        heard, gradient = self.probes[name].tensor.grad, self._values[name].grad
+        heard, gradient = self.probes[name].tensor.grad, self._gradient(name)
         if heard is None:
             return
         if gradient is None:
@@ -131,7 +137,7 @@ class ProbeSet:
         self.settle()
         missed = []
         for name, probe in self.probes.items():
-            heard, gradient = probe.tensor.grad, self._values[name].grad
+            heard, gradient = probe.tensor.grad, self._gradient(name)
             probe.tensor.grad = None
             self._kept[name] = None if heard is None else heard.detach()
             if heard is None and gradient is not None and bool(_is_nonzero(gradient)):
