@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
+import torch.distributed as dist
 import typer
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
@@ -87,21 +89,32 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str], options: Col
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        if not ranks.first:
-            raise typer.Exit from None
-        errors.print(how_to_go_on(isinstance(stop, Interrupted)))
-        raise typer.Exit(INTERRUPTED) from None
+        if ranks.first:
+            errors.print(how_to_go_on(isinstance(stop, Interrupted)))
+        _end(INTERRUPTED if ranks.first else 0)
     except ToldByFirst:
-        raise typer.Exit from None
+        _end(0)
     except Exception as error:
         if ranks.count > 1 and any(words in str(error) for words in NO_RANK):
             errors.print(f"error: rank {ranks.rank}: another rank has ended or does not answer. {how_to_go_on(False)}")
-            os._exit(LOST_RANK)  # the threads that wait for the other rank would abort the end of the interpreter
+            _end(LOST_RANK)
         message = _way_out(error, how_to_go_on, options)
-        if message is None:
+        if message is not None:
+            errors.print(f"error: {'' if ranks.first else f'rank {ranks.rank}: '}{message}")
+            _end(USAGE_ERROR)
+        if not dist.is_initialized():
             raise
-        errors.print(f"error: {'' if ranks.first else f'rank {ranks.rank}: '}{message}")
-        raise typer.Exit(USAGE_ERROR) from None
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """End the command. One of several processes ends at once: what waits for the others would hold it up."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code) from None
 
 
 def _way_out(error: Exception, how_to_go_on: Callable[[bool], str], options: Collection[str]) -> str | None:

@@ -214,6 +214,8 @@ class Ranks:
         if self.count == 1:
             return model
         if self.sharded:
+            # FSDP2 takes no parameters with channels last
+            model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             mesh = init_device_mesh(next(model.parameters()).device.type, (self.count,))
             lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
             for block in (child for module in lists for child in module.children() if [*child.children()]):
@@ -293,7 +295,5 @@ def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
     if on_gpu:
         torch.cuda.set_device(ranks.local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=launch.timeout))
-    try:
-        yield replace(ranks, strategy=launch.strategy)
-    finally:
-        dist.destroy_process_group()
+    yield replace(ranks, strategy=launch.strategy)
+    dist.destroy_process_group()  # not after an error, whose traceback holds what needs the group

@@ -38,6 +38,18 @@ GPT = Config(
     method="gse",
     device="cpu",
 )
+CONV = Config(
+    recipe="resnet20",
+    width_multiplier=0.25,
+    block_size=4,
+    sparsity=0.5,
+    epochs=1,
+    batch_size=720,
+    dense=False,
+    device="cpu",
+)
+"""With weights whose channels are last in memory, and momentum."""
+
 STOPPED = changed(
     MLP, batch_size=396, method="rigl", options={"scoring": "screen"}
 )  # what it does on several ranks anyway
@@ -87,6 +99,7 @@ def two_ranks(rank: int, folder: Path, text: str) -> list[str]:
             assert done.results == read_results(folder / name)
         sharded = replace(ranks, strategy="fsdp2")
         start(changed(GPT, data=text), folder / "sharded", Observer(), ranks=sharded)
+        start(CONV, folder / "conv", Observer(), ranks=sharded)
         with pytest.raises(Interrupted):
             start(changed(GPT, data=text), folder / "sharded-stopped", StopAt(11), ranks=sharded)
         with pytest.raises(Interrupted):  # one rank is asked to stop, and all do
@@ -133,6 +146,7 @@ def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, 
         assert_alike(one / name, two / name)
         assert read_results(two / name)["environment"]["ranks"] == 2
     assert_alike(one / "gpt", two / "sharded")
+    assert 0 < read_results(two / "conv")["networks"]["sparse"]["test_accuracy"]["mean"] < 1
     with pytest.raises(Interrupted):  # alone from step 9, of three ranks from step 13
         resume(two / "stopped", StopAt(4))
     with pytest.raises(Interrupted):
@@ -186,15 +200,16 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
         resolve(changed(MLP, device="cuda:2"), task, Ranks(3, 4, 1))
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
-    """Two processes of the command without a launcher that would notice."""
+@pytest.fixture
+def processes(tmp_path):
+    """Two processes of the command that train, without a launcher that would notice an end; their folder and logs."""
     folder, logs = tmp_path / "run", [tmp_path / f"{rank}.log" for rank in (0, 1)]
     options = ["--width=32", "--block-size=8", "--sparsity=0.5", "--epochs=60", "--batch-size=100", "--seeds=1"]
     options += ["--update-every=2", "--device=cpu", "--no-dense", "--save-every=1", f"--out={folder}", "--timeout=60"]
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    processes = [
+    started = [
         subprocess.Popen(
             [sys.executable, "-m", "sparsekern", "train", *options],
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -206,14 +221,27 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     try:
         deadline = time.monotonic() + 120
         while not (folder / METRICS).is_file() or not (folder / METRICS).read_text():
-            assert time.monotonic() < deadline and processes[0].poll() is None, logs[0].read_text()
+            assert time.monotonic() < deadline and started[0].poll() is None, logs[0].read_text()
             time.sleep(0.05)
-        processes[1].send_signal(signal.SIGKILL)
-        assert processes[0].wait(120) == 3
+        yield started, folder, logs
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
             process.wait()
+
+
+def test_ctrl_c_saves_and_ends_all(processes):
+    started, folder, logs = processes
+    started[1].send_signal(signal.SIGINT)  # on any of them
+    assert [process.wait(60) for process in started] == [130, 0]
+    assert logs[0].read_text().splitlines()[-1] == f"saved. To go on: sparsekern train --resume {folder}"
+    assert logs[1].read_text() == ""
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(processes, tmp_path):
+    started, folder, logs = processes
+    started[1].send_signal(signal.SIGKILL)
+    assert started[0].wait(60) == 3
     last = logs[0].read_text().splitlines()[-1]
     assert last.startswith("error: rank 0: another rank has ended or does not answer.") and "--resume" in last
     assert not (folder / RESULTS).exists()
