@@ -21,6 +21,7 @@ from sparsekern.errors import InputError
 from sparsekern.lab.distributed import Share, gathered, unsynchronised
 from sparsekern.lab.networks import build, build_agent, build_method
 from sparsekern.lab.resolved import Run
+from sparsekern.lab.tasks import Batch
 from sparsekern.nn import sparse_layers
 from sparsekern.nn.sharded import sharded_as
 from sparsekern.topology import generator_for
@@ -201,9 +202,13 @@ class Learner:
 
     def loss(self, share: Share) -> Tensor:
         """Return the mean loss ``()`` of a part of a batch, times its weight."""
-        with self._autocast():
-            loss = self.task.loss(self._replica, share.batch)
+        loss = self.mean_loss(share.batch)
         return loss if share.weight == 1 else share.weight * loss
+
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss ``()`` of a batch."""
+        with self._autocast():
+            return self.task.loss(self._replica, batch)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.run.device.type, self.run.dtype, enabled=self.run.dtype is not None)
@@ -241,7 +246,9 @@ class Learner:
             return
         order = self._draw_order("agent order")
         began = time.perf_counter()
-        self.agent.refresh((self._batch(order, i, "agent augment") for i in range(self.batches)), self.loss)
+        # as tensors, by whose rows AGENT weights a batch
+        batches = (self._batch(order, i, "agent augment").batch for i in range(self.batches))
+        self.agent.refresh(batches, self.mean_loss)
         self._synchronise()
         self._seconds += time.perf_counter() - began
 

@@ -278,6 +278,16 @@ def test_agent_takes_a_snapshot_an_epoch_and_gamma_zero_is_without_it(data):
     assert learner_of("dense", replace(CONFIG, options={"agent": True}), data, seed=0).agent is None
 
 
+def test_agent_sees_how_many_images_a_batch_has(data, monkeypatch):
+    """It weights the gradients of its pass by them."""
+    learner, seen = learner_of("sparse", replace(CONFIG, options={"agent": True}), data, seed=0), []
+    monkeypatch.setattr(
+        learner.agent, "refresh", lambda batches, loss: seen.extend(len(images) for images, _ in batches)
+    )
+    learner.step()
+    assert seen == [500, 500, 438]
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_spectral_measures_are_kept_at_the_start_and_at_each_move(data, transform):
     """And a resumed training has those of the epoch it stopped in."""
