@@ -1,6 +1,7 @@
 """FLOP formulas, so that :class:`torch.utils.flop_counter.FlopCounterMode` counts stored elements only.
 
-As PyTorch counts a convolution, every output pixel sees all its taps, including those in the padding.
+As PyTorch counts a convolution, every output pixel sees all its taps, including those in the padding. The fused
+attention of a CPU, which PyTorch's counter leaves out, is counted as that of a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 import sparsekern.ops.products
 import sparsekern.ops.scores  # noqa: F401  the ops must be defined before their formulas
@@ -105,3 +111,17 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 for _op in ("linear", "conv2d"):
     for _suffix, _formula in _FORMULAS.items():
         register_flop_formula(getattr(torch.ops.sparsekern, _op + _suffix), get_raw=True)(_formula)
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad_out, query, key, value))
+
+
+for _name, _formula in (("", _attention), ("_backward", _attention_backward)):
+    _attention_op = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{_name}")
+    if _attention_op not in flop_registry:  # a second formula would raise
+        register_flop_formula(_attention_op)(_formula)

@@ -108,3 +108,14 @@ def test_scores():
         assert flops(scores.block_norms, dy, x, row, row, 2, 4, "auto", shape) == 2 * tokens * 3 * 8
         sketch = 2 * tokens * 4 * (out + groups * into + cells)
         assert flops(scores.sketch, dy, x, *pairs, 2, 4, "auto", shape) == sketch
+
+
+def test_fused_attention_on_a_cpu_is_counted_as_plain_products_are():
+    q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+    with FlopCounterMode(display=False) as counter:
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    product = 2 * 2 * 3 * 16 * 16 * 8
+    assert forward == 2 * product
+    assert counter.get_total_flops() == (2 + 5) * product  # the scores are computed again
