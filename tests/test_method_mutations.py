@@ -107,7 +107,7 @@ MUTATIONS: dict[str, Mutation] = {
         partial(t_places.test_lowest_of_many, "near ties", 700, torch.float32),
     ),
     "a choice grows the first places": (
-        sk.training.GradientMethod.choose,
+        sk.training.GradientMethod.exchange,
         "highest(offer.scores, count)",
         "torch.arange(min(count, offer.keys.shape[0]))",
         partial(t_gse.test_the_weakest_go_to_the_best_candidates, 0.34, [1, 2], [(1, 2), (2, 0)]),
@@ -131,7 +131,7 @@ MUTATIONS: dict[str, Mutation] = {
         t_rigl.test_screening_does_not_look_at_places_that_hold_a_block,
     ),
     "a block that wins its place back goes": (
-        sk.RigL.choose,
+        sk.RigL.exchange,
         "stay = torch.isin(torch.arange(slots.shape[0], device=best.device), best)",
         "stay = torch.zeros_like(slots, dtype=torch.bool)",
         t_rigl.test_regrow,
@@ -228,7 +228,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "state stays where a block moved": (
         followers.Followers._move,
-        "tensor.index_fill_(0, slots, fresh)",
+        "fill_slots_(tensor, slots, fresh)",
         "pass",
         partial(t_gradient.test_what_moves, "GSE"),
     ),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from sparsekern.kernels import cpu
+from sparsekern.kernels.contract import LinearShape
 from sparsekern.kernels.cpu import products
 from sparsekern.kernels.eager import chunks
 from sparsekern.kernels.eager import linear as eager_linear
@@ -23,8 +24,7 @@ from sparsekern.nn import BlockSparse
 from sparsekern.topology import dense_block_norms, gather_blocks, to_dense
 from tests.memory import Allocations, allocations
 
-SIDE, TOKENS = 1024, 32
-CHANNELS, IMAGE = 256, 6
+SIDE, TOKENS, CHANNELS, IMAGE = 1024, 32, 256, 6
 SCRATCH = 2**18
 """The kernels are told to work in a quarter of a MiB: in the usual 16 a dense weight of this size could hide."""
 
@@ -349,6 +349,10 @@ def test_a_step_of_vrpge(part, kind, block, kernels):
 # The control: the same checks, with the dense weight or gradient formed on the way.
 
 
+def module_of(kernels, layer):
+    return kernels.kernels(getattr(layer, "conv_shape", LinearShape(SIDE, SIDE)))
+
+
 def plant_forward(monkeypatch, kernels, layer):
     def linear(x, values, bias, index, geometry):
         return torch.nn.functional.linear(x, to_dense(layer.topology, values), bias)
@@ -356,21 +360,20 @@ def plant_forward(monkeypatch, kernels, layer):
     def conv2d(x, values, bias, index, geometry):
         return layer.dense_forward(x, to_dense(layer.topology, values))
 
-    monkeypatch.setattr(kernels.linear, "fwd", linear)
-    monkeypatch.setattr(kernels.conv2d, "fwd", conv2d)
+    monkeypatch.setattr(module_of(kernels, layer), "fwd", conv2d if hasattr(layer, "conv_shape") else linear)
 
 
 def plant_backward(monkeypatch, kernels, layer):
+    dx = module_of(kernels, layer).dx
+
     def linear(dy, x, values, index, geometry):
-        return kernels.linear.dx(dy, values, index, geometry), gather_blocks(layer.topology, dy.T @ x)
+        return dx(dy, values, index, geometry), gather_blocks(layer.topology, dy.T @ x)
 
     def conv2d(dy, x, values, index, geometry):
         weight = torch.nn.grad.conv2d_weight(x, layer.weight.shape, dy, padding=1)
-        dx = kernels.conv2d.dx(dy, values, index, geometry, (x.shape[2], x.shape[3]))
-        return dx, gather_blocks(layer.topology, weight)
+        return dx(dy, values, index, geometry, (x.shape[2], x.shape[3])), gather_blocks(layer.topology, weight)
 
-    monkeypatch.setattr(kernels.linear, "backward", linear)
-    monkeypatch.setattr(kernels.conv2d, "backward", conv2d)
+    monkeypatch.setattr(module_of(kernels, layer), "backward", conv2d if hasattr(layer, "conv_shape") else linear)
 
 
 def plant_update(monkeypatch, kernels, layer):

@@ -77,7 +77,7 @@ def test_the_table_and_its_notes():
 def test_every_method(method):
     options = (*SMALL, "--method", method, "--devices", "2", "--strategy", "ddp", "--device", "a100", "--json")
     found = json.loads(run(*options).stdout)["predictions"]["sparse"]
-    assert (found["traffic"]["moves"] > 0) == (method in ("set", "gse"))
+    assert (found["traffic"]["moves"] > 0) == (method != "static")  # ranks agree even that no block moves
     assert (found["traffic"]["scores"] > 0) == (method == "gse")
     assert (found["seconds"]["updates of the topology"] > 0) == (method == "gse")
 
