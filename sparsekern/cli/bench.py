@@ -17,7 +17,7 @@ from rich.text import Text
 import sparsekern
 from sparsekern.cli.info import cpu_model
 from sparsekern.cli.options import Json, Quiet
-from sparsekern.cli.shell import PlainConsole, error_console, explained, say
+from sparsekern.cli.shell import PlainConsole, check_folder_of, error_console, explained, say
 from sparsekern.errors import InputError
 from sparsekern.lab.bench.picture import MOST, draw_bench
 from sparsekern.lab.bench.request import DTYPES, Request, read_request
@@ -137,11 +137,7 @@ def check_picture(picture: Path | None) -> None:
         return
     if picture.suffix not in PICTURES:
         raise InputError(f"picture is {picture}; the name must end in {', '.join(PICTURES)}", parameter="picture")
-    if not picture.parent.is_dir():
-        raise InputError(
-            f"picture is {picture}, whose folder does not exist; make the folder, or choose another name",
-            parameter="picture",
-        )
+    check_folder_of(picture, "picture")
     if picture.is_dir():
         raise InputError(f"picture is {picture}, which is a folder; give the name of a file", parameter="picture")
 

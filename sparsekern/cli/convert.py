@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sparsekern.cli.inspect import MaxGib, MaxTensors, describe_state, weights_file
-from sparsekern.cli.shell import error_console, explained, say, stopped
+from sparsekern.cli.shell import check_folder_of, error_console, explained, say, stopped
 from sparsekern.errors import InputError
 from sparsekern.files.conversion import State, bsr_state, dense_state, sparse_state
 from sparsekern.files.size_limits import DEFAULT, Limits
@@ -99,11 +99,7 @@ def _check(
         )
     if target.suffix not in (".safetensors", *TORCH_NAMES):
         raise InputError(f"target is {target}; the name must end in .safetensors, .pt or .pth", parameter="target")
-    if not target.parent.is_dir():
-        raise InputError(
-            f"target is {target}, whose folder does not exist; make the folder, or choose another name",
-            parameter="target",
-        )
+    check_folder_of(target, "target")
     if target.is_dir():
         raise InputError(f"target is {target}, which is a folder; choose another name", parameter="target")
     if os.path.lexists(target) and not force:

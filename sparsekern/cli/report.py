@@ -11,7 +11,7 @@ import typer
 
 from sparsekern.analysis import Summary
 from sparsekern.cli.info import cpu_model
-from sparsekern.cli.shell import error_console, explained, say
+from sparsekern.cli.shell import check_folder_of, error_console, explained, say
 from sparsekern.errors import InputError
 from sparsekern.lab.cost import measure
 from sparsekern.lab.report.page import MARK, page_contents, page_values, render, results_so_far
@@ -62,10 +62,7 @@ def check_target(page: Path) -> None:
     Raises:
         ValueError: the folder is not there, or there is something that is no page.
     """
-    if not page.parent.is_dir():
-        raise InputError(
-            f"out is {page}, whose folder does not exist; make the folder, or choose another --out", parameter="out"
-        )
+    check_folder_of(page, "out", "another --out")
     if page.is_dir():
         raise InputError(f"out is {page}, which is a folder; give the name of a file", parameter="out")
     if page.exists():

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
 
@@ -130,6 +131,24 @@ def _way_out(error: Exception, how_to_go_on: Callable[[bool], str], options: Col
         return None
     option = (error.parameter or "").replace("_", "-")  # as the command spells it
     return f"{error} (option --{option})" if error.parameter in options and option not in str(error) else str(error)
+
+
+def check_folder_of(file: Path, parameter: str, other: str = "another name") -> None:
+    """Check before any work that the folder of a file that will be written is there.
+
+    Args:
+        file: where to write.
+        parameter: the option that gives it.
+        other: what to choose instead.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not file.parent.is_dir():
+        raise InputError(
+            f"{parameter} is {file}, whose folder does not exist; make the folder, or choose {other}",
+            parameter=parameter,
+        )
 
 
 def check_one_process(command: str) -> None:
