@@ -31,12 +31,15 @@ from sparsekern.errors import InputError
 from sparsekern.lab import Config, Logged, resume, start
 from sparsekern.lab.distributed import Launch, joined, launched
 from sparsekern.lab.recipes import RECIPES, Recipe
-from sparsekern.lab.report.tables import result_cells, result_notes, result_title
+from sparsekern.lab.report.tables import result_cells, result_notes, result_title, written_texts
 from sparsekern.lab.report.text import aligned
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
 
 NAMES = {*RUN, *KEEPING, *LAUNCH, *NETWORK, *METHOD}
 """Parameters that are options of this command."""
+
+SHOWN = 300
+"""Characters of a network's text that are printed; the page of the run has all of them."""
 
 
 @takes(values=RUN, keeping=KEEPING, launch=LAUNCH, network=NETWORK, options=METHOD)
@@ -99,6 +102,8 @@ def train(
         title, cells = result_title(run.config, run.results), result_cells(run.results)
         PlainConsole().print(table(title, cells, len(run.results["networks"])))
         say(aligned(result_notes(run.results)))
+        for name, text in written_texts(run.results).items():
+            say(f"\nthe {name} network writes:\n{text[:SHOWN]}\n")
         drawn = [str(folder / name) for name in (PICTURE, SPECTRAL) if (folder / name).is_file()]
         pictures = f", and the picture{'s' * (len(drawn) > 1)} {' and '.join(drawn)}" if drawn else ""
         say(f"{folder}: config, metrics, checkpoints{pictures}")

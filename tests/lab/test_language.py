@@ -220,6 +220,9 @@ def test_the_command_trains_and_resumes_it(text, tmp_path):
     first = command(*options, "--out", folder)
     assert first.exit_code == 0, first.output
     assert "GPT-nano of width 64, depth 1, context 8" in first.output and "tokens a second" in first.output
+    written = json.loads((tmp_path / "run" / RESULTS).read_text())["networks"]
+    for name in ("sparse", "dense"):
+        assert f"the {name} network writes:\n{printable(written[name]['written'])[:40]}" in first.output
     again = command("--resume", folder, "--depth=2")
     assert again.exit_code == 2 and "depth is 2, but the run in" in again.output
     assert command("--resume", folder, "--depth=1").exit_code == 0

@@ -52,13 +52,25 @@ TIMES = {
 }
 """What of rows and results is time, and differs from run to run."""
 
-RUN = ["--width=64", "--block-size=16", "--sparsity=0.5", "--epochs=2", "--batch-size=20", "--seeds=2", "--device=cpu"]
-RUN += ["--update-every=2", "--save-every=2", "--augment=crop", "--quiet", "--json"]
+RUN = [
+    "--data=data.npz",
+    "--width=64",
+    "--block-size=16",
+    "--sparsity=0.5",
+    "--epochs=2",
+    "--batch-size=20",
+    "--seeds=2",
+    "--device=cpu",
+]
+RUN += ["--data=data.npz", "--update-every=2", "--save-every=2", "--quiet", "--json"]
+
+CROP = "--augment=crop"
 
 VARIANTS = {
-    **{name: [f"--method={name}"] for name in METHODS},
-    "agent": ["--method=rigl", "--agent"],
-    "agent-gradients": ["--method=gse", "--agent", "--agent-estimate=gradients", "--agent-every=2"],
+    "gpt": ["--recipe=gpt-nano", "--data=data.txt", "--depth=1", "--context=8", "--batch-size=400"],
+    **{name: [f"--method={name}", CROP] for name in METHODS},
+    "agent": ["--method=rigl", CROP, "--agent"],
+    "agent-gradients": ["--method=gse", CROP, "--agent", "--agent-estimate=gradients", "--agent-every=2"],
 }
 """What is killed, by name."""
 
@@ -66,15 +78,16 @@ WRITES = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 """Calls of the module os at which a run can die; a file that is written whole is one more."""
 
 
-def write_data(path: Path) -> None:
-    """Write a data set of 6 batches."""
+def write_data(base: Path) -> None:
+    """Write a data set of 6 batches of images, and a text."""
     drawn = numpy.random.default_rng(0)
     labels = {"train_labels": numpy.arange(120) % 4, "test_labels": numpy.arange(40) % 4}
     images = {
         f"{part}_images": drawn.integers(0, 256, (count, 6, 6), "uint8")
         for part, count in (("train", 120), ("test", 40))
     }
-    numpy.savez(path, **images, **labels)
+    numpy.savez(base / "data.npz", **images, **labels)
+    (base / "data.txt").write_bytes(bytes(drawn.integers(97, 123, 4000, "uint8")))
 
 
 class Death:
@@ -120,12 +133,13 @@ def run(folder: Path, options: list[str], log: Path, at: int = -1, seed: int = 0
         os.dup2(handle, 2)
         # drawing takes longer than the training; that it is drawn anew is all that matters
         sparsekern.lab.run.draw_summary = lambda path, *_: Path.write_bytes(path, b"picture")  # type: ignore
+        os.chdir(log.parent)
         death.watch()
         where = ["--resume", str(folder)] if (folder / CONFIG).is_file() else ["--out", str(folder)]
-        application()(["train", *RUN, *options, *where], standalone_mode=False)
+        failed = application()(["train", *RUN, *options, *where], standalone_mode=False)  # its exit code
         (log.parent / "count").write_bytes(str(death.count).encode())
         (log.parent / "modules").write_bytes("\n".join(sys.modules).encode())
-        code = 0
+        code = failed or 0
     except BaseException as error:  # whatever it is, the parent shows it
         print(f"{type(error).__name__}: {error}", flush=True)
         import traceback
@@ -199,14 +213,13 @@ def flip(folder: Path, drawn: random.Random) -> bool:
 def soak(kills: int, seed: int, base: Path) -> Counter[str]:
     """Kill ``kills`` runs, as many of each variant; returns what was counted. An error ends it."""
     drawn, counted = random.Random(seed), Counter()
-    write_data(base / "data.npz")
+    write_data(base)
     log = base / "log"
-    import_all(base, [f"--data={base / 'data.npz'}"], log)
+    import_all(base, [], log)
     for number, (name, options) in enumerate(VARIANTS.items()):
         quota, trial = kills // len(VARIANTS) + (number < kills % len(VARIANTS)), 0
         if not quota:
             continue
-        options = [*options, f"--data={base / 'data.npz'}"]
         reference = base / f"{name}-straight"
         began = time.perf_counter()
         if ended(spawn(reference, options, log)):

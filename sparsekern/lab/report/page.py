@@ -17,7 +17,7 @@ from sparsekern.lab.recipes import find
 from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panels, png, shades
 from sparsekern.lab.report.charts import curve_chart, curves_of, layer_chart
 from sparsekern.lab.report.pictures import network_labels, run_title
-from sparsekern.lab.report.tables import result_cells, result_notes
+from sparsekern.lab.report.tables import result_cells, result_notes, written_texts
 from sparsekern.lab.report.text import count, printable
 from sparsekern.lab.results import summarise
 from sparsekern.lab.store import Record
@@ -111,7 +111,7 @@ def page_contents(
         "notes": [] if results is None else result_notes(results),
         "metric": metric_of(record.rows[0]) if record.rows else None,
         "charts": _charts(record),
-        "written": {} if results is None else _written(results),
+        "written": {} if results is None else written_texts(results),
         "legend": LEGEND,
         "films": [] if record.history is None else _films(record, record.history),
         "moves": _moves(record),
@@ -125,11 +125,6 @@ def page_contents(
             "Environment of the run": record.environment,
         },
     }
-
-
-def _written(results: dict[str, Any]) -> dict[str, str]:
-    """Return the texts that the networks wrote, by network."""
-    return {name: network["written"] for name, network in results["networks"].items() if network.get("written")}
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

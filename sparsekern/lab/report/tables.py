@@ -143,6 +143,11 @@ def result_notes(results: dict[str, Any]) -> list[tuple[str, str]]:
     return notes
 
 
+def written_texts(results: dict[str, Any]) -> dict[str, str]:
+    """Return the texts that the networks of the first seed wrote, by network; none where they do not write."""
+    return {name: network["written"] for name, network in results["networks"].items() if network.get("written")}
+
+
 def comparison_cells(rows: Sequence[dict[str, Any]]) -> Cells:
     """Return the table of ``comparison.json``: a row a run."""
     metric = metric_of(rows[0])
