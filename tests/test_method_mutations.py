@@ -1,15 +1,12 @@
 """A wrong line in a method, in what it draws or in what it chooses by turns a named test red.
 
-As :mod:`tests.test_mutations` for kernels. Here the line is replaced in the source: the test passes, the line is
-planted into the very function that everybody has imported, and the test must fail.
+As :mod:`tests.test_mutations` for kernels: the test passes, the line is planted into the very function that everybody
+has imported, and the test must fail.
 """
 
 from __future__ import annotations
 
-import inspect
-import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,6 +27,7 @@ from tests import test_true_gradient as t_true
 from tests.kernels.eager import test_places as t_places
 from tests.ops import test_marginals as t_marginals
 from tests.ops import test_probes as t_probes
+from tests.test_mutations import planted
 from tests.topology import test_sampling as t_cells
 from tests.training import test_metrics as t_books
 from tests.training import test_schedules as t_schedules
@@ -44,27 +42,6 @@ from tests.training.vrpge import test_masked as t_masked
 from tests.training.vrpge import test_probabilities as t_sampling
 from tests.training.vrpge import test_projection as t_projection
 from tests.training.vrpge import test_vrpge as t_vrpge
-
-
-@contextmanager
-def planted(function: Any, old: str, new: str) -> Iterator[None]:
-    """Replace text that a function's source has once, wherever the function was imported."""
-    function = inspect.unwrap(function)
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, f"{function.__qualname__} has {source.count(old)} times {old!r}"
-    # Inside another function, whose argument is what a super() without arguments looks up.
-    wrapped = (
-        f"def outer(__class__):\n{textwrap.indent(source.replace(old, new), '    ')}    return {function.__name__}"
-    )
-    space: dict[str, Any] = {}
-    exec("from __future__ import annotations\n" + wrapped, function.__globals__, space)
-    healthy = function.__code__
-    function.__code__ = inspect.unwrap(space["outer"](None)).__code__
-    try:
-        yield
-    finally:
-        function.__code__ = healthy
-
 
 GAN = "gan, to zero"
 
@@ -339,4 +316,3 @@ def test_a_wrong_line_turns_a_test_red(name):
     check()
     with planted(function, old, new), pytest.raises(Exception):  # noqa: B017
         check()
-    check()

@@ -1,27 +1,29 @@
-"""Checks that never fail check nothing: here real functions are broken one at a time, and a check must turn red.
+"""Checks that never fail check nothing: here eager kernels are broken one at a time, and a check must turn red.
 
-Each mutation replaces one function of the package by a broken version of itself; the checks are those that the other
-tests use. Every test first runs the same check on the healthy code.
+A row of a table names the function, what is replaced by what in its source, and the checks, which are those that the
+other tests use. Each passes on the healthy code first.
 """
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
 import torch
 from sparsekern.kernels import eager
-from sparsekern.kernels.contract import Index
-from sparsekern.kernels.eager import chunks, products
-from torch import Tensor
+from sparsekern.kernels.eager import chunks, conv2d, linear, products
+from sparsekern.kernels.eager.windows import Windows
 
-from sparsekern.topology import Topology, mask_index
 from sparsekern.topology import index as index_module
-from tests.kernels.calls import AnyCase, Calls
+from sparsekern.topology import mask_index
+from tests.kernels.calls import NAN, AnyCase, Calls
 from tests.oracle import (
-    GARBAGE,
     Case,
     check_dvalues,
     check_dx,
@@ -32,15 +34,35 @@ from tests.oracle import (
     random_case,
     stored_blocks,
 )
+from tests.oracle_conv2d import ConvCase, conv_case
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-Mutate = Callable[..., None]
+Check = Callable[[AnyCase], None]
 calls = Calls(eager)
 
 
-@pytest.fixture
-def case() -> Case:
+@contextmanager
+def planted(function: Any, old: str, new: str) -> Iterator[None]:
+    """Replace text that a function's source has once, wherever the function was imported."""
+    function = inspect.unwrap(function)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{function.__qualname__} has {source.count(old)} times {old!r}"
+    # Inside another function, whose argument is what a super() without arguments looks up.
+    wrapped = (
+        f"def outer(__class__):\n{textwrap.indent(source.replace(old, new), '    ')}    return {function.__name__}"
+    )
+    space: dict[str, Any] = {}
+    exec("from __future__ import annotations\n" + wrapped, function.__globals__, space)
+    healthy = function.__code__
+    function.__code__ = inspect.unwrap(space["outer"](None)).__code__
+    try:
+        yield
+    finally:
+        function.__code__ = healthy
+
+
+def layer() -> Case:
     """4 x 4 blocks of 4 x 4 with an edge on both sides; 10 stored, 2 free slots between them; 11 tokens."""
     return random_case(
         4,
@@ -49,37 +71,158 @@ def case() -> Case:
     )
 
 
-@pytest.fixture
-def mutate(monkeypatch: pytest.MonkeyPatch) -> Mutate:
-    """Replace ``owner.name`` by ``mutation(healthy, *args, **kwargs)``."""
-
-    def apply(owner: Any, name: str, mutation: Callable[..., Any]) -> None:
-        healthy = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, **kwargs: mutation(healthy, *args, **kwargs))
-
-    return apply
+def convolution() -> ConvCase:
+    """2 groups of 7 x 6 channels in blocks of 4 x 4, kernel 2 x 3, everything else different both ways."""
+    given: dict[str, Any] = {"block": (4, 4), "kernel": (2, 3), "stride": (1, 2), "dilation": (2, 1), "groups": 2}
+    given |= {"padding": (2, 0, 1, 0), "group_out": 7, "group_in": 6, "height": 5, "width": 8, "images": 2}
+    return conv_case(1, **given, blocks=40, free=2, dtype=torch.float32, bias=True)
 
 
-def y_is_right(case: AnyCase) -> None:
+# The checks.
+
+
+def y(case: AnyCase) -> None:
     check_y(case, calls.fwd(case))
 
 
-def dx_is_right(case: AnyCase) -> None:
+def dx(case: AnyCase) -> None:
     check_dx(case, calls.dx(case))
 
 
-def dvalues_are_right(case: AnyCase) -> None:
+def dvalues(case: AnyCase) -> None:
     check_dvalues(case, calls.dvalues(case, torch.float32), torch.float32)
 
 
-def both_agree(case: Case) -> None:
+def layout(case: AnyCase) -> None:
     check_kernels(eager, case)
-    check_op(case)
 
 
-def assert_red(check: Callable[[AnyCase], None], case: AnyCase, message: str = "") -> None:
-    """The check that fails is the oracle's own comparison: it says what is wrong and where."""
-    with pytest.raises(AssertionError, match=message or r"(y|dx|dvalues)\[.*\] is .*, not .* elements are wrong"):
+def phantom_of_nan(case: AnyCase) -> None:
+    """Without NaN the filling keeps phantom elements zero by itself."""
+    grad = calls.dvalues(replace(case, x=torch.full_like(case.x, NAN)), torch.float32)
+    for block, rows in zip(grad, case.grid.real_rows(case.row).tolist(), strict=True):
+        assert not block[rows:].any(), "phantom elements are wrong"
+
+
+def y_in_half(case: AnyCase) -> None:
+    """64 blocks a row are enough to see a sum in bfloat16 above the rounding of the output."""
+    given = {"block": (4, 4), "rows": 2, "cols": 64, "blocks": 128, "free": 0, "tokens": 33}
+    y(random_case(0, **given, dtype=torch.bfloat16, dy_layout="contiguous"))
+
+
+def masked_y(case: AnyCase) -> None:
+    """The mask names free slots, too."""
+    check_y(case, calls.fwd(case, mask_index(case.index, torch.ones(12, dtype=torch.bool), (4, 4))))
+
+
+def in_scratch(scratch: int, check: Check) -> Check:
+    """Return the check in a scratch that takes several panels, or several chunks of blocks."""
+
+    @wraps(check)
+    def checked(case: AnyCase) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chunks, "SCRATCH_BYTES", scratch)
+            check(case)
+
+    return checked
+
+
+# The tables.
+
+WRONG = r"(y|dx|dvalues)\[.*\] is .*, not .* elements are wrong"
+"""What the oracle says: what is wrong, and where."""
+EXPECTED = {
+    "phantom elements are written": r"dvalues\[.*\] is 1000.0, not 0.0 \+- 0;",
+    "phantom elements are not cleared": "phantom elements are wrong",
+    "a free slot has a gradient": r"dvalues\[.*\] is .*, not 0.0 \+- 0;",
+    "y is not channels last": "y is not channels last",
+}
+"""Messages that name the mistake itself."""
+
+ORDERS = "kernels.orders_(index, topology.row, topology.col, by_slot=by_slot, ascending=ascending)"
+ROWS_SWAPPED = "torch.tensor([1, 0, 2, 3, -1], dtype=torch.int32)[topology.row.long()]"
+CLEAR = "clear_phantom(part, row, dy.shape[1], axis=1)"
+SHORTER = "in ((a, b - (a == 0 and b < tokens)) for a, b in spans(tokens, panel))"
+NO_FREE = ".clamp(max=rows - 1)"
+TAP, CHANNEL = "(col // self.cols)", "col % self.cols"
+
+
+def indexed(change: str) -> tuple[Any, str, str]:
+    """Change the index after it was built right."""
+    return index_module.rebuild_, ORDERS, f"{ORDERS}; {change}"
+
+
+def gathered(places: str) -> tuple[Any, str, str]:
+    return Windows.gather, "self._block_offsets(group, col)", f"self._block_offsets({places})"
+
+
+Row = tuple[tuple[Any, str, str], tuple[Check, ...]]
+LAYER: dict[str, Row] = {
+    "a block is transposed": ((linear.multiply, "weight if transposed", "weight if not transposed"), (y, dx)),
+    "a block of the gradient is transposed": (
+        (linear.outer_blocks, "e1, part\n", "e1, part.transpose(1, 2).clone()\n"), (dvalues,)),
+    "row_slot in the order of the entries": (
+        indexed("index.row_slot[:12].copy_(torch.arange(12))"), (y, dvalues, check_op)),
+    "col_slot in the order of the entries": (indexed("index.col_slot[:12].copy_(torch.arange(12))"), (dx,)),
+    "row_col in the order of the slots": (indexed("index.row_col[:12].copy_(topology.col.clamp(min=0))"), (y, dvalues)),
+    "col_row in the order of the slots": (indexed("index.col_row[:12].copy_(topology.row.clamp(min=0))"), (dx,)),
+    "two rows of the index are swapped": (
+        (index_module.rebuild_, "orders_(index, topology.row", f"orders_(index, {ROWS_SWAPPED}"),
+        (y, dvalues, check_op)),
+    "a pointer is off by one": (indexed("index.row_ptr[2].add_(1)"), (y,)),
+    "phantom elements are written": ((linear.outer_blocks, CLEAR, "part[row == 3, 2:] = 1000.0"), (dvalues,)),
+    "phantom elements are not cleared": ((linear.outer_blocks, CLEAR, "pass"), (phantom_of_nan,)),
+    "a free slot is multiplied": ((linear.multiply, "(ptr, e0, e1)", f"(ptr, e0, e1){NO_FREE}"), (y, dx)),
+    "a free slot has a gradient": (
+        (products.stored_gradient, "e0, e1) == rows", f"e0, e1){NO_FREE} == rows"), (dvalues,)),
+    "dx by the row lists": (
+        (linear.dx, "index, geometry.in", "Index(*index[:3], *index[:3]), geometry.in"), (dx, check_op)),
+    "the bias is dropped in the edge row": (
+        (linear.multiply, "bo, acc, x.device)", "bo, acc, x.device); total[rows - 1] = 0"), (y, check_op)),
+    "the last token of a panel is dropped": (  # never written: the poison is seen
+        (linear.multiply, "in spans(tokens, panel)", SHORTER), (in_scratch(1000, y), in_scratch(1000, dx))),
+    "the last token of a panel is dropped in the gradient": (
+        (linear.outer_blocks, "in spans(tokens, panel)", SHORTER), (in_scratch(1000, dvalues),)),
+    "a chunk of blocks is dropped": (
+        (linear.multiply, "in spans(slots, chunk)", "in [*spans(slots, chunk)][chunk < slots :]"),
+        (in_scratch(3000, y), in_scratch(3000, dx))),
+    "a chunk of blocks is dropped in the gradient": (
+        (linear.outer_blocks, "in spans(count, chunk)", "in [*spans(count, chunk)][chunk < count :]"),
+        (in_scratch(3000, dvalues),)),
+    "sums are formed in half precision": ((linear.multiply, "accumulate_dtype(x.dtype)", "x.dtype"), (y_in_half,)),
+    "a mask lets free slots in": (
+        (index_module._compact_, "slot = order", "slot = order; ptr = ptr.index_fill(0, torch.tensor([4]), 12)"),
+        (masked_y,)),
+}  # fmt: skip
+CONVOLUTION: dict[str, Row] = {
+    "taps are read in reverse order": (gathered(f"group, (5 - {TAP}) * self.cols + {CHANNEL}"), (y, dvalues)),
+    "taps are read column by column": (
+        gathered(f"group, ({TAP} % 2 * 3 + {TAP} // 2) * self.cols + {CHANNEL}"), (y, dvalues)),
+    "all groups read the first": (gathered("group * 0, col"), (y, dvalues)),
+    "channels are read in reverse order": (gathered("group, col + 1 - 2 * (col % 2)"), (y, dvalues)),
+    "padding above moves": ((Windows.__init__, "sh - top, -left", "sh - top + 1, -left"), (y, dx, dvalues)),
+    "padding on the left moves": ((Windows.__init__, "sh - top, -left", "sh - top, 1 - left"), (y, dx, dvalues)),
+    "dx by the taps in reverse order": ((Windows.tap, "divmod(number, kw)", "divmod(5 - number, kw)"), (dx,)),
+    "a free slot is multiplied": ((conv2d.fwd, "row_ptr, e0, e1)", f"row_ptr, e0, e1){NO_FREE}"), (y,)),
+    "a free slot is multiplied in dx": (
+        (conv2d.dx, "col_ptr, e0, e1)", "col_ptr, e0, e1).clamp(max=cols - 1)"), (dx,)),
+    "phantom elements are not cleared": (
+        (conv2d.outer_blocks, "geometry.group_out, axis", "8, axis"), (phantom_of_nan,)),
+    "y is not channels last": ((conv2d.fwd, "(0, 3, 1, 2)", "(0, 3, 1, 2).contiguous()"), (layout,)),
+}  # fmt: skip
+CASES = [
+    pytest.param(make, name, row[0], check, id=f"{make.__name__}: {name}, {check.__name__}")
+    for make, table in ((layer, LAYER), (convolution, CONVOLUTION))
+    for name, row in table.items()
+    for check in row[1]
+]
+
+
+@pytest.mark.parametrize(("make", "name", "mutation", "check"), CASES)
+def test_a_broken_kernel_is_noticed(make, name, mutation, check):
+    case = make()
+    check(case)
+    with planted(*mutation), pytest.raises(AssertionError, match=EXPECTED.get(name, WRONG)):
         check(case)
 
 
@@ -95,10 +238,10 @@ def test_the_oracle_by_hand() -> None:
     assert blocks.tolist() == [[[0, 0], [0, 0]], [[0, 0], [0, 0]], [[8, 9], [10, 11]]]
 
 
-def test_healthy_code_passes(case: Case) -> None:
-    """The control. The case has all that the mutations need: an edge, free slots, slots out of order."""
-    both_agree(case)
-
+def test_the_case_has_all_that_the_mutations_need() -> None:
+    case = layer()
+    check_kernels(eager, case)
+    check_op(case)
     assert case.grid.has_edge
     assert bool((case.row < 0).any()) and int(case.row[-1]) >= 0
     assert case.index.row_slot[:12].tolist() != sorted(case.index.row_slot[:12].tolist())
@@ -106,226 +249,10 @@ def test_healthy_code_passes(case: Case) -> None:
 
 
 @pytest.mark.parametrize("factor", [1 + 1e-5, 1 - 1e-5])
-def test_an_error_in_the_sixth_digit_is_seen(case: Case, factor: float) -> None:
+def test_an_error_in_the_sixth_digit_is_seen(factor: float) -> None:
     """The tolerance is not so wide that it hides anything."""
-    y = calls.fwd(case)
-    check_y(case, y)
-
+    case = layer()
+    result = calls.fwd(case)
+    check_y(case, result)
     with pytest.raises(AssertionError):
-        check_y(case, y * factor)
-
-
-@pytest.mark.parametrize("check", [y_is_right, dx_is_right])
-def test_block_transposed(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
-    check(case)
-    mutate(
-        eager.linear,
-        "multiply",
-        lambda healthy, x, values, *rest, **kw: healthy(x, values.transpose(1, 2), *rest, **kw),
-    )
-    assert_red(check, case)
-
-
-def test_block_of_the_gradient_transposed(case: Case, mutate: Mutate) -> None:
-    dvalues_are_right(case)
-
-    def transposed(healthy: Any, *args: Any) -> Iterator[tuple[int, int, Tensor]]:
-        for start, stop, part in healthy(*args):
-            yield start, stop, part.transpose(1, 2).clone()
-
-    mutate(eager.linear, "outer_blocks", transposed)
-    assert_red(dvalues_are_right, case)
-
-
-def mutate_index(mutate: Mutate, change: Callable[[Index, Topology], None]) -> None:
-    """Let every index be built right and then changed."""
-
-    def rebuild_(healthy: Any, index: Index, topology: Topology, **how: bool) -> None:
-        healthy(index, topology, **how)
-        change(index, topology)
-
-    mutate(index_module, "rebuild_", rebuild_)
-
-
-@pytest.mark.parametrize(
-    ("order", "check"),
-    [("row_slot", y_is_right), ("row_slot", dvalues_are_right), ("col_slot", dx_is_right), ("row_slot", check_op)],
-)
-def test_slots_read_in_the_order_of_the_entries(
-    case: Case, mutate: Mutate, order: str, check: Callable[[Case], None]
-) -> None:
-    check(case)
-    mutate_index(mutate, lambda index, topology: getattr(index, order)[:12].copy_(torch.arange(12)))
-    assert_red(check, case)
-
-
-@pytest.mark.parametrize(
-    ("other", "place", "check"),
-    [("row_col", "col", y_is_right), ("row_col", "col", dvalues_are_right), ("col_row", "row", dx_is_right)],
-)
-def test_the_other_coordinate_not_put_in_order(
-    case: Case, mutate: Mutate, other: str, place: str, check: Callable[[Case], None]
-) -> None:
-    """Block columns in the order of the slots, beside slots in the order of the entries."""
-    check(case)
-    mutate_index(
-        mutate,
-        lambda index, topology: getattr(index, other)[:12].copy_(getattr(topology, place).clamp(min=0)),
-    )
-    assert_red(check, case)
-
-
-@pytest.mark.parametrize("check", [y_is_right, dvalues_are_right, check_op])
-def test_two_rows_of_the_index_swapped(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
-    check(case)
-
-    def swap(index: Index, topology: Topology) -> None:
-        other = torch.tensor([1, 0, 2, 3, -1], dtype=torch.int32)[topology.row.long()]
-        swapped = index_module.empty_index(topology)
-        healthy(swapped, Topology(topology.grid, other, topology.col))
-        for tensor, wrong in zip(index[:3], swapped[:3], strict=True):
-            tensor.copy_(wrong)
-
-    healthy = index_module.rebuild_
-    mutate_index(mutate, swap)
-    assert_red(check, case)
-
-
-def test_a_pointer_off_by_one(case: Case, mutate: Mutate) -> None:
-    """The first block of block row 2 is counted to block row 1."""
-    y_is_right(case)
-    mutate_index(mutate, lambda index, topology: index.row_ptr[2].add_(1))
-    assert_red(y_is_right, case)
-
-
-def test_phantom_elements_written(case: Case, mutate: Mutate) -> None:
-    dvalues_are_right(case)
-    mutate(eager.linear, "outer_blocks", garbage_in_phantom)
-    assert_red(dvalues_are_right, case, r"dvalues\[.*\] is 1000.0, not 0.0 \+- 0;")
-
-
-def garbage_in_phantom(healthy: Any, dy: Tensor, x: Tensor, places: Any, *rest: Any) -> Any:
-    for start, stop, part in healthy(dy, x, places, *rest):
-        part[places(start, stop)[0] == 3, 14 - 3 * 4 :] = GARBAGE
-        yield start, stop, part
-
-
-def test_phantom_elements_not_cleared_where_a_nan_meets_the_filling(case: Case, mutate: Mutate) -> None:
-    """Without NaN the filling keeps them zero by itself."""
-    mutate(eager.linear, "clear_phantom", lambda healthy, *args, **kwargs: None)
-    dvalues_are_right(case)
-
-    broken = replace(case, x=case.x.clone().fill_(float("nan")))
-    grad = calls.dvalues(broken, torch.float32)
-    with pytest.raises(AssertionError):
-        assert_phantom_is_zero(broken, grad)
-
-
-def assert_phantom_is_zero(case: Case, grad: Tensor) -> None:
-    assert not grad[case.row == 3, 14 - 3 * 4 :].any()
-
-
-@pytest.mark.parametrize("check", [y_is_right, dx_is_right])
-def test_a_free_slot_multiplied(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
-    """What it holds is added to the last block row (block column)."""
-    check(case)
-    mutate(eager.linear, "entry_owners", lambda healthy, ptr, *span: healthy(ptr, *span).clamp(max=ptr.shape[0] - 2))
-    assert_red(check, case)
-
-
-def test_a_free_slot_given_a_gradient(case: Case, mutate: Mutate) -> None:
-    dvalues_are_right(case)
-    mutate(products, "entry_owners", lambda healthy, ptr, *span: healthy(ptr, *span).clamp(max=ptr.shape[0] - 2))
-    assert_red(dvalues_are_right, case, r"dvalues\[.*\] is .*, not 0.0 \+- 0;")
-
-
-@pytest.mark.parametrize("check", [dx_is_right, check_op])
-def test_dx_by_the_row_lists(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
-    check(case)
-    mutate(
-        eager.linear,
-        "dx",
-        lambda healthy, dy, values, index, *rest: healthy(
-            dy,
-            values,
-            Index(*index[:3], col_ptr=index.row_ptr, col_row=index.row_col, col_slot=index.row_slot),
-            *rest,
-        ),
-    )
-    assert_red(check, case)
-
-
-@pytest.mark.parametrize("check", [y_is_right, check_op])
-def test_the_bias_dropped_in_the_edge_row(case: Case, mutate: Mutate, check: Callable[[Case], None]) -> None:
-    check(case)
-
-    def start(healthy: Any, bias: Tensor, groups: int, rows: int, *rest: Any) -> Tensor:
-        total: Tensor = healthy(bias, groups, rows, *rest)
-        if bias is not None:
-            total[rows - 1] = 0
-        return total
-
-    mutate(eager.linear, "start_sums", start)
-    assert_red(check, case)
-
-
-@pytest.mark.parametrize("check", [y_is_right, dx_is_right, dvalues_are_right])
-def test_the_last_token_of_a_panel_dropped(
-    case: Case, mutate: Mutate, check: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Several panels; the 12 slots are still covered. In y the token is never written: the poison is seen."""
-    monkeypatch.setattr(chunks, "SCRATCH_BYTES", 1000)
-    check(case)
-
-    def spans(healthy: Any, total: int, step: int) -> Iterator[tuple[int, int]]:
-        panels = list(healthy(total, step))
-        if total == 11:
-            assert len(panels) > 1
-            (start, stop), *others = panels
-            panels = [(start, stop - 1), *others]
-        yield from panels
-
-    mutate(eager.linear, "spans", spans)
-    assert_red(check, case)
-
-
-@pytest.mark.parametrize("check", [y_is_right, dx_is_right, dvalues_are_right])
-def test_a_chunk_of_blocks_dropped(
-    case: Case, mutate: Mutate, check: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunks, "SCRATCH_BYTES", 3000)
-    check(case)
-    mutate(
-        eager.linear,
-        "spans",
-        lambda healthy, total, step: [*healthy(total, step)][1 if total == 12 and step < 12 else 0 :],
-    )
-    assert_red(check, case)
-
-
-def test_sums_formed_in_half_precision(mutate: Mutate) -> None:
-    """Rounding after every block; 64 blocks a row are enough to see it above the rounding of a bfloat16 output."""
-    case = random_case(
-        0, block=(4, 4), rows=2, cols=64, blocks=128, free=0, tokens=33, dtype=torch.bfloat16, dy_layout="contiguous"
-    )
-    y_is_right(case)
-    mutate(eager.linear, "accumulate_dtype", lambda healthy, dtype: dtype)
-    assert_red(y_is_right, case)
-
-
-def test_a_mask_that_lets_free_slots_in(case: Case, mutate: Mutate) -> None:
-    """The mask names them, and the end of the used entries is not looked at."""
-    keep = torch.ones(12, dtype=torch.bool)
-
-    def masked_y_is_right(case: Case) -> None:
-        index = mask_index(case.index, keep, (4, 4))
-        check_y(case, calls.fwd(case, index))
-
-    masked_y_is_right(case)
-
-    def compact(healthy: Any, into: Any, order: tuple[Tensor, ...], *rest: Any) -> Any:
-        ptr, *others = order
-        return healthy(into, (torch.cat([ptr[:-1], ptr.new_tensor([12])]), *others), *rest)
-
-    mutate(index_module, "_compact_", compact)
-    assert_red(masked_y_is_right, case)
+        check_y(case, result * factor)
