@@ -52,7 +52,6 @@ SMALL = {
     "sparsekern/errors.py": "below all layers, for each of them raises it",
     "sparsekern/lab/models/layers.py": "shared by the families of networks, a file each",
     "sparsekern/lab/models/mlp.py": "a family of networks",
-    "sparsekern/training/static.py": "a method",
 }
 """Sources of fewer than 40 lines, and why each is a file of its own."""
 

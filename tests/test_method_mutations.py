@@ -18,10 +18,10 @@ import sparsekern as sk
 from sparsekern.ops import marginals, probes
 from sparsekern.topology import sampling as cells
 from sparsekern.training import followers, metrics, scores
-from sparsekern.training.growth import competition, gse
+from sparsekern.training.growth import gse
 from sparsekern.training.growth.probe_set import ProbeSet
 from sparsekern.training.schedules import Schedule
-from sparsekern.training.vrpge import candidates, masked, probabilities, projection
+from sparsekern.training.vrpge import budget, masks
 from tests import test_methods_conv2d as t_conv
 from tests import test_true_gradient as t_true
 from tests.kernels.eager import test_places as t_places
@@ -192,13 +192,13 @@ MUTATIONS: dict[str, Mutation] = {
         t_probes.test_a_lattice_by_hand,
     ),
     "a layer grows beyond its slots": (
-        competition.share_out,
+        scores.share_out,
         "rank < room[",
         "rank <= room[",
         partial(t_growth.test_by_hand, 1, {"a": [(1, 3)], "b": []}),
     ),
     "norms of large blocks count as they are": (
-        competition.share_out,
+        scores.share_out,
         "strengths[n][s].cpu() / side",
         "strengths[n][s].cpu()",
         t_growth.test_layers_of_other_block_sizes_compare_by_element,
@@ -242,55 +242,55 @@ MUTATIONS: dict[str, Mutation] = {
         t_books.test_by_hand,
     ),
     "scores are divided by K": (
-        probabilities.score_gradient,
+        masks.score_gradient,
         "/ (count - 1)",
         "/ count",
         t_sampling.test_by_hand,
     ),
     "scores are scaled by the variance": (
-        probabilities.score_gradient,
+        masks.score_gradient,
         "(s * (1 - s)).sqrt()",
         "(s * (1 - s))",
         partial(t_sampling.test_unbiased_for_the_scaled_gradient_of_the_expected_loss, 2),
     ),
     "masks are of what is left out": (
-        probabilities.draw_masks,
+        masks.draw_masks,
         "torch.lt(chance, below, out=part)",
         "torch.lt(chance, 1 - below, out=part)",
         t_sampling.test_counts_of_masks_are_binomial,
     ),
     "a budget is exceeded by one": (
-        projection.top_units,
+        budget.top_units,
         ".cumsum(0) <=",
         ".cumsum(0) - 1 <=",
         t_sampling.test_the_likeliest_within_the_budget_and_ties_go_to_the_first,
     ),
     "the projection forgets the costs": (
-        projection._by_sorting,
+        budget._by_sorting,
         "torch.where(moving, c.square(), 0).sum()",
         "torch.where(moving, c, 0).sum()",
         partial(t_projection.test_by_hand, "sort", [0.8, 0.8], [1, 2], 1.4, 0, [0.6, 0.4]),
     ),
     "the bisection ends on the wrong side": (
-        projection._by_halving,
+        budget._by_halving,
         "0.0, high)",
         "0.0, high / 2)",
         partial(t_projection.test_by_hand, "bisection", [0.8, 0.8], [1, 2], 1.4, 0, [0.6, 0.4]),
     ),
     "passes draw other dropout": (
-        masked.masked_passes,
+        masks.masked_passes,
         "randomness.restore()",
         "pass",
         t_vrpge.test_dropout_is_the_same_in_all_passes_and_drawn_once,
     ),
     "norms see every mask": (
-        masked.masked_passes,
+        masks.masked_passes,
         "keep_norm_statistics(model) if extra else nullcontext()",
         "nullcontext()",
         partial(t_vrpge.test_running_statistics_see_the_first_mask_only, "one"),
     ),
     "weights see the second mask": (
-        masked.masked_passes,
+        masks.masked_passes,
         "layers.lending(masks[number])",
         "layers.lending(masks[-1 - number])",
         partial(t_masked.test_passes_under_masks_by_hand, False),
@@ -302,7 +302,7 @@ MUTATIONS: dict[str, Mutation] = {
         partial(t_vrpge.test_blocks_that_no_mask_held_are_untouched_state_included, t_vrpge.sgd),
     ),
     "more units move than may": (
-        candidates.Candidates.refill,
+        budget.Candidates.refill,
         "count = min(limit,",
         "count = min(limit + 1,",
         t_candidates.test_a_refill_is_at_new_empty_places_and_within_the_limit,

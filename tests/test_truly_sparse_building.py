@@ -19,7 +19,7 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.nn import BlockSparse, init
 from sparsekern.topology import index, topology
-from sparsekern.training.vrpge import candidates, probabilities, projection
+from sparsekern.training.vrpge import budget, masks
 from tests.memory import allocations
 from tests.test_truly_sparse import DENSE, SCRATCH, SIDE, TOKENS, small_scratch
 
@@ -53,7 +53,7 @@ def check(run: Any, allowed: float, stored: int = STORED) -> None:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """What is done some slots or units at a time is done in few: layers of this size are not larger than a chunk."""
-    for module in (init, topology, index, candidates, probabilities, projection):
+    for module in (init, topology, index, budget, masks):
         monkeypatch.setattr(module, "CHUNK", 2**11)
 
 
@@ -217,7 +217,7 @@ def status(key):
 
 AROUND = """
 from sparsekern.topology import index, topology
-from sparsekern.training.vrpge import candidates, probabilities, projection
+from sparsekern.training.vrpge import budget, masks
 
 try:
     ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once

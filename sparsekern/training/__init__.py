@@ -4,15 +4,13 @@ from sparsekern.topology import Move
 from sparsekern.training.agent import AGENT
 from sparsekern.training.attachment import NetworkSampler
 from sparsekern.training.base import Method
-from sparsekern.training.compact import compact_
 from sparsekern.training.followers import Followers
-from sparsekern.training.gradual import Gradual
+from sparsekern.training.gradual import Gradual, compact_
 from sparsekern.training.growth import GSE, GradientMethod, GraNet, RigL
 from sparsekern.training.passes import recalibrate_norms
 from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.schedules import Schedule
-from sparsekern.training.set import SET
-from sparsekern.training.static import Static
+from sparsekern.training.set import SET, Static
 from sparsekern.training.vrpge import VRPGE
 
 METHODS: dict[str, type[Method]] = {

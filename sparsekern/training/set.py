@@ -1,4 +1,4 @@
-"""SET: drop the weakest blocks, and grow as many at random.
+"""SET: drop the weakest blocks, and grow as many at random; and Static, which moves none.
 
 Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
 science", Nature Communications 2018. The defaults are those with which Evci et al. 2020 (RigL) compare it.
@@ -6,7 +6,7 @@ science", Nature Communications 2018. The defaults are those with which Evci et 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,3 +107,27 @@ def _weakest_of_each_sign(layer: BlockSparse, parts: Units, strength: Tensor, fr
         for side in (positive & used, ~positive & used)
     ]
     return torch.cat(chosen).sort().values
+
+
+class Static(Method):
+    """The control of every comparison: the same layers and the same loop, but no block ever moves.
+
+    Args:
+        model, optimizer: as for :class:`Method`.
+        options: of :class:`Method`, ``update_every``, ``start``, ``stop`` and ``offset``, which say when an update is
+            counted and ranks are compared, ``seed``, ``check_ranks`` and ``process_group``.
+
+    Raises:
+        ValueError: an option about moves is given, or what :class:`Method` raises.
+    """
+
+    unused_options: ClassVar = ("drop_fraction", "anneal", "grown_state", "keep_connected", "min_age")
+    moves_fraction = False
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        self.check_options(options)
+        super().__init__(model, optimizer, **options)
+
+    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
+        """Return None."""
+        return None

@@ -1,8 +1,7 @@
 """Methods that grow blocks where the gradient of the whole weight is large: RigL, GraNet and GSE."""
 
 from sparsekern.training.growth.gradient import GradientMethod
-from sparsekern.training.growth.granet import GraNet
 from sparsekern.training.growth.gse import GSE
-from sparsekern.training.growth.rigl import RigL
+from sparsekern.training.growth.rigl import GraNet, RigL
 
 __all__ = ["GSE", "GraNet", "GradientMethod", "RigL"]

@@ -19,9 +19,8 @@ from sparsekern.ops import Probe
 from sparsekern.topology import Move, are_absent, generator_for, ordered_keys, stored_blocks, to_places
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.base import Method
-from sparsekern.training.growth.competition import Offer, share_out
 from sparsekern.training.growth.probe_set import ProbeSet
-from sparsekern.training.scores import highest, is_finite, lowest, norms_of, part_of
+from sparsekern.training.scores import Offer, highest, is_finite, lowest, norms_of, part_of, share_out
 
 _log = logging.getLogger("sparsekern")
 

@@ -16,9 +16,8 @@ from sparsekern.topology.arguments import check_number, check_whole
 from sparsekern.training.attachment import Attached
 from sparsekern.training.base import Method
 from sparsekern.training.scores import part_of
-from sparsekern.training.vrpge.candidates import Budget, Candidates, Group
-from sparsekern.training.vrpge.masked import MaskedLayers, PartialStep, masked_passes
-from sparsekern.training.vrpge.probabilities import Probabilities, draw_masks
+from sparsekern.training.vrpge.budget import Budget, Candidates, Group
+from sparsekern.training.vrpge.masks import MaskedLayers, PartialStep, Probabilities, draw_masks, masked_passes
 
 
 class VRPGE(Method):
@@ -36,8 +35,8 @@ class VRPGE(Method):
 
     Each step draws ``masks`` Bernoulli masks over the units, and runs a forward pass under each with the same batch,
     dropout and norm statistics; the first one has a backward. Blocks outside a mask are not computed. The losses give a
-    step of the probabilities (:func:`~sparsekern.training.vrpge.probabilities.score_gradient`), which are then
-    projected onto the budget (:func:`~sparsekern.training.vrpge.projection.project`). At ``stop``, or in
+    step of the probabilities (:func:`~sparsekern.training.vrpge.masks.score_gradient`), which are then
+    projected onto the budget (:func:`~sparsekern.training.vrpge.budget.project`). At ``stop``, or in
     :meth:`finish`, the most probable units stay, the other slots become free, and training goes on with a fixed
     topology.
 
@@ -52,7 +51,7 @@ class VRPGE(Method):
         masks: number of masks a step, 2 or more. For the same number of passes, more masks tell more than more steps.
         structure_every: optimizer steps between steps of the probabilities; the other steps take one pass only.
         group: what forms a unit, which has one probability: ``"block"``, ``"row"``, ``"column"``, or a function of the
-            layer (see :class:`~sparsekern.training.vrpge.candidates.Candidates`). The noise grows with their number.
+            layer (see :class:`~sparsekern.training.vrpge.budget.Candidates`). The noise grows with their number.
         scope: ``"global"``: one budget for all layers, which compete; ``"layer"``: one for each.
         probability_rate: learning rate of the probabilities; it falls to 0 along a cosine until ``stop``.
         probability_optimizer: ``"adam"`` or ``"sgd"``.

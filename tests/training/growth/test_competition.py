@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import Grid, Topology
-from sparsekern.training.growth.competition import Offer, share_out
+from sparsekern.training.scores import Offer, share_out
 
 INF = torch.inf
 

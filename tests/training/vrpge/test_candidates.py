@@ -7,7 +7,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern.topology import Grid, check_tied, from_mask, generator_for
-from sparsekern.training.vrpge.candidates import Budget, Candidates
+from sparsekern.training.vrpge.budget import Budget, Candidates
 
 #   slots by place:    0 . 1 .     3 x 4 blocks of 2 x 2 in a matrix of 5 x 7: the last row and column stick out
 #                      . 2 . 3

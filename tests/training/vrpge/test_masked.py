@@ -10,8 +10,8 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import to_dense
-from sparsekern.training.vrpge.candidates import Budget, Candidates
-from sparsekern.training.vrpge.masked import MaskedLayers, PartialStep, masked_passes
+from sparsekern.training.vrpge.budget import Budget, Candidates
+from sparsekern.training.vrpge.masks import MaskedLayers, PartialStep, masked_passes
 
 
 def test_all_layers_compute_with_the_units_of_a_mask_in_the_same_tensors():

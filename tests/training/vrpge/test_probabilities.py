@@ -10,10 +10,9 @@ import torch
 import sparsekern as sk
 from sparsekern.topology import generator_for
 from sparsekern.training.distributed import Ranks
-from sparsekern.training.vrpge import probabilities
-from sparsekern.training.vrpge.candidates import Budget, Candidates
-from sparsekern.training.vrpge.probabilities import Probabilities, draw_masks, score_gradient
-from sparsekern.training.vrpge.projection import top_units
+from sparsekern.training.vrpge import masks as module
+from sparsekern.training.vrpge.budget import Budget, Candidates, top_units
+from sparsekern.training.vrpge.masks import Probabilities, draw_masks, score_gradient
 from tests.memory import allocations
 
 
@@ -192,13 +191,13 @@ def test_masks_and_scores_are_the_same_however_many_units_are_looked_at_together
     scores = score_gradient(LOSSES[:3].float(), masks, likely)
     chance = torch.rand(3, 100, generator=generator_for(0))
     assert torch.equal(masks, chance < likely)
-    monkeypatch.setattr(probabilities, "CHUNK", 7)
+    monkeypatch.setattr(module, "CHUNK", 7)
     assert torch.equal(draw_masks(likely, 3, generator_for(0)), masks)
     torch.testing.assert_close(score_gradient(LOSSES[:3].float(), masks, likely), scores)
 
 
 def test_masks_and_scores_take_what_they_return_and_little_more(monkeypatch):
-    monkeypatch.setattr(probabilities, "CHUNK", 2**10)
+    monkeypatch.setattr(module, "CHUNK", 2**10)
     likely, masks = torch.full((2**17,), 0.5), torch.rand(2, 2**17) < 0.5
     assert allocations(lambda: draw_masks(likely, 2, generator_for(0))).peak < 2.1 * 2**17
     assert allocations(lambda: score_gradient(torch.ones(2), masks, likely)).peak < 4.5 * 2**17

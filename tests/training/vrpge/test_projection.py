@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekern.training.vrpge import projection
-from sparsekern.training.vrpge.projection import PROJECTIONS, project
+from sparsekern.training.vrpge import budget as module
+from sparsekern.training.vrpge.budget import PROJECTIONS, project
 from tests.memory import allocations
 
 
@@ -52,7 +52,7 @@ def test_by_hand(how, wanted, costs, budget, floor, expected):
 
 def test_steps_that_would_run_in_a_circle(monkeypatch):
     """From 0.1875 Newton's step goes to 2.6875, and back: the budget was exceeded by as much again."""
-    monkeypatch.setattr(projection, "CHUNK", 1)
+    monkeypatch.setattr(module, "CHUNK", 1)
     z = torch.tensor([2.0, 2.0, 3.0, 0.5], dtype=torch.float64)
     found = project(z, torch.tensor([3.0, 1.0, 1.0, 1.0]), 2.8125, 0.0, "sort")
     expected = torch.tensor([(2.8125 - 2) / 3, 1.0, 1.0, 0.0], dtype=torch.float64)  # v * 3 = 2 - 0.2708...
@@ -75,7 +75,7 @@ def test_it_is_the_exact_one_and_is_so_again(chunk, data):
     for how in PROJECTIONS:
         z, c = torch.tensor(wanted, dtype=torch.float64), torch.tensor(costs)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(projection, "CHUNK", chunk)
+            patch.setattr(module, "CHUNK", chunk)
             found = project(z, c, budget, floor, how)
             again = project(found, c, budget, floor, how)
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
@@ -85,7 +85,7 @@ def test_it_is_the_exact_one_and_is_so_again(chunk, data):
 
 @pytest.mark.parametrize("how", PROJECTIONS)
 def test_many_units_take_what_is_returned_and_little_more(how, monkeypatch):
-    monkeypatch.setattr(projection, "CHUNK", 2**8)
+    monkeypatch.setattr(module, "CHUNK", 2**8)
     z, c = torch.rand(2**14, generator=torch.Generator().manual_seed(0)), torch.ones(2**14, dtype=torch.float64)
     found = allocations(lambda: project(z, c, 2.0**12, 0.0, how, halvings=20))
     assert found.peak < 4 * 2**14 + 2**15 and found.largest == 4 * 2**14

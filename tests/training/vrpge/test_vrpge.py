@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import to_dense
-from sparsekern.training.vrpge.probabilities import score_gradient
+from sparsekern.training.vrpge.masks import score_gradient
 from tests.saved import through_a_file
 
 
