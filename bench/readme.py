@@ -100,18 +100,14 @@ def conv_section(rows: list[Row]) -> str:
     parts = [
         f"Convolutions: {one['device']}, {one['path']}, PyTorch {one['torch']}, {one['date']}, commit {one['commit']}.",
         *_table(
-            "Times as fast as PyTorch's dense convolution, channels last; forward + backward, float32, kernels alone\n"
-            "(images x channels x rows x columns -> channels):",
+            "Times as fast as PyTorch's dense convolution, channels last; forward + backward, float32, one thread,\n"
+            "kernels alone (images x channels x rows x columns -> channels):",
             ["", *(f"{100 * sparsity:.0f} %" for sparsity in CONV_SPARSITIES)],
             (
                 (
-                    f"{shape_title(shape)}, {block}x{block}{', 2 threads' if threads == 2 else ''}",
-                    [
-                        _ratio(race.row(conv_case("step", shape, block, s, threads)), "vs_channels_last")
-                        for s in CONV_SPARSITIES
-                    ],
+                    f"{shape_title(shape)}, {block}x{block}",
+                    [_ratio(race.row(conv_case("step", shape, block, s)), "vs_channels_last") for s in CONV_SPARSITIES],
                 )
-                for threads in (1, 2)
                 for block in (32, 16, 64, 1)
                 for shape in SHAPES
             ),

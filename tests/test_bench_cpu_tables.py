@@ -235,5 +235,5 @@ def test_the_readme_shows_convolutions_too():
     rows += made_up(CONV_HEAD._replace(threads=2, sparsity=0.5), sparsekern=20.0, channels_last=19.0)
     text = readme.conv_section(rows)
     assert "| 32x64x32x32->64 k3, 32x32 | - | - | 8.0 | - |" in text
-    assert "| 32x64x32x32->64 k3, 32x32, 2 threads | **0.95** | - | - | - |" in text
+    assert "0.95" not in text, "two threads are in the file only"
     assert "16x16" not in text and "In 1 of 2 measured cases another contestant is faster." in text
