@@ -45,6 +45,7 @@ test: $(STAMP)
 soak: export OMP_NUM_THREADS = 1
 soak: $(STAMP)
 	$(BIN)/python -m tests.soak.kills --kills 200
+	$(BIN)/python -m tests.soak.hosts
 	$(BIN)/python -m tests.soak.readers --inputs 3000
 	$(BIN)/python tests/sanitize_cpu.py 5000
 

@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 
 from sparsekern.errors import InputError
 from sparsekern.lab import Interrupted
-from sparsekern.lab.distributed import ToldByFirst, launched
+from sparsekern.lab.distributed import LostRank, ToldByFirst, launched
 from sparsekern.lab.report.tables import Cells
 from sparsekern.lab.report.text import printable
 
@@ -31,9 +31,6 @@ USAGE_ERROR, INTERRUPTED, LOST_RANK = 2, 130, 3
 
 NO_ROOM = ("No space left on device", "PytorchStreamWriter failed", "inline_container", "Disk quota exceeded")
 """What the system, safetensors and PyTorch say when a disk is full."""
-
-NO_RANK = ("/gloo/", "ncclRemoteError", "NCCL", "DistNetworkError")
-"""What the libraries of process groups say when another process has ended or does not answer."""
 
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 """What PyTorch says when there is not enough memory, on a CPU and on CUDA."""
@@ -95,10 +92,10 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str], options: Col
         _end(INTERRUPTED if ranks.first else 0)
     except ToldByFirst:
         _end(0)
+    except LostRank as lost:
+        errors.print(f"error: rank {ranks.rank}: {lost}. {how_to_go_on(False)}")
+        _end(LOST_RANK)
     except Exception as error:
-        if ranks.count > 1 and any(words in str(error) for words in NO_RANK):
-            errors.print(f"error: rank {ranks.rank}: another rank has ended or does not answer. {how_to_go_on(False)}")
-            _end(LOST_RANK)
         message = _way_out(error, how_to_go_on, options)
         if message is not None:
             errors.print(f"error: {'' if ranks.first else f'rank {ranks.rank}: '}{message}")

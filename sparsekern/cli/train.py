@@ -117,9 +117,10 @@ def _show_recipes(*, as_json: bool) -> None:
 
 
 def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:
-    if folder is None or not (folder / CONFIG).is_file():
+    first = launched().first
+    if folder is None or (first and not (folder / CONFIG).is_file()):
         return "stopped before training began; nothing is saved"
-    state = "saved" if saved else "stopped at once; what was saved last is kept"
+    state = "saved" if saved else f"stopped at once; what {'was saved' if first else 'rank 0 saved'} last is kept"
     return f"{state}. To go on: sparsekern train --resume {shlex.quote(str(folder))}"
 
 

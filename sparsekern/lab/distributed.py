@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from threading import Thread
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsekern.errors import InputError
@@ -29,8 +32,16 @@ Result = TypeVar("Result")
 STRATEGIES = ("ddp", "fsdp2")
 
 
+ROLL_CALL = 5.0
+"""Seconds, at most, in which ranks that have lost another say that they are still there; a tenth of the timeout."""
+
+
 class ToldByFirst(InputError):
     """An error that the first rank tells; the others end without a word."""
+
+
+class LostRank(Exception):
+    """Other ranks have ended or do not answer; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Launch:
     Attributes:
         strategy: how they share the work. Each takes a part of every batch. ddp: each has the whole model; fsdp2: each
             stores a part of it, with its gradients and optimizer state.
-        timeout: seconds after which they give up on one of them that does not answer.
+        timeout: seconds after which they end because one of them does not answer.
 
     Raises:
         ValueError: a value out of range.
@@ -285,7 +296,7 @@ def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
         device: of the training; None for CUDA where there is one.
 
     Raises:
-        RuntimeError: another process has ended, or does not answer.
+        LostRank: another process has ended, or does not answer.
     """
     ranks = launched()
     if ranks.count == 1:
@@ -294,6 +305,48 @@ def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu:
         torch.cuda.set_device(ranks.local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=launch.timeout))
-    yield replace(ranks, strategy=launch.strategy)
+    patience = min(ROLL_CALL, launch.timeout / 10)
+    store = None
+    try:
+        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=launch.timeout)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=launch.timeout - patience),
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.count,
+        )
+        yield replace(ranks, strategy=launch.strategy)
+    except Exception as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        lost = lost_ranks(ranks, store, patience)
+        names = f"{'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}" if lost else "another rank"
+        raise LostRank(
+            f"{names} {'have' if len(lost) > 1 else 'has'} ended, or not answered for {launch.timeout:g} seconds"
+        ) from error
     dist.destroy_process_group()  # not after an error, whose traceback holds what needs the group
+
+
+def lost_ranks(ranks: Ranks, store: Any, patience: float) -> list[int]:
+    """Return the other ranks that do not say that they have lost one, too.
+
+    Args:
+        ranks: this one.
+        store: by which they say it; None before there is one.
+        patience: seconds that they have.
+    """
+    silent = {*range(ranks.count)} - {ranks.rank}
+
+    def call() -> None:
+        if store is not None:
+            store.set(f"lost/{ranks.rank}", "")
+            while silent:
+                silent.difference_update([rank for rank in silent if store.check([f"lost/{rank}"])])
+                time.sleep(0.05)
+
+    # in a thread that may stay behind: a store on a machine that has vanished holds up whoever asks it
+    caller = Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(patience)
+    return sorted(silent)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ from safetensors.torch import load_file
 
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Interrupted, Observer, resume, start
-from sparsekern.lab.distributed import ALONE, Launch, Ranks, ToldByFirst, launched
+from sparsekern.lab.distributed import ALONE, Launch, Ranks, ToldByFirst, launched, lost_ranks
 from sparsekern.lab.resolved import resolve
 from sparsekern.lab.store import METRICS, RESULTS, Keeping, read_results
 from sparsekern.lab.tasks import Classification
 from tests.lab.runs import StopAt, changed, rows_of
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, start_command
 
 MLP = Config(width=32, block_size=8, sparsity=0.5, epochs=2, batch_size=400, seeds=1, update_every=2, device="cpu")
 GPT = Config(
@@ -201,53 +202,63 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
 
 
 @pytest.fixture
-def processes(tmp_path):
-    """Two processes of the command that train, without a launcher that would notice an end; their folder and logs."""
-    folder, logs = tmp_path / "run", [tmp_path / f"{rank}.log" for rank in (0, 1)]
-    options = ["--width=32", "--block-size=8", "--sparsity=0.5", "--epochs=60", "--batch-size=100", "--seeds=1"]
-    options += ["--update-every=2", "--device=cpu", "--no-dense", "--save-every=1", f"--out={folder}", "--timeout=60"]
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "sparsekern", "train", *options],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=log.open("w"),
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
+def launch(tmp_path):
+    """Start processes of the command that train, without a launcher that would notice an end.
+
+    Takes their number and timeout; returns them, their folder and their logs once they train.
+    """
+    folder, started = tmp_path / "run", []
+
+    def launch(count: int, timeout: int) -> tuple[list[BaseProcess], Path, list[Path]]:
+        options = ["--width=32", "--block-size=8", "--sparsity=0.5", "--epochs=60", "--batch-size=150", "--seeds=1"]
+        options += ["--update-every=2", "--device=cpu", "--no-dense", "--save-every=1", f"--out={folder}"]
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        logs = [tmp_path / f"{rank}.log" for rank in range(count)]
+        for rank, log in enumerate(logs):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            started.append(start_command(["train", *options, f"--timeout={timeout}"], environment, log))
         deadline = time.monotonic() + 120
         while not (folder / METRICS).is_file() or not (folder / METRICS).read_text():
-            assert time.monotonic() < deadline and started[0].poll() is None, logs[0].read_text()
+            assert time.monotonic() < deadline and started[0].is_alive(), logs[0].read_text()
             time.sleep(0.05)
-        yield started, folder, logs
+        return started, folder, logs
+
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
+    try:
+        yield launch
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.join()
 
 
-def test_ctrl_c_saves_and_ends_all(processes):
-    started, folder, logs = processes
-    started[1].send_signal(signal.SIGINT)  # on any of them
-    assert [process.wait(60) for process in started] == [130, 0]
-    assert logs[0].read_text().splitlines()[-1] == f"saved. To go on: sparsekern train --resume {folder}"
+def code_of(process: BaseProcess) -> int | None:
+    process.join(60)
+    return process.exitcode
+
+
+def last_line(log: Path) -> str:
+    return log.read_text().splitlines()[-1]
+
+
+def test_ctrl_c_saves_and_ends_all(launch):
+    started, folder, logs = launch(2, 60)
+    os.kill(started[1].pid, signal.SIGINT)  # on any of them
+    assert [code_of(process) for process in started] == [130, 0]
+    assert last_line(logs[0]) == f"saved. To go on: sparsekern train --resume {folder}"
     assert logs[1].read_text() == ""
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(processes, tmp_path):
-    started, folder, logs = processes
-    started[1].send_signal(signal.SIGKILL)
-    assert started[0].wait(60) == 3
-    last = logs[0].read_text().splitlines()[-1]
-    assert last.startswith("error: rank 0: another rank has ended or does not answer.") and "--resume" in last
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(launch, tmp_path):
+    started, folder, logs = launch(2, 20)
+    os.kill(started[1].pid, signal.SIGKILL)
+    assert code_of(started[0]) == 3
+    words = "error: rank 0: rank 1 has ended, or not answered for 20 seconds. stopped at once; what was saved last is"
+    assert last_line(logs[0]) == f"{words} kept. To go on: sparsekern train --resume {folder}"
     assert not (folder / RESULTS).exists()
     with pytest.raises(Interrupted):
         resume(folder, StopAt(15), keep=1)
-    config = changed(MLP, epochs=60, batch_size=100, dense=False)
+    config = changed(MLP, epochs=60, batch_size=150, dense=False)
     newest = max((folder / "checkpoints" / "seed-0").glob("step-*"))  # the best one may stay beside it
     with pytest.raises(Interrupted):
         start(config, tmp_path / "one", StopAt(int(newest.name[5:])), Keeping(keep=1))
@@ -255,6 +266,25 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(processes, tm
     for name, tensor in load_file(newest / "sparse.safetensors").items():
         if not tensor.is_floating_point():
             assert torch.equal(tensor, one[name]), name
+
+
+def test_a_rank_that_falls_silent_is_named_by_the_others(launch):
+    """Also where it holds up one of them only, which then holds up the next."""
+    started, folder, logs = launch(3, 10)
+    os.kill(started[1].pid, signal.SIGSTOP)
+    assert [code_of(started[rank]) for rank in (0, 2)] == [3, 3] and started[1].is_alive()
+    for rank, saved in ((0, "was saved"), (2, "rank 0 saved")):
+        words = f"error: rank {rank}: rank 1 has ended, or not answered for 10 seconds. stopped at once; what {saved}"
+        assert last_line(logs[rank]) == f"{words} last is kept. To go on: sparsekern train --resume {folder}"
+
+
+def test_a_store_that_has_vanished_does_not_hold_up_a_rank():
+    class Vanished(torch.distributed.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            time.sleep(60)
+            return False
+
+    assert lost_ranks(Ranks(1, 3), Vanished(), 0.2) == lost_ranks(Ranks(1, 3), None, 0.2) == [0, 2]
 
 
 def test_the_commands_of_the_page_run(tmp_path, text):
