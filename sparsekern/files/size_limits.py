@@ -38,9 +38,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in ((self.option, self.gib), ("max_tensors", self.tensors)):
-            check_number(name, value, "a number above 0")
-            if not value > 0:
-                raise InputError(f"{name} is {value}; it must be a number above 0", parameter=name)
+            check_number(name, value, "a number above 0", lambda number: number > 0)
 
     def check_bytes(self, source: object, wanted: int, file_bytes: int) -> None:
         """Check the memory that a file asks for.

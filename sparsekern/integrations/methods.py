@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsekern.errors import InputError
+from sparsekern.topology.arguments import check_choice
 from sparsekern.training import AGENT, METHODS, VRPGE, Method
 
 AnyMethod: TypeAlias = Method | AGENT
@@ -31,12 +32,7 @@ class MethodSpec:
 
     def __init__(self, method: str | Factory, options: dict[str, Any]) -> None:
         if isinstance(method, str):
-            if method not in METHODS:
-                raise InputError(
-                    f"method is {method!r}; it must be one of {', '.join(METHODS)}, or a function of the model and the "
-                    "optimizer",
-                    parameter="method",
-                )
+            check_choice("method", method, METHODS, ", or a function of the model and the optimizer")
         elif not callable(method):
             raise TypeError(
                 f"method is a {type(method).__name__}; it must be the name of a method, or a function of the model and "

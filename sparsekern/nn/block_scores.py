@@ -29,6 +29,7 @@ from sparsekern.topology import (
     generator_for,
     zero_blocks_,
 )
+from sparsekern.topology.arguments import check_choice
 
 SCORES = ("magnitude", "random", "snip", "grasp", "synflow")
 
@@ -54,8 +55,7 @@ def check_score(score: str | None, sample: Any, init: str, distribution: str) ->
                 parameter="distribution",
             )
         return
-    if score not in SCORES:
-        raise InputError(f"score is {score!r}; it must be one of {', '.join(SCORES)}", parameter="score")
+    check_choice("score", score, SCORES)
     if init == "random":
         raise InputError(
             f"init is 'random', but score={score!r} keeps the trained values; leave one of them out", parameter="init"

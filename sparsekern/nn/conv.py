@@ -16,7 +16,7 @@ from sparsekern.nn.block_sparse import BlockSparse, check_topology_and_dtype
 from sparsekern.nn.converters import register_converter
 from sparsekern.nn.linear import default_block_size
 from sparsekern.topology import Grid, Topology, block_pair, conv_grid
-from sparsekern.topology.arguments import check_whole, whole_sides
+from sparsekern.topology.arguments import check_choice, check_whole, whole_sides
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -81,11 +81,7 @@ class SparseConv2d(BlockSparse):
         tie_taps: bool = False,
     ) -> None:
         check_topology_and_dtype(topology, dtype)
-        if padding_mode not in PADDING_MODES:
-            raise InputError(
-                f"padding_mode is {padding_mode!r}; it must be one of {', '.join(PADDING_MODES)}",
-                parameter="padding_mode",
-            )
+        check_choice("padding_mode", padding_mode, PADDING_MODES)
         kernel, steps, spacing = (
             sides(size_name, size, self.dimensions)
             for size_name, size in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
-from sparsekern.errors import InputError
 from sparsekern.topology import Grid, Topology, allocate, balanced, one_tap, random, tie
-from sparsekern.topology.arguments import check_number
+from sparsekern.topology.arguments import check_choice, check_number
 
 INITS = {"balanced": balanced, "random": random}
 """Functions that draw an initial topology, by the name that ``init`` takes."""
@@ -36,24 +35,16 @@ def fan_in(topology: Topology) -> Tensor:
     return total
 
 
-def check_init(init: object, scale: float) -> None:
-    """Check ``init``, one of :data:`INITS`, and ``init_scale``, a finite number above 0.
+def check_init(init: object, scale: float, known: Collection[str] = tuple(INITS)) -> None:
+    """Check ``init``, one of the known names, and ``init_scale``, a finite number above 0.
 
     Raises:
         ValueError: one of them is something else.
         TypeError: the scale is not a number.
     """
-    if not isinstance(init, str) or init not in INITS:
-        raise InputError(f"init is {init!r}; it must be one of {', '.join(INITS)}", parameter="init")
-    check_scale(scale)
-
-
-def check_scale(scale: float) -> None:
-    """Check ``init_scale``; see :func:`check_init`."""
+    check_choice("init", init, known)
     rule = "a number above 0 that multiplies the initial values: 1 for PyTorch's rule"
-    check_number("init_scale", scale, rule)
-    if not (math.isfinite(scale) and scale > 0):
-        raise InputError(f"init_scale is {scale}; it must be {rule}", parameter="init_scale")
+    check_number("init_scale", scale, rule, lambda factor: 0 < factor < math.inf)
 
 
 def blocks_of(grid: Grid, sparsity: float, tie_taps: bool = False) -> int:

@@ -17,7 +17,7 @@ from sparsekern.nn.carry_state import check_optimizer, exchange_
 from sparsekern.nn.choice import Choice, Choose, racer
 from sparsekern.nn.converters import class_name, converter_of, grid_of, hosts_of, is_replaceable, known_classes
 from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, refusals, tied_heads
-from sparsekern.nn.init import check_scale
+from sparsekern.nn.init import INITS, check_init
 from sparsekern.nn.selectors import Selector, by_entry, flatten, matches, select
 from sparsekern.nn.surgery import lost, sparse_layers, swap_
 from sparsekern.topology import Grid, Topology, allocate, block_pair
@@ -124,9 +124,7 @@ def sparsify_(
         SparseLinear(in_features=64, out_features=64, bias=True, block_size=(16, 16), blocks=4/16, sparsity=0.75)
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
-    if init not in ("balanced", "random", "norm"):
-        raise InputError(f"init is {init!r}; it must be one of balanced, random, norm", parameter="init")
-    check_scale(init_scale)
+    check_init(init, init_scale, (*INITS, "norm"))
     if init == "norm" and score is None and distribution == "global":
         score = "magnitude"
     check_score(score, sample, init, distribution)
@@ -312,9 +310,7 @@ def _factors(model: nn.Module, layers: dict[str, nn.Module], capacity: float | M
     by_pattern = capacity if isinstance(capacity, Mapping) else {"*": capacity}
     rule = "a number of slots for each block, 1 or more, or {selector: number}"
     for pattern, factor in by_pattern.items():
-        check_number("capacity", factor, rule)
-        if not (math.isfinite(factor) and factor >= 1):
-            raise InputError(f"capacity is {factor}; it must be {rule}", parameter="capacity")
+        check_number("capacity", factor, rule, lambda slots: 1 <= slots < math.inf)
         select(model, pattern, "capacity")  # raises if nothing matches
     return {
         name: next((factor for pattern, factor in by_pattern.items() if matches(pattern, layer, name)), 1.0)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from sparsekern.errors import InputError
 from sparsekern.kernels import cpu, eager, gpu
 from sparsekern.kernels.contract import Backend, Geometry, Kernels
+from sparsekern.topology.arguments import check_choice
 
 BACKENDS: dict[str, Backend] = {"gpu": gpu, "cpu": cpu, "eager": eager}
 """Fastest first."""
@@ -49,10 +49,7 @@ class backend:
 
     def __init__(self, name: str) -> None:
         global _requested
-        if name != AUTO and name not in BACKENDS:
-            raise InputError(
-                f"backend is {name!r}; it must be one of {', '.join([AUTO, *BACKENDS])}", parameter="backend"
-            )
+        check_choice("backend", name, (AUTO, *BACKENDS))
         self._name, self._entered = name, False
         last = [s for s in _settings if not s._entered][-1:]  # the statement that holds again after this block
         _settings[:] = [*(setting for setting in _settings if setting._entered or setting in last), self]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from sparsekern.errors import InputError
-from sparsekern.topology.arguments import check_number
+from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.topology.grid import Grid
 
 DISTRIBUTIONS = ("uniform", "er", "er-matrix", "erk")
@@ -60,10 +60,7 @@ def share(grid: Grid, distribution: str) -> float:
 
 def check_distribution(distribution: str) -> None:
     """Raise ValueError unless ``distribution`` is one of :data:`DISTRIBUTIONS`."""
-    if distribution not in DISTRIBUTIONS:
-        raise InputError(
-            f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}", parameter="distribution"
-        )
+    check_choice("distribution", distribution, DISTRIBUTIONS)
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> None:

@@ -44,18 +44,16 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
-            size = check_whole(name, getattr(self, name))
+            size = check_whole(name, getattr(self, name), 1)
             object.__setattr__(self, name, size)  # the schema of an op takes no integer of NumPy
-            if size < 1:
-                raise InputError(f"{name} is {size}; it must be 1 or more", parameter=name)
-        object.__setattr__(self, "groups", check_whole("groups", self.groups))
+        groups = check_whole("groups", self.groups)
+        object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "block", tuple(check_whole("block_size", side) for side in self.block))
         if self.kernel is not None:
             object.__setattr__(self, "kernel", tuple(check_whole("kernel_size", side) for side in self.kernel))
         if min(self.kernel or (1,)) < 1:
             raise InputError(f"kernel_size is {self.kernel}; it must be 1 or more each way", parameter="kernel_size")
-        if self.groups < 1:
-            raise InputError(f"groups is {self.groups}; it must be 1 or more", parameter="groups")
+        check_whole("groups", groups, 1)
         for name, parts, what in (("out_features", self.groups, "groups"), ("in_features", self.taps, "taps")):
             if getattr(self, name) % parts:
                 raise InputError(
@@ -165,8 +163,7 @@ def conv_grid(
     groups = check_whole("groups", groups)
     in_channels, out_channels = check_whole("in_channels", in_channels), check_whole("out_channels", out_channels)
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if channels < 1:
-            raise InputError(f"{name} is {channels}; it must be 1 or more", parameter=name)
+        check_whole(name, channels, 1)
         if groups >= 1 and channels % groups:
             raise InputError(f"{name} is {channels}; it must be a multiple of groups = {groups}", parameter=name)
     in_features = in_channels // max(1, groups) * max(1, math.prod(kernel))

@@ -103,10 +103,8 @@ class Method(Attached):
         self.layers = sparse_layers(model)
         if not self.layers:
             raise InputError("the model has no sparse layer; call sparsekern.sparsify_ first")
-        check_whole("min_age", min_age)
+        check_whole("min_age", min_age, 0, " updates")
         check_whole("seed", seed)
-        if min_age < 0:
-            raise InputError(f"min_age is {min_age}; it must be 0 or more updates", parameter="min_age")
         self._sharded = sharded_modules(model)
         reshard(self._sharded, self.layers)
         self.schedule = Schedule(update_every, start, whole_stop(stop), drop_fraction, anneal, offset)

@@ -12,7 +12,7 @@ from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.nn.sharded import check_by_slots, fill_slots_, local
 from sparsekern.topology import Move
-from sparsekern.topology.arguments import check_kind
+from sparsekern.topology.arguments import check_choice, check_kind
 from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
 
 OnMove = str | Callable[[Tensor, Tensor], None]
@@ -35,10 +35,7 @@ class Followers:
     """
 
     def __init__(self, layers: dict[str, BlockSparse], optimizer: torch.optim.Optimizer, grown_state: str) -> None:
-        if grown_state not in GROWN_STATES:
-            raise InputError(
-                f"grown_state is {grown_state!r}; it must be one of {', '.join(GROWN_STATES)}", parameter="grown_state"
-            )
+        check_choice("grown_state", grown_state, GROWN_STATES)
         self.layers = layers
         self.optimizer = optimizer
         self.grown_state = grown_state
@@ -47,8 +44,7 @@ class Followers:
 
     def add_tensor(self, layer: str, tensor: Tensor, on_move: OnMove) -> None:
         """Register a tensor ``(Z, ...)`` as a follower of a layer."""
-        if layer not in self.layers:
-            raise InputError(f"layer is {layer!r}; it must be one of {', '.join(self.layers)}", parameter="layer")
+        check_choice("layer", layer, self.layers)
         check_kind("target", tensor, Tensor, "a tensor whose first axis is the layer's slots, or a copy of the model")
         slots = self.layers[layer].values.shape[0]
         if tensor.dim() == 0 or tensor.shape[0] != slots:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsekern.errors import InputError
-from sparsekern.topology.arguments import check_whole
+from sparsekern.topology.arguments import check_choice, check_whole
 from sparsekern.training.base import Method
 from sparsekern.training.growth import GSE, GraNet, RigL
 from sparsekern.training.set import SET
@@ -152,8 +152,7 @@ def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, ste
         >>> sk.preset("gse", model, optimizer, steps=10_000)
         GSE(1 layers, update_every=..., start=..., stop=..., step 0, 0 updates)
     """
-    if not isinstance(name, str) or name not in PRESETS:
-        raise InputError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}", parameter="preset")
+    check_choice("preset", name, PRESETS)
     check_whole("steps", steps)
     if steps < 1:
         raise InputError(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparsekern.errors import InputError
-from sparsekern.topology.arguments import check_number, check_whole
+from sparsekern.topology.arguments import check_choice, check_number, check_whole
 
 ANNEALS = ("cosine", "constant")
 
@@ -40,18 +40,9 @@ class Schedule:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("update_every", "start", "offset"):
-            check_whole(name, getattr(self, name))
-        if self.anneal not in ANNEALS:
-            raise InputError(f"anneal is {self.anneal!r}; it must be one of {', '.join(ANNEALS)}", parameter="anneal")
-        if self.offset < 0:
-            raise InputError(f"offset is {self.offset}; it must be 0 or more optimizer steps", parameter="offset")
-        if self.update_every < 1:
-            raise InputError(
-                f"update_every is {self.update_every}; it must be 1 or more optimizer steps", parameter="update_every"
-            )
-        if self.start < 0:
-            raise InputError(f"start is {self.start}; it must be 0 or more optimizer steps", parameter="start")
+        check_choice("anneal", self.anneal, ANNEALS)
+        for name, least in (("offset", 0), ("update_every", 1), ("start", 0)):
+            check_whole(name, getattr(self, name), least, " optimizer steps")
         if self.stop is not None and self.stop < self.start:
             raise InputError(
                 f"stop is {self.stop}, before start = {self.start}; it must be that or later", parameter="stop"
@@ -120,15 +111,10 @@ def whole_stop(stop: float | None) -> int | None:
     """
     if stop is None:
         return None
-    rule = "a number of optimizer steps, or None for no end"
-    check_number("stop", stop, rule)
-    if not math.isfinite(stop):
-        raise InputError(f"stop is {stop}; it must be {rule}", parameter="stop")
+    check_number("stop", stop, "a number of optimizer steps, or None for no end", math.isfinite)
     return int(stop)
 
 
 def _check_fraction(fraction: float) -> float:
-    check_number("drop_fraction", fraction, "a number in [0, 1], or a function of the step")
-    if not 0 <= fraction <= 1:
-        raise InputError(f"drop_fraction is {fraction}; it must be in [0, 1]", parameter="drop_fraction")
+    check_number("drop_fraction", fraction, "in [0, 1], or a function of the step", lambda part: 0 <= part <= 1)
     return fraction

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.init import draw_values
 from sparsekern.nn.sharded import copy_slots_
 from sparsekern.topology import Move, Topology, generator_for, ordered_keys, sample_absent, to_places
+from sparsekern.topology.arguments import check_choice
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import slot_scores
 from sparsekern.training.scores import Units, lowest, part_of, units
@@ -63,8 +63,7 @@ class SET(Method):
         **options: Any,
     ) -> None:
         for name, choice, known in (("drop", drop, DROPS), ("grown_values", grown_values, GROWN_VALUES)):
-            if choice not in known:
-                raise InputError(f"{name} is {choice!r}; it must be one of {', '.join(known)}", parameter=name)
+            check_choice(name, choice, known)
         super().__init__(model, optimizer, **options)
         self.drop, self.grown_values = drop, grown_values
 

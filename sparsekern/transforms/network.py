@@ -18,11 +18,12 @@ from sparsekern.nn.linear import default_block_size
 from sparsekern.nn.sparsify import choose_layers
 from sparsekern.nn.surgery import swap_
 from sparsekern.topology import check_sparsity, gather_blocks, generator_for
+from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.transforms.doped import sparse_doped
 from sparsekern.transforms.factorized import sparse_factorized
 from sparsekern.transforms.parallel import sparse_parallel
 from sparsekern.transforms.sizes import Width, match_blocks, wide_width
-from sparsekern.transforms.twins import Dense, check, check_init, draw_, draw_bias_, has_twin, output_variance
+from sparsekern.transforms.twins import INITS, Dense, check, draw_, draw_bias_, has_twin, output_variance
 
 logger = logging.getLogger("sparsekern")
 
@@ -93,10 +94,8 @@ def transform(
             not follow the width; or what stays dense takes all FLOPs.
     """
     check_sparsity(sparsity)
-    check_init(init)
-    for argument, value, known in (("name", name, TRANSFORMS), ("match", match, MATCHES)):
-        if value not in known:
-            raise InputError(f"{argument} is {value!r}; it must be one of {', '.join(known)}", parameter=argument)
+    for argument, value, known in (("init", init, INITS), ("name", name, TRANSFORMS), ("match", match, MATCHES)):
+        check_choice(argument, value, known)
     if isinstance(model, nn.Module):
         if name == "wide" and sparsity > 0:
             raise InputError(
@@ -142,8 +141,7 @@ def _built(build: Build, width: Width, seed: int) -> nn.Module:
 
 def _check_room(dense: nn.Module, chosen: dict[str, Dense], sparsity: float, width: Width, max_gib: float) -> None:
     """Raise ValueError if the wide network, dense while it is built, is too large; other layers grow one way only."""
-    if not max_gib > 0:
-        raise InputError(f"max_gib is {max_gib}; it must be a number above 0", parameter="max_gib")
+    check_number("max_gib", max_gib, "a number above 0", lambda gib: gib > 0)
     wider = {id(layer.weight): width.multiplier**2 for layer in chosen.values()}
     gib = sum(p.nbytes * wider.get(id(p), width.multiplier) for p in dense.parameters()) / 2**30
     if gib > max_gib:

@@ -21,6 +21,7 @@ from sparsekern.nn.conv import conv_arguments
 from sparsekern.nn.converters import grid_of
 from sparsekern.nn.init import fan_in
 from sparsekern.topology import check_sparsity, generator_for
+from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.transforms.sizes import match_blocks
 
 Dense = nn.Linear | nn.Conv2d
@@ -46,9 +47,8 @@ def check(layer: nn.Module, sparsity: float, pool: float, init: str) -> None:
         ValueError: the layer is a grouped convolution, a number is out of range, or ``init`` is unknown.
     """
     check_sparsity(sparsity)
-    check_init(init)
-    if not 1 <= pool < math.inf:
-        raise InputError(f"pool is {pool}; it must be 1 or more", parameter="pool")
+    check_choice("init", init, INITS)
+    check_number("pool", pool, "1 or more", lambda factor: 1 <= factor < math.inf)
     if type(layer) not in (nn.Linear, nn.Conv2d):
         raise TypeError(f"layer is a {type(layer).__name__}; it must be an nn.Linear or nn.Conv2d")
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
@@ -56,12 +56,6 @@ def check(layer: nn.Module, sparsity: float, pool: float, init: str) -> None:
             f"layer has groups = {layer.groups}; Sparse-IFT is defined for convolutions of one group: leave it dense",
             parameter="layer",
         )
-
-
-def check_init(init: str) -> None:
-    """Raise ValueError unless ``init`` is one of :data:`INITS`."""
-    if init not in INITS:
-        raise InputError(f"init is {init!r}; it must be one of {', '.join(INITS)}", parameter="init")
 
 
 def features(layer: Dense) -> tuple[int, int]:

@@ -12,7 +12,6 @@ import sparsekern as sk
 from sparsekern.nn.converters import grid_of
 from sparsekern.transforms.twins import (
     check,
-    check_init,
     dense_twin,
     draw_,
     draw_bias_,
@@ -140,7 +139,7 @@ def test_biases():
 
 def test_an_unknown_init():
     with pytest.raises(ValueError, match="init is 'mup'; it must be one of variance, paper"):
-        check_init("mup")
+        check(nn.Linear(4, 4), 0.5, 1.0, "mup")
 
 
 def test_an_activation_with_parameters_stays_as_it_is():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn import refuse_sharded, sparse_layers
-from sparsekern.topology.arguments import check_kind, check_number, check_whole
+from sparsekern.topology.arguments import check_choice, check_kind, check_number, check_whole
 from sparsekern.training.agent.correction import Correction, from_losses, smoothed
 from sparsekern.training.agent.snapshot import Snapshot, pass_over
 from sparsekern.training.attachment import Attached, NetworkSampler, unwrapped
@@ -361,18 +361,13 @@ def _check_options(
     gamma: float, alpha: float, estimate: str, scope: str, batches: int | None, every: int | None
 ) -> None:
     """Raise ValueError if an option is out of range, or two options contradict each other."""
-    for name, number in (("gamma", gamma), ("alpha", alpha)):
-        check_number(name, number, "a number")
-    if not 0 <= gamma <= 1:
-        raise InputError(f"gamma is {gamma}; it must be in [0, 1]", parameter="gamma")
-    if not 0 < alpha <= 1:
-        raise InputError(f"alpha is {alpha}; it must be in (0, 1]", parameter="alpha")
+    check_number("gamma", gamma, "in [0, 1]", lambda number: 0 <= number <= 1)
+    check_number("alpha", alpha, "in (0, 1]", lambda number: 0 < number <= 1)
     for name, choice, known in (("estimate", estimate, ESTIMATES), ("scope", scope, SCOPES)):
-        if choice not in known:
-            raise InputError(f"{name} is {choice!r}; it must be one of {', '.join(known)}", parameter=name)
+        check_choice(name, choice, known)
     for name, value in (("batches", batches), ("every", every)):
-        if value is not None and check_whole(name, value) < 1:
-            raise InputError(f"{name} is {value}; it must be 1 or more", parameter=name)
+        if value is not None:
+            check_whole(name, value, 1)
     if estimate == "losses" and (scope == "layer" or every is not None):
         name, what = ("scope", "'layer'") if scope == "layer" else ("every", str(every))
         raise InputError(

@@ -72,12 +72,7 @@ class GradientMethod(Method):
                     "leave the taps untied, or use SET or VRPGE"
                 )
         if score_tokens is not None:
-            check_whole("score_tokens", score_tokens)
-        if score_tokens is not None and score_tokens < 1:
-            raise InputError(
-                f"score_tokens is {score_tokens}; it must be 1 or more, or None for all tokens",
-                parameter="score_tokens",
-            )
+            check_whole("score_tokens", score_tokens, 1, ", or None for all tokens")
         if self.scope == "global":
             self._warn_of_no_room()
         self.score_tokens = score_tokens

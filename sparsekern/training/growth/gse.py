@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import (
@@ -25,7 +24,7 @@ from sparsekern.topology import (
     sample_absent_pairs,
     sample_pairs,
 )
-from sparsekern.topology.arguments import check_number
+from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.training.growth.gradient import GradientMethod
 
 DISTRIBUTIONS = ("uniform", "grabo", "graest")
@@ -90,16 +89,8 @@ class GSE(GradientMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, optimizer, **options)
-        if distribution not in DISTRIBUTIONS:
-            raise InputError(
-                f"distribution is {distribution!r}; it must be one of {', '.join(DISTRIBUTIONS)}",
-                parameter="distribution",
-            )
-        check_number("subset_factor", subset_factor, "a number above 0")
-        if not (math.isfinite(subset_factor) and subset_factor > 0):
-            raise InputError(
-                f"subset_factor is {subset_factor}; it must be a number above 0", parameter="subset_factor"
-            )
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_number("subset_factor", subset_factor, "a number above 0", lambda factor: 0 < factor < math.inf)
         self.distribution, self.subset_factor, self.with_replacement = distribution, subset_factor, with_replacement
         self.begin()
 

@@ -18,7 +18,7 @@ from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import Move, ordered_keys, stored_blocks, to_places
-from sparsekern.topology.arguments import check_number, check_whole
+from sparsekern.topology.arguments import check_choice, check_number, check_whole
 from sparsekern.training.gradual import Gradual
 from sparsekern.training.growth.gradient import GradientMethod
 from sparsekern.training.scores import Offer, highest, lowest, part_of
@@ -97,16 +97,9 @@ class RigL(GradientMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, optimizer, **options)
-        if scoring not in SCORINGS:
-            raise InputError(f"scoring is {scoring!r}; it must be one of {', '.join(SCORINGS)}", parameter="scoring")
-        check_whole("sketches", sketches)
-        check_number("shortlist", shortlist, "1 or more times what is grown")
-        if sketches < 1:
-            raise InputError(f"sketches is {sketches}; it must be 1 or more", parameter="sketches")
-        if not (math.isfinite(shortlist) and shortlist >= 1):
-            raise InputError(
-                f"shortlist is {shortlist}; it must be 1 or more times what is grown", parameter="shortlist"
-            )
+        check_choice("scoring", scoring, SCORINGS)
+        check_whole("sketches", sketches, 1)
+        check_number("shortlist", shortlist, "1 or more times what is grown", lambda factor: 1 <= factor < math.inf)
         if regrow and self.scope == "global":
             raise InputError(
                 "regrow is for scope='layer'; with scope='global' dropped blocks do not return at once",

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import Move, check_sparsity, one_tap, ordered_keys, sample_absent
-from sparsekern.topology.arguments import check_number
+from sparsekern.topology.arguments import check_choice, check_number
 
 Group = str | Callable[[BlockSparse], Tensor]
 """``"block"``, ``"row"``, ``"column"``, or a function that returns a whole number ``(Z,)`` for each slot of a layer."""
@@ -69,13 +69,9 @@ class Candidates:
             label = row * grid.tap_cols + channel
         elif group == "row":
             label = row
-        elif group == "column":
-            label = row // grid.group_rows * grid.tap_cols + channel
         else:
-            raise InputError(
-                f"group is {group!r}; it must be one of {', '.join(GROUPS)} or a function of the layer",
-                parameter="group",
-            )
+            check_choice("group", group, GROUPS, " or a function of the layer")
+            label = row // grid.group_rows * grid.tap_cols + channel
         names, units = label[used].unique(return_inverse=True)
         self.count = names.shape[0]
         self._check()
@@ -179,9 +175,7 @@ class Budget:
         if unknown:
             raise InputError(f"costs names {', '.join(sorted(unknown))}; the layers are {', '.join(candidates)}")
         for name, weight in weights.items():
-            check_number(f"costs of {name!r}", weight, "a number above 0")
-            if not (math.isfinite(weight) and weight > 0):
-                raise InputError(f"costs of {name!r} is {weight}; it must be above 0")
+            check_number(f"costs of {name!r}", weight, "above 0", lambda cost: 0 < cost < math.inf)
         self.floor, self._candidates, self._weights, self._projection = floor, candidates, weights, projection
         self._parts: dict[str, slice] = {}
         end = 0
@@ -273,8 +267,7 @@ def project(
 
     Source: Zhou et al. 2021 (arXiv 2111.05685), whose released code bisects; the costs are an addition.
     """
-    if how not in PROJECTIONS:
-        raise InputError(f"projection is {how!r}; it must be one of {', '.join(PROJECTIONS)}", parameter="projection")
+    check_choice("projection", how, PROJECTIONS)
     if not wanted.numel():
         return wanted.clone()
     if how == "bisection":

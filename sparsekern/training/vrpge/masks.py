@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.errors import InputError
 from sparsekern.nn import lend_index
 from sparsekern.nn.sharded import copy_slots_, full_like_rows, take_slots
 from sparsekern.topology import Index, Move, empty_index, mask_index_
-from sparsekern.topology.arguments import check_number
+from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.training.optimizer_state import param_group, slot_state
 from sparsekern.training.passes import RandomState, backpropagate, keep_norm_statistics, loss_of, without_sync
 from sparsekern.training.vrpge.budget import Budget, Candidates
@@ -50,20 +49,10 @@ class Probabilities:
         clip: float | None,
         mean_over_ranks: Callable[[Tensor], Tensor],
     ) -> None:
-        if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
-            raise InputError(
-                f"probability_optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}",
-                parameter="probability_optimizer",
-            )
-        check_number("probability_rate", rate, "a number above 0")
-        if not (math.isfinite(rate) and rate > 0):
-            raise InputError(
-                f"probability_rate is {rate}; it must be above 0, and finite", parameter="probability_rate"
-            )
+        check_choice("probability_optimizer", optimizer, OPTIMIZERS)
+        check_number("probability_rate", rate, "above 0, and finite", lambda number: 0 < number < math.inf)
         if clip is not None:
-            check_number("score_clip", clip, "a number above 0, or None for no limit")
-        if clip is not None and not clip > 0:
-            raise InputError(f"score_clip is {clip}; it must be above 0, or None for no limit", parameter="score_clip")
+            check_number("score_clip", clip, "above 0, or None for no limit", lambda norm: norm > 0)
         self.budget, self.rate, self.clip, self._mean = budget, rate, clip, mean_over_ranks
         self._value = nn.Parameter(budget.project(torch.full((budget.units,), budget.ratio, device=device)))
         self._optimizer = OPTIMIZERS[optimizer]([self._value], lr=rate)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.topology import Move, generator_for
-from sparsekern.topology.arguments import check_number, check_whole
+from sparsekern.topology.arguments import check_choice, check_number, check_whole
 from sparsekern.training.attachment import Attached
 from sparsekern.training.base import Method
 from sparsekern.training.scores import part_of
@@ -118,16 +118,13 @@ class VRPGE(Method):
         self.check_options(options)
         super().__init__(model, optimizer, update_every=update_every, **options)
         for name, value, least in (("masks", masks, 2), ("structure_every", structure_every, 1)):
-            check_whole(name, value)
-            if value < least:
-                raise InputError(f"{name} is {value}; it must be {least} or more", parameter=name)
+            check_whole(name, value, least)
         for name, choice, known in (
             ("scope", scope, ("layer", "global")),
             ("weight_step", weight_step, ("one", "all")),
             ("unsampled", unsampled, ("lazy", "decay")),
         ):
-            if choice not in known:
-                raise InputError(f"{name} is {choice!r}; it must be one of {', '.join(known)}", parameter=name)
+            check_choice(name, choice, known)
         self.model = model
         self.scope, self.masks, self.structure_every = scope, masks, structure_every
         self.weight_step, self.lazy = weight_step, unsampled == "lazy"
@@ -146,11 +143,8 @@ class VRPGE(Method):
             clip=score_clip,
             mean_over_ranks=self.ranks.mean,
         )
-        if refill is not None:
-            check_number("refill", refill, "a probability, in [0, 1]")
         self.refill = self.budget.ratio / 2 if refill is None else refill
-        if not 0 <= self.refill <= 1:
-            raise InputError(f"refill is {refill}; it must be a probability, in [0, 1]", parameter="refill")
+        check_number("refill", self.refill, "a probability, in [0, 1]", lambda chance: 0 <= chance <= 1)
         if refill and group != "block":
             raise InputError(
                 f"refill is {refill}, which has no effect with group={group!r}: only single blocks move to new places",
