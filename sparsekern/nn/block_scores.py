@@ -240,12 +240,10 @@ class Scoring:
             order = torch.cat(lifted).sort(descending=True, stable=True).indices
             chosen = torch.zeros(order.shape[0], dtype=torch.bool)
             chosen[order] = 2 * cost[order].cumsum(0) - cost[order] <= 2 * blocks
-            start = 0
-            for name, part in zip(names, parts, strict=True):
-                mine = chosen[start : start + part.shape[0]].to(part.device)
+            for name, part, mask in zip(names, parts, chosen.split([p.shape[0] for p in parts]), strict=True):
+                mine = mask.to(part.device)
                 mine[part.argmax()] = True
                 kept[name] = mine.view_as(scores[name])
-                start += part.shape[0]
         return kept
 
 

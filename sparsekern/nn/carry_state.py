@@ -62,7 +62,7 @@ def exchange_(optimizer: torch.optim.Optimizer, exchanges: Exchanges) -> None:
     """
     new_of = {id(old): new for old, new, _ in exchanges.values()}
     for old, new, topology in exchanges.values():
-        group = next((g for g in optimizer.param_groups if any(p is old for p in g["params"])), None)
+        group = param_group(optimizer, old)
         if group is None or old not in optimizer.state:
             continue
         old_state = optimizer.state.pop(old)
@@ -83,6 +83,11 @@ def _converted(state: Tensor, old: Tensor, new: Tensor, topology: Topology, fres
             dense[to_dense(topology, torch.ones_like(state)) == 0] = fresh
         return dense
     return gather_blocks(topology, state)
+
+
+def param_group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any] | None:
+    """Return the parameter group of the optimizer that holds this parameter, or None."""
+    return next((group for group in optimizer.param_groups if any(p is parameter for p in group["params"])), None)
 
 
 def initial_entry(optimizer: torch.optim.Optimizer, key: str, group: dict[str, Any]) -> float:

@@ -9,16 +9,24 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekern.errors import InputError
+from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse, sparse_layers
-from sparsekern.nn.sharded import check_by_slots, fill_slots_, local
+from sparsekern.nn.sharded import check_by_slots, fill_slots_, local, own_rows
 from sparsekern.topology import Move
 from sparsekern.topology.arguments import check_choice, check_kind
-from sparsekern.training.optimizer_state import SECOND_MOMENTS, mean_of_kept, slot_state
+from sparsekern.training.distributed import sum_of_parts
+from sparsekern.training.optimizer_state import slot_state
 
 OnMove = str | Callable[[Tensor, Tensor], None]
 """``"zero"``, ``"keep"``, or a function ``(tensor, slots)`` that writes into the tensor in place."""
 
 GROWN_STATES = ("zero", "mean_v")
+
+SECOND_MOMENTS = (
+    *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "v"),
+    *("row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col"),  # Adafactor, PyTorch's and others
+)
+"""Names of second moments in the state of optimizers, for ``grown_state="mean_v"``."""
 
 
 class Followers:
@@ -208,3 +216,20 @@ class Followers:
 def _same_blocks(a: BlockSparse, b: BlockSparse) -> bool:
     """Return whether two layers, possibly on different devices, have the same blocks in the same slots."""
     return a.grid == b.grid and torch.equal(a.row.to(b.row), b.row) and torch.equal(a.col.to(b.col), b.col)
+
+
+def mean_of_kept(state: Tensor, kept: Tensor, real: Tensor | None) -> Tensor:
+    """Return the mean ``()`` of a state over the blocks that stay, without phantom elements.
+
+    Args:
+        state: ``(Z, ...)``.
+        kept: ``(Z,)`` bool, slots whose blocks stay.
+        real: mask of real elements, or None if all are real; ignored unless the state has one entry a weight.
+    """
+    part, rows = local(state), own_rows(state)
+    weight = (kept if rows is None else kept[rows]).view(-1, *[1] * (state.dim() - 1)).expand_as(part)
+    if real is not None and state.shape[1:] == real.shape[1:]:
+        weight = weight & (real if rows is None else real[rows])
+    total = torch.where(weight, part, 0).sum(dtype=accumulate_dtype(state.dtype))  # a sum in float16 would overflow
+    count = sum_of_parts(state, weight.sum()).clamp(min=1)
+    return (sum_of_parts(state, total) / count).to(state.dtype)

@@ -173,12 +173,9 @@ def _weakest(scores: list[Tensor], cost: list[int], count: int) -> list[Tensor]:
     sizes = [part.shape[0] for part in scores]
     order = ascending(torch.cat(scores))
     costs = torch.tensor(cost, device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))[order]
-    chosen = order[2 * costs.cumsum(0) - costs <= 2 * count]
-    first = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [
-        (chosen[(chosen >= start) & (chosen < start + size)] - start).sort().values
-        for start, size in zip(first, sizes, strict=True)
-    ]
+    chosen = torch.zeros(order.shape[0], dtype=torch.bool, device="cpu")
+    chosen[order] = 2 * costs.cumsum(0) - costs <= 2 * count
+    return [part.nonzero().squeeze(1) for part in chosen.split(sizes)]
 
 
 def _freed(layer: BlockSparse, parts: Units, chosen: Tensor) -> Move:
@@ -299,14 +296,13 @@ def _first_slots(model: nn.Module, layer: BlockSparse, like: Mapping[str, Tensor
 def _keep(name: str, layer: BlockSparse, optimizer: torch.optim.Optimizer | None, slots: Tensor) -> None:
     """Keep some slots of a layer, and of its optimizer state."""
     old = layer.values
-    held = optimizer is not None and old in optimizer.state
-    parts = {part.key: part.tensor for part in slot_state(optimizer, old, name)} if optimizer and held else {}
     layer.keep_slots_(slots)
     if optimizer is None:
         return
-    if held:
+    if old in optimizer.state:
+        parts = {part.key for part in slot_state(optimizer, old, name)}
         optimizer.state[layer.values] = {
-            key: parts[key].index_select(0, slots) if key in parts else entry
+            key: entry.index_select(0, slots) if key in parts else entry
             for key, entry in optimizer.state.pop(old).items()
         }
     for group in optimizer.param_groups:

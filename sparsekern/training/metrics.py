@@ -114,14 +114,10 @@ class TopologyMetrics:
         """Return what a resumed run needs."""
         return {
             "churn": dict(self.churn),
-            "start": {name: self._padded(name) for name in self._layers},
+            # Padded with -1 to the first number of slots: one shape in all states.
+            "start": {n: pad(k, (0, max(0, self._slots[n] - k.shape[0])), value=-1) for n, k in self.start.items()},
             "explored": {name: coverage.seen.clone() for name, coverage in self._coverage.items()},
         }
-
-    def _padded(self, name: str) -> Tensor:
-        """Return the first keys of a layer, padded with -1 to the first number of slots: one shape in all states."""
-        start = self.start[name]
-        return pad(start, (0, max(0, self._slots[name] - start.shape[0])), value=-1)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""

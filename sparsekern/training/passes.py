@@ -118,9 +118,9 @@ def without_probes(layers: Iterable[BlockSparse]) -> Iterator[None]:
 
 
 @contextmanager
-def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Set the gradients of all parameters aside, and restore them at the end."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Set the gradients of parameters aside, and restore them at the end."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
     try:
         for parameter, _ in kept:
             parameter.grad = None
@@ -139,7 +139,7 @@ def extra_passes(model: nn.Module) -> Iterator[None]:
 
 def perturbed(model: nn.Module, closure: Callable[[Any], Tensor], perturb: Callable[[], Any]) -> Callable[[], Tensor]:
     """Call ``perturb`` without a trace in the model, and return the closure of the batch that it made."""
-    with extra_passes(model), without_gradients(model):
+    with extra_passes(model), without_gradients(model.parameters()):
         batch = perturb()
     return lambda: closure(batch)
 

@@ -45,23 +45,10 @@ def check_state_of_method(method: Any, state: Any) -> None:
         raise InputError(f"the state is of {state['method']}; this is {kind}")
     if isinstance(start := state["start"], dict) and start.keys() != method.layers.keys():
         raise InputError(f"the state is of layers {', '.join(start)}; the model has {', '.join(method.layers)}")
-    check_state_of(method, state)
-
-
-def check_state_of(owner: Any, saved: dict[str, Any]) -> None:
-    """Check the entries of a state that classes of this package wrote; a user's subclass checks its own entries.
-
-    Args:
-        owner: the object that is to load the state.
-        saved: a state with all the names of its ``state_dict()``.
-
-    Raises:
-        ValueError: as :func:`check_like`.
-    """
     package = __name__.partition(".")[0]
-    known: Any = next(kind for kind in type(owner).__mro__ if kind.__module__.partition(".")[0] == package)
-    own = known.state_dict(owner)
-    check_like({name: saved[name] for name in own}, own)
+    known: Any = next(kind for kind in type(method).__mro__ if kind.__module__.partition(".")[0] == package)
+    own = known.state_dict(method)  # a user's subclass checks its own entries
+    check_like({name: state[name] for name in own}, own)
 
 
 def check_like(saved: Any, own: Any, where: str = "state", *, free: bool = False) -> None:

@@ -116,5 +116,6 @@ def whole_stop(stop: float | None) -> int | None:
 
 
 def _check_fraction(fraction: float) -> float:
-    check_number("drop_fraction", fraction, "in [0, 1], or a function of the step", lambda part: 0 <= part <= 1)
+    rule = "in [0, 1]: a number, or a function of the step"
+    check_number("drop_fraction", fraction, rule, lambda part: 0 <= part <= 1)
     return fraction

@@ -196,7 +196,10 @@ def share_out(
     free = torch.tensor([int((layers[n].row < 0).sum()) for n in names], device="cpu")
 
     drop_order, grow_order = ascending(torch.cat(weak)), descending(torch.cat(good))
-    weak_owner, good_owner = _owners(weak)[drop_order], _owners(good)[grow_order]
+    weak_owner, good_owner = (
+        torch.arange(len(names), dtype=torch.int32, device="cpu").repeat_interleave(sizes)[order]
+        for sizes, order in ((_sizes(weak), drop_order), (_sizes(good), grow_order))
+    )
     rank = _rank_within(good_owner, len(names))
 
     count = min(count, drop_order.shape[0], grow_order.shape[0])
@@ -210,7 +213,7 @@ def share_out(
     grown = fits.nonzero().squeeze(1)[:count]
 
     moves = {}
-    first_slot, first_place = (_starts([t.shape[0] for t in parts]) for parts in (weak, good))
+    first_slot, first_place = (_sizes(parts).cumsum(0) - _sizes(parts) for parts in (weak, good))
     for i, name in enumerate(names):
         device = layers[name].row.device
         dropped = slots[i][(drop_order[:count][weak_owner[:count] == i] - first_slot[i]).to(device)]
@@ -225,12 +228,8 @@ def share_out(
     return moves
 
 
-def _owners(parts: list[Tensor]) -> Tensor:
-    return torch.cat([torch.full((part.shape[0],), i, dtype=torch.int32, device="cpu") for i, part in enumerate(parts)])
-
-
-def _starts(sizes: list[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+def _sizes(parts: list[Tensor]) -> Tensor:
+    return torch.tensor([part.shape[0] for part in parts], device="cpu")
 
 
 def _rank_within(owner: Tensor, owners: int) -> Tensor:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.training.optimizer_state import mean_of_kept, param_group, slot_state
+from sparsekern.nn.carry_state import param_group
+from sparsekern.training.followers import mean_of_kept
+from sparsekern.training.optimizer_state import slot_state
 
 
 class Lion(torch.optim.Optimizer):

@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparsekern as sk
-from sparsekern.training.optimizer_state import slot_state
-from sparsekern.training.optimizer_trial import LEAST, SMALL, _sizes
+from sparsekern.training.optimizer_state import LEAST, SMALL, _sizes, slot_state
 
 
 class Foreign(torch.optim.Optimizer):

@@ -70,7 +70,7 @@ def test_gradients_from_before_are_there_again():
     model = nn.Linear(3, 2)
     model(torch.ones(1, 3)).sum().backward()
     before = model.weight.grad
-    with without_gradients(model):
+    with without_gradients(model.parameters()):
         assert model.weight.grad is None
         model(torch.ones(1, 3)).sum().backward()
     assert model.weight.grad is before and torch.equal(before, torch.ones(2, 3))

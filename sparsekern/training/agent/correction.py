@@ -102,7 +102,7 @@ class Correction:
     ) -> dict[str, Tensor]:
         """Return the gradients of a batch at the snapshot, scaled, by parameter; of the first batch less their mean."""
         snapshot = self._snapshot
-        with extra_passes(self._model), snapshot.swapped(), without_gradients(self._model):
+        with extra_passes(self._model), snapshot.swapped(), without_gradients(self._model.parameters()):
             with self._cost.counted("snapshot"):
                 backpropagate(loss_of(closure), scaler)
             found = {name: p.grad for name, p in snapshot.parameters.items()}

@@ -268,7 +268,7 @@ def pass_over(
     for mean in snapshot.mean.values():
         mean.zero_()
     noted: list[Tensor] = []  # (size, size * new, size * old) of each batch
-    with extra_passes(model), without_gradients(model):
+    with extra_passes(model), without_gradients(model.parameters()):
         for batch in batches:
             closure = partial(loss, batch)
             randomness = RandomState(model)

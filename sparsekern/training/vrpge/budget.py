@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import Move, check_sparsity, one_tap, ordered_keys, sample_absent
+from sparsekern.topology import Move, Topology, check_sparsity, one_tap, ordered_keys, sample_absent, to_places
 from sparsekern.topology.arguments import check_choice, check_number
+from sparsekern.training.scores import Units
 
 Group = str | Callable[[BlockSparse], Tensor]
 """``"block"``, ``"row"``, ``"column"``, or a function that returns a whole number ``(Z,)`` for each slot of a layer."""
@@ -105,30 +106,24 @@ class Candidates:
         layer, grid = self.layer, self.layer.grid
         units = dead.to(layer.row.device).nonzero().squeeze(1)
         if not units.shape[0]:
-            nowhere = units.int()
-            return Move(units, nowhere, nowhere)
-        slots: Tensor | None = None
+            return to_places(units, units, grid)
         if layer.tie_taps:
-            plane, taps = one_tap(grid), grid.taps
-            row, col = layer.row.long(), layer.col.long()
-            order = self.unit.long() * taps + col.clamp(min=0) // grid.tap_cols  # free slots have the last unit
+            taps = grid.taps
+            order = self.unit.long() * taps + layer.col.clamp(min=0) // grid.tap_cols  # free slots have the last unit
             slots = order.argsort(stable=True)[: self.count * taps].view(-1, taps)  # of each unit, its taps in order
-            present = (row * plane.cols + col % plane.cols)[slots[:, 0]].sort().values
+            plane = Topology(one_tap(grid), layer.row[slots[:, 0]], layer.col[slots[:, 0]] % grid.tap_cols)
+            parts, present = Units(plane, slots, grid.tap_cols), plane.sorted_keys()
         else:
-            plane, taps = grid, 1
-            present = ordered_keys(layer.index, layer.topology)
-        cells, cols = plane.cells, plane.cols
+            parts, present = Units(layer.topology, None, grid.tap_cols), ordered_keys(layer.index, layer.topology)
+        cells = parts.topology.grid.cells
         count = min(limit, units.shape[0], cells - present.shape[0])
         drawn = torch.randperm(units.shape[0], generator=generator, device="cpu")[:count]
         units = units[drawn.to(units.device)]
         keys = sample_absent(present, cells, count, generator)
         del present
-        if slots is None:
-            slots = (self.unit < self.count).nonzero()  # units are numbered by their slots
-        tap = torch.arange(taps, device=keys.device) * grid.tap_cols
-        new_row = (keys // cols).int().repeat_interleave(taps)
-        new_col = ((keys % cols)[:, None] + tap).flatten().int()
-        return Move(slots[units].flatten(), new_row, new_col)
+        if not layer.tie_taps:  # units are numbered by their slots
+            units = (self.unit < self.count).nonzero().squeeze(1)[units]
+        return parts.spread(to_places(units, keys, parts.topology.grid))
 
 
 class Budget:

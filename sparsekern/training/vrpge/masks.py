@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn import lend_index
+from sparsekern.nn.carry_state import param_group
 from sparsekern.nn.sharded import copy_slots_, full_like_rows, take_slots
 from sparsekern.topology import Index, Move, empty_index, mask_index_
 from sparsekern.topology.arguments import check_choice, check_number
-from sparsekern.training.optimizer_state import param_group, slot_state
+from sparsekern.training.optimizer_state import slot_state
 from sparsekern.training.passes import RandomState, backpropagate, keep_norm_statistics, loss_of, without_sync
 from sparsekern.training.vrpge.budget import Budget, Candidates
 
