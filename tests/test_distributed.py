@@ -120,7 +120,6 @@ CALLS = {
     "VRPGE built before": lambda m, early, path: early["VRPGE"].step(),
     "AGENT built before, backward": lambda m, early, path: early["AGENT"].backward(lambda: m(WHOLE_BATCH).sum()),
     "AGENT built before, refresh": lambda m, early, path: early["AGENT"].refresh(),
-    "AGENT": lambda m, early, path: sk.AGENT(m, torch.optim.SGD(m.parameters())),
     "save": lambda m, early, path: sk.save(m, path / "a.safetensors"),
     "save, torch": lambda m, early, path: sk.save(m, path / "a.pt"),
     "load_": lambda m, early, path: sk.load_(m, test_base.make().state_dict()),

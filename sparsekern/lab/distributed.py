@@ -84,6 +84,11 @@ class Share:
     examples: int
     weight: float = 1.0
 
+    @property
+    def counted(self) -> int:
+        """Number of examples of the part that count."""
+        return self.batch[0].shape[0] if self.weight else 0
+
     def split(self, count: int) -> list[Share]:
         """Return at most ``count`` parts of about the same size, none of them empty."""
         inputs, targets = self.batch

@@ -77,8 +77,8 @@ def resolve(config: Config, task: Task, ranks: Ranks = ALONE) -> Run:
         ValueError: this machine lacks the device, the data do not fit the network, or the ranks do not divide a batch.
     """
     recipe, options = find(config.recipe), config.options
-    if ranks.sharded and (unable := [name for name in ("agent", "spectral") if options.get(name)]):
-        raise InputError(f"{unable[0]} needs whole weights on each rank; drop it, or take --strategy ddp")
+    if ranks.sharded and options.get("spectral"):
+        raise InputError("spectral needs whole weights on each rank; drop it, or take --strategy ddp")
     config = config.resolved(task.examples, task.augmentation(recipe))
     device = usable_device(str(config.device), ranks)
     if config.batch_size % ranks.count:

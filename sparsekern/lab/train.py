@@ -174,7 +174,7 @@ class Learner:
             "milliseconds": list(self._milliseconds),
             "graphs": list(self._graphs),
             "optimizer": gathered(self.optimizer.state_dict()),
-            "method": None if self._outer is None else self._outer.state_dict(),
+            "method": None if self._outer is None else gathered(self._outer.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,9 +246,8 @@ class Learner:
             return
         order = self._draw_order("agent order")
         began = time.perf_counter()
-        # as tensors, by whose rows AGENT weights a batch
-        batches = (self._batch(order, i, "agent augment").batch for i in range(self.batches))
-        self.agent.refresh(batches, self.mean_loss)
+        shares = (self._batch(order, i, "agent augment") for i in range(self.batches))
+        self.agent.refresh(shares, lambda share: self.mean_loss(share.batch), size=lambda share: share.counted)
         self._synchronise()
         self._seconds += time.perf_counter() - began
 

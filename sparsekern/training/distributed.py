@@ -52,6 +52,14 @@ class Ranks:
         """Average a tensor over all ranks, in place, and return it."""
         return self.sum(tensor).div_(self.count)
 
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Return whether it is true on any rank; the device is one of whose tensors ranks send."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor(flag, dtype=torch.int32, device=device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flags)
+
     def from_first(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor with that of the first rank, in place, and return it.
 
@@ -155,7 +163,7 @@ def slot_scores(values: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def sum_of_parts(tensor: Any, part: Tensor) -> Tensor:
-    """Return the sum over shards of a number ``()``, which each rank computed from its local part of ``tensor``."""
+    """Return the sum over shards of numbers ``(...)``, which each rank computed from its local part of ``tensor``."""
     if not is_sharded(tensor):
         return part
     from torch.distributed.tensor import DTensor, Partial, Replicate

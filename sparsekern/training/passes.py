@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology.arguments import check_kind
+from sparsekern.training.distributed import sharded_modules
 
 
 def loss_of(closure: Callable[[], Tensor]) -> Tensor:
@@ -131,9 +132,27 @@ def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def resharded(model: nn.Module) -> Iterator[None]:
+    """Begin and end with each rank holding its shards only, and reduce gradients over ranks, under ``fully_shard``."""
+    modules = sharded_modules(model)
+    for module in modules:
+        module.reshard()
+        module.set_requires_gradient_sync(True, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+
+
+@contextmanager
 def extra_passes(model: nn.Module) -> Iterator[None]:
-    """Run passes, with their backwards, that leave no trace but gradients, which are those of this rank alone."""
-    with keep_norm_statistics(model), without_sync(model), without_probes(sparse_layers(model).values()):
+    """Run passes, with their backwards, that leave no trace but gradients.
+
+    These are of this rank alone; under ``fully_shard`` they are its shards of the mean over ranks.
+    """
+    layers = sparse_layers(model).values()
+    with keep_norm_statistics(model), without_sync(model), resharded(model), without_probes(layers):
         yield
 
 

@@ -51,6 +51,11 @@ CONV = Config(
 )
 """With weights whose channels are last in memory, and momentum."""
 
+AGENT = changed(MLP, method="gse", epochs=4, batch_size=1437, update_every=3, options={"agent": True})
+"""Its last batch has one image, for the first of three ranks."""
+
+ODD = changed(AGENT, batch_size=480, epochs=3)
+
 STOPPED = changed(
     MLP, batch_size=396, method="rigl", options={"scoring": "screen"}
 )  # what it does on several ranks anyway
@@ -101,15 +106,16 @@ def two_ranks(rank: int, folder: Path, text: str) -> list[str]:
         sharded = replace(ranks, strategy="fsdp2")
         start(changed(GPT, data=text), folder / "sharded", Observer(), ranks=sharded)
         start(CONV, folder / "conv", Observer(), ranks=sharded)
-        with pytest.raises(Interrupted):
-            start(changed(GPT, data=text), folder / "sharded-stopped", StopAt(11), ranks=sharded)
+        for name, config, step in (("sharded-stopped", changed(GPT, data=text), 11), ("agent-stopped", ODD, 9)):
+            with pytest.raises(Interrupted):
+                start(config, folder / name, StopAt(step), ranks=sharded)
         with pytest.raises(Interrupted):  # one rank is asked to stop, and all do
             start(STOPPED, folder / "stopped", StopAt(9) if rank == 1 else Observer(), ranks=ranks)
         for work in (
             lambda: start(MLP, folder / "mlp", Observer(), ranks=ranks),
             lambda: start(changed(MLP, batch_size=401), folder / "new", Observer(), ranks=ranks),
             lambda: ranks.together(lambda: 1 if rank == 0 else Config(width=0)),
-            lambda: start(changed(MLP, options={"agent": True}), folder / "new", Observer(), ranks=sharded),
+            lambda: start(changed(MLP, options={"spectral": True}), folder / "new", Observer(), ranks=sharded),
             lambda: start(changed(MLP, rate=1e30), folder / "hot", Observer(), ranks=ranks),
             lambda: start(changed(GPT, data=text if rank else __file__), folder / "new", Observer(), ranks=ranks),
         ):
@@ -125,7 +131,10 @@ def finish(rank: int, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         cheap(patch)
         resume(folder / "stopped", Observer(), Ranks(rank, 3, rank))
-        resume(folder / "sharded-stopped", Observer(), Ranks(rank, 3, rank, "fsdp2"))
+        for name in ("sharded-stopped", "agent-stopped"):
+            resume(folder / name, Observer(), Ranks(rank, 3, rank, "fsdp2"))
+        for strategy in ("ddp", "fsdp2"):
+            start(AGENT, folder / f"agent-{strategy}", Observer(), ranks=Ranks(rank, 3, rank, strategy))
 
 
 def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, text):
@@ -136,7 +145,7 @@ def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, 
         "not empty",
         "which 2 ranks do not divide",
         "on rank 1: width is 0",
-        "agent needs whole weights",
+        "spectral needs whole weights",
         "lower the learning rate",
         "data of rank 1 are others",
     )
@@ -156,6 +165,11 @@ def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, 
     on_ranks(finish, 3, tmp_path / "meet", two)
     assert_alike(one / "stopped", two / "stopped")
     assert_alike(one / "gpt", two / "sharded-stopped")
+    for name, config in (("agent", AGENT), ("agent-stopped", ODD)):
+        start(config, one / name, Observer())
+    assert_alike(one / "agent-stopped", two / "agent-stopped")
+    for strategy in ("ddp", "fsdp2"):
+        assert_alike(one / "agent", two / f"agent-{strategy}")
 
 
 @pytest.mark.parametrize("examples", [1, 3, 7])
@@ -167,6 +181,7 @@ def test_the_mean_over_ranks_is_that_of_the_batch(examples):
     assert sum(part.weight * float(part.batch[0].mean()) for part in parts) / 4 == pytest.approx((examples - 1) / 2)
     counted = [int(n) for part in parts if part.weight for n in part.batch[1]]
     assert counted == list(range(examples)) and {share.examples for share in shares} == {examples}
+    assert sum(share.counted for share in shares) == examples
     assert ALONE.part(batch).batch is batch and ALONE.part(batch).weight == 1
 
 

@@ -281,9 +281,7 @@ def test_agent_takes_a_snapshot_an_epoch_and_gamma_zero_is_without_it(data):
 def test_agent_sees_how_many_images_a_batch_has(data, monkeypatch):
     """It weights the gradients of its pass by them."""
     learner, seen = learner_of("sparse", replace(CONFIG, options={"agent": True}), data, seed=0), []
-    monkeypatch.setattr(
-        learner.agent, "refresh", lambda batches, loss: seen.extend(len(images) for images, _ in batches)
-    )
+    monkeypatch.setattr(learner.agent, "refresh", lambda batches, loss, size: seen.extend(map(size, batches)))
     learner.step()
     assert seen == [500, 500, 438]
 

@@ -12,20 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.nn import refuse_sharded, sparse_layers
-from sparsekern.topology.arguments import check_choice, check_kind, check_number, check_whole
+from sparsekern.topology.arguments import check_kind
+from sparsekern.training.agent.checks import check_options, check_parts
 from sparsekern.training.agent.correction import Correction, from_losses, smoothed
-from sparsekern.training.agent.snapshot import Snapshot, pass_over
+from sparsekern.training.agent.mean_gradient import pass_over
+from sparsekern.training.agent.snapshot import Snapshot
 from sparsekern.training.attachment import Attached, NetworkSampler, unwrapped
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import Ranks
 from sparsekern.training.followers import OnMove
-from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, parallel_modules, perturbed
+from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, perturbed
 from sparsekern.training.saved_state import check_like
-
-ESTIMATES = ("losses", "gradients")
-SCOPES = ("global", "layer")
-NOT_SHARDED = "AGENT keeps whole copies of the values, and sharded ones are not supported; use DDP"
 
 AGENT_STATE_VERSION = 2
 
@@ -52,6 +49,9 @@ class AGENT(Attached):
     running statistics of norms. VR-PGE is corrected once it has chosen a network; until then :meth:`refresh` does
     nothing.
 
+    Under ``fully_shard`` the snapshot is sharded as the parameters are, and gradients of each backward are reduced over
+    ranks: ``set_requires_gradient_sync(False)`` does nothing.
+
     Needs memory for twice the values and one index, in a step for three times. With ``estimate="losses"``, c is 0 and
     steps make no extra pass until the second snapshot.
 
@@ -74,6 +74,8 @@ class AGENT(Attached):
     Raises:
         ValueError: a number or name is out of range, or the method is of another model or optimizer.
         TypeError: the optimizer is not an optimizer, or the method no :class:`Method`.
+        NotImplementedError: the model is in DistributedDataParallel with ``static_graph``, or sharded in another way
+            than by ``fully_shard`` on one mesh.
     """
 
     def __init__(
@@ -91,8 +93,8 @@ class AGENT(Attached):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         optimizer = unwrapped(optimizer)
-        _check_options(gamma, alpha, estimate, scope, batches, every)
-        _check_parts(model, optimizer, method, gamma)
+        check_options(gamma, alpha, estimate, scope, batches, every)
+        check_parts(model, optimizer, method, gamma)
         self.model, self.optimizer, self.method = model, optimizer, method
         self.gamma, self.alpha, self.estimate, self.scope = gamma, alpha, estimate, scope
         self.batches, self.every, self.ranks = batches, every, Ranks(process_group)
@@ -138,7 +140,7 @@ class AGENT(Attached):
             The loss, detached and not scaled.
         """
         self.check_open()
-        refuse_sharded(dict(self.snapshot.layers.values()), NOT_SHARDED)
+        self.snapshot.reshard()
         if perturb is not None:
             closure = perturbed(self.model, closure, perturb)
         if not self._is_active():
@@ -175,24 +177,26 @@ class AGENT(Attached):
         batches: Iterable[Any] | None = None,
         loss: Callable[[Any], Tensor] | None = None,
         *,
+        size: Callable[[Any], int] | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Estimate c, and take a new snapshot and its mean gradient: once an epoch, best right after blocks have moved.
 
-        Each rank gives its own part of the batches.
+        Each rank gives its own part of the batches; under ``fully_shard`` all give the same number of them.
 
         Args:
-            batches: of the training set; clean ones in adversarial training. A batch is weighted by the number of rows
-                of its first tensor. None with ``estimate="gradients"``: no pass, and the mean gradient is that of the
-                steps that follow.
+            batches: of the training set; clean ones in adversarial training. None with ``estimate="gradients"``: no
+                pass, and the mean gradient is that of the steps that follow.
             loss: computes the loss ``()`` of one batch.
+            size: returns the number of examples that a batch counts as, by which it is weighted. Default: the number of
+                rows of its first tensor.
             scaler: as in :meth:`backward`; a batch that overflows does not count.
 
         Raises:
-            ValueError: there are no batches, or none are given but c needs them.
+            ValueError: there are no batches, or none are given but c needs them, or ranks give other numbers of them.
         """
         self.check_open()
-        refuse_sharded(dict(self.snapshot.layers.values()), NOT_SHARDED)
+        self.snapshot.reshard()
         if not self._is_active():
             return
         if (batches is None) != (loss is None):
@@ -215,6 +219,7 @@ class AGENT(Attached):
                         self.snapshot,
                         islice(batches, self.batches),
                         loss,
+                        size=size,
                         scaler=scaler,
                         cost=self.cost,
                         ranks=self.ranks,
@@ -223,7 +228,7 @@ class AGENT(Attached):
                     self._smooth([from_losses(*losses)])
                 self._correction.averaged = None
             self.snapshot.take()
-            self._ready = self.snapshot.mean_is_finite()
+            self._ready = not self.ranks.any(not self.snapshot.mean_is_finite(), self.snapshot.device)
         self.since = 0
         self._correction.begin_step()
         self._correction.variance.restart()
@@ -355,44 +360,3 @@ class AGENT(Attached):
 
     def _mean_c(self) -> float:
         return sum(self.c.values()) / len(self.c)
-
-
-def _check_options(
-    gamma: float, alpha: float, estimate: str, scope: str, batches: int | None, every: int | None
-) -> None:
-    """Raise ValueError if an option is out of range, or two options contradict each other."""
-    for name, number in (("gamma", gamma), ("alpha", alpha)):
-        check_number(name, number, "a number")
-    if not 0 <= gamma <= 1:
-        raise InputError(f"gamma is {gamma}; it must be in [0, 1]", parameter="gamma")
-    if not 0 < alpha <= 1:
-        raise InputError(f"alpha is {alpha}; it must be in (0, 1]", parameter="alpha")
-    for name, choice, known in (("estimate", estimate, ESTIMATES), ("scope", scope, SCOPES)):
-        check_choice(name, choice, known)
-    for name, value in (("batches", batches), ("every", every)):
-        if value is not None:
-            check_whole(name, value, 1)
-    if estimate == "losses" and (scope == "layer" or every is not None):
-        name, what = ("scope", "'layer'") if scope == "layer" else ("every", str(every))
-        raise InputError(
-            f"{name} is {what}, but the losses of batches give one c after a pass; estimate must be gradients",
-            parameter=name,
-        )
-
-
-def _check_parts(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method | None, gamma: float) -> None:
-    """Raise an error if model, optimizer and method do not belong together, or gradients cannot be corrected."""
-    layers = sparse_layers(model)
-    refuse_sharded(layers, NOT_SHARDED)
-    if gamma > 0 and any(module.static_graph for module in parallel_modules(model)):  # no_sync fails an assertion
-        raise NotImplementedError(
-            "the model is in DistributedDataParallel(static_graph=True), which reduces every backward over ranks, and "
-            "AGENT makes some that must not be; leave static_graph out"
-        )
-    if method is None:
-        return
-    if not isinstance(method, Method):
-        raise TypeError(f"method is a {type(method).__name__}; it must be a sparsekern.Method, or None")
-    method.check_open()
-    if method.optimizer is not optimizer or {*map(id, layers.values())} != {*map(id, method.layers.values())}:
-        raise InputError("method is of another model or optimizer; build both of the same two", parameter="method")

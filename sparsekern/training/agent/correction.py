@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.nn.sharded import local, own_rows
 from sparsekern.training.agent.snapshot import Snapshot
-from sparsekern.training.distributed import Ranks
+from sparsekern.training.distributed import Ranks, sum_of_parts
 from sparsekern.training.passes import (
     ExtraCost,
     backpropagate,
@@ -77,7 +78,9 @@ class Correction:
         self.averaged: int | None = None
         device = next(iter(snapshot.parameters.values())).device
         self.products = Products(len(self.weights), device)
-        self.variance = VarianceRatio({name: p.numel() for name, p in snapshot.parameters.items()}, device)
+        sizes = {name: p.numel() for name, p in snapshot.parameters.items()}
+        rows = {name: rows for name, p in snapshot.parameters.items() if (rows := own_rows(p)) is not None}
+        self.variance = VarianceRatio(sizes, device, rows)
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -91,11 +94,17 @@ class Correction:
         """Return whether this backward starts new gradients, rather than adding to those of an earlier one."""
         if self._left is None:
             return True
-        gradients = [p.grad for p in self._snapshot.parameters.values() if p.grad is not None]
+        gradients = [g for g in self._gradients().values() if g is not None]
         tensor, version = self._left
         if any(g is tensor for g in gradients) and tensor._version == version:
             return False
-        return not any(bool(g.any()) for g in gradients)  # scaling skipped the step, and the gradients were zeroed
+        left = any(bool(g.any()) for g in gradients)
+        # else scaling skipped the step, and the gradients were zeroed
+        return not (self._ranks.any(left, tensor.device) if self._snapshot.sharded else left)
+
+    def _gradients(self) -> dict[str, Tensor | None]:
+        """Return this rank's part of each gradient, by parameter."""
+        return {n: None if p.grad is None else local(p.grad) for n, p in self._snapshot.parameters.items()}
 
     def _snapshot_backward(
         self, closure: Callable[[], Tensor], scaler: torch.amp.GradScaler | None, first: bool
@@ -105,7 +114,7 @@ class Correction:
         with extra_passes(self._model), snapshot.swapped(), without_gradients(self._model.parameters()):
             with self._cost.counted("snapshot"):
                 backpropagate(loss_of(closure), scaler)
-            found = {name: p.grad for name, p in snapshot.parameters.items()}
+            found = self._gradients()
         residual = {}
         for name, gradient in found.items():
             mean = snapshot.mean[name]
@@ -134,6 +143,8 @@ class Correction:
     def _correct(self, residual: dict[str, Tensor]) -> None:
         """Subtract residuals from the gradients before the pass, so that DDP averages both over ranks.
 
+        Under ``fully_shard`` both are averages already.
+
         Empties ``residual``, so that at most one copy of the values is held.
         """
         taken_off = []
@@ -144,9 +155,10 @@ class Correction:
             if r is None:
                 continue
             if weight and parameter.grad is None:
-                parameter.grad = r * -weight if self._learns else r.mul_(-weight)  # reuse its memory where possible
+                taken = r * -weight if self._learns else r.mul_(-weight)  # reuse its memory where possible
+                parameter.grad = self._snapshot.like_parameter(name, taken)
             elif weight and parameter.grad is not None:
-                parameter.grad.sub_(r, alpha=weight)
+                local(parameter.grad).sub_(r, alpha=weight)
             if self._learns:
                 whole = self._residual.get(name)
                 self._residual[name] = r if whole is None else whole.add_(r)
@@ -156,7 +168,7 @@ class Correction:
     @torch.no_grad()
     def note(self, scaler: torch.amp.GradScaler | None) -> None:
         """Compute the statistics of the step from its batches so far."""
-        gradients = {name: p.grad for name, p in self._snapshot.parameters.items()}
+        gradients = self._gradients()
         self._left = next(((g, g._version) for g in gradients.values() if g is not None), None)
         parallel = parallel_modules(self._model)
         if not all(module.require_backward_grad_sync for module in parallel):
@@ -166,7 +178,7 @@ class Correction:
             self._ranks.mean(self._taken_off)
             if self._learns:
                 self._average_residual()
-        scale = scale_of(scaler, self._taken_off.device)
+        taken_off, scale = self._taken_off, scale_of(scaler, self._taken_off.device)
         corrected = torch.cat([self.variance.sample(name, g) for name, g in gradients.items()])
         products = torch.zeros_like(self.products.sums)
         groups = list(self.weights)
@@ -174,7 +186,11 @@ class Correction:
             square, gradient = inner(r, r), gradients[name]
             product = self._weight(name) * square + (0 if gradient is None else inner(gradient, r))
             products[groups.index(self._group[name])] += torch.stack([product, square]).to(products.device)
-        plain = corrected + self._taken_off
+        if self._snapshot.sharded:
+            sharded = next(iter(self._snapshot.parameters.values()))
+            corrected, taken_off = sum_of_parts(sharded, torch.stack([corrected, taken_off]))
+            products = sum_of_parts(sharded, products)
+        plain = corrected + taken_off
         self._noted = StepStatistics(products / scale.double() ** 2, corrected / scale, plain / scale, scale)
 
     def _average_residual(self) -> None:
@@ -279,10 +295,11 @@ class VarianceRatio:
     Args:
         sizes: number of elements of each parameter, by name.
         device: of the sums.
+        rows: of sharded parameters those ``(n,)`` that this rank holds, ascending.
     """
 
-    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
-        self._sizes = sizes
+    def __init__(self, sizes: dict[str, int], device: torch.device, rows: Mapping[str, Tensor] | None = None) -> None:
+        self._sizes, self._rows = sizes, rows or {}
         self.stride = math.ceil(sum(sizes.values()) / SAMPLED) | 1  # odd, so that it is not one column of the blocks
         self._offsets: dict[str, int] = {}
         start = 0
@@ -294,12 +311,22 @@ class VarianceRatio:
         self._last = 1.0
 
     def sample(self, name: str, tensor: Tensor | None) -> Tensor:
-        """Return the sampled elements ``(n,)`` of a parameter's tensor, as a float32 copy; zeros for None."""
+        """Return the sampled elements ``(n,)`` of a parameter's tensor, as a float32 copy; zeros for None.
+
+        Of a sharded parameter the tensor is this rank's part, and elements of other ranks are zero.
+        """
         offset, device = self._offsets[name], self._sums.device
-        if tensor is None:
-            count = len(range(offset, self._sizes[name], self.stride))
-            return torch.zeros(count, dtype=torch.float32, device=device)
-        return tensor.flatten()[offset :: self.stride].to(device, torch.float32, copy=True)
+        rows = self._rows.get(name)
+        if tensor is not None and rows is None:
+            return tensor.flatten()[offset :: self.stride].to(device, torch.float32, copy=True)
+        at = torch.arange(offset, self._sizes[name], self.stride, device=device)
+        sample = torch.zeros(at.shape, dtype=torch.float32, device=device)
+        if tensor is not None and rows is not None and rows.numel():
+            width = tensor[0].numel()
+            row = torch.searchsorted(rows, at // width).clamp_(max=rows.shape[0] - 1)
+            here = rows[row] == at // width
+            sample[here] = tensor.flatten()[(row * width + at % width)[here]].float()
+        return sample
 
     def add(self, corrected: Tensor, plain: Tensor) -> None:
         """Add the samples of one step."""

@@ -1,30 +1,21 @@
-"""A snapshot of a model: an earlier state, its mean gradient, and the pass over batches that takes both (AGENT)."""
+"""A snapshot of a model: an earlier state and its mean gradient (AGENT)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse, plain_name, sparse_layers
+from sparsekern.nn.sharded import is_by_slots, is_sharded, joined, local, own_rows, sharded_as
 from sparsekern.topology import Index, Topology, empty_index, rebuild_
-from sparsekern.training.distributed import Ranks
-from sparsekern.training.passes import (
-    ExtraCost,
-    RandomState,
-    backpropagate,
-    extra_passes,
-    loss_of,
-    scale_of,
-    without_gradients,
-)
+from sparsekern.training.distributed import reshard, sharded_modules
 from sparsekern.training.scores import is_finite
 
 EXCHANGED = 2**18
@@ -37,7 +28,8 @@ Follow = Callable[[str, Tensor, Callable[[Tensor, Tensor], None]], None]
 class Snapshot:
     """The values of a model's parameters at one moment, with the topology of that moment and a mean gradient.
 
-    Holds twice the values (the mean at least in float32) and one index of every sparse layer.
+    Holds twice the values (the mean at least in float32) and one index of every sparse layer; of sharded parameters the
+    part of this rank.
 
     Args:
         model: the model.
@@ -46,18 +38,26 @@ class Snapshot:
     Attributes:
         taken: whether it holds a state.
         parameters: parameters of the model that are not frozen, by name.
-        values: their values at the snapshot.
-        mean: their mean gradient, on the topology of the snapshot; zeros at first.
+        values: their values at the snapshot, those of this rank.
+        mean: their mean gradient, on the topology of the snapshot, of the same shape; zeros at first.
+        sharded: whether parameters are sharded, by ``fully_shard``.
+        device: of the first parameter.
         layers: the sparse layers and their names, by the name of their values.
 
     Raises:
         ValueError: all parameters are frozen.
+        NotImplementedError: some are sharded and others are not, or not by their first axis or over the same ranks.
     """
 
     def __init__(self, model: nn.Module, follow: Follow | None) -> None:
+        self._modules = sharded_modules(model)
+        reshard(self._modules, sparse_layers(model))
         self.parameters = {plain_name(model, name): p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise InputError("no parameter of the model trains; AGENT corrects gradients")
+        self.sharded = bool(self._modules)
+        self.device = next(iter(self.parameters.values())).device
+        _check_alike(self.parameters)
         self.taken = False
         self.values: dict[str, Tensor] = {}
         self.mean: dict[str, Tensor] = {}
@@ -85,6 +85,15 @@ class Snapshot:
         """The tensors that follow the blocks."""
         return list(self._same.values())
 
+    def reshard(self) -> None:
+        """Free gathered copies of parameters, so that the model has those that the optimizer holds."""
+        reshard(self._modules, dict(self.layers.values()))
+
+    def like_parameter(self, name: str, part: Tensor) -> Tensor:
+        """Return the tensor of a parameter's shape, sharded as that is, of which this rank has a part."""
+        parameter = self.parameters[name]
+        return joined(part, parameter, parameter.shape[0]) if self.sharded else part
+
     @torch.no_grad()
     def take(self) -> None:
         """Copy the present state of the model. The mean gradient does not change.
@@ -96,7 +105,7 @@ class Snapshot:
             raise InputError("blocks moved, but AGENT knows of no method; give the one that moves them, method=...")
         self.allocate()
         for name, parameter in self.parameters.items():
-            self.values[name].copy_(parameter)
+            self.values[name].copy_(local(parameter))
         for name, (_, layer) in self.layers.items():
             for mine, tensor in self._pairs(name, layer):
                 mine.copy_(tensor)
@@ -112,7 +121,8 @@ class Snapshot:
         """Allocate values and mean, which is zero, without taking the snapshot. A second call does nothing."""
         if self.values:
             return
-        for name, p in self.parameters.items():
+        for name, parameter in self.parameters.items():
+            p = local(parameter)
             self.values[name] = torch.empty_like(p, requires_grad=False)
             self.mean[name] = torch.zeros_like(p, dtype=accumulate_dtype(p.dtype), requires_grad=False)
         for name, (_, layer) in self.layers.items():
@@ -139,9 +149,10 @@ class Snapshot:
             # An autocast around both passes caches the weights that it has cast, and would not cast the exchanged ones.
             stack.callback(torch.clear_autocast_cache)
             torch.clear_autocast_cache()
+            self.reshard()
             for name, parameter in self.parameters.items():
-                exchange_(parameter, self.values[name])
-                stack.callback(exchange_, parameter, self.values[name])
+                exchange_(local(parameter), self.values[name])
+                stack.callback(exchange_, local(parameter), self.values[name])
             for name in sorted(self._moved):
                 layer = self.layers[name][1]
                 pairs = self._pairs(name, layer)
@@ -150,12 +161,14 @@ class Snapshot:
                     exchange_(tensor, mine)
                     stack.callback(exchange_, tensor, mine)
                 layer.accept_index_()
+            stack.callback(self.reshard)  # called first
             yield
 
     def zero_moved_(self, name: str, tensor: Tensor) -> Tensor:
-        """Zero a parameter's tensor in the slots whose blocks moved since the snapshot, in place, and return it."""
+        """Zero this rank's part of a parameter's tensor where blocks moved since the snapshot; return it."""
         if name in self._moved:
-            same = self._same[name]
+            same, rows = self._same[name], own_rows(self.parameters[name])
+            same = same if rows is None else same[rows]
             tensor.masked_fill_(~same.view(-1, *[1] * (tensor.dim() - 1)), 0)
         return tensor
 
@@ -168,11 +181,12 @@ class Snapshot:
         return sum(int((same & u).sum()) for same, u in used) / total if total else 1.0
 
     def bytes(self) -> int:
-        """Return the number of bytes of all tensors that it holds."""
+        """Return the number of bytes of all tensors that it holds, on all ranks together where they are sharded."""
         places = [
             t for name, (_, layer) in self.layers.items() if name in self._places for t, _ in self._pairs(name, layer)
         ]
-        held = [*self.values.values(), *self.mean.values(), *self._same.values(), *places]
+        values = [self.like_parameter(name, t) for part in (self.values, self.mean) for name, t in part.items()]
+        held = [*values, *self._same.values(), *places]
         return sum(t.numel() * t.element_size() for t in held)
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,8 +197,8 @@ class Snapshot:
                 values.zero_()
         return {
             "taken": self.taken,
-            "values": dict(self.values),
-            "mean": dict(self.mean),
+            "values": {name: self.like_parameter(name, values) for name, values in self.values.items()},
+            "mean": {name: self.like_parameter(name, mean) for name, mean in self.mean.items()},
             "row": {name: topology.row for name, (topology, _) in self._places.items()},
             "col": {name: topology.col for name, (topology, _) in self._places.items()},
             "same": dict(self._same),
@@ -192,7 +206,7 @@ class Snapshot:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned.
+        """Load what :meth:`state_dict` returned; tensors that were sharded may be whole, on all ranks.
 
         Raises:
             ValueError: the state has other parameters.
@@ -204,9 +218,11 @@ class Snapshot:
         if {name: tuple(v.shape) for name, v in state["values"].items()} != shapes:
             raise InputError("the state is of other parameters; build model and AGENT as those that were saved")
         self.allocate()
-        for mine, saved in ((self.values, state["values"]), (self.mean, state["mean"]), (self._same, state["same"])):
+        for mine, saved in ((self.values, state["values"]), (self.mean, state["mean"])):
             for name, tensor in mine.items():
-                tensor.copy_(saved[name])
+                tensor.copy_(local(sharded_as(self.parameters[name], saved[name])))
+        for name, same in self._same.items():
+            same.copy_(state["same"][name])
         for name, (topology, index) in self._places.items():
             topology.row.copy_(state["row"][name])
             topology.col.copy_(state["col"][name])
@@ -214,6 +230,16 @@ class Snapshot:
         self._moved = {name for name in self.layers if not self._is_here(name)}
         self._moved |= {name for name, same in self._same.items() if not bool(same.all())}
         self.taken = True
+
+
+def _check_alike(parameters: Mapping[str, Tensor]) -> None:
+    """Raise NotImplementedError unless all parameters are whole, or all sharded alike by their first axis."""
+    meshes = {getattr(p, "device_mesh", None) for p in parameters.values()}
+    if len(meshes) > 1 or not all(is_by_slots(p) for p in parameters.values() if is_sharded(p)):
+        raise NotImplementedError(
+            "parameters are sharded in several ways, and AGENT takes those that fully_shard shards by their first axis,"
+            " all on one mesh: leave out shard_placement_fn, ignored_params and tensor-parallel plans"
+        )
 
 
 @torch.no_grad()
@@ -226,114 +252,3 @@ def exchange_(a: Tensor, b: Tensor) -> None:
         kept = x.clone()
         x.copy_(y)
         y.copy_(kept)
-
-
-class Losses(NamedTuple):
-    """Mean losses of batches over all ranks, with the present weights and with the snapshot's, and sizes of batches."""
-
-    new: list[float]
-    old: list[float]
-    sizes: list[float]
-
-
-def pass_over(
-    model: nn.Module,
-    snapshot: Snapshot,
-    batches: Iterable[Any],
-    loss: Callable[[Any], Tensor],
-    *,
-    scaler: torch.amp.GradScaler | None,
-    cost: ExtraCost,
-    ranks: Ranks,
-) -> Losses:
-    """Compute the mean gradient of the present weights over batches, into the snapshot's mean, and return losses.
-
-    Weights, gradients, norm statistics and probes do not change. Both passes over a batch have the same dropout. The
-    mean is NaN where the gradients of all batches overflow.
-
-    Args:
-        model: in training mode, as in a training step.
-        snapshot: an earlier snapshot, with whose weights losses are computed too if it is taken.
-        batches: of this rank; each is weighted by its number of rows.
-        loss: computes the loss ``()`` of a batch.
-        scaler: scales losses; a batch whose gradient overflows does not count.
-        cost: counts the FLOPs.
-        ranks: that train one model.
-
-    Raises:
-        ValueError: there are no batches.
-    """
-    compare = snapshot.taken
-    snapshot.allocate()  # taken only when the pass is over: it may fail
-    for mean in snapshot.mean.values():
-        mean.zero_()
-    noted: list[Tensor] = []  # (size, size * new, size * old) of each batch
-    with extra_passes(model), without_gradients(model.parameters()):
-        for batch in batches:
-            closure = partial(loss, batch)
-            randomness = RandomState(model)
-            with cost.counted("batch"):
-                new = backpropagate(loss_of(closure), scaler)
-            size = _rows(batch) if _add_gradients(snapshot, _rows(batch), scaler) else 0
-            old = torch.zeros_like(new)
-            if compare:
-                randomness.restore()
-                with snapshot.swapped(), torch.no_grad(), cost.counted("compared batch"):
-                    old = loss_of(closure)
-            # A batch that overflowed has size 0, and must not make the sums over ranks NaN.
-            pair = torch.stack([new, old]).double() * size if size else new.new_zeros(2, dtype=torch.float64)
-            noted.append(torch.cat([pair.new_tensor([size]), pair]))
-    if not noted:
-        raise InputError(
-            "batches is empty; give some of the training set, a few dozen batches or more", parameter="batches"
-        )
-    rows = _over_ranks(torch.stack(noted), ranks)
-    total = rows[:, 0].sum()
-    for mean in snapshot.mean.values():
-        ranks.sum(mean).div_(total.to(mean))
-    rows = rows[rows[:, 0] > 0]
-    sizes, new_sums, old_sums = rows.unbind(1)
-    if not compare:
-        return Losses([], [], [])
-    return Losses((new_sums / sizes).tolist(), (old_sums / sizes).tolist(), sizes.tolist())
-
-
-@torch.no_grad()
-def _add_gradients(snapshot: Snapshot, size: int, scaler: torch.amp.GradScaler | None) -> bool:
-    """Add a batch's gradients to the mean and clear them; return False, and add none, if they overflowed."""
-    gradients = {name: p.grad for name, p in snapshot.parameters.items() if p.grad is not None}
-    for parameter in snapshot.parameters.values():
-        parameter.grad = None
-    if scaler is None:
-        for name, gradient in gradients.items():
-            snapshot.mean[name].add_(gradient, alpha=size)
-        return True
-    if not all(is_finite(gradient) for gradient in gradients.values()):
-        return False
-    for name, gradient in gradients.items():
-        mean = snapshot.mean[name]
-        mean.add_(gradient.to(mean.dtype) * (size / scale_of(scaler, mean.device)))
-    return True
-
-
-def _over_ranks(rows: Tensor, ranks: Ranks) -> Tensor:
-    """Sum the rows of each batch over ranks; a rank with fewer batches adds nothing to the last ones."""
-    if ranks.count == 1:
-        return rows
-    most = torch.tensor(rows.shape[0], device=rows.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ranks.group)
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, int(most) - rows.shape[0]))
-    return ranks.sum(padded)
-
-
-def _rows(batch: Any) -> int:
-    """Return the number of rows of a batch's first tensor; 1 if it has none."""
-    tensor = _first_tensor(batch)
-    return 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
-
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)

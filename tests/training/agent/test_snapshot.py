@@ -10,7 +10,8 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.training.agent import snapshot as module
-from sparsekern.training.agent.snapshot import Snapshot, _rows, exchange_, pass_over
+from sparsekern.training.agent.mean_gradient import _rows, pass_over
+from sparsekern.training.agent.snapshot import Snapshot, exchange_
 from sparsekern.training.distributed import Ranks
 from sparsekern.training.passes import ExtraCost
 
@@ -105,7 +106,7 @@ def parts():
 
 
 def run(model, snapshot, data, loss, scaler=None):
-    return pass_over(model, snapshot, data, loss, scaler=scaler, cost=ExtraCost(), ranks=Ranks())
+    return pass_over(model, snapshot, data, loss, scaler=scaler, cost=ExtraCost(), ranks=Ranks(), size=None)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
