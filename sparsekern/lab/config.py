@@ -40,8 +40,9 @@ class Config:
     Attributes:
         recipe: network and training; ``sparsekern train --list`` shows what there is. It decides what is not given.
         data: of a GPT a text file or a folder of them. Of other recipes an .npz file (train_images, train_labels,
-            test_images, test_labels), CIFAR (binary version) as a folder or .tar.gz, or a folder of IDX files. Default:
-            the digits of scikit-learn; of a GPT the source of the standard library.
+            test_images, test_labels), CIFAR (binary version) as a folder or .tar.gz, or a folder of IDX files or of
+            these arrays as .npy files, which stay on the disk. Default: the digits of scikit-learn; of a GPT the source
+            of the standard library.
         data_max_gib: GiB of memory that the data may ask for. Large files may ask for 16 times their own size.
         sparsity: fraction of the sparse layers' weights that is absent, in [0, 1); or one for each kind of layers of
             the recipe, others staying dense.

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import Limits
+from sparsekern.lab.stored import channels_first
 
 if TYPE_CHECKING:
     import numpy
@@ -45,8 +46,8 @@ Arrays = dict[str, "numpy.ndarray"]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def _check_shapes(source: Path, shapes: Shapes, file_bytes: int, limits: Limits) -> None:
-    """Check that arrays fit together and into memory, before they are read."""
+def check_shapes(source: Path, shapes: Shapes) -> None:
+    """Check that arrays fit together, before they are read."""
     for part in ("train", "test"):
         images, labels = shapes[f"{part}_images"], shapes[f"{part}_labels"]
         if images[0] != labels[0]:
@@ -57,6 +58,11 @@ def _check_shapes(source: Path, shapes: Shapes, file_bytes: int, limits: Limits)
             raise InputError(
                 f"{source} has an empty {part} set: its images have shape {images}; there must be at least one"
             )
+
+
+def _check_memory(source: Path, shapes: Shapes, file_bytes: int, limits: Limits) -> None:
+    """Check that arrays fit together and into memory, before they are read."""
+    check_shapes(source, shapes)
     wanted = sum(math.prod(shape) * (8 if len(shape) == 1 else 4) for shape in shapes.values())
     limits.check_bytes(source, wanted, file_bytes)
 
@@ -81,16 +87,16 @@ def read_npz(path: Path, limits: Limits) -> Arrays:
             f"{path} has no array {', '.join(absent)}; it must have {', '.join(KEYS)}, or {', '.join(KERAS_KEYS)}"
         )
     for key, name in zip(KEYS, names, strict=True):
-        _check_array(path, key, *headers[name])
+        check_array(path, key, *headers[name])
     shapes = {key: headers[name][0] for key, name in zip(KEYS, names, strict=True)}
-    _check_shapes(path, shapes, path.stat().st_size, limits)
+    _check_memory(path, shapes, path.stat().st_size, limits)
     try:
         with numpy.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[name] for key, name in zip(KEYS, names, strict=True)}
     except Exception:
         raise _damaged_npz(path) from None
     for key in KEYS[::2]:
-        arrays[key] = arrays[key][:, None] if arrays[key].ndim == 3 else arrays[key].transpose(0, 3, 1, 2)
+        arrays[key] = channels_first(arrays[key])
     return arrays
 
 
@@ -118,7 +124,8 @@ def _npy_headers(path: Path) -> dict[str, tuple[tuple[int, ...], numpy.dtype[Any
     return headers
 
 
-def _check_array(path: Path, key: str, shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> None:
+def check_array(path: Path, key: str, shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> None:
+    """Check that an array is one of images or of labels, as its name says."""
     if "labels" in key:
         if dtype.kind not in "iu" or len(shape) != 1:
             raise InputError(f"{key} in {path} is {dtype} of shape {shape}; it must be integers of shape (images,)")
@@ -143,7 +150,7 @@ def read_idx(folder: Path, limits: Limits) -> Arrays:
     """
     files = {key: _find_idx(folder, stem, 3 if "images" in key else 1) for key, stem in IDX.items()}
     shapes = {key: _idx_shape(path, 3 if "images" in key else 1) for key, path in files.items()}
-    _check_shapes(folder, shapes, sum(path.stat().st_size for path in files.values()), limits)
+    _check_memory(folder, shapes, sum(path.stat().st_size for path in files.values()), limits)
     arrays = {key: _idx_array(path, shapes[key]) for key, path in files.items()}
     return arrays | {key: arrays[key][:, None] for key in KEYS[::2]}
 

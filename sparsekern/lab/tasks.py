@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, pad
 from sparsekern.errors import InputError
 from sparsekern.lab.data import Dataset, load
 from sparsekern.lab.metric import ACCURACY, Metric
+from sparsekern.lab.stored import Shuffled
 
 if TYPE_CHECKING:
     from sparsekern.lab.recipes import Recipe
@@ -203,11 +204,14 @@ class Classification(Task):
         """Return an image ``(1, C, H, W)``."""
         return torch.empty(1, *self.data.image_shape)
 
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Return the places of all training images ``(N,)`` in a random order."""
-        return torch.randperm(self.examples, generator=generator).to(self.data.train_images.device)
+    def order(self, generator: torch.Generator) -> Tensor | Shuffled:
+        """Return the places of all training images ``(N,)`` in a random order; of images on the disk without a list."""
+        images = self.data.train_images
+        if not isinstance(images, Tensor):
+            return Shuffled(self.examples, generator)
+        return torch.randperm(self.examples, generator=generator).to(images.device)
 
-    def batch(self, order: Tensor, number: int, size: int, generator: torch.Generator) -> Batch:
+    def batch(self, order: Tensor | Shuffled, number: int, size: int, generator: torch.Generator) -> Batch:
         """Return images ``(B, C, H, W)``, varied, and labels ``(B,)``."""
         chosen = order[number * size : (number + 1) * size]
         images = augmented(self.data.train_images[chosen], self.augment, generator)
