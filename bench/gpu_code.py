@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="rows, such as 'sm_90 fwd * 64x64'")
-    parser.add_argument("--sample", action="store_true", help="one block of them for each kernel, dtype, architecture")
+    parser.add_argument("--sample", action="store_true", help="one row for each kernel, width of numbers, architecture")
     parser.add_argument("--update", action="store_true", help="write new and better rows into the table")
     parser.add_argument("--allow-worse", action="append", default=[], metavar="GLOB", help="rows that may get worse")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, and what is wrong to stderr")

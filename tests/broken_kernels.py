@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from sparsekern.kernels import gpu
@@ -15,6 +17,29 @@ MODULES = ("conv2d", "conv2d_multiply", "conv2d_outer", "launch", "linear", "mul
 
 SEEN = r" elements are wrong$| addresses are wrong$|the NaN of (token|slot|channel|row)|^assert \(?not"
 """What the oracle, the guard and the checks for NaN and for phantom elements say."""
+
+Check = Callable[[], None]
+Table = dict[str, list[tuple[str, Check, str, str]]]
+"""By file, or function of a file: a name, the check that must turn red, what is replaced, by what."""
+
+
+def mutations(table: Table) -> list[Any]:
+    """Return the rows as parameters ``place, check, old, new`` of a test, by their names."""
+    rows = [pytest.param(place, *rest, id=name) for place, rows in table.items() for name, *rest in rows]
+    assert len({row.id for row in rows}) == len(rows)
+    return rows
+
+
+def checks(table: Table) -> list[Check]:
+    """Return each check of a table once, for the healthy kernels to pass."""
+    return list(dict.fromkeys(check for rows in table.values() for _, check, *_ in rows))
+
+
+def assert_noticed(place: str, check: Check, old: str, new: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Raise AssertionError unless a check notices a mutation: by the oracle or by the guard, not by a crash."""
+    mutate(place, old, new, folder, patch)
+    with pytest.raises(AssertionError, match=SEEN):
+        check()
 
 
 def mutate(place: str, old: str, new: str, folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sparsekern.kernels.gpu import conv2d
 
-from tests.broken_kernels import SEEN, mutate
+from tests.broken_kernels import Check, Table, assert_noticed, mutations
 from tests.device import interpreted_only
 from tests.gpu_checks import check_all_block_norms, check_block_norms, check_outer, check_sketches
 from tests.gpu_conv2d_checks import (
@@ -30,11 +29,11 @@ pytestmark = [interpreted_only, pytest.mark.usefixtures("poisoned_memory", "guar
 # The checks.
 
 
-def kernels(**given: Any) -> Callable[[], None]:
+def kernels(**given: Any) -> Check:
     return lambda: check_kernels(edge_case(**{"images": 1, **given}), *GATHER)
 
 
-def parts(**given: Any) -> Callable[[], None]:
+def parts(**given: Any) -> Check:
     return lambda: check_kernels(edge_case(**{"images": 1, "block": (32, 32), **given}), *PARTS)
 
 
@@ -46,7 +45,7 @@ def nan_stays() -> None:
     check_that_nan_stays_where_it_is_read(whole_case(blocks=6, images=1, height=3, width=3), *GATHER)
 
 
-def outer(**given: Any) -> Callable[[], None]:
+def outer(**given: Any) -> Check:
     return lambda: check_outer(edge_case(**{"blocks": 9, **given}), *GATHER)
 
 
@@ -58,15 +57,15 @@ def phantom() -> None:
     check_that_phantom_elements_are_zero(edge_case(padding=(0, 0, 0, 0)), *GATHER)
 
 
-def block_norms(**given: Any) -> Callable[[], None]:
+def block_norms(**given: Any) -> Check:
     return lambda: check_block_norms(edge_case(**{"images": 1, "kernel": (1, 2), **given}), *GATHER)
 
 
-def all_block_norms(**given: Any) -> Callable[[], None]:
+def all_block_norms(**given: Any) -> Check:
     return lambda: check_all_block_norms(edge_case(kernel=(2, 2), **given), SUPERTILE)
 
 
-def sketch(**given: Any) -> Callable[[], None]:
+def sketch(**given: Any) -> Check:
     return lambda: check_sketches(edge_case(kernel=(2, 2), **given))
 
 
@@ -81,7 +80,7 @@ STRIDED, GROUPED, DILATED = SHAPES["strided"], SHAPES["grouped"], SHAPES["dilate
 # The table.
 
 
-TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
+TABLE: Table = {
     "conv2d_multiply.conv2d_multiply_kernel": [
         ("missing int64 cast of the pitch", check_far_pixels, "(groups * in_group).to(tl.int64)", "groups * in_group"),
         ("phase of rows forgotten", kernels(**STRIDED), "origin_y += phase_y", "origin_y += 0"),
@@ -214,34 +213,16 @@ TABLE: dict[str, list[tuple[str, Callable[[], None], str, str]]] = {
         ("the filling of images not cleared", kernels(**GROUPED), "filled[..., features:] = 0", "pass"),
     ],
 }  # fmt: skip
-"""By file, or function of a file: a name, the check that must turn red, what is replaced, by what."""
-
-MUTATIONS = [(name, file, *rest) for file, rows in TABLE.items() for name, *rest in rows]
-
-
-@pytest.mark.parametrize(("name", "file", "check", "old", "new"), MUTATIONS, ids=[name for name, *_ in MUTATIONS])
-def test_a_broken_kernel_is_noticed(
-    name: str,
-    file: str,
-    check: Callable[[], None],
-    old: str,
-    new: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By the oracle or by the guard; that the healthy kernels pass these checks their own tests show."""
-    mutate(file, old, new, tmp_path, monkeypatch)
-
-    with pytest.raises(AssertionError, match=SEEN) as red:
-        check()
-
-    print(f"{file}: {name}: {str(red.value).splitlines()[0]}")
 
 
 @pytest.mark.parametrize("check", [kernels(), parts(), whole, nan_stays, outer(), in_splits, phantom, block_norms()])
-def test_healthy_kernels_pass(check: Callable[[], None]) -> None:
+def test_healthy_kernels_pass(check: Check) -> None:
+    """Their own tests show it of the other checks."""
     check()
 
 
-def test_names_are_unique() -> None:
-    assert len({name for name, *_ in MUTATIONS}) == len(MUTATIONS)
+@pytest.mark.parametrize(("place", "check", "old", "new"), mutations(TABLE))
+def test_a_broken_kernel_is_noticed(
+    place: str, check: Check, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_noticed(place, check, old, new, tmp_path, monkeypatch)

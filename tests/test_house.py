@@ -58,6 +58,7 @@ SMALL = {
 FEW = {
     "tests/ops/test_onnx.py": "both exporters, each on every kind of model",
     "tests/test_cpu_sanitizers.py": "one program, which is run by hand for longer",
+    "tests/test_gpu_conv2d_mutations.py": "a list of mutations, each a case",
     "tests/test_gpu_mutations.py": "a list of mutations, each a case",
     "tests/test_method_mutations.py": "a list of mutations, each a case",
 }

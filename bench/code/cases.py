@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from itertools import groupby
 from typing import NamedTuple
 
 from sparsekern.kernels.gpu import roofline
@@ -52,17 +51,29 @@ def cases(patterns: list[str]) -> list[Case]:
 
 
 def sample(patterns: list[str]) -> list[Case]:
-    """Return one of :func:`cases` for each kernel, dtype and architecture; the blocks take turns.
+    """Return one of :func:`cases` for each kernel, width of numbers and architecture; blocks and dtypes take turns.
 
-    For a convolution the dtypes take turns, too: it shares its loops with the linear layer.
+    For a convolution all dtypes take turns: it shares its loops with the linear layer. So they do where there is no
+    product.
     """
-    groups = [list(group) for _, group in groupby(cases(patterns), key=sampled_by)]
-    return [group[_turn(number, len(group))] for number, group in enumerate(groups)]
+    groups: dict[tuple[str, ...], list[Case]] = {}
+    for case in cases(patterns):
+        groups.setdefault(sampled_by(case), []).append(case)
+    kernels = list(dict.fromkeys(kernel for _, kernel, *_ in groups))
+    chosen = []
+    for number, ((arch, kernel, *_), group) in enumerate(groups.items()):
+        dtypes = list(dict.fromkeys(case.dtype for case in group))
+        dtype = dtypes[(ARCHS.index(arch) + kernels.index(kernel)) % len(dtypes)]
+        rows = [case for case in group if case.dtype == dtype]
+        chosen.append(rows[_turn(number, len(rows))])
+    return chosen
 
 
 def sampled_by(case: Case) -> tuple[str, ...]:
-    """Return what :func:`sample` has one row for."""
-    return case[:2] if case.kernel.startswith("conv2d_") else case[:3]
+    """Return what :func:`sample` has one row for: bfloat16 and float16 are compiled alike."""
+    if case.kernel.startswith("conv2d_") or case.kernel in STREAMS:
+        return case[:2]
+    return (*case[:2], "half" if case.dtype in ("bf16", "fp16") else case.dtype)
 
 
 def _turn(number: int, rows: int) -> int:

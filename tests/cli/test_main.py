@@ -1,4 +1,5 @@
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -38,10 +39,23 @@ def test_help_names_every_option():
     assert "2048" in text and ", ".join(METHODS) in text
 
 
-@pytest.mark.parametrize("command", [["-m", "sparsekern"], ["-m", "sparsekern.cli.main"]])
-def test_as_a_module(command):
-    done = subprocess.run([sys.executable, *command, "--version"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"sparsekern {sparsekern.__version__}\n")
+@pytest.fixture
+def harmless(monkeypatch):
+    """Keep what a command sets for its whole process."""
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)
+    monkeypatch.setattr(sparsekern, "keep_freed_memory", lambda: None)
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", ["sparsekern", "sparsekern.cli.main"])
+def test_as_a_module(harmless, monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [name, "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(name, run_name="__main__")
+    assert (stopped.value.code, capsys.readouterr().out) == (0, f"sparsekern {sparsekern.__version__}\n")
 
 
 @pytest.mark.parametrize(("absent", "named"), [("typer", "typer"), ("sklearn", "scikit-learn"), ("rich", "rich")])
@@ -62,15 +76,17 @@ def test_tiny_numbers_are_flushed_and_freed_memory_is_kept(monkeypatch):
     assert done == [("flush", True), "keep", "sparsekern"]
 
 
-def test_without_typer_nothing_is_imported_that_needs_it():
+def test_without_typer_nothing_is_imported_that_needs_it_and_a_program_keeps_its_ctrl_c():
     code = """
-import sys
+import signal, sys
 class Refuse:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name.split(".")[0] in ("typer", "rich"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse)
+import sparsekern
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 import sparsekern.cli.main
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -93,21 +109,9 @@ def test_ctrl_c_while_pytorch_is_imported_ends_the_command_without_a_traceback(t
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
-def test_ctrl_c_is_python_s_own_again_when_a_command_runs(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
+def test_ctrl_c_is_python_s_own_again_when_a_command_runs(harmless, monkeypatch):
     seen = []
-    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)  # it is of the whole process
-    monkeypatch.setattr(sparsekern, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(module, "application", lambda: lambda prog_name: seen.append(signal.getsignal(signal.SIGINT)))
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        main()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    main()
     assert seen == [signal.default_int_handler]
-
-
-def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
-    script = "import signal, sparsekern; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "True"

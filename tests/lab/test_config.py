@@ -35,6 +35,7 @@ def test_the_default_is_what_the_readme_promises():
         ("sparsity", "0.9", "a number"),
         ("rate", 0.0, "above 0"),
         ("rate", float("inf"), "above 0"),
+        ("rate", float("nan"), "above 0"),
         ("method", "sett", "one of static, set"),
         ("preset", "gsee", "one of set-mocanu, set-rigl"),
         ("options", [], "a dictionary"),

@@ -29,7 +29,7 @@ SMALL = Config(
     augment="none",
     device="cpu",
 )
-MUTATIONS = int(os.environ.get("MUTATIONS", "12"))
+MUTATIONS = int(os.environ.get("MUTATIONS", "8"))
 """Of each kind of file: entries and values drawn from all there are. More by hand: MUTATIONS=500."""
 
 METHODS = ("set", "rigl", "gse", "vrpge", "agent")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import sparsekern as sk
-from sparsekern.topology import Grid, Topology, build_index, from_mask
+from sparsekern.topology import Grid, build_index, from_mask
 
 X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
 
@@ -214,31 +214,6 @@ def test_random_choices_are_made_on_the_cpu_whatever_the_default_device(options)
         module.reset_parameters()
         assert method.update()
     assert torch.equal(drawn.row, expected.row)
-
-
-ERRORS = [
-    (dict(init="er"), "init is 'er'; it must be one of balanced, random"),
-    (dict(capacity=3), "capacity is 3; it must be at least the number of blocks, 8"),
-    (dict(sparsity=1.0), r"sparsity is 1.0; it is the fraction absent and must be in \[0, 1\)"),
-    (dict(sparsity=-0.1), "sparsity is -0.1"),
-    (dict(sparsity=0.99), r"sparsity 0.99 leaves 0 of 16 blocks for 1 layer\(s\)"),
-    (dict(blocks=17), "17 blocks were asked for in a grid of 4 x 4"),
-    (dict(block_size=0), r"block_size is \(0, 0\); it must be an int or a pair"),
-]
-
-
-@pytest.mark.parametrize(("options", "text"), ERRORS, ids=[text[:30] for _, text in ERRORS])
-def test_errors(options, text):
-    with pytest.raises(ValueError, match=text):
-        layer(**options)
-
-
-def test_a_bad_topology_is_refused():
-    grid = Grid(14, 10, (4, 3))
-    with pytest.raises(ValueError, match="both at block"):
-        sk.SparseLinear(10, 14, topology=Topology(grid, ints(0, 0), ints(0, 0)))
-    with pytest.raises(ValueError, match=r"topology is for a weight \(14, 10\) .*the layer has \(14, 11\)"):
-        sk.SparseLinear(11, 14, topology=Topology(grid, ints(0), ints(0)))
 
 
 class Halved(nn.Module):

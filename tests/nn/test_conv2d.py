@@ -42,43 +42,6 @@ def test_from_dense_at_given_places():
     assert torch.equal(module.dense_weight()[kept], dense.weight[kept])
 
 
-ERRORS = [
-    (dict(padding_mode="mirror"), ValueError, "padding_mode is 'mirror'; it must be one of zeros, reflect"),
-    (dict(kernel_size=0), ValueError, "kernel_size is 0; it must be 1 or more each way"),
-    (dict(kernel_size=(3, 3, 3)), TypeError, r"kernel_size is \(3, 3, 3\); it must be an int or a pair of ints"),
-    (dict(stride=1.5), TypeError, "stride is 1.5; it must be an int or a pair"),
-    (dict(dilation=(1, 0)), ValueError, r"dilation is \(1, 0\); it must be 1 or more"),
-    (dict(padding=-1), ValueError, "padding is -1; it must be 0 or more"),
-    (dict(padding="full"), ValueError, "padding is 'full'; it must be an int, a pair of ints, 'same' or 'valid'"),
-    (dict(padding="same", stride=2), ValueError, r"padding is 'same', which is not defined for stride \(2, 2\)"),
-    (dict(groups=4), ValueError, "in_channels is 6; it must be a multiple of groups = 4"),
-    (dict(sparsity=1), ValueError, "sparsity is 1"),
-    (dict(blocks=82), ValueError, "82 blocks were asked for"),
-    (dict(init="dense"), ValueError, "init is 'dense'"),
-    (
-        dict(tie_taps=True, blocks=10),
-        ValueError,
-        "blocks is 10; with tie_taps=True it must be a multiple of the 9 taps",
-    ),
-    (
-        dict(topology=balanced(conv_grid(6, 12, (3, 1), (4, 2)), 5, generator_for(0))),
-        ValueError,
-        r"topology is for a weight \(\d+, \d+, 3, 1\) in 1 group\(s\), and the layer has \(\d+, \d+, 3, 3\) in 1",
-    ),
-    (
-        dict(topology=balanced(conv_grid(6, 12, (3, 3), (4, 2)), 9, generator_for(0)), tie_taps=True),
-        ValueError,
-        "is stored in . of 9 taps; with tie_taps=True it must be all or none",
-    ),
-]
-
-
-@pytest.mark.parametrize(("options", "error", "text"), ERRORS, ids=[text[:40] for _, _, text in ERRORS])
-def test_errors(options, error, text):
-    with pytest.raises(error, match=text):
-        layer(**{"kernel_size": 3, **options})
-
-
 def test_default_block_size_is_no_wider_than_the_channels():
     def block(in_channels, out_channels, device="cpu", groups=1, block_size=None):
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": (3, 3), "groups": groups}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
@@ -16,13 +15,6 @@ def test_from_dense_at_given_places():
     topology = by_norm(sk.topology.Grid(8, 12, (4, 4)), -dense.weight.detach(), 2)
     layer = sk.SparseLinear.from_dense(dense, topology=topology, capacity=4)
     assert layer.topology.blocks() == 2 and layer.values.shape[0] == 4
-
-
-def test_errors_of_from_dense():
-    with pytest.raises(ValueError, match="sparsity is 2"):
-        sk.SparseLinear.from_dense(nn.Linear(12, 8), sparsity=2, block_size=4)
-    with pytest.raises(ValueError, match="7 blocks were asked for"):
-        sk.SparseLinear.from_dense(nn.Linear(12, 8), blocks=7, block_size=4)
 
 
 def test_sparsity_is_rounded_to_whole_blocks_and_counts_real_elements():

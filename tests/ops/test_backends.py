@@ -149,12 +149,6 @@ def test_blocks_that_overlap_end_each_with_its_own():
     assert sk.ops.requested_backend() == before
 
 
-def test_an_unknown_name():
-    with pytest.raises(ValueError, match="backend is 'cuda'; it must be one of auto, gpu, cpu, eager"):
-        sk.backend("cuda")
-    assert sk.ops.requested_backend() == "auto"
-
-
 # The gpu backend, asked for by name.
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparsekern.topology import DISTRIBUTIONS, Grid, allocate, blocks_at, check_sparsity, conv_grid
+from sparsekern.topology import DISTRIBUTIONS, Grid, allocate, blocks_at, conv_grid
 from sparsekern.topology.distributions import fill, round_to_sum, share
 
 
@@ -187,27 +187,6 @@ def test_halves_of_decimal_sparsities_are_rounded_up(number: int, sparsity: str)
 
     assert exact.denominator == 2
     assert allocate([cells(number, 1)], float(sparsity)) == [exact + Fraction(1, 2)]
-
-
-# Errors.
-
-
-@pytest.mark.parametrize("sparsity", [1.0, 1.5, -0.1, float("nan"), 90])
-def test_a_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
-    with pytest.raises(ValueError, match=r"sparsity is .*; it is the fraction absent and must be in \[0, 1\)"):
-        check_sparsity(sparsity)
-    with pytest.raises(ValueError, match="sparsity is"):
-        allocate([cells(4, 4)], sparsity)
-
-
-def test_an_unknown_distribution_is_refused() -> None:
-    with pytest.raises(ValueError, match="distribution is 'ERK'; it must be one of uniform, er, er-matrix, erk"):
-        allocate([cells(4, 4)], 0.5, "ERK")
-
-
-def test_fewer_blocks_than_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"sparsity 0.95 leaves 2 of 32 blocks for 3 layer\(s\)"):
-        allocate([cells(4, 4), cells(4, 2), cells(2, 4)], 0.95)
 
 
 # Convolutions.

@@ -237,16 +237,6 @@ def test_from_mask_by_hand() -> None:
     assert topology.row.dtype == torch.int32
 
 
-def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask has shape \(4, 12\); it must have one entry per block, \(2, 3\)"):
-        from_mask(Grid(4, 12, (2, 4)), torch.ones(4, 12))
-
-
-def test_a_mask_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 blocks were asked for"):
-        from_mask(Grid(4, 12, (2, 4)), torch.zeros(2, 3))
-
-
 # By norm.
 
 
@@ -282,20 +272,6 @@ def test_by_norm_of_a_half_precision_weight_is_not_decided_by_rounding(dtype: to
     weight = torch.tensor([[16, 0, 16, 0.25]], dtype=dtype)
 
     assert places(by_norm(Grid(1, 4, (1, 2)), weight, 1)) == [(0, 1)]
-
-
-def test_by_norm_checks_the_number_and_the_shape() -> None:
-    with pytest.raises(ValueError, match="10 blocks were asked for"):
-        by_norm(cells(3, 3), torch.zeros(3, 3), 10)
-    with pytest.raises(ValueError, match=r"weight has shape \(3, 4\); it must be that of the layer, \(3, 3\)"):
-        by_norm(cells(3, 3), torch.zeros(3, 4), 1)
-
-
-def test_by_norm_has_no_order_for_nan() -> None:
-    weight = torch.ones(4, 4)
-    weight[3, 0] = torch.nan
-    with pytest.raises(ValueError, match="weight holds NaN, so its blocks cannot be ranked"):
-        by_norm(Grid(4, 4, (2, 2)), weight, 2)
 
 
 def test_by_norm_of_tied_taps_by_hand() -> None:

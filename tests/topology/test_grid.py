@@ -139,13 +139,6 @@ def test_a_convolution_that_is_none_is_refused(sizes: dict[str, object], text: s
         conv_grid(**given)  # type: ignore[arg-type]
 
 
-def test_a_matrix_that_is_no_convolution_is_refused() -> None:
-    with pytest.raises(ValueError, match="in_features is 10; it must be a multiple of the 9 taps"):
-        Grid(4, 10, (2, 2), kernel=(3, 3))
-    with pytest.raises(ValueError, match="out_features is 4; it must be a multiple of the 3 groups"):
-        Grid(4, 9, (2, 2), kernel=(3, 3), groups=3)
-
-
 @pytest.mark.parametrize("value", [0, -3, numpy.int64(5), torch.tensor(7)])
 def test_whole_numbers(value):
     check_whole("seed", value)

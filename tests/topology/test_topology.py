@@ -16,7 +16,6 @@ from torch import Tensor
 from sparsekern.topology import (
     Grid,
     Topology,
-    check_multiple,
     check_tied,
     conv_grid,
     from_keys,
@@ -168,11 +167,6 @@ def test_a_slot_that_does_not_exist_cannot_move(slots: Tensor) -> None:
         five_slots().moved(slots, ints(2, 2), ints(0, 1))
 
 
-def test_a_slot_cannot_go_to_two_places() -> None:
-    with pytest.raises(ValueError, match="slots holds a slot twice"):
-        five_slots().moved(ints(1, 1), ints(2, 2), ints(0, 1))
-
-
 @pytest.mark.parametrize("number", [4, -2, 2**32, 2**32 + 2])
 def test_a_block_cannot_go_outside_the_grid(number: int) -> None:
     """Nor by way of an int32 that wraps."""
@@ -187,18 +181,6 @@ def test_a_block_cannot_go_outside_the_grid(number: int) -> None:
 def test_a_slot_is_free_in_both_coordinates(row: int, col: int) -> None:
     with pytest.raises(ValueError, match=rf"slot 1 is at block \({row}, {col}\); the grid has 4 x 4 blocks"):
         five_slots().moved(ints(1), ints(row), ints(col))
-
-
-def test_the_arguments_of_a_move_have_one_length_and_are_integers() -> None:
-    with pytest.raises(ValueError, match=r"slots, row and col have shapes \(1,\), \(2,\), \(1,\); they must be \(k,\)"):
-        five_slots().moved(ints(1), ints(2, 2), ints(0))
-    with pytest.raises(ValueError, match="row is torch.float32; it must hold integers"):
-        five_slots().moved(ints(1), torch.tensor([2.7]), ints(0))
-
-
-def test_two_blocks_cannot_be_at_one_place() -> None:
-    with pytest.raises(ValueError, match=r"slots 1 and 3 are both at block \(3, 0\); each block is stored once"):
-        five_slots().moved(ints(1), ints(3), ints(0))
 
 
 # Validation.
@@ -255,11 +237,6 @@ def test_capacity_may_be_just_enough() -> None:
     assert places(with_capacity(five_slots(), 5)) == places(five_slots())
 
 
-def test_capacity_below_the_slots_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"capacity is 4; it must be at least the number of (blocks|slots), 5"):
-        with_capacity(five_slots(), 4)
-
-
 def test_a_topology_is_a_view_of_the_tensors_that_it_is_given() -> None:
     row, col = ints(0, 1), ints(0, 1)
     topology = Topology(GRID, row, col)
@@ -312,12 +289,6 @@ def test_what_is_tied_is_tied_in_any_order_of_slots(grid: Grid, data: st.DataObj
 
 def test_a_linear_layer_has_one_tap() -> None:
     check_tied(Topology(Grid(4, 4, (2, 2)), ints(0, 1), ints(1, 1)))
-
-
-def test_a_number_of_blocks_that_is_no_multiple_of_the_taps() -> None:
-    check_multiple(CONV, 6)
-    with pytest.raises(ValueError, match="blocks is 5; with tie_taps=True it must be a multiple of the 3 taps"):
-        check_multiple(CONV, 5)
 
 
 def test_both_have_all_functions() -> None:

@@ -81,11 +81,6 @@ def test_the_seed_decides():
     assert not torch.equal(first.values, other.values)
 
 
-def test_what_is_refused_wide():
-    with pytest.raises(TypeError, match="layer is a ReLU"):
-        sparse_wide(nn.ReLU(), 0.5)
-
-
 @each_layer
 @each_sparsity
 def test_the_sum_takes_the_flops_of_the_dense_layer(layer, x, sparsity):
@@ -125,11 +120,6 @@ def test_frozen_layers_stay_frozen_and_the_generator_as_it_was():
     assert [name for name, p in doped.named_parameters() if p.requires_grad] == ["sparse.bias"]
     again = sparse_doped(layer, 0.75, block_size=16)
     assert all(torch.equal(a, b) for a, b in zip(doped.parameters(), again.parameters(), strict=True))
-
-
-def test_what_is_refused_doped():
-    with pytest.raises(ValueError, match="one block in each takes 4096: use smaller blocks or another sparsity"):
-        sparse_doped(nn.Linear(64, 64), 0.9, block_size=64)
 
 
 @each_layer
@@ -178,11 +168,6 @@ def test_a_layer_of_zeros_factorized_stays_zero():
     nn.init.zeros_(layer.weight)
     factorized = sparse_factorized(layer, 0.5, block_size=8)
     assert not factorized(torch.randn(2, 8, 4, 4)).sub(layer.bias.view(-1, 1, 1)).any()
-
-
-def test_what_is_refused_factorized():
-    with pytest.raises(ValueError, match="sparsity is 1"):
-        sparse_factorized(nn.Linear(8, 8), 1.0)
 
 
 @each_layer
@@ -236,16 +221,6 @@ def test_the_norm_of_a_convolution_gives_the_variance():
     parallel = sparse_parallel(layer, 0.75, block_size=16)
     assert float(parallel(x).var((0, 2, 3)).mean()) == pytest.approx(2, rel=0.05)
     assert (sparse_parallel(layer, 0.75, block_size=16, init="paper").norm.weight == 1).all()
-
-
-def test_one_branch_is_refused():
-    with pytest.raises(ValueError, match="sparsity 0.2 makes one branch; Sparse Parallel needs two: 1/3 or more"):
-        sparse_parallel(nn.Linear(9, 5), 0.2)
-
-
-def test_what_is_refused_and_shown_parallel():
-    with pytest.raises(ValueError, match="groups = 4"):
-        sparse_parallel(nn.Conv2d(8, 8, 3, groups=4), 0.5)
     assert "count=2" in repr(sparse_parallel(nn.Linear(32, 32), 0.5, block_size=16))
 
 
@@ -292,5 +267,5 @@ def test_no_sparsity_gives_a_copy_and_an_unknown_init_is_refused(transform):
     for layer in (nn.Linear(9, 5), nn.Conv2d(8, 8, 3)):
         same = transform(layer, 0)
         assert type(same) is type(layer) and same is not layer and torch.equal(same.weight, layer.weight)
-    with pytest.raises(ValueError, match="init is 'mup'"):
+    with pytest.raises(ValueError, match="init is 'mup'; it must be one of variance, paper"):
         transform(nn.Linear(8, 8), 0.5, init="mup")

@@ -103,5 +103,3 @@ def test_too_little_and_too_much():
         match=r"2177 multiply-adds are to be spent in 2 .* that take 2048 when full: choose a higher sparsity, or",
     ):
         match_blocks(grids, [1, 1], 2177)
-    with pytest.raises(ValueError, match="distribution is 'ERK'; it must be one of uniform, er, er-matrix, erk"):
-        match_blocks(grids, [1, 1], 1024, "ERK")
