@@ -85,8 +85,9 @@ class Refuse:
         if name.split(".")[0] in ("typer", "rich"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse)
+before = signal.getsignal(signal.SIGINT)
 import sparsekern
-assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert signal.getsignal(signal.SIGINT) is before
 import sparsekern.cli.main
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
