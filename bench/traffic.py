@@ -5,6 +5,8 @@ DistributedDataParallel and under ``fully_shard``. A dispatch mode sees every co
 where a ring carries it out: an all-reduce of n bytes ``2 n (p - 1) / p``, an all-gather to n bytes and a reduce-scatter
 from n bytes ``n (p - 1) / p``, a broadcast n. One JSON line for each model and strategy.
 
+A method with a number, as ``gse:2``, scores candidates by that many random projections.
+
 ``gradients``, ``gathers`` and ``buffers`` are bytes of a step, ``of_dense`` their sum over that of the dense model.
 ``scores``, ``moves`` and ``agreement`` are what an update adds, ``bytes_a_slot`` their sum over the number of slots.
 ``peak_mib`` is the growth of a rank's resident memory from before the model was built to its peak in three steps, the
@@ -116,7 +118,9 @@ def measure(options: argparse.Namespace, name: str | None, strategy: str) -> dic
             fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    method = METHODS[name](model, optimizer, update_every=EVERY) if name else None
+    kind, _, sketches = (name or "").partition(":")
+    scoring = {"score_sketches": int(sketches)} if sketches else {}
+    method = METHODS[kind](model, optimizer, update_every=EVERY, **scoring) if kind else None
     restart_peak()
     sent = []
     for _ in range(EVERY):
@@ -135,7 +139,7 @@ def measure(options: argparse.Namespace, name: str | None, strategy: str) -> dic
         "method": name, "width": options.width, "depth": options.depth,
         "gradients": step["reduce"] + step["scatter"], "gathers": step["gather"],
         "buffers": step["broadcast"], "slots": slots,
-        "scores": update["gather"] + update["reduce"], "moves": update["broadcast"],
+        "scores": update["gather"] + update["scatter"] + update["reduce"], "moves": update["broadcast"],
         "agreement": update["small reduce"],
         "bytes_a_slot": round(sum(update.values()) / slots, 3) if slots else None,
         "peak_mib": round((peak() - before) / 2**20, 1), "torch": torch.__version__,
@@ -148,7 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, default in (("ranks", 2), ("width", 384), ("depth", 6), ("block", 32), ("tokens", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--methods", nargs="*", default=["set", "rigl", "gse"])
+    parser.add_argument("--methods", nargs="*", default=["set", "rigl", "gse", "gse:2"])
     parser.add_argument("--out", type=Path, help="a file that gets the lines, too")
     return parser.parse_args(argv)
 

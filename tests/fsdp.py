@@ -24,6 +24,7 @@ METHODS: dict[str, tuple[type[sk.Method], dict[str, Any]]] = {
     "RigL": (sk.RigL, {"scoring": "screen"}),  # what it does on several ranks anyway
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 13}),
     "GSE": (sk.GSE, {}),
+    "GSE, sketches": (sk.GSE, {"score_sketches": 2}),
     "GSE, global": (sk.GSE, {"scope": "global"}),
     "GraBo": (sk.GSE, {"distribution": "grabo"}),
     "GraEst": (sk.GSE, {"distribution": "graest"}),

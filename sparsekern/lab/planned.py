@@ -129,6 +129,8 @@ def updates_of(run: Run, devices: int) -> Updates:
         return Updates()
     moved = float(argument("drop_fraction"))
     updates = Updates(every=every, moved=moved, ranked=True)
+    if not issubclass(method, SET):
+        updates = replace(updates, score_sketches=argument("score_sketches") or 0)
     if issubclass(method, GSE):
         return replace(updates, candidates=float(argument("subset_factor")))
     if issubclass(method, RigL):

@@ -52,6 +52,29 @@ class Ranks:
         """Average a tensor over all ranks, in place, and return it."""
         return self.sum(tensor).div_(self.count)
 
+    def measures(self, parts: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a number ``(n,)`` for each row of the sum of a tensor over ranks, the same on all of them.
+
+        Each rank adds up some rows and measures them: half the bytes of a sum that all have.
+
+        Args:
+            parts: ``(n, ...)`` of this rank.
+            measure: returns a number ``(m,)`` for each of some rows ``(m, ...)``.
+        """
+        if self.count == 1 or not parts.shape[0]:
+            return measure(parts)
+        rows = -(-parts.shape[0] // self.count)
+        padded = torch.cat([parts, parts.new_zeros(rows * self.count - parts.shape[0], *parts.shape[1:])])
+        own = torch.empty_like(padded[:rows])
+        # under other names before PyTorch 2.13
+        scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        scatter(own, padded, group=self.group)
+        numbers = measure(own)
+        gathered = numbers.new_empty(rows * self.count)
+        gather(gathered, numbers, group=self.group)
+        return gathered[: parts.shape[0]]
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether it is true on any rank; the device is one of whose tensors ranks send."""
         if self.count == 1:

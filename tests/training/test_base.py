@@ -320,6 +320,7 @@ REFUSED = [
     (sk.GSE, {"subset_factor": float("inf")}, "subset_factor is inf"),
     (sk.GSE, {"score_tokens": 0}, "score_tokens is 0; it must be 1 or more"),
     (sk.GSE, {"score_tokens": -1}, "score_tokens is -1; it must be 1 or more"),
+    (sk.GSE, {"score_sketches": 0}, "score_sketches is 0; it must be 1 or more"),
     (sk.RigL, {"scoring": "best"}, "scoring is 'best'; it must be one of auto, exact, screen"),
     (sk.RigL, {"sketches": 0}, "sketches is 0; it must be 1 or more"),
     (sk.RigL, {"shortlist": 0.5}, "shortlist is 0.5; it must be 1 or more"),

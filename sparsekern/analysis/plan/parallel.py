@@ -146,6 +146,7 @@ class Updates:
         moved: fraction of the blocks that an update moves.
         ranked: whether blocks are ranked by their values.
         candidates: absent blocks, over the stored ones, whose gradients are computed and added up over devices.
+        score_sketches: numbers of each candidate that are added up; 0 for its whole gradient.
         scores_all: whether the whole gradient is computed, to score every place; it is never stored.
         sketches: numbers a place from which candidates are chosen; they are added up over devices.
         masked: the part of the stored blocks with which a pass computes.
@@ -156,6 +157,7 @@ class Updates:
     moved: float = 0.0
     ranked: bool = False
     candidates: float = 0.0
+    score_sketches: int = 0
     scores_all: bool = False
     sketches: int = 0
     masked: float = 1.0
@@ -218,7 +220,8 @@ def traffic(parameters: Sequence[Parameter], layout: Layout, updates: Updates, a
         scores += SCORE * p.cells * (2 * ring * updates.sketches + 1) if updates.sketches else 0
         if updates.candidates:
             chosen = min(math.ceil(updates.candidates * p.slots), p.cells - p.slots)
-            scores += SCORE * chosen * (2 * ring * p.block + 1)
+            numbers = min(p.block, updates.score_sketches or p.block)
+            scores += SCORE * n * math.ceil(chosen / n) * ring * (numbers + 1)
         moves += MOVE * math.floor(updates.moved * p.slots) + LAYER
     if layers:
         moves += 2 * ring * AGREEMENT

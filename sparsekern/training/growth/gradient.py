@@ -42,6 +42,10 @@ class GradientMethod(Method):
             layer with free slots (``capacity=`` of :func:`sparsekern.sparsify_`) may gain some.
         score_tokens: number of tokens of each backward, evenly spaced, on which places are scored; None for all. The
             cost of an update is proportional to it. A token of a convolution is an output position.
+        score_sketches: number of random projections by which the gradient of a candidate is scored, in place of its
+            Frobenius norm, which needs the whole gradient of each candidate from each rank: a rank sends
+            ``4 * score_sketches + 4`` bytes a candidate then, whatever the block size. The mean square estimates the
+            squared norm with a relative deviation of at most ``sqrt(2 / score_sketches)``. None: the exact norm.
         options: the arguments of :class:`Method`.
 
     Raises:
@@ -58,6 +62,7 @@ class GradientMethod(Method):
         *,
         scope: str = "layer",
         score_tokens: int | None = None,
+        score_sketches: int | None = None,
         **options: Any,
     ) -> None:
         if scope not in ("layer", "global"):
@@ -75,7 +80,9 @@ class GradientMethod(Method):
             check_whole("score_tokens", score_tokens, 1, ", or None for all tokens")
         if self.scope == "global":
             self._warn_of_no_room()
-        self.score_tokens = score_tokens
+        if score_sketches is not None:
+            check_whole("score_sketches", score_sketches, 1)
+        self.score_tokens, self.score_sketches = score_tokens, score_sketches
         self._stage: int | None = None
         self._armed_at = 0
         self._due = False
@@ -83,6 +90,7 @@ class GradientMethod(Method):
         self._probes = ProbeSet(self.layers)
         self._warned = False
         weakref.finalize(self, self._probes.disarm).atexit = False  # layers must not keep probes of a dead method
+        self._candidates: set[str] = set()  # layers whose probes ask for gradients of candidates
         self._keys: dict[str, Tensor] = {}  # candidates, distinct and ascending, int32 on the CPU
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; never decreases
         self._versions: dict[str, tuple[int, int]] = {}  # of the coordinates when candidates were drawn
@@ -126,17 +134,29 @@ class GradientMethod(Method):
     def ask_candidates(self, name: str, layer: BlockSparse) -> Probe:
         """Return a probe for the gradients of the layer's candidates."""
         keys = self._keys[name]
+        self._candidates.add(name)
         width = self._width[name] = max(self._width.get(name, 0), keys.shape[0])
         padded = pad(keys, (0, width - keys.shape[0]), value=-1)  # one shape: one graph under torch.compile
         _, row, col = to_places(padded, padded, layer.grid)
         device = layer.row.device
         return Probe.candidates(layer.grid, row.to(device), col.to(device), dtype=self.dtype(layer), checked=True)
 
-    def score_candidates(self, name: str, answer: Tensor) -> None:
-        """Score a layer's candidates by the norms of their gradients."""
-        keys = self._keys[name]
-        norms = norms_of(answer[: keys.shape[0]])
-        self._offers[name] = Offer(keys.to(norms.device), self.ranks.from_first(norms))
+    def score_candidates(self, name: str, scores: Tensor) -> None:
+        """Offer a layer's candidates by their scores ``(n,)``."""
+        self._offers[name] = Offer(self._keys[name].to(scores.device), scores)
+
+    def _over_ranks(self, name: str, answer: Tensor) -> Tensor:
+        """Return the sum over ranks of an answer; of one with gradients of candidates, their scores ``(n,)``."""
+        if name not in self._candidates:
+            return self.ranks.sum(answer)
+        gradients = answer[: self._keys[name].shape[0]]
+        count, size = self.score_sketches, gradients[0].numel() if gradients.numel() else 0
+        if count is not None and count < size:
+            generator = self.generator(name, "score sketches")
+            signs = torch.randint(2, (size, count), generator=generator, device="cpu") * 2 - 1
+            # (n, count, 1): projections, whose square sums estimate squared norms
+            gradients = (gradients.flatten(1) @ (signs.to(answer) / count**0.5))[..., None]
+        return self.ranks.measures(gradients, norms_of)
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
         """Return empty places and their scores, among them the ``count`` best ones.
@@ -217,6 +237,7 @@ class GradientMethod(Method):
 
     def _put(self, stage: int) -> None:
         self._stage, self._armed_at = stage, self.steps
+        self._candidates.clear()
         for name, layer in self.trained_layers():
             probe = self.ask(stage, name, layer)
             self._versions[name] = _version(layer)
@@ -234,7 +255,7 @@ class GradientMethod(Method):
         """Read the probes, and arm them for the next stage, or again for this one, if need be."""
         assert self._stage is not None
         stage = self._stage
-        answers = {name: self.ranks.sum(answer) for name, answer in self._probes.answers().items()}
+        answers = {name: self._over_ranks(name, answer) for name, answer in self._probes.answers().items()}
         if not all(is_finite(answer) for answer in answers.values()):
             self._arm(stage)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,9 +86,11 @@ def test_updates_of_set(found):
 
 def test_updates_that_score_candidates(found):
     sent = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, candidates=1 / 3))
-    assert sent.scores == 3 * 3 * (256 + 1) * 4  # gradients of 3 candidates a layer, and their scores
+    assert sent.scores == 3 * 2 * (256 + 1) * 4  # gradients of 3 candidates a layer, padded, and their scores
     every = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, candidates=5.0))
-    assert every.scores == 3 * 7 * (256 + 1) * 4  # no more than there are empty places
+    assert every.scores == 3 * 4 * (256 + 1) * 4  # no more than there are empty places
+    few = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, candidates=1 / 3, score_sketches=2))
+    assert few.scores == 3 * 2 * (2 + 1) * 4
 
 
 def test_updates_that_screen_all_places(found):
@@ -99,9 +102,11 @@ def test_updates_that_screen_all_places(found):
     ("strategy", "method", "measured"),
     [
         ("ddp", "set", (4956160, 0, 4368 + 16)),
-        ("ddp", "gse", (4956160, 0, 4956160 + 9208 + 16)),
+        ("ddp", "gse", (4956160, 0, 2509200 + 4368 + 16)),
+        ("ddp", "gse:2", (4956160, 0, 7344 + 4368 + 16)),
         ("fsdp2", "set", (2506752, 5013504, 2448 + 4368 + 16)),
-        ("fsdp2", "gse", (2506752, 5013504, 4958608 + 9208 + 16)),
+        ("fsdp2", "gse", (2506752, 5013504, 2511648 + 4368 + 16)),
+        ("fsdp2", "gse:2", (2506752, 5013504, 9792 + 4368 + 16)),
     ],
 )
 def test_what_two_ranks_were_measured_to_send(strategy, method, measured):
@@ -113,7 +118,8 @@ def test_what_two_ranks_were_measured_to_send(strategy, method, measured):
         model = sk.sparsify_(nn.Sequential(*parts), 0.9, 32)
     x = torch.empty(4, width, device="meta")
     step = Step(model, x, lambda m, x: m(x).sum(), lambda m: torch.optim.SGD(m.parameters()))
-    rules = Updates(every=3, moved=0.3, ranked=True, candidates=1.0 if method == "gse" else 0.0)
+    rules = Updates(every=3, moved=0.3, ranked=True, candidates=float(method != "set"))
+    rules = replace(rules, score_sketches=2 if method == "gse:2" else 0)
     layout = Layout(strategy, 2, tuple(str(number) for number in range(depth)))
     sent = traffic(trace(step).parameters, layout, rules)
     assert (sent.gradients, sent.gathers, sent.scores + sent.moves) == measured

@@ -19,6 +19,7 @@ METHODS = {
     "RigL, screened": (sk.RigL, {"scoring": "screen", "shortlist": 2.0}),
     "GSE": (sk.GSE, {}),
     "GSE, global": (sk.GSE, {"scope": "global"}),
+    "GSE, sketched": (sk.GSE, {"score_sketches": 3}),
     "GraBo": (sk.GSE, {"distribution": "grabo"}),
     "GraEst": (sk.GSE, {"distribution": "graest"}),
 }
@@ -271,6 +272,26 @@ def test_score_tokens_scores_on_some_tokens_of_each_backward():
     model = make()
     _, method = build("GSE", model, update_every=1, score_tokens=3)
     assert all(layer.probe.tokens == 3 for layer in method.layers.values())
+
+
+def test_score_sketches_estimate_squared_norms():
+    """Their mean over draws, within five standard deviations; blocks of no more elements are scored exactly."""
+    model, draws = make(), 400
+    gradients = torch.randn(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients[1] = 0
+    exact = gradients.square().sum((1, 2))
+    for sketches in (2, 8):
+        _, method = build("GSE", model, update_every=1, score_sketches=sketches)
+        method._keys["0"] = torch.arange(3)  # of which the probe asked; the last rows of an answer are padding
+        scores = []
+        for method.steps in range(draws):
+            scores.append(method._over_ranks("0", torch.cat([gradients, torch.ones(2, 4, 2)])))
+        squares = torch.stack(scores).square()
+        if sketches == 8:
+            torch.testing.assert_close(squares, exact.expand(draws, 3))
+        else:
+            assert squares[:, 0].unique().numel() > 100
+            assert ((squares.mean(0) - exact).abs() <= 5 * exact * (2 / sketches / draws) ** 0.5).all()
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
