@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 import sparsekern as sk
 from bench.cpu.results import Row, circumstances, rounded, write_rows
 from sparsekern.analysis.clock import race
-from sparsekern.lab.bench.peers import absent, why_one_thread
+from sparsekern.lab.bench.run import absent, why_one_thread
 from sparsekern.lab.models import GPT
 
 VOCABULARY, CONTEXT, BATCH, HEAD_FEATURES = 256, 128, 16, 64

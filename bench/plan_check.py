@@ -27,10 +27,10 @@ from rich.table import Table
 from bench.cpu.results import circumstances, rounded, write_rows
 from bench.gpu.results import ROOT, Row, read_rows
 from sparsekern import keep_freed_memory
-from sparsekern.analysis.measure import peak_above
 from sparsekern.analysis.plan import Machine, measure, predict, trace
+from sparsekern.analysis.summary import peak_above
 from sparsekern.lab import Config
-from sparsekern.lab.planned import Planned
+from sparsekern.lab.cost import Planned
 from sparsekern.lab.train import Learner
 
 COMMITTED = ROOT / "bench" / "results" / "plan_check.jsonl"

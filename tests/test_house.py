@@ -50,8 +50,6 @@ MAY_IMPORT_OPTIONAL = {
 
 SMALL = {
     "sparsekern/errors.py": "below all layers, for each of them raises it",
-    "sparsekern/lab/models/layers.py": "shared by the families of networks, a file each",
-    "sparsekern/lab/models/mlp.py": "a family of networks",
 }
 """Sources of fewer than 40 lines, and why each is a file of its own."""
 

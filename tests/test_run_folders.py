@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from sparsekern.cli.main import application
 from sparsekern.lab import Config, Interrupted, Observer, resume, start
-from sparsekern.lab.compare import CompareObserver, Contestant, Plan, compare
-from sparsekern.lab.lock import LOCK
+from sparsekern.lab.compare import Plan, compare
+from sparsekern.lab.store import LOCK
 
 CONFIG = Config(width=32, block_size=8, sparsity=0.5, epochs=2, batch_size=400, seeds=1, device="cpu")
 
@@ -129,19 +129,19 @@ def test_a_new_run_in_a_folder_with_a_planted_lock(tmp_path, victims):
 def test_files_and_folders_of_a_comparison(tmp_path, victims, monkeypatch):
     monkeypatch.setattr("sparsekern.lab.compare.training_cost", lambda *_: {"training_flops": 8, "peak_bytes": 9})
     before, folder = content(victims), tmp_path / "comparison"
-    plan = Plan(CONFIG, (Contestant("static"),), (0.5,), (8,), dense=False)
-    compare(plan, folder, CompareObserver())
+    plan = Plan(CONFIG, (Config(method="static"),), (0.5,), (8,), dense=False)
+    compare(plan, folder, Observer())
     files = [path.name for path in folder.iterdir() if path.is_file()]
     assert sorted(files) == ["comparison.json", "comparison.md", "comparison.png", "plan.json"]
     for name in files:
         plant(folder / name, victims)
         plant(folder / f"{name}.unfinished", victims)
-    compare(plan, folder, CompareObserver())
+    compare(plan, folder, Observer())
     assert not any((folder / name).is_symlink() for name in files)
     cell = next(path for path in folder.iterdir() if path.is_dir())
     plant(cell, victims)
     with pytest.raises(ValueError, match=f"{cell.name}: .*{cell.name} is a symbolic link"):
-        compare(plan, folder, CompareObserver())
+        compare(plan, folder, Observer())
     assert content(victims) == before
 
 

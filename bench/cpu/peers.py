@@ -24,7 +24,7 @@ from bench.cpu.scene import Scene
 from bench.gpu.contestants import SPARSE, Contestant, joined, named
 from bench.gpu.peers import NotSupported
 from bench.gpu.scene import Answer
-from sparsekern.lab.bench.peers import SPARSELAB, SparseLabLayer, absent, why_one_thread
+from sparsekern.lab.bench.run import SPARSELAB, absent, sparselab_layer, why_one_thread
 
 FLOAT32_ONLY = "it multiplies float32 and float64 on a CPU, nothing shorter"
 
@@ -107,21 +107,22 @@ def sparselab(scene: Scene, op: str) -> Contestant:
         raise NotSupported(missing)
     if torch.get_num_threads() > 1 and (why := why_one_thread()) is not None:
         raise NotSupported(why)
-    layer, x = SparseLabLayer(scene.weight, None), scene.x.detach().requires_grad_()
+    layer, (rows, cols, slots) = sparselab_layer(scene.weight, None)
+    x = scene.x.detach().requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
-        y = layer.module(x)
+        y = layer.forward(x)
         return y.detach(), *torch.autograd.grad(y, (x, *layer.parameters), scene.dy)
 
     def answer(result: object) -> Answer:
         found = named(op, result)
         if "dvalues" in found:
             gradient = torch.zeros_like(scene.weight)
-            gradient[layer.rows, layer.cols] = found["dvalues"][layer.slots]
+            gradient[rows, cols] = found["dvalues"][slots]
             found["dvalues"] = scene.blocks_of(gradient)
         return found
 
-    runs: dict[str, Callable[[], object]] = {"fwd": torch.no_grad()(lambda: layer.module(x)), "step": step}
+    runs: dict[str, Callable[[], object]] = {"fwd": torch.no_grad()(lambda: layer.forward(x)), "step": step}
     return Contestant(SPARSELAB, SPARSE, runs[op], answer)
 
 

@@ -1,19 +1,19 @@
 """Measures of models: parameters, FLOPs, bytes, milliseconds and spectral gaps."""
 
-from sparsekern.analysis.account import (
+from sparsekern.analysis.clock import Clock, Timing, race
+from sparsekern.analysis.layer_race import LayerRaces, time_layer
+from sparsekern.analysis.profile import LayerProfile, Profile, arguments, profile
+from sparsekern.analysis.spectral import Spectral, spectral
+from sparsekern.analysis.summary import (
     Account,
+    Summary,
     account,
     network_sparsity,
     state_bytes,
     stored_parameters,
+    summary,
     training_bytes,
 )
-from sparsekern.analysis.clock import Clock, Timing, race
-from sparsekern.analysis.faster import LayerRaces
-from sparsekern.analysis.measure import time_layer
-from sparsekern.analysis.profile import LayerProfile, Profile, arguments, profile
-from sparsekern.analysis.spectral import Spectral, spectral
-from sparsekern.analysis.summary import Summary, summary
 
 __all__ = [
     "Account",

@@ -133,7 +133,8 @@ class Clock:
         for name, timing in timings.items():
             try:
                 if name not in errors:
-                    timing.wall_ms = self._wall(contestants[name], timing)
+                    in_a_row = self.cuda and self.device_alone
+                    timing.wall_ms = self._in_a_row(contestants[name], timing) if in_a_row else timing.median
             except Exception as error:
                 errors[name] = error
                 check_device(self.device)
@@ -195,9 +196,6 @@ class Clock:
             run()
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - began) * 1e3 / calls
-
-    def _wall(self, run: Call, timing: Timing) -> float:
-        return self._in_a_row(run, timing) if self.cuda and self.device_alone else timing.median
 
 
 def race(

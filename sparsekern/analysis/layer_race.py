@@ -1,19 +1,25 @@
-"""Races of one layer: its dense form and sparse layers that could take its place, in turn on the same input."""
+"""Races of layers: a dense layer and sparse ones that could take its place, in turn on the same input.
+
+Importing this module makes ``sparsify_(..., only_if_faster=sample)`` work, which asks :class:`LayerRaces`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.analysis.clock import Call, Timing, race
 from sparsekern.analysis.profile import arguments, hooked
-from sparsekern.nn import BlockSparse
+from sparsekern.nn import BlockSparse, Choice, register_racer
 from sparsekern.nn.converters import out_features
 from sparsekern.topology import gather_blocks, to_dense
 
@@ -213,3 +219,87 @@ def kind_of(layer: nn.Module, given: LayerInput) -> tuple[Any, ...]:
     x, tensors = given.x, [p for p in layer.parameters(recurse=False)]
     layouts = ((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
     return type(layer), layer.extra_repr() or repr(layer), *layouts, x.shape, x.stride(), x.dtype, given.autocast
+
+
+logger = logging.getLogger("sparsekern")
+
+ALIKE = 0.05
+"""Relative difference of the number of blocks up to which layers are equal: allocation rounds it."""
+
+
+class LayerRaces:
+    """Chooses between the layers of a model and the sparse layers that could take their places.
+
+    Building it runs the model once, in evaluation mode. The model is not changed, nor are its gradients, the statistics
+    of norms or random generators.
+
+    Args:
+        model: the model.
+        layers: those of its layers that may become sparse, by name.
+        sample: a tensor, a tuple of arguments, or a dict of keyword arguments of the model.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], sample: Any) -> None:
+        self._layers = layers
+        self._inputs = layer_inputs(model, layers, sample)
+        self._known: dict[Any, list[tuple[list[float], Choice]]] = {}
+
+    def __call__(self, name: str, candidates: Sequence[BlockSparse]) -> Choice:
+        """Race a layer against sparse layers of several block sizes, unless an equal one has been raced."""
+        if name not in self._inputs:
+            return Choice(name, None, {}, float("nan"))
+        layer, given = self._layers[name], self._inputs[name]
+        kind = kind_of(layer, given), *(twin.block_size for twin in candidates)
+        densities = [twin.topology.slots / twin.grid.cells for twin in candidates]
+        known = self._known.setdefault(kind, [])
+        for others, choice in known:
+            if all(math.isclose(*pair, rel_tol=ALIKE) for pair in zip(densities, others, strict=True)):
+                return choice.named(name)
+        contestants: dict[Any, Contestant] = {"dense": dense_contestant(layer)}
+        contestants |= {twin.block_size: sparse_contestant(twin) for twin in candidates}
+        timings = race_steps(contestants, given)
+        dense = timings.pop("dense")
+        if dense.spread > CALM:
+            text = "%s: the quartiles of the dense layer are %s of its median apart; the machine is too busy to choose"
+            logger.warning(text, name, f"{dense.spread:.0%}")
+        times = {block: timing.median for block, timing in timings.items()}
+        choice = _of_first_rank(Choice.of(times, dense.median))
+        known.append((densities, choice))
+        return choice.named(name)
+
+
+def _of_first_rank(choice: Choice) -> Choice:
+    """Return the first rank's choice on every rank of a process group: their times differ, their layers must not."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return choice
+    choices = [choice]
+    dist.broadcast_object_list(choices, src=0)
+    return choices[0]
+
+
+def time_layer(layer: BlockSparse, given: Tensor | LayerInput, repeats: int = 5) -> tuple[float, float]:
+    """Return ``(sparse, dense)`` median milliseconds of forward and backward on an input ``(..., in_features)``.
+
+    The dense contestant is PyTorch's own layer with a weight of zeros, channels last in a convolution. The gradients of
+    the layer do not change.
+
+    Args:
+        layer: the sparse layer.
+        given: an input of the layer.
+        repeats: number of measured rounds.
+    """
+    given = LayerInput(given) if isinstance(given, Tensor) else given
+    if given.autocast is None:
+        given = replace(given, x=given.x.to(layer.values.dtype))
+    shape = replace(layer.grid, transposed=False).weight_shape
+    weight = torch.zeros(shape, dtype=layer.values.dtype, device=layer.values.device)
+    if weight.dim() == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    weight.requires_grad_(layer.values.requires_grad)
+    sparse = sparse_contestant(layer)
+    dense = Contestant(lambda x: layer.dense_forward(x, weight), trained(weight, layer.bias))
+    timings = race_steps({"sparse": sparse, "dense": dense}, given, repeats)
+    return timings["sparse"].median, timings["dense"].median
+
+
+register_racer(LayerRaces)

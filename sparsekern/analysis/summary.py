@@ -1,23 +1,213 @@
-"""The table of a model's layers: what each stores and computes, and what its dense layer would take."""
+"""Parameters, FLOPs and bytes of sparse and dense layers, the table of them, and the peak memory of a call."""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import NoneType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparsekern.analysis.account import Account, account, network_sparsity
-from sparsekern.analysis.layer_race import kind_of, layer_inputs
-from sparsekern.analysis.measure import time_layer
+from sparsekern.analysis.layer_race import kind_of, layer_inputs, time_layer
 from sparsekern.analysis.profile import profile
 from sparsekern.errors import InputError
-from sparsekern.nn import BlockSparse, DenseShare, dense_share, is_replaceable, refuse_sharded
+from sparsekern.nn import BlockSparse, DenseShare, dense_share, is_replaceable, left_dense, refuse_sharded
+from sparsekern.nn.converters import known_classes
+from sparsekern.topology import index_bytes
 from sparsekern.topology.arguments import check_kind
 
+
+@dataclass(frozen=True)
+class Account:
+    """What one layer stores and computes: elements and FLOPs without phantom elements, bytes as allocated.
+
+    ``flops`` are those of one training step on the given tokens, forward and both gradients: ``6 * tokens * elements``.
+    The tokens of a convolution are the pixels of its output.
+
+    Attributes:
+        name, kind: names of the layer and of its class.
+        shape: shape of the dense weight.
+        block: ``(bo, bi)``, or None for a dense layer.
+        blocks, cells: number of stored blocks, and of places for one.
+        elements, bias: number of stored elements of the weight, and of entries of the bias.
+        tokens: number of rows of the output, or of its pixels.
+        values_bytes, index_bytes, gradient_bytes, state_bytes: bytes that training holds; the last are the optimizer's.
+        dense_bytes: bytes that a dense layer of that shape would take.
+        note: why a layer is left dense.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    block: tuple[int, int] | None
+    blocks: int
+    cells: int
+    elements: int
+    bias: int
+    tokens: int
+    values_bytes: int
+    index_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    dense_bytes: int
+    note: str = ""
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of the dense weight."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weight that is not stored."""
+        return 1 - self.elements / self.numel
+
+    @property
+    def parameters(self) -> int:
+        """The number of trainable elements: stored elements and the bias."""
+        return self.elements + self.bias
+
+    @property
+    def flops(self) -> int:
+        """The floating point operations of one training step."""
+        return 6 * self.tokens * self.elements
+
+    @property
+    def dense_flops(self) -> int:
+        """The floating point operations of one training step of the dense layer."""
+        return 6 * self.tokens * self.numel
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of values, index, gradient and optimizer state."""
+        return self.values_bytes + self.index_bytes + self.gradient_bytes + self.state_bytes
+
+
+def account(name: str, layer: nn.Module, tokens: int = 1, optimizer: torch.optim.Optimizer | None = None) -> Account:
+    """Return the account of a sparse layer, or of a dense layer that can become sparse.
+
+    Args:
+        name: the layer's name in the model.
+        layer: the layer.
+        tokens: number of rows of its output, or of its pixels.
+        optimizer: optimizer whose present state is counted; before the first step it has none.
+
+    Raises:
+        TypeError: the layer is neither.
+    """
+    bias = getattr(layer, "bias", None)
+    bias_count = bias.numel() if isinstance(bias, Tensor) else 0
+    weight: Tensor
+    if isinstance(layer, BlockSparse):
+        grid, weight = layer.grid, layer.values
+        shape = grid.weight_shape
+        block, cells = grid.block, grid.cells
+        blocks, elements = layer.topology.blocks(), layer.topology.elements()
+        index = index_bytes(grid, layer.topology.slots)
+    elif is_replaceable(layer):
+        assert isinstance(layer.weight, Tensor)
+        weight, block, index = layer.weight, None, 0
+        shape = tuple(weight.shape)
+        blocks = cells = 0
+        elements = weight.numel()
+    else:
+        raise TypeError(
+            f"{name!r} is a {type(layer).__name__}; only sparse layers and {known_classes()} have an account"
+        )
+    size = weight.element_size()
+    state = state_bytes(optimizer, weight)
+    state_per_value = state / max(1, weight.numel())
+    trains = weight.requires_grad
+    return Account(
+        name=name,
+        kind=type(layer).__name__,
+        shape=shape,
+        block=block,
+        blocks=blocks,
+        cells=cells,
+        elements=elements,
+        bias=bias_count,
+        tokens=tokens,
+        values_bytes=weight.numel() * size,
+        index_bytes=index,
+        gradient_bytes=weight.numel() * size if trains else 0,
+        state_bytes=state,
+        note=left_dense(layer) or "",
+        dense_bytes=round(math.prod(shape) * (size * (2 if trains else 1) + state_per_value)),
+    )
+
+
+def state_bytes(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> int:
+    """Return the bytes of an optimizer's present state for one ``parameter (...)`` of any shape."""
+    if optimizer is None:
+        return 0
+    states = optimizer.state.get(parameter, {}).values()
+    return sum(s.numel() * s.element_size() for s in states if isinstance(s, Tensor))
+
+
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Return the bytes that training holds between steps: parameters, gradients, buffers and optimizer state.
+
+    Gradients are counted for every parameter that requires them, whether or not they exist now.
+    """
+    total = sum(b.numel() * b.element_size() for b in model.buffers())
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        total += size * (2 if parameter.requires_grad else 1) + state_bytes(optimizer, parameter)
+    return total
+
+
+def stored_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model without phantom elements and free slots."""
+    total = sum(p.numel() for p in model.parameters())
+    for layer in model.modules():
+        if isinstance(layer, BlockSparse):
+            total += layer.topology.elements() - layer.values.numel()
+    return total
+
+
+def network_sparsity(model: nn.Module) -> float:
+    """Return the fraction of all weights of a model, including dense layers and embeddings, that is not stored.
+
+    Weights are the matrices of sparse layers and all parameters with two or more dimensions, counted once. A model
+    with sparse layers at 90 % is less sparse than that, depending on what stays dense; 0 without any weight.
+    """
+    stored = whole = 0
+    matrices = {id(layer.values): layer for layer in model.modules() if isinstance(layer, BlockSparse)}
+    for parameter in model.parameters():
+        if (layer := matrices.get(id(parameter))) is not None:
+            stored, whole = stored + layer.topology.elements(), whole + layer.grid.numel
+        elif parameter.dim() > 1:
+            stored, whole = stored + parameter.numel(), whole + parameter.numel()
+    return 1 - stored / whole if whole else 0.0
+
+
+def peak_above(run: Callable[[], object], device: torch.device) -> int:
+    """Run once and return the peak of the bytes held by PyTorch's allocators, above those held before.
+
+    Memory that native kernels allocate themselves is not counted.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch 2.13 writes lines to stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return int(max(accumulate((event.nbytes() for event in events), initial=0)))
+
+
 MIB = 2**20
+
+BYTES = ("values_bytes", "index_bytes", "gradient_bytes", "state_bytes", "total_bytes", "dense_bytes")
 
 
 @dataclass(frozen=True)
@@ -30,7 +220,7 @@ class Summary:
         dense_flops: ``{name: FLOPs}`` of a training step of the dense layer: of the same shape, or of the given dense
             network.
         network_sparsity: fraction of all weights of the model that is not stored
-            (:func:`~sparsekern.analysis.account.network_sparsity`).
+            (:func:`~sparsekern.analysis.summary.network_sparsity`).
         dense_share: the model's parameters that are in no sparse layer.
     """
 
@@ -41,11 +231,15 @@ class Summary:
     dense_share: DenseShare | None = None
 
     def __str__(self) -> str:
-        timed = bool(self.milliseconds)
         head = ["layer", "kind", "out x in", "block", "blocks", "sparsity", "parameters", "MFLOP/step", "dense MFLOP"]
         head += ["values MiB", "index MiB", "gradient MiB", "state MiB", "total MiB", "dense MiB"]
-        head += ["ms", "dense ms"] if timed else []
-        lines = [head] + [self._cells(row, timed) for row in self.rows] + [self._total(timed)]
+        head += ["ms", "dense ms"] if self.milliseconds else []
+        lines = [head]
+        for row in self.rows:
+            block = f"{row.block[0]}x{row.block[1]}" if row.block else f"dense ({row.note})" if row.note else "dense"
+            places = f"{row.blocks}/{row.cells}" if row.block else ""
+            lines.append([row.name, row.kind, " x ".join(map(str, row.shape)), block, places, *self._numbers([row])])
+        lines.append(["total", "", "", "", "", *self._numbers(self.rows)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         text = [
             "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
@@ -62,43 +256,19 @@ class Summary:
             text.append(f"slower than their dense layers on this sample: {', '.join(slower)}")
         return "\n".join(line.rstrip() for line in text)
 
-    def _cells(self, row: Account, timed: bool) -> list[str]:
-        sparse = row.block is not None
+    def _numbers(self, rows: list[Account]) -> list[str]:
+        """Return the numbers of some layers together."""
+        dense = [self.dense_flops[row.name] for row in rows if row.name in self.dense_flops]
+        times = [self.milliseconds[row.name] for row in rows if row.name in self.milliseconds]
         cells = [
-            row.name,
-            row.kind,
-            " x ".join(map(str, row.shape)),
-            f"{row.block[0]}x{row.block[1]}" if row.block else f"dense ({row.note})" if row.note else "dense",
-            f"{row.blocks}/{row.cells}" if sparse else "",
-            f"{row.sparsity:.1%}",
-            f"{row.parameters:,}",
-            f"{row.flops / 1e6:.2f}",
-            f"{self.dense_flops[row.name] / 1e6:.2f}" if row.name in self.dense_flops else "",
+            f"{1 - sum(row.elements for row in rows) / sum(row.numel for row in rows):.1%}",
+            f"{sum(row.parameters for row in rows):,}",
+            f"{sum(row.flops for row in rows) / 1e6:.2f}",
+            f"{sum(dense) / 1e6:.2f}" if dense else "",
         ]
-        sizes = (
-            row.values_bytes,
-            row.index_bytes,
-            row.gradient_bytes,
-            row.state_bytes,
-            row.total_bytes,
-            row.dense_bytes,
-        )
-        cells += [f"{size / MIB:.2f}" for size in sizes]
-        if timed:
-            measured = self.milliseconds.get(row.name)
-            cells += ["", ""] if measured is None else [f"{ms:.2f}" for ms in measured]
-        return cells
-
-    def _total(self, timed: bool) -> list[str]:
-        rows = self.rows
-        numel = sum(r.numel for r in rows)
-        cells = ["total", "", "", "", "", f"{1 - sum(r.elements for r in rows) / numel:.1%}"]
-        cells += [f"{sum(r.parameters for r in rows):,}", f"{sum(r.flops for r in rows) / 1e6:.2f}"]
-        cells.append(f"{sum(self.dense_flops.values()) / 1e6:.2f}")
-        for name in ("values_bytes", "index_bytes", "gradient_bytes", "state_bytes", "total_bytes", "dense_bytes"):
-            cells.append(f"{sum(getattr(r, name) for r in rows) / MIB:.2f}")
-        if timed:
-            cells += [f"{sum(times[i] for times in self.milliseconds.values()):.2f}" for i in (0, 1)]
+        cells += [f"{sum(getattr(row, name) for row in rows) / MIB:.2f}" for name in BYTES]
+        if self.milliseconds:
+            cells += [f"{sum(both[i] for both in times):.2f}" if times else "" for i in (0, 1)]
         return cells
 
 

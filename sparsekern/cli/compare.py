@@ -11,12 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 
-from sparsekern.cli.live import Live
 from sparsekern.cli.options import NETWORK, RUN, Json, Quiet, absolute, given, option, sparsity_of, takes
-from sparsekern.cli.shell import CtrlC, PlainConsole, check_one_process, error_console, explained, say, table
-from sparsekern.lab.compare import PICTURE, TABLE, Contestant, compare, default_folder, is_finished, plan_for
-from sparsekern.lab.report.tables import comparison_cells, comparison_notes
-from sparsekern.lab.report.text import aligned
+from sparsekern.cli.shell import CtrlC, Live, PlainConsole, check_one_process, error_console, explained, say, table
+from sparsekern.lab.compare import PICTURE, TABLE, compare, contestant, default_folder, is_finished, plan_for
+from sparsekern.lab.report.tables import aligned, comparison_cells, comparison_notes
 from sparsekern.lab.store import PLAN
 from sparsekern.training import METHODS, PRESETS
 
@@ -74,13 +72,13 @@ def compare_methods(
     errors = error_console()
     folder = out or default_folder(datetime.now())
     with (
-        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), {*RUN, *NETWORK}),
+        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), compare_methods),
         CtrlC() as interrupt,
         Live(errors, interrupt.asked, quiet=quiet) as live,
     ):
         check_one_process("sparsekern compare")
-        contestants = [Contestant.parse(text) for text in method or ()]
-        contestants += [Contestant.parse(text, preset=True) for text in preset or ()]
+        contestants = [contestant(text) for text in method or ()]
+        contestants += [contestant(text, preset=True) for text in preset or ()]
         plan = plan_for(
             folder,
             (QUICK | values) if quick else values,

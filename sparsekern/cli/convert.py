@@ -11,14 +11,15 @@ from typing import Annotated
 import typer
 
 from sparsekern.cli.inspect import MaxGib, MaxTensors, describe_state, weights_file
-from sparsekern.cli.shell import check_folder_of, error_console, explained, say, stopped
+from sparsekern.cli.shell import check_file, error_console, explained, say, stopped
 from sparsekern.errors import InputError
 from sparsekern.files.conversion import State, bsr_state, dense_state, sparse_state
 from sparsekern.files.size_limits import DEFAULT, Limits
 from sparsekern.files.states import merge_pruned
 from sparsekern.files.weight_files import read_state, write_state
+from sparsekern.lab.bench.request import sizes
 from sparsekern.nn.selectors import matches_name
-from sparsekern.topology import block_pair, check_sparsity
+from sparsekern.topology import check_sparsity
 
 
 class Form(str, Enum):
@@ -62,7 +63,7 @@ def convert(
     its file is one of torch.save; convolutions become dense there. A dense file does not say how many groups a
     convolution has: its blocks are cut as for one.
     """
-    with explained(error_console(), stopped, ("block_size",)):
+    with explained(error_console(), stopped, convert):
         _check(target, to, sparsity, keep_zeros, block_size, force)
         limits = Limits(max_gib, max_tensors)
         state = merge_pruned(read_state(weights_file(source, network, seed), limits))
@@ -99,9 +100,7 @@ def _check(
         )
     if target.suffix not in (".safetensors", *TORCH_NAMES):
         raise InputError(f"target is {target}; the name must end in .safetensors, .pt or .pth", parameter="target")
-    check_folder_of(target, "target")
-    if target.is_dir():
-        raise InputError(f"target is {target}, which is a folder; choose another name", parameter="target")
+    check_file(target, "target")
     if os.path.lexists(target) and not force:
         raise InputError(f"target is {target}, which exists; choose another name, or --force", parameter="target")
 
@@ -109,19 +108,13 @@ def _check(
 def _sparse(
     state: State, sparsity: float | None, block_size: str | None, layers: list[str], ignore: list[str], limits: Limits
 ) -> State:
-    block = None if block_size is None else _block(block_size)
+    block = None
+    if block_size is not None:
+        form = "a whole number of 1 or more, or OUTxIN such as 32x16"
+        sides = sizes("block_size", block_size, (1, 2), form)
+        block = (sides[0], sides[-1])
 
     def chosen(name: str) -> bool:
         return any(matches_name(one, name) for one in layers) and not any(matches_name(one, name) for one in ignore)
 
     return sparse_state(state, sparsity=sparsity, block=block, chosen=chosen, limits=limits)
-
-
-def _block(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(
-            f"block_size is {text!r}; it must be a whole number of 1 or more, or OUTxIN such as 32x16",
-            parameter="block_size",
-        )
-    return block_pair(int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +14,8 @@ import typer
 import sparsekern
 from sparsekern.cli.shell import say
 from sparsekern.kernels.cpu.library import load
-from sparsekern.lab.report.text import count
+from sparsekern.lab.bench.request import usable_cores
+from sparsekern.lab.report.tables import count
 from sparsekern.ops.backends import BACKENDS, DEVICE_TYPES
 
 BLOCK = (32, 32)
@@ -49,14 +49,9 @@ def _versions() -> dict[str, str | None]:
 def _devices() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": {"model": cpu_model(), "cores": _cores(), "torch_threads": torch.get_num_threads()},
+        "cpu": {"model": cpu_model(), "cores": usable_cores(), "torch_threads": torch.get_num_threads()},
         "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
     }
-
-
-def _cores() -> int:
-    """Return how many this process may use, which in a container is less than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
@@ -67,6 +62,11 @@ def cpu_model() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the processor or the GPU."""
+    return cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _live(name: str) -> dict[str, Any]:

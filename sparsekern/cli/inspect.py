@@ -18,7 +18,8 @@ from sparsekern.files.size_limits import DEFAULT, Limits
 from sparsekern.files.states import StoredLayer, stored_layers
 from sparsekern.files.weight_files import FORMAT_VERSION, read_state
 from sparsekern.lab import checkpoint
-from sparsekern.lab.report.text import percent, printable
+from sparsekern.lab.options import percent
+from sparsekern.lab.report.tables import printable
 from sparsekern.lab.store import CONFIG, check_run, read_config
 from sparsekern.nn.layer_state import STORED
 
@@ -40,7 +41,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show the layers of a checkpoint: shapes, blocks, sparsity, dtypes, bytes. Nothing in the file is executed."""
-    with explained(error_console(), stopped):
+    with explained(error_console(), stopped, inspect):
         run = _run(source) if (source / CONFIG).is_file() else None
         file = weights_file(source, network, seed)
         state = read_state(file, Limits(max_gib, max_tensors))

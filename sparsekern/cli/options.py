@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,11 @@ import typer
 
 from sparsekern.errors import InputError
 from sparsekern.lab import Config
+from sparsekern.lab.checkpoint import Keeping
 from sparsekern.lab.config import FROM_RECIPE, RUN_OPTIONS
 from sparsekern.lab.distributed import Launch
 from sparsekern.lab.options import NETWORK_OPTIONS, OPTIONS, Option, declared
 from sparsekern.lab.recipes import RECIPES
-from sparsekern.lab.store import Keeping
 
 MLP = Config()
 """The default recipe, whose values the help shows."""
@@ -79,7 +80,7 @@ def annotation(option: Option, default: str = "", panel: str | None = None, owne
         show_default=default or option.default or False,
         rich_help_panel=panel,
     )
-    kind: Any = list[str] if option.name == "sparsity" else option.kind
+    kind: Any = list[str] if option.kind is list else option.kind
     return Annotated[kind | None, shown]
 
 
@@ -90,7 +91,7 @@ def _of_network(name: str) -> str:
 
 RUN: dict[str, Any] = {
     name: annotation(entry, f"the recipe's; {MLP.recipe}: {getattr(MLP, name)}" if name in FROM_RECIPE else "")
-    for name, entry in RUN_OPTIONS.items()
+    for name, entry in (RUN_OPTIONS | {"sparsity": replace(RUN_OPTIONS["sparsity"], kind=list)}).items()
 }
 KEEPING: dict[str, Any] = {entry.name: annotation(entry) for entry in declared(Keeping)}
 LAUNCH: dict[str, Any] = {entry.name: annotation(entry, panel="Options under torchrun") for entry in declared(Launch)}

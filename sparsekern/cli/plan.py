@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,10 +39,10 @@ from sparsekern.cli.options import METHOD, NETWORK, RUN, Json, given, sparsity_o
 from sparsekern.cli.shell import PlainConsole, error_console, explained, say, stopped, table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config
-from sparsekern.lab.planned import Planned
+from sparsekern.lab.cost import Planned
+from sparsekern.lab.options import percent
 from sparsekern.lab.recipes import find
-from sparsekern.lab.report.tables import Cells
-from sparsekern.lab.report.text import count, percent
+from sparsekern.lab.report.tables import Cells, count
 
 OF_MODEL = ("sparsity", "block_size", "batch_size", "accumulate", "precision")
 """Options of a run that a model given by --config takes too."""
@@ -52,20 +52,6 @@ OPTIONS_OF_RUN = {
 }
 
 CPU = "cpu"
-NAMES = {
-    *OPTIONS_OF_RUN,
-    *NETWORK,
-    *METHOD,
-    "config",
-    "strategy",
-    "devices",
-    "device",
-    "threads",
-    "tokens",
-    "image_size",
-}
-"""Parameters that are options of this command."""
-
 MODEL_BLOCK, MODEL_TEXTS, MODEL_TOKENS = 64, 8, 2048
 """Block size, texts a device and tokens a text of a model given by its configuration, where nothing else is given."""
 
@@ -101,7 +87,7 @@ def plan(
     The network is built without any memory, so that one of 70 billion parameters can be planned on a laptop.
     """
     errors = error_console()
-    with explained(errors, stopped, NAMES):
+    with explained(errors, stopped, plan):
         if threads is not None:
             if threads < 1:
                 raise InputError(f"threads is {threads}; it must be 1 or more", parameter="threads")
@@ -129,13 +115,12 @@ def plan(
                 names = ", ".join(wrong)
                 raise InputError(f"config is given, with which {names} do not go; drop one or the other")
             source, found = _of_config(config, values, layout, tokens, device)
-        result = planned(source, found, layout, device)
+        facts, predictions, notes = planned(source, found, layout, device)
     if as_json:
-        say(json.dumps(result.to_json()))
+        say(json.dumps({**facts, "predictions": {name: plain(one) for name, one in predictions.items()}}))
     else:
-        PlainConsole().print(table(result.title, cells(result), 4))
-        for line in result.notes:
-            say(line)
+        PlainConsole().print(table(facts["title"], cells(predictions), 4))
+        say("\n".join(notes))
 
 
 @dataclass(frozen=True)
@@ -161,32 +146,6 @@ class Found:
     sizes: tuple[int, int, int]
     unit: str
     precision: str
-
-
-@dataclass(frozen=True)
-class Planning:
-    """The result of the command.
-
-    Attributes:
-        title: in one line.
-        predictions: by network and whether it is checkpointed; those that there are.
-        facts: of the plan, for JSON.
-        notes: lines below the table.
-    """
-
-    title: str
-    predictions: Mapping[str, Prediction]
-    facts: Mapping[str, Any]
-    notes: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        found = {
-            name: asdict(p)
-            | {"step_seconds": p.step_seconds, "memory_total": p.memory.total, "traffic_step": p.traffic.step}
-            for name, p in self.predictions.items()
-        }
-        return {"title": self.title, **self.facts, "predictions": found}
 
 
 def measurement_file() -> Path:
@@ -268,7 +227,7 @@ def clocked_of(device: str, precision: str) -> Machine | Device:
     """
     if device != CPU:
         found = DEVICES[device]
-        return found if precision == "bfloat16" else found.in_float32()
+        return found if precision == "bfloat16" else replace(found, dtype="ieee")
     if precision != "float32":
         raise InputError(
             f"precision is {precision}, of which nothing is measured on a CPU; use float32", parameter="precision"
@@ -294,8 +253,21 @@ def capacity_of(device: str) -> float:
         return 0.0
 
 
-def planned(source: Any, found: Found, layout: Layout, device: str) -> Planning:
-    """Predict the costs of the sparse network and of its dense twin, as they are and checkpointed."""
+def plain(prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction as plain values, with the sums of its parts."""
+    sums = {"step_seconds": prediction.step_seconds, "memory_total": prediction.memory.total}
+    return asdict(prediction) | sums | {"traffic_step": prediction.traffic.step}
+
+
+def planned(
+    source: Any, found: Found, layout: Layout, device: str
+) -> tuple[dict[str, Any], dict[str, Prediction], list[str]]:
+    """Predict the costs of the sparse network and of its dense twin, as they are and checkpointed.
+
+    Returns:
+        Facts of the plan for JSON, its title among them; the predictions that there are, by network and whether it is
+        checkpointed; the lines below the table.
+    """
     clocked = clocked_of(device, found.precision)
     sends = CPU_NETWORK if isinstance(clocked, Machine) else clocked.sends(layout.devices)
     predictions: dict[str, Prediction] = {}
@@ -319,7 +291,7 @@ def planned(source: Any, found: Found, layout: Layout, device: str) -> Planning:
     title = f"{found.title}: {kind} ({device}), {layout.strategy}, {found.batch} examples a step in {found.precision}"
     ratio = predictions["dense"].step_seconds / predictions["sparse"].step_seconds
     constants = _constants(clocked)
-    facts: dict[str, Any] = {"device": device, "devices": layout.devices, "strategy": layout.strategy}
+    facts: dict[str, Any] = {"title": title, "device": device, "devices": layout.devices, "strategy": layout.strategy}
     facts |= {"constants": constants, "dense_over_sparse": ratio}
     words = "dense is predicted to be faster" if ratio < 1 else "sparse is predicted to be faster"
     notes = [f"{words}: a dense step takes {ratio:.2f} times as long"]
@@ -333,7 +305,7 @@ def planned(source: Any, found: Found, layout: Layout, device: str) -> Planning:
             )
     if not blocks:
         notes.append("nothing repeats in this network, so nothing is checkpointed")
-    return Planning(title, predictions, facts, [*notes, constants])
+    return facts, predictions, [*notes, constants]
 
 
 def _largest(source: Any, found: Found, layout: Layout, checkpointed: bool, capacity: float) -> int:
@@ -360,18 +332,18 @@ def _constants(clocked: Machine | Device) -> str:
 ROWS = ("values", "gradients", "optimizer", "index", "buffers", "communication", "activations")
 
 
-def cells(result: Planning) -> Cells:
+def cells(by_network: Mapping[str, Prediction]) -> Cells:
     """Return the heading and the rows of the table."""
-    predictions = list(result.predictions.values())
+    predictions = list(by_network.values())
     rows = [[name, *(_bytes(getattr(p.memory, name)) for p in predictions)] for name in ROWS]
     rows.append(["peak of a step", *(_bytes(p.memory.total) for p in predictions)])
     rows.append(["FLOPs of a step", *(f"{p.flops / 1e9:,.1f} G" for p in predictions)])
     rows.append(["sent in a step", *(_bytes(p.traffic.gradients + p.traffic.gathers) for p in predictions)])
     rows.append(["sent in an update", *(_bytes(p.traffic.scores + p.traffic.moves) for p in predictions)])
     for part in predictions[0].seconds:
-        rows.append([part, *(_seconds(p.seconds[part]) for p in predictions)])
-    rows.append(["time of a step", *(_seconds(p.step_seconds) for p in predictions)])
-    return ["on a device", *result.predictions], rows
+        rows.append([part, *(f"{1e3 * p.seconds[part]:,.2f} ms" for p in predictions)])
+    rows.append(["time of a step", *(f"{1e3 * p.step_seconds:,.2f} ms" for p in predictions)])
+    return ["on a device", *by_network], rows
 
 
 def _bytes(number: float) -> str:
@@ -379,7 +351,3 @@ def _bytes(number: float) -> str:
         if number >= size:
             return f"{number / size:,.1f} {unit}"
     return f"{number:.0f} B"
-
-
-def _seconds(number: float) -> str:
-    return f"{1e3 * number:,.2f} ms"

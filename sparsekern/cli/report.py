@@ -10,12 +10,12 @@ import torch
 import typer
 
 from sparsekern.analysis import Summary
-from sparsekern.cli.info import cpu_model
-from sparsekern.cli.shell import check_folder_of, error_console, explained, say
+from sparsekern.cli.info import device_name
+from sparsekern.cli.shell import check_file, error_console, explained, say
 from sparsekern.errors import InputError
 from sparsekern.lab.cost import measure
 from sparsekern.lab.report.page import MARK, page_contents, page_values, render, results_so_far
-from sparsekern.lab.report.text import count
+from sparsekern.lab.report.tables import count
 from sparsekern.lab.store import Record, read_record, write_text
 
 PAGE = "report.html"
@@ -36,7 +36,7 @@ def report(
     It shows the table, the curves, where the blocks were over time, and what each layer stores and how long it takes.
     """
     page = run / PAGE if out is None else out
-    with explained(error_console(), lambda saved: "stopped; the page is not written"):
+    with explained(error_console(), lambda saved: "stopped; the page is not written", report):
         record = read_record(run)
         check_target(page)
         account, sizes, where = _measured(record, timed=timed)
@@ -62,9 +62,7 @@ def check_target(page: Path) -> None:
     Raises:
         ValueError: the folder is not there, or there is something that is no page.
     """
-    check_folder_of(page, "out", "another --out")
-    if page.is_dir():
-        raise InputError(f"out is {page}, which is a folder; give the name of a file", parameter="out")
+    check_file(page, "out", "another --out")
     if page.exists():
         with page.open("rb") as file:
             if file.read(len(MARK)) != MARK.encode():
@@ -84,7 +82,5 @@ def _measured(record: Record, *, timed: bool) -> tuple[Summary | None, dict[str,
         return None, None, ""
     if not timed:
         record.missing.append("The layers were not timed (--no-measure).")
-    device = torch.device(str(record.config.device))
-    name = cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return account, sizes, f"measured for this page on {name}, {count(threads, 'thread')}"
+    where = device_name(torch.device(str(record.config.device)))
+    return account, sizes, f"measured for this page on {where}, {count(torch.get_num_threads(), 'thread')}"

@@ -1,4 +1,4 @@
-"""The frame of every command: what it prints and where, Ctrl-C, exit codes, errors of one line."""
+"""The frame of every command: what it prints and where, progress, Ctrl-C, exit codes, errors of one line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -17,15 +18,18 @@ import torch.distributed as dist
 import typer
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
 from sparsekern.errors import InputError
-from sparsekern.lab import Interrupted
+from sparsekern.lab import Config, Interrupted, Observer
 from sparsekern.lab.distributed import LostRank, ToldByFirst, launched
-from sparsekern.lab.report.tables import Cells
-from sparsekern.lab.report.text import printable
+from sparsekern.lab.recipes import find
+from sparsekern.lab.report.tables import Cells, printable
+from sparsekern.lab.tasks import metric_of
+from sparsekern.lab.train import Learner
 
 USAGE_ERROR, INTERRUPTED, LOST_RANK = 2, 130, 3
 
@@ -68,8 +72,31 @@ def say(text: str) -> None:
     typer.echo(printable(text))
 
 
+def progress(errors: Console, done: str, *behind: TextColumn, quiet: bool = False) -> Progress:
+    """Return a bar on a terminal with description, what is done in the form given, and times.
+
+    Args:
+        errors: the console.
+        done: form of the number behind the bar, such as ``"{task.percentage:3.0f} %"``.
+        behind: columns at the end.
+        quiet: show nothing.
+    """
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn(done),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        *behind,
+        console=errors,
+        transient=True,
+        disable=quiet or not errors.is_terminal,
+    )
+
+
 @contextmanager
-def explained(errors: Console, how_to_go_on: Callable[[bool], str], options: Collection[str] = ()) -> Iterator[None]:
+def explained(errors: Console, how_to_go_on: Callable[[bool], str], command: Callable[..., None]) -> Iterator[None]:
     """Turn what the user can mend into one line and an exit code.
 
     That is an InputError, an error of the system with a file, and a lack of memory or of room on a disk. Any other
@@ -81,7 +108,7 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str], options: Col
     Args:
         errors: where the line goes.
         how_to_go_on: what to say after Ctrl-C; takes whether everything was saved.
-        options: names of the parameters that are options of the command; an error about one names the option.
+        command: whose parameters are options; an error about one names the option.
     """
     ranks = launched()
     try:
@@ -96,7 +123,7 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str], options: Col
         errors.print(f"error: rank {ranks.rank}: {lost}. {how_to_go_on(False)}")
         _end(LOST_RANK)
     except Exception as error:
-        message = _way_out(error, how_to_go_on, options)
+        message = _way_out(error, how_to_go_on, signature(command).parameters)
         if message is not None:
             errors.print(f"error: {'' if ranks.first else f'rank {ranks.rank}: '}{message}")
             _end(USAGE_ERROR)
@@ -130,8 +157,8 @@ def _way_out(error: Exception, how_to_go_on: Callable[[bool], str], options: Col
     return f"{error} (option --{option})" if error.parameter in options and option not in str(error) else str(error)
 
 
-def check_folder_of(file: Path, parameter: str, other: str = "another name") -> None:
-    """Check before any work that the folder of a file that will be written is there.
+def check_file(file: Path, parameter: str, other: str = "another name") -> None:
+    """Check before any work that a file may be written: its folder is there, and it is no folder itself.
 
     Args:
         file: where to write.
@@ -146,6 +173,8 @@ def check_folder_of(file: Path, parameter: str, other: str = "another name") -> 
             f"{parameter} is {file}, whose folder does not exist; make the folder, or choose {other}",
             parameter=parameter,
         )
+    if file.is_dir():
+        raise InputError(f"{parameter} is {file}, which is a folder; give the name of a file", parameter=parameter)
 
 
 def check_one_process(command: str) -> None:
@@ -259,3 +288,88 @@ def _values(option: str, arguments: Sequence[str]) -> list[str]:
     after = [arguments[i + 1] for i, text in enumerate(arguments[:-1]) if text == option]
     joined = [text.partition("=")[2] for text in arguments if text.startswith(f"{option}=")]
     return [*reversed(joined), *reversed(after)]
+
+
+class Live(Observer):
+    """Shows seed, epoch, and the loss and metric of both networks. Use it in a ``with`` block.
+
+    A comparison has a bar of its own above that of its run.
+
+    Args:
+        console: on stderr, so that stdout holds the results alone.
+        should_stop: whether the user asked to stop.
+        quiet: show nothing.
+    """
+
+    def __init__(self, console: Console, should_stop: Callable[[], bool], *, quiet: bool) -> None:
+        self._console, self._asked, self._quiet = console, should_stop, quiet
+        state = TextColumn("{task.fields[state]}", markup=False)
+        self._progress = progress(console, "{task.percentage:3.0f} %", state, quiet=quiet)
+        self._task: TaskID | None = None
+        self._all: TaskID | None = None
+        self._heading = ""
+
+    def __enter__(self) -> Live:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, config: Config, batches: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Start the bar: all steps of all seeds and networks, those of earlier rows done."""
+        self._config = config
+        self._steps: dict[tuple[int, str], int] = {}
+        self._state: dict[str, str] = {}
+        self._reached: dict[str, str] = {}
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        total = config.seeds * len(config.networks) * (config.epochs or 0) * batches
+        self._task = self._progress.add_task("starting", total=total, state="")
+        for row in rows:
+            self._take(row)
+
+    def cell(self, name: str, config: Config, number: int, total: int) -> None:
+        """Show which run of a comparison it is."""
+        self._heading = f"{name}  "
+        if self._all is None:
+            self._all = self._progress.add_task("", total=total, state="")
+        self._progress.update(self._all, completed=number, description=f"run {number + 1}/{total}", state=name)
+        if self._progress.disable and not self._quiet:
+            self._console.print(f"run {number + 1}/{total}  {name}")
+
+    def step(self, learner: Learner, loss: float) -> None:
+        """Advance the bar."""
+        speed = learner.speed()
+        self._show(learner.seed, learner.network, learner.epoch + 1, learner.steps, loss, speed and f" {speed}")
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Remember the metric; without a bar, print a line."""
+        self._take(row)
+        if self._progress.disable and not self._quiet and row["network"] == self._config.networks[-1]:
+            where = self._where(row["seed"], row["epoch"])
+            self._console.print(f"{self._heading}{where}  {'  '.join(self._state.values())}")
+
+    def should_stop(self) -> bool:
+        """Return what the user asked for."""
+        return self._asked()
+
+    def _take(self, row: dict[str, Any]) -> None:
+        metric = metric_of(row)
+        self._reached[row["network"]] = f" {metric.text(row[metric.key], metric.digits)}"
+        self._show(row["seed"], row["network"], row["epoch"], row["step"], row["loss"])
+
+    def _show(self, seed: int, network: str, epoch: int, steps: int, loss: float, speed: str = "") -> None:
+        self._steps[seed, network] = steps
+        name, scale = find(self._config.recipe).task.metric.loss
+        self._state[network] = f"{network} {name} {scale * loss:.4f}{self._reached.get(network, '')}{speed}"
+        assert self._task is not None  # begin() comes first
+        self._progress.update(
+            self._task,
+            completed=sum(self._steps.values()),
+            description=self._where(seed, epoch),
+            state="  ".join(self._state.values()),
+        )
+
+    def _where(self, seed: int, epoch: int) -> str:
+        return f"seed {seed + 1}/{self._config.seeds}  epoch {epoch}/{self._config.epochs}"

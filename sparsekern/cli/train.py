@@ -12,7 +12,6 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sparsekern.cli.live import Live
 from sparsekern.cli.options import (
     KEEPING,
     LAUNCH,
@@ -26,17 +25,14 @@ from sparsekern.cli.options import (
     sparsity_of,
     takes,
 )
-from sparsekern.cli.shell import CtrlC, PlainConsole, error_console, explained, say, table
+from sparsekern.cli.shell import CtrlC, Live, PlainConsole, error_console, explained, say, table
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Logged, resume, start
+from sparsekern.lab.checkpoint import Keeping
 from sparsekern.lab.distributed import Launch, joined, launched
-from sparsekern.lab.recipes import RECIPES, Recipe
-from sparsekern.lab.report.tables import result_cells, result_notes, result_title, written_texts
-from sparsekern.lab.report.text import aligned
-from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, Keeping, default_folder, read_config
-
-NAMES = {*RUN, *KEEPING, *LAUNCH, *NETWORK, *METHOD}
-"""Parameters that are options of this command."""
+from sparsekern.lab.recipes import RECIPES
+from sparsekern.lab.report.tables import aligned, result_cells, result_notes, result_title, written_texts
+from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, default_folder, read_config
 
 SHOWN = 300
 """Characters of a network's text that are printed; the page of the run has all of them."""
@@ -69,13 +65,16 @@ def train(
     Ctrl-C saves everything and says how to go on. Under torchrun, all processes train one run together.
     """
     if list_:
-        _show_recipes(as_json=as_json)
+        if as_json:
+            say(json.dumps(recipe_values()))
+        else:
+            PlainConsole().print(recipe_table())
         return
     values |= given(data=absolute(values.get("data")), network=network or None, options=options or None)
     errors = error_console()
     folder = resume_ or out
     with (
-        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), NAMES),
+        explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), train),
         CtrlC() as interrupt,
         joined(launched().alike(lambda: Launch(**launch)), values.get("device")) as ranks,
         Live(errors, interrupt.asked, quiet=quiet or not ranks.first) as live,
@@ -85,13 +84,13 @@ def train(
             values["sparsity"] = ranks.alike(lambda: sparsity_of(",".join(values["sparsity"])))
         if resume_ is not None:
             going_on = resume_
-            finished = ranks.on_first(lambda: _check_agreement(going_on, values, out))
+            finished = ranks.on_first(lambda: _check_agreement(going_on, values, out)) and ranks.first
             run = resume(going_on, observer, ranks, **keeping)
             if finished:
                 errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
         else:
             config, kept = ranks.alike(lambda: (Config(**values), Keeping(**keeping)))
-            folder = out or ranks.from_first(default_folder(config, datetime.now()))
+            folder = out or ranks.on_first(lambda: default_folder(config, datetime.now()))
             run = start(config, folder, observer, kept, ranks)
     if not ranks.first:
         return
@@ -107,13 +106,6 @@ def train(
         drawn = [str(folder / name) for name in (PICTURE, SPECTRAL) if (folder / name).is_file()]
         pictures = f", and the picture{'s' * (len(drawn) > 1)} {' and '.join(drawn)}" if drawn else ""
         say(f"{folder}: config, metrics, checkpoints{pictures}")
-
-
-def _show_recipes(*, as_json: bool) -> None:
-    if as_json:
-        say(json.dumps(recipe_values()))
-    else:
-        PlainConsole().print(recipe_table())
 
 
 def _how_to_go_on(folder: Path | None, *, saved: bool) -> str:
@@ -149,7 +141,8 @@ def recipe_table() -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("source")
     for recipe in RECIPES.values():
-        table.add_row(recipe.name, f"{recipe.rate:g}", str(recipe.batch_size), _epochs(recipe), recipe.source)
+        epochs = "20 or 5" if recipe.epochs is None else str(recipe.epochs)
+        table.add_row(recipe.name, f"{recipe.rate:g}", str(recipe.batch_size), epochs, recipe.source)
     return table
 
 
@@ -157,7 +150,3 @@ def recipe_values() -> list[dict[str, Any]]:
     """Return the recipes as plain values, in the order of the table; ``epochs`` is None where the data decide."""
     names = ("name", "title", "source", "rate", "batch_size", "epochs", "block_size", "distribution", "augmentation")
     return [{name: getattr(recipe, name) for name in names} for recipe in RECIPES.values()]
-
-
-def _epochs(recipe: Recipe) -> str:
-    return "20 or 5" if recipe.epochs is None else str(recipe.epochs)

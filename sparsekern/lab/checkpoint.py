@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.files import load_
 from sparsekern.files.atomic_files import make_folder, make_parents, refuse_link, remove_folder, remove_leftovers
 from sparsekern.files.torch_files import read_torch
 from sparsekern.files.weight_files import write_state
-from sparsekern.lab.checkpoint_formats import State
-from sparsekern.lab.formats import FORMAT_VERSION, checked
+from sparsekern.lab.formats import FORMAT_VERSION, State, checked
 
 logger = logging.getLogger("sparsekern")
 
@@ -31,6 +32,75 @@ DAMAGED = "damaged-"
 """How the name of a damaged checkpoint begins."""
 
 STATE = "state.pt"
+
+SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+INTERVAL = re.compile(r"([1-9][0-9]{0,8})(s|min|h)?")
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """When a run saves checkpoints, and how many of them stay.
+
+    It changes no result, so a resumed run may be given another one. Beside the newest ``keep`` checkpoints of a seed
+    the best one stays: that of the epoch in which the run's first network was best. It is for use; what is reported
+    is the last epoch's.
+
+    Attributes:
+        save_every: ``"500"`` steps, or ``"90s"``, ``"10min"``, ``"2h"``. A run saves after every epoch anyway.
+        keep: number of newest checkpoints, 1 or more. If the newest is damaged, a run goes on from the one before.
+
+    Raises:
+        ValueError: a value of another form.
+    """
+
+    save_every: str = "10min"
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.save_every, str) and INTERVAL.fullmatch(self.save_every)):
+            raise InputError(
+                f"save_every is {self.save_every!r}; it must be a number of steps such as 500, or a time such as 90s, "
+                "10min or 2h",
+                parameter="save_every",
+            )
+        if type(self.keep) is not int or self.keep < 1:
+            raise InputError(f"keep is {self.keep!r}; it must be a whole number of 1 or more", parameter="keep")
+
+    @classmethod
+    def from_json(cls, values: Any) -> Keeping:
+        """Read the values of :func:`dataclasses.asdict`; raise ValueError if they are others."""
+        if not isinstance(values, dict) or values.keys() != {"save_every", "keep"}:
+            raise InputError("it must have the entries save_every and keep", parameter="keeping")
+        return cls(**values)
+
+
+DEFAULT = Keeping()
+
+
+class Clock:
+    """Tells when the next checkpoint is due.
+
+    Args:
+        keeping: the interval.
+        steps: number of steps made when the clock is set.
+    """
+
+    def __init__(self, keeping: Keeping, steps: int) -> None:
+        match = INTERVAL.fullmatch(keeping.save_every)
+        assert match is not None  # Keeping checked it
+        self._every, self._seconds = int(match[1]), SECONDS.get(match[2])
+        self.set(steps)
+
+    def set(self, steps: int) -> None:
+        """Begin to count at this number of steps, and now."""
+        self._steps, self._since = steps, time.monotonic()
+
+    def due(self, steps: int) -> bool:
+        """Return whether the interval has passed."""
+        if self._seconds is None:
+            return steps - self._steps >= self._every
+        return time.monotonic() - self._since >= self._every * self._seconds
 
 
 class OtherVersion(InputError):
@@ -173,15 +243,6 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     checked(State, state, checkpoint / STATE)
     result: dict[str, Any] = state
     return result
-
-
-def load_model(checkpoint: Path, name: str, model: nn.Module) -> None:
-    """Load the weights of one network into a model of the same shape.
-
-    Raises:
-        ValueError: the file is missing or damaged, or does not fit the model.
-    """
-    load_(model, checkpoint / f"{name}.safetensors")
 
 
 def _checksum(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from sparsekern.files.atomic_files import refuse_link
 from sparsekern.lab.config import Config
 from sparsekern.lab.cost import training_cost
 from sparsekern.lab.formats import CostFile, PlanEntries, checked
-from sparsekern.lab.lock import locked
 from sparsekern.lab.options import OPTIONS, Value
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.pictures import draw_comparison, draw_or_warn
@@ -21,7 +20,17 @@ from sparsekern.lab.report.tables import comparison_cells, markdown
 from sparsekern.lab.resolved import Run, resolve
 from sparsekern.lab.results import score_rows
 from sparsekern.lab.run import Interrupted, Observer, resume, start_resolved
-from sparsekern.lab.store import CONFIG, PLAN, is_new, read_config, read_json, read_results, write_json, write_text
+from sparsekern.lab.store import (
+    CONFIG,
+    PLAN,
+    is_new,
+    locked,
+    read_config,
+    read_json,
+    read_results,
+    write_json,
+    write_text,
+)
 from sparsekern.lab.tasks import Task
 from sparsekern.lab.train import Learner
 from sparsekern.training import METHODS
@@ -37,53 +46,37 @@ BASE: dict[str, Any] = {"method": "static", "sparsity": 0.0, "block_size": 1}
 """What is said in place of that in which the cells differ."""
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A method or a preset, with options.
+def contestant(text: str, *, preset: bool = False) -> Config:
+    """Return a method or a preset with options, the rest being the default.
+
+    Args:
+        text: ``NAME`` or ``NAME:option=value,option=value``, such as ``gse:distribution=grabo,subset_factor=2``;
+            hyphens in the names of options are underscores, and an option alone is true.
+        preset: whether the name is that of a preset.
 
     Raises:
-        ValueError: there is no such method, or it does not have such an option.
+        ValueError: there is no such method, or it has no such option, or a value of another kind.
     """
+    name, _, rest = text.partition(":")
+    options: dict[str, Value] = {}
+    for part in filter(None, rest.split(",")):
+        key, given, value = part.partition("=")
+        key = key.strip().replace("-", "_")
+        options[key] = OPTIONS[key].parse(value.strip() if given else "true") if key in OPTIONS else value
+    return Config(preset=name, options=options) if preset else Config(method=name, options=options)
 
-    method: str | None = None
-    preset: str | None = None
-    options: dict[str, Value] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        known = Config(**self.entries())
-        object.__setattr__(self, "method", known.method)
-        object.__setattr__(self, "options", known.options)
+def _entries(config: Config) -> dict[str, Any]:
+    """Return that by which a contestant differs from others."""
+    return {"method": config.method, "preset": config.preset, "options": dict(config.options)}
 
-    @classmethod
-    def parse(cls, text: str, *, preset: bool = False) -> Contestant:
-        """Read ``NAME`` or ``NAME:option=value,option=value``, such as ``gse:distribution=grabo,subset_factor=2``.
 
-        Args:
-            text: see above; hyphens in the names of options are underscores, and an option alone is true.
-            preset: whether the name is that of a preset.
-
-        Raises:
-            ValueError: as the class, or a value of another kind.
-        """
-        name, _, rest = text.partition(":")
-        options: dict[str, Value] = {}
-        for part in filter(None, rest.split(",")):
-            key, given, value = part.partition("=")
-            key = key.strip().replace("-", "_")
-            options[key] = OPTIONS[key].parse(value.strip() if given else "true") if key in OPTIONS else value
-        return cls(preset=name, options=options) if preset else cls(method=name, options=options)
-
-    def entries(self) -> dict[str, Any]:
-        """Return what it says in a :class:`Config`."""
-        return {"method": self.method, "preset": self.preset, "options": dict(self.options)}
-
-    @property
-    def slug(self) -> str:
-        """A name for a folder, such as ``gse-distribution-grabo``."""
-        words = [self.preset or str(self.method)]
-        for name, value in self.options.items():
-            words += [name.replace("_", "-"), str(value).lower()]
-        return "-".join(words)
+def slug(config: Config) -> str:
+    """Return a name of a contestant for a folder, such as ``gse-distribution-grabo``."""
+    words = [config.preset or config.method]
+    for name, value in config.options.items():
+        words += [name.replace("_", "-"), str(value).lower()]
+    return "-".join(words)
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,7 @@ class Plan:
 
     Attributes:
         base: what all runs share; its method, sparsity and blocks are those of no cell.
-        contestants: methods with options.
+        contestants: methods with options; what else these say does not count.
         sparsities: each with every contestant: numbers, or one for each kind of layers.
         block_sizes: each with every contestant and sparsity.
         dense: whether the dense twin is trained, once a seed.
@@ -102,7 +95,7 @@ class Plan:
     """
 
     base: Config
-    contestants: tuple[Contestant, ...]
+    contestants: tuple[Config, ...]
     sparsities: tuple[Sparsity, ...]
     block_sizes: tuple[int, ...]
     dense: bool = True
@@ -121,16 +114,16 @@ class Plan:
             cells[DENSE] = replace(self.base, sparse=False, options={})
         for block_size in self.block_sizes:
             for sparsity in self.sparsities:
-                for contestant in self.contestants:
-                    cell = replace(alone, sparsity=sparsity, block_size=block_size, **contestant.entries())
-                    cells[f"{contestant.slug}-s{cell.sparsity_slug}-b{block_size}"] = cell
+                for one in self.contestants:
+                    cell = replace(alone, sparsity=sparsity, block_size=block_size, **_entries(one))
+                    cells[f"{slug(one)}-s{cell.sparsity_slug}-b{block_size}"] = cell
         return cells
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads."""
         return {
             "base": self.base.to_json(),
-            "contestants": [contestant.entries() for contestant in self.contestants],
+            "contestants": [_entries(one) for one in self.contestants],
             "sparsities": list(self.sparsities),
             "block_sizes": list(self.block_sizes),
             "dense": self.dense,
@@ -142,18 +135,11 @@ class Plan:
         file = checked(PlanEntries, values, where, "choose another --out")
         return cls(
             Config.from_json(file.base),
-            tuple(Contestant(**vars(entries)) for entries in file.contestants),
+            tuple(Config(**vars(entries)) for entries in file.contestants),
             tuple(file.sparsities),
             tuple(file.block_sizes),
             file.dense,
         )
-
-
-class CompareObserver(Observer):
-    """What a comparison tells while it goes on, beside what its runs tell."""
-
-    def cell(self, name: str, config: Config, number: int, total: int) -> None:
-        """Report that the run of a cell begins or goes on, as ``number`` of ``total``; not called for finished runs."""
 
 
 def default_folder(now: datetime) -> Path:
@@ -181,7 +167,7 @@ def read_plan(folder: Path) -> Plan | None:
 def plan_for(
     folder: Path,
     values: Mapping[str, Any],
-    contestants: Sequence[Contestant] = (),
+    contestants: Sequence[Config] = (),
     sparsities: Sequence[Sparsity] = (),
     block_sizes: Sequence[int] = (),
     dense: bool | None = None,
@@ -203,7 +189,7 @@ def plan_for(
         base = Config(**{**values, **BASE})
         return Plan(
             base,
-            _union((), contestants) or tuple(map(Contestant, METHODS)),
+            _union((), contestants) or tuple(Config(method=name) for name in METHODS),
             _union((), sparsities) or (find(base.recipe).sparsity,),
             _union((), block_sizes) or (find(base.recipe).block_size,),
             dense is not False,
@@ -225,7 +211,7 @@ def plan_for(
     )
 
 
-def compare(plan: Plan, folder: Path, observer: CompareObserver) -> dict[str, Any]:
+def compare(plan: Plan, folder: Path, observer: Observer) -> dict[str, Any]:
     """Train what is not trained yet, and write the table and the picture; killed at any moment, the next call goes on.
 
     Args:
@@ -241,7 +227,7 @@ def compare(plan: Plan, folder: Path, observer: CompareObserver) -> dict[str, An
             but for a loss that is not finite: that is raised after all other cells.
         Interrupted: the observer asked to stop.
     """
-    task = find(plan.base.recipe).task.load(plan.base.data, plan.base.data_max_gib)
+    task = plan.base.load()
     runs: dict[str, Run] = {}
     for name, config in plan.cells().items():
         runs[name] = _resolved(folder / name, name, config, task)
@@ -251,7 +237,7 @@ def compare(plan: Plan, folder: Path, observer: CompareObserver) -> dict[str, An
         return _train(plan, runs, folder, observer)
 
 
-def _train(plan: Plan, runs: Mapping[str, Run], folder: Path, observer: CompareObserver) -> dict[str, Any]:
+def _train(plan: Plan, runs: Mapping[str, Run], folder: Path, observer: Observer) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     failed = []
     for number, (name, run) in enumerate(runs.items()):
@@ -264,7 +250,11 @@ def _train(plan: Plan, runs: Mapping[str, Run], folder: Path, observer: CompareO
         except InputError as error:  # a loss that is not finite: the other cells are worth having
             failed.append(f"{name}: {error}")
             continue
-        content = _write_table(plan, runs, folder, results)
+        rows = score_rows({name: run.config for name, run in runs.items()}, results)
+        some = next(iter(results.values()))
+        content = {"plan": plan.to_json(), "data": some["data"], "environment": some["environment"], "rows": rows}
+        write_text(folder / f"{TABLE}.md", markdown(comparison_cells(rows)))
+        content = write_json(folder / f"{TABLE}.json", content)
     if results:
         title = f"{content['data']['name']}, {plan.base.network_title}"
         draw_or_warn(folder / PICTURE, lambda path: draw_comparison(path, title, content["rows"]))
@@ -301,31 +291,16 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _results(folder: Path, run: Run, observer: Observer) -> dict[str, Any]:
-    """Return the results of a cell, trained to its end."""
+    """Return the results of a cell, trained to its end, and its ``"cost"``."""
+    file = folder / COST
     if _is_finished(folder):
-        return read_results(folder)
+        way_out = "delete it, and the next call makes it anew"
+        return read_results(folder) | {"cost": checked(CostFile, read_json(file), file, way_out).cost}
     begun = (folder / CONFIG).is_file()
     finished = resume(folder, observer) if begun else start_resolved(run, folder, observer)
     cost = training_cost(run, run.config.networks[0])
-    write_json(folder / COST, {"cost": cost})  # last: it says that the cell is finished
-    return finished.results
-
-
-def _write_table(
-    plan: Plan, runs: Mapping[str, Run], folder: Path, results: Mapping[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """Write the table of the cells that are finished, as JSON and as Markdown."""
-    costs = {name: _cost(folder / name / COST) for name in results}
-    some = next(iter(results.values()))
-    rows = score_rows({name: run.config for name, run in runs.items()}, results, costs)
-    content = {"plan": plan.to_json(), "data": some["data"], "environment": some["environment"], "rows": rows}
-    write_text(folder / f"{TABLE}.md", markdown(comparison_cells(rows)))
-    return write_json(folder / f"{TABLE}.json", content)
-
-
-def _cost(path: Path) -> dict[str, int]:
-    file = checked(CostFile, read_json(path), path, "delete it, and the next call makes it anew")
-    return file.cost.model_dump(include={"training_flops", "peak_bytes"})
+    write_json(file, {"cost": cost})  # last: it says that the cell is finished
+    return finished.results | {"cost": cost}
 
 
 def _union(first: Sequence[Any], second: Sequence[Any]) -> tuple[Any, ...]:

@@ -11,10 +11,18 @@ import torch
 
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import DEFAULT
-from sparsekern.lab.options import LARGEST, NETWORK_OPTIONS, OPTIONS, STOP, Value, check_options, declared, in_words
+from sparsekern.lab.options import (
+    LARGEST,
+    NETWORK_OPTIONS,
+    OPTIONS,
+    STOP,
+    Value,
+    check_options,
+    declared,
+    in_words,
+)
 from sparsekern.lab.recipes import RECIPES, find
-from sparsekern.lab.report.text import percent
-from sparsekern.lab.tasks import AUGMENTATIONS
+from sparsekern.lab.tasks import AUGMENTATIONS, Task
 from sparsekern.topology import check_sparsity
 from sparsekern.training import METHODS, PRESETS
 
@@ -96,7 +104,9 @@ class Config:
 
     def __post_init__(self) -> None:
         RUN_OPTIONS["recipe"].check(self.recipe)
-        self._ask_recipe()
+        for name in FROM_RECIPE:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(find(self.recipe), name))  # frozen from here on
         self._ask_method()
         for name, option in RUN_OPTIONS.items():
             if name != "sparsity":
@@ -122,7 +132,8 @@ class Config:
                 f"{', '.join(self.options)} would change nothing: only the dense twin is trained; "
                 f"drop {'it' if len(self.options) == 1 else 'them'}, or train the sparse network too"
             )
-        self._check("device", self.device is None or _is_device(self.device), "cpu, cuda or cuda:<number>")
+        if self.device is not None:
+            check_device(self.device)
 
     def _check(self, name: str, right: bool, rule: str) -> None:
         if not right:
@@ -143,13 +154,6 @@ class Config:
         for number in numbers.values():
             self._check("sparsity", type(number) in (int, float), "a number")
             check_sparsity(number)
-
-    def _ask_recipe(self) -> None:
-        """Fill in what was not given."""
-        recipe = find(self.recipe)
-        for name in FROM_RECIPE:
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(recipe, name))  # frozen from here on
 
     def _ask_method(self) -> None:
         """Take the method from the preset; raise ValueError if they disagree, or an option is not the method's."""
@@ -211,11 +215,6 @@ class Config:
         return title if self.width_multiplier == 1 else f"{title}, {self.width_multiplier:g} times as wide"
 
     @property
-    def sparsity_title(self) -> str:
-        """How sparse the sparse layers are to be, such as "90 % sparse" or "mlp 90 %, attention 70 % sparse"."""
-        return f"{percent(self.sparsity)} sparse"
-
-    @property
     def sparsity_slug(self) -> str:
         """The sparsity for the name of a folder, such as "0.9" or "mlp0.9-attention0.7"."""
         if isinstance(self.sparsity, Mapping):
@@ -264,6 +263,10 @@ class Config:
             device=self.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         )
 
+    def load(self) -> Task:
+        """Load the data; see :meth:`sparsekern.lab.tasks.Task.load`."""
+        return find(self.recipe).task.load(self.data, self.data_max_gib)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads."""
         return asdict(self)
@@ -282,11 +285,14 @@ class Config:
         return cls(**values)
 
 
-def _is_device(name: object) -> bool:
+def check_device(name: object) -> None:
+    """Raise ValueError unless it is the name of a device on which the lab computes."""
     try:
-        return torch.device(name).type in ("cpu", "cuda")  # type: ignore[call-overload]
+        right = torch.device(name).type in ("cpu", "cuda")  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
-        return False
+        right = False
+    if not right:
+        raise InputError(f"device is {name!r}; it must be cpu, cuda or cuda:<number>", parameter="device")
 
 
 FROM_RECIPE = ("block_size", "width", "batch_size", "rate", "seeds", "sparsity")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Thread
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from sparsekern.files.states import metadata_of, with_metadata
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import refresh_
 from sparsekern.nn.sharded import is_sharded, local, sharded_as, whole
+from sparsekern.training.distributed import Ranks
 
 Result = TypeVar("Result")
 
@@ -98,19 +99,21 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """The processes that train a run together; by default this one alone.
 
     Attributes:
         rank, count: number of this process, from 0, and of all.
         local: number among those on this machine, and of its GPU.
         strategy: see :class:`Launch`.
+        ranks: what the methods of training know of them too: sums and means over all.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
     strategy: str = "ddp"
+    ranks: ClassVar[Ranks] = Ranks()
 
     @property
     def first(self) -> bool:
@@ -119,47 +122,29 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Return whether it is true on any rank."""
-        if self.count > 1:
-            flags = torch.tensor([flag], dtype=torch.int32)
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            flag = bool(flags)
-        return flag
+        return flag if self.count == 1 else bool(self.ranks.sum(torch.tensor(int(flag))))
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Average a tensor over all ranks, in place, and return it."""
-        if self.count > 1:
-            dist.all_reduce(tensor)
-            tensor.div_(self.count)
-        return tensor
-
-    def from_first(self, value: Result) -> Result:
-        """Return the first rank's value."""
-        if self.count == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
-
-    def on_first(self, work: Callable[[], Result]) -> Result | None:
-        """Do something on the first rank alone, and return what it returned there, None on the others.
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """Do something on the first rank alone, and return on all what it returned.
 
         Raises:
             InputError: that of the first rank, on all.
         """
+        if self.count == 1:
+            return work()
         result, error = None, None
         if self.first:
             try:
                 result = work()
             except Exception as caught:
-                if self.count == 1:
-                    raise
                 error = caught
-        failed = self.from_first(None if error is None else str(error))
+        told: list[Any] = [result, None if error is None else str(error)]
+        dist.broadcast_object_list(told)
         if error is not None:
             raise error
-        if failed is not None:
-            raise ToldByFirst(failed)
-        return result
+        if told[1] is not None:
+            raise ToldByFirst(told[1])
+        return cast(Result, told[0])
 
     def alike(self, work: Callable[[], Result]) -> Result:
         """Do something that ends alike on all ranks, and return what it returned; the first one tells its error."""
@@ -254,8 +239,7 @@ class Ranks:
         """
         for name, mine in model.state_dict().items():
             full = state[name].to(mine.device)
-            dist.broadcast(full, 0)
-            local(mine).copy_(local(sharded_as(mine, full)))
+            local(mine).copy_(local(sharded_as(mine, self.ranks.from_first(full))))
         refresh_(model)
 
 
@@ -269,7 +253,7 @@ def gathered(value: Any) -> Any:
     return whole(value).cpu() if isinstance(value, Tensor) and is_sharded(value) else value
 
 
-ALONE = Ranks()
+ALONE = World()
 
 
 @contextmanager
@@ -284,16 +268,16 @@ def unsynchronised(model: nn.Module) -> Iterator[None]:
             yield
 
 
-def launched() -> Ranks:
+def launched() -> World:
     """Return which process this is of those that a launcher such as ``torchrun`` started, by its environment."""
     count, rank, local = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     if not (count.isdecimal() and rank.isdecimal() and int(count) > 1):
         return ALONE
-    return Ranks(int(rank), int(count), int(local) if local.isdecimal() else 0)
+    return World(int(rank), int(count), int(local) if local.isdecimal() else 0)
 
 
 @contextmanager
-def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
+def joined(launch: Launch, device: str | None) -> Iterator[World]:
     """Join the processes that a launcher started in one process group; alone there is none.
 
     Args:
@@ -303,13 +287,13 @@ def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
     Raises:
         LostRank: another process has ended, or does not answer.
     """
-    ranks = launched()
-    if ranks.count == 1:
-        yield ranks
+    world = launched()
+    if world.count == 1:
+        yield world
         return
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu:
-        torch.cuda.set_device(ranks.local)
+        torch.cuda.set_device(world.local)
     patience = min(ROLL_CALL, launch.timeout / 10)
     store = None
     try:
@@ -318,14 +302,14 @@ def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=launch.timeout - patience),
             store=store,
-            rank=ranks.rank,
-            world_size=ranks.count,
+            rank=world.rank,
+            world_size=world.count,
         )
-        yield replace(ranks, strategy=launch.strategy)
+        yield replace(world, strategy=launch.strategy)
     except Exception as error:
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
-        lost = lost_ranks(ranks, store, patience)
+        lost = lost_ranks(world, store, patience)
         names = f"{'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}" if lost else "another rank"
         raise LostRank(
             f"{names} {'have' if len(lost) > 1 else 'has'} ended, or not answered for {launch.timeout:g} seconds"
@@ -333,19 +317,19 @@ def joined(launch: Launch, device: str | None) -> Iterator[Ranks]:
     dist.destroy_process_group()  # not after an error, whose traceback holds what needs the group
 
 
-def lost_ranks(ranks: Ranks, store: Any, patience: float) -> list[int]:
+def lost_ranks(world: World, store: Any, patience: float) -> list[int]:
     """Return the other ranks that do not say that they have lost one, too.
 
     Args:
-        ranks: this one.
+        world: this one.
         store: by which they say it; None before there is one.
         patience: seconds that they have.
     """
-    silent = {*range(ranks.count)} - {ranks.rank}
+    silent = {*range(world.count)} - {world.rank}
 
     def call() -> None:
         if store is not None:
-            store.set(f"lost/{ranks.rank}", "")
+            store.set(f"lost/{world.rank}", "")
             while silent:
                 silent.difference_update([rank for rank in silent if store.check([f"lost/{rank}"])])
                 time.sleep(0.05)

@@ -6,11 +6,14 @@ is executed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import torch
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -20,13 +23,17 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.lab.metric import METRICS
 from sparsekern.lab.options import LARGEST
+from sparsekern.lab.tasks import METRICS
 
 FORMAT_VERSION = 4
 """Version of every file in a run folder. Files of other versions are refused."""
+
+KEYS = tuple(metric.key for metric in METRICS)
+"""Entries of a network's metric, by task."""
 
 IMAGES, TEXT = "<images>", "<text>"
 """Kinds of data. Errors do not name them."""
@@ -47,18 +54,22 @@ Name = Literal["sparse", "dense"]
 Pair = Annotated[Sequence[Positive], Field(min_length=2, max_length=2)]
 
 
-def _the_only(part: BaseModel, names: Sequence[str]) -> str:
-    """Return which of the entries there is; raise InputError unless it is one."""
-    given = [name for name in names if getattr(part, name) is not None]
-    if len(given) != 1:
-        raise InputError(f"it must have one of {', '.join(names)}")
-    return given[0]
-
-
 class Part(BaseModel):
-    """A dictionary with entries of given types. Entries with other names are accepted."""
+    """A dictionary with entries of given types. Entries with other names are accepted.
+
+    Attributes:
+        one_of: names of entries of which there is one; none if it is empty.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    one_of: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Part:
+        if self.one_of and sum(getattr(self, name) is not None for name in self.one_of) != 1:
+            raise InputError(f"it must have one of {', '.join(self.one_of)}")
+        return self
 
 
 class Graphs(Part):
@@ -73,6 +84,7 @@ class Row(Part):
 
     __pydantic_extra__: dict[str, Number]
 
+    one_of = KEYS
     seed: Count
     network: Name
     epoch: Positive
@@ -83,11 +95,6 @@ class Row(Part):
     ms_per_step: Seconds | None
     seconds: Seconds
     spectral: list[Graphs] = []
-
-    @model_validator(mode="after")
-    def _has_a_metric(self) -> Row:
-        _the_only(self, [metric.key for metric in METRICS])
-        return self
 
 
 class Text(Part):
@@ -140,10 +147,10 @@ class Sizes(Part):
 
 
 class Scores(Part):
-    """A metric over the seeds."""
+    """A metric, or the seconds of all steps of a training, over the seeds."""
 
     mean: Seconds
-    standard_deviation: Seconds | None
+    standard_deviation: Seconds | None = None
     by_seed: Annotated[list[Seconds], Field(min_length=1)]
 
 
@@ -164,32 +171,17 @@ class Times(Part):
         return self
 
 
-class Spent(Part):
-    """Seconds of all steps of a training."""
-
-    mean: Seconds
-    by_seed: list[Seconds]
-
-
 class Network(Sizes):
     """The results of one network."""
 
+    one_of = KEYS
     sparsity: Fraction
-    seconds: Spent
+    seconds: Scores
     test_accuracy: Scores | None = None
     bits_per_byte: Scores | None = None
     ms_per_step: Times
     tokens_per_second: Annotated[Number, Field(gt=0)] | None = None
     written: str | None = None
-
-    def metric_key(self) -> str:
-        """Return the name of the metric that it has."""
-        return _the_only(self, [metric.key for metric in METRICS])
-
-    @model_validator(mode="after")
-    def _has_a_metric(self) -> Network:
-        self.metric_key()
-        return self
 
 
 class EqualTime(Part):
@@ -203,6 +195,7 @@ class EqualTime(Part):
 class Comparison(Part):
     """The sparse network against its dense twin."""
 
+    one_of = tuple(metric.gap for metric in METRICS)
     accuracy_gap: Number | None = None
     accuracy_gap_standard_error: Seconds | None = None
     bits_per_byte_gap: Number | None = None
@@ -211,11 +204,6 @@ class Comparison(Part):
     parameters_dense_over_sparse: Annotated[Number, Field(gt=0)]
     bytes_dense_over_sparse: Annotated[Number, Field(gt=0)]
     time_sparse_over_dense: Times
-
-    @model_validator(mode="after")
-    def _has_a_gap(self) -> Comparison:
-        _the_only(self, [metric.gap for metric in METRICS])
-        return self
 
 
 class Results(Part):
@@ -231,7 +219,7 @@ class Results(Part):
     def _compares_two(self) -> Results:
         if self.comparison is not None and len(self.networks) < 2:
             raise InputError("there is a comparison of one network")
-        keys = {network.metric_key() for network in self.networks.values()}
+        keys = {key for network in self.networks.values() for key in KEYS if getattr(network, key) is not None}
         if len(keys) > 1:
             raise InputError("its networks have different metrics")
         if len({len(getattr(network, key).by_seed) for network in self.networks.values() for key in keys}) > 1:
@@ -239,17 +227,10 @@ class Results(Part):
         return self
 
 
-class Cost(Part):
+class CostFile(Part):
     """``cost.json`` of a cell of a comparison."""
 
-    training_flops: Annotated[int, Field(ge=0)]
-    peak_bytes: Annotated[int, Field(ge=0)]
-
-
-class CostFile(Part):
-    """``cost.json``."""
-
-    cost: Cost
+    cost: Annotated[dict[Literal["training_flops", "peak_bytes"], Annotated[int, Field(ge=0)]], Field(min_length=2)]
 
 
 class ContestantEntries(Part):
@@ -293,3 +274,93 @@ def checked(kind: type[Kind], value: Any, where: Path | str, way_out: str | None
         words = wrong["msg"].removeprefix("Value error, ")
         text = f"{where} is damaged: {entry}: {words[:1].lower()}{words[1:]}"
         raise InputError(text if way_out is None else f"{text}; {way_out}") from None
+
+
+PIXELS = 2**20
+"""Most pixels of a block map in a film; those that are written have far fewer."""
+
+Counts = Annotated[Sequence[Count], Field(min_length=2, max_length=2)]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dim() != 1 or not tensor.is_contiguous():
+        raise InputError("it must be a tensor of one axis")
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.uint8:
+        raise InputError(f"it is {tensor.dtype}, and must be torch.uint8")
+    return tensor
+
+
+Bytes = Annotated[Tensor, AfterValidator(_plain), AfterValidator(_bytes)]
+
+
+class FilmedLayer(Part):
+    """A layer of a film."""
+
+    shape: Pair
+    tile: Positive
+    rows: Positive
+    cols: Positive
+    kernel: Pair | None
+    groups: Positive
+    block: Pair
+
+    @model_validator(mode="after")
+    def _small(self) -> FilmedLayer:
+        if math.prod(self.shape) > PIXELS:
+            raise InputError(f"a block map of {' x '.join(map(str, self.shape))} pixels is larger than {PIXELS}")
+        return self
+
+
+class FilmFrame(Part):
+    """A frame of a film."""
+
+    step: Count
+    update: Count
+    images: dict[str, Bytes]
+    blocks: dict[str, Counts]
+
+
+class Film(Part):
+    """State of a :class:`~sparsekern.lab.history.History`."""
+
+    every: Positive
+    layers: dict[str, FilmedLayer]
+    start: dict[str, Bytes]
+    frames: Annotated[list[FilmFrame], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _same_layers(self) -> Film:
+        parts: list[dict[str, Any]] = [self.start]
+        parts += [part for frame in self.frames for part in (frame.images, frame.blocks)]
+        if any(part.keys() != self.layers.keys() for part in parts):
+            raise InputError("its frames are of other layers")
+        return self
+
+
+class LearnerState(Part):
+    """State of a :class:`~sparsekern.lab.train.Learner`."""
+
+    epoch: Count
+    batch: Count
+    steps: Count
+    loss_sum: Number
+    seconds: Seconds
+    milliseconds: list[Seconds]
+    graphs: list[Graphs]
+    optimizer: dict[str, Any]
+    method: dict[str, Any] | None
+
+
+class State(Part):
+    """``state.pt`` of a checkpoint. A finished seed has ``sizes``, an unfinished one ``learners``."""
+
+    rows: list[Row]
+    finished: bool
+    history: Film | None
+    sizes: dict[Name, Sizes] = Field(default_factory=dict)
+    written: dict[Name, str] = Field(default_factory=dict)
+    learners: dict[Name, LearnerState] = Field(default_factory=dict)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import math
-from collections.abc import Mapping
+import os
+import sysconfig
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +19,211 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparsekern.errors import InputError
-from sparsekern.lab.metric import BITS_PER_BYTE
 from sparsekern.lab.models import GPT
 from sparsekern.lab.models.gpt import generate
-from sparsekern.lab.tasks import Batch, Task
-from sparsekern.lab.text import VOCABULARY, Corpus, Noise, load_text
+from sparsekern.lab.tasks import BITS_PER_BYTE, Batch, Task
 
 if TYPE_CHECKING:
     from sparsekern.lab.recipes import Recipe
+
+VOCABULARY = 256
+"""A token is a byte."""
+
+HELD_OUT = 0.1
+"""Of the bytes, at least; of the standard library's source too."""
+
+SNIFFED = 8000
+"""Bytes at the start of a file in which a zero byte says that it is not text, as git judges."""
+
+NOT_SOURCE = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+"""Folders of the standard library that some installations lack, or that are not it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file: ``length`` bytes from ``start`` on."""
+
+    path: Path
+    start: int
+    length: int
+
+
+class Text:
+    """Pieces of files as one sequence of bytes, with a zero byte between two pieces.
+
+    Args:
+        pieces: in order; none is empty.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = tuple(pieces)
+        self._ends = list(accumulate(piece.length + 1 for piece in self.pieces))
+
+    def __len__(self) -> int:
+        """Return the number of bytes, those between the pieces included."""
+        return self._ends[-1] - 1
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``start`` on.
+
+        Raises:
+            ValueError: a file became shorter since it was found.
+        """
+        parts = []
+        number = bisect.bisect_right(self._ends, start)
+        while length > 0:
+            piece = self.pieces[number]
+            offset = start - (self._ends[number] - piece.length - 1)
+            wanted = min(length, piece.length - offset)
+            with piece.path.open("rb") as file:
+                file.seek(piece.start + offset)
+                part = file.read(wanted)
+            if len(part) != wanted:
+                raise InputError(f"{piece.path} became shorter while it was read; restore it", parameter="data")
+            if wanted < length:
+                part += b"\0"
+            parts.append(part)
+            start, length, number = start + len(part), length - len(part), number + 1
+        return b"".join(parts)
+
+    def windows(self, starts: Tensor, length: int) -> Tensor:
+        """Return ``(N, length)`` int64: that many bytes from each of ``starts (N,)``, int64, on."""
+        content = bytearray().join(self.read(start, length) for start in starts.tolist())
+        return torch.frombuffer(content, dtype=torch.uint8).view(-1, length).long()
+
+    def random_starts(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Return the first bytes of windows of that length, ``(count,)`` int64, drawn uniformly."""
+        return torch.randint(len(self) - length + 1, (count,), generator=generator)
+
+    def even_windows(self, count: int, length: int) -> Tensor:
+        """Return ``(N, length)`` int64 from evenly spaced places without overlap; N is at most ``count``."""
+        places = min(count, len(self) // length)
+        return self.windows(torch.arange(places) * (len(self) // places), length)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the bytes, in hexadecimal."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            with piece.path.open("rb") as file:
+                file.seek(piece.start)
+                left = piece.length
+                while left and (part := file.read(min(left, 2**20))):
+                    digest.update(part)
+                    left -= len(part)
+            digest.update(b"\0")
+        return digest.hexdigest()
+
+
+class Noise(Text):
+    """Random bytes in place of a text of that length, to measure a network on.
+
+    Args:
+        length: number of bytes.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__([Piece(Path("noise"), 0, length)])
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return ``length`` bytes that ``start`` decides."""
+        generator = torch.Generator().manual_seed(start)
+        return bytes(torch.randint(VOCABULARY, (length,), generator=generator).tolist())
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in two parts.
+
+    Attributes:
+        name: for titles.
+        train, held_out: the parts; a network is measured on the second, which it never trains on.
+    """
+
+    name: str
+    train: Text
+    held_out: Text
+
+    def describe(self) -> dict[str, Any]:
+        """Return what ``config.json`` says about the data."""
+        return {
+            "name": self.name,
+            "train_bytes": len(self.train),
+            "held_out_bytes": len(self.held_out),
+            "files": len({piece.path for part in (self.train, self.held_out) for piece in part.pieces}),
+            "sha256": self._sha256,
+        }
+
+    @cached_property
+    def _sha256(self) -> str:
+        """Of both parts. A run asks for it at its beginning and its end, and it reads the whole text."""
+        return hashlib.sha256((self.train.digest() + self.held_out.digest()).encode()).hexdigest()
+
+
+def load_text(path: str | None) -> Corpus:
+    """Find a text.
+
+    Args:
+        path: a file, a folder, whose files are found at any depth; None for the standard library's source of the
+            Python that runs.
+
+    Raises:
+        ValueError: there is no text, or it is binary.
+    """
+    source = Path(sysconfig.get_path("stdlib")) if path is None else Path(path)
+    if source.is_file():
+        return _of_file(source)
+    if source.is_dir():
+        return _of_folder(source, standard_library=path is None)
+    raise InputError(f"data is {path}, which does not exist; give a file of text or a folder", parameter="data")
+
+
+def _of_file(path: Path) -> Corpus:
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError(f"data is {path}, which is empty; give a file of text", parameter="data")
+    if not _is_text(path):
+        raise InputError(
+            f"data is {path}, which is binary: it has a zero byte near its start; give a file of text, such as UTF-8",
+            parameter="data",
+        )
+    cut = size - max(1, round(HELD_OUT * size))
+    return Corpus(path.name, Text([Piece(path, 0, cut)]), Text([Piece(path, cut, size - cut)]))
+
+
+def _of_folder(folder: Path, *, standard_library: bool) -> Corpus:
+    """Split a folder by file: the first by the hash of their names, up to a tenth of the bytes, are held out."""
+    found = []
+    skipped = NOT_SOURCE if standard_library else frozenset()
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
+        for name in names:
+            path = Path(root, name)
+            if name.startswith(".") or (standard_library and path.suffix != ".py") or not path.is_file():
+                continue
+            if (size := path.stat().st_size) and _is_text(path):
+                found.append((path.relative_to(folder).as_posix(), Piece(path, 0, size)))
+    if len(found) < 2:
+        raise InputError(
+            f"data is {folder}, which has {len(found)} files of text; a folder is split by file and needs 2 or more: "
+            "give a file, or another folder",
+            parameter="data",
+        )
+    by_hash = sorted(found, key=lambda item: hashlib.sha256(item[0].encode(errors="surrogateescape")).digest())
+    total, held, cut = sum(piece.length for _, piece in found), 0, 0
+    while held < HELD_OUT * total and cut < len(by_hash) - 1:
+        held += by_hash[cut][1].length
+        cut += 1
+    name = "the Python standard library" if standard_library else folder.resolve().name
+    parts = [
+        Text([piece for _, piece in sorted(part, key=lambda item: item[0])]) for part in (by_hash[cut:], by_hash[:cut])
+    ]
+    return Corpus(name, *parts)
+
+
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" not in file.read(SNIFFED)
+
 
 EXAMPLES = 1600
 """Windows of an epoch: drawn anew each time, as a text has no natural number of them."""
@@ -75,10 +279,6 @@ class Language(Task):
         """Return name, sizes and checksum of the text."""
         return self.corpus.describe()
 
-    def augmentation(self, recipe: Recipe) -> str:
-        """Return that text is not varied."""
-        return "none"
-
     def prepared(self, recipe: Recipe, network: Mapping[str, Any], augment: str, device: torch.device) -> Language:
         """Return the task with the network's context.
 
@@ -100,10 +300,6 @@ class Language(Task):
     def model_arguments(self) -> dict[str, Any]:
         """Return the number of tokens."""
         return {"vocabulary": VOCABULARY}
-
-    def sample(self) -> Tensor:
-        """Return a text ``(1, context)``, int64."""
-        return torch.zeros(1, self.context, dtype=torch.int64)
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Return the first bytes of the windows of an epoch ``(N,)``, drawn uniformly."""

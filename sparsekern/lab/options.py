@@ -31,7 +31,7 @@ ALL = tuple(METHODS)
 SET_BY_RUN = {"seed", "update_every", "sparsity", "final_sparsity", "costs", "check_ranks"}
 """Arguments of a method that are no options of it: a run sets them, or they name layers."""
 
-KINDS = {"bool": bool, "int": int, "float": float, "str": str, "Group": str}
+KINDS: dict[str, type[Any]] = {"bool": bool, "int": int, "float": float, "str": str, "Group": str, "list[str]": list}
 """Kinds of values that can be given as text, by their annotations."""
 
 ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", re.MULTILINE)
@@ -46,7 +46,7 @@ class Option:
 
     Attributes:
         name: of the argument that takes it.
-        kind: ``bool``, ``int``, ``float`` or ``str``.
+        kind: ``bool``, ``int``, ``float``, ``str``, or ``list`` for texts.
         text: what it does, for the help.
         default: what it is if it is not given, for the help; empty if the text says it.
         methods: names of the methods that have it.
@@ -59,7 +59,7 @@ class Option:
     """
 
     name: str
-    kind: type[Value]
+    kind: type[Any]
     text: str
     default: str = ""
     methods: tuple[str, ...] = ()
@@ -219,7 +219,8 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
     """
     for name, value in options.items():
         if name not in OPTIONS:
-            raise InputError(f"{name!r} is no option of a method; {method} has {', '.join(_names(method))}")
+            names = [known for known, option in OPTIONS.items() if method in option.methods]
+            raise InputError(f"{name!r} is no option of a method; {method} has {', '.join(names)}")
         option = OPTIONS[name]
         if method not in option.methods:
             raise InputError(
@@ -236,8 +237,9 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def part_of(part: str, options: Mapping[str, Value]) -> dict[str, Any]:
-    """Return those of the options that one part takes; see :class:`Option`."""
-    return {name: value for name, value in options.items() if OPTIONS[name].part == part}
+    """Return those of the options that one part takes, as it calls them; what turns it on is its ``"name"``."""
+    own = {name: value for name, value in options.items() if OPTIONS[name].part == part}
+    return {"name" if name == part else name.removeprefix(f"{part}_"): value for name, value in own.items()}
 
 
 def in_words(name: str, value: Value) -> str:
@@ -248,5 +250,8 @@ def in_words(name: str, value: Value) -> str:
     return f"{words} {value}"
 
 
-def _names(method: str) -> list[str]:
-    return [option.name for option in OPTIONS.values() if method in option.methods]
+def percent(sparsity: float | Mapping[str, float]) -> str:
+    """Return a sparsity such as "90 %", or "mlp 90 %, attention 70 %" where kinds of layers have one each."""
+    if isinstance(sparsity, Mapping):
+        return ", ".join(f"{kind} {100 * number:.4g} %" for kind, number in sparsity.items())
+    return f"{100 * sparsity:.4g} %"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -142,17 +142,13 @@ class Recipe:
             ``width_multiplier``.
         kept_dense: names of the layers that stay dense: they hold few weights, and sparse ones cost accuracy.
         optimizer: and its weight decay.
-        rate: the learning rate at its highest.
         schedule: of the learning rate.
-        batch_size: images a step.
         epochs: passes over the training set; None where the size of the data decides.
-        block_size: side of the blocks.
         distribution: how the blocks are shared out among the layers.
         update_every: steps between moves of blocks, at most.
         label_smoothing: part of the target that all classes share.
         clip_norm: to which the norm of all gradients is cut; None for no bound.
         augmentation: of colour images. In grey ones, such as digits, a mirror image may mean something else.
-        seeds: how many are trained.
         width: features of the hidden layers, given in place of ``width_multiplier``.
         width_step: of which the width must be a multiple.
         sparsity: of the sparse layers, or of each kind of them.
@@ -194,47 +190,54 @@ class Recipe:
     task: type[Task] = Classification
 
 
-def _cifar_resnet(name: str, title: str, model: Callable[..., nn.Module]) -> Recipe:
-    """Return a recipe of the paper's section 4.2: 64 000 steps of 128 images, the rate divided by 10 twice."""
-    return Recipe(
-        name,
-        title,
-        "He 2016, section 4.2",
-        model,
-        kept_dense=("conv1", "fc"),
-        optimizer=sgd(weight_decay=1e-4),
-        rate=0.1,
-        schedule=Milestones((0.5, 0.75), 0.1),
-        batch_size=128,
-        epochs=164,
-    )
+_RESNET20 = Recipe(  # 64 000 steps, the rate divided by 10 twice
+    "resnet20",
+    "ResNet-20",
+    "He 2016, section 4.2",
+    models.resnet20,
+    kept_dense=("conv1", "fc"),
+    optimizer=sgd(weight_decay=1e-4),
+    rate=0.1,
+    schedule=Milestones((0.5, 0.75), 0.1),
+    batch_size=128,
+    epochs=164,
+)
 
+_WIDE = Recipe(  # without dropout
+    "wrn-28-4",
+    "WRN-28-4",
+    "Zagoruyko 2016 (WRN)",
+    models.wrn_28_4,
+    kept_dense=("conv1", "fc"),
+    optimizer=sgd(weight_decay=5e-4, nesterov=True),
+    rate=0.1,
+    schedule=Milestones((0.3, 0.6, 0.8), 0.2),
+    batch_size=128,
+    epochs=200,
+)
 
-def _gpt(name: str, title: str, *, width: int, depth: int, context: int, epochs: int) -> Recipe:
-    """Return a recipe with the optimizer and schedule of nanoGPT, and the sparsities of SparseLab's demo."""
-    return Recipe(
-        name,
-        title,
-        "Karpathy 2022 (nanoGPT)",
-        models.gpt,
-        kept_dense=(),
-        optimizer=adamw(weight_decay=0.1, decay_all=False, betas=(0.9, 0.99)),
-        rate=1e-3,
-        schedule=Cosine(warm_up=0.05, floor=0.1),
-        batch_size=16,
-        epochs=epochs,
-        distribution="uniform",
-        clip_norm=1.0,
-        augmentation="none",
-        width=width,
-        width_step=HEAD_FEATURES,
-        sparsity={"mlp": 0.9, "attention": 0.7},
-        kinds={"mlp": "*.mlp.*", "attention": "*.attention.*"},
-        network={"depth": depth, "context": context, "activation": "gelu", "positions": "learnt", "free_head": False},
-        channels_last=False,
-        task=Language,
-    )
-
+_GPT = Recipe(  # the optimizer and schedule of nanoGPT, and the sparsities of SparseLab's demo
+    "gpt",
+    "GPT",
+    "Karpathy 2022 (nanoGPT)",
+    models.gpt,
+    kept_dense=(),
+    optimizer=adamw(weight_decay=0.1, decay_all=False, betas=(0.9, 0.99)),
+    rate=1e-3,
+    schedule=Cosine(warm_up=0.05, floor=0.1),
+    batch_size=16,
+    epochs=20,
+    distribution="uniform",
+    clip_norm=1.0,
+    augmentation="none",
+    width=384,
+    width_step=HEAD_FEATURES,
+    sparsity={"mlp": 0.9, "attention": 0.7},
+    kinds={"mlp": "*.mlp.*", "attention": "*.attention.*"},
+    network={"depth": 6, "context": 128, "activation": "gelu", "positions": "learnt", "free_head": False},
+    channels_last=False,
+    task=Language,
+)
 
 _ALL = (
     Recipe(  # AdamW's settings are PyTorch's; the rest was tried on the digits
@@ -255,19 +258,14 @@ _ALL = (
         needs_image_size=True,
         channels_last=False,
     ),
-    _cifar_resnet("resnet20", "ResNet-20", models.resnet20),
-    _cifar_resnet("resnet56", "ResNet-56", models.resnet56),
-    Recipe(  # their training on CIFAR-100
-        "resnet18-cifar",
-        "ResNet-18 with a 3x3 stem",
-        "Thangarasa 2024 (Sparse-IFT)",
-        models.resnet18_cifar,
-        kept_dense=("conv1", "fc"),
-        optimizer=sgd(weight_decay=5e-4, nesterov=True),
-        rate=0.1,
-        schedule=Milestones((0.3, 0.6, 0.8), 0.2),
-        batch_size=128,
-        epochs=200,
+    _RESNET20,
+    replace(_RESNET20, name="resnet56", title="ResNet-56", model=models.resnet56),
+    replace(  # their training on CIFAR-100, which is that of the wide network
+        _WIDE,
+        name="resnet18-cifar",
+        title="ResNet-18 with a 3x3 stem",
+        source="Thangarasa 2024 (Sparse-IFT)",
+        model=models.resnet18_cifar,
         block_size=32,
         distribution="uniform",
     ),
@@ -300,18 +298,7 @@ _ALL = (
         block_size=32,
         label_smoothing=0.1,
     ),
-    Recipe(  # without dropout
-        "wrn-28-4",
-        "WRN-28-4",
-        "Zagoruyko 2016 (WRN)",
-        models.wrn_28_4,
-        kept_dense=("conv1", "fc"),
-        optimizer=sgd(weight_decay=5e-4, nesterov=True),
-        rate=0.1,
-        schedule=Milestones((0.3, 0.6, 0.8), 0.2),
-        batch_size=128,
-        epochs=200,
-    ),
+    _WIDE,
     Recipe(  # their network has two linear layers more
         "vgg16",
         "VGG-16 with batch norm",
@@ -360,8 +347,15 @@ _ALL = (
         needs_image_size=True,
         channels_last=False,
     ),
-    _gpt("gpt", "GPT", width=384, depth=6, context=128, epochs=20),
-    _gpt("gpt-nano", "GPT-nano", width=128, depth=3, context=64, epochs=8),
+    _GPT,
+    replace(
+        _GPT,
+        name="gpt-nano",
+        title="GPT-nano",
+        width=128,
+        epochs=8,
+        network={**_GPT.network, "depth": 3, "context": 64},
+    ),
 )
 
 RECIPES = {recipe.name: recipe for recipe in _ALL}

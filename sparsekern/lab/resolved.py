@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+import sparsekern as sk
 from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
-from sparsekern.lab.distributed import ALONE, Ranks
+from sparsekern.lab.distributed import ALONE, World
+from sparsekern.lab.models.layers import widened
 from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
 from sparsekern.lab.tasks import Task
-from sparsekern.training import METHODS, PRESETS, VRPGE, Gradual, Method
+from sparsekern.topology import generator_for
+from sparsekern.training import AGENT, METHODS, PRESETS, VRPGE, Gradual, Method
+from sparsekern.transforms import Width
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,9 @@ class Run:
         initial_sparsity: of the sparse layers before blocks go, or None for that of the end.
         agent: arguments of AGENT, or None for a training without it.
         layers: arguments of :func:`sparsekern.sparsify_`, but for sparsity, blocks and what stays dense.
-        transform: name of the Sparse-IFT transform, or None.
-        transform_max_gib: GiB that it may take, or None for its default.
+        transform: name of the Sparse-IFT transform, and what else it is told; None without one.
         spectral: whether the graphs of the blocks are measured at each update.
-        ranks: the processes that train it together.
+        world: the processes that train it together.
     """
 
     config: Config
@@ -59,32 +63,31 @@ class Run:
     initial_sparsity: float | None
     agent: Mapping[str, Any] | None
     layers: Mapping[str, Any]
-    transform: str | None
-    transform_max_gib: float | None
+    transform: Mapping[str, Any] | None
     spectral: bool
-    ranks: Ranks
+    world: World
 
 
-def resolve(config: Config, task: Task, ranks: Ranks = ALONE) -> Run:
+def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
     """Decide a run.
 
     Args:
         config: the options, some of them open.
         task: with the data.
-        ranks: the processes that train it together.
+        world: the processes that train it together.
 
     Raises:
         ValueError: this machine lacks the device, the data do not fit the network, or the ranks do not divide a batch.
     """
     recipe, options = find(config.recipe), config.options
-    if ranks.sharded and options.get("spectral"):
+    if world.sharded and options.get("spectral"):
         raise InputError("spectral needs whole weights on each rank; drop it, or take --strategy ddp")
     config = config.resolved(task.examples, task.augmentation(recipe))
-    device = usable_device(str(config.device), ranks)
-    if config.batch_size % ranks.count:
+    device = usable_device(str(config.device), world)
+    if config.batch_size % world.count:
         raise InputError(
-            f"batch_size is {config.batch_size}, which {ranks.count} ranks do not divide; choose a multiple of "
-            f"{ranks.count}, or another number of ranks",
+            f"batch_size is {config.batch_size}, which {world.count} ranks do not divide; choose a multiple of "
+            f"{world.count}, or another number of ranks",
             parameter="batch_size",
         )
     batches = math.ceil(task.examples / config.batch_size)
@@ -107,7 +110,7 @@ def resolve(config: Config, task: Task, ranks: Ranks = ALONE) -> Run:
     agent, transform = part_of("agent", options), part_of("transform", options)
     if transform and issubclass(method, Gradual):
         raise InputError(
-            f"transform is {transform['transform']}, which makes sparse layers as large as the sparsity allows, and "
+            f"transform is {transform['name']}, which makes sparse layers as large as the sparsity allows, and "
             f"{config.method} begins with more blocks; choose another method",
             parameter="transform",
         )
@@ -131,29 +134,156 @@ def resolve(config: Config, task: Task, ranks: Ranks = ALONE) -> Run:
         dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
         pool=float(pool) if issubclass(method, VRPGE) else None,
         initial_sparsity=initial,
-        agent={name.removeprefix("agent_"): v for name, v in agent.items()} if agent.pop("agent", False) else None,
+        agent=agent if agent.pop("name", False) else None,
         layers=layers,
-        transform=transform.get("transform"),
-        transform_max_gib=transform.get("transform_max_gib"),
+        transform=transform or None,
         spectral=bool(options.get("spectral")),
-        ranks=ranks,
+        world=world,
     )
 
 
-def usable_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+def usable_device(name: str, world: World = ALONE) -> torch.device:
     """Return the device of that name; of several ranks on GPUs, each has its own.
 
     Raises:
         ValueError: this machine, or this installation of PyTorch, does not have it.
     """
     device = torch.device(name)
-    if device.type == "cuda" and ranks.count > 1:
+    if device.type == "cuda" and world.count > 1:
         if ":" in name:
             raise InputError(f"device is {name!r}, but each rank takes a GPU of its own; give cuda", parameter="device")
-        device = torch.device("cuda", ranks.local)
+        device = torch.device("cuda", world.local)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu",
             parameter="device",
         )
     return device
+
+
+SAME = Width()
+"""The width of the dense network."""
+
+
+def build(run: Run, network: str, seed: int) -> nn.Module:
+    """Return a network of a run, on the CPU.
+
+    The seed alone decides the initial values: the global generator is left as it was. Both networks have the same dense
+    layers; the values of sparse layers are drawn anew.
+
+    Args:
+        run: which network, how wide, how sparse.
+        network: ``"sparse"`` or ``"dense"``.
+        seed: see above.
+
+    Raises:
+        ValueError: the data do not fit the network, or the sparsity leaves a layer without a block.
+    """
+    recipe, config = run.recipe, run.config
+    fixed = run.task.model_arguments()
+    if not recipe.needs_image_size:
+        fixed.pop("image_size", None)
+
+    def dense(widen: Width = SAME) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator_for(seed, recipe.name).initial_seed())
+            return recipe.model(**fixed, **run.network, **_width(run, widen))
+
+    if network == "sparse" and run.transform is not None:
+        model = _transformed(run, dense, seed)
+    else:
+        model = dense()
+        if network == "sparse":
+            sk.sparsify_(model, _stored(run), config.block_size, ignore=config.kept_dense, seed=seed, **run.layers)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _stored(run: Run) -> float | Mapping[str, float]:
+    """Return the sparsity of what is stored, candidates and what is to go included."""
+    pool, sparsity = run.pool, run.sparsity
+    if run.initial_sparsity is not None:
+        return run.initial_sparsity
+    if pool is None:
+        return sparsity
+    if isinstance(sparsity, Mapping):
+        return {glob: max(0.0, 1 - pool * (1 - number)) for glob, number in sparsity.items()}
+    return max(0.0, 1 - pool * (1 - sparsity))
+
+
+def _width(run: Run, widen: Width) -> dict[str, Any]:
+    """Return the argument that makes the recipe's network as wide as the configuration says, widened."""
+    config = run.config
+    if config.width is not None:
+        return {"width": widen(config.width)}
+    if widen == SAME:
+        return {"width_multiplier": config.width_multiplier}
+    return {"width_multiplier": lambda channels: widen(widened(channels, config.width_multiplier))}
+
+
+def _transformed(run: Run, dense: Callable[[Width], nn.Module], seed: int) -> nn.Module:
+    config, transform = run.config, dict(run.transform or {})
+    if isinstance(run.sparsity, Mapping):
+        raise InputError(
+            "sparsity is given by kind of layer, but transform takes one for all: give one number", parameter="sparsity"
+        )
+    if run.sparsity == 0:
+        raise InputError(
+            "sparsity is 0, which transform turns into the dense network: give one above 0", parameter="sparsity"
+        )
+    try:
+        return sk.transforms.transform(
+            dense,
+            sparsity=run.sparsity,
+            sample_input=run.task.example()[0],
+            block_size=config.block_size,
+            ignore=config.kept_dense,
+            distribution=run.recipe.distribution if transform["name"] == "wide" else "uniform",
+            pool=run.pool or 1.0,
+            seed=seed,
+            **transform,
+        )
+    except InputError as error:
+        if error.parameter != "max_gib":
+            raise
+        raise InputError(str(error), parameter="transform_max_gib") from None
+
+
+def build_method(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> Method:
+    """Return the method of a run.
+
+    Args:
+        run: names the method and its arguments.
+        model: the sparse network.
+        optimizer: holds its values.
+        seed: decides which blocks move where.
+
+    Raises:
+        ValueError: an argument that the method refuses.
+    """
+    arguments = dict(run.arguments)
+    if run.initial_sparsity is not None:
+        arguments["final_sparsity"] = run.sparsity
+    if run.pool is not None:
+        arguments["sparsity"] = run.sparsity
+        if run.transform is not None or isinstance(run.sparsity, Mapping):  # what is stored says how much remains
+            grids = [(layer.topology.elements(), layer.grid.numel) for layer in sk.sparse_layers(model).values()]
+            arguments["sparsity"] = 1 - sum(n for n, _ in grids) / run.pool / sum(n for _, n in grids)
+    return run.method(model, optimizer, seed=seed, **arguments)
+
+
+def build_agent(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> AGENT | None:
+    """Return the AGENT of a run around its method; None if the run has none.
+
+    Raises:
+        ValueError: an argument that AGENT refuses. Its ``parameter`` is the name of the run's option.
+    """
+    if run.agent is None:
+        return None
+    try:
+        return AGENT(model, optimizer, method=method, **run.agent)
+    except InputError as error:
+        if error.parameter not in run.agent:
+            raise
+        raise InputError(str(error), parameter=f"agent_{error.parameter}") from None

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsekern.lab.config import Config
-from sparsekern.lab.metric import Metric
 from sparsekern.lab.recipes import find
+from sparsekern.lab.tasks import Metric
 
 Row = Mapping[str, Any]
 
@@ -132,23 +132,19 @@ def best_step(rows: Sequence[Row], networks: Sequence[str], metric: Metric) -> i
     return sum(int(best[name]["step"]) for name in networks)
 
 
-def score_rows(
-    cells: Mapping[str, Config], results: Mapping[str, dict[str, Any]], costs: Mapping[str, dict[str, int]]
-) -> list[dict[str, Any]]:
+def score_rows(cells: Mapping[str, Config], results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of a comparison, one for each run that is finished, in their order.
 
     Args:
         cells: configuration of each run, by the name of its folder.
-        results: ``results.json`` of each finished run. Each has one network.
-        costs: what :func:`sparsekern.lab.cost.training_cost` returned for it.
+        results: ``results.json`` of each finished run, of one network, with its ``"cost"``, which
+            :func:`sparsekern.lab.cost.training_cost` returned.
     """
     twin = next((r["networks"]["dense"] for r in results.values() if "dense" in r["networks"]), None)
-    return [_row(name, cells[name], results[name], costs[name], twin) for name in results]
+    return [_row(name, cells[name], result, twin) for name, result in results.items()]
 
 
-def _row(
-    name: str, config: Config, result: dict[str, Any], cost: dict[str, int], twin: dict[str, Any] | None
-) -> dict[str, Any]:
+def _row(name: str, config: Config, result: dict[str, Any], twin: dict[str, Any] | None) -> dict[str, Any]:
     metric = find(config.recipe).task.metric
     network = result["networks"][config.networks[0]]
     by_seed = network[metric.key]["by_seed"]
@@ -165,7 +161,7 @@ def _row(
         "ms_per_step": network["ms_per_step"]["median"],
         "stored_parameters": network["stored_parameters"],
         "training_bytes": network["training_bytes"],
-        **cost,
+        **result["cost"],
     }
 
 

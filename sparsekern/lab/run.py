@@ -13,37 +13,38 @@ import torch
 
 import sparsekern as sk
 from sparsekern.errors import InputError
+from sparsekern.files import load_
 from sparsekern.integrations.loggers import LogTo, log, open_log
 from sparsekern.lab import checkpoint
+from sparsekern.lab.checkpoint import DEFAULT, Clock, Keeping
 from sparsekern.lab.config import Config
-from sparsekern.lab.distributed import ALONE, Ranks, gathered
+from sparsekern.lab.distributed import ALONE, World, gathered
 from sparsekern.lab.history import History
-from sparsekern.lab.lock import locked
-from sparsekern.lab.networks import build
-from sparsekern.lab.recipes import find
 from sparsekern.lab.report.pictures import draw_graphs, draw_or_warn, draw_summary
-from sparsekern.lab.resolved import Run, resolve
+from sparsekern.lab.resolved import Run, build, resolve
 from sparsekern.lab.results import best_step, summarise
 from sparsekern.lab.store import (
-    DEFAULT,
     METRICS,
     PICTURE,
     RESULTS,
     SPECTRAL,
-    Clock,
-    Keeping,
-    Metrics,
+    append_row,
     create,
+    locked,
     read_config,
     read_results,
     write_json,
+    write_rows,
 )
 from sparsekern.lab.train import Learner
 from sparsekern.ops import BACKENDS, supports
 
 
 class Observer:
-    """Callbacks of a run; the methods do nothing and may be overridden."""
+    """Callbacks of a run and of a comparison; the methods do nothing and may be overridden."""
+
+    def cell(self, name: str, config: Config, number: int, total: int) -> None:
+        """Report that the run of a cell of a comparison begins or goes on, as ``number`` of ``total``."""
 
     def begin(self, config: Config, batches: int, rows: Sequence[dict[str, Any]]) -> None:
         """Report that training begins, or goes on after ``rows``; ``batches`` are those of one network in an epoch."""
@@ -70,17 +71,7 @@ class Logged(Observer):
     def __init__(self, observer: Observer, log_to: LogTo) -> None:
         self.observer, self.log_to = observer, open_log(log_to)
 
-    def begin(self, config: Config, batches: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Tell the other observer."""
-        self.observer.begin(config, batches, rows)
-
-    def step(self, learner: Learner, loss: float) -> None:
-        """Tell the other observer."""
-        self.observer.step(learner, loss)
-
-    def should_stop(self) -> bool:
-        """Ask the other observer."""
-        return self.observer.should_stop()
+        self.begin, self.step, self.should_stop = observer.begin, observer.step, observer.should_stop  # type: ignore[method-assign]
 
     def row(self, row: dict[str, Any]) -> None:
         """Log the numbers of an epoch, at the step that it ended with."""
@@ -112,7 +103,7 @@ class Finished:
 
 
 def start(
-    config: Config, folder: Path, observer: Observer, keeping: Keeping = DEFAULT, ranks: Ranks = ALONE
+    config: Config, folder: Path, observer: Observer, keeping: Keeping = DEFAULT, world: World = ALONE
 ) -> Finished:
     """Train in a new run folder.
 
@@ -121,66 +112,59 @@ def start(
         folder: is made.
         observer: is told what happens.
         keeping: when to save, and how many checkpoints stay.
-        ranks: the processes that train it together. The first one writes; all of them are told the results.
+        world: the processes that train it together. The first one writes; all of them are told the results.
 
     Raises:
         ValueError: data, options or the folder are not usable, or another process uses the folder.
         Interrupted: the observer asked to stop.
     """
-
-    def resolved() -> Run:
-        return resolve(config, find(config.recipe).task.load(config.data, config.data_max_gib), ranks)
-
-    return start_resolved(ranks.together(resolved), folder, observer, keeping)
+    return start_resolved(world.together(lambda: resolve(config, config.load(), world)), folder, observer, keeping)
 
 
 def start_resolved(run: Run, folder: Path, observer: Observer, keeping: Keeping = DEFAULT) -> Finished:
     """Train a run that is resolved already in a new folder; see :func:`start`."""
     # what raises comes before the folder is made
-    first = run.ranks.together(lambda: {name: Learner(run, name, seed=0) for name in run.config.networks})
+    first = run.world.together(lambda: {name: Learner(run, name, seed=0) for name in run.config.networks})
     described, made = run.task.describe(), environment(run)
-    run.ranks.check_same(described, "data")
+    run.world.check_same(described, "data")
     with ExitStack() as held:
-        run.ranks.on_first(lambda: held.enter_context(locked(folder)))
-        run.ranks.on_first(lambda: create(folder, run.config, described, made, keeping))
+        run.world.on_first(lambda: held.enter_context(locked(folder)))
+        run.world.on_first(lambda: create(folder, run.config, described, made, keeping))
         return _train(run, folder, observer, keeping, first)
 
 
-def resume(folder: Path, observer: Observer, ranks: Ranks = ALONE, **keeping: Any) -> Finished:
+def resume(folder: Path, observer: Observer, world: World = ALONE, **keeping: Any) -> Finished:
     """Go on with a run, on the CPU bit for bit as if it had not stopped; of a finished one read the results.
 
     Args:
         folder: of the run.
         observer: is told what happens.
-        ranks: the processes that train it together; their number may be another one than before.
-        keeping: fields of :class:`~sparsekern.lab.store.Keeping` that are to be others than those the run began with.
+        world: the processes that train it together; their number may be another one than before.
+        keeping: fields of :class:`~sparsekern.lab.checkpoint.Keeping` that differ from those the run began with.
 
     Raises:
         ValueError: the folder is not that of a run, its data have changed, or another process trains in it.
         Interrupted: the observer asked to stop.
     """
-    file = ranks.from_first(ranks.on_first(lambda: read_config(folder)))
-    assert file is not None
-    kept = ranks.together(lambda: replace(file.keeping, **keeping))
+    file = world.on_first(lambda: read_config(folder))
+    kept = world.together(lambda: replace(file.keeping, **keeping))
 
     def finished() -> Finished | None:
         """Return the results if there are any, else None."""
-        return ranks.from_first(
-            ranks.on_first(lambda: _finished(file.config, folder) if (folder / RESULTS).is_file() else None)
-        )
+        return world.on_first(lambda: _finished(file.config, folder) if (folder / RESULTS).is_file() else None)
 
     if (done := finished()) is not None:
         return done
 
     def resolved() -> Run:
-        task = find(file.config.recipe).task.load(file.config.data, file.config.data_max_gib)
+        task = file.config.load()
         if task.describe() != file.data.model_dump():
             raise InputError(f"the data of {folder} have changed since it began; restore them, or start a new run")
-        return resolve(file.config, task, ranks)
+        return resolve(file.config, task, world)
 
-    run = ranks.together(resolved)
+    run = world.together(resolved)
     with ExitStack() as held:
-        ranks.on_first(lambda: held.enter_context(locked(folder)))
+        world.on_first(lambda: held.enter_context(locked(folder)))
         if (done := finished()) is not None:  # whoever held the lock before has finished
             return done
         return _train(run, folder, observer, kept, {})
@@ -188,11 +172,10 @@ def resume(folder: Path, observer: Observer, ranks: Ranks = ALONE, **keeping: An
 
 def _train(run: Run, folder: Path, observer: Observer, keeping: Keeping, first: dict[str, Learner]) -> Finished:
     """Train all seeds that are not finished; ``first`` holds the learners of seed 0 that are built already, if any."""
-    config, ranks = run.config, run.ranks
-    saved = ranks.from_first(ranks.on_first(lambda: _restored(config, folder)))
-    assert saved is not None
+    config, world = run.config, run.world
+    saved = world.on_first(lambda: _restored(config, folder))
     before = [row for found in saved if found is not None for row in found[1]["rows"]]
-    metrics = ranks.on_first(lambda: Metrics(folder / METRICS, before))
+    world.on_first(lambda: write_rows(folder / METRICS, before))
     observer.begin(config, run.batches, before)
     finished = []
     for seed, found in enumerate(saved):
@@ -200,7 +183,7 @@ def _train(run: Run, folder: Path, observer: Observer, keeping: Keeping, first: 
             finished.append(found[1])
         else:
             learners = {name: first.pop(name) if first else Learner(run, name, seed) for name in config.networks}
-            finished.append(_Seed(run, learners, seed, found, folder, metrics, observer, keeping).train())
+            finished.append(_Seed(run, learners, seed, found, folder, observer, keeping).train())
     rows = [row for state in finished for row in state["rows"]]
     content = {
         "config": config.to_json(),
@@ -216,14 +199,12 @@ def _train(run: Run, folder: Path, observer: Observer, keeping: Keeping, first: 
             if found is not None and found[1]["finished"]:  # it may have been killed before it tidied up
                 best = best_step(found[1]["rows"], config.networks, run.task.metric)
                 checkpoint.tidy(checkpoint.seed_folder(folder, seed), keeping.keep, best)
-        Metrics(folder / METRICS, rows)  # in order, even if a seed was trained anew after a later one had begun
+        write_rows(folder / METRICS, rows)  # in order, even if a seed was trained anew after a later one had begun
         results = write_json(folder / RESULTS, content)  # it says that the run is finished
         _draw(config, folder, results, rows, finished[0]["history"])
         return Finished(config, results)
 
-    done = ranks.from_first(ranks.on_first(write))
-    assert done is not None
-    return done
+    return world.on_first(write)
 
 
 def _restored(config: Config, folder: Path) -> list[tuple[Path, dict[str, Any]] | None]:
@@ -292,12 +273,11 @@ class _Seed:
         seed: int,
         found: tuple[Path, dict[str, Any]] | None,
         folder: Path,
-        metrics: Metrics | None,
         observer: Observer,
         keeping: Keeping,
     ) -> None:
         self.run, self.learners = run, learners
-        self.folder, self.metrics, self.observer = folder, metrics, observer
+        self.folder, self.observer = folder, observer
         self.checkpoints = checkpoint.seed_folder(folder, seed)
         self.rows: list[dict[str, Any]] = []
         if found is not None:
@@ -305,10 +285,10 @@ class _Seed:
             self.rows = list(state["rows"])
             try:
                 for name, learner in learners.items():
-                    model = build(run, name, seed) if run.ranks.sharded else learner.model
-                    run.ranks.on_first(lambda: checkpoint.load_model(path, name, model))  # noqa: B023
-                    if run.ranks.count > 1:
-                        run.ranks.load_(learner.model, model.state_dict())
+                    model = build(run, name, seed) if run.world.sharded else learner.model
+                    run.world.on_first(lambda: load_(model, path / f"{name}.safetensors"))  # noqa: B023
+                    if run.world.count > 1:
+                        run.world.load_(learner.model, model.state_dict())
                     learner.load_state_dict(state["learners"][name])
             except InputError as error:
                 raise type(error)(f"{path} is damaged: {error}; delete it to go on from an older one") from None
@@ -338,7 +318,7 @@ class _Seed:
 
     def _finish_epoch(self, learner: Learner) -> None:
         while learner.batch < learner.batches:
-            if self.run.ranks.any(self.observer.should_stop()):
+            if self.run.world.any(self.observer.should_stop()):
                 self._save()
                 raise Interrupted(self.folder)
             loss = learner.step()
@@ -346,12 +326,12 @@ class _Seed:
                 self.history.step()
             self.observer.step(learner, loss)
             # not after the last batch: the checkpoint at the end of the epoch has the same number
-            if learner.batch < learner.batches and self.run.ranks.any(self.clock.due(self.steps)):
+            if learner.batch < learner.batches and self.run.world.any(self.clock.due(self.steps)):
                 self._save()
         row = learner.finish_epoch()
         self.rows.append(row)
-        if self.metrics is not None:
-            self.metrics.append(row)
+        if self.run.world.first:
+            append_row(self.folder / METRICS, row)
         self.observer.row(row)
 
     def _save(self) -> None:
@@ -362,7 +342,7 @@ class _Seed:
         models = {name: gathered(learner.model.state_dict()) for name, learner in self.learners.items()}
         state["history"] = None if self.history is None else self.history.state_dict()
         best = best_step(self.rows, list(self.learners), self.run.task.metric)
-        self.run.ranks.on_first(
+        self.run.world.on_first(
             lambda: checkpoint.save(self.checkpoints, self.steps, models, state, keep=self.keep, best=best)
         )
         self.clock.set(self.steps)
@@ -379,6 +359,6 @@ def environment(run: Run) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        **({"ranks": run.ranks.count} if run.ranks.count > 1 else {}),
+        **({"ranks": run.world.count} if run.world.count > 1 else {}),
         "kernels": next(name for name in BACKENDS if supports(name, op, device, torch.float32, block)),
     }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
+import os
+import platform
 import shlex
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,11 +16,19 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, InstanceOf
 
 from sparsekern.errors import InputError
-from sparsekern.files.atomic_files import append, is_private, make_parents, replace
+from sparsekern.files.atomic_files import (
+    NO_FOLLOW,
+    WITHOUT_LOCKS,
+    append,
+    is_private,
+    make_parents,
+    refuse_link,
+    replace,
+)
 from sparsekern.lab import checkpoint
+from sparsekern.lab.checkpoint import DEFAULT, Keeping
 from sparsekern.lab.config import Config
 from sparsekern.lab.formats import FORMAT_VERSION, Data, Part, Results, Row, checked
-from sparsekern.lab.lock import LOCK
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
 PICTURE, SPECTRAL = "summary.png", "spectral.png"
@@ -29,75 +38,6 @@ PLAN = "plan.json"
 
 DECIDED = ("epochs", "update_every", "augment", "device")
 """Options that a run has decided, even if they were open at its start."""
-
-SECONDS = {"s": 1, "min": 60, "h": 3600}
-
-INTERVAL = re.compile(r"([1-9][0-9]{0,8})(s|min|h)?")
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """When a run saves checkpoints, and how many of them stay.
-
-    It changes no result, so a resumed run may be given another one. Beside the newest ``keep`` checkpoints of a seed
-    the best one stays: that of the epoch in which the run's first network was best. It is for use; what is reported
-    is the last epoch's.
-
-    Attributes:
-        save_every: ``"500"`` steps, or ``"90s"``, ``"10min"``, ``"2h"``. A run saves after every epoch anyway.
-        keep: number of newest checkpoints, 1 or more. If the newest is damaged, a run goes on from the one before.
-
-    Raises:
-        ValueError: a value of another form.
-    """
-
-    save_every: str = "10min"
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.save_every, str) and INTERVAL.fullmatch(self.save_every)):
-            raise InputError(
-                f"save_every is {self.save_every!r}; it must be a number of steps such as 500, or a time such as 90s, "
-                "10min or 2h",
-                parameter="save_every",
-            )
-        if type(self.keep) is not int or self.keep < 1:
-            raise InputError(f"keep is {self.keep!r}; it must be a whole number of 1 or more", parameter="keep")
-
-    @classmethod
-    def from_json(cls, values: Any) -> Keeping:
-        """Read the values of :func:`dataclasses.asdict`; raise ValueError if they are others."""
-        if not isinstance(values, dict) or values.keys() != {"save_every", "keep"}:
-            raise InputError("it must have the entries save_every and keep", parameter="keeping")
-        return cls(**values)
-
-
-DEFAULT = Keeping()
-
-
-class Clock:
-    """Tells when the next checkpoint is due.
-
-    Args:
-        keeping: the interval.
-        steps: number of steps made when the clock is set.
-    """
-
-    def __init__(self, keeping: Keeping, steps: int) -> None:
-        match = INTERVAL.fullmatch(keeping.save_every)
-        assert match is not None  # Keeping checked it
-        self._every, self._seconds = int(match[1]), SECONDS.get(match[2])
-        self.set(steps)
-
-    def set(self, steps: int) -> None:
-        """Begin to count at this number of steps, and now."""
-        self._steps, self._since = steps, time.monotonic()
-
-    def due(self, steps: int) -> bool:
-        """Return whether the interval has passed."""
-        if self._seconds is None:
-            return steps - self._steps >= self._every
-        return time.monotonic() - self._since >= self._every * self._seconds
 
 
 def _decided(values: Any) -> Config:
@@ -243,21 +183,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return result
 
 
-class Metrics:
-    """``metrics.jsonl``: a row for every network and epoch, in the order of training.
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write ``metrics.jsonl`` anew: a row for every network and epoch, in the order of training."""
+    write_text(path, "".join(_line(row) for row in rows))
 
-    Args:
-        path: the file, which is replaced.
-        rows: those of the checkpoints of the run, so that a resumed run has no row twice.
-    """
 
-    def __init__(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
-        self.path = path
-        write_text(path, "".join(_line(row) for row in rows))
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row at the end."""
-        append(self.path, _line(row))
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row at the end of ``metrics.jsonl``."""
+    append(path, _line(row))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -354,3 +287,57 @@ def _read_rows(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     if not rows:
         missing.append("No epoch is finished yet: there is nothing to plot.")
     return rows
+
+
+LOCK = ".lock"
+"""Name of the lock file. One that a killed process left behind locks nothing."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made if it does not exist. On disks without locks, nothing is locked.
+
+    Raises:
+        ValueError: another process holds it, the folder cannot be written, or the lock file is a symbolic link.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / LOCK
+    owner, lock = _owner(path), FileLock(path, timeout=0.1, poll_interval=0.01)
+    try:
+        refuse_link(path)
+        make_parents(folder)
+        lock.acquire()
+        _note_owner(path)
+    except Timeout:
+        raise InputError(
+            f"the folder {folder} is in use by another process{owner}; wait for it, or stop it first"
+        ) from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise InputError(f"the folder {folder} cannot be written ({error.strerror}); choose another one") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: another process that waits for this file sees that it is gone
+        lock.release()
+
+
+def _note_owner(path: Path) -> None:
+    """Write process and machine, as filelock itself does on disks where the file stands for the lock."""
+    mine = f"{os.getpid()}\n{platform.node()}"
+    handle = os.open(path, os.O_RDWR | NO_FOLLOW)
+    with open(handle, "r+", encoding="utf-8", errors="replace") as file:
+        if file.read(len(mine)) != mine:
+            file.seek(0)
+            file.write(mine)
+            file.truncate()
+
+
+def _owner(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = " on ".join(file.read(100).split("\n")[:2])
+    except OSError:
+        return ""
+    return f" ({text})" if text else ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,11 +14,91 @@ from torch.nn.functional import cross_entropy, pad
 
 from sparsekern.errors import InputError
 from sparsekern.lab.data import Dataset, load
-from sparsekern.lab.metric import ACCURACY, Metric
 from sparsekern.lab.stored import Shuffled
 
 if TYPE_CHECKING:
     from sparsekern.lab.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of a network on test data. Tables, pictures and pages take its words and units from here.
+
+    Attributes:
+        key: its entry in a row of ``metrics.jsonl`` and in the results of a network.
+        gap: its entry in a comparison of two networks, the first minus the second.
+        name: without the "test" of :attr:`title`.
+        unit: of the number as it is written.
+        scale: the number as it is written, over the number as it is stored.
+        difference: the unit of a difference of two such numbers.
+        higher_is_better: whether more of it is better.
+        examples: the entry of a data set's description that counts what it is measured on, such as "test_images".
+        digits: behind the point while a network trains, where there is little room.
+        loss: name and scale of the training loss as it is shown while a network trains.
+    """
+
+    key: str
+    gap: str
+    name: str
+    unit: str
+    scale: float
+    difference: str
+    higher_is_better: bool
+    examples: str
+    digits: int = 1
+    loss: tuple[str, float] = ("loss", 1.0)
+
+    @property
+    def title(self) -> str:
+        """Name in a table, such as "test accuracy"."""
+        return f"test {self.name}"
+
+    @property
+    def label(self) -> str:
+        """Name and unit for an axis, such as "test accuracy (%)"."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def text(self, stored: float, digits: int = 2) -> str:
+        """Return a stored number as it is written, such as "97.77 %"."""
+        return f"{self.scale * stored:.{digits}f} {self.unit}".rstrip()
+
+    def gap_text(self, gap: float, error: float | None = None) -> str:
+        """Return a stored difference, and its standard error, as they are written, such as "+0.21 ± 0.10 points"."""
+        spread = "" if error is None else f" ± {self.scale * error:.2f}"
+        return f"{self.scale * gap:+.2f}{spread} {self.difference}".rstrip()
+
+
+ACCURACY = Metric(
+    key="test_accuracy",
+    gap="accuracy_gap",
+    name="accuracy",
+    unit="%",
+    scale=100,
+    difference="points",
+    higher_is_better=True,
+    examples="test_images",
+)
+
+BITS_PER_BYTE = Metric(
+    key="bits_per_byte",
+    gap="bits_per_byte_gap",
+    name="bits per byte",
+    unit="",
+    scale=1,
+    difference="",
+    higher_is_better=False,
+    examples="held_out_bytes",
+    digits=2,
+    loss=("bits per byte", 1 / math.log(2)),
+)
+
+METRICS = (ACCURACY, BITS_PER_BYTE)
+
+
+def metric_of(entries: Container[str]) -> Metric:
+    """Return the metric that a row of a run, or the results of a network, has."""
+    return next(metric for metric in METRICS if metric.key in entries)
+
 
 AUGMENTATIONS = ("none", "crop", "crop-flip")
 
@@ -67,9 +148,9 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """Return what ``config.json`` says about the data. A resumed run compares it."""
 
-    @abstractmethod
     def augmentation(self, recipe: Recipe) -> str:
         """Return how the examples are varied where the user does not say."""
+        return recipe.augmentation
 
     @abstractmethod
     def prepared(self, recipe: Recipe, network: Mapping[str, Any], augment: str, device: torch.device) -> Task:
@@ -90,10 +171,6 @@ class Task(ABC):
         """Return the arguments of the recipe's network that the data decide."""
 
     @abstractmethod
-    def sample(self) -> Tensor:
-        """Return an input of one example, on the CPU. Only its shape counts."""
-
-    @abstractmethod
     def order(self, generator: torch.Generator) -> Any:
         """Return the order of the training examples in one epoch, for :meth:`batch`."""
 
@@ -107,6 +184,11 @@ class Task(ABC):
             size: examples of a batch; the last one of an epoch may have fewer.
             generator: for all that is random in the batch.
         """
+
+    def example(self, size: int = 1) -> Batch:
+        """Return some batch of that size, the same at each call, for what depends on its shape."""
+        generator = torch.Generator().manual_seed(0)
+        return self.batch(self.order(generator), 0, size, generator)
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -159,8 +241,7 @@ class Classification(Task):
     @staticmethod
     def examples_of(described: Mapping[str, Any]) -> int:
         """Return the number of training images."""
-        images: int = described["train_images"]
-        return images
+        return int(described["train_images"])
 
     @property
     def examples(self) -> int:  # type: ignore[override]
@@ -199,10 +280,6 @@ class Classification(Task):
         """Return the number of classes and of channels, and the size of an image."""
         channels, height, width = self.data.image_shape
         return {"num_classes": self.data.classes, "in_channels": channels, "image_size": (height, width)}
-
-    def sample(self) -> Tensor:
-        """Return an image ``(1, C, H, W)``."""
-        return torch.empty(1, *self.data.image_shape)
 
     def order(self, generator: torch.Generator) -> Tensor | Shuffled:
         """Return the places of all training images ``(N,)`` in a random order; of images on the disk without a list."""

@@ -19,8 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from sparsekern.analysis import network_sparsity, spectral, stored_parameters, training_bytes
 from sparsekern.errors import InputError
 from sparsekern.lab.distributed import Share, gathered, unsynchronised
-from sparsekern.lab.networks import build, build_agent, build_method
-from sparsekern.lab.resolved import Run
+from sparsekern.lab.resolved import Run, build, build_agent, build_method
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import sparse_layers
 from sparsekern.nn.sharded import sharded_as
@@ -52,8 +51,8 @@ class Learner:
         self.run, self.network, self.seed = run, network, seed
         self.task, self.recipe, self.batches, self.total_steps = run.task, run.recipe, run.batches, run.steps
         self.model = build(run, network, seed).to(run.device)
-        self._replica = run.ranks.parallel(self.model)  # what computes in training
-        self.optimizer = run.recipe.optimizer.build(self.model, run.config.rate, fused=not run.ranks.sharded)
+        self._replica = run.world.parallel(self.model)  # what computes in training
+        self.optimizer = run.recipe.optimizer.build(self.model, run.config.rate, fused=not run.world.sharded)
         self.method = self.agent = None
         if network == "sparse":
             self.method = build_method(run, self._replica, self.optimizer, seed)
@@ -94,7 +93,7 @@ class Learner:
         if self._spectral and (moved or self.steps == 0):
             graphs = {name: asdict(spectral(layer)) for name, layer in sparse_layers(self.model).items()}
             self._graphs.append({"step": self.steps + 1, "layers": graphs})
-        value = self.run.ranks.mean(loss.cpu()).item()
+        value = self.run.world.ranks.mean(loss.cpu()).item()
         if not math.isfinite(value):
             raise InputError(
                 f"the loss of the {self.network} network is {value} after {self.steps} steps; choose a lower rate"
@@ -256,7 +255,7 @@ class Learner:
 
     def _batch(self, order: Any, number: int, purpose: str) -> Share:
         generator = generator_for(self.seed, purpose, self.epoch, number)
-        return self.run.ranks.part(self.task.batch(order, number, self.run.config.batch_size, generator))
+        return self.run.world.part(self.task.batch(order, number, self.run.config.batch_size, generator))
 
     def _synchronise(self) -> None:
         if self.run.device.type == "cuda":

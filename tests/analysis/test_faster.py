@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.analysis import Timing, faster, layer_race
+from sparsekern.analysis import Timing, layer_race
 from sparsekern.nn import Choice
 from tests.ranks import on_ranks
 
@@ -31,7 +31,7 @@ def times(monkeypatch):
             contestant.step_call(given)()
         return {key: Timing([table[key]]) for key in contestants}
 
-    monkeypatch.setattr(faster, "race_steps", made_up)
+    monkeypatch.setattr(layer_race, "race_steps", made_up)
     return table, races
 
 
@@ -111,7 +111,7 @@ def test_an_error_leaves_the_model_as_it_was(times, monkeypatch):
     def breaks(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(faster, "race_steps", breaks)
+    monkeypatch.setattr(layer_race, "race_steps", breaks)
     choices = []
     with pytest.raises(RuntimeError, match="out of memory"):
         sk.sparsify_(model, 0.75, 16, only_if_faster=SAMPLE, choices=choices)
@@ -121,7 +121,7 @@ def test_an_error_leaves_the_model_as_it_was(times, monkeypatch):
 
 def test_a_busy_machine_is_said(monkeypatch, caplog):
     unsteady = {"dense": Timing([1.0, 1.0, 2.0, 3.0]), (16, 16): Timing([1.0])}
-    monkeypatch.setattr(faster, "race_steps", lambda *_: unsteady.copy())
+    monkeypatch.setattr(layer_race, "race_steps", lambda *_: unsteady.copy())
     sk.sparsify_(nn.Sequential(nn.Linear(32, 32)), 0.5, 16, only_if_faster=SAMPLE)
     (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert said.startswith("0: the quartiles of the dense layer are 50% of its median apart; the machine is too busy")
@@ -209,7 +209,7 @@ def test_a_real_race(caplog):
 
 
 def _choose(rank: int) -> list[float]:
-    faster.race_steps = lambda contestants, *_: {key: Timing([(rank + 1) * 1.0]) for key in contestants}
+    layer_race.race_steps = lambda contestants, *_: {key: Timing([(rank + 1) * 1.0]) for key in contestants}
     choices: list[Choice] = []
     model = sk.sparsify_(network(), 0.75, 16, only_if_faster=SAMPLE, choices=choices)
     return [choice.dense_ms for choice in choices] + [float(len(sk.sparse_layers(model)))]

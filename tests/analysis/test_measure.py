@@ -7,7 +7,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern.analysis import time_layer
-from sparsekern.analysis.measure import peak_above
+from sparsekern.analysis.summary import peak_above
 
 
 def test_timing_leaves_the_layer_as_it_was():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from sparsekern.cli.live import Live
+from sparsekern.cli.shell import Live
 from sparsekern.lab import Config
 
 CONFIG = Config(epochs=2, seeds=2)

@@ -24,6 +24,9 @@ from sparsekern.errors import InputError
 from sparsekern.lab import Interrupted
 
 
+def command(update_every: int, agent_gamma: float, width: int) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -47,7 +50,7 @@ from sparsekern.lab import Interrupted
     ],
 )
 def test_what_a_user_can_mend_is_one_line(capsys, error, code, line):
-    with pytest.raises(typer.Exit) as stopped, explained(error_console(), lambda saved: f"saved: {saved}"):
+    with pytest.raises(typer.Exit) as stopped, explained(error_console(), lambda saved: f"saved: {saved}", command):
         raise error
     written = capsys.readouterr()
     assert stopped.value.exit_code == code and written.out == ""
@@ -56,7 +59,7 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, code, line):
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("optimizer got an empty list")])
 def test_a_defect_keeps_its_traceback(error):
-    with pytest.raises(type(error), match=str(error)), explained(error_console(), lambda saved: ""):
+    with pytest.raises(type(error), match=str(error)), explained(error_console(), lambda saved: "", command):
         raise error
 
 
@@ -80,8 +83,7 @@ def test_an_error_of_another_library_inside_a_command_is_a_defect(monkeypatch, t
     ],
 )
 def test_an_error_names_the_option_as_the_command_spells_it(capsys, text, parameter, shown):
-    options = ("update_every", "agent_gamma", "width")
-    with pytest.raises(typer.Exit), explained(error_console(), lambda saved: "", options):
+    with pytest.raises(typer.Exit), explained(error_console(), lambda saved: "", command):
         raise InputError(text, parameter=parameter)
     assert capsys.readouterr().err == f"error: {shown}\n"
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from sparsekern.lab.config import Config
 from sparsekern.lab.data import Dataset
-from sparsekern.lab.networks import build
 from sparsekern.lab.recipes import RECIPES
-from sparsekern.lab.resolved import Run, resolve
+from sparsekern.lab.resolved import Run, build, resolve
 from sparsekern.lab.run import Observer
 from sparsekern.lab.tasks import Classification
 from sparsekern.lab.train import Learner

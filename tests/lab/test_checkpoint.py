@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sparsekern import SparseLinear
+from sparsekern.files import load_
 from sparsekern.lab import checkpoint
 from tests.saved import leftover
 
@@ -33,7 +34,7 @@ def test_one_checkpoint_stays_and_loads(tmp_path):
     found = checkpoint.load_state(last)
     assert found["a"] == 2 and found["tensor"].tolist() == [0, 1, 2]
     other = SparseLinear(32, 32, block_size=8, sparsity=0.5)
-    checkpoint.load_model(last, "sparse", other)
+    load_(other, last / "sparse.safetensors")
     assert torch.equal(other.dense_weight(), sparse.dense_weight())
 
 
@@ -156,12 +157,12 @@ def test_every_file_and_folder_is_synced_before_and_after_the_rename(tmp_path, m
 def test_weights_that_do_not_load_are_described(tmp_path):
     folder = checkpoint.save(tmp_path, 1, {"dense": nn.Linear(3, 2).state_dict()}, {})
     with pytest.raises(ValueError, match=r"dense.safetensors does not fit .*: weight has shape"):
-        checkpoint.load_model(folder, "dense", nn.Linear(4, 2))
+        load_(nn.Linear(4, 2), folder / "dense.safetensors")
     with pytest.raises(ValueError, match=r"sparse.safetensors cannot be read: No such file"):
-        checkpoint.load_model(folder, "sparse", nn.Linear(3, 2))
+        load_(nn.Linear(3, 2), folder / "sparse.safetensors")
     (folder / "dense.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"dense.safetensors is neither a safetensors file"):
-        checkpoint.load_model(folder, "dense", nn.Linear(3, 2))
+        load_(nn.Linear(3, 2), folder / "dense.safetensors")
 
 
 def test_what_a_kill_left_is_tidied_away(tmp_path):

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from sparsekern.errors import InputError
-from sparsekern.lab import Interrupted, resume
-from sparsekern.lab.compare import CompareObserver, Contestant, Plan, compare, plan_for, read_plan
+from sparsekern.lab import Interrupted, Observer, resume
+from sparsekern.lab.compare import Plan, compare, contestant, plan_for, read_plan, slug
 from sparsekern.lab.config import Config
-from sparsekern.lab.lock import locked
+from sparsekern.lab.store import locked
 from sparsekern.lab.train import Learner
 from tests.saved import leftover
 
 VALUES = {"width": 32, "epochs": 2, "batch_size": 400, "seeds": 2, "update_every": 2, "device": "cpu"}
 CELLS = ["dense", "static-s0.5-b8", "gse-scope-global-s0.5-b8"]
 NOWHERE = Path("a folder that there is not")
-TWO = (Contestant("static"), Contestant("gse", options={"scope": "global"}))
+TWO = (Config(method="static"), Config(method="gse", options={"scope": "global"}))
 
 
-class Told(CompareObserver):
+class Told(Observer):
     """Remembers the cells, and may stop or fail before a step."""
 
     def __init__(self, stop=None, kill=None):
@@ -173,7 +173,7 @@ def test_the_plan_and_back(straight):
         ({"sparsities": (1.5,)}, "sparsity is 1.5"),
         ({"block_sizes": (64,)}, "block_size is 64, larger than the layers of width 32"),
         ({"sparsities": (0.99,)}, "static-s0.99-b8: .*every layer needs at least one"),
-        ({"contestants": (Contestant("rigl"),), "block_sizes": (1,)}, "rigl-s0.5-b1: 'hidden1' has 1x1 blocks"),
+        ({"contestants": (Config(method="rigl"),), "block_sizes": (1,)}, "rigl-s0.5-b1: 'hidden1' has 1x1 blocks"),
         ({"values": {**VALUES, "data": "nothing.npz"}}, "nothing.npz.* does not exist"),
     ],
 )
@@ -247,7 +247,7 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "preset", "entries", "slug"),
+    ("text", "preset", "entries", "name"),
     [
         ("static", False, ("static", None, {}), "static"),
         (
@@ -265,15 +265,14 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
         ("gse-imagenet:drop_fraction=0.1", True, ("gse", "gse-imagenet", {"drop_fraction": 0.1}), None),
     ],
 )
-def test_from_a_text(text, preset, entries, slug):
-    contestant = Contestant.parse(text, preset=preset)
-    assert tuple(contestant.entries().values()) == entries
-    assert Contestant(**contestant.entries()) == contestant
-    assert slug is None or contestant.slug == slug
+def test_from_a_text(text, preset, entries, name):
+    found = contestant(text, preset=preset)
+    assert (found.method, found.preset, found.options) == entries
+    assert name is None or slug(found) == name
 
 
 def test_the_slug_names_the_preset():
-    assert Contestant.parse("gse-imagenet:drop_fraction=0.1", preset=True).slug == "gse-imagenet-drop-fraction-0.1"
+    assert slug(contestant("gse-imagenet:drop_fraction=0.1", preset=True)) == "gse-imagenet-drop-fraction-0.1"
 
 
 @pytest.mark.parametrize(
@@ -289,4 +288,4 @@ def test_the_slug_names_the_preset():
 )
 def test_what_is_wrong_is_named(text, preset, message):
     with pytest.raises(ValueError, match=message):
-        Contestant.parse(text, preset=preset)
+        contestant(text, preset=preset)

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Interrupted, Observer, resume, start
-from sparsekern.lab.distributed import ALONE, Launch, Ranks, ToldByFirst, launched, lost_ranks
+from sparsekern.lab.checkpoint import Keeping
+from sparsekern.lab.distributed import ALONE, Launch, ToldByFirst, World, launched, lost_ranks
 from sparsekern.lab.resolved import resolve
-from sparsekern.lab.store import METRICS, RESULTS, Keeping, read_results
+from sparsekern.lab.store import METRICS, RESULTS, read_results
 from sparsekern.lab.tasks import Classification
 from tests.lab.runs import StopAt, changed, rows_of
 from tests.ranks import on_ranks, start_command
@@ -97,27 +98,27 @@ def assert_alike(folder: Path, other: Path, seeds: int = 1) -> None:
 
 def two_ranks(rank: int, folder: Path, text: str) -> list[str]:
     """Train both recipes to the end, stop a third run, and meet errors; return what was told."""
-    ranks, told = Ranks(rank, 2, rank), []
+    ranks, told = World(rank, 2, rank), []
     with pytest.MonkeyPatch.context() as patch:
         cheap(patch)
         for name, config in (("mlp", MLP), ("gpt", changed(GPT, data=text))):
-            done = start(config, folder / name, Observer(), ranks=ranks)
+            done = start(config, folder / name, Observer(), world=ranks)
             assert done.results == read_results(folder / name)
         sharded = replace(ranks, strategy="fsdp2")
-        start(changed(GPT, data=text), folder / "sharded", Observer(), ranks=sharded)
-        start(CONV, folder / "conv", Observer(), ranks=sharded)
+        start(changed(GPT, data=text), folder / "sharded", Observer(), world=sharded)
+        start(CONV, folder / "conv", Observer(), world=sharded)
         for name, config, step in (("sharded-stopped", changed(GPT, data=text), 11), ("agent-stopped", ODD, 9)):
             with pytest.raises(Interrupted):
-                start(config, folder / name, StopAt(step), ranks=sharded)
+                start(config, folder / name, StopAt(step), world=sharded)
         with pytest.raises(Interrupted):  # one rank is asked to stop, and all do
-            start(STOPPED, folder / "stopped", StopAt(9) if rank == 1 else Observer(), ranks=ranks)
+            start(STOPPED, folder / "stopped", StopAt(9) if rank == 1 else Observer(), world=ranks)
         for work in (
-            lambda: start(MLP, folder / "mlp", Observer(), ranks=ranks),
-            lambda: start(changed(MLP, batch_size=401), folder / "new", Observer(), ranks=ranks),
+            lambda: start(MLP, folder / "mlp", Observer(), world=ranks),
+            lambda: start(changed(MLP, batch_size=401), folder / "new", Observer(), world=ranks),
             lambda: ranks.together(lambda: 1 if rank == 0 else Config(width=0)),
-            lambda: start(changed(MLP, options={"spectral": True}), folder / "new", Observer(), ranks=sharded),
-            lambda: start(changed(MLP, rate=1e30), folder / "hot", Observer(), ranks=ranks),
-            lambda: start(changed(GPT, data=text if rank else __file__), folder / "new", Observer(), ranks=ranks),
+            lambda: start(changed(MLP, options={"spectral": True}), folder / "new", Observer(), world=sharded),
+            lambda: start(changed(MLP, rate=1e30), folder / "hot", Observer(), world=ranks),
+            lambda: start(changed(GPT, data=text if rank else __file__), folder / "new", Observer(), world=ranks),
         ):
             with pytest.raises(InputError) as error:
                 work()
@@ -130,11 +131,11 @@ def two_ranks(rank: int, folder: Path, text: str) -> list[str]:
 def finish(rank: int, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         cheap(patch)
-        resume(folder / "stopped", Observer(), Ranks(rank, 3, rank))
+        resume(folder / "stopped", Observer(), World(rank, 3, rank))
         for name in ("sharded-stopped", "agent-stopped"):
-            resume(folder / name, Observer(), Ranks(rank, 3, rank, "fsdp2"))
+            resume(folder / name, Observer(), World(rank, 3, rank, "fsdp2"))
         for strategy in ("ddp", "fsdp2"):
-            start(AGENT, folder / f"agent-{strategy}", Observer(), ranks=Ranks(rank, 3, rank, strategy))
+            start(AGENT, folder / f"agent-{strategy}", Observer(), world=World(rank, 3, rank, strategy))
 
 
 def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, text):
@@ -176,7 +177,7 @@ def test_two_ranks_train_as_one_and_a_run_goes_on_with_another_number(tmp_path, 
 def test_the_mean_over_ranks_is_that_of_the_batch(examples):
     """Also where some ranks get more examples than others, or none."""
     batch = torch.arange(float(examples))[:, None], torch.arange(examples)
-    shares = [Ranks(rank, 4).part(batch) for rank in range(4)]
+    shares = [World(rank, 4).part(batch) for rank in range(4)]
     parts = [part for share in shares for part in share.split(2)]
     assert sum(part.weight * float(part.batch[0].mean()) for part in parts) / 4 == pytest.approx((examples - 1) / 2)
     counted = [int(n) for part in parts if part.weight for n in part.batch[1]]
@@ -188,7 +189,7 @@ def test_the_mean_over_ranks_is_that_of_the_batch(examples):
 def test_a_launcher_says_which_process_this_is(monkeypatch):
     for name, value in (("WORLD_SIZE", "8"), ("RANK", "5"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert launched() == Ranks(5, 8, 1)
+    assert launched() == World(5, 8, 1)
     for count in ("1", "", "many"):
         monkeypatch.setenv("WORLD_SIZE", count)
         assert launched() == ALONE
@@ -211,9 +212,9 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(Classification, "prepared", lambda self, *_: self)
     task = Classification.noise({"train_images": 100, "image_shape": (1, 8, 8), "classes": 10}, 100)
-    assert resolve(changed(MLP, device="cuda"), task, Ranks(3, 4, 1)).device == torch.device("cuda", 1)
+    assert resolve(changed(MLP, device="cuda"), task, World(3, 4, 1)).device == torch.device("cuda", 1)
     with pytest.raises(InputError, match="device is 'cuda:2', but each rank takes a GPU of its own; give cuda"):
-        resolve(changed(MLP, device="cuda:2"), task, Ranks(3, 4, 1))
+        resolve(changed(MLP, device="cuda:2"), task, World(3, 4, 1))
 
 
 @pytest.fixture
@@ -299,7 +300,7 @@ def test_a_store_that_has_vanished_does_not_hold_up_a_rank():
             time.sleep(60)
             return False
 
-    assert lost_ranks(Ranks(1, 3), Vanished(), 0.2) == lost_ranks(Ranks(1, 3), None, 0.2) == [0, 2]
+    assert lost_ranks(World(1, 3), Vanished(), 0.2) == lost_ranks(World(1, 3), None, 0.2) == [0, 2]
 
 
 def test_the_commands_of_the_page_run(tmp_path, text):

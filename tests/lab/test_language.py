@@ -16,7 +16,8 @@ from sparsekern.cli.main import application
 from sparsekern.errors import InputError
 from sparsekern.lab import Config, Interrupted, resume, start
 from sparsekern.lab.language import EXAMPLES, Language
-from sparsekern.lab.report.text import printable
+from sparsekern.lab.options import percent
+from sparsekern.lab.report.tables import printable
 from sparsekern.lab.resolved import resolve
 from sparsekern.lab.run import Observer
 from sparsekern.lab.store import RESULTS
@@ -70,7 +71,7 @@ def test_each_kind_of_layer_has_its_sparsity(text):
     }
     one = Config(data=text, sparsity={"mlp": 0.75}, epochs=1, **TINY)
     assert set(sk.sparse_layers(Learner(run_of(one), "sparse", 0).model)) == {"layers.0.mlp.fc1", "layers.0.mlp.fc2"}
-    assert config.sparsity_title == "mlp 75 %, attention 50 % sparse" and one.sparsity_slug == "mlp0.75"
+    assert percent(config.sparsity) == "mlp 75 %, attention 50 %" and one.sparsity_slug == "mlp0.75"
 
 
 def test_one_number_is_for_all_kinds_and_a_free_head_stays_dense(text):

@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from sparsekern.lab import lock
-from sparsekern.lab.lock import LOCK, locked
+from sparsekern.lab import store
+from sparsekern.lab.store import LOCK, locked
 
 
 def hold(folder, ready):
@@ -77,7 +77,7 @@ def test_a_file_that_its_owner_deleted_in_between_is_not_taken_for_the_lock(tmp_
 
 
 def test_an_owner_that_cannot_be_read_is_not_named(tmp_path):
-    assert lock._owner(tmp_path / "none") == "" and lock._owner(tmp_path) == ""
+    assert store._owner(tmp_path / "none") == "" and store._owner(tmp_path) == ""
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP"])

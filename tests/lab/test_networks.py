@@ -7,7 +7,7 @@ from sparsekern import SparseLinear, sparse_layers
 from sparsekern.analysis import profile
 from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
-from sparsekern.lab.networks import build, build_agent, build_method
+from sparsekern.lab.resolved import build, build_agent, build_method
 from sparsekern.topology import allocate
 from sparsekern.training import METHODS, PRESETS
 from sparsekern.transforms import TRANSFORMS

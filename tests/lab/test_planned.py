@@ -7,7 +7,7 @@ import pytest
 from sparsekern.analysis.plan import Updates
 from sparsekern.errors import InputError
 from sparsekern.lab import Config
-from sparsekern.lab.planned import Planned
+from sparsekern.lab.cost import Planned
 
 
 def planned(recipe="gpt-nano", devices=1, **more) -> Planned:

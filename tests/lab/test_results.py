@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from sparsekern.lab.config import Config
-from sparsekern.lab.metric import ACCURACY, Metric
 from sparsekern.lab.results import _spread, best_step, score_rows, summarise
+from sparsekern.lab.tasks import ACCURACY, Metric
 
 SIZES = {
     "sparse": {"stored_parameters": 10, "training_bytes": 100},
@@ -144,7 +144,7 @@ COSTS = {"dense": {"training_flops": 100, "peak_bytes": 50}, "gse-s0.9-b16": {"t
 
 def rows_of(cells, costs):
     configs, results = ({name: cell[part] for name, cell in cells.items()} for part in (0, 1))
-    return score_rows(configs, results, costs)
+    return score_rows(configs, {name: result | {"cost": costs[name]} for name, result in results.items()})
 
 
 def test_rows_by_hand():

@@ -10,11 +10,12 @@ import torch
 
 import sparsekern as sk
 from sparsekern.errors import InputError
+from sparsekern.files import load_
 from sparsekern.lab import Config, Interrupted, Observer, checkpoint, resume, start
+from sparsekern.lab.checkpoint import Keeping
 from sparsekern.lab.history import film
-from sparsekern.lab.networks import build
+from sparsekern.lab.resolved import build
 from sparsekern.lab.run import environment
-from sparsekern.lab.store import Keeping
 from sparsekern.training import METHODS
 from tests.lab.runs import StopAt, changed, network_of, rows_of, run_of
 
@@ -82,7 +83,7 @@ def test_a_finished_checkpoint_holds_the_network_and_no_optimizer(straight):
     state = checkpoint.load_state(newest)
     assert state["finished"] and "learners" not in state
     model = network_of("sparse", CONFIG, (1, 8, 8), 10, seed=99)
-    checkpoint.load_model(newest, "sparse", model)
+    load_(model, newest / "sparse.safetensors")
     keys = sk.sparse_layers(model)["hidden1"].topology.sorted_keys()
     start, frames = film(state["history"], "hidden1")
     assert frames[-1].now.flatten().nonzero().squeeze(1).tolist() == keys.tolist()
@@ -140,7 +141,7 @@ def test_a_killed_run_goes_on_from_the_last_epoch(straight, no_picture, tmp_path
 def test_a_long_epoch_is_not_lost(straight, no_picture, tmp_path, every, monkeypatch):
     """Killed right after a save that was due, and again; the steps between two saves are all that is done twice."""
     seconds = iter(range(10**6))
-    monkeypatch.setattr("sparsekern.lab.store.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("sparsekern.lab.checkpoint.time.monotonic", lambda: next(seconds))
 
     done = 0
     with pytest.raises(RuntimeError, match="killed"):

@@ -12,19 +12,19 @@ import torch
 
 from sparsekern.errors import InputError
 from sparsekern.lab import checkpoint
+from sparsekern.lab.checkpoint import Clock, Keeping
 from sparsekern.lab.config import Config
 from sparsekern.lab.formats import FORMAT_VERSION
-from sparsekern.lab.lock import locked
 from sparsekern.lab.store import (
-    Clock,
-    Keeping,
-    Metrics,
+    append_row,
     create,
     default_folder,
+    locked,
     read_config,
     read_json,
     read_record,
     write_json,
+    write_rows,
 )
 from tests.lab.runs import DATA
 from tests.saved import leftover
@@ -138,8 +138,8 @@ def test_json_is_written_whole(tmp_path):
 def test_metrics_begin_with_the_rows_of_the_checkpoints(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    metrics = Metrics(path, [{"epoch": 1}])
-    metrics.append({"epoch": 2})
+    write_rows(path, [{"epoch": 1}])
+    append_row(path, {"epoch": 2})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"epoch": 1}, {"epoch": 2}]
 
 
@@ -179,7 +179,7 @@ def test_a_clock_of_steps():
 @pytest.mark.parametrize(("every", "seconds"), [("2s", 2), ("10min", 600), ("2h", 7200)])
 def test_a_clock_of_time(every, seconds, monkeypatch):
     now = [5.0]
-    monkeypatch.setattr("sparsekern.lab.store.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sparsekern.lab.checkpoint.time.monotonic", lambda: now[0])
     clock = Clock(Keeping(every), steps=0)
     now[0] += seconds - 1
     assert not clock.due(10**9)

@@ -6,11 +6,10 @@ from torch import nn
 from torch.nn.functional import pad
 
 from sparsekern.lab.config import Config
-from sparsekern.lab.metric import Metric
 from sparsekern.lab.recipes import RECIPES
 from sparsekern.lab.resolved import resolve
 from sparsekern.lab.results import best_step
-from sparsekern.lab.tasks import MARGIN, Task, augmented
+from sparsekern.lab.tasks import MARGIN, Metric, Task, augmented
 from sparsekern.lab.train import Learner
 
 
@@ -69,17 +68,11 @@ class Copying(Task):
     def describe(self):
         return {"name": "copying"}
 
-    def augmentation(self, recipe):
-        return "none"
-
     def prepared(self, recipe, network, augment, device):
         return self
 
     def model_arguments(self):
         return {"size": 16}
-
-    def sample(self):
-        return torch.empty(1, 16)
 
     def order(self, generator):
         return torch.randn(8, 16, generator=generator)

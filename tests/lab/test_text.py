@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsekern.errors import InputError
-from sparsekern.lab.text import Piece, Text, load_text
+from sparsekern.lab.language import Piece, Text, load_text
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from torch import nn
 from sparsekern.analysis import spectral
 from sparsekern.lab.config import Config
 from sparsekern.lab.data import Dataset, load
-from sparsekern.lab.networks import build
 from sparsekern.lab.recipes import RECIPES
+from sparsekern.lab.resolved import build
 from sparsekern.lab.train import WARM_UP
 from sparsekern.nn import sparse_layers
 from sparsekern.transforms import TRANSFORMS

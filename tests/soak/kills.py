@@ -35,8 +35,7 @@ import torch
 import sparsekern.lab.run
 from sparsekern.cli.main import application
 from sparsekern.files.atomic_files import is_private
-from sparsekern.lab.lock import LOCK
-from sparsekern.lab.store import CONFIG, METRICS, RESULTS, Metrics
+from sparsekern.lab.store import CONFIG, LOCK, METRICS, RESULTS
 from sparsekern.training import METHODS
 
 TIMES = {
@@ -103,7 +102,8 @@ class Death:
         torch.save = self.deadly(torch.save, lambda *a, **k: a[1])
         safetensors.torch.save_file = self.deadly(safetensors.torch.save_file, lambda *a, **k: a[1])
         Path.write_text = self.deadly(Path.write_text, lambda *a, **k: a[0])  # type: ignore[method-assign]
-        Metrics.append = self.deadly(Metrics.append, lambda *a, **k: a[0].path)  # type: ignore[method-assign]
+        module = sparsekern.lab.run
+        module.append_row = self.deadly(module.append_row, lambda *a, **k: a[0])  # type: ignore[attr-defined]
 
     def deadly(self, call: Callable[..., Any], written: Callable[..., Any] | None) -> Callable[..., Any]:
         """Return the call; at its turn it dies before, after, or with half a file (``written`` returns which)."""

@@ -2,8 +2,19 @@
 
 from sparsekern.analysis.plan.machine import CPU_NETWORK, DEVICES, Device, Machine, cache_file
 from sparsekern.analysis.plan.measurement import measure
-from sparsekern.analysis.plan.parallel import STRATEGIES, Layout, Memory, Traffic, Updates, memory, traffic
-from sparsekern.analysis.plan.prediction import PARTS, Prediction, largest, predict
+from sparsekern.analysis.plan.prediction import (
+    PARTS,
+    STRATEGIES,
+    Layout,
+    Memory,
+    Prediction,
+    Traffic,
+    Updates,
+    largest,
+    memory,
+    predict,
+    traffic,
+)
 from sparsekern.analysis.plan.trace import Step, Trace, repeated_blocks, trace
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekern.analysis.clock import race
-from sparsekern.analysis.plan.machine import Machine, Points
-from sparsekern.analysis.plan.operation import OPTIMIZER, OTHER, SPARSE, Operation, operation
-from sparsekern.analysis.plan.trace import Calls, Step, trace
+from sparsekern.analysis.plan.machine import OPTIMIZER, OTHER, SPARSE, Machine, Operation, Points
+from sparsekern.analysis.plan.trace import Calls, Recorder, Step, trace
 from sparsekern.kernels.contract import ConvShape
 from sparsekern.nn import SparseConv2d, SparseLinear
 from sparsekern.ops.backends import requested_backend
@@ -48,14 +45,9 @@ ROUNDS = 7
 """Calls of an operator that are timed; their median counts."""
 
 
-def probes() -> Iterator[Call]:
-    """Yield calls of one operator each; together they are all that is measured."""
-    yield from _sparse_linears()
-    yield from _sparse_convolutions()
-    yield from _dense_products()
-    yield from _attentions()
-    for size in SIZES:
-        yield from _elementwise(size)
+def probes() -> list[Iterator[Call]]:
+    """Return groups of calls of one operator each; together they are all that is measured."""
+    return [_sparse_linears(), _sparse_convolutions(), _dense_products(), _attentions(), *map(_elementwise, SIZES)]
 
 
 def measure(about: dict[str, Any], told: Callable[[float], None], watch: Watch) -> Machine:
@@ -67,10 +59,10 @@ def measure(about: dict[str, Any], told: Callable[[float], None], watch: Watch) 
         watch: clock, in seconds.
     """
     curves: dict[str, Points] = {}
-    total = sum(1 for _ in names())
+    groups = probes()
     with torch.no_grad():
-        for number, call in enumerate(probes()):
-            told(number / total)
+        for number, call in ((number, call) for number, group in enumerate(groups) for call in group):
+            told(number / len(groups))
             found = recorded(call)
             seconds = race({"": call}, torch.device("cpu"), ROUNDS, watch=watch)[""].median / 1e3
             name, x, amount = point_of(found)
@@ -80,13 +72,6 @@ def measure(about: dict[str, Any], told: Callable[[float], None], watch: Watch) 
     factor = _factor(machine, watch)
     told(1.0)
     return replace(machine, curves={name: [(x, factor * y) for x, y in ps] for name, ps in machine.curves.items()})
-
-
-def names() -> Iterator[int]:
-    """Yield once for each probe, without building it: how many there are."""
-    linear = len(BLOCKS) * len(LINEARS) * len(DENSITIES) * 2
-    convolution = len(BLOCKS) * len(CONVS) * len(CONV_DENSITIES) * 2
-    yield from range(linear + convolution + 3 * len(MM) + 2 * len(CONVOLUTIONS) + 4 * len(CONTEXTS) + 23 * len(SIZES))
 
 
 def point_of(found: Operation) -> tuple[str, float, int]:
@@ -100,21 +85,10 @@ def point_of(found: Operation) -> tuple[str, float, int]:
 
 def recorded(call: Call) -> Operation:
     """Run a call and return its operator, the one that moves most bytes."""
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         call()
     found: Operation = max(recorder.calls, key=lambda each: each.bytes)
     return found
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[Operation] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls.update(operation(func, args, kwargs or {}, result))
-        return result
 
 
 def _merged(points: Points) -> Points:

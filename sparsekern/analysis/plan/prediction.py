@@ -3,13 +3,226 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sparsekern.analysis.plan.machine import Clocked
-from sparsekern.analysis.plan.operation import GROUPS, SPARSE
-from sparsekern.analysis.plan.parallel import Layout, Memory, Traffic, Updates, memory, traffic
-from sparsekern.analysis.plan.trace import Calls, Trace
+from sparsekern.analysis.plan.machine import GROUPS, SPARSE, Clocked
+from sparsekern.analysis.plan.trace import Calls, Parameter, Trace
+from sparsekern.errors import InputError
+
+STRATEGIES = ("single", "ddp", "fsdp2")
+
+SCORE, MOVE, LAYER, AGREEMENT = 4, 12, 8, 16
+"""Bytes of a score; of a move: slot and coordinates; of the moves of a layer besides; of what all ranks compare."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is laid out over devices.
+
+    Attributes:
+        strategy: ``"single"``; ``"ddp"``, a whole model on each; or ``"fsdp2"``, all parameters sharded along their
+            first axis, each of ``blocks`` gathered when it computes.
+        devices: how many.
+        blocks: names of the modules that FSDP2 gathers one at a time; all other parameters stay gathered in a step.
+
+    Raises:
+        ValueError: an unknown strategy, or a number of devices that it does not take.
+    """
+
+    strategy: str = "single"
+    devices: int = 1
+    blocks: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise InputError(
+                f"strategy is {self.strategy!r}; it must be one of {', '.join(STRATEGIES)}", parameter="strategy"
+            )
+        if self.devices < 1:
+            raise InputError(f"devices is {self.devices}; it must be 1 or more", parameter="devices")
+        if self.strategy == "single" and self.devices > 1:
+            raise InputError(
+                f"strategy is 'single' and devices is {self.devices}; use ddp or fsdp2 for several devices",
+                parameter="strategy",
+            )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each device holds a part of each parameter only."""
+        return self.strategy == "fsdp2"
+
+    def part(self, size: int, parameter: Parameter) -> int:
+        """Return the bytes of a tensor along a parameter on the device that holds most: ``ceil(rows / n)`` rows."""
+        if not self.sharded or parameter.rows == 0:
+            return size
+        return math.ceil(size * math.ceil(parameter.rows / self.devices) / parameter.rows)
+
+    def padded(self, sizes: Iterable[tuple[int, Parameter]]) -> int:
+        """Return the bytes of tensors along parameters with all shards as large as the largest."""
+        return sum(self.devices * self.part(size, parameter) for size, parameter in sizes)
+
+    def groups(self, parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+        """Return the parameters that are gathered together: those outside of all blocks, then those of each block."""
+        found: dict[str, list[Parameter]] = {block: [] for block in ("", *self.blocks)}
+        for parameter in parameters:
+            inside = (block for block in self.blocks if parameter.name.startswith(f"{block}."))
+            found[next(inside, "")].append(parameter)
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a device, on the one that holds most.
+
+    Attributes:
+        values: parameters, of sparse layers their stored blocks.
+        optimizer: state of the optimizer.
+        index: where the blocks are; whole on every device.
+        buffers: other buffers of the model.
+        communication: DDP's buckets, as large as the gradients; of FSDP2 what is gathered at once: the parameters
+            outside of blocks, those of two blocks, and the gradients of one.
+        step: what a step holds at its peak besides: activations, gradients as far as they exist then, temporaries.
+        activations: of these, what the forward saves for the backward.
+        gradients: all gradients, at the end of the backward. Not a part of ``total``: see ``step``.
+    """
+
+    values: int
+    optimizer: int
+    index: int
+    buffers: int
+    communication: int
+    step: int
+    activations: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak of a step."""
+        return self.values + self.optimizer + self.index + self.buffers + self.communication + self.step
+
+
+def memory(trace: Trace, layout: Layout, accumulate: int = 1) -> Memory:
+    """Return the bytes that a device holds.
+
+    Args:
+        trace: of a step on a device's part of the batch.
+        layout: of the model over the devices.
+        accumulate: passes whose gradients add up before the optimizer's step.
+    """
+    parameters = trace.parameters
+    gradients = sum(p.gradient for p in parameters)
+    mine = sum(layout.part(p.gradient, p) for p in parameters)
+    communication = 0
+    if layout.strategy == "ddp" and layout.devices > 1:
+        communication = gradients
+    if layout.sharded and layout.devices > 1:
+        root, *blocks = layout.groups(parameters)
+        largest = sorted((sum(p.bytes for p in block) for block in blocks), reverse=True)[:2]
+        communication = sum(p.bytes for p in root) + sum(largest)
+        communication += max((sum(p.gradient for p in group) for group in (root, *blocks)), default=0)
+    return Memory(
+        values=sum(layout.part(p.bytes, p) for p in parameters),
+        optimizer=sum(layout.part(p.state, p) for p in parameters),
+        index=trace.index,
+        buffers=trace.buffers,
+        communication=communication,
+        step=trace.peak(mine / max(1, gradients), accumulate > 1),
+        activations=trace.saved,
+        gradients=mine,
+    )
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What an update of the topology computes and sends, and how often there is one.
+
+    Attributes:
+        every: steps between two updates; 0 for a method that never moves a block.
+        moved: fraction of the blocks that an update moves.
+        ranked: whether blocks are ranked by their values.
+        candidates: absent blocks, over the stored ones, whose gradients are computed and added up over devices.
+        score_sketches: numbers of each candidate that are added up; 0 for its whole gradient.
+        scores_all: whether the whole gradient is computed, to score every place; it is never stored.
+        sketches: numbers a place from which candidates are chosen; they are added up over devices.
+        masked: the part of the stored blocks with which a pass computes.
+        forwards: forward passes of a step beyond the first.
+    """
+
+    every: int = 0
+    moved: float = 0.0
+    ranked: bool = False
+    candidates: float = 0.0
+    score_sketches: int = 0
+    scores_all: bool = False
+    sketches: int = 0
+    masked: float = 1.0
+    forwards: float = 0.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a device sends.
+
+    Attributes:
+        gradients: in a step, to add up gradients.
+        gathers: in a step, to gather parameters.
+        scores: in an update, to score blocks and candidates.
+        moves: in an update, to agree on the blocks that move.
+        every: steps between two updates; 0 for none.
+    """
+
+    gradients: int = 0
+    gathers: int = 0
+    scores: int = 0
+    moves: int = 0
+    every: int = 0
+
+    @property
+    def step(self) -> float:
+        """Bytes of a step, updates included by their share."""
+        return self.gradients + self.gathers + ((self.scores + self.moves) / self.every if self.every else 0)
+
+
+def traffic(parameters: Sequence[Parameter], layout: Layout, updates: Updates, accumulate: int = 1) -> Traffic:
+    """Return the bytes that a device sends.
+
+    DDP adds the gradients up once a step. FSDP2 gathers the parameters of each block in the forward and again in the
+    backward of every pass, those outside of blocks once, and scatters the sums of the gradients of every pass. What DDP
+    sends of buffers is not counted; see ``forward_sync_buffers``.
+
+    Args:
+        parameters: of the model.
+        layout: of the model over the devices.
+        updates: of the topology.
+        accumulate: passes of a step.
+    """
+    n = layout.devices
+    if n == 1:
+        return Traffic(every=updates.every)
+    ring = (n - 1) / n
+    if layout.sharded:
+        root, *blocks = layout.groups(parameters)
+        inside = layout.padded((p.bytes, p) for block in blocks for p in block)
+        gathers = accumulate * ring * (layout.padded((p.bytes, p) for p in root) + 2 * inside)
+        sums = accumulate * ring * layout.padded((p.gradient, p) for p in parameters)
+    else:
+        gathers, sums = 0.0, 2 * ring * sum(p.gradient for p in parameters)
+    scores = moves = 0.0
+    layers = [p for p in parameters if updates.every and p.slots and p.gradient]
+    for p in layers:
+        if updates.ranked and layout.sharded:
+            scores += ring * layout.padded([(SCORE * p.slots, p)])
+        scores += SCORE * p.cells * (2 * ring * updates.sketches + 1) if updates.sketches else 0
+        if updates.candidates:
+            chosen = min(math.ceil(updates.candidates * p.slots), p.cells - p.slots)
+            numbers = min(p.block, updates.score_sketches or p.block)
+            scores += SCORE * n * math.ceil(chosen / n) * ring * (numbers + 1)
+        moves += MOVE * math.floor(updates.moved * p.slots) + LAYER
+    if layers:
+        moves += 2 * ring * AGREEMENT
+    return Traffic(round(sums), round(gathers), round(scores), round(moves), updates.every)
+
 
 UPDATES, COMMUNICATION = "updates of the topology", "communication"
 

@@ -12,7 +12,6 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from sparsekern.analysis.account import state_bytes
-from sparsekern.analysis.plan.operation import Operation, operation
+from sparsekern.analysis.plan.machine import Operation, operation
+from sparsekern.analysis.summary import state_bytes
 from sparsekern.nn import sparse_layers
 from sparsekern.topology import index_bytes
 
@@ -134,15 +133,15 @@ def trace(step: Step, checkpointed: Sequence[str] = ()) -> Trace:
         optimizer = step.optimizer(model)
         _begin(model, optimizer)
         parameters = tuple(_parameters(model, optimizer))
-        recorder = _Recorder()
+        recorder = Recorder()
         for tensor in tree_leaves((inputs, [*model.parameters(), *model.buffers()])):
             recorder.ignore(tensor)
             if tensor.requires_grad:
                 tensor.register_post_accumulate_grad_hook(recorder.keep)
         with recorder:
-            with _autocast(step.autocast):
+            with torch.autocast("cpu", step.autocast, enabled=step.autocast is not None):
                 loss = step.loss(model, inputs)
-            saved = recorder.alive
+            saved = recorder.gradients + recorder.others
             forward, recorder.calls = recorder.calls, Counter()
             loss.backward()
             del loss
@@ -175,10 +174,6 @@ def repeated_blocks(model: nn.Module) -> list[str]:
                 by_class.setdefault(kind, []).extend(row)
                 taken += row
     return max(by_class.values(), key=len, default=[])
-
-
-def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -233,7 +228,7 @@ class _Held:
 
 
 @dataclass
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Records the operators that run, and the memory that they allocate and free."""
 
     calls: Calls = field(default_factory=Counter)
@@ -244,11 +239,6 @@ class _Recorder(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
         self._held: weakref.WeakKeyDictionary[Any, _Held] = weakref.WeakKeyDictionary()
-
-    @property
-    def alive(self) -> int:
-        """Bytes alive of what was allocated in the step."""
-        return self.gradients + self.others
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

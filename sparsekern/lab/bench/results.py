@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
-from sparsekern.lab.bench.run import DENSE, Row
-from sparsekern.lab.report.text import count
+from sparsekern.lab.bench.run import DENSE, FORWARD, Row
+from sparsekern.lab.report.charts import COLOURS, save_figure
+from sparsekern.lab.report.tables import count
 
 SLOWER = "slower"
 """Mark of a cell that is slower than dense."""
 
 Group = tuple[str, str, int]
 """Layer, dtype and threads."""
-
-
-@dataclass(frozen=True)
-class BreakEven:
-    """The sparsity from which a contestant is faster than dense.
-
-    Attributes:
-        layer, dtype, threads, which, contestant: of the rows.
-        sparsity: interpolated between two measured ones, or the lowest (``below``) or highest measured one.
-        kind: ``"between"``, ``"below"``: faster at every measured sparsity, ``"above"``: at none.
-    """
-
-    layer: str
-    dtype: str
-    threads: int
-    which: str
-    contestant: str
-    sparsity: float
-    kind: str
-
-    def __str__(self) -> str:
-        percent = f"{self.sparsity:.0%}"
-        return {"between": percent, "below": f"below {percent}", "above": f"above {percent}"}[self.kind]
 
 
 def groups(rows: Iterable[Row]) -> dict[Group, list[Row]]:
@@ -64,8 +43,9 @@ def curve(rows: Iterable[Row], which: str, contestant: str) -> list[tuple[float,
 
 
 def break_even(points: list[tuple[float, float]]) -> tuple[float, str]:
-    """Return the sparsity from which on a contestant is faster, and its kind (:class:`BreakEven`).
+    """Return the sparsity from which on a contestant is faster than dense, and its kind.
 
+    It is ``"between"`` two measured ones, ``"below"`` the lowest (faster at all), or ``"above"`` the highest (at none).
     Times fall about linearly with sparsity, so the time as a fraction of dense is interpolated linearly between the
     highest sparsity at which the contestant is slower and the next.
 
@@ -80,14 +60,15 @@ def break_even(points: list[tuple[float, float]]) -> tuple[float, str]:
     return points[0][0], "below"
 
 
-def break_evens(rows: list[Row]) -> Iterator[BreakEven]:
-    """Yield the break-even sparsity of each contestant in each group and pass."""
+def break_evens(rows: list[Row]) -> Iterator[Row]:
+    """Yield the break-even sparsity of each contestant in each group and pass, see :func:`break_even`."""
     for (layer, dtype, threads), mine in groups(rows).items():
         for which in dict.fromkeys(row["pass"] for row in mine):
             for name in contestants(mine):
                 if points := curve(mine, which, name):
                     sparsity, kind = break_even(points)
-                    yield BreakEven(layer, dtype, threads, which, name, sparsity, kind)
+                    found = {"layer": layer, "dtype": dtype, "threads": threads, "which": which, "contestant": name}
+                    yield found | {"sparsity": sparsity, "kind": kind}
 
 
 def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -100,7 +81,11 @@ def table_cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         for sparsity in dict.fromkeys(row["sparsity"] for row in rows if row["pass"] == which):
             found = [by_place.get((which, sparsity, name)) for name in (DENSE, *names)]
             lines.append([which, f"{sparsity:.4g}", *(_cell(row) for row in found)])
-        evens = {even.contestant: str(even) for even in break_evens(rows) if even.which == which}
+        evens = {
+            even["contestant"]: f"{even['kind'].replace('between', '')} {even['sparsity']:.0%}".strip()
+            for even in break_evens(rows)
+            if even["which"] == which
+        }
         lines.append([which, "break-even", "", *(evens.get(name, "") for name in names)])
     return heading, lines
 
@@ -150,3 +135,50 @@ def ratio(number: float) -> str:
 def milliseconds(ms: float) -> str:
     """Return a time as text, three digits."""
     return f"{ms:.0f}" if ms >= 99.95 else f"{ms:.3g}"
+
+
+MOST = 12
+"""Panels of one picture at most."""
+
+LINES = {FORWARD: ("--", "o"), "forward + backward": ("-", "s")}
+"""Line and marker of a pass."""
+
+
+def draw_bench(path: Path, rows: list[Row], place: str) -> int:
+    """Draw the picture and return how many layers are not in it, for want of room.
+
+    Args:
+        path: of the picture; its suffix gives the format.
+        rows: of the report.
+        place: where it was measured.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    panels = list(groups(rows).items())
+    shown = panels[:MOST]
+    across = min(len(shown), 3)
+    down = math.ceil(len(shown) / across)
+    figure = Figure(figsize=(max(6.4, 4.6 * across), 3.9 * down + 0.6), layout="constrained")
+    figure.suptitle(f"times as fast as dense\n{place}", fontsize=10)
+    for number, (group, mine) in enumerate(shown, 1):
+        axes = figure.add_subplot(down, across, number)
+        axes.set_title(group_title(group), fontsize=9)
+        places = sorted({row["sparsity"] for row in mine})
+        axes.plot(places, [1 / (1 - s) for s in places], color="0.6", linestyle=":", label="ideal: 1 / density")
+        axes.axhline(1, color="0.2", linewidth=1)
+        for colour, name in zip(COLOURS, contestants(mine), strict=False):
+            for which in dict.fromkeys(row["pass"] for row in mine):
+                line, marker = LINES[which]
+                if points := curve(mine, which, name):
+                    label = f"{name}, {which}"
+                    axes.plot(*zip(*points, strict=True), line, marker=marker, markersize=4, color=colour, label=label)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(places, [f"{100 * s:g} %" for s in places], rotation=45 if len(places) > 4 else 0)
+        axes.set_xlabel("sparsity")
+        axes.grid(visible=True, alpha=0.25)
+        axes.legend(fontsize=7)
+    save_figure(figure, path)
+    return len(panels) - len(shown)

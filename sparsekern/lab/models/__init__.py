@@ -1,11 +1,19 @@
 """The networks of the recipes, one family a file: dense, plain :mod:`torch.nn`, at any width."""
 
 from sparsekern.lab.models.gpt import GPT, gpt, gpt_small
-from sparsekern.lab.models.mlp import mlp
-from sparsekern.lab.models.resnet import ResNet, resnet18, resnet18_cifar, resnet20, resnet50, resnet56
+from sparsekern.lab.models.layers import mlp
+from sparsekern.lab.models.resnet import (
+    ResNet,
+    WideResNet,
+    resnet18,
+    resnet18_cifar,
+    resnet20,
+    resnet50,
+    resnet56,
+    wrn_28_4,
+)
 from sparsekern.lab.models.simple_vit import SimpleViT, simplevit_tiny
 from sparsekern.lab.models.vgg import VGG, vgg16, vgg16_small
-from sparsekern.lab.models.wide_resnet import WideResNet, wrn_28_4
 
 __all__ = [
     "GPT",

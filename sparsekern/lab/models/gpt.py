@@ -5,6 +5,8 @@ By option with the parts of Llama (Touvron et al., arXiv 2302.13971): SwiGLU and
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
@@ -196,30 +198,19 @@ HEAD_FEATURES = 64
 """Of a head of the networks below, as in GPT-2."""
 
 
-def gpt(
-    vocabulary: int,
-    context: int,
-    width: int,
-    *,
-    depth: int,
-    activation: str = "gelu",
-    positions: str = "learnt",
-    free_head: bool = False,
-) -> GPT:
-    """Return a network with heads of 64 features; a ``width`` that is no multiple of it is rounded to whole heads."""
+def gpt(vocabulary: int, context: int, width: int, *, depth: int, free_head: bool = False, **options: str) -> GPT:
+    """Return a network with heads of 64 features; a ``width`` that is no multiple of it is rounded to whole heads.
+
+    Args:
+        vocabulary, context, depth: see :class:`GPT`.
+        width: see above.
+        free_head: whether the head has a weight of its own.
+        options: ``activation`` and ``positions``.
+    """
     heads = max(1, round(width / HEAD_FEATURES))
-    return GPT(
-        vocabulary,
-        context,
-        depth=depth,
-        heads=heads,
-        head_features=HEAD_FEATURES,
-        activation=activation,
-        positions=positions,
-        tied=not free_head,
-    )
+    sizes = {"depth": depth, "heads": heads, "head_features": HEAD_FEATURES}
+    return GPT(vocabulary, context, tied=not free_head, **sizes, **options)  # type: ignore[arg-type]
 
 
-def gpt_small(vocabulary: int = 50257, context: int = 1024, width_multiplier: Multiplier = 1.0) -> GPT:
-    """Return GPT-2 small, which is GPT-3 small with a shorter context: 124 M parameters."""
-    return GPT(vocabulary, context, depth=12, heads=12, head_features=64, width_multiplier=width_multiplier)
+gpt_small = partial(GPT, 50257, 1024, depth=12, heads=12, head_features=HEAD_FEATURES)
+"""GPT-2 small, which is GPT-3 small with a shorter context: 124 M parameters."""

@@ -1,7 +1,8 @@
-"""Layers that several families share: a convolution without bias, its width, and initial values of He et al. 2015."""
+"""The perceptron, and what several families share: convolutions without bias, widths, and their initial values."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 from torch import nn
@@ -35,3 +36,19 @@ def init_convolutions_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def mlp(num_classes: int, in_channels: int, image_size: tuple[int, int], width: int) -> nn.Sequential:
+    """Return ``pixels -> width -> width -> width -> num_classes`` with ReLU between, for images ``(N, C, H, W)``."""
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            input=nn.Linear(in_channels * image_size[0] * image_size[1], width),
+            relu0=nn.ReLU(),
+            hidden1=nn.Linear(width, width),
+            relu1=nn.ReLU(),
+            hidden2=nn.Linear(width, width),
+            relu2=nn.ReLU(),
+            output=nn.Linear(width, num_classes),
+        )
+    )

@@ -3,9 +3,13 @@
 Modules have torchvision's names, so that its checkpoints load. As there, the bottleneck has its stride in the 3x3
 convolution (the paper: in the first 1x1 one), and shortcuts that change shape are pointwise convolutions (option B). In
 the small networks for CIFAR they have no parameters (option A).
+
+Wide networks, and their blocks: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, arXiv 1605.07146.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -15,7 +19,8 @@ from sparsekern.lab.models.layers import Multiplier, conv1x1, conv3x3, init_conv
 STAGES = (64, 128, 256, 512)
 """Channels of the stages of the networks for ImageNet; each but the first halves the image."""
 
-CIFAR_STAGES = (16, 32, 64)
+SMALL_STAGES = (16, 32, 64)
+"""The same for 32x32 images, also of a wide network at widening factor 1, whose stem has those of the first."""
 
 
 class Projection(nn.Sequential):
@@ -108,12 +113,12 @@ class ResNet(nn.Module):
         self,
         num_classes: int,
         in_channels: int = 3,
+        width_multiplier: Multiplier = 1.0,
         *,
         block: type[BasicBlock] | type[Bottleneck],
         blocks: tuple[int, ...],
         stages: tuple[int, ...] = STAGES,
         small_images: bool = False,
-        width_multiplier: Multiplier = 1.0,
     ) -> None:
         super().__init__()
         channels, *_ = widths = [widened(stage, width_multiplier) for stage in stages]
@@ -142,46 +147,77 @@ class ResNet(nn.Module):
         return logits
 
 
-def resnet18(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
-    """Return ResNet-18 for images as large as those of ImageNet, 11.69 M parameters for 1000 classes."""
-    return ResNet(num_classes, in_channels, block=BasicBlock, blocks=(2, 2, 2, 2), width_multiplier=width_multiplier)
+resnet18 = partial(ResNet, block=BasicBlock, blocks=(2, 2, 2, 2))
+"""ResNet-18 for images as large as those of ImageNet: 11.69 M parameters for 1000 classes."""
+
+resnet50 = partial(ResNet, block=Bottleneck, blocks=(3, 4, 6, 3))
+"""ResNet-50 for images as large as those of ImageNet: 25.56 M parameters for 1000 classes."""
+
+resnet18_cifar = partial(resnet18, small_images=True)
+"""ResNet-18 for 32x32 images: 11.17 M parameters for 10 classes."""
+
+_small = partial(ResNet, block=CifarBlock, stages=SMALL_STAGES, small_images=True)
+
+resnet20, resnet56 = partial(_small, blocks=(3, 3, 3)), partial(_small, blocks=(9, 9, 9))
+"""The networks of ``6 n + 2`` layers of section 4.2 for 32x32 images: 0.27 M and 0.85 M parameters."""
 
 
-def resnet18_cifar(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
-    """Return ResNet-18 for 32x32 images, 11.17 M parameters for 10 classes."""
-    return ResNet(
-        num_classes,
-        in_channels,
-        block=BasicBlock,
-        blocks=(2, 2, 2, 2),
-        small_images=True,
-        width_multiplier=width_multiplier,
-    )
+class PreActivationBlock(nn.Module):
+    """Norm and ReLU before each of two 3x3 convolutions, and a shortcut.
+
+    Where the shape changes, the shortcut is a pointwise convolution of the normalised input, as in the authors' code.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_channels), conv3x3(in_channels, channels, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(channels), conv3x3(channels, channels)
+        self.relu = nn.ReLU(inplace=True)
+        same = stride == 1 and in_channels == channels
+        self.shortcut = None if same else conv1x1(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(N, channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
+        y = self.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        out: Tensor = shortcut + self.conv2(self.relu(self.bn2(self.conv1(y))))
+        return out
 
 
-def resnet50(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
-    """Return ResNet-50 for images as large as those of ImageNet, 25.56 M parameters for 1000 classes."""
-    return ResNet(num_classes, in_channels, block=Bottleneck, blocks=(3, 4, 6, 3), width_multiplier=width_multiplier)
+class WideResNet(nn.Module):
+    """A network of ``6 n + 4`` convolutional layers: a 3x3 convolution, three stages of n blocks, a linear layer.
+
+    Args:
+        num_classes: outputs.
+        in_channels: of the images ``(N, in_channels, H, W)``, 32x32 in the paper.
+        blocks: n, blocks a stage.
+        widen: k, the widening factor of the paper.
+        width_multiplier: times the channels of stem and stages.
+    """
+
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0, *, blocks: int, widen: int
+    ) -> None:
+        super().__init__()
+        channels = widened(SMALL_STAGES[0], width_multiplier)
+        self.conv1 = conv3x3(in_channels, channels)
+        stages = []
+        for i, stage in enumerate(SMALL_STAGES):
+            width = widened(widen * stage, width_multiplier)
+            first = PreActivationBlock(channels, width, stride=1 if i == 0 else 2)
+            stages.append(nn.Sequential(first, *(PreActivationBlock(width, width, 1) for _ in range(blocks - 1))))
+            channels = width
+        self.layer1, self.layer2, self.layer3 = stages
+        self.bn, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.fc = nn.Linear(channels, num_classes)
+        init_convolutions_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``(N, num_classes)``."""
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        logits: Tensor = self.fc(self.relu(self.bn(x)).mean((2, 3)))
+        return logits
 
 
-def resnet20(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
-    """Return ResNet-20 for 32x32 images, 0.27 M parameters."""
-    return _cifar(num_classes, in_channels, 3, width_multiplier)
-
-
-def resnet56(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> ResNet:
-    """Return ResNet-56 for 32x32 images, 0.85 M parameters."""
-    return _cifar(num_classes, in_channels, 9, width_multiplier)
-
-
-def _cifar(num_classes: int, in_channels: int, n: int, width_multiplier: Multiplier) -> ResNet:
-    """Return a network of ``6 n + 2`` layers (section 4.2)."""
-    return ResNet(
-        num_classes,
-        in_channels,
-        block=CifarBlock,
-        blocks=(n, n, n),
-        stages=CIFAR_STAGES,
-        small_images=True,
-        width_multiplier=width_multiplier,
-    )
+wrn_28_4 = partial(WideResNet, blocks=4, widen=4)
+"""WRN-28-4: 5.85 M parameters for 10 classes, 5.87 M for 100."""

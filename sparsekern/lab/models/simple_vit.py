@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class SimpleViT(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         image_size: tuple[int, int] = (32, 32),
+        width_multiplier: Multiplier = 1.0,
         *,
         patch: int,
         depth: int,
@@ -101,7 +103,6 @@ class SimpleViT(nn.Module):
         heads: int,
         head_features: int,
         hidden: int,
-        width_multiplier: Multiplier = 1.0,
     ) -> None:
         super().__init__()
         if image_size[0] % patch or image_size[1] % patch:
@@ -139,22 +140,5 @@ def _init_(model: SimpleViT) -> None:
     nn.init.zeros_(model.head.weight)
 
 
-def simplevit_tiny(
-    num_classes: int, in_channels: int = 3, image_size: tuple[int, int] = (32, 32), width_multiplier: Multiplier = 1.0
-) -> SimpleViT:
-    """Return the small SimpleViT of the GSE paper (Heddes et al., arXiv 2401.06898): 4 layers of 512 features.
-
-    Patches of 4x4, 6 heads of 64, a feed-forward of 256; 4.3 M parameters for 10 classes.
-    """
-    return SimpleViT(
-        num_classes,
-        in_channels,
-        image_size,
-        patch=4,
-        depth=4,
-        features=512,
-        heads=6,
-        head_features=64,
-        hidden=256,
-        width_multiplier=width_multiplier,
-    )
+simplevit_tiny = partial(SimpleViT, patch=4, depth=4, features=512, heads=6, head_features=64, hidden=256)
+"""The small SimpleViT of the GSE paper (Heddes et al., arXiv 2401.06898): 4.3 M parameters for 10 classes."""

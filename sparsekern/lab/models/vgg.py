@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -27,10 +28,10 @@ class VGG(nn.Module):
         self,
         num_classes: int,
         in_channels: int = 3,
+        width_multiplier: Multiplier = 1.0,
         *,
         base: int = 64,
         hidden: tuple[int, ...] = (),
-        width_multiplier: Multiplier = 1.0,
     ) -> None:
         super().__init__()
         features: list[nn.Module] = []
@@ -56,14 +57,9 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg16(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> VGG:
-    """Return VGG-16 with one linear layer, as is usual for CIFAR, 14.72 M parameters for 10 classes."""
-    return VGG(num_classes, in_channels, width_multiplier=width_multiplier)
+vgg16 = VGG
+"""VGG-16 with one linear layer, as is usual for CIFAR: 14.72 M parameters for 10 classes."""
 
-
-def vgg16_small(num_classes: int, in_channels: int = 3, width_multiplier: Multiplier = 1.0) -> VGG:
-    """Return the VGG-16 of the GSE paper: a quarter of the channels, then 128 -> 512 -> 512 -> classes.
-
-    Source: Heddes et al., arXiv 2401.06898. Batch norm is ours where the paper does not say.
-    """
-    return VGG(num_classes, in_channels, base=16, hidden=(512, 512), width_multiplier=width_multiplier)
+vgg16_small = partial(VGG, base=16, hidden=(512, 512))
+"""The VGG-16 of the GSE paper (Heddes et al., arXiv 2401.06898): a quarter of the channels, then 128 -> 512 -> 512 ->
+classes. Batch norm is ours where the paper does not say."""

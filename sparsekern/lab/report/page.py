@@ -11,16 +11,25 @@ from typing import Any
 from sparsekern.analysis import Summary
 from sparsekern.lab.config import Config
 from sparsekern.lab.history import Frame, film
-from sparsekern.lab.metric import metric_of
 from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
-from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT, panels, png, shades
-from sparsekern.lab.report.charts import curve_chart, curves_of, layer_chart
+from sparsekern.lab.report.charts import (
+    DROPPED,
+    EMPTY,
+    GROWN,
+    KEPT,
+    curve_chart,
+    curves_of,
+    layer_chart,
+    panels,
+    png,
+    shades,
+)
 from sparsekern.lab.report.pictures import network_labels, run_title
-from sparsekern.lab.report.tables import result_cells, result_notes, written_texts
-from sparsekern.lab.report.text import count, printable
+from sparsekern.lab.report.tables import count, printable, result_cells, result_notes, written_texts
 from sparsekern.lab.results import summarise
 from sparsekern.lab.store import Record
+from sparsekern.lab.tasks import metric_of
 
 MARK = "<!doctype html><!-- sparsekern report -->"
 """The beginning of every page, which distinguishes it from any other file."""

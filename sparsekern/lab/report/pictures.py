@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekern.lab.config import Config
 from sparsekern.lab.history import film
-from sparsekern.lab.metric import Metric, metric_of
-from sparsekern.lab.report.blocks import DROPPED, GROWN, KEPT, palette, panel_gap, shades, taps
-from sparsekern.lab.report.charts import COLOURS, curves_of, draw_curves, save_figure
-from sparsekern.lab.report.text import percent
+from sparsekern.lab.options import percent
+from sparsekern.lab.report.charts import (
+    COLOURS,
+    DROPPED,
+    GROWN,
+    KEPT,
+    curves_of,
+    draw_curves,
+    palette,
+    panel_gap,
+    save_figure,
+    shades,
+    taps,
+)
+from sparsekern.lab.tasks import Metric, metric_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,13 +66,13 @@ def run_title(config: Config, data: str) -> str:
     if not config.sparse:
         return title + "dense"
     side, twin = config.block_size, " beside its dense twin" if config.dense else ""
-    sparse = f"{config.sparse_title} {config.sparsity_title}"
+    sparse = f"{config.sparse_title} {percent(config.sparsity)} sparse"
     return f"{title}{sparse} (blocks of {side} x {side}; {config.method_title}){twin}"
 
 
 def network_labels(config: Config) -> dict[str, str]:
     """Return the label of each network of a run in a legend."""
-    labels = {"sparse": f"{config.sparsity_title}", "dense": "dense twin"}
+    labels = {"sparse": f"{percent(config.sparsity)} sparse", "dense": "dense twin"}
     return {network: labels[network] for network in config.networks}
 
 
@@ -201,7 +212,7 @@ def draw_graphs(path: Path, config: Config, results: dict[str, Any], rows: Seque
     }
     shown = [measure for measure in GRAPHS if lines[measure]]
     figure = Figure(figsize=(4.6 * max(2, len(shown)), 4.6), dpi=110, layout="constrained")
-    network = f"{results['data']['name']}: {config.network_title}, {config.sparsity_title}"
+    network = f"{results['data']['name']}: {config.network_title}, {percent(config.sparsity)} sparse"
     figure.suptitle(f"{network} ({config.method_title}), block graphs of seed 0", fontsize=13)
     if not shown:
         words = "No measure is defined: fewer than three blocks in a block row or column."
@@ -242,8 +253,12 @@ def draw_comparison(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> N
     figure = Figure(figsize=(6 * max(1, len(blocks)), 5), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=13)
     axes_of_blocks = figure.subplots(1, max(1, len(blocks)), sharey=True, squeeze=False)[0]
+    twins = [row[metric.key] for row in rows if row["block_size"] is None]
     for axes, block in zip(axes_of_blocks, blocks, strict=False):
-        _draw_twin(axes, rows, metric)
+        for twin in twins:
+            mean, deviation = metric.scale * twin["mean"], metric.scale * (twin["standard_deviation"] or 0)
+            axes.axhline(mean, color="#777777", linestyle="--", linewidth=1.5, label="dense")
+            axes.axhspan(mean - deviation, mean + deviation, color="#777777", alpha=0.15, linewidth=0)
         own = sorted((row for row in rows if row["block_size"] == block), key=lambda row: row["network_sparsity"])
         ticks = list(dict.fromkeys(percent(row["sparsity"]) for row in own))
         for number, method in enumerate(methods):
@@ -263,14 +278,6 @@ def draw_comparison(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> N
     if handles:
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
     save_figure(figure, path)
-
-
-def _draw_twin(axes: Axes, rows: Sequence[dict[str, Any]], metric: Metric) -> None:
-    for row in rows:
-        if row["block_size"] is None:
-            mean, deviation = (metric.scale * (row[metric.key][key] or 0) for key in ("mean", "standard_deviation"))
-            axes.axhline(mean, color="#777777", linestyle="--", linewidth=1.5, label="dense")
-            axes.axhspan(mean - deviation, mean + deviation, color="#777777", alpha=0.15, linewidth=0)
 
 
 def _draw_method(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sparsekern.lab.config import Config
-from sparsekern.lab.metric import Metric, metric_of
-from sparsekern.lab.report.text import count, mean_and_deviation, percent
+from sparsekern.lab.options import percent
+from sparsekern.lab.tasks import Metric, metric_of
 
 MIB = 2**20
 
@@ -36,20 +37,21 @@ def result_title(config: Config, results: dict[str, Any]) -> str:
 def result_cells(results: dict[str, Any]) -> Cells:
     """Return the table of ``results.json``: a row a quantity, a column a network, and one for their comparison."""
     networks, comparison = results["networks"], results.get("comparison")
-    metric = metric_of(next(iter(networks.values())))
+    both = list(networks.values())
+    metric, medians = metric_of(both[0]), [network["ms_per_step"]["median"] for network in both]
     rows = [
-        [metric.title, *(_reached(metric, n) for n in networks.values())],
-        ["overall sparsity", *(f"{100 * n['network_sparsity']:.1f} %" for n in networks.values())],
-        ["stored parameters", *(f"{n['stored_parameters']:,}" for n in networks.values())],
-        ["training state", *(f"{n['training_bytes'] / MIB:.1f} MiB" for n in networks.values())],
-        ["median time a step", *(_milliseconds(n["ms_per_step"]) for n in networks.values())],
+        [metric.title, *(f"{mean_and_deviation(n[metric.key], metric.scale, 2)} {metric.unit}".rstrip() for n in both)],
+        ["overall sparsity", *(f"{100 * n['network_sparsity']:.1f} %" for n in both)],
+        ["stored parameters", *(f"{n['stored_parameters']:,}" for n in both)],
+        ["training state", *(f"{n['training_bytes'] / MIB:.1f} MiB" for n in both)],
+        ["median time a step", *("not measured" if ms is None else f"{ms:.2f} ms" for ms in medians)],
     ]
-    if all("tokens_per_second" in n for n in networks.values()):
-        rows.append(["tokens a second", *(f"{n['tokens_per_second']:,.0f}" for n in networks.values())])
+    if all("tokens_per_second" in n for n in both):
+        rows.append(["tokens a second", *(f"{n['tokens_per_second']:,.0f}" for n in both)])
     if comparison is None:
         return ["", *networks], rows
     compared = (
-        _gap(metric, comparison),
+        metric.gap_text(comparison[metric.gap], comparison[f"{metric.gap}_standard_error"]),
         "",
         _times(comparison["parameters_dense_over_sparse"], "fewer", "more"),
         _times(comparison["bytes_dense_over_sparse"], "smaller", "larger"),
@@ -61,28 +63,14 @@ def result_cells(results: dict[str, Any]) -> Cells:
     return ["", *networks, "sparse against dense"], rows
 
 
-def _reached(metric: Metric, network: dict[str, Any]) -> str:
-    return f"{mean_and_deviation(network[metric.key], metric.scale, 2)} {metric.unit}".rstrip()
-
-
 def _equal_time_row(metric: Metric, networks: Iterable[str], reached: dict[str, Any]) -> list[str]:
     """Return what both networks had reached when the faster one was done."""
     values = [reached[name] for name in networks]
     cells = ["not measured" if value is None else metric.text(value) for value in values]
     gap = ""
     if reached["sparse"] is not None and reached["dense"] is not None:
-        gap = f"{metric.scale * (reached['sparse'] - reached['dense']):+.2f} {metric.difference}".rstrip()
+        gap = metric.gap_text(reached["sparse"] - reached["dense"])
     return ["at equal time", *cells, gap]
-
-
-def _milliseconds(spread: dict[str, float | None]) -> str:
-    return "not measured" if spread["median"] is None else f"{spread['median']:.2f} ms"
-
-
-def _gap(metric: Metric, comparison: dict[str, Any]) -> str:
-    error = comparison[f"{metric.gap}_standard_error"]
-    spread = "" if error is None else f" ± {metric.scale * error:.2f}"
-    return f"{metric.scale * comparison[metric.gap]:+.2f}{spread} {metric.difference}".rstrip()
 
 
 def _time(ratio: dict[str, float | None]) -> str:
@@ -203,3 +191,41 @@ def _short(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number / 1e6:.3g}M"
+
+
+OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories that are not for reading: controls, formats (such as the direction of writing), surrogates, line
+and paragraph separators."""
+
+LAYOUT = "\n\t"
+"""Control characters that text may contain."""
+
+
+def printable(text: str) -> str:
+    r"""Return the text with every character that is not for reading as its escape, such as ``\x1b``.
+
+    A terminal obeys escape sequences: a name can clear the screen, fill the clipboard, or reverse the text behind it. A
+    surrogate, which Python makes of a file name that is not UTF-8, cannot be encoded at all.
+    """
+    if text.isprintable():
+        return text
+    obeyed = {c for c in text if unicodedata.category(c) in OBEYED and c not in LAYOUT}
+    return "".join(c.encode("unicode_escape").decode() if c in obeyed else c for c in text)
+
+
+def count(number: int, thing: str) -> str:
+    """Return a number of things, such as "1 thread" or "2 threads"."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def mean_and_deviation(numbers: dict[str, Any], scale: float, digits: int) -> str:
+    """Return the ``mean`` over seeds and, if there is one, the ``standard_deviation``, such as "97.89 ± 0.21"."""
+    deviation = numbers["standard_deviation"]
+    spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
+    return f"{scale * numbers['mean']:.{digits}f}{spread}"
+
+
+def aligned(notes: Sequence[tuple[str, str]]) -> str:
+    """Return notes on a line each, behind their topics."""
+    width = max(len(topic) for topic, _ in notes) + 2
+    return "\n".join(f"{topic:<{width}}{text}" for topic, text in notes)

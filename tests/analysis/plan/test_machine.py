@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.analysis.plan import DEVICES, Machine, Step, cache_file, measurement, trace
-from sparsekern.analysis.plan.machine import value
-from sparsekern.analysis.plan.operation import ATTENTION, DENSE, OPTIMIZER, OTHER, SPARSE, Operation
+from sparsekern.analysis.plan.machine import ATTENTION, DENSE, OPTIMIZER, OTHER, SPARSE, Operation, value
 from sparsekern.errors import InputError
 
 CURVES = {
@@ -61,7 +61,7 @@ def test_seconds_at_published_peaks():
     assert h200.seconds(Operation(SPARSE, "sparse linear 64x64 forward", 1, gathered=8 * 10**12)) == pytest.approx(1.0)
     assert h200.seconds(Operation(OTHER, "add", 1)) == h200.launch
     assert h200.seconds(Operation(OTHER, "", 0)) == 0
-    assert h200.in_float32().seconds(Operation(DENSE, "mm", 1, flops=67 * 10**12)) == pytest.approx(1.0)
+    assert replace(h200, dtype="ieee").seconds(Operation(DENSE, "mm", 1, flops=67 * 10**12)) == pytest.approx(1.0)
     assert DEVICES["rtx4090"].seconds(Operation(DENSE, "mm", 1, flops=1652 * 10**11)) == pytest.approx(1.0)
     assert (h200.sends(8), h200.sends(9)) == (450e9, 50e9)
 
@@ -113,8 +113,7 @@ def small(monkeypatch):
 def test_a_measurement_times_every_kind_of_operator(small):
     told = []
     machine = measurement.measure({"threads": 1}, told.append, time.perf_counter)
-    assert told == sorted(told) and told[0] == 0 and told[-1] == 1
-    assert len(told) - 1 == sum(1 for _ in measurement.names())
+    assert told == sorted(told) and sorted({*told}) == [number / 5 for number in range(6)]
     assert machine.call > 0 and machine.sparse_call >= machine.call
     with torch.device("meta"):
         model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), 0.5, 16)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from sparsekern.analysis.plan import PARTS, Layout, Trace, Updates, largest, predict
-from sparsekern.analysis.plan.operation import DENSE, OPTIMIZER, OTHER, SPARSE, Operation
+from sparsekern.analysis.plan.machine import DENSE, OPTIMIZER, OTHER, SPARSE, Operation
 from sparsekern.analysis.plan.trace import Parameter
 
 FORWARD = Operation(SPARSE, "sparse linear 16x16 forward", 100, 10.0, flops=1000)

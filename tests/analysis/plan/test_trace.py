@@ -9,9 +9,9 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.analysis import training_bytes
-from sparsekern.analysis.measure import peak_above
 from sparsekern.analysis.plan import Step, repeated_blocks, trace
-from sparsekern.analysis.plan.operation import ATTENTION, DENSE, OPTIMIZER, OTHER, SPARSE
+from sparsekern.analysis.plan.machine import ATTENTION, DENSE, OPTIMIZER, OTHER, SPARSE
+from sparsekern.analysis.summary import peak_above
 from sparsekern.lab.models.gpt import GPT, Layer
 
 TOKENS, FLOAT = 32, 4

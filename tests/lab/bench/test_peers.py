@@ -16,8 +16,8 @@ from bench.cpu.scene import make_scene
 from bench.gpu.peers import NotSupported
 from bench.gpu.scene import Judge
 from sparsekern.analysis.layer_race import LayerInput, what_is_wrong
-from sparsekern.lab.bench import peers, run
-from sparsekern.lab.bench.peers import SPARSELAB, SparseLabLayer
+from sparsekern.lab.bench import run
+from sparsekern.lab.bench.run import SPARSELAB, sparselab_layer
 from tests.bench_rows import TINY as CASE
 from tests.lab.bench.test_run import raced
 
@@ -58,16 +58,16 @@ class MadeUp(nn.Module):
 def installed(monkeypatch):
     made = SimpleNamespace(SparseLinear=MadeUp, layout=SimpleNamespace(from_dense=from_dense))
     monkeypatch.setitem(sys.modules, "sparselab", made)
-    monkeypatch.setattr(peers, "find_spec", lambda name: object())
-    monkeypatch.setattr(peers, "openmp_runtimes", lambda: {"/torch/lib/libgomp.so.1"})
+    monkeypatch.setattr(run, "find_spec", lambda name: object())
+    monkeypatch.setattr(run, "openmp_runtimes", lambda: {"/torch/lib/libgomp.so.1"})
     return made
 
 
 def test_its_answers_are_checked_like_ours(installed):
     weight = torch.randn(6, 8) * (torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) > 0.5)
-    layer, x = SparseLabLayer(weight, torch.randn(6)), torch.randn(5, 8)
-    torch.testing.assert_close(layer.module(x), x @ weight.T + layer.bias)
-    contestant = layer.contestant()
+    bias, x = torch.randn(6), torch.randn(5, 8)
+    contestant, _ = sparselab_layer(weight, bias)
+    torch.testing.assert_close(contestant.forward(x), x @ weight.T + bias)
     assert what_is_wrong(contestant, LayerInput(x), 1) is None
     wrong = replace(contestant, forward=lambda x: 1.01 * contestant.forward(x))
     assert "y is off" in str(what_is_wrong(wrong, LayerInput(x), 1))
@@ -85,7 +85,7 @@ def test_it_races_linear_layers_in_float32(installed):
 )
 def test_with_a_second_openmp_runtime_it_has_one_thread(installed, monkeypatch, threads, runtimes, said):
     threads(1)
-    monkeypatch.setattr(peers, "openmp_runtimes", lambda: runtimes)
+    monkeypatch.setattr(run, "openmp_runtimes", lambda: runtimes)
     report, _ = raced(peers=True, sparsity=(0.5,), conv=(), threads=(1, 2))
     assert {row["threads"] for row in report.rows if row["contestant"] == SPARSELAB} == {1}
     assert {row["threads"] for row in report.rows} == {1, 2}
@@ -94,7 +94,7 @@ def test_with_a_second_openmp_runtime_it_has_one_thread(installed, monkeypatch, 
 
 
 def test_one_that_is_absent_is_named(monkeypatch):
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
     report, _ = raced(peers=True, sparsity=(0.5,), conv=())
     assert report.notes == ["SparseLab is not installed and takes no part: pip install sparselab"]
     with pytest.raises(NotSupported, match="not installed"):
@@ -108,10 +108,10 @@ def test_one_that_runs_on_a_cpu_only_is_named_on_another_device(installed):
 
 
 def test_the_runtimes_of_this_process():
-    found = peers.openmp_runtimes()
+    found = run.openmp_runtimes()
     assert found is None or all(path.startswith("/") and "omp" in path for path in found)
     text = "7f-8f r-xp 0 08:01 5  /a b/libc.so\n7f r 0 6 /x/libgomp-24e2ab19.so.1.0.0\n7f r 0 /y/libiomp5.so\n"
-    assert set(peers.RUNTIME.findall(text)) == {"/x/libgomp-24e2ab19.so.1.0.0", "/y/libiomp5.so"}
+    assert set(run.RUNTIME.findall(text)) == {"/x/libgomp-24e2ab19.so.1.0.0", "/y/libiomp5.so"}
 
 
 @pytest.mark.parametrize("op", ["fwd", "step"])
@@ -121,6 +121,6 @@ def test_it_takes_part_in_the_race_of_the_kernels(installed, monkeypatch, thread
     contestant = sparselab(scene, op)
     assert Judge(scene, "step", tf32=False).wrong(contestant.answer(contestant.run()), by_element=True) is None
     threads(2)
-    monkeypatch.setattr(peers, "openmp_runtimes", lambda: None)
+    monkeypatch.setattr(run, "openmp_runtimes", lambda: None)
     with pytest.raises(NotSupported, match="one thread only"):
         sparselab(scene, op)

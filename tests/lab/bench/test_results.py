@@ -51,7 +51,10 @@ def test_a_contestant_that_was_not_raced_is_a_gap():
 
 def test_the_break_even_of_each_contestant_and_pass():
     found = list(break_evens([*rows(b1x1=(10.0, 2.0)), *rows(which="forward", b1x1=(20.0, 16.0))]))
-    assert [(even.which, str(even)) for even in found] == [("forward + backward", "60%"), ("forward", "above 90%")]
+    known = [(even["which"], even["kind"], round(even["sparsity"], 2)) for even in found]
+    assert known == [("forward + backward", "between", 0.6), ("forward", "above", 0.9)]
+    lines = table_cells(rows(which="forward", b1x1=(20.0, 16.0)))[1]
+    assert lines[-1] == ["forward", "break-even", "", "above 90%"]
 
 
 def test_the_table_of_a_model_adds_its_layers_up_as_often_as_they_occur():

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from sparsekern.analysis.layer_race import CHECKED, LayerInput, dense_contestant, sparse_contestant, what_is_wrong
-from sparsekern.lab.bench import run, subjects
-from sparsekern.lab.bench.picture import draw_bench
+from sparsekern.lab.bench import request, run
 from sparsekern.lab.bench.request import Request
+from sparsekern.lab.bench.results import draw_bench
 from sparsekern.lab.bench.run import FORWARD, STEP, run_bench
 from sparsekern.nn import SparseConv2d, SparseLinear
 
@@ -93,7 +93,7 @@ def test_right_answers_pass_and_wrong_gradients_do_not(dtype):
 def test_a_busy_machine_is_not_believed(monkeypatch):
     monkeypatch.setattr(run, "usable_cores", lambda: 2)
     calm = [{"contestant": "dense", "ms": 1.0, "p25": 0.98, "p75": 1.02}]
-    assert run._busy(1.2, TINY, calm) is None and run._busy(None, TINY, calm) is None
+    assert run._busy(1.2, TINY, calm) is None and run._busy(0.0, TINY, calm) is None
     assert "the load average was 1.6 on 2 cores" in str(run._busy(1.6, TINY, calm))
     said = run._busy(0.1, TINY, [{"contestant": "dense", "ms": 1.0, "p25": 0.9, "p75": 1.2}])
     assert "too busy to believe these figures (the quartiles of the dense layer are up to 30% of its median" in str(
@@ -120,8 +120,8 @@ def network():
 
 
 def test_the_layers_of_a_model_are_raced_on_what_a_sample_gives_them(monkeypatch):
-    monkeypatch.setattr(subjects, "_call", lambda name: network())
-    found = subjects.subjects(replace(TINY, linear=(), conv=(), model="nets:network"))
+    monkeypatch.setattr(request, "_call", lambda name: network())
+    found = request.subjects(replace(TINY, linear=(), conv=(), model="nets:network"))
     assert [(one.title, one.count) for one in found] == [("1", 1), ("2", 1), ("4", 1)]  # 0 is a stem
     assert [tuple(one.given.x.shape) for one in found] == [(2, 8, 6, 6), (2, 8, 4, 4), (2, 32)]
     assert [one.multiply_adds for one in found] == [2 * 16 * 576, 2 * 4 * 576, 2 * 32 * 48]
@@ -129,14 +129,14 @@ def test_the_layers_of_a_model_are_raced_on_what_a_sample_gives_them(monkeypatch
 
 def test_equal_layers_of_a_model_are_raced_once(monkeypatch):
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16, bias=False))
-    monkeypatch.setattr(subjects, "_call", lambda name: model)
+    monkeypatch.setattr(request, "_call", lambda name: model)
     report, _ = raced(linear=(), conv=(), model="nets:model", input=(4, 16), sparsity=(0.5,))
     assert {(row["layer"], row["count"], row["pass"]) for row in report.rows} == {("0 (x2)", 2, STEP), ("2", 1, STEP)}
 
 
 def test_a_recipe_is_a_model():
-    request = replace(TINY, linear=(), conv=(), model="resnet20", image=(2, 32, 32))
-    found = subjects.subjects(request)
+    asked = replace(TINY, linear=(), conv=(), model="resnet20", image=(2, 32, 32))
+    found = request.subjects(asked)
     assert found[0].title == "blocks.0.conv1 (x6)" or found[0].count > 1
     assert found[0].given.x.shape[0] == 2
 
@@ -150,9 +150,9 @@ def test_a_recipe_is_a_model():
     ],
 )
 def test_models_that_cannot_be_raced(monkeypatch, made, said):
-    monkeypatch.setattr(subjects, "_call", lambda name: made)
+    monkeypatch.setattr(request, "_call", lambda name: made)
     with pytest.raises(ValueError, match=said):
-        subjects.subjects(replace(TINY, model="nets:made"))
+        request.subjects(replace(TINY, model="nets:made"))
 
 
 @pytest.mark.parametrize(
@@ -165,17 +165,17 @@ def test_models_that_cannot_be_raced(monkeypatch, made, said):
 )
 def test_names_that_are_no_models(name, said):
     with pytest.raises(ValueError, match=said):
-        subjects.subjects(replace(TINY, linear=(), conv=(), model=name))
+        request.subjects(replace(TINY, linear=(), conv=(), model=name))
 
 
 def test_the_input_of_a_recipe_is_its_own():
     with pytest.raises(ValueError, match="input is given, but a recipe has its own"):
-        subjects.subjects(replace(TINY, model="resnet20", input=(2, 2)))
+        request.subjects(replace(TINY, model="resnet20", input=(2, 2)))
 
 
 def test_a_module_of_the_current_folder_is_found(monkeypatch, tmp_path):
     (tmp_path / "my_nets_of_a_test.py").write_text("from torch import nn\ndef made(): return nn.Linear(4, 4)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    (one,) = subjects.subjects(replace(TINY, linear=(), conv=(), model="my_nets_of_a_test:made", input=(3, 4)))
+    (one,) = request.subjects(replace(TINY, linear=(), conv=(), model="my_nets_of_a_test:made", input=(3, 4)))
     assert one.title == "Linear"

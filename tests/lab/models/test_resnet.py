@@ -52,10 +52,10 @@ def torchvision_models():
         pytest.skip(f"torchvision cannot be imported: {error}")
 
 
-@pytest.mark.parametrize("ours", [resnet18, resnet50])
-def test_equal_weights_give_the_result_of_torchvision(torchvision_models, ours):
+@pytest.mark.parametrize(("name", "ours"), [("resnet18", resnet18), ("resnet50", resnet50)])
+def test_equal_weights_give_the_result_of_torchvision(torchvision_models, name, ours):
     torch.manual_seed(0)
-    theirs = getattr(torchvision_models, ours.__name__)(num_classes=7).double().eval()
+    theirs = getattr(torchvision_models, name)(num_classes=7).double().eval()
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()

@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import batch_norm, conv2d
 
 from sparsekern.lab.models import wrn_28_4
-from sparsekern.lab.models.wide_resnet import PreActivationBlock
+from sparsekern.lab.models.resnet import PreActivationBlock
 
 
 def parameters(classes):

@@ -5,7 +5,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from sparsekern.lab.report.blocks import (
+from sparsekern.lab.report.charts import (
     BLANK,
     DROPPED,
     EMPTY,

@@ -13,7 +13,7 @@ from sparsekern.lab.report.charts import (
     save_figure,
     scale_by_factors,
 )
-from sparsekern.lab.report.text import printable
+from sparsekern.lab.report.tables import printable
 
 
 def words(svg):

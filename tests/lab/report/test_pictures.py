@@ -7,7 +7,7 @@ import torch
 
 from sparsekern.lab.config import Config
 from sparsekern.lab.history import _packed
-from sparsekern.lab.report.blocks import DROPPED, EMPTY, GROWN, KEPT
+from sparsekern.lab.report.charts import DROPPED, EMPTY, GROWN, KEPT
 from sparsekern.lab.report.pictures import GRAPHS, NAMED, draw_comparison, draw_graphs, draw_summary, run_title
 
 ROOT = Path(__file__).parent.parent.parent.parent

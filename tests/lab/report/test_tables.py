@@ -7,6 +7,7 @@ from rich.console import Console
 from sparsekern.cli.shell import table
 from sparsekern.lab import Config
 from sparsekern.lab.report.tables import (
+    aligned,
     comparison_cells,
     comparison_notes,
     markdown,
@@ -14,7 +15,6 @@ from sparsekern.lab.report.tables import (
     result_notes,
     result_title,
 )
-from sparsekern.lab.report.text import aligned
 
 
 def network(mean, deviation, parameters, size, ms, absent=0.0):

@@ -1,7 +1,7 @@
 import pytest
 
-from sparsekern.lab.metric import ACCURACY, metric_of
-from sparsekern.lab.report.text import count, printable
+from sparsekern.lab.report.tables import count, printable
+from sparsekern.lab.tasks import ACCURACY, metric_of
 
 CLEARS_THE_SCREEN, FILLS_THE_CLIPBOARD = "\x1b[2J", "\x1b]52;c;aGk=\x07"
 
