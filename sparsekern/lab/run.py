@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import sparsekern as sk
 from sparsekern.errors import InputError
@@ -70,7 +71,6 @@ class Logged(Observer):
 
     def __init__(self, observer: Observer, log_to: LogTo) -> None:
         self.observer, self.log_to = observer, open_log(log_to)
-
         self.begin, self.step, self.should_stop = observer.begin, observer.step, observer.should_stop  # type: ignore[method-assign]
 
     def row(self, row: dict[str, Any]) -> None:
@@ -286,7 +286,11 @@ class _Seed:
             try:
                 for name, learner in learners.items():
                     model = build(run, name, seed) if run.world.sharded else learner.model
-                    run.world.on_first(lambda: load_(model, path / f"{name}.safetensors"))  # noqa: B023
+
+                    def read(model: nn.Module = model, name: str = name) -> None:
+                        load_(model, path / f"{name}.safetensors")
+
+                    run.world.on_first(read)
                     if run.world.count > 1:
                         run.world.load_(learner.model, model.state_dict())
                     learner.load_state_dict(state["learners"][name])

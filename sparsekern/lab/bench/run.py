@@ -132,6 +132,7 @@ class Report:
 
 
 Entered = tuple[dict[str, Contestant], LayerInput]
+"""Contestants by name, and their input."""
 
 Advance = Callable[[str, int, int], object]
 """Function of what is raced now, the number of races done, and that of all."""
