@@ -77,9 +77,9 @@ def read_request(
         input: shape of the model's input, such as 8x3x224x224, if no sample is returned.
         sparsity: fractions absent, with commas between them.
         block: sides of the blocks, or OUTxIN such as 32x16, with commas between them.
-        dtype: of float32, bfloat16, float16, float64, with commas between them.
+        dtype: of the layers: float32, bfloat16, float16 or float64, or several with commas between them.
         threads: numbers of threads, with commas between them. Default: PyTorch's.
-        device: cpu, cuda or cuda:<number>.
+        device: where to race: cpu, cuda or cuda:<number>.
         peers: race other libraries, too: SparseLab, where it is installed.
         seconds: time of a race after which five rounds are enough.
 
