@@ -22,7 +22,7 @@ from sparsekern.training.base import Method
 from sparsekern.training.followers import OnMove
 from sparsekern.training.optimizer_state import slot_state
 from sparsekern.training.passes import parallel_modules
-from sparsekern.training.scores import Units, ascending, lowest, protect_strongest, units
+from sparsekern.training.scores import ascending, lowest, protect_strongest, units
 
 
 class Gradual(Method):
@@ -145,9 +145,12 @@ class Gradual(Method):
             area = [math.prod(layer.grid.block) * c for layer, c in zip(layers.values(), cost, strict=True)]
             norms = [(s[w] / math.sqrt(a)).cpu() for s, w, a in zip(strengths, weak, area, strict=True)]
             weak = [w[chosen.to(w.device)] for w, chosen in zip(weak, _weakest(norms, cost, count), strict=True)]
-        return {
-            name: _freed(layer, parts[name], slots) for (name, layer), slots in zip(layers.items(), weak, strict=True)
-        }
+        moves = {}
+        for (name, layer), chosen in zip(layers.items(), weak, strict=True):
+            of_units = parts[name].slots
+            slots = chosen if of_units is None else of_units[chosen].flatten()
+            moves[name] = to_places(slots, torch.full_like(slots, -1), layer.grid)
+        return moves
 
     def update(self) -> bool:
         """Free blocks now, by the schedule, whether an update is due or not; returns whether any went."""
@@ -176,12 +179,6 @@ def _weakest(scores: list[Tensor], cost: list[int], count: int) -> list[Tensor]:
     chosen = torch.zeros(order.shape[0], dtype=torch.bool, device="cpu")
     chosen[order] = 2 * costs.cumsum(0) - costs <= 2 * count
     return [part.nonzero().squeeze(1) for part in chosen.split(sizes)]
-
-
-def _freed(layer: BlockSparse, parts: Units, chosen: Tensor) -> Move:
-    """Return the move that frees units."""
-    slots = chosen if parts.slots is None else parts.slots[chosen].flatten()
-    return to_places(slots, torch.full_like(slots, -1), layer.grid)
 
 
 def compact_(

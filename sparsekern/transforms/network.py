@@ -19,11 +19,19 @@ from sparsekern.nn.sparsify import choose_layers
 from sparsekern.nn.surgery import swap_
 from sparsekern.topology import check_sparsity, gather_blocks, generator_for
 from sparsekern.topology.arguments import check_choice, check_number
-from sparsekern.transforms.doped import sparse_doped
-from sparsekern.transforms.factorized import sparse_factorized
-from sparsekern.transforms.parallel import sparse_parallel
-from sparsekern.transforms.sizes import Width, match_blocks, wide_width
-from sparsekern.transforms.twins import INITS, Dense, check, draw_, draw_bias_, has_twin, output_variance
+from sparsekern.transforms.layers import sparse_doped, sparse_factorized, sparse_parallel
+from sparsekern.transforms.twins import (
+    INITS,
+    Dense,
+    Width,
+    check,
+    draw_,
+    draw_bias_,
+    has_twin,
+    match_blocks,
+    output_variance,
+    wide_width,
+)
 
 logger = logging.getLogger("sparsekern")
 

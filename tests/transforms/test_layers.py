@@ -17,7 +17,7 @@ from sparsekern.transforms import (
     sparse_parallel,
     sparse_wide,
 )
-from sparsekern.transforms.parallel import ReluSum, sum_of_branches
+from sparsekern.transforms.layers import ReluSum, sum_of_branches
 
 LINEAR = (nn.Linear(96, 160), torch.randn(7, 96, generator=torch.Generator().manual_seed(0)))
 CONV = (

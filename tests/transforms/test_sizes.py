@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekern.topology import Grid, conv_grid
-from sparsekern.transforms.sizes import (
+from sparsekern.transforms.twins import (
     Width,
     doped_rank,
     factorized_features,

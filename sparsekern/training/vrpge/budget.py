@@ -131,12 +131,8 @@ class Budget:
 
     Args:
         candidates: by the names of the layers.
-        sparsity: fraction of the layers' elements that is to be absent at the end; None: half of what is stored.
-        scope: ``"global"``: one budget for all layers; ``"layer"``: one for each, the same fraction of its candidates.
-        costs: the cost of one element by the name of its layer, 1 for layers that are not named. Or ``"units"``: every
-            unit costs the same.
-        floor: the lowest probability.
-        projection: ``"sort"`` or ``"bisection"``; see :func:`project`.
+        sparsity, scope, costs, floor, projection: as in :class:`~sparsekern.training.VRPGE`. With the scope
+            ``"layer"`` the same fraction of the candidates of each layer may remain.
 
     Attributes:
         units: number of units.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsekern.nn import lend_index
 from sparsekern.nn.carry_state import param_group
 from sparsekern.nn.sharded import copy_slots_, full_like_rows, take_slots
-from sparsekern.topology import Index, Move, empty_index, mask_index_
+from sparsekern.topology import Index, Move, empty_index, mask_index_, to_places
 from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.training.optimizer_state import slot_state
 from sparsekern.training.passes import RandomState, backpropagate, keep_norm_statistics, loss_of, without_sync
@@ -31,9 +31,7 @@ class Probabilities:
     Args:
         budget: of the units.
         device: of the probabilities.
-        rate: the highest learning rate of their optimizer.
-        optimizer: ``"adam"`` or ``"sgd"``.
-        clip: the largest norm of their gradient; None for no limit.
+        rate, optimizer, clip: ``probability_rate``, ``probability_optimizer`` and ``score_clip`` of VRPGE.
         mean_over_ranks: averages a tensor over the ranks that train one model.
 
     Raises:
@@ -116,13 +114,10 @@ class Probabilities:
         """Return the state of the optimizer; zeros before its first step."""
         if isinstance(self._optimizer, torch.optim.SGD):
             return {}
-        found = self._optimizer.state.get(self._value, {})
-        zeros = {
-            "step": torch.zeros(()),
-            "exp_avg": self.value.clone().zero_(),
-            "exp_avg_sq": self.value.clone().zero_(),
-        }
-        return {key: found.get(key, zero) for key, zero in zeros.items()}
+        zero = self.value.clone().zero_()
+        zeros = {"step": torch.zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+        found: dict[str, Any] = self._optimizer.state.get(self._value, {})
+        return zeros | found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
@@ -209,8 +204,7 @@ class MaskedLayers:
         """Return the move that frees the slots of a layer that are not in a mask over all units."""
         used = self._candidates[name].layer.topology.used()
         slots = (used & ~self.slots(name, units)).nonzero().squeeze(1)
-        nowhere = torch.full_like(slots, -1, dtype=torch.int32)
-        return Move(slots, nowhere, nowhere)
+        return to_places(slots, torch.full_like(slots, -1), self._candidates[name].layer.grid)
 
     def clear(self) -> None:
         """Free the tensors of the indices."""
@@ -256,15 +250,6 @@ def masked_passes(
     return torch.stack(losses[::-1])
 
 
-class _Replaced(NamedTuple):
-    """A parameter that a smaller one replaces in the optimizer."""
-
-    parameter: Tensor
-    chosen: nn.Parameter
-    slots: Tensor
-    name: str
-
-
 class PartialStep:
     """A step of any optimizer on some slots of its parameters; values and state of the others do not change.
 
@@ -277,7 +262,7 @@ class PartialStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self._replaced: list[_Replaced] = []
+        self._replaced: list[tuple[Tensor, nn.Parameter, Tensor, str]] = []  # parameter, the smaller one, slots, name
 
     @torch.no_grad()
     def begin(self, name: str, parameter: Tensor, slots: Tensor) -> None:
@@ -301,7 +286,7 @@ class PartialStep:
             small = {key: take_slots(tensor, slots) for key, tensor, _ in states}
             optimizer.state[chosen] = {**optimizer.state[parameter], **small}
         self._replace(parameter, chosen)
-        self._replaced.append(_Replaced(parameter, chosen, slots, name))
+        self._replaced.append((parameter, chosen, slots, name))
 
     @torch.no_grad()
     def end(self) -> None:
