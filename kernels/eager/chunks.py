@@ -13,14 +13,9 @@ SCRATCH_BYTES = 16 * 2**20
 block, and takes that much where it is more."""
 
 
-def token_panel(tokens: int, bytes_per_token: int) -> int:
-    """Return the number of tokens to process at once, so that what grows with them fills at most half the scratch."""
-    return max(1, min(tokens, SCRATCH_BYTES // 2 // max(1, bytes_per_token)))
-
-
-def block_chunk(blocks: int, bytes_per_block: int) -> int:
-    """Return the number of blocks to process at once, so that what grows with them fills at most half the scratch."""
-    return max(1, min(blocks, SCRATCH_BYTES // 2 // max(1, bytes_per_block)))
+def piece(total: int, bytes_each: int) -> int:
+    """Return the number of tokens, or of blocks, to process at once, such that they fill at most half the scratch."""
+    return max(1, min(total, SCRATCH_BYTES // 2 // max(1, bytes_each)))
 
 
 def spans(total: int, step: int) -> Iterator[tuple[int, int]]:

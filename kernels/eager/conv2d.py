@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from sparsekern.kernels.contract import ConvShape, Index, accumulate_dtype, entry_columns, entry_rows
-from sparsekern.kernels.eager.chunks import Panel, block_chunk, cut, panels, spans
+from sparsekern.kernels.eager.chunks import Panel, cut, panels, piece, spans
 from sparsekern.kernels.eager.linear import TILE
 from sparsekern.kernels.eager.products import (
     Parts,
@@ -47,7 +47,7 @@ def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: 
         windows = Windows(geometry, size, panel, bi)
         tokens, buffer = windows.tokens, windows.load(x, acc)
         total = start_sums(bias, geometry.groups, rows, tokens, bo, acc, x.device)
-        chunk = block_chunk(slots, tokens * ((bi + bo) * acc.itemsize + 8) + bo * bi * (8 + acc.itemsize) + 64)
+        chunk = piece(slots, tokens * ((bi + bo) * acc.itemsize + 8) + bo * bi * (8 + acc.itemsize) + 64)
         for e0, e1 in spans(slots, chunk):
             row, col = entry_owners(index.row_ptr, e0, e1), entry_columns(index, (bo, bi), e0, e1)
             group = row.clamp(max=rows - 1) // group_rows  # free slots: any legal one
@@ -87,7 +87,7 @@ def dx(dy: Tensor, values: Tensor, index: Index, geometry: ConvShape, size: tupl
         total = start_sums(None, 1, geometry.groups * cols, windows.tokens, bi, acc, dy.device)
         dy_blocks = _dy_blocks(dy, seen, geometry, bo)
         size_of = windows.tokens * (bo * (dy.element_size() + acc.itemsize) + bi * acc.itemsize)
-        for e0, e1 in spans(slots, block_chunk(slots, size_of + bo * bi * (8 + acc.itemsize) + 64)):
+        for e0, e1 in spans(slots, piece(slots, size_of + bo * bi * (8 + acc.itemsize) + 64)):
             col, row = entry_owners(index.col_ptr, e0, e1), entry_rows(index, (bo, bi), e0, e1)
             gathered = dy_blocks.index_select(1, row).to(acc).transpose(0, 1)  # (k, T, bo)
             weight = values.index_select(0, index.col_slot[e0:e1]).to(dy.dtype).to(acc)
@@ -182,7 +182,7 @@ def outer_blocks(
     row_bytes += width_out * (per_token + _edge_bytes(dy, geometry, bo) + 16)
     taken = list(panels(x.shape[0], rows_out, row_bytes, image_bytes, most=PIXELS // width_out))
     tokens = max(((p.n1 - p.n0) * (p.r1 - p.r0) * width_out for p in taken), default=0)
-    for e0, e1 in spans(count, block_chunk(count, tokens * per_token + bo * bi * (acc.itemsize + 8) + 64)):
+    for e0, e1 in spans(count, piece(count, tokens * per_token + bo * bi * (acc.itemsize + 8) + 64)):
         row, col = places(e0, e1)
         group = row // geometry.block_rows(bo)
         part = torch.zeros(e1 - e0, bo, bi, dtype=acc, device=x.device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 from sparsekern.kernels.contract import Index, LinearShape, accumulate_dtype, entry_columns, entry_rows
-from sparsekern.kernels.eager.chunks import block_chunk, cut, spans, token_panel
+from sparsekern.kernels.eager.chunks import cut, piece, spans
 from sparsekern.kernels.eager.products import (
     Parts,
     Places,
@@ -75,7 +75,7 @@ def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], geometry: Lin
     norms = torch.empty(rows, cols, dtype=acc, device=x.device)
     tile_rows = min(max(1, TILE // bo), -(-rows // 2))
     tile_cols = min(max(1, TILE // bi), -(-cols // 2))
-    panel = token_panel(x.shape[0], (tile_rows * bo + tile_cols * bi) * acc.itemsize)
+    panel = piece(x.shape[0], (tile_rows * bo + tile_cols * bi) * acc.itemsize)
     for r0, r1 in spans(rows, tile_rows):
         for c0, c1 in spans(cols, tile_cols):
             dy_part, x_part = dy[:, r0 * bo : r1 * bo], x[:, c0 * bi : c1 * bi]
@@ -99,7 +99,7 @@ def sketch(dy: Tensor, x: Tensor, u: Tensor, v: Tensor, block: tuple[int, int], 
     v_blocks = cut(v.to(acc), bi).permute(1, 2, 0)  # (C, bi, r)
     total = torch.zeros(pairs, u_blocks.shape[0], v_blocks.shape[0], dtype=acc, device=x.device)
     per_token = (dy.shape[1] + x.shape[1]) * 2 + (total.shape[1] + total.shape[2]) * pairs
-    for t0, t1 in spans(tokens, token_panel(tokens, per_token * acc.itemsize)):
+    for t0, t1 in spans(tokens, piece(tokens, per_token * acc.itemsize)):
         left = torch.bmm(cut(dy[t0:t1].to(acc), bo).transpose(0, 1), u_blocks)  # (R, T, r)
         right = torch.bmm(cut(x[t0:t1].to(acc), bi).transpose(0, 1), v_blocks)  # (C, T, r)
         total.baddbmm_(left.permute(2, 0, 1), right.permute(2, 1, 0))
@@ -129,8 +129,8 @@ def multiply(
     size, x_size = acc.itemsize, x.element_size()
     y = x.new_empty(tokens, features)
 
-    panel = token_panel(tokens, (rows + 1) * bo * size + x.shape[1] * x_size)
-    chunk = block_chunk(slots, panel * (bi * (x_size + size) + bo * size) + bo * bi * (8 + size) + 16)
+    panel = piece(tokens, (rows + 1) * bo * size + x.shape[1] * x_size)
+    chunk = piece(slots, panel * (bi * (x_size + size) + bo * size) + bo * bi * (8 + size) + 16)
     for t0, t1 in spans(tokens, panel):
         total = start_sums(bias, 1, rows, t1 - t0, bo, acc, x.device)
         x_blocks = cut(x[t0:t1], bi)
@@ -169,8 +169,8 @@ def outer_blocks(
     (bo, bi), acc = block, accumulate_dtype(x.dtype)
     tokens, size, x_size = x.shape[0], acc.itemsize, x.element_size()
     edge_bytes = (dy.shape[1] * (dy.shape[1] % bo > 0) + x.shape[1] * (x.shape[1] % bi > 0)) * x_size
-    panel = min(token_panel(tokens, (bo + bi) * (size + x_size) + edge_bytes), 4096)
-    chunk = block_chunk(count, panel * (bo + bi) * (size + x_size) + bo * bi * (size + 8) + 32)
+    panel = min(piece(tokens, (bo + bi) * (size + x_size) + edge_bytes), 4096)
+    chunk = piece(count, panel * (bo + bi) * (size + x_size) + bo * bi * (size + 8) + 32)
     for e0, e1 in spans(count, chunk):
         row, col = places(e0, e1)
         part = torch.zeros(e1 - e0, bo, bi, dtype=acc, device=x.device)

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn.block_scores import best_places, check_score
 from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.carry_state import check_optimizer, exchange_
 from sparsekern.nn.choice import Choice, Choose, racer
 from sparsekern.nn.converters import class_name, converter_of, grid_of, hosts_of, is_replaceable, known_classes
 from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, refusals, tied_heads
 from sparsekern.nn.init import INITS, check_init
 from sparsekern.nn.selectors import Selector, by_entry, flatten, matches, select
-from sparsekern.nn.surgery import lost, sparse_layers, swap_
+from sparsekern.nn.surgery import check_optimizer, exchange_, lost, sparse_layers, swap_
 from sparsekern.topology import Grid, Topology, allocate, block_pair
 from sparsekern.topology.arguments import check_kind, check_number
 

@@ -9,8 +9,18 @@ from sparsekern.topology.blocks import (
     to_dense,
     zero_blocks_,
 )
-from sparsekern.topology.distributions import DISTRIBUTIONS, allocate, blocks_at, check_sparsity
-from sparsekern.topology.draw import balanced, by_norm, by_score, check_count, from_mask, random
+from sparsekern.topology.draw import (
+    DISTRIBUTIONS,
+    allocate,
+    balanced,
+    blocks_at,
+    by_norm,
+    by_score,
+    check_count,
+    check_sparsity,
+    from_mask,
+    random,
+)
 from sparsekern.topology.grid import Grid, block_pair, conv_grid
 from sparsekern.topology.index import (
     IndexSource,

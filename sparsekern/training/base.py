@@ -15,12 +15,11 @@ from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, sparse_layers
 from sparsekern.topology import Move, generator_for, stored_blocks
 from sparsekern.topology.arguments import check_whole
-from sparsekern.training.attachment import Attached, unwrapped
+from sparsekern.training.attachment import STATE_VERSION, Attached, check_state_of_method, unwrapped
 from sparsekern.training.distributed import Ranks, reshard, sharded_modules
 from sparsekern.training.followers import Followers, OnMove
 from sparsekern.training.metrics import TopologyMetrics
 from sparsekern.training.passes import backpropagate, loss_of, parallel_modules
-from sparsekern.training.saved_state import STATE_VERSION, check_state_of_method
 from sparsekern.training.schedules import Schedule, whole_stop
 from sparsekern.training.scores import Units, block_norms, is_finite, protect_last, warn_of_few_blocks
 

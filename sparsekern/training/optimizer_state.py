@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.nn.carry_state import initial_entry, param_group
 from sparsekern.nn.sharded import is_by_slots, is_sharded
+from sparsekern.nn.surgery import initial_entry, param_group
 from sparsekern.training.passes import without_gradients
 
 LEAST = 2**14

@@ -25,7 +25,7 @@ from sparsekern.nn.converters import grid_of
 from sparsekern.nn.init import fan_in
 from sparsekern.topology import Grid, block_pair, check_sparsity, generator_for
 from sparsekern.topology.arguments import check_choice, check_number
-from sparsekern.topology.distributions import check_distribution, fill, share
+from sparsekern.topology.draw import check_distribution, fill, share
 
 Dense = nn.Linear | nn.Conv2d
 

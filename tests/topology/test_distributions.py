@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sparsekern.topology import DISTRIBUTIONS, Grid, allocate, blocks_at, conv_grid
-from sparsekern.topology.distributions import fill, round_to_sum, share
+from sparsekern.topology.draw import fill, round_to_sum, share
 
 
 def cells(rows: int, cols: int) -> Grid:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.nn.carry_state import param_group
+from sparsekern.nn.surgery import param_group
 from sparsekern.training.followers import mean_of_kept
 from sparsekern.training.optimizer_state import slot_state
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.training.saved_state import check_like
+from sparsekern.training.attachment import check_like
 
 OWN = {"count": 3, "rate": 0.5, "on": True, "name": "x", "none": None, "start": {"a": torch.arange(3)}, "odd": ({}, 1)}
 

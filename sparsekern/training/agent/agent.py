@@ -17,12 +17,11 @@ from sparsekern.training.agent.checks import check_options, check_parts
 from sparsekern.training.agent.correction import Correction, from_losses, smoothed
 from sparsekern.training.agent.mean_gradient import pass_over
 from sparsekern.training.agent.snapshot import Snapshot
-from sparsekern.training.attachment import Attached, NetworkSampler, unwrapped
+from sparsekern.training.attachment import Attached, NetworkSampler, check_like, unwrapped
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import Ranks
 from sparsekern.training.followers import OnMove
 from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, perturbed
-from sparsekern.training.saved_state import check_like
 
 AGENT_STATE_VERSION = 2
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn import lend_index
-from sparsekern.nn.carry_state import param_group
 from sparsekern.nn.sharded import copy_slots_, full_like_rows, take_slots
+from sparsekern.nn.surgery import param_group
 from sparsekern.topology import Index, Move, empty_index, mask_index_, to_places
 from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.training.optimizer_state import slot_state

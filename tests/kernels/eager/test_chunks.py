@@ -5,34 +5,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparsekern.kernels.eager import chunks
-from sparsekern.kernels.eager.chunks import Panel, block_chunk, cut, panels, spans, token_panel
+from sparsekern.kernels.eager.chunks import Panel, cut, panels, piece, spans
 
 many = st.integers(0, 10**7)
 byte_counts = st.integers(0, 10**9)
 
 
-@pytest.mark.parametrize("pieces", [token_panel, block_chunk])
-def test_a_piece_fills_half_the_scratch(pieces, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_fills_half_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "SCRATCH_BYTES", 2000)
 
-    assert pieces(50, 100) == 10  # 10 * 100 bytes are half of 2000
-    assert pieces(50, 99) == 10
-    assert pieces(50, 101) == 9
-    assert pieces(7, 100) == 7  # no more than there are
-    assert pieces(50, 0) == 50
-    assert pieces(50, 1001) == 1  # one is the least it can work with
-    assert pieces(0, 100) == 1  # a step of 0 would not be a step
+    assert piece(50, 100) == 10  # 10 * 100 bytes are half of 2000
+    assert piece(50, 99) == 10
+    assert piece(50, 101) == 9
+    assert piece(7, 100) == 7  # no more than there are
+    assert piece(50, 0) == 50
+    assert piece(50, 1001) == 1  # one is the least it can work with
+    assert piece(0, 100) == 1  # a step of 0 would not be a step
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(many, byte_counts)
 def test_pieces_stay_within_half_the_scratch_where_that_is_possible(count: int, size: int) -> None:
-    for pieces in (token_panel, block_chunk):
-        piece = pieces(count, size)
+    found = piece(count, size)
 
-        assert 1 <= piece <= max(1, count)
-        assert piece * size <= chunks.SCRATCH_BYTES // 2 or piece == 1
-        assert piece == max(1, count) or (piece + 1) * size > chunks.SCRATCH_BYTES // 2  # and no smaller than needed
+    assert 1 <= found <= max(1, count)
+    assert found * size <= chunks.SCRATCH_BYTES // 2 or found == 1
+    assert found == max(1, count) or (found + 1) * size > chunks.SCRATCH_BYTES // 2  # and no smaller than needed
 
 
 def test_spans() -> None:
