@@ -10,7 +10,7 @@ from sparsekern.kernels.contract import ConvShape, Index, LinearShape
 import sparsekern as sk
 from sparsekern import ops
 from sparsekern.ops import products
-from sparsekern.ops.geometry import pack
+from sparsekern.ops.library import pack
 from sparsekern.topology import Grid, balanced, build_index, conv_grid, generator_for
 from tests.index_noise import calls_of, illegal, noises, survive, survive_writer
 from tests.oracle import Case, check_kernels, random_case

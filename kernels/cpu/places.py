@@ -14,20 +14,6 @@ from sparsekern.kernels.cpu.library import load
 from sparsekern.kernels.eager import places as eager
 from torch import Tensor
 
-__all__ = [
-    "are_legal",
-    "distinct",
-    "find",
-    "first_occurrences",
-    "highest",
-    "leave_out_",
-    "lowest",
-    "orders_",
-    "places_of",
-    "search",
-    "takes",
-]
-
 NO_MEMORY, REFUSED = 1, 2
 """Of ``csrc/places.cpp``; the second where a number lies outside the range that it was said to have."""
 

@@ -10,19 +10,6 @@ import torch
 from sparsekern.kernels.contract import Index, ordered_bits
 from torch import Tensor
 
-__all__ = [
-    "are_legal",
-    "distinct",
-    "find",
-    "first_occurrences",
-    "highest",
-    "leave_out_",
-    "lowest",
-    "orders_",
-    "places_of",
-    "search",
-]
-
 
 def orders_(index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending: bool) -> None:
     """Write both orders of an index in place, free slots last in each; reads nothing on the host.

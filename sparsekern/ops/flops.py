@@ -23,7 +23,7 @@ from torch.utils.flop_counter import (
 import sparsekern.ops.products
 import sparsekern.ops.scores  # noqa: F401  the ops must be defined before their formulas
 from sparsekern.kernels.contract import ConvShape, Index
-from sparsekern.ops.geometry import unpack
+from sparsekern.ops.library import unpack
 from sparsekern.topology import Grid, conv_grid
 
 

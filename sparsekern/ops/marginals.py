@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekern.kernels.contract import ConvShape, Geometry, accumulate_dtype
-from sparsekern.ops.geometry import as_tokens
+from sparsekern.ops.library import as_tokens
 
 Box = tuple[slice, slice, slice]
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import sparsekern.ops.products  # noqa: F401  the ops must be defined before their decompositions
 from sparsekern.kernels.contract import Geometry, Index, LinearShape
-from sparsekern.ops.geometry import unpack
+from sparsekern.ops.library import unpack
 
 
 def dense_blocks(values: Tensor, index: Index, rows: int, cols: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import ConvShape, Geometry
 from sparsekern.ops import marginals, scores
-from sparsekern.ops.geometry import channels_last, pack
+from sparsekern.ops.library import channels_last, pack
 from sparsekern.topology import Grid, Topology, build_index
 
 KINDS = ("candidates", "norms", "all_norms", "counted_norms", "sketch", "magnitudes", "signed_sums")

@@ -27,8 +27,7 @@ from torch import Tensor
 from sparsekern.kernels.contract import PADDING, ConvShape, Index, new_input, new_output
 from sparsekern.ops import checks
 from sparsekern.ops.backends import kernels_for, requested_backend
-from sparsekern.ops.geometry import channels_last, pack, unpack
-from sparsekern.ops.library import below_autograd, define, derivative, wants_grad
+from sparsekern.ops.library import below_autograd, channels_last, define, derivative, pack, unpack, wants_grad
 from sparsekern.ops.probes import Probe, probe_gradient
 from sparsekern.topology import Grid
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sparsekern.kernels.contract import Geometry, LinearShape, accumulate_dtype
 from sparsekern.ops.backends import kernels_for
-from sparsekern.ops.geometry import channels_last, pack, unpack
-from sparsekern.ops.library import below_autograd, define, wants_grad
+from sparsekern.ops.library import below_autograd, channels_last, define, pack, unpack, wants_grad
 
 
 def block_norms(

@@ -11,8 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from sparsekern.ops import Probe
-from sparsekern.ops.geometry import pack
-from sparsekern.ops.library import _cast, wants_grad
+from sparsekern.ops.library import _cast, pack, wants_grad
 from tests.ops.cases import F64, leaves, make
 from tests.oracle import check_y
 

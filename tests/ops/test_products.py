@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import sparsekern as sk
 from sparsekern import ops
 from sparsekern.ops import Probe
-from sparsekern.ops.geometry import channels_last, pack, unpack
+from sparsekern.ops.library import channels_last, pack, unpack
 from sparsekern.topology import Topology, conv_grid, rebuild_
 from tests.kernels.calls import is_real
 from tests.ops.cases import ALL, F64, leaves, make

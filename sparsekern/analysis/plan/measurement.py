@@ -17,7 +17,7 @@ from sparsekern.analysis.plan.trace import Calls, Recorder, Step, trace
 from sparsekern.kernels.contract import ConvShape
 from sparsekern.nn import SparseConv2d, SparseLinear
 from sparsekern.ops.backends import requested_backend
-from sparsekern.ops.geometry import pack
+from sparsekern.ops.library import pack
 
 Call = Callable[[], object]
 Watch = Callable[[], float]
