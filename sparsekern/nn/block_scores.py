@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,8 @@ ITERATIONS = 100
 """Rounds of SynFlow, as in its paper."""
 
 
-class Share(NamedTuple):
-    """Layers that have a common number of blocks: their names, and the number."""
-
-    names: list[str]
-    blocks: int
+Share = tuple[list[str], int]
+"""Names of layers that have a common number of blocks, and the number."""
 
 
 def check_score(score: str | None, sample: Any, init: str, distribution: str) -> None:
@@ -62,35 +59,6 @@ def check_score(score: str | None, sample: Any, init: str, distribution: str) ->
         )
 
 
-def best_places(
-    model: nn.Module,
-    counts: Mapping[str, tuple[Grid, int]],
-    groups: list[list[str]],
-    score: str,
-    sample: Any,
-    tie_taps: bool,
-    seed: int,
-) -> dict[str, Topology]:
-    """Return the topologies of the best blocks of layers, by name; see :class:`Scoring`.
-
-    Args:
-        model, score, sample, tie_taps, seed: as of :class:`Scoring`.
-        counts: the grid and the number of blocks of each layer.
-        groups: names of layers whose blocks are ranked together, which then share theirs.
-
-    Raises:
-        ValueError: a weight is on the meta device, the sample does not suit the score, or scores are not finite.
-    """
-    for name in counts:
-        if cast(Tensor, model.get_submodule(name).weight).is_meta:
-            raise InputError(
-                f"score is {score!r}, and {name!r} has no weight on the meta device; load the model first",
-                parameter="score",
-            )
-    scoring = Scoring(model, {name: grid for name, (grid, _) in counts.items()}, score, sample, tie_taps, seed)
-    return scoring.places([Share(names, sum(counts[name][1] for name in names)) for names in groups])
-
-
 class Scoring:
     """Scores the blocks of some dense layers of a model; nothing of the model changes.
 
@@ -104,14 +72,23 @@ class Scoring:
         sample: what the loss is computed from; see :func:`sparsekern.sparsify_`.
         tie_taps: score a block of channels in all taps of a convolution as one.
         seed: of random scores, together with the layer's name.
+
+    Raises:
+        ValueError: a weight is on the meta device, or the sample does not suit the score.
     """
 
     def __init__(
         self, model: nn.Module, grids: Mapping[str, Grid], score: str, sample: Any, tie_taps: bool, seed: int
     ) -> None:
         self.model, self.grids, self.score, self.tie_taps, self.seed = model, grids, score, tie_taps, seed
-        self.loss = _loss(model, score, sample)
         self.weights = {name: cast(nn.Parameter, model.get_submodule(name).weight) for name in grids}
+        for name, weight in self.weights.items():
+            if weight.is_meta:
+                raise InputError(
+                    f"score is {score!r}, and {name!r} has no weight on the meta device; load the model first",
+                    parameter="score",
+                )
+        self.loss = _loss(model, score, sample)
 
     def places(self, shares: list[Share]) -> dict[str, Topology]:
         """Return the topologies of the blocks of highest score, as many in each share as it says.
@@ -215,7 +192,7 @@ class Scoring:
                 falling = []
                 for names, blocks in shares:
                     cells = sum(self.grids[name].cells for name in names)
-                    falling.append(Share(names, round(cells * (blocks / cells) ** (round_ / ITERATIONS))))
+                    falling.append((names, round(cells * (blocks / cells) ** (round_ / ITERATIONS))))
                 gone = {name: score.masked_fill(~kept[name], -1) for name, score in scores.items()}
                 kept = self._best(gone, falling)
                 for name, mask in kept.items():

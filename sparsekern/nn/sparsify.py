@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.nn.block_scores import best_places, check_score
+from sparsekern.nn.block_scores import Scoring, check_score
 from sparsekern.nn.block_sparse import BlockSparse
 from sparsekern.nn.choice import Choice, Choose, racer
 from sparsekern.nn.converters import class_name, converter_of, grid_of, hosts_of, is_replaceable, known_classes
@@ -151,7 +151,9 @@ def sparsify_(
         groups = [[name] for name in layers]
         if distribution == "global":
             groups = [names for _, names in by_entry(model, layers, sparsity, "sparsity")]
-        placed = [best_places(model, by_name, groups, score, sample, tie_taps, seed) for by_name in counts]
+        for places, by_name in zip(placed, counts, strict=True):
+            scoring = Scoring(model, {n: grid for n, (grid, _) in by_name.items()}, score, sample, tie_taps, seed)
+            places |= scoring.places([(names, sum(by_name[n][1] for n in names)) for names in groups])
 
     def twin_of(name: str, grid: Grid, blocks: int, topology: Topology | None) -> BlockSparse:
         blocks = blocks if topology is None else topology.slots

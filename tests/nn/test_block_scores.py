@@ -154,7 +154,7 @@ def test_synaptic_flow_by_hand():
         found = scoring._reduced(scoring._checked_loss())
     assert found["0"].tolist() == [[1, 2], [6, 1]] and found["1"].tolist() == [[3, 7]]
     # To 4 of 6 in 100 rounds: the 1 that comes first goes, then all of the other path's are as strong as before: 1.
-    kept = scoring.places([block_scores.Share(["0", "1"], 4)])
+    kept = scoring.places([(["0", "1"], 4)])
     assert kept["0"].keys().tolist() == [1, 2] and kept["1"].keys().tolist() == [0, 1]
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
