@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.topology.arguments import check_kind
-from sparsekern.training.agent.checks import check_options, check_parts
+from sparsekern.nn import sparse_layers
+from sparsekern.topology.arguments import check_choice, check_kind, check_number, check_whole
 from sparsekern.training.agent.correction import Correction, from_losses, smoothed
 from sparsekern.training.agent.mean_gradient import pass_over
 from sparsekern.training.agent.snapshot import Snapshot
@@ -21,7 +21,7 @@ from sparsekern.training.attachment import Attached, NetworkSampler, check_like,
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import Ranks
 from sparsekern.training.followers import OnMove
-from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, perturbed
+from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, parallel_modules, perturbed
 
 AGENT_STATE_VERSION = 2
 
@@ -92,14 +92,12 @@ class AGENT(Attached):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         optimizer = unwrapped(optimizer)
-        check_options(gamma, alpha, estimate, scope, batches, every)
-        check_parts(model, optimizer, method, gamma)
+        _check_options(gamma, alpha, estimate, scope, batches, every)
+        _check_parts(model, optimizer, method, gamma)
         self.model, self.optimizer, self.method = model, optimizer, method
         self.gamma, self.alpha, self.estimate, self.scope = gamma, alpha, estimate, scope
         self.batches, self.every, self.ranks = batches, every, Ranks(process_group)
-        self.snapshot = Snapshot(
-            model, None if method is None else lambda name, t, on_move: method.follow(t, layer=name, on_move=on_move)
-        )
+        self.snapshot = Snapshot(model, method)
         groups = {name: name.rpartition(".")[0] if scope == "layer" else "" for name in self.snapshot.parameters}
         self.c = dict.fromkeys(groups.values(), 0.0)
         self.since = 0  # optimizer steps since the snapshot
@@ -288,12 +286,8 @@ class AGENT(Attached):
         version = state.get("version")
         if type(version) is not int or version != AGENT_STATE_VERSION or "snapshot" not in state:
             raise InputError(f"the state is none of AGENT's of version {AGENT_STATE_VERSION}")
-        c = state.get("c")
-        if (
-            (state.get("method") is None) != (self.method is None)
-            or not isinstance(c, dict)
-            or c.keys() != self.c.keys()
-        ):
+        c, alone = state.get("c"), state.get("method") is None
+        if alone != (self.method is None) or not isinstance(c, dict) or c.keys() != self.c.keys():
             raise InputError("the state is of AGENT with another method or scope; build it as the one that was saved")
         check_like(state, self.state_dict())
         if self.method is not None:
@@ -359,3 +353,43 @@ class AGENT(Attached):
 
     def _mean_c(self) -> float:
         return sum(self.c.values()) / len(self.c)
+
+
+def _check_options(
+    gamma: float, alpha: float, estimate: str, scope: str, batches: int | None, every: int | None
+) -> None:
+    """Raise ValueError if an option is out of range, or two options contradict each other."""
+    for name, number in (("gamma", gamma), ("alpha", alpha)):
+        check_number(name, number, "a number")
+    if not 0 <= gamma <= 1:
+        raise InputError(f"gamma is {gamma}; it must be in [0, 1]", parameter="gamma")
+    if not 0 < alpha <= 1:
+        raise InputError(f"alpha is {alpha}; it must be in (0, 1]", parameter="alpha")
+    for name, choice, known in (("estimate", estimate, ("losses", "gradients")), ("scope", scope, ("global", "layer"))):
+        check_choice(name, choice, known)
+    for name, value in (("batches", batches), ("every", every)):
+        if value is not None:
+            check_whole(name, value, 1)
+    if estimate == "losses" and (scope == "layer" or every is not None):
+        name, what = ("scope", "'layer'") if scope == "layer" else ("every", str(every))
+        raise InputError(
+            f"{name} is {what}, but the losses of batches give one c after a pass; estimate must be gradients",
+            parameter=name,
+        )
+
+
+def _check_parts(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method | None, gamma: float) -> None:
+    """Raise an error if model, optimizer and method do not belong together, or gradients cannot be corrected."""
+    if gamma > 0 and any(module.static_graph for module in parallel_modules(model)):  # no_sync fails an assertion
+        raise NotImplementedError(
+            "the model is in DistributedDataParallel(static_graph=True), which reduces every backward over ranks, and "
+            "AGENT makes some that must not be; leave static_graph out"
+        )
+    if method is None:
+        return
+    if not isinstance(method, Method):
+        raise TypeError(f"method is a {type(method).__name__}; it must be a sparsekern.Method, or None")
+    method.check_open()
+    layers = sparse_layers(model).values()
+    if method.optimizer is not optimizer or {*map(id, layers)} != {*map(id, method.layers.values())}:
+        raise InputError("method is of another model or optimizer; build both of the same two", parameter="method")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -15,14 +15,12 @@ from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse, plain_name, sparse_layers
 from sparsekern.nn.sharded import is_by_slots, is_sharded, joined, local, own_rows, sharded_as
 from sparsekern.topology import Index, Topology, empty_index, rebuild_
+from sparsekern.training.base import Method
 from sparsekern.training.distributed import reshard, sharded_modules
 from sparsekern.training.scores import is_finite
 
 EXCHANGED = 2**18
 """Number of elements that :func:`exchange_` copies at a time, which bounds its scratch memory."""
-
-Follow = Callable[[str, Tensor, Callable[[Tensor, Tensor], None]], None]
-"""Registers a tensor ``(Z, ...)`` of a named layer as a follower, with the function that a move calls."""
 
 
 class Snapshot:
@@ -33,7 +31,7 @@ class Snapshot:
 
     Args:
         model: the model.
-        follow: registers a follower of the blocks; None if no block moves.
+        method: moves the blocks; None if no block moves.
 
     Attributes:
         taken: whether it holds a state.
@@ -49,7 +47,7 @@ class Snapshot:
         NotImplementedError: some are sharded and others are not, or not by their first axis or over the same ranks.
     """
 
-    def __init__(self, model: nn.Module, follow: Follow | None) -> None:
+    def __init__(self, model: nn.Module, method: Method | None) -> None:
         self._modules = sharded_modules(model)
         reshard(self._modules, sparse_layers(model))
         self.parameters = {plain_name(model, name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -66,15 +64,15 @@ class Snapshot:
             name: by_values[id(p)] for name, p in self.parameters.items() if id(p) in by_values
         }
         self._places: dict[str, tuple[Topology, Index]] = {}
-        self._fixed = follow is None
+        self._fixed = method is None
         self._moved: set[str] = set()
         self._same = {
             name: torch.ones(layer.values.shape[0], dtype=torch.bool, device=layer.values.device)
             for name, (_, layer) in self.layers.items()
         }
-        if follow is not None:
+        if method is not None:
             for name, (layer_name, _) in self.layers.items():
-                follow(layer_name, self._same[name], partial(self._note, name))
+                method.follow(self._same[name], layer=layer_name, on_move=partial(self._note, name))
 
     def _note(self, name: str, same: Tensor, slots: Tensor) -> None:
         same.index_fill_(0, slots.to(same.device), False)

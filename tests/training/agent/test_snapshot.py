@@ -33,7 +33,7 @@ def test_the_model_becomes_the_snapshot_on_its_topology_and_back(block):
     model = sk.sparsify_(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)), 0.5, block, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = sk.SET(model, optimizer, drop_fraction=0.5)
-    snapshot = Snapshot(model, lambda name, t, on_move: method.follow(t, layer=name, on_move=on_move))
+    snapshot = Snapshot(model, method)
     snapshot.take()
     old, x = copy.deepcopy(model), torch.randn(5, 16)
     with torch.no_grad():
