@@ -113,11 +113,12 @@ def sparse_state(
     metadata = {
         name: {"version": LAYER_VERSION, "grid": describe(topology.grid)} for name, (topology, _) in found.items()
     }
-    return _replaced(state, found, lambda name: _stored(*found[name]), metadata)
 
+    def stored(name: str) -> dict[str, Tensor]:
+        topology, values = found[name]
+        return {"values": values, "row": topology.row, "col": topology.col}
 
-def _stored(topology: Topology, values: Tensor) -> dict[str, Tensor]:
-    return {"values": values, "row": topology.row, "col": topology.col}
+    return _replaced(state, found, stored, metadata)
 
 
 def _is_weight(key: str, tensor: Tensor) -> bool:
@@ -150,15 +151,11 @@ def _choose(weight: Tensor, grid: Grid, sparsity: float | None) -> tuple[Topolog
         topology = by_norm(grid, weight, allocate([grid], sparsity)[0])
     else:
         # nan and inf count as nonzero; a layer of zeros keeps its first block, because a layer needs one
-        nonzero = (_comparable(weight) != 0).to(torch.float32)
+        comparable = weight.float() if weight.dtype in EIGHT_BIT else weight
+        nonzero = (comparable != 0).to(torch.float32)
         keys = (dense_block_norms(grid, nonzero) > 0).flatten().nonzero().squeeze(1)
         topology = from_keys(grid, keys if keys.numel() else keys.new_zeros(1))
     return topology, gather_blocks(topology, weight)
-
-
-def _comparable(weight: Tensor) -> Tensor:
-    """Return the weight in a dtype that can be compared with zero."""
-    return weight.float() if weight.dtype in EIGHT_BIT else weight
 
 
 def _cut(layer: StoredLayer, sparsity: float | None, block: tuple[int, int] | None) -> tuple[Topology, Tensor]:

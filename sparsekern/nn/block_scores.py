@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
+from sparsekern.nn.surgery import restored
 from sparsekern.topology import (
     Grid,
     Topology,
@@ -253,16 +254,13 @@ def _only_trained(model: nn.Module, weights: Any) -> Iterator[None]:
     """Take gradients of some weights alone; at the end gradients, flags and buffers are what they were."""
     chosen = {id(weight) for weight in weights}
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         for parameter, _, _ in flags:
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in chosen)
-        yield
+        with restored(model.buffers()):
+            yield
     finally:
-        with torch.no_grad():
-            for buffer, copy in buffers:
-                buffer.copy_(copy)
         for parameter, flag, gradient in flags:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
@@ -273,16 +271,13 @@ def _absolute(model: nn.Module) -> Iterator[None]:
     """Make all parameters and buffers their absolute values, in evaluation mode; at the end all is what it was."""
     modes = [(module, module.training) for module in model.modules()]
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    kept = [(t, t.detach().clone()) for t in tensors]
     try:
         model.eval()
-        with torch.no_grad():
-            for tensor in tensors:
-                tensor.abs_()
-        yield
+        with restored(tensors):
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor.abs_()
+            yield
     finally:
-        with torch.no_grad():
-            for tensor, copy in kept:
-                tensor.copy_(copy)
         for module, mode in modes:
             module.training = mode

@@ -18,8 +18,6 @@ from sparsekern.nn.linear import default_block_size
 from sparsekern.topology import Grid, Topology, block_pair, conv_grid
 from sparsekern.topology.arguments import check_choice, check_whole, whole_sides
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-
 
 class SparseConv2d(BlockSparse):
     """Convolution with a block-sparse weight: only some blocks of the kernel are stored.
@@ -81,7 +79,7 @@ class SparseConv2d(BlockSparse):
         tie_taps: bool = False,
     ) -> None:
         check_topology_and_dtype(topology, dtype)
-        check_choice("padding_mode", padding_mode, PADDING_MODES)
+        check_choice("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
         kernel, steps, spacing = (
             sides(size_name, size, self.dimensions)
             for size_name, size in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))

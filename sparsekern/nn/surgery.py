@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -198,6 +199,18 @@ def lost(old: nn.Module) -> list[str]:
         if parameter.grad is not None:
             found.append(f"{name}.grad")
     return found
+
+
+@contextmanager
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Copy tensors, and write their numbers back at the end."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in kept:
+                tensor.copy_(copy)
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:

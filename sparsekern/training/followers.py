@@ -20,8 +20,6 @@ from sparsekern.training.optimizer_state import slot_state
 OnMove = str | Callable[[Tensor, Tensor], None]
 """``"zero"``, ``"keep"``, or a function ``(tensor, slots)`` that writes into the tensor in place."""
 
-GROWN_STATES = ("zero", "mean_v")
-
 SECOND_MOMENTS = (
     *("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "v"),
     *("row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col"),  # Adafactor, PyTorch's and others
@@ -43,7 +41,7 @@ class Followers:
     """
 
     def __init__(self, layers: dict[str, BlockSparse], optimizer: torch.optim.Optimizer, grown_state: str) -> None:
-        check_choice("grown_state", grown_state, GROWN_STATES)
+        check_choice("grown_state", grown_state, ("zero", "mean_v"))
         self.layers = layers
         self.optimizer = optimizer
         self.grown_state = grown_state

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, sparse_layers
+from sparsekern.nn.surgery import restored
 from sparsekern.topology.arguments import check_kind
 from sparsekern.training.distributed import sharded_modules
 
@@ -76,13 +77,8 @@ def keep_norm_statistics(model: nn.Module) -> Iterator[None]:
     Must not enclose a forward whose backward comes after the context.
     """
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    kept: list[tuple[Tensor, Tensor]] = [(b, b.detach().clone()) for norm in norms for b in norm.buffers()]
-    try:
+    with restored(buffer for norm in norms for buffer in norm.buffers()):
         yield
-    finally:
-        with torch.no_grad():
-            for buffer, copy in kept:
-                buffer.copy_(copy)
 
 
 @contextmanager

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_choice, check_number, check_whole
 
-ANNEALS = ("cosine", "constant")
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -40,7 +38,7 @@ class Schedule:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("anneal", self.anneal, ANNEALS)
+        check_choice("anneal", self.anneal, ("cosine", "constant"))
         for name, least in (("offset", 0), ("update_every", 1), ("start", 0)):
             check_whole(name, getattr(self, name), least, " optimizer steps")
         if self.stop is not None and self.stop < self.start:

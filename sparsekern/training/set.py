@@ -20,9 +20,6 @@ from sparsekern.training.base import Method
 from sparsekern.training.distributed import slot_scores
 from sparsekern.training.scores import Units, lowest, part_of, units
 
-DROPS = ("norm", "signs")
-GROWN_VALUES = ("zero", "random")
-
 
 class SET(Method):
     """Sparse Evolutionary Training on blocks.
@@ -62,8 +59,8 @@ class SET(Method):
         grown_values: str = "zero",
         **options: Any,
     ) -> None:
-        for name, choice, known in (("drop", drop, DROPS), ("grown_values", grown_values, GROWN_VALUES)):
-            check_choice(name, choice, known)
+        check_choice("drop", drop, ("norm", "signs"))
+        check_choice("grown_values", grown_values, ("zero", "random"))
         super().__init__(model, optimizer, **options)
         self.drop, self.grown_values = drop, grown_values
 

@@ -44,8 +44,6 @@ IN_PLACE: Mapping[str, Callable[..., nn.Module]] = {
 
 TRANSFORMS = ("wide", *IN_PLACE)
 
-MATCHES = ("network", "layers")
-
 Build = Callable[[Width], nn.Module]
 
 
@@ -102,8 +100,9 @@ def transform(
             not follow the width; or what stays dense takes all FLOPs.
     """
     check_sparsity(sparsity)
-    for argument, value, known in (("init", init, INITS), ("name", name, TRANSFORMS), ("match", match, MATCHES)):
-        check_choice(argument, value, known)
+    check_choice("init", init, INITS)
+    check_choice("name", name, TRANSFORMS)
+    check_choice("match", match, ("network", "layers"))
     if isinstance(model, nn.Module):
         if name == "wide" and sparsity > 0:
             raise InputError(

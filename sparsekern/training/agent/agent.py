@@ -365,8 +365,8 @@ def _check_options(
         raise InputError(f"gamma is {gamma}; it must be in [0, 1]", parameter="gamma")
     if not 0 < alpha <= 1:
         raise InputError(f"alpha is {alpha}; it must be in (0, 1]", parameter="alpha")
-    for name, choice, known in (("estimate", estimate, ("losses", "gradients")), ("scope", scope, ("global", "layer"))):
-        check_choice(name, choice, known)
+    check_choice("estimate", estimate, ("losses", "gradients"))
+    check_choice("scope", scope, ("global", "layer"))
     for name, value in (("batches", batches), ("every", every)):
         if value is not None:
             check_whole(name, value, 1)

@@ -145,14 +145,12 @@ class ProbeSet:
         return missed
 
     def answers(self) -> dict[str, Tensor]:
-        """Return the answers of the last step that the optimizer made; zeros where there is none."""
-        return {name: self._answer(name) for name in self.probes}
+        """Return the answers of the last step that the optimizer made.
 
-    def _answer(self, name: str) -> Tensor:
-        heard, probe = self._kept.get(name), self.probes[name].tensor
-        if heard is None:  # no backward on this rank; other ranks may have an answer
-            return torch.zeros(probe.shape, dtype=probe.dtype, device=probe.device)
-        return heard
+        Zeros where there is none: there was no backward on this rank, and others may have an answer.
+        """
+        asked = {name: probe.tensor for name, probe in self.probes.items()}
+        return {name: t.new_zeros(t.shape) if (a := self._kept.get(name)) is None else a for name, t in asked.items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the answers of the step that is under way and of the last one, on the CPU."""

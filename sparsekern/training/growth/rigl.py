@@ -23,8 +23,6 @@ from sparsekern.training.gradual import Gradual
 from sparsekern.training.growth.gradient import GradientMethod
 from sparsekern.training.scores import Offer, highest, lowest, part_of
 
-SCORINGS = ("auto", "exact", "screen")
-
 LEAST_SKETCHES = 4
 """Minimum number of sketches: the squared norm then has a relative deviation of about 1.4."""
 
@@ -97,7 +95,7 @@ class RigL(GradientMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, optimizer, **options)
-        check_choice("scoring", scoring, SCORINGS)
+        check_choice("scoring", scoring, ("auto", "exact", "screen"))
         check_whole("sketches", sketches, 1)
         check_number("shortlist", shortlist, "1 or more times what is grown", lambda factor: 1 <= factor < math.inf)
         if regrow and self.scope == "global":

@@ -17,7 +17,6 @@ from sparsekern.training.scores import Units
 Group = str | Callable[[BlockSparse], Tensor]
 """``"block"``, ``"row"``, ``"column"``, or a function that returns a whole number ``(Z,)`` for each slot of a layer."""
 
-GROUPS = ("block", "row", "column")
 PROJECTIONS = ("sort", "bisection")
 
 CHUNK = 2**16
@@ -71,7 +70,7 @@ class Candidates:
         elif group == "row":
             label = row
         else:
-            check_choice("group", group, GROUPS, " or a function of the layer")
+            check_choice("group", group, ("block", "row", "column"), " or a function of the layer")
             label = row // grid.group_rows * grid.tap_cols + channel
         names, units = label[used].unique(return_inverse=True)
         self.count = names.shape[0]
@@ -167,7 +166,7 @@ class Budget:
             raise InputError(f"costs names {', '.join(sorted(unknown))}; the layers are {', '.join(candidates)}")
         for name, weight in weights.items():
             check_number(f"costs of {name!r}", weight, "above 0", lambda cost: 0 < cost < math.inf)
-        self.floor, self._candidates, self._weights, self._projection = floor, candidates, weights, projection
+        self.floor, self.candidates, self._weights, self._projection = floor, candidates, weights, projection
         self._parts: dict[str, slice] = {}
         end = 0
         for name, layer in candidates.items():
@@ -201,7 +200,7 @@ class Budget:
         """Compute the costs again after candidates moved: blocks at an edge hold fewer elements."""
         costs = [
             torch.ones_like(layer.costs()) if self._alike else self._weights[name] * layer.costs()
-            for name, layer in self._candidates.items()
+            for name, layer in self.candidates.items()
         ]
         together = torch.cat([c.to(costs[0].device) for c in costs])
         if not hasattr(self, "_scale"):
@@ -214,7 +213,7 @@ class Budget:
 
     def expected_elements(self, name: str, probabilities: Tensor) -> float:
         """Return the expected number of elements of a layer at probabilities ``(units,)``."""
-        costs = self._candidates[name].costs().split(CHUNK)
+        costs = self.candidates[name].costs().split(CHUNK)
         likely = probabilities[self.part(name)].split(CHUNK)
         return float(torch.stack([(c * p.to(c)).sum() for c, p in zip(costs, likely, strict=True)]).sum())
 

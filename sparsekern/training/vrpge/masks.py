@@ -17,7 +17,7 @@ from sparsekern.topology import Index, Move, empty_index, mask_index_, to_places
 from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.training.optimizer_state import slot_state
 from sparsekern.training.passes import RandomState, backpropagate, keep_norm_statistics, loss_of, without_sync
-from sparsekern.training.vrpge.budget import Budget, Candidates
+from sparsekern.training.vrpge.budget import Budget
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
@@ -176,22 +176,21 @@ class MaskedLayers:
     """Layers that compute with the units of one mask at a time: each is lent an index, always in the same tensors.
 
     Args:
-        candidates: by the names of the layers.
-        budget: knows which units belong to which layer.
+        budget: of the units of the layers.
     """
 
-    def __init__(self, candidates: dict[str, Candidates], budget: Budget) -> None:
-        self._candidates, self._budget = candidates, budget
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._lent: dict[str, Index] = {}
 
     def slots(self, name: str, units: Tensor) -> Tensor:
         """Return the mask ``(Z,)`` of a layer's slots from a mask over all units."""
-        return self._candidates[name].slots(units[self._budget.part(name)])
+        return self._budget.candidates[name].slots(units[self._budget.part(name)])
 
     def lending(self, units: Tensor) -> ExitStack:
         """Return a context in which the layers compute with the units of a mask ``(units,)`` only."""
         stack = ExitStack()
-        for name, candidates in self._candidates.items():
+        for name, candidates in self._budget.candidates.items():
             layer = candidates.layer
             lent = self._lent.get(name)
             if lent is None or lent.row_ptr.device != layer.row.device:
@@ -202,9 +201,9 @@ class MaskedLayers:
 
     def leaving(self, name: str, units: Tensor) -> Move:
         """Return the move that frees the slots of a layer that are not in a mask over all units."""
-        used = self._candidates[name].layer.topology.used()
-        slots = (used & ~self.slots(name, units)).nonzero().squeeze(1)
-        return to_places(slots, torch.full_like(slots, -1), self._candidates[name].layer.grid)
+        topology = self._budget.candidates[name].layer.topology
+        slots = (topology.used() & ~self.slots(name, units)).nonzero().squeeze(1)
+        return to_places(slots, torch.full_like(slots, -1), topology.grid)
 
     def clear(self) -> None:
         """Free the tensors of the indices."""

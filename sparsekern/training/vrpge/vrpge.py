@@ -117,14 +117,11 @@ class VRPGE(Method):
     ) -> None:
         self.check_options(options)
         super().__init__(model, optimizer, update_every=update_every, **options)
-        for name, value, least in (("masks", masks, 2), ("structure_every", structure_every, 1)):
-            check_whole(name, value, least)
-        for name, choice, known in (
-            ("scope", scope, ("layer", "global")),
-            ("weight_step", weight_step, ("one", "all")),
-            ("unsampled", unsampled, ("lazy", "decay")),
-        ):
-            check_choice(name, choice, known)
+        check_whole("masks", masks, 2)
+        check_whole("structure_every", structure_every, 1)
+        check_choice("scope", scope, ("layer", "global"))
+        check_choice("weight_step", weight_step, ("one", "all"))
+        check_choice("unsampled", unsampled, ("lazy", "decay"))
         self.model = model
         self.scope, self.masks, self.structure_every = scope, masks, structure_every
         self.weight_step, self.lazy = weight_step, unsampled == "lazy"
@@ -134,7 +131,7 @@ class VRPGE(Method):
         self.candidates = {name: Candidates(layer, group) for name, layer in trained.items()}
         self.budget = Budget(self.candidates, sparsity, scope, costs, floor, projection)
         device = next(iter(trained.values())).values.device
-        self._masked = MaskedLayers(self.candidates, self.budget)
+        self._masked = MaskedLayers(self.budget)
         self.probabilities = Probabilities(
             self.budget,
             device,

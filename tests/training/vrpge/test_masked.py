@@ -18,7 +18,7 @@ def test_all_layers_compute_with_the_units_of_a_mask_in_the_same_tensors():
     model = sk.sparsify_(nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)), 0.25, 4, seed=0)
     candidates = {name: Candidates(layer, "row") for name, layer in sk.sparse_layers(model).items()}
     budget = Budget(candidates, None, "global", None, 0.0, "sort")
-    masked = MaskedLayers(candidates, budget)
+    masked = MaskedLayers(budget)
     x, addresses = torch.randn(3, 8), set()
     for number in range(budget.units):
         units = torch.arange(budget.units) != number
@@ -39,7 +39,7 @@ def test_all_layers_compute_with_the_units_of_a_mask_in_the_same_tensors():
 def test_what_a_mask_leaves_out_leaves():
     layer = sk.SparseLinear(8, 8, block_size=4, blocks=3, capacity=5, seed=0)
     candidates = {"fc": Candidates(layer, "block")}
-    masked = MaskedLayers(candidates, Budget(candidates, None, "global", None, 0.0, "sort"))
+    masked = MaskedLayers(Budget(candidates, None, "global", None, 0.0, "sort"))
     move = masked.leaving("fc", torch.tensor([True, False, True]))
     assert (move.slots.tolist(), move.row.tolist(), move.col.tolist()) == ([1], [-1], [-1])
 
@@ -51,7 +51,7 @@ def test_passes_under_masks_by_hand(every):
     with torch.no_grad():
         layer.values.copy_(torch.tensor([3.0, 5.0]).view(2, 1, 1))
     candidates = {"fc": Candidates(layer, "block")}
-    masked = MaskedLayers(candidates, Budget(candidates, None, "global", None, 0.0, "sort"))
+    masked = MaskedLayers(Budget(candidates, None, "global", None, 0.0, "sort"))
     masks, x = torch.tensor([[True, False], [True, True], [False, False]]), torch.ones(1, 1, dtype=torch.float64)
     losses = masked_passes(layer, masked, masks, lambda: layer(x).sum(), every, None)
     assert losses.tolist() == [3, 8, 0] and not losses.requires_grad
