@@ -2,10 +2,9 @@
 
 from sparsekern.nn.attention import SplitAttention, split_attention_
 from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.choice import Choice, register_racer
 from sparsekern.nn.conv import SparseConv1d, SparseConv2d
 from sparsekern.nn.converters import is_replaceable, register_converter, register_host
-from sparsekern.nn.dense_layers import DenseShare, dense_share, left_dense
+from sparsekern.nn.dense_layers import Choice, DenseShare, dense_share, left_dense, register_racer
 from sparsekern.nn.indexed import lend_index
 from sparsekern.nn.linear import SparseLinear
 from sparsekern.nn.selectors import Selector, select

@@ -131,16 +131,12 @@ class SplitAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict |= (split := _split(state_dict, prefix, self.embed_dim))
-        for name in [key for key in state_dict if _is_whole(key, prefix)] if split else []:
-            del state_dict[name]
+        for name in _WHOLE if split else ():
+            state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 _WHOLE = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-def _is_whole(key: str, prefix: str) -> bool:
-    return key.startswith(prefix) and key[len(prefix) :] in _WHOLE
 
 
 def _split(state: dict[str, Any], prefix: str, width: int) -> dict[str, Any]:

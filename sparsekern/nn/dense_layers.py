@@ -1,4 +1,4 @@
-"""Layers that stay dense: which ones must and why, and how many of a model's parameters they hold.
+"""Layers that stay dense: which must and why, which do because that is faster, and the share of parameters they hold.
 
 A sparse layer has no weight to compute with, so a layer whose weight another module reads must stay dense. Such reads
 are found without running anything: the bytecode of ``forward``, and of the methods it calls, is searched for
@@ -10,8 +10,8 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
@@ -289,3 +289,59 @@ def dense_layers(model: nn.Module, reasons: Mapping[str, str], besides: Containe
         parts.append(f"{kind} ({many}{names[0]!r}, {share}{f', {why}' if why else ''})")
     rest = f"dense are: {'; '.join(parts)}" if parts else "there is no other layer"
     return f"sparsify_ takes {known_classes()} (register_converter adds classes); {rest}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a race found about one layer; ``print`` it for a sentence.
+
+    Attributes:
+        name: the layer's name.
+        block: block size of the sparse layer that takes its place; None if the layer stays dense.
+        milliseconds: medians of forward and backward of the sparse layers, by block size.
+        dense_ms: that of the dense layer.
+    """
+
+    name: str
+    block: tuple[int, int] | None
+    milliseconds: dict[tuple[int, int], float]
+    dense_ms: float
+
+    @classmethod
+    def of(cls, milliseconds: dict[tuple[int, int], float], dense_ms: float) -> Choice:
+        """Return the choice of the fastest, for a layer without a name."""
+        fastest = min(milliseconds, key=milliseconds.__getitem__)
+        return cls("", fastest if milliseconds[fastest] < dense_ms else None, milliseconds, dense_ms)
+
+    def named(self, name: str) -> Choice:
+        """Return the same choice for an equal layer."""
+        return replace(self, name=name)
+
+    def __str__(self) -> str:
+        if not self.milliseconds:
+            return f"{self.name}: stays dense (the sample does not reach it)"
+        fastest = min(self.milliseconds, key=self.milliseconds.__getitem__)
+        ms, (rows, cols) = self.milliseconds[fastest], fastest
+        if self.block is None:
+            return f"{self.name}: stays dense ({self.dense_ms:.3g} ms; {rows}x{cols} blocks: {ms:.3g} ms)"
+        ratio = self.dense_ms / ms
+        return f"{self.name}: {rows}x{cols} blocks, {ratio:.2f}x as fast as dense ({ms:.3g} of {self.dense_ms:.3g} ms)"
+
+
+Choose = Callable[[str, Sequence[BlockSparse]], Choice]
+"""Function of a layer's name and the sparse layers that could take its place, one for each block size."""
+
+Racer = Callable[[nn.Module, Mapping[str, nn.Module], Any], Choose]
+"""Function of a model, the layers that could become sparse, and a sample of the model's input."""
+
+_racers: list[Racer] = []
+
+
+def register_racer(racer: Racer) -> None:
+    """Register the function that races layers; the last one is taken."""
+    _racers.append(racer)
+
+
+def racer() -> Racer:
+    """Return the registered function that races layers."""
+    return _racers[-1]

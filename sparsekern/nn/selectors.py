@@ -60,8 +60,9 @@ def select(model: nn.Module, selector: Selector, argument: str) -> dict[str, nn.
     for single in flatten(selector):
         found = {name for name, module in named.items() if matches(single, module, name)}
         if not found:
+            what = repr(single) if isinstance(single, str) else getattr(single, "__qualname__", repr(single))
             raise InputError(
-                f"{argument}: {_describe(single)} matches no module; {_nearest(single, list(named))}",
+                f"{argument}: {what} matches no module; {_nearest(single, list(named))}",
                 parameter=argument,
             )
         chosen |= found
@@ -96,10 +97,6 @@ def by_entry(
             )
         names.setdefault(first, []).append(name)
     return [(entries[pattern], those) for pattern, those in names.items()]
-
-
-def _describe(single: Any) -> str:
-    return repr(single) if isinstance(single, str) else getattr(single, "__qualname__", repr(single))
 
 
 def _nearest(single: Any, names: list[str]) -> str:

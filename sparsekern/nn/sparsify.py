@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn.block_scores import Scoring, check_score
 from sparsekern.nn.block_sparse import BlockSparse
-from sparsekern.nn.choice import Choice, Choose, racer
 from sparsekern.nn.converters import class_name, converter_of, grid_of, hosts_of, is_replaceable, known_classes
-from sparsekern.nn.dense_layers import dense_layers, dense_share, left_dense, refusals, tied_heads
+from sparsekern.nn.dense_layers import (
+    Choice,
+    Choose,
+    dense_layers,
+    dense_share,
+    left_dense,
+    racer,
+    refusals,
+    tied_heads,
+)
 from sparsekern.nn.init import INITS, check_init
 from sparsekern.nn.selectors import Selector, by_entry, flatten, matches, select
 from sparsekern.nn.surgery import check_optimizer, exchange_, lost, sparse_layers, swap_

@@ -23,9 +23,7 @@ def check_linear(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, g
             f"input has shape {tuple(x.shape)}; its last axis must be in_features = {grid.in_features}",
             parameter="input",
         )
-    _check_weight(x, values, bias, index, grid)
-    if probe is not None:
-        _check_probe(probe, x, grid)
+    _check_weight(x, values, bias, index, grid, probe)
 
 
 def check_conv2d(
@@ -52,9 +50,7 @@ def check_conv2d(
             f"{shape.dilation} with padding {shape.padding} (top, bottom, left, right)",
             parameter="input",
         )
-    _check_weight(x, values, bias, index, grid)
-    if probe is not None:
-        _check_probe(probe, x, grid)
+    _check_weight(x, values, bias, index, grid, probe)
 
 
 def _check_tensor(x: object) -> None:
@@ -76,7 +72,9 @@ def _check_storage(tensor: Tensor) -> None:
         )
 
 
-def _check_weight(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid) -> None:
+def _check_weight(
+    x: Tensor, values: Tensor, bias: Tensor | None, index: Index, grid: Grid, probe: Probe | None
+) -> None:
     if values.layout is not torch.strided or (bias is not None and bias.layout is not torch.strided):
         layouts = values.layout, None if bias is None else bias.layout
         raise TypeError(f"values and bias are {layouts[0]} and {layouts[1]} tensors; they must be dense")
@@ -103,6 +101,8 @@ def _check_weight(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, 
                     parameter="input",
                 )
     _check_dtypes(x, values, bias)
+    if probe is not None:
+        _check_probe(probe, x, grid)
 
 
 def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:

@@ -37,7 +37,6 @@ from sparsekern.topology.index import (
     same_index,
     stored_blocks,
 )
-from sparsekern.topology.places import places_for
 from sparsekern.topology.sampling import (
     are_absent,
     distinct_absent,
@@ -55,6 +54,7 @@ from sparsekern.topology.topology import (
     check_tied,
     from_keys,
     one_tap,
+    places_for,
     tie,
     to_places,
     with_capacity,

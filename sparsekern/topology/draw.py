@@ -15,9 +15,8 @@ from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_choice, check_number, check_whole
 from sparsekern.topology.blocks import dense_block_norms
 from sparsekern.topology.grid import Grid
-from sparsekern.topology.places import places_for
 from sparsekern.topology.sampling import sample_absent
-from sparsekern.topology.topology import Topology, check_multiple, from_keys, one_tap, tie
+from sparsekern.topology.topology import Topology, check_multiple, from_keys, one_tap, places_for, tie
 
 LARGE = 16 * 16
 """Block size in elements from which :func:`balanced` swaps blocks, which is slow and takes 200 bytes per block."""
@@ -246,7 +245,7 @@ def allocate(grids: Sequence[Grid], sparsity: float, distribution: str = "unifor
         ValueError: the sparsity is outside [0, 1), the distribution is unknown, or there are fewer blocks than layers.
     """
     check_sparsity(sparsity)
-    check_distribution(distribution)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
     cells = [grid.cells for grid in grids]
     total = blocks_at(sparsity, sum(cells))
     if total < len(grids):
@@ -268,11 +267,6 @@ def share(grid: Grid, distribution: str) -> float:
     if distribution == "er":
         return float((grid.rows + grid.tap_cols) * grid.taps)
     return grid.rows + grid.tap_cols + sum(grid.kernel) / math.sqrt(grid.block[0] * grid.block[1])
-
-
-def check_distribution(distribution: str) -> None:
-    """Raise ValueError unless ``distribution`` is one of :data:`DISTRIBUTIONS`."""
-    check_choice("distribution", distribution, DISTRIBUTIONS)
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> None:

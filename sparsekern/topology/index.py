@@ -11,8 +11,7 @@ from torch import Tensor
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.topology.grid import Grid
-from sparsekern.topology.places import places_for
-from sparsekern.topology.topology import Topology, check_tied
+from sparsekern.topology.topology import Topology, check_tied, places_for
 
 CHUNK = 2**16
 """Entries that :func:`mask_index_` handles at a time; in addition it takes 4 bytes per entry."""

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_whole
-from sparsekern.topology.places import places_for
+from sparsekern.topology.topology import places_for
 
 ROUNDS = 8
 """Maximum number of rounds in :func:`sample_absent_pairs`; each draws at most twice as many cells as the one before."""

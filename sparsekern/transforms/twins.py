@@ -25,7 +25,7 @@ from sparsekern.nn.converters import grid_of
 from sparsekern.nn.init import fan_in
 from sparsekern.topology import Grid, block_pair, check_sparsity, generator_for
 from sparsekern.topology.arguments import check_choice, check_number
-from sparsekern.topology.draw import check_distribution, fill, share
+from sparsekern.topology.draw import DISTRIBUTIONS, fill, share
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -108,7 +108,7 @@ def match_blocks(
         ValueError: there are too few for a block in each layer or too many for all layers, or the distribution is
             unknown.
     """
-    check_distribution(distribution)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
     costs = [count * grid.numel / grid.cells for grid, count in zip(grids, tokens, strict=True)]
     full = [grid.cells * cost for grid, cost in zip(grids, costs, strict=True)]
     if multiply_adds < sum(costs):

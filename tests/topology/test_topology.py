@@ -23,7 +23,7 @@ from sparsekern.topology import (
     tie,
     with_capacity,
 )
-from sparsekern.topology.places import Places, places_for
+from sparsekern.topology.topology import Places, places_for
 from tests.topology.strategies import conv_grids, ints, places, topologies
 
 # Slots a to d, and the free slot f, in a grid of 4 x 4 blocks of 2 x 2; the matrix ends after 7 rows and 8 columns.

@@ -232,9 +232,7 @@ class Budget:
         return chosen
 
 
-def project(
-    wanted: Tensor, costs: Tensor, budget: float, floor: float = 0.0, how: str = "sort", halvings: int = HALVINGS
-) -> Tensor:
+def project(wanted: Tensor, costs: Tensor, budget: float, floor: float = 0.0, how: str = "sort") -> Tensor:
     """Return the point of ``{floor <= s <= 1, sum(costs * s) <= budget}`` that is nearest to ``wanted``.
 
     That is ``clip(wanted - v * costs, floor, 1)`` with the smallest ``v >= 0`` that keeps the budget. Computed in
@@ -246,8 +244,7 @@ def project(
         budget: at least ``floor * sum(costs)``.
         floor: the lowest probability, in [0, 1].
         how: ``"sort"``: exact, O(U log U), and by Newton's method, in about a dozen sums over all units, where there
-            are more than :data:`CHUNK`; or ``"bisection"``: ``halvings`` sums over all units, never above the budget.
-        halvings: number of times that the interval of v is halved.
+            are more than :data:`CHUNK`; or ``"bisection"``: 60 sums over all units, never above the budget.
 
     Returns:
         ``(U,)``, of the dtype of ``wanted``.
@@ -261,7 +258,7 @@ def project(
     if not wanted.numel():
         return wanted.clone()
     if how == "bisection":
-        shift = _by_halving(wanted, costs, budget, floor, halvings)
+        shift = _by_halving(wanted, costs, budget, floor)
     elif wanted.numel() <= CHUNK:
         shift = _by_sorting(wanted.double(), costs.double(), budget, floor)
     else:
@@ -348,9 +345,9 @@ def _by_newton(wanted: Tensor, costs: Tensor, budget: float, floor: float) -> Te
     return torch.where(within, 0.0, best)
 
 
-def _by_halving(wanted: Tensor, costs: Tensor, budget: float, floor: float, halvings: int) -> Tensor:
+def _by_halving(wanted: Tensor, costs: Tensor, budget: float, floor: float) -> Tensor:
     low, high = costs.new_zeros((), dtype=torch.float64), _highest_shift(wanted, costs, floor)
-    for _ in range(halvings):
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         over = _spent_by_all(wanted, costs, middle, floor) > budget
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)

@@ -86,8 +86,9 @@ def test_it_is_the_exact_one_and_is_so_again(chunk, data):
 @pytest.mark.parametrize("how", PROJECTIONS)
 def test_many_units_take_what_is_returned_and_little_more(how, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 2**8)
+    monkeypatch.setattr(module, "HALVINGS", 20)
     z, c = torch.rand(2**14, generator=torch.Generator().manual_seed(0)), torch.ones(2**14, dtype=torch.float64)
-    found = allocations(lambda: project(z, c, 2.0**12, 0.0, how, halvings=20))
+    found = allocations(lambda: project(z, c, 2.0**12, 0.0, how))
     assert found.peak < 4 * 2**14 + 2**15 and found.largest == 4 * 2**14
 
 
@@ -115,9 +116,10 @@ def test_many_in_single_precision_keep_the_budget(how):
     assert float(found.double().sum()) == pytest.approx(4000, rel=1e-6)
 
 
-def test_few_halvings_stay_within_the_budget():
+def test_few_halvings_stay_within_the_budget(monkeypatch):
+    monkeypatch.setattr(module, "HALVINGS", 5)
     z = torch.rand(100, generator=torch.Generator().manual_seed(0)).double()
-    rough = project(z, torch.ones(100), 20.0, 0.0, "bisection", halvings=5)
+    rough = project(z, torch.ones(100), 20.0, 0.0, "bisection")
     assert 15 < float(rough.sum()) <= 20
 
 
