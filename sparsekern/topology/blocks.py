@@ -31,12 +31,7 @@ def to_dense(topology: Topology, values: Tensor) -> Tensor:
     stored = movable(values)
     dense = stored.new_zeros(grid.rows, bo, grid.cols, bi)
     dense[row, :, col, :] = stored[used]
-    parts = dense.view(grid.groups, grid.group_rows * bo, grid.taps, grid.tap_cols * bi)
-    matrix = parts[:, : grid.group_out, :, : grid.tap_in].reshape(grid.out_features, grid.in_features)
-    matrix = moved(matrix, values.dtype)
-    if grid.kernel is None:
-        return matrix.t().contiguous() if grid.transposed else matrix
-    return matrix.view(grid.out_features, *grid.kernel, grid.tap_in).movedim(-1, 1).contiguous()
+    return moved(_as_weight(grid, dense).contiguous(), values.dtype)
 
 
 @torch.no_grad()
@@ -86,12 +81,17 @@ def dense_block_sums(grid: Grid, weight: Tensor) -> Tensor:
 def zero_blocks_(grid: Grid, weight: Tensor, kept: Tensor) -> None:
     """Set the blocks of a dense weight to zero, in place, where ``kept (R, C)`` is False."""
     mask = kept[:, None, :, None].expand(grid.rows, grid.block[0], grid.cols, grid.block[1])
-    parts = mask.reshape(grid.groups, grid.group_rows * grid.block[0], grid.taps, grid.tap_cols * grid.block[1])
+    weight.mul_(_as_weight(grid, mask))
+
+
+def _as_weight(grid: Grid, blocks: Tensor) -> Tensor:
+    """Return blocks ``(R, bo, C, bi)`` in the shape of the dense weight, without their phantom elements."""
+    bo, bi = grid.block
+    parts = blocks.reshape(grid.groups, grid.group_rows * bo, grid.taps, grid.tap_cols * bi)
     matrix = parts[:, : grid.group_out, :, : grid.tap_in].reshape(grid.out_features, grid.in_features)
     if grid.kernel is None:
-        weight.mul_(matrix.t() if grid.transposed else matrix)
-    else:
-        weight.mul_(matrix.view(grid.out_features, *grid.kernel, grid.tap_in).movedim(-1, 1))
+        return matrix.t() if grid.transposed else matrix
+    return matrix.view(grid.out_features, *grid.kernel, grid.tap_in).movedim(-1, 1)
 
 
 def _as_blocks(grid: Grid, weight: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ class Method(Attached):
         Raises:
             ValueError: a value is NaN or infinite, so that blocks have no order.
         """
-        parts = Units(layer.topology, None, 0) if parts is None else parts
+        parts = Units(layer.topology, None, layer.grid) if parts is None else parts
         scores = block_norms(layer)
         full = stored_blocks(layer.index) == layer.topology.slots
         if not is_finite(scores if full else scores[layer.topology.used()]):

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from sparsekern.kernels.contract import accumulate_dtype, ordered_bits
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import Move, Topology, one_tap, places_for, stored_blocks, to_places
+from sparsekern.topology import Grid, Move, Topology, one_tap, places_for, stored_blocks, tie, to_places
 from sparsekern.training.distributed import slot_scores
 
 _log = logging.getLogger("sparsekern")
@@ -130,8 +130,8 @@ class Units(NamedTuple):
     """The places of the units: the layer's topology, or that of one tap."""
     slots: Tensor | None
     """``(U, taps)``, the slots of each unit in the order of the taps; None where each slot is a unit."""
-    tap_cols: int
-    """Block columns of a tap."""
+    grid: Grid
+    """That of the layer, of all taps."""
 
     def norms(self, norms: Tensor) -> Tensor:
         """Return the Frobenius norm ``(U,)`` of each unit from the norms ``(Z,)`` of the slots."""
@@ -146,22 +146,20 @@ class Units(NamedTuple):
         """Return the move of blocks that a move of units stands for."""
         if self.slots is None:
             return move
-        taps = self.slots.shape[1]
-        tap = torch.arange(taps, dtype=torch.int32, device=move.col.device) * self.tap_cols
-        col = (tap + move.col[:, None]).flatten()
-        return Move(self.slots[move.slots.long()].flatten(), move.row.repeat_interleave(taps), col)
+        tied = tie(Topology(self.topology.grid, move.row, move.col), self.grid)
+        return Move(self.slots[move.slots.long()].flatten(), tied.row, tied.col)
 
 
 def units(layer: BlockSparse) -> Units:
     """Return the units of a layer. With tied taps those of stored blocks only, and it synchronises the device."""
     topology, grid = layer.topology, layer.grid
     if not layer.tie_taps:
-        return Units(topology, None, grid.tap_cols)
+        return Units(topology, None, grid)
     tap, channel = topology.col // grid.tap_cols, topology.col % grid.tap_cols
     key = ((topology.row.long() * grid.tap_cols + channel) * grid.taps + tap).masked_fill(~topology.used(), grid.cells)
     slots = key.argsort(stable=True)[: topology.blocks()].view(-1, grid.taps)
     first = slots[:, 0]
-    return Units(Topology(one_tap(grid), topology.row[first], topology.col[first]), slots, grid.tap_cols)
+    return Units(Topology(one_tap(grid), topology.row[first], topology.col[first]), slots, grid)
 
 
 class Offer(NamedTuple):

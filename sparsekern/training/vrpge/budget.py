@@ -111,9 +111,9 @@ class Candidates:
             order = self.unit.long() * taps + layer.col.clamp(min=0) // grid.tap_cols  # free slots have the last unit
             slots = order.argsort(stable=True)[: self.count * taps].view(-1, taps)  # of each unit, its taps in order
             plane = Topology(one_tap(grid), layer.row[slots[:, 0]], layer.col[slots[:, 0]] % grid.tap_cols)
-            parts, present = Units(plane, slots, grid.tap_cols), plane.sorted_keys()
+            parts, present = Units(plane, slots, grid), plane.sorted_keys()
         else:
-            parts, present = Units(layer.topology, None, grid.tap_cols), ordered_keys(layer.index, layer.topology)
+            parts, present = Units(layer.topology, None, grid), ordered_keys(layer.index, layer.topology)
         cells = parts.topology.grid.cells
         count = min(limit, units.shape[0], cells - present.shape[0])
         drawn = torch.randperm(units.shape[0], generator=generator, device="cpu")[:count]
