@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sparsekern.errors import InputError
-from sparsekern.integrations.loggers import LogTo, log, open_log
-from sparsekern.integrations.methods import AnyMethod, Factory, MethodSpec, needs_closure, numbers
+from sparsekern.integrations.methods import AnyMethod, Factory, LogTo, MethodSpec, log, needs_closure, numbers, open_log
 from sparsekern.nn import sparse_layers
 
 __all__ = ["SparseCallback"]

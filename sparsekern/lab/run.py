@@ -15,7 +15,7 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.errors import InputError
 from sparsekern.files import load_
-from sparsekern.integrations.loggers import LogTo, log, open_log
+from sparsekern.integrations.methods import LogTo, log, open_log
 from sparsekern.lab import checkpoint
 from sparsekern.lab.checkpoint import DEFAULT, Clock, Keeping
 from sparsekern.lab.config import Config

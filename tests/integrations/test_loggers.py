@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparsekern.integrations.loggers import log, open_log
+from sparsekern.integrations.methods import log, open_log
 from sparsekern.lab import Config, Logged, start
 from tests.lab.runs import StopAt
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsekern.errors import InputError
-from sparsekern.integrations.loggers import LogTo, log, open_log
-from sparsekern.integrations.methods import AnyMethod, Factory, MethodSpec, needs_closure, numbers
+from sparsekern.integrations.methods import AnyMethod, Factory, LogTo, MethodSpec, log, needs_closure, numbers, open_log
 from sparsekern.training import AGENT, NetworkSampler
 
 STATE = "sparsekern"
