@@ -22,8 +22,7 @@ from torch import Tensor
 
 from sparsekern.errors import InputError
 from sparsekern.files.atomic_files import make_folder, make_parents, refuse_link, remove_folder, remove_leftovers
-from sparsekern.files.torch_files import read_torch
-from sparsekern.files.weight_files import write_state
+from sparsekern.files.weight_files import read_torch, write_state
 from sparsekern.lab.formats import FORMAT_VERSION, State, checked
 
 logger = logging.getLogger("sparsekern")

@@ -112,9 +112,8 @@ class Attached:
                 "layers or optimizer; use that one, or build it anew"
             )
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Keep the topology as it is, so that another thread can evaluate the model meanwhile.
+    def frozen(self) -> AbstractContextManager[None]:
+        """Return a context that keeps the topology as it is, so that another thread can evaluate the model meanwhile.
 
         Whatever writes into the topology (an update, the extra passes of AGENT and VR-PGE) waits until all such
         contexts end. Several may be open at once, but one that is opened while an update waits starts after the update:
@@ -124,8 +123,7 @@ class Attached:
         Raises:
             RuntimeError: from an update in the same thread.
         """
-        with self._freeze.reading():
-            yield
+        return self._freeze.reading()
 
     def writing(self) -> AbstractContextManager[None]:
         """Return a context that waits for all :meth:`frozen` contexts to end, and keeps new ones waiting."""

@@ -120,8 +120,9 @@ def transform(
     chosen = _chosen(dense, twins, targets, ignore)
     if name == "wide":
         assert not isinstance(model, nn.Module)
-        check(next(iter(chosen.values())), sparsity, pool, init)
-        width = wide_width(sparsity, _block(block_size, next(iter(chosen.values()))))
+        first = next(iter(chosen.values()))
+        check(first, sparsity, pool, init)
+        width = wide_width(sparsity, default_block_size(first.weight.device) if block_size is None else block_size)
         _check_room(dense, chosen, sparsity, width, max_gib)
         wide = _built(model, width, seed)
         work = _wide_work(dense, wide, twins, sample_input, chosen, match)
@@ -158,10 +159,6 @@ def _check_room(dense: nn.Module, chosen: dict[str, Dense], sparsity: float, wid
             "a smaller network, or a larger max_gib",
             parameter="max_gib",
         )
-
-
-def _block(block_size: int | tuple[int, int] | None, layer: Dense) -> int | tuple[int, int]:
-    return default_block_size(layer.weight.device) if block_size is None else block_size
 
 
 def _chosen(dense: nn.Module, twins: Profile, targets: Selector, ignore: Selector | None) -> dict[str, Dense]:

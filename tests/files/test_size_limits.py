@@ -13,8 +13,7 @@ import sparsekern as sk
 from sparsekern.cli.main import application
 from sparsekern.files.conversion import bsr_state, dense_state, sparse_state
 from sparsekern.files.size_limits import FACTOR, Limits, TooLarge
-from sparsekern.files.torch_files import read_torch
-from sparsekern.files.weight_files import ENTRY, read_state, write_state
+from sparsekern.files.weight_files import ENTRY, read_state, read_torch, write_state
 from tests.memory import allocations
 
 SMALL = Limits(gib=2**-10, tensors=100)

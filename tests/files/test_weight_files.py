@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsekern.files.states import metadata_of, sparse_names, with_metadata
-from sparsekern.files.torch_files import first_line, read_torch
-from sparsekern.files.weight_files import ENTRY, read_state, write_state
+from sparsekern.files.weight_files import ENTRY, first_line, read_state, read_torch, write_state
 from tests.nn.test_block_sparse import layer
 
 
