@@ -195,6 +195,11 @@ class Config:
                 has = f"has {', '.join(recipe.network)}" if recipe.network else "has no such options"
                 raise InputError(f"{name} is {value}, but recipe {recipe.name} {has}; drop it", parameter=name)
             NETWORK_OPTIONS[name].check(value)
+        if isinstance(self.sparsity, Mapping) and "head" in self.sparsity and not self.network.get("free_head"):
+            raise InputError(
+                "sparsity is given for the head, whose weight is the token embedding's; give it its own by free_head",
+                parameter="sparsity",
+            )
 
     @property
     def method_title(self) -> str:

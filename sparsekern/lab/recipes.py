@@ -153,7 +153,8 @@ class Recipe:
         width_step: of which the width must be a multiple.
         sparsity: of the sparse layers, or of each kind of them.
         kinds: a glob of the names of the layers of each kind that may have a sparsity of its own. Only such layers are
-            sparse then. None: there is one kind, all layers but ``kept_dense``.
+            sparse then, and of these only the kinds in ``sparsity`` where one number is given for all. Empty: there is
+            one kind, all layers but ``kept_dense``.
         network: options of the network besides its width, with their defaults:
             :data:`sparsekern.lab.options.NETWORK_OPTIONS`.
         needs_image_size: whether ``model`` takes ``image_size``, too.
@@ -233,7 +234,7 @@ _GPT = Recipe(  # the optimizer and schedule of nanoGPT, and the sparsities of S
     width=384,
     width_step=HEAD_FEATURES,
     sparsity={"mlp": 0.9, "attention": 0.7},
-    kinds={"mlp": "*.mlp.*", "attention": "*.attention.*"},
+    kinds={"mlp": "*.mlp.*", "attention": "*.attention.*", "head": "head"},
     network={"depth": 6, "context": 128, "activation": "gelu", "positions": "learnt", "free_head": False},
     channels_last=False,
     task=Language,

@@ -118,8 +118,8 @@ def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
     if isinstance(sparsity, Mapping):
         sparsity = {recipe.kinds[kind]: number for kind, number in sparsity.items()}
         layers["targets"] = list(sparsity)
-    elif recipe.kinds:
-        layers["targets"] = list(recipe.kinds.values())
+    elif isinstance(recipe.sparsity, Mapping):
+        layers["targets"] = [recipe.kinds[kind] for kind in recipe.sparsity]
     return Run(
         config=config,
         recipe=recipe,

@@ -74,8 +74,10 @@ def test_a_language_model_with_a_sparsity_for_each_kind_of_layers(tmp_path, monk
     again = invoke("--out", tmp_path / "new", "--quiet", "--json")
     rows = json.loads(again.stdout)["rows"]
     assert [row["sparsity"] for row in rows] == [{"mlp": 0.75, "attention": 0.5}, 0.5]
-    wrong = invoke("--recipe=gpt-nano", "--sparsity=head=0.5", "--out", tmp_path / "other")
-    assert wrong.exit_code == 2 and "sparsity is given for head; recipe gpt-nano has mlp, attention" in wrong.stderr
+    wrong = invoke("--recipe=gpt-nano", "--sparsity=tail=0.5", "--out", tmp_path / "other")
+    assert (
+        wrong.exit_code == 2 and "sparsity is given for tail; recipe gpt-nano has mlp, attention, head" in wrong.stderr
+    )
 
 
 def test_another_folder_is_not_written_to(finished):

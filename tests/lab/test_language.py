@@ -81,6 +81,15 @@ def test_one_number_is_for_all_kinds_and_a_free_head_stays_dense(text):
     assert {layer.sparsity for layer in sk.sparse_layers(model).values()} == {0.5}
 
 
+def test_a_free_head_may_be_sparse(text):
+    options = TINY | {"network": TINY["network"] | {"free_head": True}}
+    config = Config(data=text, block_size=16, sparsity={"mlp": 0.75, "head": 0.5}, epochs=1, **options)
+    learner = Learner(run_of(config), "sparse", 0)
+    assert set(sk.sparse_layers(learner.model)) == {"layers.0.mlp.fc1", "layers.0.mlp.fc2", "head"}
+    assert learner.model.head.sparsity == 0.5
+    learner.step()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -153,7 +162,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path):
     ("changes", "words"),
     [
         ({"width": 100}, "width is 100; for recipe gpt-nano it must be a multiple of 64"),
-        ({"sparsity": {"head": 0.9}}, "sparsity is given for head; recipe gpt-nano has mlp, attention"),
+        ({"sparsity": {"head": 0.9}}, "sparsity is given for the head, whose weight is the token embedding's"),
+        ({"sparsity": {"tail": 0.9}}, "sparsity is given for tail; recipe gpt-nano has mlp, attention, head"),
         ({"sparsity": {}}, "sparsity is given for no kind of layers"),
         ({"sparsity": {"mlp": 1.0}}, "sparsity is 1.0"),
         ({"sparsity": {"mlp": "much"}}, "sparsity is .*; it must be a number"),
