@@ -36,7 +36,7 @@ IMAGES, SIDE, CLASSES = 64, 32, 10
 PARTS = {
     "our kernels": ("sparsekern::",),
     "dense products": ("conv", "mkldnn", "mm", "linear"),
-    "batch norm": ("batch_norm",),
+    "batch norm": ("batch_norm", "BatchNorm"),
     "relu": ("relu", "threshold", "clamp"),
     "pooling and mean": ("pool", "mean"),
     "copies and fills": ("copy_", "zero_", "fill_", "contiguous", "cat", "slice", "pad"),

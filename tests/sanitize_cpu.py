@@ -171,6 +171,7 @@ def sweep(library_file: Path, seeds: int) -> None:
         for seed in range(turn, seeds, len(LEVELS)):  # the same on all of them
             library.release_scratch()
             run_places(seed)
+            run_norm(seed)
         print(f"{name}: {calls} inputs", flush=True)
         total += calls
     print(f"{total} inputs, no report of the sanitizers")
@@ -280,6 +281,19 @@ def run_places(seed: int) -> None:
     edges = drawn(seed, seed % 50 + 1, 9).double().cumsum(0) + 1
     queries = torch.linspace(0, 0.999, count, dtype=torch.float64) * edges[-1]
     assert torch.equal(places.search(edges, queries), eager.search(edges, queries))
+
+
+def run_norm(seed: int) -> None:
+    """Call batch norm with ReLU, forward and backward, on images of some size."""
+    import torch
+    from sparsekern.kernels.cpu import norms
+
+    shape = seed % 3 + 1, seed * 7 % 70 + 1, seed % 5 + 1, seed % 4 + 2
+    x, dy, residual = (torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    weight, bias = torch.randn(2, shape[1])
+    for added in (None, residual):
+        y, stats = norms.forward(x, weight, bias, added, 1e-5)
+        norms.backward(dy, x, None if added is None else y, weight, bias, stats, 1e-5)
 
 
 def main() -> int:

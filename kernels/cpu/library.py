@@ -20,7 +20,7 @@ from torch import Tensor
 
 _log = logging.getLogger("sparsekern")
 
-ABI = 10
+ABI = 11
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -215,7 +215,7 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def call(name: str, *calls: Call) -> None:
+def call(name: str, *calls: ctypes.Structure) -> None:
     """Run one function of the library; ctypes lets other Python threads run meanwhile.
 
     Raises:

@@ -7,6 +7,7 @@ from sparsekern.nn.converters import is_replaceable, register_converter, registe
 from sparsekern.nn.dense_layers import Choice, DenseShare, dense_share, left_dense, register_racer
 from sparsekern.nn.indexed import lend_index
 from sparsekern.nn.linear import SparseLinear
+from sparsekern.nn.norm import norm_relu
 from sparsekern.nn.selectors import Selector, select
 from sparsekern.nn.sharded import refuse_sharded
 from sparsekern.nn.sparsify import sparsify_
@@ -29,6 +30,7 @@ __all__ = [
     "is_replaceable",
     "left_dense",
     "lend_index",
+    "norm_relu",
     "plain_name",
     "refresh_",
     "refuse_sharded",

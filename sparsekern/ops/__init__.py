@@ -3,6 +3,7 @@
 from sparsekern.ops import onnx as _onnx  # noqa: F401  enters decompositions into PyTorch's table
 from sparsekern.ops.backends import BACKENDS, backend, requested_backend, supports
 from sparsekern.ops.flops import stored_elements
+from sparsekern.ops.norms import batch_norm_relu, fuses_batch_norm_relu
 from sparsekern.ops.probes import Probe
 from sparsekern.ops.products import conv2d, linear
 from sparsekern.ops.scores import all_block_norms, block_norms, sketch
@@ -12,8 +13,10 @@ __all__ = [
     "Probe",
     "all_block_norms",
     "backend",
+    "batch_norm_relu",
     "block_norms",
     "conv2d",
+    "fuses_batch_norm_relu",
     "linear",
     "requested_backend",
     "sketch",

@@ -45,7 +45,23 @@ struct Call {
   const float *u, *v;     // a sketch: (features, pairs), pairs filled up to a multiple of GROUP_PAIRS; values are its output
   int64_t pairs;
 };
+
+// Batch norm and ReLU of channels-last images: `Norm` of norms.py, norm.h. Null what a function does not read or write.
+struct NormCall {
+  const float *x, *residual, *dy;      // (pixels, channels)
+  float *y, *dx, *residual_grad;
+  const float *weight, *bias;          // (channels)
+  float *stats, *grads;                // (2, channels): mean and variance; gradients of weight and bias
+  int64_t pixels, channels, threads;
+  double eps;
+};
 }
+
+struct Norm : NormCall {
+  int64_t chunk;         // pixels whose sums are formed together
+  int32_t past;          // the result is written past the caches
+  char *scratch;
+};
 
 // An order of the index, checked: the entries of block row r are ptr[r] to ptr[r + 1] of the other two lists.
 struct Order {
@@ -135,6 +151,8 @@ struct Kernels {
   void (*conv_outer)(const ConvOuter &);
   void (*conv_outer_elements)(const ConvOuter &);
   void (*conv_backward)(const ConvBackward &);
+  void (*norm_forward)(const Norm &);
+  void (*norm_backward)(const Norm &);
   bool (*all_inside)(const int32_t *numbers, int64_t count, int64_t bound);
 };
 

@@ -27,7 +27,7 @@ struct Arena {
 
 namespace {
 
-const int ABI = 10;  // raise it with every change of Call or of an exported signature; library.py compares it
+const int ABI = 11;  // raise it with every change of Call or of an exported signature; library.py compares it
 
 constexpr int ARENAS = 128;  // calls at the same time whose scratch is kept; that of more is allocated and freed
 Arena arenas[ARENAS];
@@ -237,6 +237,20 @@ static int with_order(const Call &c, int (*product)(const Call &, const Order &)
   return failed ? failed : checked.result();
 }
 
+// Plan a batch norm, allocate its scratch and run it; `beside`: floats of each channel beside the sums of chunks.
+static int with_norm(const NormCall &c, void (*kernel)(const Norm &), const float *result, int beside) {
+  Norm m = {c, 0, 0, nullptr};
+  m.chunk = half_of_l2() / 4 / c.channels;  // a chunk of all tensors that are read fits the L2 cache
+  if (m.chunk < 8) m.chunk = 8;
+  m.threads = threads_for(c.pixels * c.channels * 16, (int)c.threads);
+  m.past = c.channels % LINE == 0 && writes_past(result, c.channels * 4, c.pixels * c.channels * 4, (int)m.threads);
+  return with_scratch((blocks_of(c.pixels, m.chunk) * 2 + beside) * c.channels, [&](float *memory) {
+    m.scratch = (char *)memory;
+    kernel(m);
+    return 0;
+  });
+}
+
 #pragma GCC visibility push(default)
 extern "C" {
 
@@ -291,6 +305,10 @@ int sk_backward(const Call *dx, const Call *dvalues) {
   const int failed = (of_convolution(*dx) ? conv_backward : linear_backward)(*dx, by_col.order, *dvalues, by_row.order);
   return failed ? failed : by_col.result() ? by_col.result() : by_row.result();
 }
+
+int sk_norm_forward(const NormCall *c) { return with_norm(*c, kernels().norm_forward, c->y, 6); }
+
+int sk_norm_backward(const NormCall *c) { return with_norm(*c, kernels().norm_backward, c->dx, 9); }
 
 int sk_sketch(const Call *c) {
   if (!has_memory(c->x) || !has_memory(c->y) || !c->u || !c->v) return NO_STORAGE;

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sparsekern.lab.models.layers import Multiplier, conv1x1, conv3x3, init_convolutions_, widened
+from sparsekern.nn import norm_relu
 
 STAGES = (64, 128, 256, 512)
 """Channels of the stages of the networks for ImageNet; each but the first halves the image."""
@@ -53,16 +54,13 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(in_channels, channels, stride), nn.BatchNorm2d(channels)
         self.conv2, self.bn2 = conv3x3(channels, channels), nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
         same = stride == 1 and in_channels == channels
         self.downsample = None if same else self.shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(N, channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        y += x if self.downsample is None else self.downsample(x)
-        out: Tensor = self.relu(y)
-        return out
+        y = self.conv2(norm_relu(self.bn1, self.conv1(x)))
+        return norm_relu(self.bn2, y, residual=x if self.downsample is None else self.downsample(x))
 
 
 class CifarBlock(BasicBlock):
@@ -82,17 +80,14 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = conv1x1(in_channels, channels), nn.BatchNorm2d(channels)
         self.conv2, self.bn2 = conv3x3(channels, channels, stride), nn.BatchNorm2d(channels)
         self.conv3, self.bn3 = conv1x1(channels, out_channels), nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
         same = stride == 1 and in_channels == out_channels
         self.downsample = None if same else Projection(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(N, 4 * channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
-        y += x if self.downsample is None else self.downsample(x)
-        out: Tensor = self.relu(y)
-        return out
+        y = norm_relu(self.bn1, self.conv1(x))
+        y = self.conv3(norm_relu(self.bn2, self.conv2(y)))
+        return norm_relu(self.bn3, y, residual=x if self.downsample is None else self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -127,7 +122,7 @@ class ResNet(nn.Module):
             if small_images
             else nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         )
-        self.bn1, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
         self.layers = [f"layer{i + 1}" for i in range(len(stages))]
         for i, width in enumerate(widths):
@@ -140,7 +135,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits ``(N, num_classes)``."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
         for name in self.layers:
             x = self.get_submodule(name)(x)
         logits: Tensor = self.fc(x.mean((2, 3)))
@@ -172,15 +167,14 @@ class PreActivationBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(in_channels), conv3x3(in_channels, channels, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(channels), conv3x3(channels, channels)
-        self.relu = nn.ReLU(inplace=True)
         same = stride == 1 and in_channels == channels
         self.shortcut = None if same else conv1x1(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(N, channels, H / stride, W / stride)`` for ``(N, in_channels, H, W)``."""
-        y = self.relu(self.bn1(x))
+        y = norm_relu(self.bn1, x)
         shortcut = x if self.shortcut is None else self.shortcut(y)
-        out: Tensor = shortcut + self.conv2(self.relu(self.bn2(self.conv1(y))))
+        out: Tensor = shortcut + self.conv2(norm_relu(self.bn2, self.conv1(y)))
         return out
 
 
@@ -208,14 +202,14 @@ class WideResNet(nn.Module):
             stages.append(nn.Sequential(first, *(PreActivationBlock(width, width, 1) for _ in range(blocks - 1))))
             channels = width
         self.layer1, self.layer2, self.layer3 = stages
-        self.bn, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
         init_convolutions_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits ``(N, num_classes)``."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        logits: Tensor = self.fc(self.relu(self.bn(x)).mean((2, 3)))
+        logits: Tensor = self.fc(norm_relu(self.bn, x).mean((2, 3)))
         return logits
 
 

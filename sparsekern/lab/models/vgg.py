@@ -8,9 +8,24 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from sparsekern.lab.models.layers import Multiplier, conv3x3, init_convolutions_, widened
+from sparsekern.nn import norm_relu
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of the convolutions; each stage ends with max pooling, which halves the image."""
+
+
+class Features(nn.Sequential):
+    """A sequence in which each batch norm and the ReLU behind it are one operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the last module."""
+        modules = list(self)
+        for module, then in zip(modules, [*modules[1:], None], strict=True):
+            if isinstance(then, nn.ReLU):
+                x = norm_relu(module, x)
+            elif not isinstance(module, nn.ReLU):
+                x = module(x)
+        return x
 
 
 class VGG(nn.Module):
@@ -42,7 +57,7 @@ class VGG(nn.Module):
                 features += [conv3x3(channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 channels = width
             features.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*features)
+        self.features = Features(*features)
         widths = [channels, *(widened(features, width_multiplier) for features in hidden)]
         classifier: list[nn.Module] = []
         for ins, outs in pairwise(widths):
