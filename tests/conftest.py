@@ -32,6 +32,14 @@ sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 KERNEL_TESTS = Path(__file__).parent / "kernels"
 GPU_TESTS = KERNEL_TESTS / "gpu"
+LONGEST = (
+    *("lab/test_distributed.py", "test_gpu_code.py", "test_fsdp.py", "test_cpu_sanitizers.py", "test_bench_gpu_run.py"),
+    *("test_fsdp_checkpoint.py", "test_native_build.py", "test_fsdp_agent.py", "test_method_mutations.py"),
+    *("test_gpu_conv2d_mutations.py", "lab/test_hosts.py", "test_true_gradient.py", "test_truly_sparse_building.py"),
+    *("training/growth/test_gradient.py", "test_cpu_processes.py", "test_distributed.py", "test_examples.py"),
+    *("cli/test_plan.py", "lab/test_train.py", "lab/test_formats.py", "test_distributed_checkpoint.py"),
+)
+"""Files that take long, though many have few tests: who runs all tests side by side begins with them."""
 INTEGER_POISON = 0x5A
 """Byte of an unwritten integer: as int32 it is 1515870810, an index into nothing."""
 
@@ -49,6 +57,12 @@ def pytest_configure() -> None:
     # PyTorch notes its constructors at the first use of a default device: let it be these, not poisoned ones.
     with torch.device("cpu"):
         torch.empty(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files: one that began last would be waited for."""
+    turns = {Path(__file__).parent / name: turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turns.get(item.path, len(turns)))
 
 
 @pytest.fixture(autouse=True)
