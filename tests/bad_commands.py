@@ -42,13 +42,11 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("compare --seeds 0 --out {place}/new", ("seeds is 0",)),
     # A race.
     ("bench --linear 10", ("linear is '10'", "INxOUT such as 1024x4096")),
-    ("bench --sparsity 90", ("sparsity is 90", "did you mean 0.9?")),
-    ("bench --block 0", ("block is '0'", "sides of blocks")),
     ("bench --threads 4096", ("threads is '4096'", "the cores that there are")),
     ("bench --model resnet200", ("model is 'resnet200'", "module:function, or one of the recipes")),
     ("bench --model {place}:build", ("{place}:build", "which fails with ModuleNotFoundError")),
-    ("bench --picture {place}/a.bmp", ("a.bmp", "the name must end in .png")),
-    ("bench --tokens ten", ("--tokens is 'ten'", "it must be a whole number")),
+    ("bench --picture {place}/a.bmp", ("a.bmp", "the name must end in .png, .svg, .pdf")),
+    ("bench --picture {place}/none/a.png", ("whose folder does not exist", "make the folder")),
     # Where it writes.
     ("train --width 64 --out {place}/full", ("out is {place}/full", "not empty", "choose another --out")),
     ("train --width 64 --out {place}/run", ("not empty", "--resume")),
@@ -96,7 +94,6 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("compare --out {place}/run", ("out is {place}/run", "holds no comparison", "choose another --out")),
     ("compare --method rigl:agent=maybe --out {place}/new", ("agent is 'maybe'", "true or false")),
     ("convert {place}/none {place}/x.pt --to dense", ("{place}/none does not exist", "give a file of weights")),
-    ("convert {place}/w.safetensors {place}/no/x.pt --to dense", ("folder does not exist", "make the folder")),
     (
         "convert {place}/w.safetensors /proc/x.safetensors --to dense",
         ("/proc/x.safetensors cannot", "No such", "choose"),
@@ -105,7 +102,6 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
         "convert {place}/w.safetensors {place}/x.pt --to sparse --sparsity 0.5 --block-size 99",
         ("block_size is 99x99", "larger than layer 'fc'", "choose smaller"),
     ),
-    ("convert {place}/w.safetensors {place}/w.safetensors --to dense", ("w.safetensors, which exists", "--force")),
     ("convert {place}/w.safetensors {place}/full.pt --to dense", ("full.pt, which is a folder", "another name")),
     ("train --resume {place}/odd", ("config.json", "start a new run")),
     ("train --resume {place}/run --epochs 7", ("epochs is 7", "drop the option")),

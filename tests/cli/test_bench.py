@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from typer.testing import CliRunner
 
 from sparsekern.cli import bench as module
@@ -51,20 +50,6 @@ def test_a_busy_machine_is_said_last(monkeypatch):
     report = module.Report(rows=[], busy="the machine is too busy to believe these figures")
     monkeypatch.setattr(module, "run_bench", lambda request, advance: report)
     assert run().stdout.endswith("warning: the machine is too busy to believe these figures\n")
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("a.bmp", "a.bmp; the name must end in .png, .svg, .pdf"),
-        ("none/a.png", "whose folder does not exist; make the folder"),
-        ("folder.png", "which is a folder; give the name of a file"),
-    ],
-)
-def test_pictures_that_cannot_be_written(tmp_path, name, said):
-    (tmp_path / "folder.png").mkdir()
-    result = run("--picture", str(tmp_path / name))
-    assert result.exit_code == 2 and said in result.stderr.replace("\n", " ")
 
 
 def test_the_help_has_examples():

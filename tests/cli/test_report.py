@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -82,19 +81,6 @@ def test_a_run_whose_checkpoints_are_gone(tmp_path):
     assert result.exit_code == 0 and "no checkpoint" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "."])
-def test_nothing_else_is_overwritten(finished, tmp_path, name):
-    (tmp_path / "notes.txt").write_text("mine")
-    result = invoke(finished, "--out", tmp_path / name)
-    assert result.exit_code == 2 and result.stderr.startswith("error: out is") and result.stderr.count("\n") == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_folder_that_is_not_there(finished, tmp_path):
-    result = invoke(finished, "--out", tmp_path / "no" / "page.html")
-    assert result.exit_code == 2 and "whose folder does not exist; make the folder" in result.stderr
-
-
 def test_a_disk_that_is_full(finished, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -103,12 +89,3 @@ def test_a_disk_that_is_full(finished, tmp_path, monkeypatch):
     result = invoke(finished, "--out", tmp_path / "page.html", "--no-measure")
     assert result.exit_code == 2 and "no room left on the disk; free some" in result.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_of_another_format_has_no_page(finished, tmp_path):
-    folder = tmp_path / "old"
-    shutil.copytree(finished, folder)
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | {"format_version": 3}))
-    result = invoke(folder)
-    assert result.exit_code == 2 and "has format version 3; this code reads 4" in result.stderr

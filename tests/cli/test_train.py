@@ -150,11 +150,6 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch):
         assert (result.exception is error) == defect, "a defect keeps its traceback"
 
 
-def test_a_folder_in_use_is_not_overwritten(finished):
-    result = invoke(*TINY, "--out", finished[0])
-    assert result.exit_code == 2 and "not empty; resume it with --resume, or choose another --out" in result.stderr
-
-
 def test_options_that_contradict_the_resumed_run(finished, tmp_path):
     folder, _ = finished
     for arguments, message in (

@@ -75,24 +75,11 @@ def test_a_comparison_is_no_run(tmp_path):
         read_config(tmp_path)
 
 
-def test_nothing_is_overwritten(tmp_path):
-    create(tmp_path, Config(), {}, {})
-    with pytest.raises(InputError, match=r"not empty; resume it with --resume, or choose another --out"):
-        create(tmp_path, Config(), {}, {})
-
-
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="cannot be made .*choose another --out"):
             create(path, Config(), {}, {})
-
-
-def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(InputError, match=r"resume is .*, which has no config.json; give the folder of a run"):
-        read_config(tmp_path)
-    with pytest.raises(InputError, match="run is .*, which has no config.json; give the folder of a run"):
-        read_record(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import Grid, Move, Topology, balanced, conv_grid, generator_for, one_tap, with_capacity
-from sparsekern.training.scores import ascending, block_norms, descending, highest, lowest, part_of, protect_last, units
+from sparsekern.training.scores import ascending, block_norms, descending, lowest, part_of, protect_last, units
 
 
 def ints(*numbers: int) -> torch.Tensor:
@@ -31,32 +31,6 @@ def test_half_precision_norms_do_not_overflow():
     assert block_norms(layer).item() == 120000
 
 
-def test_lowest():
-    scores = torch.tensor([3.0, 1, torch.inf, 1, 2])
-    assert lowest(scores, 3).tolist() == [1, 3, 4]
-    assert lowest(scores, 1).tolist() == [1]
-    assert lowest(scores, 9).tolist() == [0, 1, 3, 4]
-    assert lowest(scores, 0).tolist() == lowest(scores[:0], 2).tolist() == []
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["random", "ties", "near ties", "mostly infinite", "tiny"])
-@pytest.mark.parametrize("count", [1, 700, 2999, 3000])
-def test_lowest_of_many(kind, count, dtype):
-    scores = torch.rand(3000, dtype=dtype, generator=generator_for(0))
-    if kind == "ties":
-        scores = (scores * 10).floor()
-    elif kind == "near ties":
-        scores = 1 + scores * 1e-6  # of one upper half
-    elif kind == "mostly infinite":
-        scores[scores < 0.9] = torch.inf
-    elif kind == "tiny":
-        scores *= torch.finfo(dtype).tiny
-    expected = scores.argsort(stable=True)
-    expected = expected[scores[expected].isfinite()][:count].sort().values
-    assert torch.equal(lowest(scores, count), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_order_of_scores(dtype):
     scores = torch.tensor([3.0, 0, torch.inf, 1e-40, 3, -torch.inf, 2, 0], dtype=dtype)
@@ -66,29 +40,6 @@ def test_the_order_of_scores(dtype):
     several = torch.rand(50, 2, dtype=dtype, generator=generator_for(0))[:, 0]
     assert torch.equal(ascending(several), several.argsort(stable=True))
     assert torch.equal(descending(several), several.argsort(stable=True, descending=True))
-
-
-def test_highest():
-    scores = torch.tensor([3.0, 5, -torch.inf, 5, 2, 3])
-    assert highest(scores, 1).tolist() == [1]
-    assert highest(scores, 3).tolist() == [0, 1, 3]
-    assert highest(scores, 9).tolist() == [0, 1, 3, 4, 5]
-    assert highest(scores, 0).tolist() == highest(scores[2:3], 1).tolist() == highest(scores[:0], 1).tolist() == []
-
-
-@pytest.mark.parametrize("count", [1, 50, 200, 5000])
-@pytest.mark.parametrize("kind", ["random", "ties", "all in a column that is not looked at", "mostly absent"])
-def test_highest_of_many(kind, count):
-    scores = torch.rand(40_000, generator=generator_for(0))
-    if kind == "ties":
-        scores = (scores * 10).floor()
-    elif kind == "all in a column that is not looked at":
-        scores[1::17] += 1
-    elif kind == "mostly absent":
-        scores[scores < 0.999] = -torch.inf
-    expected = scores.argsort(descending=True, stable=True)
-    expected = expected[scores[expected] > -torch.inf][:count].sort().values
-    assert torch.equal(highest(scores, count), expected)
 
 
 @pytest.mark.parametrize(

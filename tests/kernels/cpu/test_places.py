@@ -8,7 +8,8 @@ from sparsekern.kernels.cpu import library, places
 from sparsekern.kernels.eager import places as eager
 from torch import Tensor
 
-from tests.kernels.eager.test_places import drawn, index_of, ints
+from tests.kernels.calls import ints
+from tests.kernels.eager.test_places import KINDS, drawn, index_of, many_scores
 
 needs_library = pytest.mark.skipif(library._open()[0] is None, reason=f"the native library {library._open()[1]}")
 pytestmark = needs_library
@@ -94,20 +95,14 @@ def test_keys_out_of_range_are_refused() -> None:
         places.find(ints(3, 9), ints(0), 9)
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "near ties", "mostly infinite", "tiny", "zero"])
-@pytest.mark.parametrize("count", [0, 1, 700, 2999, 3000, 4000])
-def test_selection(kind: str, count: int) -> None:
-    scores = torch.rand(3000, generator=torch.Generator().manual_seed(0))
-    if kind == "ties":
-        scores = (scores * 10).floor()
-    elif kind == "near ties":
-        scores = 1 + scores * 1e-6
-    elif kind == "tiny":
-        scores *= torch.finfo(torch.float32).tiny
-    elif kind == "zero":
-        scores.zero_()
-    for sign, select in ((1, "lowest"), (-1, "highest")):
-        some = scores.masked_fill(scores < 0.9, sign * torch.inf) if kind == "mostly infinite" else scores
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("many", "count"), [*((3000, count) for count in (0, 1, 700, 2999, 3000, 4000)), (40_000, 50), (40_000, 5000)]
+)
+def test_selection(kind: str, many: int, count: int) -> None:
+    scores = many_scores(kind, many)
+    for select in ("lowest", "highest"):
+        some = scores if select == "lowest" else scores.where(scores.isfinite(), -torch.inf)
         for given in (some, some[::2], some[:0], some.double()):
             assert torch.equal(getattr(places, select)(given, count), getattr(eager, select)(given, count))
 

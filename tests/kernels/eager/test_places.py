@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from sparsekern.kernels.contract import PADDING, Index
@@ -66,27 +68,38 @@ def test_lowest_and_highest_by_hand() -> None:
     assert places.lowest(scores, 9).tolist() == [0, 1, 3, 4] and places.lowest(scores[:0], 2).tolist() == []
     scores = torch.tensor([3.0, 1, -torch.inf, 3, 0])
     assert places.highest(scores, 1).tolist() == [0] and places.highest(scores, 9).tolist() == [0, 1, 3, 4]
+    assert places.highest(scores, 0).tolist() == places.highest(scores[2:3], 1).tolist() == []
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": lambda scores: scores,
+    "ties": lambda scores: (scores * 10).floor(),
+    "near ties": lambda scores: 1 + scores * 1e-6,  # of one upper half
+    "mostly infinite": lambda scores: scores.masked_fill(scores < 0.9, torch.inf),
+    "tiny": lambda scores: scores * torch.finfo(scores.dtype).tiny,
+    "zero": torch.zeros_like,
+    "all in a column that is not looked at": lambda scores: scores.index_add(
+        0, torch.arange(1, len(scores), 17), torch.ones_like(scores[1::17])
+    ),
+}
+
+
+def many_scores(kind: str, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return KINDS[kind](torch.rand(count, dtype=dtype, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["random", "ties", "near ties", "tiny"])
-@pytest.mark.parametrize("count", [1, 700, 3000])
-def test_lowest_of_many(kind: str, count: int, dtype: torch.dtype) -> None:
-    scores = torch.rand(3000, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    if kind == "ties":
-        scores = (scores * 10).floor()
-    elif kind == "near ties":
-        scores = 1 + scores * 1e-6  # of one upper half
-    elif kind == "tiny":
-        scores *= torch.finfo(dtype).tiny
-    assert torch.equal(places.lowest(scores, count), scores.argsort(stable=True)[:count].sort().values)
-    highest = scores.sort(stable=True, descending=True).indices[:count].sort().values
-    assert torch.equal(places.highest(scores, count), highest)
-
-
-def test_the_best_of_so_many_that_a_sample_bounds_them() -> None:
-    scores = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(places.highest(scores, 50), scores.topk(50).indices.sort().values)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("many", "count"), [(3000, 1), (3000, 700), (3000, 2999), (3000, 3000), (40_000, 50)])
+def test_lowest_and_highest_of_many(kind: str, many: int, count: int, dtype: torch.dtype) -> None:
+    """Of so many that a sample bounds the best, too."""
+    scores = many_scores(kind, many, dtype)
+    for select in (places.lowest, places.highest):
+        if select is places.highest:  # of scores that are not negative, but where there is none
+            scores = scores.where(scores.isfinite(), -torch.inf)
+        best = scores.argsort(stable=True, descending=select is places.highest)
+        expected = best[scores[best].isfinite()][:count].sort().values
+        assert torch.equal(select(scores, count), expected)
 
 
 def test_find() -> None:
