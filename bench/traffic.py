@@ -5,6 +5,8 @@ DistributedDataParallel and under ``fully_shard``. A dispatch mode sees every co
 where a ring carries it out: an all-reduce of n bytes ``2 n (p - 1) / p``, an all-gather to n bytes and a reduce-scatter
 from n bytes ``n (p - 1) / p``, a broadcast n. One JSON line for each model and strategy.
 
+With ``--whole`` it is the whole network, with its embeddings, norms and attention, on sequences of 128 tokens.
+
 A method with a number, as ``gse:2``, scores candidates by that many random projections.
 
 ``gradients``, ``gathers`` and ``buffers`` are bytes of a step, ``of_dense`` their sum over that of the dense model.
@@ -35,8 +37,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sparsekern as sk
+from sparsekern.lab.models import GPT
+from sparsekern.lab.models.gpt import HEAD_FEATURES
 from sparsekern.nn import BlockSparse
 from sparsekern.training import METHODS
+
+CONTEXT = 128
 
 EVERY = 3
 """The step whose update is counted."""
@@ -83,13 +89,24 @@ def restart_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def network(width: int, depth: int, sparsity: float, block: int) -> nn.Module:
+def network(width: int, depth: int) -> nn.Sequential:
     """Return the linear layers of a GPT's blocks, applied one after another."""
-    torch.manual_seed(0)
     shapes = [(width, 3 * width), (3 * width, width), (width, 4 * width), (4 * width, width)]
     parts = [nn.Sequential(*(nn.Linear(n, m, bias=False) for n, m in shapes)) for _ in range(depth)]
-    model = nn.Sequential(*parts)
-    return sk.sparsify_(model, sparsity, block) if sparsity else model
+    return nn.Sequential(*parts)
+
+
+def scene(options: argparse.Namespace, sparsity: float) -> tuple[nn.Module, list[nn.Module], Tensor]:
+    """Return a model, its parts that are sharded one by one, and an input."""
+    torch.manual_seed(0)
+    if options.whole:
+        heads = options.width // HEAD_FEATURES
+        model: nn.Module = GPT(256, CONTEXT, depth=options.depth, heads=heads, head_features=HEAD_FEATURES)
+        parts, x = list(model.layers), torch.randint(256, (-(-options.tokens // CONTEXT), CONTEXT))
+    else:
+        model = network(options.width, options.depth)
+        parts, x = list(model), torch.randn(options.tokens, options.width)
+    return sk.sparsify_(model, sparsity, options.block) if sparsity else model, parts, x
 
 
 def run_rank(rank: int, options: argparse.Namespace, name: str | None, strategy: str, folder: str) -> None:
@@ -105,16 +122,15 @@ def run_rank(rank: int, options: argparse.Namespace, name: str | None, strategy:
 
 def measure(options: argparse.Namespace, name: str | None, strategy: str) -> dict[str, Any]:
     """Train, and return the row of this rank."""
-    x = torch.randn(options.tokens, options.width)
     restart_peak()
     before = peak()
     sparsity = options.sparsity if name else 0.0
-    model = network(options.width, options.depth, sparsity, options.block)
+    model, parts, x = scene(options, sparsity)
     if strategy == "ddp":
         model = DistributedDataParallel(model)
     else:
         mesh = init_device_mesh("cpu", (options.ranks,))
-        for part in model:
+        for part in parts:
             fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -135,7 +151,8 @@ def measure(options: argparse.Namespace, name: str | None, strategy: str) -> dic
     step, update = sent[-1]
     slots = sum(m.values.shape[0] for m in model.modules() if isinstance(m, BlockSparse))
     return {
-        "strategy": strategy, "ranks": options.ranks, "sparsity": sparsity, "block": options.block,
+        "network": "gpt" if options.whole else "linear layers", "strategy": strategy, "ranks": options.ranks,
+        "sparsity": sparsity, "block": options.block,
         "method": name, "width": options.width, "depth": options.depth,
         "gradients": step["reduce"] + step["scatter"], "gathers": step["gather"],
         "buffers": step["broadcast"], "slots": slots,
@@ -151,6 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("ranks", 2), ("width", 384), ("depth", 6), ("block", 32), ("tokens", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--whole", action="store_true", help="the whole network, in place of its linear layers")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--methods", nargs="*", default=["set", "rigl", "gse", "gse:2"])
     parser.add_argument("--out", type=Path, help="a file that gets the lines, too")

@@ -340,6 +340,8 @@ def cells(by_network: Mapping[str, Prediction]) -> Cells:
     rows.append(["FLOPs of a step", *(f"{p.flops / 1e9:,.1f} G" for p in predictions)])
     rows.append(["sent in a step", *(_bytes(p.traffic.gradients + p.traffic.gathers) for p in predictions)])
     rows.append(["sent in an update", *(_bytes(p.traffic.scores + p.traffic.moves) for p in predictions)])
+    if any(p.traffic.buffers for p in predictions):
+        rows.append(["buffers, where DDP copies them", *(_bytes(p.traffic.buffers) for p in predictions)])
     for part in predictions[0].seconds:
         rows.append([part, *(f"{1e3 * p.seconds[part]:,.2f} ms" for p in predictions)])
     rows.append(["time of a step", *(f"{1e3 * p.step_seconds:,.2f} ms" for p in predictions)])

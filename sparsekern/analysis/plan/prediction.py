@@ -170,6 +170,8 @@ class Traffic:
         scores: in an update, to score blocks and candidates.
         moves: in an update, to agree on the blocks that move.
         every: steps between two updates; 0 for none.
+        buffers: in a forward, places, index and other buffers, which DDP copies from the first device unless
+            ``forward_sync_buffers=False``, as the command trains. Not a part of ``step``.
     """
 
     gradients: int = 0
@@ -177,6 +179,7 @@ class Traffic:
     scores: int = 0
     moves: int = 0
     every: int = 0
+    buffers: int = 0
 
     @property
     def step(self) -> float:
@@ -184,18 +187,20 @@ class Traffic:
         return self.gradients + self.gathers + ((self.scores + self.moves) / self.every if self.every else 0)
 
 
-def traffic(parameters: Sequence[Parameter], layout: Layout, updates: Updates, accumulate: int = 1) -> Traffic:
+def traffic(
+    parameters: Sequence[Parameter], layout: Layout, updates: Updates, accumulate: int = 1, buffers: int = 0
+) -> Traffic:
     """Return the bytes that a device sends.
 
     DDP adds the gradients up once a step. FSDP2 gathers the parameters of each block in the forward and again in the
-    backward of every pass, those outside of blocks once, and scatters the sums of the gradients of every pass. What DDP
-    sends of buffers is not counted; see ``forward_sync_buffers``.
+    backward of every pass, those outside of blocks once, and scatters the sums of the gradients of every pass.
 
     Args:
         parameters: of the model.
         layout: of the model over the devices.
         updates: of the topology.
         accumulate: passes of a step.
+        buffers: bytes of all buffers of the model, the index included.
     """
     n = layout.devices
     if n == 1:
@@ -221,7 +226,8 @@ def traffic(parameters: Sequence[Parameter], layout: Layout, updates: Updates, a
         moves += MOVE * math.floor(updates.moved * p.slots) + LAYER
     if layers:
         moves += 2 * ring * AGREEMENT
-    return Traffic(round(sums), round(gathers), round(scores), round(moves), updates.every)
+    copied = 0 if layout.sharded else buffers
+    return Traffic(round(sums), round(gathers), round(scores), round(moves), updates.every, copied)
 
 
 UPDATES, COMMUNICATION = "updates of the topology", "communication"
@@ -276,7 +282,7 @@ def predict(
     seconds: dict[str, float] = _seconds(trace.update, clocked)
     for pass_, times in ((forward, accumulate * (1 + updates.forwards)), (backward, accumulate)):
         seconds = {group: seconds[group] + times * spent for group, spent in pass_.items()}
-    sent = traffic(trace.parameters, layout, updates, accumulate)
+    sent = traffic(trace.parameters, layout, updates, accumulate, trace.index + trace.buffers)
     hidden = accumulate * sum(backward.values()) + (accumulate * sum(forward.values()) if layout.sharded else 0.0)
     seconds[UPDATES] = _update_seconds(trace, clocked, updates) * accumulate / max(1, updates.every)
     seconds[COMMUNICATION] = max(0.0, sent.step / sends - hidden)

@@ -121,8 +121,10 @@ def test_what_two_ranks_were_measured_to_send(strategy, method, measured):
     rules = Updates(every=3, moved=0.3, ranked=True, candidates=float(method != "set"))
     rules = replace(rules, score_sketches=2 if method == "gse:2" else 0)
     layout = Layout(strategy, 2, tuple(str(number) for number in range(depth)))
-    sent = traffic(trace(step).parameters, layout, rules)
+    found = trace(step)
+    sent = traffic(found.parameters, layout, rules, buffers=found.index + found.buffers)
     assert (sent.gradients, sent.gathers, sent.scores + sent.moves) == measured
+    assert sent.buffers == (40560 if strategy == "ddp" else 0)
 
 
 @pytest.mark.parametrize(
