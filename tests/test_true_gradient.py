@@ -237,9 +237,13 @@ def build(model: nn.Module, name: str) -> sk.Method:
     return kind(model, optimizer, update_every=2, drop_fraction=lambda step: FRACTION, **options)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kind", MODELS)
+PAIRS = [
+    (list(MODELS)[(n + m) % len(MODELS)], name, loop) for n, loop in enumerate(LOOPS) for m, name in enumerate(METHODS)
+]
+"""Every method in every loop, and both models with each of them."""
+
+
+@pytest.mark.parametrize(("kind", "name", "loop"), PAIRS)
 def test_what_grows_is_largest_in_the_gradient_that_the_optimizer_takes(kind, name, loop):
     make, size = MODELS[kind]
     model = make()
