@@ -110,22 +110,22 @@ def explained(errors: Console, how_to_go_on: Callable[[bool], str], command: Cal
         how_to_go_on: what to say after Ctrl-C; takes whether everything was saved.
         command: whose parameters are options; an error about one names the option.
     """
-    ranks = launched()
+    world = launched()
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        if ranks.first:
+        if world.first:
             errors.print(how_to_go_on(isinstance(stop, Interrupted)))
-        _end(INTERRUPTED if ranks.first else 0)
+        _end(INTERRUPTED if world.first else 0)
     except ToldByFirst:
         _end(0)
     except LostRank as lost:
-        errors.print(f"error: rank {ranks.rank}: {lost}. {how_to_go_on(False)}")
+        errors.print(f"error: rank {world.rank}: {lost}. {how_to_go_on(False)}")
         _end(LOST_RANK)
     except Exception as error:
         message = _way_out(error, how_to_go_on, signature(command).parameters)
         if message is not None:
-            errors.print(f"error: {'' if ranks.first else f'rank {ranks.rank}: '}{message}")
+            errors.print(f"error: {'' if world.first else f'rank {world.rank}: '}{message}")
             _end(USAGE_ERROR)
         if not dist.is_initialized():
             raise
@@ -183,10 +183,10 @@ def check_one_process(command: str) -> None:
     Raises:
         ValueError: on all ranks.
     """
-    ranks = launched()
-    if ranks.count > 1:
-        text = f"WORLD_SIZE is {ranks.count}, but {command} runs in one process; start it without torchrun"
-        raise InputError(text) if ranks.first else ToldByFirst(text)
+    world = launched()
+    if world.count > 1:
+        text = f"WORLD_SIZE is {world.count}, but {command} runs in one process; start it without torchrun"
+        raise InputError(text) if world.first else ToldByFirst(text)
 
 
 def stopped(saved: bool) -> str:

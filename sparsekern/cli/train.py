@@ -76,23 +76,23 @@ def train(
     with (
         explained(errors, lambda saved: _how_to_go_on(folder, saved=saved), train),
         CtrlC() as interrupt,
-        joined(launched().alike(lambda: Launch(**launch)), values.get("device")) as ranks,
-        Live(errors, interrupt.asked, quiet=quiet or not ranks.first) as live,
+        joined(launched().alike(lambda: Launch(**launch)), values.get("device")) as world,
+        Live(errors, interrupt.asked, quiet=quiet or not world.first) as live,
     ):
-        observer = live if log_to is None or not ranks.first else Logged(live, log_to)
+        observer = live if log_to is None or not world.first else Logged(live, log_to)
         if "sparsity" in values:
-            values["sparsity"] = ranks.alike(lambda: sparsity_of(",".join(values["sparsity"])))
+            values["sparsity"] = world.alike(lambda: sparsity_of(",".join(values["sparsity"])))
         if resume_ is not None:
             going_on = resume_
-            finished = ranks.on_first(lambda: _check_agreement(going_on, values, out)) and ranks.first
-            run = resume(going_on, observer, ranks, **keeping)
+            finished = world.on_first(lambda: _check_agreement(going_on, values, out)) and world.first
+            run = resume(going_on, observer, world, **keeping)
             if finished:
                 errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
         else:
-            config, kept = ranks.alike(lambda: (Config(**values), Keeping(**keeping)))
-            folder = out or ranks.on_first(lambda: default_folder(config, datetime.now()))
-            run = start(config, folder, observer, kept, ranks)
-    if not ranks.first:
+            config, kept = world.alike(lambda: (Config(**values), Keeping(**keeping)))
+            folder = out or world.on_first(lambda: default_folder(config, datetime.now()))
+            run = start(config, folder, observer, kept, world)
+    if not world.first:
         return
     assert folder is not None
     if as_json:
