@@ -7,13 +7,14 @@ BENCH_STAMP := $(VENV)/.installed-bench
 BIN    := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: help install train test soak bench lint types clean
+.PHONY: help install train test soak arm bench lint types clean
 
 help:
 	@echo "make train   train a block-sparse network beside its dense twin (ARGS='--help' for the options)"
 	@echo "make test    run the tests"
 	@echo "make soak    kill 200 training runs and resume them; feed every reader damaged files and"
 	@echo "             the kernels random inputs, under sanitizers (an hour)"
+	@echo "make arm     run the CPU kernels' tests on emulated ARM (Debian; an hour; ARGS='tests/... -k ...')"
 	@echo "make bench   race the CPU kernels against other libraries (eight minutes; ARGS=--quick: one)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the environment and what was built"
@@ -48,6 +49,9 @@ soak: $(STAMP)
 	$(BIN)/python -m tests.soak.hosts
 	$(BIN)/python -m tests.soak.readers --inputs 3000
 	$(BIN)/python tests/sanitize_cpu.py 5000
+
+arm: $(STAMP)
+	$(BIN)/python -m tests.soak.arm $(ARGS)
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench.race $(ARGS)

@@ -74,6 +74,20 @@ def compiler(tmp_path: Path, kept: Path) -> dict[str, str]:
     return {"CXX": str(script), "CXXFLAGS": "-march=native", "CFLAGS": "-march=native"}
 
 
+ARM = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(ARM is None, reason="Debian's g++-aarch64-linux-gnu is not installed")
+def test_the_library_compiles_and_links_for_arm_without_a_warning(tmp_path):
+    """``make arm`` runs it there too."""
+    sources = sorted(str(path) for path in (ROOT / LIBRARY).parent.glob("csrc/*.cpp"))
+    flags = ["-std=c++17", "-O0", "-fPIC", "-fopenmp", "-Wall", "-Werror"]
+    built = tmp_path / "arm.so"
+    subprocess.run([ARM, *flags, *sources, "-shared", "-pthread", "-Wl,-z,defs", "-lgomp", "-o", built], check=True)
+
+    assert built.read_bytes()[18:20] == b"\xb7\0"  # EM_AARCH64
+
+
 ASIDE = ("--ignore-installed", "--prefix")
 """Without the first pip uninstalls the package from the environment that runs the tests."""
 
