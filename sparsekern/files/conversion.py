@@ -100,7 +100,7 @@ def sparse_state(
     for name in [key.removesuffix(".weight") for key, tensor in state.items() if _is_weight(key, tensor)]:
         name = "" if name == "weight" else name
         if chosen(name):
-            weight = state[_key(name, "weight")]
+            weight = state[f"{name}.weight".lstrip(".")]
             if block is None:
                 raise InputError(
                     "block_size is missing; it must be given to convert dense weights", parameter="block_size"
@@ -204,10 +204,6 @@ def _known(layer: StoredLayer) -> StoredLayer:
     return layer
 
 
-def _key(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part
-
-
 def _dense_bytes(layer: StoredLayer) -> int:
     """Return the bytes of the dense weight of a layer, padded to whole blocks."""
     grid, (bo, bi) = layer.topology.grid, layer.topology.grid.block
@@ -236,6 +232,6 @@ def _replaced(
         if name not in layers or part not in (*STORED, "weight"):
             new[key] = tensor
         elif part in ("values", "weight"):
-            new.update((_key(name, kind), made) for kind, made in convert(name).items())
+            new.update((f"{name}.{kind}".lstrip("."), made) for kind, made in convert(name).items())
     kept = {name: entry for name, entry in metadata_of(state).items() if name not in layers}
     return with_metadata(new, kept | (metadata or {}))

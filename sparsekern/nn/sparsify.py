@@ -261,7 +261,9 @@ def choose_layers(
         fixed = host.stays_dense(model) | fixed
     layers: dict[str, nn.Module] = {}
     for single in flatten(targets):
-        found = _matching(model, single)
+        # For the default, no match is an error later on.
+        none = single is is_replaceable and not any(is_replaceable(module) for module in model.modules())
+        found = {} if none else select(model, single, "targets")
         dense = {name: module for name, module in found.items() if converter_of(module) is not None}
         if found and not dense:
             kinds = ", ".join(sorted({type(module).__name__ for module in found.values()}))
@@ -289,13 +291,6 @@ def choose_layers(
             error += f", which leaves nothing to make sparse. {dense_layers(model, reasons, besides=refused)}"
         raise InputError(error)
     return layers
-
-
-def _matching(model: nn.Module, single: Any) -> dict[str, nn.Module]:
-    """Return the modules that one selector of ``targets`` matches; for the default, no match is an error later on."""
-    if single is is_replaceable and not any(is_replaceable(module) for module in model.modules()):
-        return {}
-    return select(model, single, "targets")
 
 
 def _counts(

@@ -65,7 +65,9 @@ class Attached:
         def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             attached = me()
             if attached is not None:
-                attached.after_step(_was_made(optimizer))
+                # A fused optimizer is called also when gradient scaling skips the step, and reads found_inf itself.
+                skipped = (inf := getattr(optimizer, "found_inf", None)) is not None and bool(inf)
+                attached.after_step(not skipped and not is_rehearsal(optimizer))
 
         if type(self).before_step is not Attached.before_step:
             self._handles.append(self.optimizer.register_step_pre_hook(before_step))
@@ -180,13 +182,6 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
     return optimizer
-
-
-def _was_made(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a step that has just ended changed the parameters."""
-    # A fused optimizer is called also when gradient scaling skips the step, and reads found_inf itself.
-    found_inf = getattr(optimizer, "found_inf", None)
-    return (found_inf is None or not bool(found_inf)) and not is_rehearsal(optimizer)
 
 
 def is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:

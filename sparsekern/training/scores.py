@@ -45,6 +45,21 @@ def warn_of_few_blocks(layers: dict[str, BlockSparse], fraction: float) -> None:
         )
 
 
+def warn_of_no_room(layers: dict[str, BlockSparse]) -> None:
+    """Log a warning if layers are to compete for blocks and none has a free slot.
+
+    Not an error: blocks still compete within each layer. Single layers without free slots are not named: after loading,
+    some may have filled all their slots.
+    """
+    could = [name for name, layer in layers.items() if layer.topology.slots < layer.grid.cells]
+    if len(layers) > 1 and could and all(stored_blocks(n.index) == n.topology.slots for n in layers.values()):
+        _log.warning(
+            "scope is 'global', but no layer has a free slot, so each keeps its number of blocks: %s. For layers that "
+            "compete, build the model with sparsify_(..., capacity=1.25), or use scope='layer'",
+            ", ".join(could),
+        )
+
+
 def block_norms(layer: BlockSparse) -> Tensor:
     """Return the Frobenius norm ``(Z,)`` of each slot's block; infinity for a free slot, which is never dropped."""
     norms = slot_scores(layer.values, norms_of)

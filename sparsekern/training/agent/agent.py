@@ -22,6 +22,7 @@ from sparsekern.training.base import Method
 from sparsekern.training.distributed import Ranks
 from sparsekern.training.followers import OnMove
 from sparsekern.training.passes import ExtraCost, RandomState, backpropagate, loss_of, parallel_modules, perturbed
+from sparsekern.training.scores import is_finite
 
 AGENT_STATE_VERSION = 2
 
@@ -225,7 +226,7 @@ class AGENT(Attached):
                     self._smooth([from_losses(*losses)])
                 self._correction.averaged = None
             self.snapshot.take()
-            self._ready = not self.ranks.any(not self.snapshot.mean_is_finite(), self.snapshot.device)
+            self._ready = not self.ranks.any(not all(map(is_finite, self.snapshot.mean.values())), self.snapshot.device)
         self.since = 0
         self._correction.begin_step()
         self._correction.variance.restart()
@@ -306,7 +307,7 @@ class AGENT(Attached):
     def detach(self) -> None:
         """Remove all hooks and followers; the method goes on."""
         if self.method is not None:
-            for tensor in self.snapshot.followers:
+            for tensor in self.snapshot.same.values():
                 self.method.followers.remove(tensor)
         super().detach()
 

@@ -17,7 +17,6 @@ from sparsekern.nn.sharded import is_by_slots, is_sharded, joined, local, own_ro
 from sparsekern.topology import Index, Topology, empty_index, rebuild_
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import reshard, sharded_modules
-from sparsekern.training.scores import is_finite
 
 EXCHANGED = 2**18
 """Number of elements that :func:`exchange_` copies at a time, which bounds its scratch memory."""
@@ -41,6 +40,7 @@ class Snapshot:
         sharded: whether parameters are sharded, by ``fully_shard``.
         device: of the first parameter.
         layers: the sparse layers and their names, by the name of their values.
+        same: ``(Z,)`` bool by that name, the slots whose blocks have not moved since; these follow the blocks.
 
     Raises:
         ValueError: all parameters are frozen.
@@ -66,22 +66,17 @@ class Snapshot:
         self._places: dict[str, tuple[Topology, Index]] = {}
         self._fixed = method is None
         self._moved: set[str] = set()
-        self._same = {
+        self.same = {
             name: torch.ones(layer.values.shape[0], dtype=torch.bool, device=layer.values.device)
             for name, (_, layer) in self.layers.items()
         }
         if method is not None:
             for name, (layer_name, _) in self.layers.items():
-                method.follow(self._same[name], layer=layer_name, on_move=partial(self._note, name))
+                method.follow(self.same[name], layer=layer_name, on_move=partial(self._note, name))
 
     def _note(self, name: str, same: Tensor, slots: Tensor) -> None:
         same.index_fill_(0, slots.to(same.device), False)
         self._moved.add(name)
-
-    @property
-    def followers(self) -> list[Tensor]:
-        """The tensors that follow the blocks."""
-        return list(self._same.values())
 
     def reshard(self) -> None:
         """Free gathered copies of parameters, so that the model has those that the optimizer holds."""
@@ -107,13 +102,9 @@ class Snapshot:
         for name, (_, layer) in self.layers.items():
             for mine, tensor in self._pairs(name, layer):
                 mine.copy_(tensor)
-            self._same[name].fill_(True)
+            self.same[name].fill_(True)
         self._moved.clear()
         self.taken = True
-
-    def mean_is_finite(self) -> bool:
-        """Return whether the mean gradient is known: not NaN or infinite anywhere; synchronises the device."""
-        return all(is_finite(mean) for mean in self.mean.values())
 
     def allocate(self) -> None:
         """Allocate values and mean, which is zero, without taking the snapshot. A second call does nothing."""
@@ -165,7 +156,7 @@ class Snapshot:
     def zero_moved_(self, name: str, tensor: Tensor) -> Tensor:
         """Zero this rank's part of a parameter's tensor where blocks moved since the snapshot; return it."""
         if name in self._moved:
-            same, rows = self._same[name], own_rows(self.parameters[name])
+            same, rows = self.same[name], own_rows(self.parameters[name])
             same = same if rows is None else same[rows]
             tensor.masked_fill_(~same.view(-1, *[1] * (tensor.dim() - 1)), 0)
         return tensor
@@ -174,7 +165,7 @@ class Snapshot:
         """Return the fraction of blocks that have not moved since the snapshot; 1 without sparse layers."""
         if not self.taken:
             return 0.0
-        used = [(self._same[name], layer.topology.used()) for name, (_, layer) in self.layers.items()]
+        used = [(self.same[name], layer.topology.used()) for name, (_, layer) in self.layers.items()]
         total = sum(int(u.sum()) for _, u in used)
         return sum(int((same & u).sum()) for same, u in used) / total if total else 1.0
 
@@ -184,7 +175,7 @@ class Snapshot:
             t for name, (_, layer) in self.layers.items() if name in self._places for t, _ in self._pairs(name, layer)
         ]
         values = [self.like_parameter(name, t) for part in (self.values, self.mean) for name, t in part.items()]
-        held = [*values, *self._same.values(), *places]
+        held = [*values, *self.same.values(), *places]
         return sum(t.numel() * t.element_size() for t in held)
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,7 +190,7 @@ class Snapshot:
             "mean": {name: self.like_parameter(name, mean) for name, mean in self.mean.items()},
             "row": {name: topology.row for name, (topology, _) in self._places.items()},
             "col": {name: topology.col for name, (topology, _) in self._places.items()},
-            "same": dict(self._same),
+            "same": dict(self.same),
         }
 
     @torch.no_grad()
@@ -219,14 +210,14 @@ class Snapshot:
         for mine, saved in ((self.values, state["values"]), (self.mean, state["mean"])):
             for name, tensor in mine.items():
                 tensor.copy_(local(sharded_as(self.parameters[name], saved[name])))
-        for name, same in self._same.items():
+        for name, same in self.same.items():
             same.copy_(state["same"][name])
         for name, (topology, index) in self._places.items():
             topology.row.copy_(state["row"][name])
             topology.col.copy_(state["col"][name])
             rebuild_(index, topology)
         self._moved = {name for name in self.layers if not self._is_here(name)}
-        self._moved |= {name for name, same in self._same.items() if not bool(same.all())}
+        self._moved |= {name for name, same in self.same.items() if not bool(same.all())}
         self.taken = True
 
 

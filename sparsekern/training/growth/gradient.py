@@ -20,7 +20,7 @@ from sparsekern.topology import Move, are_absent, generator_for, ordered_keys, s
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.base import Method
 from sparsekern.training.growth.probe_set import ProbeSet
-from sparsekern.training.scores import Offer, highest, is_finite, lowest, norms_of, part_of, share_out
+from sparsekern.training.scores import Offer, highest, is_finite, lowest, norms_of, part_of, share_out, warn_of_no_room
 
 _log = logging.getLogger("sparsekern")
 
@@ -79,7 +79,7 @@ class GradientMethod(Method):
         if score_tokens is not None:
             check_whole("score_tokens", score_tokens, 1, ", or None for all tokens")
         if self.scope == "global":
-            self._warn_of_no_room()
+            warn_of_no_room(dict(self.trained_layers()))
         if score_sketches is not None:
             check_whole("score_sketches", score_sketches, 1)
         self.score_tokens, self.score_sketches = score_tokens, score_sketches
@@ -95,22 +95,6 @@ class GradientMethod(Method):
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; never decreases
         self._versions: dict[str, tuple[int, int]] = {}  # of the coordinates when candidates were drawn
         self._offers: dict[str, Offer] = {}  # scored candidates
-
-    def _warn_of_no_room(self) -> None:
-        """Log a warning if layers are to compete for blocks and none has a free slot.
-
-        Not an error: blocks still compete within each layer. Single layers without free slots are not named: after
-        loading, some may have filled all their slots.
-        """
-        layers = self.trained_layers()
-        if len(layers) > 1 and all(stored_blocks(layer.index) == layer.topology.slots for _, layer in layers):
-            could = [name for name, layer in layers if layer.topology.slots < layer.grid.cells]
-            if could:
-                _log.warning(
-                    "scope is 'global', but no layer has a free slot, so each keeps its number of blocks: %s. For "
-                    "layers that compete, build the model with sparsify_(..., capacity=1.25), or use scope='layer'",
-                    ", ".join(could),
-                )
 
     # Implemented by subclasses.
 

@@ -245,11 +245,9 @@ class RigL(GradientMethod):
         """Return what a resumed run needs, including whether blocks are screened."""
         return super().state_dict() | {"screen": self._screen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        self.check_state(state)
+    def _resume(self, state: dict[str, Any]) -> None:
         self._screen = state["screen"]
-        super().load_state_dict(state)
+        super()._resume(state)
 
 
 def is_dense(layer: BlockSparse) -> bool:

@@ -135,6 +135,7 @@ class Budget:
 
     Attributes:
         units: number of units.
+        parts: the part of the vector that holds the units of a layer, by its name.
         ratio: fraction of the cost of all candidates that may remain, which is also the first probability of each.
 
     Raises:
@@ -167,10 +168,10 @@ class Budget:
         for name, weight in weights.items():
             check_number(f"costs of {name!r}", weight, "above 0", lambda cost: 0 < cost < math.inf)
         self.floor, self.candidates, self._weights, self._projection = floor, candidates, weights, projection
-        self._parts: dict[str, slice] = {}
+        self.parts: dict[str, slice] = {}
         end = 0
         for name, layer in candidates.items():
-            self._parts[name] = slice(end, end := end + layer.count)
+            self.parts[name] = slice(end, end := end + layer.count)
         self.units = end
         self.refresh()
         stored = float(self._costs.sum())
@@ -193,7 +194,7 @@ class Budget:
                 f"floor is {floor}; it must be 0 to {self.ratio:.4g}, the fraction of the candidates that may remain",
                 parameter="floor",
             )
-        parts = [slice(0, self.units)] if scope == "global" else list(self._parts.values())
+        parts = [slice(0, self.units)] if scope == "global" else list(self.parts.values())
         self._budgets = [(part, self.ratio * float(self._costs[part].sum())) for part in parts]
 
     def refresh(self) -> None:
@@ -207,14 +208,10 @@ class Budget:
             self._scale = float(together.mean())  # costs near 1, whatever the block size
         self._costs = together / self._scale
 
-    def part(self, name: str) -> slice:
-        """Return the part of the vector that holds the units of a layer."""
-        return self._parts[name]
-
     def expected_elements(self, name: str, probabilities: Tensor) -> float:
         """Return the expected number of elements of a layer at probabilities ``(units,)``."""
         costs = self.candidates[name].costs().split(CHUNK)
-        likely = probabilities[self.part(name)].split(CHUNK)
+        likely = probabilities[self.parts[name]].split(CHUNK)
         return float(torch.stack([(c * p.to(c)).sum() for c, p in zip(costs, likely, strict=True)]).sum())
 
     def project(self, wanted: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class Probabilities:
         """Reset the probability and optimizer state of units ``(k,)``, by layer name, and project onto the budget."""
         states = [t for t in self._optimizer.state[self._value].values() if isinstance(t, Tensor) and t.dim() == 1]
         for name, chosen in units.items():
-            part = self.budget.part(name)
+            part = self.budget.parts[name]
             self._value[part].index_fill_(0, chosen, probability)
             for state in states:
                 state[part].index_fill_(0, chosen, 0)
@@ -185,7 +185,7 @@ class MaskedLayers:
 
     def slots(self, name: str, units: Tensor) -> Tensor:
         """Return the mask ``(Z,)`` of a layer's slots from a mask over all units."""
-        return self._budget.candidates[name].slots(units[self._budget.part(name)])
+        return self._budget.candidates[name].slots(units[self._budget.parts[name]])
 
     def lending(self, units: Tensor) -> ExitStack:
         """Return a context in which the layers compute with the units of a mask ``(units,)`` only."""

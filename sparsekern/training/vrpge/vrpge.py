@@ -196,16 +196,14 @@ class VRPGE(Method):
             return self.finish()
         return super().step()
 
-    def check_compact(self) -> None:
-        """Raise NotImplementedError: probabilities and masks are held for each slot."""
-        Attached.check_compact(self)
+    check_compact = Attached.check_compact  # which refuses: probabilities and masks are held for each slot
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the move of units at the floor to empty places."""
         candidates = self.candidates.get(name)
         if self.finished or candidates is None or not candidates.may_move or self.refill == 0:
             return None
-        at_floor = self.probabilities.value[self.budget.part(name)] <= self.budget.floor
+        at_floor = self.probabilities.value[self.budget.parts[name]] <= self.budget.floor
         return candidates.refill(at_floor, part_of(candidates.count, fraction), generator)
 
     def settle(self, moves: dict[str, Move]) -> None:

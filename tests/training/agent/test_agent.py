@@ -204,7 +204,7 @@ def test_a_convolution_and_a_frozen_layer_and_a_part_that_is_not_used():
     loss = lambda x: model["out"](model["conv"](x).flatten(1)).square().mean()  # noqa: E731
     train(model, optimizer, agent, 2, data, loss=loss)
     assert agent.c[""] > 0 and torch.equal(
-        model["idle"].values[agent.snapshot._same["idle.values"]], idle[agent.snapshot._same["idle.values"]]
+        model["idle"].values[agent.snapshot.same["idle.values"]], idle[agent.snapshot.same["idle.values"]]
     )
     assert "out.values" not in agent.snapshot.values and "out.bias" in agent.snapshot.values
 

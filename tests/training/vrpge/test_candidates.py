@@ -125,7 +125,7 @@ def budget(sparsity=None, scope="global", costs=None, floor=0.0, group="block"):
 def test_the_ratio_of_the_candidates_and_their_places():
     found = budget(0.75)  # 12 of 48 places, of 40 candidates
     assert found.ratio == pytest.approx(0.3) and found.units == 40
-    assert found.part("a") == slice(0, 8) and found.part("b") == slice(8, 40)
+    assert found.parts["a"] == slice(0, 8) and found.parts["b"] == slice(8, 40)
     assert budget().ratio == 0.5
 
 

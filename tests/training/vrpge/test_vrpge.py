@@ -43,7 +43,7 @@ def masked_twin(model: nn.Module, method: sk.VRPGE, units: torch.Tensor) -> nn.M
     twin = sk.densify(copy.deepcopy(model))
     with torch.no_grad():
         for name, layer in method.layers.items():
-            keep = method.candidates[name].slots(units[method.budget.part(name)]).view(-1, 1, 1)
+            keep = method.candidates[name].slots(units[method.budget.parts[name]]).view(-1, 1, 1)
             twin.get_submodule(name).weight.copy_(to_dense(layer.topology, layer.values * keep))
     return twin
 
@@ -67,7 +67,7 @@ def test_gradients_and_scores_are_those_of_masked_dense_networks(block, weight_s
     for name, layer in method.layers.items():
         expected = torch.zeros_like(layer.values)
         for j in used:
-            keep = method.candidates[name].slots(masks[j][method.budget.part(name)]).view(-1, 1, 1)
+            keep = method.candidates[name].slots(masks[j][method.budget.parts[name]]).view(-1, 1, 1)
             weight = twins[j].get_submodule(name).weight.grad
             expected += sk.topology.gather_blocks(layer.topology, weight) * keep / len(used)
         torch.testing.assert_close(layer.values.grad, expected, atol=1e-12, rtol=1e-9)
@@ -145,7 +145,7 @@ def test_blocks_that_no_mask_held_are_untouched_state_included(make_optimizer):
     method = sk.VRPGE(model, optimizer)
     for step in range(4):
         method.backward(lambda step=step: model(batch(step)).square().mean())
-        out = ~method.candidates["0"].slots(method._masks[0][method.budget.part("0")])
+        out = ~method.candidates["0"].slots(method._masks[0][method.budget.parts["0"]])
         values = model[0].values
         state = {k: v.clone() for k, v in optimizer.state[values].items() if isinstance(v, torch.Tensor) and v.dim()}
         before = values.detach().clone()
@@ -162,7 +162,7 @@ def test_without_lazy_steps_decay_acts_on_all():
     method = sk.VRPGE(model, optimizer, unsampled="decay")
     before = model[0].values.detach().clone()
     method.backward(lambda: model(batch(0)).square().mean())
-    out = ~method.candidates["0"].slots(method._masks[0][method.budget.part("0")])
+    out = ~method.candidates["0"].slots(method._masks[0][method.budget.parts["0"]])
     optimizer.step()
     torch.testing.assert_close(model[0].values[out], before[out] * (1 - 0.1 * 0.01))
 
@@ -236,7 +236,7 @@ def test_the_end_is_the_budget_exactly_and_ordinary_training_follows(group):
     assert method.finished and method.metrics()["sparsity/global"] == 0.75
     assert method.metrics()["expected_sparsity/global"] == 0.75
     top = method.budget.top(method.probabilities.value)
-    assert torch.equal(method.candidates["0"].slots(top[method.budget.part("0")]), model[0].topology.used())
+    assert torch.equal(method.candidates["0"].slots(top[method.budget.parts["0"]]), model[0].topology.used())
     assert y.shape == model(x).shape
     keys, calls = model[0].topology.keys().clone(), []
     method.backward(lambda: (calls.append(1), model(x).square().mean())[1])
