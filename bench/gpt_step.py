@@ -73,7 +73,8 @@ def sparse_gpt(network: Network, block: int) -> GPT:
     """Return the network with sparse layers in blocks of that side."""
     model = dense_gpt(network)
     linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    sk.sparsify_(model, {name: s for name in linear if (s := network.sparsity_of(name))}, block)
+    sparsities = {name: s for name in linear if (s := network.sparsity_of(name))}
+    sk.sparsify_(model, sparsities, block, targets=list(sparsities))
     return model
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bench import readme
+from bench import gpt_step, readme
 from bench.cpu import contestants, conv_contestants, peers, run
 from bench.cpu.cases import LARGE, WIDE, cases, quick_cases
 from bench.cpu.contestants import DENSE, OURS
@@ -22,6 +22,7 @@ from bench.gpu.contestants import Contestant
 from bench.gpu.peers import NotSupported
 from bench.gpu.results import read_rows
 from bench.gpu.scene import Judge
+from sparsekern.nn import sparse_layers
 from sparsekern.topology import random
 from tests.bench_rows import CONV_TINY, HEAD, TINY, made_up
 from tests.oracle import dense_weight, stored_blocks
@@ -275,3 +276,16 @@ def test_a_row_says_on_what_it_was_measured():
     here = circumstances()
     assert here["torch"] == torch.__version__ and here["device"] and here["path"] and len(here["date"]) == 10
     assert json.loads(json.dumps(here)) == here and {"commit", "python", "scipy", "sparsekern"} <= set(here)
+
+
+def test_a_gpt_has_the_sparse_layers_that_its_row_says(monkeypatch):
+    monkeypatch.setattr(gpt_step, "DEPTH", 1)
+    sizes = {"width": 64, "vocabulary": 32, "free_head": True}
+    head, dense_head = (gpt_step.Network(**sizes, sparsities=(0.75, 0.5, last)) for last in (0.75, 0.0))
+    layers = {name: layer.sparsity for name, layer in sparse_layers(gpt_step.sparse_gpt(head, 16)).items()}
+    inside = {"layers.0.attention.qkv": 0.5, "layers.0.attention.out": 0.5}
+    inside |= {"layers.0.mlp.fc1": 0.75, "layers.0.mlp.fc2": 0.75}
+    assert layers == inside | {"head": 0.75}
+    model = gpt_step.sparse_gpt(dense_head, 16)
+    assert sparse_layers(model).keys() == inside.keys() and type(model.head) is torch.nn.Linear
+    assert gpt_step.sparse_gpt(head._replace(free_head=False), 16).head is None
