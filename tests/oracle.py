@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sparsekern.kernels.contract import Index, LinearShape, accumulate_dtype
+from sparsekern.kernels.contract import ConvShape, Index, LinearShape, accumulate_dtype
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
@@ -89,7 +89,7 @@ class Case:
         return build_index(Topology(self.grid, self.row, self.col))
 
     @property
-    def geometry(self) -> LinearShape:
+    def geometry(self) -> LinearShape | ConvShape:
         return LinearShape(self.grid.in_features, self.grid.out_features)
 
     @property
@@ -128,17 +128,18 @@ class Case:
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         return replace(self, **{name: moved(tensor, device) for name, tensor in tensors.items()})
 
+    def dense(self, values: Tensor) -> Tensor:
+        return dense_weight(values, self.row, self.col, self.grid.out_features, self.grid.in_features)
+
     @cached_property
     def weight(self) -> Tensor:
         """The exact weight as a kernel reads it: rounded to the compute dtype."""
-        rounded = self.values.to(self.x.dtype)
-        return dense_weight(rounded, self.row, self.col, self.grid.out_features, self.grid.in_features)
+        return self.dense(self.values.to(self.x.dtype))
 
     @cached_property
     def stored(self) -> Tensor:
-        """``(O, I)``: 1 where an element is stored, else 0."""
-        ones = torch.ones_like(self.values)
-        return dense_weight(ones, self.row, self.col, self.grid.out_features, self.grid.in_features)
+        """1 where an element of the weight is stored, else 0."""
+        return self.dense(torch.ones_like(self.values))
 
 
 # The tolerance.

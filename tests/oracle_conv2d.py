@@ -6,18 +6,18 @@ The checks are those of :mod:`tests.oracle`.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparsekern.kernels.contract import ConvShape, Index
+from sparsekern.kernels.contract import ConvShape
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from sparsekern.ops import Probe
 from sparsekern.ops import conv2d as ops_conv2d
-from sparsekern.topology import Grid, Topology, build_index, conv_grid
-from tests.oracle import DTYPES, F64, GARBAGE, moved
+from sparsekern.topology import conv_grid
+from tests.oracle import DTYPES, F64, GARBAGE, Case
 
 BLOCKS = ((1, 1), (2, 3), (4, 4), (1, 5), (5, 2), (8, 16), (16, 8), (16, 16), (32, 32), (16, 32))
 KERNELS = ((3, 3), (3, 3), (1, 1), (1, 3), (5, 3), (2, 2), (7, 7))
@@ -76,25 +76,14 @@ def dense_gradients(dy: Tensor, x: Tensor, weight: Tensor, shape: ConvShape) -> 
 
 
 @dataclass(frozen=True)
-class ConvCase:
+class ConvCase(Case):
     """One convolution with the numbers that go through it; x and dy are channels last."""
 
     shape: ConvShape
-    grid: Grid
-    row: Tensor
-    col: Tensor
-    x: Tensor
-    values: Tensor
-    bias: Tensor | None
-    dy: Tensor
 
     @property
     def geometry(self) -> ConvShape:
         return self.shape
-
-    @property
-    def index(self) -> Index:
-        return build_index(Topology(self.grid, self.row, self.col))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -127,20 +116,8 @@ class ConvCase:
         by_group = self.stored.unflatten(0, (self.shape.groups, -1)).sum((1, 3, 4))  # (groups, Cin / groups)
         return by_group.flatten()[:, None, None]
 
-    def on(self, device: str) -> ConvCase:
-        """Return the case with its tensors on a device, in the same layout; checks want the one on the CPU."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: moved(tensor, device) for name, tensor in tensors.items()})
-
-    @property
-    def weight(self) -> Tensor:
-        """The exact weight as a kernel reads it: rounded to the compute dtype."""
-        return conv_weight(self.values.to(self.x.dtype), self.row, self.col, self.shape)
-
-    @property
-    def stored(self) -> Tensor:
-        """``(Cout, Cin / groups, kh, kw)``: 1 where an element is stored, else 0."""
-        return conv_weight(torch.ones_like(self.values), self.row, self.col, self.shape)
+    def dense(self, values: Tensor) -> Tensor:
+        return conv_weight(values, self.row, self.col, self.shape)
 
 
 def conv_case(seed: int, **given: Any) -> ConvCase:
