@@ -41,13 +41,14 @@ CORNERS = ("xx.x", "..x.", "xxxx")
 @contextmanager
 def forced(*configs: Config) -> Iterator[None]:
     """Run the kernels with these configurations, of which there is at most one of a kind."""
-    healthy, by_kind = tables.choose, {type(c): c for c in configs}
+    healthy, by_kind = tables.run, {type(c): c for c in configs}
 
-    def choose(problem: Problem, launch: Any) -> Config:
-        return by_kind.get(KINDS[problem.kernel]) or healthy(problem, launch)
+    def run(problem: Problem, launch: Any, exact: Any) -> None:
+        config = by_kind.get(KINDS[problem.kernel])
+        healthy(problem, launch, exact) if config is None else launch(config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "choose", choose)
+        patch.setattr(tables, "run", run)
         yield
 
 
@@ -89,6 +90,12 @@ PRODUCTS = {
     "few gather": Product(FewTokens(tile_n=16, tile_k=32, warps=2, stages=4), (32, 16), 7),
     "few parts": Product(FewTokens(tile_n=32, tile_k=16, warps=2, stages=4), (32, 32), 19),
 }
+CUT_PRODUCTS = {
+    "gather": Product(Multiply(tile_t=16, tile_k=64, group=2, warps=4, stages=3, cut=2), (32, 32), 33),
+    "parts": Product(Multiply(tile_t=16, tile_k=16, group=2, warps=4, stages=3, cut=2), (32, 32), 33),
+    "tma": Product(Multiply(tile_t=16, tile_k=32, group=2, warps=4, stages=3, tma=True, cut=2), (64, 128), 33),
+}
+"""Two programs share a block row."""
 OUTERS = {
     "groups": (Outer(tile_in=64, tile_t=16, warps=4, stages=3), (32, 16)),
     "pieces": (Outer(tile_in=16, tile_t=16, warps=4, stages=3), (16, 32)),

@@ -41,7 +41,7 @@ needs_interpreter = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPR
 @pytest.fixture
 def part(tmp_path: Path):
     results = Results(tmp_path / "race.jsonl", circumstances("race", True))
-    yield Part(tmp_path, True, CPU, results, time.monotonic() + 60)
+    yield Part(tmp_path, True, CPU, results, time.monotonic() + 60, SimpleNamespace(rehearse=True, no_tma=False))
     results.close()
 
 
@@ -126,7 +126,7 @@ def test_the_tuner_writes_a_table_that_the_package_reads(part, monkeypatch, case
     from sparsekern.kernels.gpu.linear import FEW_TOKENS
 
     monkeypatch.setenv("SPARSEKERN_CACHE", str(part.out))
-    monkeypatch.setattr(tune, "compile_side_by_side", lambda part: None)
+    monkeypatch.setattr(tune, "compile_side_by_side", lambda *_: None)
     which = calls.problem_of(case, CPU, FEW_TOKENS)
     tune.tune_one(part, Clock(CPU), which, case)
     assert tables.read(which) is not None and tables.choose is calls.tables.choose

@@ -5,22 +5,24 @@ from __future__ import annotations
 import ast
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from sparsekern.kernels.gpu.config import Problem, package_data
 from sparsekern.kernels.gpu.launch import interpreted
+from sparsekern.kernels.gpu.roofline import candidates
 
-from bench.gpu import environment, micro, race, sanitize, table
-from bench.gpu.part import FINISHED, LOST, MIXED, PARTLY, DeviceLost, main
+from bench.gpu import counters, environment, micro, results, sanitize, smoke, table
+from bench.gpu.part import FAILED, FINISHED, LOST, MIXED, PARTLY, DeviceLost, Part, main, prepare
 from bench.gpu.record_tests import FILE, WITH
 from bench.gpu.results import TRIES, Results, circumstances, delete, read_rows, write_json
 from bench.gpu.run_tests import NO_GPU, outcomes, targets
+from bench.gpu.scene import Case
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -90,7 +92,7 @@ def test_the_sanitized_calls_launch_every_kernel(monkeypatch):
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
-    assert sanitize.call_kernels(CPU, True, time.monotonic() + 60) == 12 * len(sanitize.REHEARSED)
+    assert sanitize.call_kernels(CPU, True, time.monotonic() + 600) == 12 * len(sanitize.REHEARSED)
     assert launched == launchable() and len(launched) >= 7
     assert sanitize.call_kernels(CPU, True, time.monotonic() - 1) == 0
 
@@ -131,15 +133,82 @@ def test_results_of_another_device_or_commit_are_not_gone_on_with(tmp_path, fiel
     assert f"race.jsonl has results of {field} another" in capsys.readouterr().err
 
 
-def test_earlier_results_are_copied_only_if_they_belong_here(tmp_path, monkeypatch):
-    earlier, out = tmp_path / "earlier", tmp_path / "out"
-    earlier.mkdir()
-    command = ["environment", "--rehearse", "--out", str(out), "--earlier", str(earlier)]
-    monkeypatch.setattr(sys, "argv", command)
-    row = circumstances("race", True)
-    for commit, code, there in (("another", MIXED, False), (row["commit"], FINISHED, True)):
-        (earlier / "race.jsonl").write_text(json.dumps(row | {"key": "x", "commit": commit}) + "\n")
-        assert environment.main() == code and (out / "race.jsonl").exists() is there
+def test_a_copy_without_history_says_the_commit_that_it_was_given(monkeypatch):
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert circumstances("race", True)["commit"] == "abc1234"
+    monkeypatch.delenv("COMMIT")
+    monkeypatch.setattr(results, "ROOT", Path("/"))
+    assert circumstances("race", True)["commit"] == "unknown"
+
+
+@needs_interpreter
+def test_the_smoke_test_names_the_family_that_is_wrong(tmp_path, monkeypatch, capsys):
+    """In this process; the script's rehearsal starts one for each family."""
+
+    def here(part, family, count):
+        rows = [smoke.check(family, case, CPU) for case in smoke.families(True, True)[family]]
+        assert len(rows) == count
+        return [*rows, {"key": family}]
+
+    monkeypatch.setattr(smoke, "check_in_a_process", here)
+    command = ["--out", str(tmp_path / "right"), "--rehearse"]
+    monkeypatch.setattr(smoke, "families", lambda *_: {"tma 64": [Case("fwd", "fp16", 70, 64, 64, 64, 0.5)]})
+    assert main("smoke", "", smoke.run, command) == FINISHED
+    row = read_rows(tmp_path / "right" / "smoke.jsonl")[0]
+    assert row["key"] == "tma 64, fwd" and row["config"][0]["tma"] is True
+    monkeypatch.setattr(smoke, "named", lambda op, result: {"y": result * float("nan")})
+    command[1] = str(tmp_path / "wrong")
+    assert main("smoke", "", smoke.run, command) == FAILED
+    assert "smoke: tma 64, fwd: y is off by nan" in capsys.readouterr().out
+    assert "WRONG: tma 64, fwd" in "\n".join(table.lines(tmp_path / "wrong"))
+
+
+def test_a_family_whose_process_ends_badly_is_named(tmp_path, monkeypatch):
+    part = Part(tmp_path, True, CPU, None, time.monotonic() + 60, SimpleNamespace(rehearse=True, no_tma=False))
+    for code, said in (("raise SystemExit('gone')", "exit code 1: gone"), ("print('{}')", "1 of 2 calls are missing")):
+        monkeypatch.setattr(smoke, "sys", SimpleNamespace(executable=make_python(tmp_path, code)))
+        rows = smoke.check_in_a_process(part, "tma 64", 2)
+        assert rows[-1]["key"] == "tma 64" and rows[-1]["error"] == said
+    part.ends = time.monotonic() + 0.3
+    monkeypatch.setattr(smoke, "sys", SimpleNamespace(executable=make_python(tmp_path, "import time; time.sleep(9)")))
+    assert "not done after" in smoke.check_in_a_process(part, "tma 64", 2)[-1]["error"]
+
+
+def make_python(folder: Path, code: str) -> str:
+    """Return a program that runs this code, whatever it is asked to run."""
+    program = folder / "python"
+    program.write_text(f"#!{sys.executable}\n{code}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_without_the_copy_engine_no_configuration_asks_for_it(tmp_path, monkeypatch):
+    for name in ("SPARSEKERN_CACHE", "SPARSEKERN_AUTOTUNE"):
+        monkeypatch.setenv(name, str(tmp_path) if name.endswith("CACHE") else "offline")
+    problem = Problem("fwd", "sm_90", "bf16", 128, 128, 13, 2)
+    assert any(config.tma for config in candidates(problem))
+    prepare(tmp_path, True, no_tma=True)
+    try:
+        assert not any(config.tma for config in candidates(problem))
+    finally:
+        package_data.cache_clear()
+
+
+REPORT = """==PROF== Connected
+"ID","Metric Name","Metric Unit","Metric Value"
+"0","lts__t_sectors_srcunit_tex_op_read.sum","sector","4,000"
+"0","lts__t_requests_srcunit_tex_op_read.sum","request","1,250"
+"0","Name","","multiply"
+"""
+
+
+def test_counters_are_read_from_a_report(tmp_path):
+    found = counters.counted(REPORT)
+    assert list(found.values()) == [4000.0, 1250.0] and counters.counted("nothing") == {}
+    assert counters.sectors_a_request(found) == 3.2 and counters.sectors_a_request({}) is None
+    for row, said in (({"sectors_a_request": 3.2}, "3.20 L2 sectors a request"), ({"error": "none"}, "counters: none")):
+        write_json(tmp_path / "counters.json", row)
+        assert said in "\n".join(table.lines(tmp_path))
 
 
 def test_the_tests_for_a_gpu_are_those_that_need_one():
@@ -202,178 +271,3 @@ def test_a_lost_device_is_recorded_and_asks_for_a_new_process(tmp_path, monkeypa
     assert main("micro", "", micro.run, command) == FINISHED
     rows = {row["key"]: row for row in read_rows(tmp_path / "micro.jsonl") if "part" in row and "key" in row}
     assert "illegal" in rows["bad"]["error"] and rows["good"]["ms"] == 1
-
-
-# The script: its parts are rehearsed above, each new process costs seconds.
-
-REHEARSED = "race"
-
-
-def script(out: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "PYTHONPATH": ""} | environment
-    given.pop("TRITON_INTERPRET", None)
-    return subprocess.run(["bench/gpu_run.sh", *words], cwd=ROOT, env=given, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    out = tmp_path_factory.mktemp("rehearsal")
-    return out, script(out, "--rehearse", PARTS=REHEARSED)
-
-
-# The whole.
-
-
-def test_a_rehearsal_runs_its_parts_and_says_that_its_times_mean_nothing(rehearsal):
-    out, ran = rehearsal
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert {"environment.json", "race.jsonl", "table.txt"} == {path.name for path in out.iterdir()}
-    table = (out / "table.txt").read_text()
-    assert ran.stdout.endswith(table)
-    assert table.splitlines()[0].startswith("*** REHEARSAL") and len(table.splitlines()) <= 40
-
-
-def test_every_row_says_what_it_was_measured_with(rehearsal):
-    for path in rehearsal[0].glob("*.jsonl"):
-        for row in read_rows(path):
-            if not row.get("begun"):
-                assert row["rehearsal"] is True and row["device"] == "cpu (Triton interpreter)"
-                assert {"torch", "triton", "commit", "date", "part"} <= row.keys()
-
-
-def test_the_race_has_a_row_for_each_contestant_of_each_case(rehearsal):
-    rows = {row["key"]: row for row in read_rows(rehearsal[0] / "race.jsonl") if "key" in row}
-    for case in race.rehearsal_cases():
-        for name in ("sparsekern", "cublas", "torch-bsr"):
-            row = rows[f"{case.key} | {name}"]
-            assert {k: row[k] for k in case._fields} == case._asdict()
-            assert ("ms" in row) != ("not_supported" in row)
-        ours = rows[f"{case.key} | sparsekern"]
-        assert ours["p20"] <= ours["ms"] <= ours["p80"] and ours["best_dense"] == "cublas"
-        assert ours["vs_dense"] == pytest.approx(rows[f"{case.key} | cublas"]["ms"] / ours["ms"])
-
-
-def test_a_second_run_measures_nothing_again_and_other_results_are_not_mixed_in(rehearsal):
-    out, _ = rehearsal
-    before = (out / "race.jsonl").read_text()
-    ran = script(out, "--rehearse", PARTS=REHEARSED)
-    assert ran.returncode == 0 and ran.stdout.count(": complete") == 1
-    assert (out / "race.jsonl").read_text() == before
-    refused = script(out)
-    assert refused.returncode == 2 and "holds a rehearsal" in refused.stderr
-    (out / "tests.jsonl").write_text('{"key": "x", "commit": "another"}\n')
-    refused = script(out, "--rehearse", PARTS=REHEARSED)
-    (out / "tests.jsonl").unlink()
-    assert refused.returncode == 2 and "tests.jsonl has results of commit another" in refused.stderr
-
-
-# The script alone, with a Python that is made up.
-
-FAKE = """#!/usr/bin/env bash
-case "$2" in
-  *environment) echo "$@" > "$OUT/asked"; exit "${ENVIRONMENT:-0}" ;;
-  *table) echo "the table" ;;
-  *) eval "$PART" ;;
-esac
-"""
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> dict[str, str]:
-    """The environment of a run in which PART is what a part does, and ENVIRONMENT the exit code of the first one."""
-    python = tmp_path / "python"
-    python.write_text(FAKE)
-    python.chmod(0o755)
-    return {"PYTHON": str(python), "PARTS": "micro race"}
-
-
-def test_a_part_that_fails_stops_no_other_and_is_named_at_the_end(tmp_path, fake):
-    ran = script(tmp_path, **fake, PART="[[ $2 != *micro ]]")
-    assert ran.returncode == 1 and "== race (" in ran.stdout
-    assert ran.stdout.endswith("the table\nFAILED: micro\n")
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [(124, "micro: out of time"), (137, "micro: killed"), (3, "run again to go on: micro"), (1, "FAILED, exit code 1")],
-)
-def test_how_a_part_ended_is_told(tmp_path, fake, code, said):
-    ran = script(tmp_path, **fake | {"PARTS": "micro"}, PART=f"exit {code}")
-    assert said in ran.stdout and ran.returncode == (0 if code == 3 else 1)
-
-
-def test_a_crash_is_tried_again_in_a_new_process(tmp_path, fake):
-    ran = script(tmp_path, **fake | {"PARTS": "micro"}, PART='[ -e "$OUT/again" ] || { touch "$OUT/again"; exit 139; }')
-    assert ran.returncode == 0 and "exit code 139, again" in ran.stdout
-
-
-def test_without_a_gpu_nothing_is_begun(tmp_path):
-    ran = script(tmp_path, PARTS="micro race")
-    assert ran.returncode == 2 and "--rehearse" in ran.stderr
-    assert "micro" not in ran.stdout and "race" not in ran.stdout
-
-
-def test_force_begins_anew_with_the_parts_that_were_asked_for(tmp_path, fake):
-    assert script(tmp_path, "--force", **fake, PART="true").returncode == 0
-    asked = (tmp_path / "asked").read_text()
-    assert "--parts micro race" in asked and "--force" in asked
-
-
-@pytest.mark.parametrize(
-    ("words", "environment", "said"),
-    [
-        (["--nonsense"], {}, "there is no option '--nonsense'"),
-        ([], {"PARTS": "micro nothing"}, "there is no part 'nothing'"),
-        ([], {"BUDGET_PERCENT": "ten"}, "BUDGET_PERCENT is 'ten'"),
-        ([], {"TOTAL_SECONDS": "0"}, "TOTAL_SECONDS is '0'"),
-        ([], {"FROM": "/nowhere"}, "FROM is '/nowhere', which is no folder"),
-        (["--force"], {"FROM": "/"}, "give one of them"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_before_anything_runs(tmp_path, fake, words, environment, said):
-    ran = script(tmp_path / "out", *words, **fake | environment)
-    assert ran.returncode == 2 and ran.stdout == "" and said in ran.stderr
-
-
-@pytest.mark.parametrize("word", ["-h", "--help"])
-def test_the_script_explains_itself(tmp_path, word):
-    ran = script(tmp_path, word)
-    assert ran.returncode == 0 and "BUDGET_PERCENT" in ran.stdout and "130 if it was interrupted" in ran.stdout
-    assert "set -euo" not in ran.stdout
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_everything_and_tells_how_to_go_on(tmp_path, fake, number):
-    part = 'sleep 60 & echo $! > "$OUT/new"; mv "$OUT/new" "$OUT/pid"; wait'
-    given = os.environ | {"OUT": str(tmp_path), "PART": part} | fake
-    given.pop("TRITON_INTERPRET", None)
-    ran = subprocess.Popen(
-        ["bench/gpu_run.sh"],
-        cwd=ROOT,
-        env=given,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a group, as that of a terminal, which gets Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    wait_until(lambda: (tmp_path / "pid").exists())
-    os.killpg(ran.pid, number)
-    _, said = ran.communicate(timeout=20)
-    assert ran.returncode == 130 and "run again" in said
-    worker = int((tmp_path / "pid").read_text())
-    wait_until(lambda: not alive(worker))
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    ends = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < ends
-        time.sleep(0.05)
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -86,7 +86,7 @@ TABLE: Table = {
         ("phase of rows forgotten", kernels(**STRIDED), "origin_y += phase_y", "origin_y += 0"),
         ("phase of columns forgotten", kernels(**STRIDED), "origin_x += phase_x", "origin_x += 0"),
         ("lists of the first phase only", kernels(**STRIDED),
-         "start = tl.load(ptr_ptr + phase * all_rows + line)", "start = tl.load(ptr_ptr + line)"),
+         "start = tl.load(row_ptr_ptr + phase * all_rows + line)", "start = tl.load(row_ptr_ptr + line)"),
         ("phase stored on top of the first", kernels(**STRIDED),
          "phase_y * width_out + phase_x)", "phase_y * 0)"),
         ("phases of the same height", kernels(**STRIDED),
@@ -138,6 +138,7 @@ TABLE: Table = {
         ("lists: rows of all groups", kernels(**GROUPED),
          "high = tl.where(its == phase, high, low)", "high = tl.where(its == phase, stop, low)"),
         ("lists: wrong slot", kernels(), "begin + entry - low, slot, mask", "begin + entry - low, entry, mask"),
+        ("lists: groups taken for one", kernels(**GROUPED), "if GROUPED:  # else", "if False:  # else"),
         ("lists: the end not written", kernels(), "tl.store(ptr_ptr + number + 1, begin, mask=last)", "pass"),
     ],
     "conv2d_multiply.phase_of_tap": [

@@ -18,6 +18,7 @@ from sparsekern.kernels.gpu.config import Outer
 from tests.broken_kernels import Check, Table, assert_noticed, checks, mutations
 from tests.device import interpreted_only
 from tests.gpu_checks import (
+    CUT_PRODUCTS,
     HOLES,
     OUTERS,
     PRODUCTS,
@@ -46,6 +47,11 @@ pytestmark = [interpreted_only, pytest.mark.usefixtures("poisoned_memory", "guar
 @cache
 def products(name: str) -> Check:
     return lambda: check_products(PRODUCTS[name].edge_case(), PRODUCTS[name].config)
+
+
+@cache
+def cut_products(name: str) -> Check:
+    return lambda: check_products(CUT_PRODUCTS[name].edge_case(), CUT_PRODUCTS[name].config)
 
 
 @cache
@@ -153,6 +159,7 @@ TABLE: Table = {
         ("parts: edge mask of x dropped", products("parts"),
          "(column + k < in_features)", "(column + k >= 0)"),
         ("gather: tail of the row unmasked", products("gather"), "in_row = i + k // IN < stop", "in_row = k >= 0"),
+        ("gather: every program the first piece", cut_products("gather"), "line % CUT * TILE_N", "0"),
         ("gather: tail of the row unmasked in values", nan_stays("gather"), "mask=in_row[:, None], other=0.0", ""),
         ("gather: tail of the row unmasked in x", nan_stays("gather"),
          "if EDGE_IN else in_row\n", "if EDGE_IN else k >= 0\n"),
@@ -170,10 +177,11 @@ TABLE: Table = {
     "multiply.multiply_tma_kernel": [
         ("tma: part forgotten", products("tma"), PART, "part = 0"),
         ("tma: part of values forgotten", products("tma"),
-         "values_desc.load([line, part])", "values_desc.load([line, 0])"),
+         "values_desc.load([slot + first, part])", "values_desc.load([slot + first, 0])"),
         ("tma: part of values forgotten in dx", half_products("tma"),
-         "values_desc.load([line + part, 0])", "values_desc.load([line, 0])"),
+         "values_desc.load([slot + part, first])", "values_desc.load([slot, first])"),
         ("tma: pointer not advanced", products("tma"), PARTS_AHEAD, "start"),
+        ("tma: every program the first piece", cut_products("tma"), "line % CUT * TILE_N", "0"),
         ("tma: wrong slot", products("tma"), "tl.load(slot_ptr + ahead) * BO", "ahead * BO"),
         ("tma: lines of the other side", products("tma"), "IN if TRANSPOSED else OUT", "OUT if TRANSPOSED else IN"),
     ],
@@ -253,6 +261,7 @@ TABLE: Table = {
     "outer.supertile_kernel": [
         ("supertile: token mask of dy dropped", all_block_norms,
          "mask=(t < T - begin)[None, :] & o_mask", "mask=o_mask"),
+        ("supertile: all tiles of the first columns", all_block_norms, "tl.program_id(0) // tiles", "0"),
         ("supertile: edge mask of x dropped", all_block_norms, "(i < in_units * ALIGN)", "(i >= 0)"),
         ("supertile: mask of the norms dropped", all_block_norms, "mask=(r < rows)[:, None] & (c < cols)[None, :]", ""),
         ("supertile: every fourth row of G", all_block_norms,

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from sparsekern.kernels.gpu import roofline
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
+CONSUMER = ("sm_86", "sm_89", "sm_120")
+"""Architectures with 99 KiB of shared memory, whose tensor cores are those of sm_80: a row of each kernel is enough."""
 SQUARES = ((16, 16), (32, 32), (64, 64), (128, 128))
 RECTANGLES = ((16, 64), (64, 16), (32, 128), (128, 32))
 DTYPES = ("bf16", "fp16", "fp32", "ieee")
@@ -16,6 +18,8 @@ LINEAR = ("fwd", "dx", "dvalues", "few_fwd", "few_dx", "block_norms", "all_block
 CONV2D = ("conv2d_fwd", "conv2d_dx", "conv2d_dvalues", "conv2d_all_block_norms")
 IEEE = ("fwd", "dx", "dvalues", "conv2d_fwd", "conv2d_dx", "conv2d_dvalues")
 """Kernels that are compiled for float32 without tensor cores, too."""
+ON_CONSUMER = ("fwd", "dx", "dvalues", "few_fwd", "all_block_norms", "conv2d_fwd", "conv2d_dx", "conv2d_dvalues")
+"""Kernels that are compiled for those, in bfloat16."""
 STREAMS = ("sum_splits", "projection", "conv2d_projection", "conv2d_lists")
 """Kernels without a product."""
 
@@ -71,6 +75,8 @@ def sample(patterns: list[str]) -> list[Case]:
 
 def sampled_by(case: Case) -> tuple[str, ...]:
     """Return what :func:`sample` has one row for: bfloat16 and float16 are compiled alike."""
+    if case.arch in CONSUMER:
+        return case[:1]
     if case.kernel.startswith("conv2d_") or case.kernel in STREAMS:
         return case[:2]
     return (*case[:2], "half" if case.dtype in ("bf16", "fp16") else case.dtype)
@@ -96,3 +102,6 @@ def _all() -> Iterator[Case]:
         for dtype in ("bf16", "fp16", "fp32"):
             yield from (Case(arch, "conv2d_projection", dtype, *block) for block in SQUARES)
         yield Case(arch, "conv2d_lists", "bf16", *SQUARES[0])  # of integers only
+    for arch in CONSUMER:
+        for kernel in ON_CONSUMER:
+            yield Case(arch, kernel, "bf16", *SQUARES[-1])  # the largest: it must fit

@@ -7,7 +7,7 @@ architecture: it specialises, compiles and stops there. So what is compiled is w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -46,15 +46,15 @@ def compiled(case: Case) -> tuple[Any, dict[str, Any], bool]:
     """Return what Triton compiled for a row, the configuration, and whether that is the default of such a call."""
     chosen: list[tuple[Config, bool]] = []
 
-    def choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
+    def run(problem: Problem, launch: tables.Launch, exact: object) -> None:
         best = wanted = roofline.candidates(problem)[0]
         if isinstance(best, Multiply):  # without TMA: what is launched when rows are not as the copy engine wants them
             wanted = replace(best, tma=case.kernel.endswith("_tma"))
         chosen.append((wanted, wanted == best))
-        return wanted
+        launch(wanted)
 
     name = KERNELS.get(case.kernel)
-    with _warm_ups_for(case.arch) as launched, patch.object(tables, "choose", choose):
+    with _warm_ups_for(case.arch) as launched, patch.object(tables, "run", run):
         (_call_conv2d if case.kernel.startswith("conv2d_") else _call)(case)
     kernel = next(k for function, k in launched if name in (None, function))
     if case.kernel in STREAMS:

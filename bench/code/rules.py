@@ -62,7 +62,7 @@ def matrix_class(arch: str, kernel: str, dtype: str, config: Row) -> str:
         return ""
     small = kernel.startswith("few") or (dtype == "fp32" and kernel == "dvalues")
     small |= dtype == "fp32" and kernel == "block_norms" and (config["warps"] == 2 or config["tile_in"] < 64)
-    return "mma.sync" if small else {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}[arch]
+    return "mma.sync" if small else {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(arch, "mma.sync")
 
 
 def copies_allowed(kernel: str, dtype: str, instruction: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from bench.gpu.goals import AROUND_BREAK_EVEN, ORDER
 from bench.gpu.scene import DTYPES, NORMS, Case
 from sparsekern.topology import blocks_at
 
-Launch = Callable[[Config], object]
+Launch = tables.Launch
 AnyCase = Case | scene_conv2d.Case
 AnyScene = scene.Scene | scene_conv2d.Scene
 
@@ -48,6 +48,11 @@ def calls(rehearsal: bool) -> list[AnyCase]:
         *_calls("bf16", 16, (0.5, 0.75), ("fwd", "dx")),
         *_calls("bf16", 8192, (0.9,), NORMS, blocks=(64, 32)),
     ]
+
+
+def headlines(rehearsal: bool) -> list[AnyCase]:
+    """Return the calls of which the headlines of the race consist: the first to be tuned."""
+    return calls(rehearsal)[: 3 if rehearsal else 24]
 
 
 def _calls(
@@ -103,13 +108,13 @@ def ours(of: AnyScene, op: str) -> contestants.Contestant:
 
 @contextmanager
 def choosing(choose: Callable[[Problem, Launch], Config]) -> Iterator[None]:
-    """Let ``choose`` decide on configurations instead of the tables."""
-    before = tables.choose
-    tables.choose = choose
+    """Let ``choose`` decide on configurations instead of the tables; one that does not run is an error."""
+    before = tables.run
+    tables.run = lambda which, launch, exact: launch(choose(which, launch))
     try:
         yield
     finally:
-        tables.choose = before
+        tables.run = before
 
 
 def call_with(of: AnyScene, op: str, config: Config) -> object:

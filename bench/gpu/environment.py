@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -26,6 +25,7 @@ def environment(rehearsal: bool) -> Row:
         "cuda": torch.version.cuda,
         "nvidia-smi": _nvidia_smi(),
         "compute-sanitizer": shutil.which("compute-sanitizer"),
+        "ncu": shutil.which("ncu"),
     }
     if not rehearsal:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -36,14 +36,6 @@ def environment(rehearsal: bool) -> Row:
             "l2_mib": getattr(properties, "L2_cache_size", 0) / 2**20,
         }
     return row
-
-
-def go_on_from(earlier: Path, out: Path) -> None:
-    """Copy earlier results that are not there yet."""
-    out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(earlier.glob("*.json*")):
-        if not (out / path.name).exists():
-            shutil.copy(path, out)
 
 
 def _version(package: str) -> str | None:
@@ -69,7 +61,6 @@ def main() -> int:
     """Write ``environment.json``, unless the folder holds results that do not belong with this device and commit."""
     options = parser(__doc__)
     options.add_argument("--parts", type=str.split, default=[], help="with --force, the parts whose results go first")
-    options.add_argument("--earlier", type=Path, help="folder of earlier results, copied where OUT has none")
     given = options.parse_args()
     if prepare(given.out, given.rehearse) is None:
         print("environment: there is no GPU that PyTorch can use")
@@ -77,12 +68,9 @@ def main() -> int:
     row = environment(given.rehearse)
     for part in given.parts if given.force else ():
         delete(given.out, part)
-    for folder in (given.out, given.earlier):
-        if folder is not None and (said := other_results(folder, row)):
-            print(f"error: {said}", file=sys.stderr)
-            return MIXED
-    if given.earlier is not None:
-        go_on_from(given.earlier, given.out)
+    if said := other_results(given.out, row):
+        print(f"error: {said}", file=sys.stderr)
+        return MIXED
     write_json(given.out / "environment.json", row)
     print("environment: " + ", ".join(f"{k} {row.get(k)}" for k in ("device", "multiprocessors", "torch", "triton")))
     return FINISHED

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sparsekern.kernels.gpu.config import package_data
 from sparsekern.kernels.gpu.launch import interpreted
 
 from bench.gpu.results import ROOT, Results, circumstances, delete, other_results
@@ -31,6 +32,7 @@ class Part:
     device: torch.device
     results: Results
     ends: float
+    options: argparse.Namespace
 
     def left(self) -> float:
         """Return the seconds that are left."""
@@ -52,18 +54,33 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="folder of the results")
     options.add_argument("--seconds", type=float, default=120.0, help="budget; the next run continues after it")
     options.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU; the times mean nothing")
+    options.add_argument("--no-tma", action="store_true", help="without the copy engine of Hopper and Blackwell")
     options.add_argument("--force", action="store_true", help="delete what this part has written, and begin anew")
     return options
 
 
-def prepare(out: Path, rehearse: bool) -> torch.device | None:
+def shared_options(given: argparse.Namespace) -> list[str]:
+    """Return the options that a part hands on to the processes it starts."""
+    return [*(["--rehearse"] if given.rehearse else []), *(["--no-tma"] if given.no_tma else [])]
+
+
+def prepare(out: Path, rehearse: bool, no_tma: bool = False) -> torch.device | None:
     """Point the package at the table of this run and return the device, None if there is none.
+
+    Args:
+        out: folder of the results, and of the table.
+        rehearse: on the CPU.
+        no_tma: let no device have a copy engine, so that no configuration asks for it.
 
     Triton reads TRITON_INTERPRET when it is imported, and whoever imports sparsekern has imported it: the caller sets
     it, as gpu_run.sh does.
     """
     os.environ["SPARSEKERN_CACHE"] = str(out.resolve())  # the tuner writes there, the race reads it
     os.environ.setdefault("SPARSEKERN_AUTOTUNE", "offline")
+    if no_tma:
+        for name, constants in package_data("devices.json").items():
+            if name != "about":
+                constants["tma"] = False
     if rehearse:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -80,7 +97,7 @@ def main(name: str, about: str | None, run: Callable[[Part], bool], argv: Sequen
     """
     began = time.monotonic()
     given = parser(about).parse_args(argv)
-    device = prepare(given.out, given.rehearse)
+    device = prepare(given.out, given.rehearse, given.no_tma)
     if device is None:
         print(f"{name}: there is no GPU that PyTorch can use; --rehearse runs it on the CPU")
         return NO_DEVICE
@@ -96,7 +113,7 @@ def main(name: str, about: str | None, run: Callable[[Part], bool], argv: Sequen
         return MIXED
     results = Results(given.out / f"{name}.jsonl", here)
     try:
-        done = run(Part(given.out, given.rehearse, device, results, began + given.seconds))
+        done = run(Part(given.out, given.rehearse, device, results, began + given.seconds, given))
     except DeviceLost as error:
         print(f"{name}: the GPU's context is lost ({error}); run again to go on")
         return LOST

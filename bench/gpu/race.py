@@ -7,7 +7,7 @@ are in the order of what they are worth, so that a budget that ends early cuts o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ def cases() -> list[Case]:
     return list(dict.fromkeys(ordered))
 
 
+def headline_cases() -> list[Case]:
+    """Return those that the goals are about."""
+    return cases()[: 2 * len(ORDER)]
+
+
 def _series(
     op: str,
     *,
@@ -82,20 +87,30 @@ def makers(rehearsal: bool) -> dict[str, Maker]:
 
 def run(part: Part) -> bool:
     """Run the cases that are not in the results yet; return whether all are."""
+    return race_cases(part, rehearsal_cases() if part.rehearsal else cases(), makers(part.rehearsal))
+
+
+def race_cases(
+    part: Part,
+    chosen: Sequence[Any],
+    taking_part: Mapping[str, Any],
+    make: Callable[[Any, torch.device], Any] = make_scene,
+) -> bool:
+    """Run the cases that are not in the results yet, most valuable first; return whether all are."""
     clock = Clock(part.device, device_alone=True)
     torch.set_float32_matmul_precision("high")  # float32 is tf32 for everyone
-    chosen = rehearsal_cases() if part.rehearsal else cases()
+    name = part.results.common["part"]
     for number, case in enumerate(chosen, 1):
         if part.results.has(case.key):
             continue
         if part.over(0.0 if part.rehearsal else 5.0):
-            print(f"race: {number - 1} of {len(chosen)} cases; the budget is over")
+            print(f"{name}: {number - 1} of {len(chosen)} cases; the budget is over")
             return False
         part.results.begin(case.key)
         try:
-            run_case(part, clock, case, makers(part.rehearsal))
+            run_case(part, clock, case, taking_part, make)
         except Exception as error:  # such as a GPU too small for the case
-            print(f"race: {case.key}: {say_what_failed(error)}")
+            print(f"{name}: {case.key}: {say_what_failed(error)}")
             part.results.add({"key": case.key, "error": say_what_failed(error)})
             check_device(part.device)
     return True
@@ -105,7 +120,7 @@ def run_case(
     part: Part,
     clock: Clock,
     case: Any,
-    taking_part: dict[str, Any],
+    taking_part: Mapping[str, Any],
     make: Callable[[Any, torch.device], Any] = make_scene,
 ) -> None:
     """Check all contestants on a case, time those that are right, and add the rows; ``make`` draws its numbers."""
@@ -140,12 +155,23 @@ def run_case(
         rows.append({"key": f"{case.key} | {name}", **fields, "contestant": name, "kind": right[name].kind})
         rows[-1] |= {"ms": timing.median, "p20": timing.quantile(0.2), "p80": timing.quantile(0.8)}
         rows[-1] |= {"wall_ms": timing.wall_ms, "samples": len(timing.samples)}
+        if clock.cuda and case.op == "step" and right[name].kind != SPARSE:
+            rows[-1] |= replayed(clock, right[name])
     compare(rows, case)
     rows += [
         {"key": f"{case.key} | {n}", **fields, "contestant": n, "error": say_what_failed(e)} for n, e in errors.items()
     ]
     part.results.add(*rows, {"key": case.key, "contestants": len(timings)})
     print("race: " + case.key + ": " + ", ".join(f"{r['contestant']} {r['ms']:.3f} ms" for r in rows if "ms" in r))
+
+
+def replayed(clock: Clock, contestant: Contestant) -> Row:
+    """Return how long a replay of a CUDA graph takes: neither Python nor gaps between kernels are in it."""
+    try:
+        return {"graph_ms": clock.replay_ms(contestant.run)}
+    except Exception as error:
+        check_device(clock.device)
+        return {"graph_error": say_what_failed(error)}
 
 
 def compare(rows: list[Row], case: Any) -> None:
@@ -160,6 +186,8 @@ def compare(rows: list[Row], case: Any) -> None:
         for kind, peer in best.items():
             row[f"vs_{kind}"] = None if peer is None else peer["ms"] / row["ms"]
             row[f"wall_vs_{kind}"] = None if peer is None else peer["wall_ms"] / row["wall_ms"]
+            both = peer is not None and {"graph_ms"} <= peer.keys() & row.keys()
+            row[f"graph_vs_{kind}"] = peer["graph_ms"] / row["graph_ms"] if peer and both else None
             row[f"best_{kind}"] = None if peer is None else peer["contestant"]
 
 

@@ -21,12 +21,15 @@ Row = dict[str, Any]
 
 WRITES = {
     "environment": ("environment.json",),
+    "smoke": ("smoke.jsonl",),
     "tests": ("tests.jsonl",),
-    "sanitizer": ("sanitizer.json",),
+    "untuned": ("untuned/untuned.jsonl", "untuned.jsonl"),
     "micro": ("micro.jsonl",),
     "tune": ("tune.jsonl", "sm_*.json"),
-    "conv2d": ("conv2d.jsonl",),
     "race": ("race.jsonl",),
+    "conv2d": ("conv2d.jsonl",),
+    "counters": ("counters.json",),
+    "sanitizer": ("sanitizer.json",),
 }
 """The files of each part."""
 
@@ -91,7 +94,12 @@ def circumstances(part: str, rehearsal: bool) -> Row:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, with a mark if files differ from it; ``unknown`` where git does not say."""
+    """Return the commit of the checkout, with a mark if files differ from it.
+
+    ``COMMIT`` in the environment comes first: a copy has no history, or lies in another checkout, whose it would be.
+    """
+    if given := os.environ.get("COMMIT"):
+        return given
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
@@ -101,7 +109,7 @@ def commit() -> str:
             "+changes" if git("status", "--porcelain", "-uno") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
 
 
 def same_circumstances(row: Row, here: Row) -> bool:
@@ -111,8 +119,8 @@ def same_circumstances(row: Row, here: Row) -> bool:
 
 def other_results(folder: Path, here: Row) -> str | None:
     """Return in a sentence which results of a folder do not belong with those of ``here``, or None."""
-    rows = {path: read_rows(path) for path in sorted(folder.glob("*.jsonl"))}
-    rows[folder / "sanitizer.json"] = [read_json(folder / "sanitizer.json") or {}]
+    rows = {path: read_rows(path) for path in sorted(folder.rglob("*.jsonl"))}
+    rows |= {path: [read_json(path) or {}] for path in (folder / "sanitizer.json", folder / "counters.json")}
     for path, found in rows.items():
         for row in found:
             if not same_circumstances(row, here):

@@ -23,7 +23,7 @@ from sparsekern.kernels.gpu import roofline
 from sparsekern.kernels.gpu.config import Config, Multiply, Problem
 
 from bench.gpu.calls import Launch, choosing
-from bench.gpu.part import FAILED, FINISHED, MIXED, NO_DEVICE, PARTLY, parser, prepare
+from bench.gpu.part import FAILED, FINISHED, MIXED, NO_DEVICE, PARTLY, parser, prepare, shared_options
 from bench.gpu.results import ROOT, Row, circumstances, delete, other_results, write_json
 from sparsekern.topology import Grid, Topology, build_index, conv_grid, random, with_capacity
 
@@ -140,7 +140,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--inside", action="store_true", help="call the kernels, nothing else")
     given = options.parse_args()
-    device = prepare(given.out, given.rehearse)
+    device = prepare(given.out, given.rehearse, given.no_tma)
     if device is None:
         print("sanitizer: there is no GPU that PyTorch can use")
         return NO_DEVICE
@@ -156,7 +156,7 @@ def main() -> int:
     program = shutil.which("compute-sanitizer")
     command = [] if program is None else [program, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
     command += [sys.executable, "-m", "bench.gpu.sanitize", "--inside"]
-    command += ["--out", str(given.out), "--seconds", str(given.seconds), *(["--rehearse"] if given.rehearse else [])]
+    command += ["--out", str(given.out), "--seconds", str(given.seconds), *shared_options(given)]
     try:
         ran = subprocess.run(
             command,

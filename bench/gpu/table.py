@@ -62,17 +62,25 @@ def times(ratio: float | None) -> str:
 
 def lines(folder: Path) -> Iterator[str]:
     """Yield the table."""
-    files = {name: read_rows(folder / f"{name}.jsonl") for name in ("tests", "micro", "tune", "conv2d", "race")}
-    environment, sanitizer = (read_json(folder / f"{name}.json") for name in ("environment", "sanitizer"))
+    files = {
+        name: read_rows(folder / f"{name}.jsonl") for name in ("smoke", "tests", "micro", "tune", "conv2d", "race")
+    }
+    files["untuned"] = read_rows(folder / "untuned" / "untuned.jsonl")
+    environment, counters, sanitizer = (
+        read_json(folder / f"{n}.json") for n in ("environment", "counters", "sanitizer")
+    )
     everything = [row for rows in files.values() for row in rows] + [environment or {}]
     rehearsal = any(row.get("rehearsal") for row in everything)
     if rehearsal:
         yield "*** REHEARSAL on the CPU, in Triton's interpreter, tiny sizes: THESE TIMES MEAN NOTHING ***"
     yield _environment(environment)
-    yield f"{_tests(files['tests'])}; {_sanitizer(sanitizer)}"
+    yield f"{_smoke(files['smoke'])}; {_tests(files['tests'])}; {_sanitizer(sanitizer)}"
     yield from _micro(files["micro"])
+    yield _counters(counters)
+    device = (environment or {}).get("device", "")
+    yield from _race(Race(files["untuned"]), rehearsal, device, "WITHOUT TUNING, ")
     yield _tune(files["tune"])
-    yield from _race(Race(files["race"]), rehearsal, (environment or {}).get("device", ""))
+    yield from _race(Race(files["race"]), rehearsal, device)
     yield from _conv2d(files["conv2d"], rehearsal)
     yield from _failures(files)
 
@@ -86,6 +94,25 @@ def _environment(row: Row | None) -> str:
     return (
         f"{row['device']}{counted}{driver}; torch {row['torch']}, triton {row['triton']}, python {row['python']}; "
         f"commit {row['commit']}, {row['date'][:10]}"
+    )
+
+
+def _smoke(rows: list[Row]) -> str:
+    calls = [row for row in rows if "case" in row]
+    if not rows:
+        return "smoke: not run"
+    wrong = [row["key"] for row in rows if {"error", "refused"} & row.keys()]
+    return f"smoke: {len(calls)} calls" + (f", WRONG: {'; '.join(wrong)}" if wrong else ", all right")
+
+
+def _counters(row: Row | None) -> str:
+    if row is None:
+        return "counters: not read"
+    sectors = row.get("sectors_a_request")
+    return (
+        f"counters: {sectors:.2f} L2 sectors a request at b16"
+        if sectors
+        else f"counters: {row.get('error', 'no sectors')}"
     )
 
 
@@ -132,18 +159,20 @@ def _tune(rows: list[Row]) -> str:
     return f"tuning: {len(problems)} problems, {convolutions} of them of the convolution{median}"
 
 
-def _race(race: Race, rehearsal: bool, device: str) -> Iterator[str]:
+def _race(race: Race, rehearsal: bool, device: str, tuned: str = "") -> Iterator[str]:
     if not race.found:
-        yield "comparison: nothing measured"
+        yield f"{tuned}comparison: nothing measured"
         return
     head = REHEARSED if rehearsal else HEADLINE
     said = "times mean nothing, so there are no verdicts" if rehearsal else "verdicts are by the time on the device"
-    yield f"forward + backward, {_title(head)}, speed-up over cuBLAS ({said}):"
+    yield f"{tuned}forward + backward, {_title(head)}, speed-up over cuBLAS ({said}):"
     for block in ORDER:
         for sparsity in sorted(race.speedups(head, block)) if rehearsal else GOALS[block].speedup:
             yield f"  b{block} at {sparsity:.0%}: " + _headline(race, head, block, sparsity, rehearsal)
     if DEVICE not in device and not rehearsal:
         yield f"  (the goals are those of an {DEVICE})"
+    if tuned:
+        return
     yield "others, by block " + ", ".join(map(str, ORDER)) + ": speed-up over cuBLAS (TFLOP/s on stored blocks)"
     for setting in sorted({Setting(*key[:6]) for key in race.found} - {head}):  # type: ignore[arg-type]
         measured = {float(str(key[-1])) for key in race.found if key[:6] == tuple(setting)}
@@ -178,6 +207,8 @@ def _headline(race: Race, head: Setting, block: int, sparsity: float, rehearsal:
         must, aim = goal.speedup[sparsity]
         reached = f" (must {must:g}, aim {aim:g}: {verdict(row['vs_dense'], must, aim)})"
     words = [f"{times(row['vs_dense'])} on the device{reached}, {times(row['wall_vs_dense'])} with Python"]
+    if row.get("graph_vs_dense"):
+        words.append(f"{times(row['graph_vs_dense'])} by graph replay")
     even = break_even(race.speedups(head, block))
     if even is not None:
         bound = {"=": "", "<": "below ", ">": "above "}[even[1]]
@@ -203,12 +234,8 @@ def _failures(files: dict[str, list[Row]]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Print the table and keep it as ``table.txt``."""
-    given = parser(__doc__).parse_args()
-    text = "\n".join(lines(given.out))
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "table.txt").write_text(text + "\n")
-    print(text)
+    """Print the table."""
+    print("\n".join(lines(parser(__doc__).parse_args().out)))
     return 0
 
 

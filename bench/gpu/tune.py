@@ -9,10 +9,8 @@ size and the same instructions.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -20,9 +18,10 @@ from sparsekern.kernels.gpu import roofline, tables
 from sparsekern.kernels.gpu.config import Config, Problem
 
 from bench.gpu.calls import AnyCase, Launch, call_with, calls, choosing, ours, problem_of, scene_of
+from bench.gpu.compile_ahead import compile_side_by_side
 from bench.gpu.contestants import named
 from bench.gpu.part import Part, main, say_what_failed
-from bench.gpu.results import ROOT, Row, write_json
+from bench.gpu.results import Row, write_json
 from bench.gpu.scene import Judge
 from sparsekern.analysis.clock import Clock, DeviceLost, check_device
 
@@ -42,7 +41,7 @@ def run(part: Part) -> bool:
             waiting[which.key] = (which, case)
     if not waiting:
         return True
-    compile_side_by_side(part)
+    compile_side_by_side(part, COMPILING)
     clock = Clock(part.device, device_alone=True)
     for key, (which, case) in waiting.items():
         if part.over(0.0 if part.rehearsal else 8.0):
@@ -56,27 +55,6 @@ def run(part: Part) -> bool:
             part.results.add({"key": key, "error": say_what_failed(error)})
             check_device(part.device)
     return True
-
-
-def compile_side_by_side(part: Part) -> None:
-    """Let several processes fill Triton's cache, and stop them when their time is over."""
-    count = 1 if part.rehearsal else max(1, min(12, (os.cpu_count() or 1) - 2))
-    common = ["--out", str(part.out), *(["--rehearse"] if part.rehearsal else [])]
-    until = time.monotonic() + COMPILING * part.left()
-    running = [
-        subprocess.Popen([sys.executable, "-m", "bench.gpu.tune_compile", str(i), str(count), *common], cwd=ROOT)
-        for i in range(count)
-    ]
-    try:
-        for process in running:
-            process.wait(max(0.1, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        print("tune: compiling side by side is stopped; the rest is compiled one by one")
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
 
 
 def tune_one(part: Part, clock: Clock, which: Problem, case: AnyCase) -> None:
@@ -101,22 +79,24 @@ def tune_one(part: Part, clock: Clock, which: Problem, case: AnyCase) -> None:
     del judge
     good = [c for c in configs if not {"error", "refused"} & rows[c].keys()]
 
+    def seconds(call: Callable[[], object]) -> float:
+        config = next(turn)
+        time = clock.median_seconds(call)
+        rows[config]["ms"] = time * 1e3
+        return time
+
     def choose(asked: Problem, launch: Launch) -> Config:
         assert asked == which, f"{asked} was asked for, not {which}"
-        turn = iter(good)
-
-        def seconds(call: Launch) -> float:
-            config = next(turn)
-            time = clock.median_seconds(call)  # type: ignore[arg-type]
-            rows[config]["ms"] = time * 1e3
-            return time
-
-        return tables.fastest(good, launch, seconds)  # type: ignore[arg-type]
+        # All of them are right: what each writes is compared with the best guess again, which costs a call.
+        exact = launch(good[0]).clone()
+        chosen.append(tables.fastest(good, launch, exact, seconds))
+        return chosen[-1]
 
     chosen: list[Config] = []
+    turn = iter(good)
     problem_row: Row = {"key": which.key, "call": case.key}
     if good:
-        with choosing(lambda asked, launch: chosen.append(choose(asked, launch)) or chosen[-1]):
+        with choosing(choose):
             ours(scene, case.op).run()
         tables.write(which, chosen[0])
         if which.dtype == "bf16":

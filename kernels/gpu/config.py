@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple
 
-from torch import dtype as Dtype
+import torch
 
-NAMES = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Problem(NamedTuple):
@@ -75,6 +75,8 @@ class Multiply:
     warps: int
     stages: int
     tma: bool = False
+    cut: int = 1
+    """Programs that share a block row of the output: with few tokens there are too few rows to fill the device."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Outer:
     tile_t: int
     warps: int
     stages: int
+    waves: int = 2
+    """Tokens are split until there are this many programs for each multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def well_formed(config: Config) -> bool:
         return False
     if not all(type(n) is int and n > 0 for n in fields.values()):
         return False
-    tiles = [n for name, n in fields.items() if name.startswith("tile") or name == "warps"]
+    tiles = [n for name, n in fields.items() if name.startswith("tile") or name in ("warps", "cut")]
     return all(n & (n - 1) == 0 for n in tiles) and config.warps <= 16 and 2 <= config.stages <= 16
 
 
@@ -139,11 +143,23 @@ KINDS: dict[str, type[Config]] = {
 
 
 def problem(
-    kernel: str, arch: str, dtype: Dtype, precision: str, block: tuple[int, int], tokens: int, slots: int, rows: int
+    kernel: str,
+    arch: str,
+    dtype: torch.dtype,
+    precision: str,
+    block: tuple[int, int],
+    tokens: int,
+    slots: int,
+    rows: int,
 ) -> Problem:
     """Return the problem of a call; ``rows`` is the number of block rows (columns for dx)."""
-    name = "ieee" if NAMES[str(dtype)] == "fp32" and precision == "ieee" else NAMES[str(dtype)]
-    return Problem(kernel, arch, name, *block, log2_ceil(tokens), log2_ceil(-(-slots // max(1, rows))))
+    name = "ieee" if dtype == torch.float32 and precision == "ieee" else NAMES[dtype]
+    return Problem(kernel, arch, name, *block, log2_ceil(tokens), log2_ceil(ceil_div(slots, max(1, rows))))
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Return the quotient, rounded up. (That of Triton takes 3 us on the host.)"""
+    return -(-number // divisor)
 
 
 def log2_ceil(number: int) -> int:

@@ -4,17 +4,21 @@ These functions choose a configuration and launch; they check nothing. What they
 
     x, dy     a copy, if the channels of a group are no multiple of 16 bytes
     values    as in :mod:`sparsekern.kernels.gpu.linear`
-    dx        the lists of blocks by phase, 8 bytes a block: ``lists_kernel`` of ``conv2d_multiply.py``
+    dx        the lists of blocks by phase, 8 bytes a block, kept with the index until it is written to
     dvalues   a float32 workspace of all blocks for each split of the pixels, if blocks are too few for the device
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
-import triton
 from sparsekern.kernels.contract import PADDING, ConvShape, Index, Lists
+from sparsekern.kernels.eager import conv2d as eager
 from sparsekern.kernels.gpu import tables
-from sparsekern.kernels.gpu.config import Config, Multiply, Outer, Supertile, problem
+from sparsekern.kernels.gpu.config import Config, Multiply, Outer, Supertile, ceil_div, problem
 from sparsekern.kernels.gpu.conv2d_multiply import conv2d_multiply_kernel, lists_kernel
 from sparsekern.kernels.gpu.conv2d_outer import (
     conv2d_outer_kernel,
@@ -22,6 +26,7 @@ from sparsekern.kernels.gpu.conv2d_outer import (
     conv2d_supertile_kernel,
 )
 from sparsekern.kernels.gpu.launch import (
+    aligned,
     aligned_images,
     alignment,
     arch,
@@ -29,21 +34,27 @@ from sparsekern.kernels.gpu.launch import (
     multiprocessors,
     on_device_of,
 )
-from sparsekern.kernels.gpu.linear import PROJECTED, SKETCH_BYTES, WAVES, lists_of, project, tokens_per_split
+from sparsekern.kernels.gpu.linear import PROJECTED, SKETCH_BYTES, groups_of, lists_of, project, tokens_per_split
 from sparsekern.kernels.gpu.outer import sum_splits_kernel
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_kept: Any = WeakIdKeyDictionary()
+"""By ``col_slot`` of an index: what its lists for dx were made of, and the lists."""
 
 
 def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: ConvShape) -> Tensor:
     """Return ``y (N, Cout, Ho, Wo)``; see :meth:`sparsekern.kernels.contract.Kernels.fwd`."""
     size_out = geometry.output_size(x.shape[2], x.shape[3])
-    return _multiply("conv2d_fwd", x, values, bias, index.by_row, geometry, size_out)
+    exact = partial(eager.fwd, x, values, bias, index, geometry)
+    return _multiply("conv2d_fwd", x, values, bias, index.by_row, geometry, size_out, exact)
 
 
 def dx(dy: Tensor, values: Tensor, index: Index, geometry: ConvShape, size: tuple[int, ...]) -> Tensor:
     """Return ``dx (N, Cin, H, W)``; see :meth:`sparsekern.kernels.contract.Kernels.dx`."""
-    lists = lists_by_phase(index, geometry, (values.shape[1], values.shape[2]))
-    return _multiply("conv2d_dx", dy, values, None, lists, geometry, size)
+    lists = kept_lists(index, geometry, (values.shape[1], values.shape[2]))
+    exact = partial(eager.dx, dy, values, index, geometry, size)
+    return _multiply("conv2d_dx", dy, values, None, lists, geometry, size, exact)
 
 
 def _multiply(
@@ -54,6 +65,7 @@ def _multiply(
     lists: Lists,
     geometry: ConvShape,
     size_out: tuple[int, ...],
+    exact: Callable[[], Tensor],
 ) -> Tensor:
     (slots, bo, bi), is_dx = values.shape, op == "conv2d_dx"
     (images, _, height, width), groups, (height_out, width_out) = x.shape, geometry.groups, size_out
@@ -77,14 +89,14 @@ def _multiply(
     values = values.to(x.dtype)
     if transposed and x.dtype == torch.float32:
         values, stride_k, stride_n = values.transpose(1, 2), 1, bo
-    values = values.contiguous()
+    values = aligned(values)
     bias = None if bias is None else bias.contiguous()
     align, precision, phases = alignment(x.dtype), dot_precision(x.dtype), div[0] * div[1]
-    pixels = images * -(-height_out // div[0]) * -(-width_out // div[1])  # of the phase with the most
+    pixels = images * ceil_div(height_out, div[0]) * ceil_div(width_out, div[1])  # of the phase with the most
 
-    def launch(config: Config) -> None:
+    def launch(config: Config) -> Tensor:
         assert isinstance(config, Multiply)
-        conv2d_multiply_kernel[(triton.cdiv(pixels, config.tile_t) * groups * rows, phases)](
+        conv2d_multiply_kernel[(ceil_div(pixels, config.tile_t) * groups * rows, phases)](
             x, values, bias, *lists, y,
             images, height, width, height_out, width_out,
             groups, rows, per_tap, geometry.kernel[1], *origin, *step, x.shape[4] // align, group_out,
@@ -94,11 +106,25 @@ def _multiply(
             HAS_BIAS=bias is not None, EDGE_IN=group_in % side_in != 0, EDGE_OUT=group_out % side_out != 0,
             PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+        return y
 
     which = problem(op, arch(x.device), x.dtype, precision, (bo, bi), pixels, slots, phases * groups * rows)
     with on_device_of(x):
-        launch(tables.choose(which, launch))
+        tables.run(which, launch, exact)
     return y.permute(0, 3, 1, 2)
+
+
+def kept_lists(index: Index, geometry: ConvShape, block: tuple[int, int]) -> Lists:
+    """Return the lists of dx, made by :func:`lists_by_phase` if there are none of the index as it is now."""
+    if any(part.is_inference() for part in index.by_col):  # nobody counts the writes into them
+        return lists_by_phase(index, geometry, block)
+    if index.col_slot.is_cuda and torch.cuda.is_current_stream_capturing():
+        return lists_by_phase(index, geometry, block)  # in the graph: blocks may move between its replays
+    made_of = (*(part._version for part in index.by_col), geometry, block)
+    kept = _kept.get(index.col_slot)
+    if kept is None or kept[0] != made_of:
+        kept = _kept[index.col_slot] = (made_of, lists_by_phase(index, geometry, block))
+    return kept[1]
 
 
 def lists_by_phase(index: Index, geometry: ConvShape, block: tuple[int, int]) -> Lists:
@@ -113,7 +139,7 @@ def lists_by_phase(index: Index, geometry: ConvShape, block: tuple[int, int]) ->
             index.col_ptr, index.col_row, index.col_slot, starts, numbers, slots,
             geometry.taps * per_tap, per_tap, geometry.kernel[1], rows, geometry.groups, top, left, *geometry.dilation,
             (geometry.groups * rows).bit_length(),
-            STRIDE_Y=sh, STRIDE_X=sw, PADDING=PADDING, COLS=128, RUN=32, num_warps=1,
+            STRIDE_Y=sh, STRIDE_X=sw, GROUPED=geometry.groups > 1, PADDING=PADDING, COLS=128, RUN=32, num_warps=1,
         )  # fmt: skip
     return starts, numbers, slots
 
@@ -123,7 +149,8 @@ def dvalues(
 ) -> Tensor:
     """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Kernels.dvalues`."""
     out = torch.empty(index.slots, *block, dtype=dtype, device=x.device)
-    outer_blocks("conv2d_dvalues", dy, x, index.by_row, index.slots, block, geometry, out)
+    exact = partial(eager.dvalues, dy, x, index, block, geometry, dtype)
+    outer_blocks("conv2d_dvalues", dy, x, index.by_row, index.slots, block, geometry, out, exact)
     return out
 
 
@@ -142,6 +169,7 @@ def outer_blocks(
     block: tuple[int, int],
     geometry: ConvShape,
     out: Tensor,
+    exact: Callable[[], Tensor],
 ) -> None:
     """Write blocks of the weight's gradient into ``out (Z, bo, bi)``, or their norms into ``out (Z,)``.
 
@@ -154,6 +182,7 @@ def outer_blocks(
         block: ``(bo, bi)``.
         geometry: of the convolution.
         out: contiguous, of any dtype.
+        exact: computes the same another way; see :func:`sparsekern.kernels.gpu.tables.run`.
     """
     (images, _, height_out, width_out), (bo, bi), groups = dy.shape, block, geometry.groups
     tokens, rows, norms = images * height_out * width_out, geometry.block_rows(bo), kernel == "conv2d_block_norms"
@@ -166,14 +195,15 @@ def outer_blocks(
     x, dy = aligned_images(x, groups), aligned_images(dy, groups)
     align, precision = alignment(x.dtype), dot_precision(x.dtype)
 
-    def launch(config: Config) -> None:
+    def launch(config: Config) -> Tensor:
         assert isinstance(config, Outer)
-        count = slots // max(1, config.tile_in // bi) + groups * rows + 1
+        programs, working = groups_of(slots, groups * rows, max(1, config.tile_in // bi))
         pieces = max(1, bi // config.tile_in)
-        per_split = tokens_per_split(tokens, config.tile_t, count * pieces, WAVES * multiprocessors(x.device))
-        splits = triton.cdiv(tokens, per_split)
+        wanted = config.waves * multiprocessors(x.device)
+        per_split = tokens_per_split(tokens, config.tile_t, working * pieces, wanted)
+        splits = ceil_div(tokens, per_split)
         parts = out if splits == 1 else torch.empty(splits, slots, bo, bi, dtype=torch.float32, device=x.device)
-        conv2d_outer_kernel[(count, splits, pieces)](
+        conv2d_outer_kernel[(programs, splits, pieces)](
             dy, x, *lists, parts,
             tokens, per_split, groups, rows, slots, (groups * rows + 1).bit_length(),
             height, width, height_out, width_out,
@@ -190,17 +220,19 @@ def outer_blocks(
             sum_splits_kernel[(slots,)](
                 parts, out, slots, splits, SIZE=bo * bi, NORMS=norms, num_warps=4 if bo * bi < 2**13 else 8
             )
+        return out
 
     which = problem(kernel, arch(x.device), x.dtype, precision, block, tokens, slots, groups * rows)
     with on_device_of(x):
-        launch(tables.choose(which, launch))
+        tables.run(which, launch, exact)
 
 
 def block_norms(dy: Tensor, x: Tensor, row: Tensor, col: Tensor, block: tuple[int, int], geometry: ConvShape) -> Tensor:
     """Return the norms ``(K,)``; see :meth:`sparsekern.kernels.contract.Kernels.block_norms`."""
     norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
     lists = lists_of(row, col, geometry.groups * geometry.block_rows(block[0]))
-    outer_blocks("conv2d_block_norms", dy, x, lists, row.shape[0], block, geometry, norms)
+    exact = partial(eager.block_norms, dy, x, row, col, block, geometry)
+    outer_blocks("conv2d_block_norms", dy, x, lists, row.shape[0], block, geometry, norms, exact)
     return norms
 
 
@@ -212,13 +244,14 @@ def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], geometry: Con
     if tokens == 0:
         return norms.zero_()
     (height, width), (top, _, left, _) = x.shape[2:], geometry.padding
+    exact = partial(eager.all_block_norms, dy, x, block, geometry)
     x, dy = aligned_images(x, groups), aligned_images(dy, groups)
     align, precision = alignment(x.dtype), dot_precision(x.dtype)
 
-    def launch(config: Config) -> None:
+    def launch(config: Config) -> Tensor:
         assert isinstance(config, Supertile)
-        tiles = triton.cdiv(rows * bo, config.tile_out), triton.cdiv(per_tap * bi, config.tile_in)
-        conv2d_supertile_kernel[(*tiles, groups * geometry.taps)](
+        tiles = ceil_div(rows * bo, config.tile_out) * ceil_div(per_tap * bi, config.tile_in)
+        conv2d_supertile_kernel[(tiles * groups * geometry.taps,)](
             dy, x, norms,
             tokens, groups, rows, height, width, height_out, width_out,
             geometry.taps, per_tap, geometry.kernel[1], top, left, *geometry.dilation,
@@ -227,11 +260,12 @@ def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], geometry: Con
             TILE_OUT=config.tile_out, TILE_IN=config.tile_in, TILE_T=config.tile_t, PRECISION=precision,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+        return norms
 
     name = "conv2d_all_block_norms"
     which = problem(name, arch(x.device), x.dtype, precision, block, tokens, norms.numel(), groups * rows)
     with on_device_of(x):
-        launch(tables.choose(which, launch))
+        tables.run(which, launch, exact)
     return norms
 
 
@@ -261,7 +295,7 @@ def _project(
     (height, width), (top, _, left, _) = x.shape[2:], geometry.padding
     out = torch.empty(pairs, geometry.groups, geometry.taps * per_tap, tokens, dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        conv2d_projection_kernel[(triton.cdiv(tokens, PROJECTED) * geometry.groups * geometry.taps * per_tap,)](
+        conv2d_projection_kernel[(ceil_div(tokens, PROJECTED) * geometry.groups * geometry.taps * per_tap,)](
             x, directions.float().contiguous(), out,
             first, tokens, geometry.groups, geometry.group_in, height, width, *size_out,
             geometry.taps, per_tap, geometry.kernel[1], top, left, *geometry.dilation, pairs,

@@ -1,9 +1,9 @@
 """Triton kernels for y and for dx of a convolution: an implicit GEMM, pixels on M, channels last.
 
-:func:`lists_kernel` makes the lists of blocks for dx on the device, for each call. :func:`conv2d_multiply_kernel` is
-:func:`sparsekern.kernels.gpu.multiply.multiply_kernel`, but finds in another way which elements a block reads. The
-*source* is the tensor that is read (x; dy for dx) and the *result* the one that is written (y; dx). The pixel ``q`` of
-the result reads, through a block of tap ``(i, j)``, the pixel
+:func:`lists_kernel` makes the lists of blocks for dx on the device, once for an index.
+:func:`conv2d_multiply_kernel` is :func:`sparsekern.kernels.gpu.multiply.multiply_kernel`, but finds in another way
+which elements a block reads. The *source* is the tensor that is read (x; dy for dx) and the *result* the one that is
+written (y; dx). The pixel ``q`` of the result reads, through a block of tap ``(i, j)``, the pixel
 
     forward     q * stride - padding + (i, j) * dilation
     dx          (q + padding - (i, j) * dilation) / stride      where that is a whole number
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sparsekern.kernels.gpu.multiply import place_of_entry, place_of_tile
+from sparsekern.kernels.gpu.multiply import LISTS, place_of_entry, place_of_tile
 from sparsekern.kernels.gpu.pixels import is_inside, place_of_token, quotient
 
 
@@ -49,10 +49,11 @@ def place_of_block(
     do_not_specialize=[
         "images", "height", "width", "height_out", "width_out", "groups", "rows", "per_tap", "kernel_width",
         "origin_y", "origin_x", "step_y", "step_x",
-    ]
+    ],
+    do_not_specialize_on_alignment=LISTS,
 )  # fmt: skip
 def conv2d_multiply_kernel(
-    x_ptr, values_ptr, bias_ptr, ptr_ptr, other_ptr, slot_ptr, y_ptr,
+    x_ptr, values_ptr, bias_ptr, row_ptr_ptr, other_ptr, slot_ptr, y_ptr,
     images, height, width, height_out, width_out,
     groups, rows, per_tap, kernel_width, origin_y, origin_x, step_y, step_x, in_units, group_out,
     ALIGN: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
@@ -74,8 +75,8 @@ def conv2d_multiply_kernel(
     group, row = line // rows, line % rows
     phase_height, phase_width = tl.cdiv(height_out - phase_y, DIV_Y), tl.cdiv(width_out - phase_x, DIV_X)
     T = images * phase_height * phase_width
-    start = tl.load(ptr_ptr + phase * all_rows + line)
-    stop = tl.load(ptr_ptr + phase * all_rows + line + 1)
+    start = tl.load(row_ptr_ptr + phase * all_rows + line)
+    stop = tl.load(row_ptr_ptr + phase * all_rows + line + 1)
     stop = tl.where(tile * TILE_T < T, stop, start)
 
     t = tile * TILE_T + tl.arange(0, TILE_T)
@@ -161,12 +162,14 @@ def first_at_least(rows_ptr, low, high, bound, search_steps):
 @triton.jit(
     do_not_specialize=[
         "cols", "per_tap", "kernel_width", "rows", "groups", "top", "left", "dilation_y", "dilation_x", "search_steps",
-    ]
+    ],
+    do_not_specialize_on_alignment=["col_ptr_ptr", "col_row_ptr", "col_slot_ptr", "ptr_ptr", "other_ptr", "slot_ptr"],
 )  # fmt: skip
 def lists_kernel(
     col_ptr_ptr, col_row_ptr, col_slot_ptr, ptr_ptr, other_ptr, slot_ptr,
     cols, per_tap, kernel_width, rows, groups, top, left, dilation_y, dilation_x, search_steps,
-    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PADDING: tl.constexpr, COLS: tl.constexpr, RUN: tl.constexpr,
+    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, GROUPED: tl.constexpr,
+    PADDING: tl.constexpr, COLS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Write one list of blocks for dx and where it begins; the last program also its end, and the zeros behind it.
 
@@ -187,8 +190,10 @@ def lists_kernel(
         here = first + c < cols
         start = tl.load(col_ptr_ptr + first + c, mask=here, other=0)
         stop = tl.load(col_ptr_ptr + first + c + 1, mask=here, other=0)
-        low = first_at_least(col_row_ptr, start, stop, group * rows, search_steps)
-        high = first_at_least(col_row_ptr, low, stop, (group + 1) * rows, search_steps)
+        low, high = start, stop
+        if GROUPED:  # else the search, one load after the other, finds all rows
+            low = first_at_least(col_row_ptr, start, stop, group * rows, search_steps)
+            high = first_at_least(col_row_ptr, low, stop, (group + 1) * rows, search_steps)
         its = phase_of_tap((first + c) // per_tap, kernel_width, top, left, dilation_y, dilation_x, STRIDE_Y, STRIDE_X)
         before += tl.where(its < phase, stop - start, 0) + tl.where(its == phase, low - start, 0)
         before += tl.where((its == phase) & ((first + c) % per_tap < block), high - low, 0)
@@ -198,8 +203,10 @@ def lists_kernel(
     for tap in range(0, cols // per_tap):
         column = tap * per_tap + block
         start, stop = tl.load(col_ptr_ptr + column), tl.load(col_ptr_ptr + column + 1)
-        low = first_at_least(col_row_ptr, start, stop, group * rows, search_steps)
-        high = first_at_least(col_row_ptr, low, stop, (group + 1) * rows, search_steps)
+        low, high = start, stop
+        if GROUPED:
+            low = first_at_least(col_row_ptr, start, stop, group * rows, search_steps)
+            high = first_at_least(col_row_ptr, low, stop, (group + 1) * rows, search_steps)
         its = phase_of_tap(tap, kernel_width, top, left, dilation_y, dilation_x, STRIDE_Y, STRIDE_X)
         high = tl.where(its == phase, high, low)
         for first in range(low, high, RUN):

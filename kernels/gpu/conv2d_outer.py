@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from sparsekern.kernels.gpu.outer import place_of_group
+from sparsekern.kernels.gpu.outer import LISTS, place_of_group
 from sparsekern.kernels.gpu.pixels import is_inside, place_of_next_token, place_of_token
 
 
@@ -19,7 +19,8 @@ from sparsekern.kernels.gpu.pixels import is_inside, place_of_next_token, place_
     do_not_specialize=[
         "T", "tokens_per_split", "groups", "rows", "slots", "search_steps", "height", "width", "height_out",
         "width_out", "per_tap", "kernel_width", "top", "left", "dilation_y", "dilation_x",
-    ]
+    ],
+    do_not_specialize_on_alignment=LISTS,
 )  # fmt: skip
 def conv2d_outer_kernel(
     dy_ptr, x_ptr, row_ptr_ptr, column_ptr, slot_ptr, out_ptr,
@@ -97,12 +98,18 @@ def conv2d_supertile_kernel(
     ALIGN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, TILE_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write ``TILE_OUT / BO`` by ``TILE_IN / BI`` norms of one tap of one group, both by the last program number."""
+    """Write ``TILE_OUT / BO`` by ``TILE_IN / BI`` norms of one tap of one group.
+
+    One program number counts tiles, taps and groups: the second and third of a grid end at 65535.
+    """
     ROWS: tl.constexpr = TILE_OUT // BO
     COLS: tl.constexpr = TILE_IN // BI
-    group, tap = tl.program_id(2) // taps, tl.program_id(2) % taps
-    o = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
-    i = tl.program_id(1) * TILE_IN + tl.arange(0, TILE_IN)
+    tiles_out, tiles_in = tl.cdiv(rows * BO, TILE_OUT), tl.cdiv(per_tap * BI, TILE_IN)
+    tile_out, tile_in = tl.program_id(0) % tiles_out, tl.program_id(0) // tiles_out % tiles_in
+    number = tl.program_id(0) // (tiles_out * tiles_in)
+    group, tap = number // taps, number % taps
+    o = tile_out * TILE_OUT + tl.arange(0, TILE_OUT)
+    i = tile_in * TILE_IN + tl.arange(0, TILE_IN)
     t = tl.arange(0, TILE_T)
     in_group, out_group = in_units * ALIGN, out_units * ALIGN
     x_pitch, dy_pitch = (groups * in_group).to(tl.int64), (groups * out_group).to(tl.int64)
@@ -124,8 +131,8 @@ def conv2d_supertile_kernel(
     # An infinity that met the filling is no NaN.
     acc = tl.where((o < group_out)[:, None] & (i < group_in)[None, :], acc, 0.0)
     squares = tl.sum(tl.sum(tl.reshape(acc * acc, (ROWS, BO, COLS, BI)), 3), 1)
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    r = tile_out * ROWS + tl.arange(0, ROWS)
+    c = tile_in * COLS + tl.arange(0, COLS)
     out = norms_ptr + (group * rows + r).to(tl.int64)[:, None] * (taps * per_tap) + (tap * per_tap + c)[None, :]
     tl.store(out, tl.sqrt(squares), mask=(r < rows)[:, None] & (c < per_tap)[None, :])
 

@@ -71,6 +71,15 @@ def aligned_rows(x: Tensor) -> Tensor:
     return rows
 
 
+def aligned(values: Tensor) -> Tensor:
+    """Return a contiguous tensor that starts at a multiple of 16 bytes: itself for most, else a copy.
+
+    A view into a flat parameter may start anywhere; from there no asynchronous copy is made, only loads of an element.
+    """
+    values = values.contiguous()
+    return values if values.data_ptr() % 16 == 0 else values.clone()
+
+
 def aligned_images(x: Tensor, groups: int) -> Tensor:
     """Return ``x (N, C, H, W)``, channels last, as ``(N, H, W, groups, F)``: contiguous, each group 16-byte aligned.
 

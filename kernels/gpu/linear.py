@@ -10,12 +10,32 @@ These functions choose a configuration and launch; they check nothing. What they
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-import triton
 from sparsekern.kernels.contract import Index, LinearShape, Lists
+from sparsekern.kernels.eager import linear as eager
 from sparsekern.kernels.gpu import tables
-from sparsekern.kernels.gpu.config import Config, FewTokens, Multiply, Outer, Supertile, problem
-from sparsekern.kernels.gpu.launch import aligned_rows, alignment, arch, dot_precision, multiprocessors, on_device_of
+from sparsekern.kernels.gpu.config import (
+    Config,
+    FewTokens,
+    Multiply,
+    Outer,
+    Supertile,
+    ceil_div,
+    log2_ceil,
+    problem,
+)
+from sparsekern.kernels.gpu.launch import (
+    aligned,
+    aligned_rows,
+    alignment,
+    arch,
+    dot_precision,
+    multiprocessors,
+    on_device_of,
+)
 from sparsekern.kernels.gpu.multiply import (
     can_describe,
     descriptor,
@@ -29,9 +49,6 @@ from torch import Tensor
 FEW_TOKENS = 32
 """Up to this many tokens the weight goes on M."""
 
-WAVES = 2
-"""Tokens are split until there are this many programs for each multiprocessor."""
-
 SKETCH_BYTES = 64 * 2**20
 """Bytes of projected tokens that :func:`sketch` may hold at a time."""
 
@@ -41,15 +58,25 @@ PROJECTED = 64
 
 def fwd(x: Tensor, values: Tensor, bias: Tensor | None, index: Index, geometry: LinearShape) -> Tensor:
     """Return ``y (T, O)``; see :meth:`sparsekern.kernels.contract.Kernels.fwd`."""
-    return _multiply("fwd", x, values, bias, index.by_row, geometry.out_features)
+    exact = partial(eager.fwd, x, values, bias, index, geometry)
+    return _multiply("fwd", x, values, bias, index.by_row, geometry.out_features, exact)
 
 
 def dx(dy: Tensor, values: Tensor, index: Index, geometry: LinearShape, size: tuple[int, ...] = ()) -> Tensor:
     """Return ``dx (T, I)``; see :meth:`sparsekern.kernels.contract.Kernels.dx`."""
-    return _multiply("dx", dy, values, None, index.by_col, geometry.in_features)
+    exact = partial(eager.dx, dy, values, index, geometry)
+    return _multiply("dx", dy, values, None, index.by_col, geometry.in_features, exact)
 
 
-def _multiply(op: str, x: Tensor, values: Tensor, bias: Tensor | None, lists: Lists, features: int) -> Tensor:
+def _multiply(
+    op: str,
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    lists: Lists,
+    features: int,
+    exact: Callable[[], Tensor],
+) -> Tensor:
     (tokens, in_features), (slots, bo, bi) = x.shape, values.shape
     transposed = op == "dx"
     side_in, side_out = (bo, bi) if transposed else (bi, bo)
@@ -66,49 +93,51 @@ def _multiply(op: str, x: Tensor, values: Tensor, bias: Tensor | None, lists: Li
         if transposed and x.dtype == torch.float32:
             values, transposed = values.transpose(1, 2), False
             stride_k, stride_n = 1, bo
-    values = values.contiguous()
+    values = aligned(values)
     bias = None if bias is None else bias.contiguous()
     align, precision = alignment(x.dtype), dot_precision(x.dtype)
     edge_in, edge_out = in_features % side_in != 0, features % side_out != 0
 
-    def launch(config: Config) -> None:
+    def launch(config: Config) -> Tensor:
         if isinstance(config, FewTokens):
             few_tokens_kernel[(rows * (side_out // config.tile_n),)](
                 x, values, bias, *lists, y,
                 tokens, x.shape[1] // align, features, x.stride(0) // align,
                 ALIGN=align, IN=side_in, OUT=side_out, STRIDE_K=stride_k, STRIDE_N=stride_n,
-                TOKENS=max(16, triton.next_power_of_2(tokens)), TILE_K=config.tile_k, TILE_N=config.tile_n,
+                TOKENS=max(16, 2 ** log2_ceil(tokens)), TILE_K=config.tile_k, TILE_N=config.tile_n,
                 HAS_BIAS=bias is not None, EDGE_IN=edge_in, PRECISION=precision,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
-            return
+            return y
         assert isinstance(config, Multiply)
-        grid = (triton.cdiv(tokens, config.tile_t) * rows,)
+        grid = (ceil_div(tokens, config.tile_t) * rows * config.cut,)
+        tile_n = side_out // config.cut
         if config.tma and can_describe(x, values, (config.tile_t, config.tile_k)):
             multiply_tma_kernel[grid](
                 descriptor(x, (config.tile_t, config.tile_k)),
-                descriptor(values.flatten(0, 1), (config.tile_k, bi) if transposed else (side_out, config.tile_k)),
+                descriptor(values.flatten(0, 1), (config.tile_k, tile_n) if transposed else (tile_n, config.tile_k)),
                 bias, *lists, y,
                 tokens, rows, features,
                 IN=side_in, OUT=side_out, TRANSPOSED=transposed,
-                TILE_T=config.tile_t, TILE_K=config.tile_k, GROUP=config.group,
+                TILE_T=config.tile_t, TILE_K=config.tile_k, GROUP=config.group, CUT=config.cut,
                 HAS_BIAS=bias is not None, EDGE_OUT=edge_out, PRECISION=precision,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
-            return
+            return y
         multiply_kernel[grid](
             x, values, bias, *lists, y,
             tokens, rows, x.shape[1] // align, features, x.stride(0) // align,
             ALIGN=align, IN=side_in, OUT=side_out, STRIDE_K=stride_k, STRIDE_N=stride_n,
-            TILE_T=config.tile_t, TILE_K=config.tile_k, GROUP=config.group,
+            TILE_T=config.tile_t, TILE_K=config.tile_k, GROUP=config.group, CUT=config.cut,
             HAS_BIAS=bias is not None, EDGE_IN=edge_in, EDGE_OUT=edge_out, PRECISION=precision,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+        return y
 
     kernel = f"few_{op}" if few else op
     which = problem(kernel, arch(x.device), x.dtype, precision, (bo, bi), tokens, slots, rows)
     with on_device_of(x):
-        launch(tables.choose(which, launch))
+        tables.run(which, launch, exact)
     return y
 
 
@@ -117,7 +146,8 @@ def dvalues(
 ) -> Tensor:
     """Return ``(Z, bo, bi)``; see :meth:`sparsekern.kernels.contract.Kernels.dvalues`."""
     out = torch.empty(index.slots, *block, dtype=dtype, device=x.device)
-    outer_blocks("dvalues", dy, x, index.by_row, index.slots, block, out)
+    exact = partial(eager.dvalues, dy, x, index, block, geometry, dtype)
+    outer_blocks("dvalues", dy, x, index.by_row, index.slots, block, out, exact)
     return out
 
 
@@ -135,6 +165,7 @@ def outer_blocks(
     slots: int,
     block: tuple[int, int],
     out: Tensor,
+    exact: Callable[[], Tensor],
 ) -> None:
     """Write blocks of ``dy' x`` into ``out (Z, bo, bi)``, or their norms into ``out (Z,)``.
 
@@ -146,6 +177,7 @@ def outer_blocks(
         slots: Z.
         block: ``(bo, bi)``.
         out: contiguous, of any dtype.
+        exact: computes the same another way; see :func:`sparsekern.kernels.gpu.tables.run`.
     """
     (tokens, in_features), out_features = x.shape, dy.shape[1]
     (bo, bi), rows, norms = block, lists[0].shape[0] - 1, kernel == "block_norms"
@@ -157,14 +189,15 @@ def outer_blocks(
     x, dy = aligned_rows(x), aligned_rows(dy)
     align, precision = alignment(x.dtype), dot_precision(x.dtype)
 
-    def launch(config: Config) -> None:
+    def launch(config: Config) -> Tensor:
         assert isinstance(config, Outer)
-        groups = slots // max(1, config.tile_in // bi) + rows + 1
+        programs, working = groups_of(slots, rows, max(1, config.tile_in // bi))
         pieces = max(1, bi // config.tile_in)
-        per_split = tokens_per_split(tokens, config.tile_t, groups * pieces, WAVES * multiprocessors(x.device))
-        splits = triton.cdiv(tokens, per_split)
+        wanted = config.waves * multiprocessors(x.device)
+        per_split = tokens_per_split(tokens, config.tile_t, working * pieces, wanted)
+        splits = ceil_div(tokens, per_split)
         parts = out if splits == 1 else torch.empty(splits, slots, bo, bi, dtype=torch.float32, device=x.device)
-        outer_kernel[(groups, splits, pieces)](
+        outer_kernel[(programs, splits, pieces)](
             dy, x, *lists, parts,
             tokens, per_split, rows, slots, (rows + 1).bit_length(), in_features, out_features,
             x.shape[1] // align, dy.shape[1] // align, x.stride(0) // align, dy.stride(0) // align,
@@ -177,9 +210,16 @@ def outer_blocks(
             sum_splits_kernel[(slots,)](
                 parts, out, slots, splits, SIZE=bo * bi, NORMS=norms, num_warps=4 if bo * bi < 2**13 else 8
             )
+        return out
 
+    which = problem(kernel, arch(x.device), x.dtype, precision, block, tokens, slots, rows)
     with on_device_of(x):
-        launch(tables.choose(problem(kernel, arch(x.device), x.dtype, precision, block, tokens, slots, rows), launch))
+        tables.run(which, launch, exact)
+
+
+def groups_of(slots: int, rows: int, blocks: int) -> tuple[int, int]:
+    """Return how many programs find their groups of ``blocks`` blocks, and how many of them have one, in the mean."""
+    return slots // blocks + rows + 1, max(1, slots // blocks + rows * (blocks - 1) // (2 * blocks))
 
 
 def tokens_per_split(tokens: int, tile_t: int, programs: int, wanted: int) -> int:
@@ -187,9 +227,8 @@ def tokens_per_split(tokens: int, tile_t: int, programs: int, wanted: int) -> in
 
     At least eight tiles, so that the pipeline is worth filling.
     """
-    splits = min(-(-wanted // programs), max(1, tokens // (8 * tile_t)))
-    per_split: int = triton.cdiv(triton.cdiv(tokens, splits), tile_t) * tile_t
-    return per_split
+    splits = min(ceil_div(wanted, programs), max(1, tokens // (8 * tile_t)))
+    return ceil_div(ceil_div(tokens, splits), tile_t) * tile_t
 
 
 def block_norms(
@@ -198,7 +237,8 @@ def block_norms(
     """Return the norms ``(K,)`` of chosen blocks; see :meth:`sparsekern.kernels.contract.Kernels.block_norms`."""
     norms = torch.empty(row.shape[0], dtype=torch.float32, device=x.device)
     lists = lists_of(row, col, geometry.cells(block)[0])
-    outer_blocks("block_norms", dy, x, lists, row.shape[0], block, norms)
+    exact = partial(eager.block_norms, dy, x, row, col, block, geometry)
+    outer_blocks("block_norms", dy, x, lists, row.shape[0], block, norms, exact)
     return norms
 
 
@@ -220,12 +260,13 @@ def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], geometry: Lin
     norms = torch.empty(rows, cols, dtype=torch.float32, device=x.device)
     if tokens == 0:
         return norms.zero_()
+    exact = partial(eager.all_block_norms, dy, x, block, geometry)
     x, dy = aligned_rows(x), aligned_rows(dy)
     align, precision = alignment(x.dtype), dot_precision(x.dtype)
 
-    def launch(config: Config) -> None:
+    def launch(config: Config) -> Tensor:
         assert isinstance(config, Supertile)
-        grid = (triton.cdiv(rows * bo, config.tile_out), triton.cdiv(cols * bi, config.tile_in))
+        grid = (ceil_div(rows * bo, config.tile_out) * ceil_div(cols * bi, config.tile_in),)
         supertile_kernel[grid](
             dy, x, norms,
             tokens, in_features, out_features,
@@ -234,10 +275,11 @@ def all_block_norms(dy: Tensor, x: Tensor, block: tuple[int, int], geometry: Lin
             TILE_OUT=config.tile_out, TILE_IN=config.tile_in, TILE_T=config.tile_t, PRECISION=precision,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+        return norms
 
     with on_device_of(x):
         which = problem("all_block_norms", arch(x.device), x.dtype, precision, block, tokens, rows * cols, rows)
-        launch(tables.choose(which, launch))
+        tables.run(which, launch, exact)
     return norms
 
 
@@ -267,7 +309,7 @@ def project(x: Tensor, directions: Tensor, side: int) -> Tensor:
     out = torch.empty(pairs, blocks, tokens, dtype=torch.float32, device=x.device)
     directions = directions.float().contiguous()
     with on_device_of(x):
-        projection_kernel[(triton.cdiv(tokens, PROJECTED) * blocks,)](
+        projection_kernel[(ceil_div(tokens, PROJECTED) * blocks,)](
             x, directions, out,
             tokens, features, blocks, pairs, x.stride(0), x.stride(1),
             SIDE=side, TILE_T=PROJECTED, num_warps=4,

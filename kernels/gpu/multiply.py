@@ -24,6 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+LISTS = ["bias_ptr", "row_ptr_ptr", "other_ptr", "slot_ptr"]
+"""Pointers that may lie anywhere: where a list begins in its memory depends on how many blocks there are, and a kernel
+must not be compiled anew when one is added."""
+
 
 @triton.jit
 def place_of_tile(T, rows, TILE_T: tl.constexpr, GROUP: tl.constexpr):
@@ -44,11 +48,10 @@ def place_of_entry(other_ptr, slot_ptr, entry, IN: tl.constexpr, SIZE: tl.conste
 
 @triton.jit
 def store_tile(
-    y_ptr, bias_ptr, acc, t, row, T, out_features,
+    y_ptr, bias_ptr, acc, t, row, n, T, out_features,
     OUT: tl.constexpr, HAS_BIAS: tl.constexpr, EDGE_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias and write ``y[t, block row]``, cut off at the last token and feature."""
-    n = tl.arange(0, OUT)
+    """Add the bias and write the features ``n`` of ``y[t, block row]``, cut off at the last token and feature."""
     feature = row * OUT + n
     n_mask = feature < out_features if EDGE_OUT else n < OUT
     if HAS_BIAS:
@@ -57,27 +60,29 @@ def store_tile(
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(t[:, None] < T) & n_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "rows"])
+@triton.jit(do_not_specialize=["T", "rows"], do_not_specialize_on_alignment=LISTS)
 def multiply_kernel(
     x_ptr, values_ptr, bias_ptr, row_ptr_ptr, other_ptr, slot_ptr, y_ptr,
     T, rows, in_units, out_features, stride_units,
     ALIGN: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
-    TILE_T: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the tile ``y[tokens, one block row]``. STRIDE_K and STRIDE_N are those of w[k, n] within a block.
+    """Write the tile ``y[tokens, a part of one block row]``. STRIDE_K and STRIDE_N are those of w[k, n] in a block.
 
     Sizes in units of ALIGN elements tell the compiler that rows of x are 16-byte aligned.
     """
-    tile, row = place_of_tile(T, rows, TILE_T, GROUP)
+    tile, line = place_of_tile(T, rows * CUT, TILE_T, GROUP)
+    row = line // CUT
     start, stop = tl.load(row_ptr_ptr + row), tl.load(row_ptr_ptr + row + 1)
 
+    TILE_N: tl.constexpr = OUT // CUT
     t = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
-    k, n = tl.arange(0, TILE_K), tl.arange(0, OUT)
+    k, n = tl.arange(0, TILE_K), line % CUT * TILE_N + tl.arange(0, TILE_N)
     in_features = in_units * ALIGN
     # Behind the last token the last one is read again, and not written: a mask costs two instructions per copy.
     x_rows = x_ptr + tl.minimum(t, T - 1)[:, None] * (stride_units * ALIGN)
-    acc = tl.zeros((TILE_T, OUT), tl.float32)
+    acc = tl.zeros((TILE_T, TILE_N), tl.float32)
 
     if IN < TILE_K:
         BLOCKS: tl.constexpr = TILE_K // IN
@@ -107,10 +112,10 @@ def multiply_kernel(
             offset += part * STRIDE_K
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    store_tile(y_ptr, bias_ptr, acc, t, row, T, out_features, OUT, HAS_BIAS, EDGE_OUT)
+    store_tile(y_ptr, bias_ptr, acc, t, row, n, T, out_features, OUT, HAS_BIAS, EDGE_OUT)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=LISTS)
 def few_tokens_kernel(
     x_ptr, values_ptr, bias_ptr, row_ptr_ptr, other_ptr, slot_ptr, y_ptr,
     T, in_units, out_features, stride_units,
@@ -171,37 +176,40 @@ def few_tokens_kernel(
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=t_mask & n_mask[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "rows"])
+@triton.jit(do_not_specialize=["T", "rows"], do_not_specialize_on_alignment=LISTS)
 def multiply_tma_kernel(
     x_desc, values_desc, bias_ptr, row_ptr_ptr, other_ptr, slot_ptr, y_ptr,
     T, rows, out_features,
     IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    TILE_T: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, EDGE_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the tile ``y[tokens, one block row]``. values_desc is ``(Z * bo, bi)``; TRANSPOSED is set for dx.
+    """Write the tile ``y[tokens, a part of one block row]``. values_desc is ``(Z * bo, bi)``; TRANSPOSED is set for dx.
 
     Descriptors made on the host replace the pointers of x and values: fewer instructions and registers, and elements
     beyond the last token or feature read as zero without a mask. :func:`can_describe` says what they require.
     """
-    tile, row = place_of_tile(T, rows, TILE_T, GROUP)
+    tile, line = place_of_tile(T, rows * CUT, TILE_T, GROUP)
+    row = line // CUT
     start, stop = tl.load(row_ptr_ptr + row), tl.load(row_ptr_ptr + row + 1)
     PARTS: tl.constexpr = IN // TILE_K
+    TILE_N: tl.constexpr = OUT // CUT
+    first = line % CUT * TILE_N
     BO: tl.constexpr = IN if TRANSPOSED else OUT
 
-    acc = tl.zeros((TILE_T, OUT), tl.float32)
-    column, line = tl.load(other_ptr + start) * IN, tl.load(slot_ptr + start) * BO
+    acc = tl.zeros((TILE_T, TILE_N), tl.float32)
+    column, slot = tl.load(other_ptr + start) * IN, tl.load(slot_ptr + start) * BO
     part = 0
     for i in range(0, (stop - start) * PARTS):
         x = x_desc.load([tile * TILE_T, column + part])
-        w = values_desc.load([line + part, 0]) if TRANSPOSED else values_desc.load([line, part]).T
+        w = values_desc.load([slot + part, first]) if TRANSPOSED else values_desc.load([slot + first, part]).T
         ahead = tl.minimum(start + (i + 1) // PARTS, stop)
         part = (i + 1) % PARTS * TILE_K
-        column, line = tl.load(other_ptr + ahead) * IN, tl.load(slot_ptr + ahead) * BO
+        column, slot = tl.load(other_ptr + ahead) * IN, tl.load(slot_ptr + ahead) * BO
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    t = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
-    store_tile(y_ptr, bias_ptr, acc, t, row, T, out_features, OUT, HAS_BIAS, EDGE_OUT)
+    t, n = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T), first + tl.arange(0, TILE_N)
+    store_tile(y_ptr, bias_ptr, acc, t, row, n, T, out_features, OUT, HAS_BIAS, EDGE_OUT)
 
 
 def can_describe(x: Tensor, values: Tensor, tile: tuple[int, int]) -> bool:

@@ -39,7 +39,13 @@ def place_of_group(row_ptr_ptr, rows, slots, search_steps, BLOCKS: tl.constexpr)
     return row, start + (task - start // BLOCKS - row) * BLOCKS, stop
 
 
-@triton.jit(do_not_specialize=["T", "tokens_per_split", "rows", "slots", "search_steps"])
+LISTS = ["row_ptr_ptr", "column_ptr", "slot_ptr"]
+"""Pointers that may lie anywhere, as in :mod:`sparsekern.kernels.gpu.multiply`."""
+
+
+@triton.jit(
+    do_not_specialize=["T", "tokens_per_split", "rows", "slots", "search_steps"], do_not_specialize_on_alignment=LISTS
+)
 def outer_kernel(
     dy_ptr, x_ptr, row_ptr_ptr, column_ptr, slot_ptr, out_ptr,
     T, tokens_per_split, rows, slots, search_steps, in_features, out_features,
@@ -120,8 +126,10 @@ def supertile_kernel(
     """
     ROWS: tl.constexpr = TILE_OUT // BO
     COLS: tl.constexpr = TILE_IN // BI
-    o = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
-    i = tl.program_id(1) * TILE_IN + tl.arange(0, TILE_IN)
+    tiles = tl.cdiv(rows * BO, TILE_OUT)  # one number for both: the second of a grid ends at 65535
+    tile_out, tile_in = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    o = tile_out * TILE_OUT + tl.arange(0, TILE_OUT)
+    i = tile_in * TILE_IN + tl.arange(0, TILE_IN)
     t = tl.arange(0, TILE_T)
     o_mask, i_mask = (o < out_units * ALIGN)[:, None], (i < in_units * ALIGN)[None, :]
     dy_stride, x_stride = dy_stride_units * ALIGN, x_stride_units * ALIGN
@@ -138,8 +146,8 @@ def supertile_kernel(
     # An infinity that met the filling is no NaN.
     acc = tl.where((o < out_features)[:, None] & (i < in_features)[None, :], acc, 0.0)
     squares = tl.sum(tl.sum(tl.reshape(acc * acc, (ROWS, BO, COLS, BI)), 3), 1)
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    r = tile_out * ROWS + tl.arange(0, ROWS)
+    c = tile_in * COLS + tl.arange(0, COLS)
     out = norms_ptr + r.to(tl.int64)[:, None] * cols + c[None, :]
     tl.store(out, tl.sqrt(squares), mask=(r < rows)[:, None] & (c < cols)[None, :])
 

@@ -9,6 +9,7 @@ configurations and predicts no times.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,10 +23,19 @@ LATENCY = 0.8e-6
 NEAR = 1.125
 """Costs that differ by less are the same: the constants are no better. The smaller tile is the safer guess then."""
 
+LINE = 128
+"""Bytes of a cache line."""
+
+ASSUMED = 4096
+"""Features of the output: a problem does not say how many there are, and so how many programs."""
+
+IDLE = 9
+"""Up to ``2 ** IDLE`` tokens, rows of large blocks are too few programs to fill a device."""
+
 STAGES = (4, 3, 5)
 """Buffers of a pipeline, in the order of preference where the cost is the same."""
 
-MOST = 8
+MOST = 10
 """Configurations that a tuner tries for a problem."""
 
 
@@ -46,15 +56,20 @@ def candidates(problem: Problem) -> list[Config]:
     first = min(near, key=lambda c: tile(problem, c)[0] * tile(problem, c)[1])
     ranked = [first, *(c for c in ranked if c != first)]
     # A tuner learns more from another tile than from another number of stages: one of each shape, then the rest.
-    shapes = {replace(c, stages=0): c for c in reversed(ranked)}
-    distinct = [c for c in ranked if shapes[replace(c, stages=0)] is c][: MOST - 2]
+    shapes = {_shape(c): c for c in reversed(ranked)}
+    distinct = [c for c in ranked if shapes[_shape(c)] is c][: MOST - 3]
     return [*distinct, *(c for c in ranked if c not in distinct)][:MOST]
+
+
+def _shape(config: Config) -> Config:
+    """Return a configuration without what changes its tiles least: the buffers, and how often tokens are split."""
+    return replace(config, stages=0, waves=1) if isinstance(config, Outer) else replace(config, stages=0)
 
 
 def tile(problem: Problem, config: Config) -> tuple[int, int, int]:
     """Return ``(M, N, K)`` of the ``tl.dot`` in the loop of a kernel."""
     if isinstance(config, Multiply):
-        return config.tile_t, problem.kept, config.tile_k
+        return config.tile_t, problem.kept // config.cut, config.tile_k
     if isinstance(config, FewTokens):
         return config.tile_n, max(16, 2**problem.log2_tokens), config.tile_k
     if isinstance(config, Outer):
@@ -89,13 +104,17 @@ def fits(problem: Problem, config: Config) -> bool:
     An accumulator may have a quarter of them, half where the tensor cores read 2-byte operands from shared memory: the
     rest is for addresses, and with mma.sync for the operands too.
     """
-    m, n, _ = tile(problem, config)
+    m, n, k = tile(problem, config)
     if isinstance(config, (Multiply, FewTokens)) and 2 * (config.tile_k // problem.summed) > PADDING:
         return False  # it reads ahead in the lists of the index
-    if isinstance(config, Multiply) and config.tma and (config.tile_k > problem.summed or problem.kept < 64):
+    if isinstance(config, Multiply) and config.tma and (config.tile_k > problem.summed or n < 64):
         return False
-    if isinstance(config, Multiply) and config.tma and problem.is_conv2d:
-        return False  # the pixels of a tile do not lie in a box
+    if isinstance(config, Multiply) and problem.is_conv2d and (config.tma or k * problem.itemsize > LINE):
+        return False  # the pixels of a tile do not lie in a box; and two lines of K spill up to 2.9 KB (Triton 3.6)
+    if isinstance(config, Multiply) and config.cut > 1 and (problem.is_conv2d or n < 32 or problem.kept % config.cut):
+        return False
+    if from_shared(problem, config) and m == 64 and config.warps == 8 and n < 32:
+        return False  # m64n8: two groups of warps share N, and Triton swizzles 32 bytes, near a fault that is open
     if isinstance(config, FewTokens) and problem.kept % config.tile_n:
         return False
     if isinstance(config, Outer) and problem.takes_norms and config.tile_in < problem.bi:
@@ -129,8 +148,12 @@ def cost(problem: Problem, config: Config) -> float:
     resident = max(1, min((d["shared_kib"] + 1) * 1024 // shared, 65536 // registers, 4))
     if isinstance(config, FewTokens):
         resident = min(resident, 32 // config.tile_n)  # decoding has few programs, and half as many of twice the height
+    idle = 1.0
+    if isinstance(config, Multiply):
+        programs = 2**problem.log2_tokens / m * ASSUMED / n
+        idle, resident = max(1.0, d["sms"] / programs), min(resident, max(1, int(programs / d["sms"])))
     alone = 2 * LATENCY + turns * max(busy, LATENCY / (config.stages - 1))
-    seconds: float = max(turns * busy, alone / resident) / (turns * flops * useful)
+    seconds: float = idle * max(turns * busy, alone / resident) / (turns * flops * useful)
     return seconds
 
 
@@ -148,7 +171,7 @@ def _turns(problem: Problem, config: Config) -> tuple[float, float]:
 
 
 def _all(problem: Problem) -> Iterator[Config]:
-    wide = 64 if problem.itemsize == 2 else 32  # one cache line of K
+    wide = LINE // problem.itemsize
     kind = KINDS[problem.kernel]
     if kind is Multiply:
         yield from _multiply(problem, wide)
@@ -167,15 +190,16 @@ def _multiply(problem: Problem, wide: int) -> Iterator[Config]:
     # Without tensor cores the operands sit in registers too: other tiles spill somewhere. A convolution holds more.
     tall = problem.kept >= (64 if problem.is_conv2d else 128)
     tma = device(problem.arch)["tma"] and not problem.is_conv2d and min(problem.bo, problem.bi) >= 64
+    cuts = (1, 2, 4) if problem.kept == 128 and problem.log2_tokens <= IDLE and problem.dtype != "ieee" else (1,)
     for tile_t in (32, 64, 128, 256):
         for tile_k in (wide, 2 * wide):
             for warps in (4, 8):
                 if problem.dtype == "ieee" and (tile_t, warps) != ((64, 8) if tall else (32, 4)):
                     continue
-                for stages in STAGES:
-                    yield Multiply(tile_t, tile_k, 8, warps, stages)
+                for cut, stages in itertools.product(cuts, STAGES):
+                    yield Multiply(tile_t, tile_k, 8, warps, stages, cut=cut)
                     if tma and tile_k <= problem.summed:
-                        yield Multiply(tile_t, tile_k, 8, warps, stages, tma=True)
+                        yield Multiply(tile_t, tile_k, 8, warps, stages, tma=True, cut=cut)
 
 
 def _outer(problem: Problem, wide: int) -> Iterator[Config]:
@@ -188,6 +212,8 @@ def _outer(problem: Problem, wide: int) -> Iterator[Config]:
         shapes = ((32, 4), (64, 2), (128, 2)) if norm and problem.bi == 128 else ((32, 4), (64, 2))
     else:
         shapes = ((64, 4), (64, 8), (128, 4), (128, 8))
+        if min(problem.bo, problem.bi) >= 64 and problem.itemsize == 2 and not norm:
+            shapes = (*shapes, (256, 8))  # a sixth to a quarter fewer bytes from the L2 cache
     for tile_in, warps in shapes:
         if problem.dtype == "ieee" and not norm and tile_in * problem.bo > 32 * 32 * warps:
             continue  # spills, as in _multiply
@@ -195,6 +221,7 @@ def _outer(problem: Problem, wide: int) -> Iterator[Config]:
             continue  # so does this one, on sm_80
         if tile_in >= problem.bi or not norm:
             yield from (Outer(tile_in, wide, warps, stages) for stages in STAGES)
+            yield from (Outer(tile_in, wide, warps, stages, waves) for waves in (1, 4) for stages in STAGES[:2])
 
 
 def _supertile(problem: Problem, wide: int) -> Iterator[Config]:

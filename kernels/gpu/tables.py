@@ -1,5 +1,7 @@
 """Choice of a call's configuration: a measured one where there is one, else the best guess of the roofline.
 
+:func:`run` makes the call. A configuration that does not compile or fit is replaced by the next candidate.
+
 ``SPARSEKERN_AUTOTUNE`` says how:
 
     offline   (default) the tables: the user's own first, then those of the package; the nearest entry, if there is
@@ -28,24 +30,53 @@ import torch
 from sparsekern.kernels.gpu import roofline
 from sparsekern.kernels.gpu.config import KINDS, Config, Problem, package_data, well_formed
 from sparsekern.kernels.gpu.launch import interpreted
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 MODES = ("offline", "0", "1")
 
 CAPTURING = "a CUDA graph is being captured"
+NOT_FINITE = "the answer has an infinity or a NaN, so that none can be checked"
 
 _NEAR = sorted((abs(t) + abs(n), t, n) for t in range(-3, 4) for n in range(-3, 4))
 """How far, in powers of two: distance, tokens, blocks. Farther than that the roofline knows better."""
+
+NOT_RUNNING = (CompilationError, OutOfResources, PTXASError, RuntimeError)
+"""What Triton raises for a configuration that does not compile (its passes: RuntimeError) or fit the device."""
+
+Launch = Callable[[Config], Tensor]
 
 _chosen: dict[Problem, Config] = {}
 _log = logging.getLogger("sparsekern")
 _writing = threading.Lock()  # backward threads of several GPUs may measure at the same time
 
 
-def choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
-    """Return the configuration for a problem; ``launch`` runs the call with a given one, should it be measured."""
+def run(problem: Problem, launch: Launch, exact: Callable[[], Tensor]) -> None:
+    """Make a call with the configuration for its problem, or with the next candidate if that one does not run.
+
+    Args:
+        problem: what the configuration is chosen by.
+        launch: makes the call with a given configuration and returns the tensor that it writes.
+        exact: computes the same tensor another way, for answers to be compared with when configurations are measured.
+
+    Raises:
+        Exception: that of the chosen configuration, if no candidate compiles and fits.
+    """
+    config = choose(problem, launch, exact)
+    try:
+        launch(config)
+    except NOT_RUNNING as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        _run_another(problem, config, launch, error)
+
+
+def choose(problem: Problem, launch: Launch, exact: Callable[[], Tensor]) -> Config:
+    """Return the configuration for a problem; the arguments are those of :func:`run`."""
     config = _chosen.get(problem)
     if config is None:
-        config = _choose(problem, launch)
+        config = _choose(problem, launch, exact)
     return config
 
 
@@ -137,25 +168,33 @@ def why_not_measured() -> str | None:
 
 def fastest(
     configs: Sequence[Config],
-    launch: Callable[[Config], object],
+    launch: Launch,
+    exact: Tensor,
     seconds: Callable[[Callable[[], object]], float] | None = None,
 ) -> Config:
-    """Return the configuration whose launch takes the least time; one that does not compile or fit is passed over.
+    """Return the configuration whose launch takes the least time.
+
+    One that does not compile or fit is passed over, and so is one whose answer is wrong.
 
     Args:
         configs: to choose from, best guess first.
-        launch: runs the call with a configuration.
+        launch: makes the call with a configuration and returns the tensor that it writes.
+        exact: what that tensor must be, but for rounding.
         seconds: measures a call; by default :func:`median_seconds`.
 
     Raises:
-        RuntimeError: none of them runs; from the error of the first.
+        RuntimeError: none of them runs and is right; from the error of the first.
     """
     best, best_time, failures = None, float("inf"), []
     for config in configs:
         try:
+            off = share_off(launch(config), exact)
+            if not off <= allowed(exact.dtype):
+                raise ArithmeticError(f"its answer is off by {off:.2g} of the norm")
             time = (seconds or median_seconds)(lambda config=config: launch(config))  # type: ignore[misc]
         except Exception as error:  # out of shared memory or registers, or a compiler's defect: the next one may do
-            _log.info("%s does not run: %s", config, error)
+            level = logging.WARNING if isinstance(error, ArithmeticError) else logging.INFO
+            _log.log(level, "%s does not run: %s", config, error)
             failures.append(error)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises if the error took the device with it: nothing measured so far counts
@@ -165,6 +204,17 @@ def fastest(
     if best is None:
         raise RuntimeError(f"none of {len(configs)} configurations runs") from failures[0]
     return best
+
+
+def share_off(answer: Tensor, exact: Tensor) -> float:
+    """Return the norm of the difference as a share of the norm; NaN if the answer has one."""
+    error, norm = (torch.linalg.vector_norm(t.float()) for t in (answer.float() - exact.float(), exact))
+    return float(error) if not norm else float(error / norm)
+
+
+def allowed(dtype: torch.dtype) -> float:
+    """Return how far two right answers of a dtype may be apart, as a share of the norm: tf32 keeps 11 bits."""
+    return max(2 * torch.finfo(dtype).eps, 2**-9)
 
 
 def median_seconds(run: Callable[[], object]) -> float:
@@ -186,23 +236,41 @@ def circumstances() -> dict[str, str]:
     }
 
 
-def _choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
+def _choose(problem: Problem, launch: Launch, exact: Callable[[], Tensor]) -> Config:
     asked = mode()
     config = None if asked == "0" else read(problem)
     if config is None and asked == "1":
-        reason = why_not_measured()
-        if reason is not None:
+        reason, wanted = why_not_measured(), None
+        if reason is None and not bool((wanted := exact()).isfinite().all()):
+            reason = NOT_FINITE
+        if wanted is None or reason is not None:
             _log.info("%s is not tuned: %s", problem.key, reason)
-            if reason == CAPTURING:  # not remembered: the next call may be able to
+            if reason in (CAPTURING, NOT_FINITE):  # not remembered: the next call may be able to
                 return read_near(problem) or roofline.candidates(problem)[0]
         else:
-            config = fastest(roofline.candidates(problem), launch)
+            config = fastest(roofline.candidates(problem), launch, wanted)
             _chosen[problem] = config
             write(problem, config)
     if config is None and asked != "0":
         config = read_near(problem)
     _chosen[problem] = config or roofline.candidates(problem)[0]
     return _chosen[problem]
+
+
+def _run_another(problem: Problem, config: Config, launch: Launch, error: Exception) -> None:
+    """Make a call with the first other candidate that runs, say so once and remember it; else raise the error."""
+    for other in roofline.candidates(problem):
+        if other == config:
+            continue
+        try:
+            launch(other)
+        except NOT_RUNNING:
+            continue
+        _chosen[problem] = other
+        said = " ".join(str(error).split())[:200]
+        _log.warning("%s: %s does not run (%s); from now on it is %s", problem.key, config, said, other)
+        return
+    raise error
 
 
 def _entry(table: dict[str, Any] | None, entry: Problem, problem: Problem) -> Config | None:

@@ -147,6 +147,23 @@ class Clock:
             timing.samples.append(self._sample(run, timing))
         return timing.median / 1e3
 
+    def replay_ms(self, run: Call) -> float:
+        """Return the milliseconds of a replay of a CUDA graph of a call, among many in a row; errors are the caller's.
+
+        The call must have been made before: what it compiles or measures at first cannot be captured.
+        """
+        here, beside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            run()
+        here.wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        timing = Timing()
+        timing.samples.append(self._in_a_row(graph.replay, timing))
+        return self._in_a_row(graph.replay, timing)
+
     def _warm_up(self, run: Call) -> Timing:
         timing = Timing()
         run()

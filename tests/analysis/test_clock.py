@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -113,3 +115,29 @@ def test_an_error_of_a_call_that_ran_before_is_the_device_only_if_it_answers_not
     else:
         timings, errors = gpu.clock.race({"a": breaks, "b": lambda: None})
         assert set(timings) == {"b"} and "no memory" in str(errors["a"])
+
+
+def test_a_replay_is_timed_after_a_call_beside_and_one_that_is_captured(monkeypatch):
+    gpu, did = FakeGpu(monkeypatch, 0.0), []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            did.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            did.append("replay")
+
+    @contextmanager
+    def noted(what: object) -> Iterator[None]:
+        did.append("in")
+        yield
+        did.append("out")
+
+    here = Stream()
+    for name, stand_in in (("current_stream", lambda *_: here), ("Stream", lambda *_: Stream()), ("CUDAGraph", Graph)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, noted)
+    assert gpu.clock.replay_ms(lambda: did.append("call")) >= 0
+    assert did[:8] == ["wait", "in", "call", "out", "wait", "in", "call", "out"] and set(did[8:]) == {"replay"}

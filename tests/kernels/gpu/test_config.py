@@ -8,7 +8,8 @@ import pytest
 import torch
 from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu import tables
-from sparsekern.kernels.gpu.config import KINDS, Config, Problem, log2_ceil, package_data, problem
+from sparsekern.kernels.gpu.config import KINDS, Problem, log2_ceil, package_data, problem
+from torch import Tensor
 
 from tests.device import DEVICE
 from tests.gpu_checks import HOLES, drawn, dvalues, dx, fwd
@@ -81,13 +82,13 @@ def test_data_that_the_package_does_not_have() -> None:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     """All problems for which a configuration was asked."""
     problems: list[Problem] = []
-    healthy = tables.choose
+    healthy = tables.run
 
-    def choose(problem: Problem, launch: Callable[[Config], object]) -> Config:
+    def run(problem: Problem, launch: tables.Launch, exact: Callable[[], Tensor]) -> None:
         problems.append(problem)
-        return healthy(problem, launch)
+        healthy(problem, launch, exact)
 
-    monkeypatch.setattr(tables, "choose", choose)
+    monkeypatch.setattr(tables, "run", run)
     return problems
 
 

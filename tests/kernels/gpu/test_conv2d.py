@@ -11,9 +11,10 @@ from sparsekern.kernels import gpu
 from sparsekern.kernels.contract import PADDING
 from sparsekern.kernels.gpu import tables
 from sparsekern.kernels.gpu.config import Config, Problem
-from sparsekern.kernels.gpu.conv2d import lists_by_phase
+from sparsekern.kernels.gpu.conv2d import kept_lists, lists_by_phase
 
 import sparsekern
+from sparsekern.topology import Topology, rebuild_
 from tests.device import DEVICE, DTYPES
 from tests.gpu_checks import check_products, dvalues, dx, forced, fwd
 from tests.gpu_conv2d_checks import (
@@ -40,7 +41,7 @@ def test_the_op_runs_on_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the choice of a backend, forward and backward."""
     asked: list[str] = []
 
-    def choose(problem: Problem, launch: object) -> Config:
+    def choose(problem: Problem, *call: object) -> Config:
         asked.append(problem.kernel)
         return GATHER[problem.kernel == "conv2d_dvalues"]
 
@@ -76,8 +77,8 @@ def test_the_gradient_of_no_images_is_zero() -> None:
 def test_problems_are_counted_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 2 x 5 x 7 pixels a phase has up to 2 x 3 x 4; blocks are shared by 4 phases of 3 blocks of channels."""
     asked: list[Problem] = []
-    healthy = tables.choose
-    monkeypatch.setattr(tables, "choose", lambda problem, launch: asked.append(problem) or healthy(problem, launch))
+    healthy = tables.run
+    monkeypatch.setattr(tables, "run", lambda problem, *call: asked.append(problem) or healthy(problem, *call))
     dx(edge_case(stride=(2, 2), blocks=46, free=2))
     assert [(p.kernel, p.log2_tokens, p.log2_blocks) for p in asked] == [("conv2d_dx", 5, 2)]
 
@@ -167,6 +168,27 @@ def lists_by_hand(case: ConvCase) -> dict[tuple[int, int, int], list[tuple[int, 
             place = (y * shape.stride[1] + x, r // grid.group_rows, block)
             found.setdefault(place, []).append((tap * grid.group_rows + r % grid.group_rows, slot))
     return {place: sorted(entries) for place, entries in found.items()}
+
+
+def test_lists_are_made_once_until_blocks_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    case, other = (edge_case(seed, stride=(2, 1), blocks=12).on(DEVICE) for seed in (0, 1))
+    index, shape, block = case.index, case.shape, case.grid.block
+    wanted = [lists_by_phase(c.index, shape, block) for c in (case, other)]
+    monkeypatch.setattr(gpu.conv2d, "lists_by_phase", lambda *given: made.append(given) or lists_by_phase(*given))
+
+    for _ in range(2):
+        assert all(map(torch.equal, kept_lists(index, shape, block), wanted[0])) and len(made) == 1
+    rebuild_(index, Topology(case.grid, other.row, other.col))  # in place, as a training method does
+    for _ in range(2):
+        assert all(map(torch.equal, kept_lists(index, shape, block), wanted[1])) and len(made) == 2
+    kept_lists(index, shape._replace(dilation=(2, 2)), block)
+    assert len(made) == 3
+    with torch.inference_mode():  # writes into such an index are not counted
+        uncounted = case.index
+        for _ in range(2):
+            kept_lists(uncounted, shape, block)
+    assert len(made) == 5
 
 
 @pytest.mark.parametrize("given", [*SHAPES.values(), {"blocks": 1}, {"group_in": 16 * 20, "kernel": (3, 5)}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu.launch import (
     MOST_PIXELS,
+    aligned,
     aligned_images,
     aligned_rows,
     alignment,
@@ -118,6 +120,33 @@ def test_a_feature_stride_of_zero_is_copied() -> None:
     x = torch.ones(4, 1, device=DEVICE).expand(4, 8)
 
     assert aligned_rows(x).stride(1) == 1
+
+
+@pytest.mark.parametrize("start", range(9))
+def test_values_that_start_inside_16_bytes_are_copied(start: int) -> None:
+    """Views into a flat parameter: read element by element otherwise."""
+    flat = torch.arange(9 + 2 * 256, device=DEVICE).half()
+    values = flat[start : start + 2 * 256].view(2, 16, 16)
+
+    found = aligned(values)
+
+    assert found.data_ptr() % 16 == 0 and found.is_contiguous() and torch.equal(found, values)
+    assert (found is values) == (start % 8 == 0)
+    assert aligned(values.transpose(1, 2)).is_contiguous()
+
+
+@interpreted_only
+def test_where_a_list_lies_in_its_memory_compiles_nothing_anew() -> None:
+    """It changes with the number of blocks. Only tensors of numbers are specialised."""
+    from sparsekern.kernels.gpu import conv2d_multiply, conv2d_outer, multiply, outer
+
+    for kernel in (
+        multiply.multiply_kernel, multiply.few_tokens_kernel, multiply.multiply_tma_kernel, outer.outer_kernel,
+        conv2d_multiply.conv2d_multiply_kernel, conv2d_multiply.lists_kernel, conv2d_outer.conv2d_outer_kernel,
+    ):  # fmt: skip
+        pointers = {name for name in inspect.signature(kernel.fn).parameters if name.endswith("_ptr")}
+        anywhere = set(kernel.kwargs["do_not_specialize_on_alignment"])
+        assert pointers - anywhere <= {"x_ptr", "dy_ptr", "values_ptr", "y_ptr", "out_ptr"} and anywhere <= pointers
 
 
 # The device.

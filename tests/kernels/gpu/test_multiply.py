@@ -10,7 +10,7 @@ from sparsekern.kernels.gpu.multiply import multiply_kernel
 from torch import Tensor
 
 from tests.device import DEVICE, DTYPES, huge
-from tests.gpu_checks import HOLES, PRODUCTS, check_products, corners, drawn
+from tests.gpu_checks import CUT_PRODUCTS, HOLES, PRODUCTS, check_products, corners, drawn
 from tests.oracle import Case, check_y
 
 
@@ -42,6 +42,13 @@ def test_any_block_with_tiles_of_k_larger_and_smaller(block: tuple[int, int], ti
 @pytest.mark.parametrize("tile_t", [16, 32, 64])
 def test_any_number_of_tokens_and_of_token_tiles(tile_t: int, tokens: int) -> None:
     check_products(corners((16, 16), tokens=tokens), config(tile_t))
+
+
+@pytest.mark.parametrize("name", CUT_PRODUCTS)
+def test_programs_that_share_a_block_row(name: str) -> None:
+    product = CUT_PRODUCTS[name]
+    check_products(product.edge_case(dtype=torch.float16), product.config)
+    check_products(product.case(HOLES, free=0), product.config)
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
@@ -90,6 +97,6 @@ def launch(case: Case, y: Tensor, columns: int, config: Multiply) -> None:
         case.x, case.values, case.bias, index.row_ptr, index.row_col, index.row_slot, y,
         tokens, 1, case.x.shape[1] // 8, columns, case.x.stride(0) // 8,
         ALIGN=8, IN=bi, OUT=bo, STRIDE_K=1, STRIDE_N=bi,
-        TILE_T=config.tile_t, TILE_K=config.tile_k, GROUP=config.group,
+        TILE_T=config.tile_t, TILE_K=config.tile_k, GROUP=config.group, CUT=1,
         HAS_BIAS=True, EDGE_IN=False, EDGE_OUT=False, PRECISION="ieee",
     )  # fmt: skip

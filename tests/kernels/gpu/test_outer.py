@@ -209,7 +209,7 @@ def test_a_slot_behind_the_element_2_to_the_31() -> None:
     row_ptr, column, slots = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([0, 1], [0], [slot]))
 
     with forced(config()):
-        linear.outer_blocks("dvalues", here.dy, here.x, (row_ptr, column, slots), 1, (16, 16), out)
+        linear.outer_blocks("dvalues", here.dy, here.x, (row_ptr, column, slots), 1, (16, 16), out, lambda: out)
 
     check_dvalues(case, out[slot:], torch.float32)
 

@@ -145,6 +145,45 @@ def test_what_fits_by_hand(arch: str, config: Config, expected: bool) -> None:
     assert fits(PROBLEM._replace(arch=arch), config) is expected
 
 
+def test_tiles_that_the_compiler_handles_badly_do_not_fit() -> None:
+    """Two groups of warps on m64n8; two cache lines of K in a convolution."""
+    narrow, conv = PROBLEM._replace(kernel="dvalues", bo=16, bi=16), PROBLEM._replace(kernel="conv2d_fwd", bi=128)
+
+    assert fits(narrow, Outer(64, 64, 4, 4)) and fits(narrow, Outer(128, 64, 8, 4))
+    assert not fits(narrow, Outer(64, 64, 8, 4)) and fits(narrow._replace(arch="sm_80"), Outer(64, 64, 8, 4))
+    assert not fits(PROBLEM._replace(bo=16), Multiply(64, 32, 8, 8, 4))
+    assert fits(conv, Multiply(128, 64, 8, 4, 3)) and not fits(conv, Multiply(128, 128, 8, 4, 3))
+    assert not fits(conv._replace(dtype="fp32"), Multiply(64, 64, 8, 4, 3))
+
+
+@pytest.mark.parametrize(("tokens", "cut"), [(5, True), (6, True), (7, True), (13, False)])
+def test_with_few_tokens_programs_share_rows_of_large_blocks(tokens: int, cut: bool) -> None:
+    """A layer of 4096 features has 32 rows of them, and an H200 132 multiprocessors."""
+    best = candidates(PROBLEM._replace(bo=128, bi=128, log2_tokens=tokens, log2_blocks=2))[0]
+
+    assert (best.cut > 1) is cut
+
+
+def test_cuts_of_a_row_are_whole_and_not_of_a_convolution() -> None:
+    large = PROBLEM._replace(bo=128, bi=128)
+
+    assert fits(large, Multiply(64, 64, 8, 4, 4, cut=4)) and not fits(large, Multiply(64, 64, 8, 4, 4, cut=8))
+    assert not fits(large, Multiply(64, 64, 8, 4, 4, tma=True, cut=4)), "the copy engine loads 64 columns or more"
+    assert not fits(large._replace(kernel="conv2d_fwd"), Multiply(64, 64, 8, 4, 4, cut=2))
+
+
+def test_large_blocks_are_given_tiles_of_256() -> None:
+    for kernel, blocks in (("dvalues", 2), ("fwd", 2)):
+        found = candidates(PROBLEM._replace(kernel=kernel, bo=128, bi=128, log2_tokens=13, log2_blocks=blocks))
+        assert any(tile(PROBLEM._replace(kernel=kernel, bo=128, bi=128), c)[0] == 256 and c.warps == 8 for c in found)
+
+
+def test_the_number_of_splits_is_tuned() -> None:
+    found = candidates(PROBLEM._replace(kernel="dvalues", bo=128, bi=128, log2_tokens=13, log2_blocks=2))
+
+    assert found[0].waves == 2 and {c.waves for c in found} == {1, 2, 4}
+
+
 def test_a_tile_that_cuts_a_block_into_fractions_does_not_fit() -> None:
     """Such an entry of a table would launch nothing, and leave y unwritten."""
     few = PROBLEM._replace(kernel="few_fwd", bo=16, log2_tokens=4)

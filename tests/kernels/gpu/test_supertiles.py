@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from sparsekern.kernels import gpu
+from sparsekern.kernels.contract import ConvShape
 from sparsekern.kernels.gpu.config import Supertile
 
-from tests.device import DTYPES
+from tests.device import DEVICE, DTYPES
 from tests.gpu_checks import SUPERTILE, calls, check_all_block_norms, corners, drawn, far_apart, forced
 from tests.gpu_conv2d_checks import SHAPES, edge_case
 from tests.oracle import check_norms
@@ -113,3 +115,22 @@ def test_a_nan_reaches_only_the_blocks_of_the_taps_that_see_it(which: str) -> No
     with forced(SUPERTILE):
         norms = calls.all_norms(replace(case, **{which: broken}))
     assert torch.equal(norms.isnan().cpu().view(2, 2, 3), expected)
+
+
+class Grid:
+    """Stands for a kernel: notes its grid and launches nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grid = grid
+        return lambda *args, **kwargs: None
+
+
+def test_programs_are_counted_by_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second and third number of a grid end at 65535: 8192 groups of 9 taps are more."""
+    kernel = Grid()
+    monkeypatch.setattr(gpu.conv2d, "conv2d_supertile_kernel", kernel)
+    x = torch.zeros(1, 8192 * 16, 1, 1, dtype=torch.float16, device=DEVICE)
+    shape = ConvShape(8192 * 16, 8192 * 16, (3, 3), padding=(1, 1, 1, 1), groups=8192)
+    with forced(config(64, 64)):
+        gpu.conv2d.all_block_norms(x, x, (16, 16), shape)
+    assert kernel.grid == (8192 * 9,)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sparsekern.kernels.gpu import roofline, tables
 from sparsekern.kernels.gpu.config import Config, Multiply, Outer, Problem
+from torch import Tensor
 
 PROBLEM = Problem("fwd", "sm_90", "fp16", 32, 32, 12, 3)
 GUESS = roofline.candidates(PROBLEM)[0]
@@ -22,8 +24,12 @@ PACKAGES = Multiply(tile_t=64, tile_k=64, group=6, warps=4, stages=3)
 MEASURED = Multiply(tile_t=64, tile_k=64, group=5, warps=4, stages=3)
 
 
-def never(config: Config) -> None:
+def never(config: Config) -> Tensor:
     raise AssertionError("launched")
+
+
+def exact() -> Tensor:
+    return torch.ones(2)
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> list[list[Config]]:
     measured: list[list[Config]] = []
     monkeypatch.setenv("SPARSEKERN_AUTOTUNE", "1")
     monkeypatch.setattr(tables, "why_not_measured", lambda: None)
-    monkeypatch.setattr(tables, "fastest", lambda configs, launch: measured.append(list(configs)) or MEASURED)
+    monkeypatch.setattr(tables, "fastest", lambda configs, *_: measured.append(list(configs)) or MEASURED)
     return measured
 
 
@@ -67,29 +73,29 @@ def give_user(folder: Path, configs: dict[str, Any], arch: str = "sm_90") -> Non
 
 
 def test_where_nothing_was_measured_the_roofline_guesses(folder: Path) -> None:
-    assert tables.choose(PROBLEM, never) == GUESS
+    assert tables.choose(PROBLEM, never, exact) == GUESS
     assert not folder.exists()
 
 
 def test_the_table_of_the_package_comes_before_the_guess(package: Callable[..., None]) -> None:
     package({PROBLEM.key: asdict(PACKAGES)})
 
-    assert tables.choose(PROBLEM, never) == PACKAGES
-    assert tables.choose(PROBLEM._replace(bi=64), never) != PACKAGES
+    assert tables.choose(PROBLEM, never, exact) == PACKAGES
+    assert tables.choose(PROBLEM._replace(bi=64), never, exact) != PACKAGES
 
 
 def test_the_table_of_the_user_comes_before_that_of_the_package(folder: Path, package: Callable[..., None]) -> None:
     package({PROBLEM.key: asdict(PACKAGES)})
     give_user(folder, {PROBLEM.key: asdict(USERS)})
 
-    assert tables.choose(PROBLEM, never) == USERS
+    assert tables.choose(PROBLEM, never, exact) == USERS
 
 
 def test_a_table_is_of_one_architecture(folder: Path) -> None:
     give_user(folder, {PROBLEM.key: asdict(USERS)}, arch="sm_80")
 
-    assert tables.choose(PROBLEM, never) == GUESS
-    assert tables.choose(PROBLEM._replace(arch="sm_80"), never) == USERS
+    assert tables.choose(PROBLEM, never, exact) == GUESS
+    assert tables.choose(PROBLEM._replace(arch="sm_80"), never, exact) == USERS
 
 
 @pytest.mark.parametrize(
@@ -100,32 +106,32 @@ def test_the_nearest_entry_serves_where_there_is_none(folder: Path, tokens: int,
     other = PROBLEM._replace(log2_tokens=PROBLEM.log2_tokens + tokens, log2_blocks=PROBLEM.log2_blocks + blocks)
     give_user(folder, {other.key: asdict(USERS)})
 
-    assert tables.choose(PROBLEM, never) == (USERS if found else GUESS)
+    assert tables.choose(PROBLEM, never, exact) == (USERS if found else GUESS)
 
 
 def test_of_two_entries_the_nearer_one_serves(folder: Path) -> None:
     near, far = (PROBLEM._replace(log2_tokens=PROBLEM.log2_tokens + step) for step in (1, -2))
     give_user(folder, {near.key: asdict(USERS), far.key: asdict(PACKAGES)})
 
-    assert tables.choose(PROBLEM, never) == USERS
+    assert tables.choose(PROBLEM, never, exact) == USERS
 
 
 def test_a_near_entry_does_not_keep_a_problem_from_being_measured(folder: Path, measuring: list[list[Config]]) -> None:
     give_user(folder, {PROBLEM._replace(log2_tokens=PROBLEM.log2_tokens + 1).key: asdict(USERS)})
 
-    assert tables.choose(PROBLEM, never) == MEASURED
+    assert tables.choose(PROBLEM, never, exact) == MEASURED
     assert len(measuring) == 1
 
 
 def test_a_choice_is_remembered_until_it_is_forgotten(folder: Path) -> None:
-    assert tables.choose(PROBLEM, never) == GUESS
+    assert tables.choose(PROBLEM, never, exact) == GUESS
     folder.mkdir(parents=True)
     (folder / "sm_90.json").write_text(json.dumps({"configs": {PROBLEM.key: asdict(USERS)}}))
-    assert tables.choose(PROBLEM, never) == GUESS
+    assert tables.choose(PROBLEM, never, exact) == GUESS
 
     tables.forget()
 
-    assert tables.choose(PROBLEM, never) == USERS
+    assert tables.choose(PROBLEM, never, exact) == USERS
 
 
 # The modes.
@@ -135,7 +141,7 @@ def test_a_mode_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSEKERN_AUTOTUNE", "yes")
 
     with pytest.raises(ValueError, match="SPARSEKERN_AUTOTUNE is 'yes'; it must be one of offline, 0, 1"):
-        tables.choose(PROBLEM, never)
+        tables.choose(PROBLEM, never, exact)
 
 
 @pytest.mark.parametrize("mode", ["offline", "0", "1"])
@@ -154,24 +160,24 @@ def test_mode_0_reads_no_table(folder: Path, package: Callable[..., None], monke
     give_user(folder, {PROBLEM.key: asdict(USERS)})
     monkeypatch.setenv("SPARSEKERN_AUTOTUNE", "0")
 
-    assert tables.choose(PROBLEM, never) == GUESS
+    assert tables.choose(PROBLEM, never, exact) == GUESS
 
 
 def test_mode_1_measures_once_and_remembers(folder: Path, measuring: list[list[Config]]) -> None:
-    assert tables.choose(PROBLEM, never) == MEASURED
-    assert tables.choose(PROBLEM, never) == MEASURED
+    assert tables.choose(PROBLEM, never, exact) == MEASURED
+    assert tables.choose(PROBLEM, never, exact) == MEASURED
     assert measuring == [roofline.candidates(PROBLEM)]
 
     tables.forget()  # as in another process
 
-    assert tables.choose(PROBLEM, never) == MEASURED
+    assert tables.choose(PROBLEM, never, exact) == MEASURED
     assert len(measuring) == 1
 
 
 def test_mode_1_measures_nothing_that_is_in_a_table(folder: Path, measuring: list[list[Config]]) -> None:
     give_user(folder, {PROBLEM.key: asdict(USERS)})
 
-    assert tables.choose(PROBLEM, never) == USERS
+    assert tables.choose(PROBLEM, never, exact) == USERS
     assert measuring == []
 
 
@@ -181,13 +187,23 @@ def test_mode_1_waits_until_it_can_measure(
     """A guess made inside a graph capture must not be remembered as if it were measured."""
     monkeypatch.setattr(tables, "why_not_measured", lambda: "a CUDA graph is being captured")
     with caplog.at_level(logging.INFO, "sparsekern"):
-        assert tables.choose(PROBLEM, never) == GUESS
+        assert tables.choose(PROBLEM, never, exact) == GUESS
     assert caplog.messages == [f"{PROBLEM.key} is not tuned: a CUDA graph is being captured"]
     assert measuring == [] and not folder.exists()
 
     monkeypatch.setattr(tables, "why_not_measured", lambda: None)
 
-    assert tables.choose(PROBLEM, never) == MEASURED
+    assert tables.choose(PROBLEM, never, exact) == MEASURED
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_mode_1_measures_nothing_whose_answer_cannot_be_checked(
+    folder: Path, measuring: list[list[Config]], bad: float
+) -> None:
+    """A training that has diverged must not decide what the next one runs."""
+    assert tables.choose(PROBLEM, never, lambda: torch.tensor([1.0, bad])) == GUESS
+    assert measuring == [] and not folder.exists()
+    assert tables.choose(PROBLEM, never, exact) == MEASURED
 
 
 def test_what_cannot_be_measured_is_chosen_once(
@@ -198,9 +214,9 @@ def test_what_cannot_be_measured_is_chosen_once(
     give_user(folder, {near.key: asdict(USERS)})
     monkeypatch.setattr(tables, "why_not_measured", lambda: "several ranks are running")
 
-    assert tables.choose(PROBLEM, never) == USERS
+    assert tables.choose(PROBLEM, never, exact) == USERS
     monkeypatch.setattr(tables, "read", lambda problem: pytest.fail("the table was read again"))
-    assert tables.choose(PROBLEM, never) == USERS
+    assert tables.choose(PROBLEM, never, exact) == USERS
     assert measuring == []
 
 
@@ -210,7 +226,7 @@ def test_a_folder_that_cannot_be_written_costs_one_measurement(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPARSEKERN_CACHE", str(tmp_path / "file" / "folder"))
 
-    assert [tables.choose(PROBLEM, never) for _ in range(3)] == [MEASURED] * 3
+    assert [tables.choose(PROBLEM, never, exact) for _ in range(3)] == [MEASURED] * 3
     assert len(measuring) == 1
     (message,) = caplog.messages
     assert "is not written" in message and "SPARSEKERN_CACHE" in message
@@ -235,7 +251,7 @@ def test_without_a_home_there_is_no_table_of_the_user(monkeypatch: pytest.Monkey
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tables.cache_folder() is None
-    assert tables.choose(PROBLEM, never) == GUESS
+    assert tables.choose(PROBLEM, never, exact) == GUESS
 
 
 # Files.
@@ -275,7 +291,7 @@ def test_a_broken_table_is_told_and_passed_over(
     folder.mkdir(parents=True)
     (folder / "sm_90.json").write_text(text)
 
-    assert tables.choose(PROBLEM, never) == PACKAGES
+    assert tables.choose(PROBLEM, never, exact) == PACKAGES
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert f"{folder / 'sm_90.json'} is not read: " in record.getMessage()
@@ -285,7 +301,7 @@ def test_a_broken_table_is_replaced_by_the_next_measurement(folder: Path, measur
     folder.mkdir(parents=True)
     (folder / "sm_90.json").write_text("{")
 
-    assert tables.choose(PROBLEM, never) == MEASURED
+    assert tables.choose(PROBLEM, never, exact) == MEASURED
     assert tables.read(PROBLEM) == MEASURED
 
 
@@ -294,7 +310,7 @@ def test_a_table_of_another_form_is_none(text: str, folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "sm_90.json").write_text(text)
 
-    assert tables.choose(PROBLEM, never) == GUESS
+    assert tables.choose(PROBLEM, never, exact) == GUESS
 
 
 @pytest.mark.parametrize(
@@ -317,7 +333,7 @@ def test_an_entry_that_does_not_fit_is_passed_over(fields: Any, folder: Path, pa
     package({PROBLEM.key: asdict(PACKAGES)})
     give_user(folder, {PROBLEM.key: fields})
 
-    assert tables.choose(PROBLEM, never) == PACKAGES
+    assert tables.choose(PROBLEM, never, exact) == PACKAGES
 
 
 def test_where_the_tables_of_the_user_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

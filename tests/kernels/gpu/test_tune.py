@@ -7,26 +7,32 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sparsekern.kernels.gpu import tables
-from sparsekern.kernels.gpu.config import Config, Outer
+from sparsekern.kernels.gpu import roofline, tables
+from sparsekern.kernels.gpu.config import Config, Outer, Problem
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
+EXACT = torch.tensor([3.0, 4.0])
 CONFIGS = [Outer(tile_in, 16, 4, 3) for tile_in in (16, 32, 64, 128)]
 
 
 class Bench:
     """Launches that take a given time, or fail."""
 
-    def __init__(self, *outcomes: float | Exception) -> None:
+    def __init__(self, *outcomes: float | Exception, answers: dict[Config, Tensor] | None = None) -> None:
+        self.answers = answers or {}
         self.outcomes = dict(zip(CONFIGS, outcomes, strict=True))
         self.launched: list[Config] = []
         self.last: float = 0.0
 
-    def launch(self, config: Config) -> None:
+    def launch(self, config: Config) -> Tensor:
         self.launched.append(config)
         outcome = self.outcomes[config]  # type: ignore[index]
         if isinstance(outcome, Exception):
             raise outcome
         self.last = outcome
+        return self.answers.get(config, EXACT)
 
     def seconds(self, run: Callable[[], object]) -> float:
         run()
@@ -37,26 +43,44 @@ class Bench:
 def test_the_least_time_wins(best: int) -> None:
     bench = Bench(*(1.0 if i == best else 2.0 for i in range(4)))
 
-    assert tables.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[best]
-    assert bench.launched == CONFIGS
+    assert tables.fastest(CONFIGS, bench.launch, EXACT, bench.seconds) == CONFIGS[best]
+    assert bench.launched == [c for c in CONFIGS for _ in ("to check", "to time")]
 
 
 def test_of_equal_ones_the_better_guess_wins() -> None:
     bench = Bench(3.0, 2.0, 2.0, 2.0)
 
-    assert tables.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[1]
+    assert tables.fastest(CONFIGS, bench.launch, EXACT, bench.seconds) == CONFIGS[1]
 
 
 def test_one_that_does_not_run_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(RuntimeError("out of resource: shared memory"), 2.0, ValueError("a compiler's defect"), 1.0)
 
     with caplog.at_level(logging.INFO, "sparsekern"):
-        assert tables.fastest(CONFIGS, bench.launch, bench.seconds) == CONFIGS[3]
+        assert tables.fastest(CONFIGS, bench.launch, EXACT, bench.seconds) == CONFIGS[3]
 
     assert [r.getMessage().split(" does not run: ")[1] for r in caplog.records] == [
         "out of resource: shared memory",
         "a compiler's defect",
     ]
+
+
+@pytest.mark.parametrize("wrong", [EXACT * 1.01, EXACT * float("nan"), -EXACT, torch.zeros(2)])
+def test_the_fastest_one_loses_if_its_answer_is_wrong(wrong: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(2.0, 1.0, 3.0, 3.0, answers={CONFIGS[1]: wrong})
+
+    assert tables.fastest(CONFIGS, bench.launch, EXACT, bench.seconds) == CONFIGS[0]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "its answer is off by" in record.getMessage()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rounding_is_not_wrong(dtype: torch.dtype) -> None:
+    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    rounded, other = exact.to(dtype), (exact * (1 + 2**-12)).to(dtype)
+
+    assert tables.share_off(other, rounded) <= tables.allowed(dtype)
+    assert tables.share_off(torch.zeros(3), torch.zeros(3)) == 0
 
 
 def test_an_error_that_takes_the_device_with_it_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +93,7 @@ def test_an_error_that_takes_the_device_with_it_is_not_passed_over(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        tables.fastest(CONFIGS, bench.launch, bench.seconds)
+        tables.fastest(CONFIGS, bench.launch, EXACT, bench.seconds)
 
 
 def test_none_that_runs() -> None:
@@ -77,7 +101,7 @@ def test_none_that_runs() -> None:
     bench = Bench(first, *(RuntimeError("later") for _ in range(3)))
 
     with pytest.raises(RuntimeError, match="none of 4 configurations runs") as raised:
-        tables.fastest(CONFIGS, bench.launch, bench.seconds)
+        tables.fastest(CONFIGS, bench.launch, EXACT, bench.seconds)
 
     assert raised.value.__cause__ is first
 
@@ -86,7 +110,7 @@ def test_by_default_the_median_of_real_launches_counts(monkeypatch: pytest.Monke
     bench = Bench(4.0, 3.0, 1.0, 2.0)
     monkeypatch.setattr(tables, "median_seconds", bench.seconds)
 
-    assert tables.fastest(CONFIGS, bench.launch) == CONFIGS[2]
+    assert tables.fastest(CONFIGS, bench.launch, EXACT) == CONFIGS[2]
 
 
 def test_median_seconds_are_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,3 +165,60 @@ def test_a_figure_says_where_and_when_it_was_measured() -> None:
     assert set(found) == {"device", "torch", "triton", "date"}
     assert found["torch"] == torch.__version__
     assert len(found["date"]) == len("2026-01-31")
+
+
+# A configuration that does not run.
+
+PROBLEM = Problem("fwd", "sm_90", "fp16", 128, 128, 12, 3)
+FAILURES = [
+    OutOfResources(232_449, 232_448, "shared memory"),
+    PTXASError("ptxas fatal"),
+    CompilationError("x = 1", None, "no such layout"),
+    RuntimeError("PassManager::run failed"),
+]
+
+
+def launching(bad: set[Config], error: Exception, launched: list[Config]) -> tables.Launch:
+    def launch(config: Config) -> Tensor:
+        launched.append(config)
+        if config in bad:
+            raise error
+        return EXACT
+
+    return launch
+
+
+@pytest.mark.usefixtures("no_tables")
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_the_next_candidate_runs_where_the_default_does_not_compile_or_fit(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and remembered."""
+    guesses, launched = roofline.candidates(PROBLEM), []
+    launch = launching(set(guesses[:2]), error, launched)
+
+    tables.run(PROBLEM, launch, lambda: EXACT)
+    tables.run(PROBLEM, launch, lambda: EXACT)
+
+    assert launched == [*guesses[:3], guesses[2]]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert str(guesses[0]) in record.getMessage() and str(guesses[2]) in record.getMessage()
+
+
+@pytest.mark.usefixtures("no_tables")
+def test_where_no_candidate_runs_the_first_error_is_raised() -> None:
+    launched: list[Config] = []
+    with pytest.raises(OutOfResources, match="Required: 232449"):
+        tables.run(PROBLEM, launching(set(roofline.candidates(PROBLEM)), FAILURES[0], launched), lambda: EXACT)
+    assert launched == roofline.candidates(PROBLEM)
+
+
+@pytest.mark.usefixtures("no_tables")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), InterpreterError("out of bounds"), TypeError()])
+def test_other_errors_are_raised_at_once(error: Exception) -> None:
+    """A smaller tile would need as much memory; and a fault in a kernel must not be hidden."""
+    launched: list[Config] = []
+    with pytest.raises(type(error)):
+        tables.run(PROBLEM, launching(set(roofline.candidates(PROBLEM)), error, launched), lambda: EXACT)
+    assert len(launched) == 1
