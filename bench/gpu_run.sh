@@ -81,7 +81,7 @@ fi
 OUT=${OUT:-$PWD/bench/$FOLDER}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-KERNELS=${KERNELS:-${XDG_CACHE_HOME:-$HOME/.cache}/sparsekern/gpu_run}
+KERNELS=${KERNELS:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/sparsekern/gpu_run}
 mkdir -p "$KERNELS"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 [ -n "${COMMIT:-}" ] || git rev-parse HEAD >/dev/null 2>&1 ||

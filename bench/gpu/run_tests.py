@@ -21,7 +21,7 @@ REHEARSED = ("tests/kernels/gpu/test_config.py", "tests/kernels/gpu/test_tables.
 NO_GPU = ("test_gpu_code.py", "test_gpu_mutations.py", "test_gpu_conv2d_mutations.py")
 """Tests that a GPU adds nothing to: they compile for any device, or need Triton's interpreter."""
 
-WORKERS = 8
+WORKERS = 12
 """Most of the time is compiling, one core each."""
 
 
@@ -48,7 +48,7 @@ def run(part: Part) -> bool:
     """
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "bench.gpu.record_tests", "-o", "addopts="]
     command += ["--import-mode=importlib", "--strict-markers", "--tb=short", "-p", "no:cacheprovider"]
-    workers = min(WORKERS, (os.cpu_count() or 1) // 2)
+    workers = min(WORKERS, 3 * (os.cpu_count() or 1) // 4)
     if importlib.util.find_spec("xdist") and workers > 1 and not part.rehearsal:
         command += ["-n", str(workers)]
     wanted = targets(part.rehearsal)

@@ -16,6 +16,7 @@ from dataclasses import asdict
 import torch
 from sparsekern.kernels.gpu import roofline, tables
 from sparsekern.kernels.gpu.config import Config, Problem
+from torch import Tensor
 
 from bench.gpu.calls import AnyCase, Launch, call_with, calls, choosing, ours, problem_of, scene_of
 from bench.gpu.compile_ahead import compile_side_by_side
@@ -79,21 +80,24 @@ def tune_one(part: Part, clock: Clock, which: Problem, case: AnyCase) -> None:
     del judge
     good = [c for c in configs if not {"error", "refused"} & rows[c].keys()]
 
-    def seconds(call: Callable[[], object]) -> float:
-        config = next(turn)
-        time = clock.median_seconds(call)
-        rows[config]["ms"] = time * 1e3
-        return time
-
     def choose(asked: Problem, launch: Launch) -> Config:
         assert asked == which, f"{asked} was asked for, not {which}"
-        # All of them are right: what each writes is compared with the best guess again, which costs a call.
-        exact = launch(good[0]).clone()
-        chosen.append(tables.fastest(good, launch, exact, seconds))
+
+        def noted(config: Config) -> Tensor:
+            launched.append(config)
+            return launch(config)
+
+        def seconds(call: Callable[[], object]) -> float:
+            time = clock.median_seconds(call)
+            rows[launched[-1]]["ms"] = time * 1e3
+            return time
+
+        # All of them are right by the judge; here each is compared with the best guess.
+        chosen.append(tables.fastest(good, noted, launch(good[0]).clone(), seconds))
         return chosen[-1]
 
     chosen: list[Config] = []
-    turn = iter(good)
+    launched: list[Config] = []
     problem_row: Row = {"key": which.key, "call": case.key}
     if good:
         with choosing(choose):
