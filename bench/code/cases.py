@@ -18,7 +18,7 @@ LINEAR = ("fwd", "dx", "dvalues", "few_fwd", "few_dx", "block_norms", "all_block
 CONV2D = ("conv2d_fwd", "conv2d_dx", "conv2d_dvalues", "conv2d_all_block_norms")
 IEEE = ("fwd", "dx", "dvalues", "conv2d_fwd", "conv2d_dx", "conv2d_dvalues")
 """Kernels that are compiled for float32 without tensor cores, too."""
-ON_CONSUMER = ("fwd", "dx", "dvalues", "few_fwd", "all_block_norms", "conv2d_fwd", "conv2d_dx", "conv2d_dvalues")
+ON_CONSUMER = ("fwd", "dvalues", "conv2d_fwd")
 """Kernels that are compiled for those, in bfloat16."""
 STREAMS = ("sum_splits", "projection", "conv2d_projection", "conv2d_lists")
 """Kernels without a product."""

@@ -121,7 +121,7 @@ def kept_lists(index: Index, geometry: ConvShape, block: tuple[int, int]) -> Lis
     if index.col_slot.is_cuda and torch.cuda.is_current_stream_capturing():
         return lists_by_phase(index, geometry, block)  # in the graph: blocks may move between its replays
     made_of = (*(part._version for part in index.by_col), geometry, block)
-    kept = _kept.get(index.col_slot)
+    kept: tuple[Any, Lists] | None = _kept.get(index.col_slot)
     if kept is None or kept[0] != made_of:
         kept = _kept[index.col_slot] = (made_of, lists_by_phase(index, geometry, block))
     return kept[1]
