@@ -67,7 +67,7 @@ def sample(patterns: list[str]) -> list[Case]:
     chosen = []
     for number, ((arch, kernel, *_), group) in enumerate(groups.items()):
         dtypes = list(dict.fromkeys(case.dtype for case in group))
-        dtype = dtypes[(ARCHS.index(arch) + kernels.index(kernel)) % len(dtypes)]
+        dtype = dtypes[((*ARCHS, *CONSUMER).index(arch) + kernels.index(kernel)) % len(dtypes)]
         rows = [case for case in group if case.dtype == dtype]
         chosen.append(rows[_turn(number, len(rows))])
     return chosen
@@ -75,8 +75,6 @@ def sample(patterns: list[str]) -> list[Case]:
 
 def sampled_by(case: Case) -> tuple[str, ...]:
     """Return what :func:`sample` has one row for: bfloat16 and float16 are compiled alike."""
-    if case.arch in CONSUMER:
-        return case[:1]
     if case.kernel.startswith("conv2d_") or case.kernel in STREAMS:
         return case[:2]
     return (*case[:2], "half" if case.dtype in ("bf16", "fp16") else case.dtype)
