@@ -44,7 +44,8 @@ Case = tuple[str | None, str, dict[str, Any], int]
 
 def build(case: Case, mesh: DeviceMesh | None) -> tuple[nn.Module, torch.optim.Optimizer, sk.AGENT]:
     name, optimizer, options, _ = case
-    model = fsdp.linear() if mesh is None else fsdp.shard(fsdp.linear(), mesh)
+    # the root's parameters stay gathered after a forward without a backward
+    model = fsdp.linear() if mesh is None else fsdp.shard(fsdp.linear(), mesh, root_only=optimizer == "AdamW")
     group = {} if mesh is None else {"process_group": mesh.get_group()}
     if name is None:
         made, method = fsdp.OPTIMIZERS[optimizer](model.parameters()), None
@@ -68,6 +69,8 @@ def train(
         return fsdp.loss_of(model, x)
 
     for step in steps:
+        with torch.no_grad():
+            model(fsdp.batch(step))  # leaves gathered parameters behind
         if step % 3 == 0 and agent.every is None:
             agent.refresh([fsdp.batch(100 + step + i, rank, world) for i in range(3)], loss)
         parts_of_batch = fsdp.batch(step, rank, world).chunk(case[3])
