@@ -116,6 +116,13 @@ def test_a_wrong_answer_is_recorded_and_not_timed(part):
     assert rows[f"{CASE.key} | cublas"]["vs_dense"] == 1.0 and rows[CASE.key]["contestants"] == 1
 
 
+def test_peers_that_are_not_installed_are_named(monkeypatch, capsys, part):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "blksprs" else object())
+    monkeypatch.setattr(race, "rehearsal_cases", list)
+    assert race.run(part) and peers.present() == ["torch-bsr", "stk"]
+    assert capsys.readouterr().out == "race: blksprs is not installed and takes no part: pip install blksprs\n"
+
+
 TUNED = [calls.calls(True)[1], *cases_conv2d.calls(True)]
 
 

@@ -6,6 +6,7 @@ torch-csr, torch-bsr   PyTorch's compressed rows, of elements and of blocks. Eac
                        joins the three for autograd; a step is the three after each other
 scipy-csr, scipy-bsr   the forward on one thread, x transposed in advance; it has no product for dvalues
 SparseLab              its layer of single weights, through autograd, on one thread where it brings an OpenMP runtime
+SparseProp             its layer of single weights, through autograd; ``pip install sparseprop`` compiles it
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from bench.gpu.contestants import SPARSE, Contestant, joined, named
 from bench.gpu.peers import NotSupported
 from bench.gpu.scene import Answer
 from sparsekern.lab.bench.run import SPARSELAB, absent, sparselab_layer, why_one_thread
+
+SPARSEPROP = "SparseProp"
 
 FLOAT32_ONLY = "it multiplies float32 and float64 on a CPU, nothing shorter"
 
@@ -126,6 +129,31 @@ def sparselab(scene: Scene, op: str) -> Contestant:
     return Contestant(SPARSELAB, SPARSE, runs[op], answer)
 
 
+def sparseprop(scene: Scene, op: str) -> Contestant:
+    """Return SparseProp's linear layer: forward through its module, gradients through autograd."""
+    if importlib.util.find_spec("sparseprop") is None:
+        raise NotSupported(f"{SPARSEPROP} is not installed; pip install sparseprop, which takes a C++ compiler")
+    from sparseprop.modules import SparseLinear as Layer
+
+    layer, x = Layer(scene.weight), scene.x.detach().requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        y = layer(x)
+        return y.detach(), *torch.autograd.grad(y, (x, layer.W_val), scene.dy)
+
+    def answer(result: object) -> Answer:
+        found = named(op, result)
+        if "dvalues" in found:
+            starts, cols = (numbers.long() for numbers in layer.W_idx)
+            gradient = torch.zeros_like(scene.weight)
+            gradient[torch.arange(len(gradient)).repeat_interleave(starts.diff()), cols] = found["dvalues"]
+            found["dvalues"] = scene.blocks_of(gradient)
+        return found
+
+    runs: dict[str, Callable[[], object]] = {"fwd": torch.no_grad()(lambda: layer(x)), "step": step}
+    return Contestant(SPARSEPROP, SPARSE, runs[op], answer)
+
+
 def makers(case: Case) -> dict[str, Maker]:
     """Return who of these takes part in a case."""
     warnings.filterwarnings("ignore", message=".*Sparse (CSR|BSR) tensor support is in beta.*")
@@ -136,5 +164,5 @@ def makers(case: Case) -> dict[str, Maker]:
     if case.op == "fwd" and case.threads == 1:
         made |= {f"scipy-{form}": functools.partial(scipy, form) for form in ("csr", "bsr")}
     if case.op != "dvalues" and case.block == 1 and case.dtype == "fp32":
-        made[SPARSELAB] = sparselab
+        made |= {SPARSELAB: sparselab, SPARSEPROP: sparseprop}
     return made

@@ -20,8 +20,8 @@ from torch.nn.functional import linear as dense_linear
 from bench.gpu.contestants import SPARSE, Contestant, joined
 from bench.gpu.scene import Answer, Scene
 
-MODULES = {"stk": "stk", "blksprs": "blksprs"}
-"""Packages that need not be installed, by peer."""
+PACKAGES = {"stk": "stanford-stk", "blksprs": "blksprs"}
+"""Packages that need not be installed, by peer, which is also the name of the module."""
 
 
 class NotSupported(Exception):
@@ -30,7 +30,12 @@ class NotSupported(Exception):
 
 def present() -> list[str]:
     """Return the names of the peers that can be imported."""
-    return ["torch-bsr", *(name for name, module in MODULES.items() if importlib.util.find_spec(module))]
+    return ["torch-bsr", *(name for name in PACKAGES if importlib.util.find_spec(name))]
+
+
+def absent() -> list[str]:
+    """Return the packages of the peers that are not installed."""
+    return [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
 
 
 def peer(name: str, scene: Scene, op: str) -> Contestant:

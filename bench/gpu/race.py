@@ -87,6 +87,8 @@ def makers(rehearsal: bool) -> dict[str, Maker]:
 
 def run(part: Part) -> bool:
     """Run the cases that are not in the results yet; return whether all are."""
+    for package in peers.absent():
+        print(f"race: {package} is not installed and takes no part: pip install {package}")
     return race_cases(part, rehearsal_cases() if part.rehearsal else cases(), makers(part.rehearsal))
 
 

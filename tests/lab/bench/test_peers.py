@@ -1,4 +1,4 @@
-"""SparseLab in the race: a library that is made up here with its layout and its answers, absent, or in the way."""
+"""SparseLab and SparseProp in the race: libraries made up here with their layouts, absent, or in the way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.cpu.peers import sparselab
+from bench.cpu.peers import SPARSEPROP, makers, sparselab, sparseprop
 from bench.cpu.scene import make_scene
 from bench.gpu.peers import NotSupported
 from bench.gpu.scene import Judge
@@ -124,3 +124,34 @@ def test_it_takes_part_in_the_race_of_the_kernels(installed, monkeypatch, thread
     monkeypatch.setattr(run, "openmp_runtimes", lambda: None)
     with pytest.raises(NotSupported, match="one thread only"):
         sparselab(scene, op)
+
+
+class MadeUpRows(nn.Module):
+    """A layer that computes as SparseProp's: compressed rows of what is not zero."""
+
+    def __init__(self, weight):
+        super().__init__()
+        rows = weight.to_sparse_csr()
+        self.W_val = nn.Parameter(rows.values())
+        self.W_idx = (rows.crow_indices().int(), rows.col_indices().int())
+        self.shape, self.at = weight.shape, weight.nonzero(as_tuple=True)
+
+    def forward(self, x):
+        return nn.functional.linear(x, torch.zeros(self.shape).index_put(self.at, self.W_val))
+
+
+@pytest.mark.parametrize("op", ["fwd", "step"])
+def test_sparseprop_takes_part_where_it_is_installed(monkeypatch, op):
+    case = CASE._replace(block=1, op=op)
+    monkeypatch.setattr("bench.cpu.peers.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "sparseprop", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "sparseprop.modules", SimpleNamespace(SparseLinear=MadeUpRows))
+    scene = make_scene(case)
+    contestant = makers(case)[SPARSEPROP](scene, op)
+    assert Judge(scene, "step", tf32=False).wrong(contestant.answer(contestant.run()), by_element=True) is None
+
+
+def test_sparseprop_is_named_where_it_is_absent(monkeypatch):
+    monkeypatch.setattr("bench.cpu.peers.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NotSupported, match="SparseProp is not installed; pip install sparseprop"):
+        sparseprop(make_scene(CASE), "fwd")
