@@ -77,6 +77,7 @@ struct ElementPlan {
   int64_t lanes;                      // tokens of a panel; all of them where they are up to NARROW (elements_few.h)
   int64_t panels;                     // that are packed at a time
   int32_t alone;                      // each thread packs its own panels
+  int32_t ahead;                      // the next chunk is prefetched: a packed panel does not stay in the L2 cache
   int64_t strip, strips;              // rows of a strip, strips of a piece
   int64_t chunks;                     // of 2^shift features
   int64_t entries;                    // of the largest piece

@@ -78,8 +78,13 @@ void multiply_strips(const Multiply &m, const Arranged &a, const Piece &piece, i
       for (int64_t t = 0; t < T; t += VL) store(y + r * T + t, all(m.bias ? m.bias[strip.r0 + r] : 0.f));
     const Run *run = strip.runs;
     for (int64_t c = 0; c < m.plan.chunks; c++) {
-      for (const Run *end = a.runs + strip.ends[c]; run < end; run++)
-        add_run<T>(a, run->first, run->count, x + (c << m.plan.shift) * T, y + run->row * T);
+      const Run *end = a.runs + strip.ends[c];
+      const float *chunk = x + (c << m.plan.shift) * T, *next = x + ((c + 1 < m.plan.chunks ? c + 1 : 0) << m.plan.shift) * T;
+      const int64_t lines = m.plan.ahead && run < end ? blocks_of((T / LINE) << m.plan.shift, end - run) : 0;  // a run
+      for (; run < end; run++) {
+        for (int64_t i = 0; i < lines; i++, next += LINE) __builtin_prefetch(next, 0, 2);
+        add_run<T>(a, run->first, run->count, chunk, y + run->row * T);
+      }
     }
     store_lanes<T>(m.y, m.past, t0, count, strip.r0, strip.rows, y);
   }

@@ -7,55 +7,79 @@
 
 namespace {
 
-// Multiply a run by a row of dy, into vectors that add_sums() adds up over their lanes.
-template <int T> INLINE void dot_run(const uint16_t *feature, int64_t count, const float *x, const float *dy, Vector *partial) {
+// An entry's products, of which the lanes are added up later, VL entries at a time. Half of the sum is formed at once where
+// they all fit into registers: halves are added first in sums(), too.
+#if VL == 16
+constexpr int HELD = VL / 2;  // numbers that are held for an entry
+INLINE void hold(float *to, Vector v) {
+  _mm256_storeu_ps(to, _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1)));
+}
+INLINE Vector sums_of_held(const float *held) {
+  Vector a[VL / 2];  // lane l of vector i: of entry 2 * i in its first half, of the next one in the second
+  UNROLL for (int i = 0; i < VL / 2; i++) a[i] = load(held + i * VL);
+  fold<4>(a), fold<2>(a), fold<1>(a);
+  return (Vector)_mm512_permutexvar_ps(_mm512_set_epi32(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0), (__m512)a[0]);
+}
+#else
+constexpr int HELD = VL;
+INLINE void hold(float *to, Vector v) { store(to, v); }
+INLINE Vector sums_of_held(const float *held) {
+  Vector a[VL];
+  UNROLL for (int i = 0; i < VL; i++) a[i] = load(held + i * VL);
+  return sums(a);
+}
+#endif
+
+// Multiply a run by a row of dy, for add_sums().
+template <int T> INLINE void dot_run(const uint16_t *feature, int64_t count, const float *x, const float *dy, float *held) {
   constexpr int VECTORS = T / VL, AT_ONCE = VECTORS < 8 ? VECTORS : 8;
+  static_assert(VECTORS == AT_ONCE || HELD == VL, "what is held is added to");
   for (int v0 = 0; v0 < VECTORS; v0 += AT_ONCE) {
     Vector g[AT_ONCE];
     UNROLL for (int v = 0; v < AT_ONCE; v++) g[v] = load(dy + (v0 + v) * VL);
     for (int64_t e = 0; e < count; e++) {
       const float *line = x + int64_t(feature[e]) * T + v0 * VL;
       asm("" : "+r"(line));
-      Vector acc = v0 ? partial[e] : Vector{}, more = {};  // two chains, or each addition waits for the last
+      Vector acc = v0 ? load(held + e * HELD) : Vector{}, more = {};  // two chains, or each addition waits for the last
       UNROLL for (int v = 0; v < AT_ONCE; v += 2) {
         acc += g[v] * load(line + v * VL);
         more += g[v + 1] * load(line + (v + 1) * VL);
       }
-      partial[e] = acc + more;
+      hold(held + e * HELD, acc + more);
     }
   }
 }
 
-// Add the sums over the lanes of the first `held` vectors to as many totals.
-NOINLINE void add_sums(Vector *partial, int64_t held, float *total) {
+// Add the sums of the first `count` entries that are held to as many totals.
+NOINLINE void add_sums(const float *held, int64_t count, float *total) {
   int64_t e = 0;
-  for (; e + VL <= held; e += VL) store(total + e, load(total + e) + sums(partial + e));
-  if (e < held) {
+  for (; e + VL <= count; e += VL) store(total + e, load(total + e) + sums_of_held(held + e * HELD));
+  if (e < count) {
     float line[VL];
-    store(line, sums(partial + e));  // the vectors behind are of former entries; their sums are not used
-    for (int64_t l = 0; e + l < held; l++) total[e + l] += line[l];
+    store(line, sums_of_held(held + e * HELD));  // those behind are former entries, whose sums are not used
+    for (int64_t l = 0; e + l < count; l++) total[e + l] += line[l];
   }
 }
 
 // One strip for the packed panel of x that begins at token t0; `dy`: the lanes of its rows.
 template <int T>
 void add_strip(const Outer &m, const Arranged &a, const Strip &strip, const float *x, const float *dy) {
-  constexpr int64_t MOST = 64;  // entries whose vectors wait in the L1 cache
-  Vector partial[MOST] = {};
-  int64_t held = 0;  // vectors that wait for add_sums()
+  constexpr int64_t MOST = 64;  // entries that are held in the L1 cache
+  float held[MOST * HELD] = {};
+  int64_t waiting = 0;  // entries that are held
   float *total = a.number + strip.entry;
   const Run *run = strip.runs;
   for (int64_t c = 0; c < m.plan.chunks; c++) {
     const float *chunk = x + (c << m.plan.shift) * T;
     for (const Run *end = a.runs + strip.ends[c]; run < end; run++) {
-      for (int64_t i = 0, n; i < run->count; i += n, held += n) {
-        if (held == MOST) add_sums(partial, MOST, total), total += MOST, held = 0;
-        n = run->count - i < MOST - held ? run->count - i : MOST - held;
-        dot_run<T>(a.feature + run->first + i, n, chunk, dy + run->row * T, partial + held);
+      for (int64_t i = 0, n; i < run->count; i += n, waiting += n) {
+        if (waiting == MOST) add_sums(held, MOST, total), total += MOST, waiting = 0;
+        n = run->count - i < MOST - waiting ? run->count - i : MOST - waiting;
+        dot_run<T>(a.feature + run->first + i, n, chunk, dy + run->row * T, held + waiting * HELD);
       }
     }
   }
-  add_sums(partial, held, total);
+  add_sums(held, waiting, total);
 }
 
 // Add the packed panels [p0, p1) of x to the totals of a piece. Called by all threads. `dy`: its packed panels, or null; then

@@ -100,14 +100,14 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
     p.shift = 6, run = 6;
   } else {
     p.lanes = lanes ? lanes : lanes_for(tokens, 64);
-    whole = density < 0.18 && features * p.lanes <= IN_L2 / 2;  // few entries: the L2 cache is fast enough for them
+    whole = density < 0.06 && features * p.lanes <= IN_L2 / 2;  // few entries: the L2 cache is fast enough for them
     p.shift = whole ? 16 : density > 0.35 ? 7 : 8;
   }
   while (p.shift < 16 && density * (int64_t(1) << p.shift) < run) p.shift++;
   p.chunks = blocks_of(features, int64_t(1) << p.shift);
   // A panel that does not fit the L2 cache is read once for each strip: long strips, whose part of y (or dy) fills a quarter.
   // With many entries it is the time of these that counts.
-  const bool long_strips = tokens > NARROW && features * p.lanes >= 2 * IN_L2 && density < 0.35;
+  const bool outside_l2 = tokens > NARROW && features * p.lanes >= 2 * IN_L2, long_strips = outside_l2 && density < 0.35;
   p.strip = long_strips ? IN_L2 / p.lanes : p.chunks == 1 ? 64 : 128;
   while (p.strip > LINE && ((!long_strips && mean * p.strip > IN_L2) || p.strip * 2 * threads > order.rows)) p.strip /= 2;
   // Few entries are one piece, and panels are packed just before their use. Of more, a piece fills part of the L2 cache and is
@@ -117,6 +117,7 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
   p.strips = few ? strips : int64_t(threads * IN_L2 / (mean * p.strip + 1));
   p.strips = p.strips < 1 ? 1 : p.strips < strips ? p.strips : strips;
   p.alone = few && !gradient && (threads == 1 || panels >= 2 * threads);
+  p.ahead = outside_l2 && !gradient && !p.alone;
   const int64_t most = few && gradient ? threads == 1 ? 1 : 4 * threads : panels;
   p.panels = std::min(most, std::max<int64_t>(1, (int64_t(4) << 20) / features / p.lanes));
   if (p.alone) p.panels = threads;
