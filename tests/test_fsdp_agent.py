@@ -1,6 +1,6 @@
 """AGENT on parameters that ``fully_shard`` shards: the numbers of one process, on two ranks bit for bit.
 
-Three processes do all of it, in a mesh of two and one of three, and write checkpoints for the test's own.
+Four processes do all of it, in meshes of two, of three and of two by two, and write checkpoints for the test's own.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ ROUNDED = [("SET", "SGD", GRADIENTS, 1), ("RigL", "SGD", STEPS, 2), (None, "SGD"
 
 SPLIT = [(name, "SGD, momentum", options, 1) for name in METHODS for options in (LOSSES, GRADIENTS)]
 
+HYBRID = [(name, "SGD, momentum", options, 1) for name in (None, "GSE") for options in (LOSSES, GRADIENTS)]
+
 Case = tuple[str | None, str, dict[str, Any], int]
 
 
@@ -46,7 +48,7 @@ def build(case: Case, mesh: DeviceMesh | None) -> tuple[nn.Module, torch.optim.O
     name, optimizer, options, _ = case
     # the root's parameters stay gathered after a forward without a backward
     model = fsdp.linear() if mesh is None else fsdp.shard(fsdp.linear(), mesh, root_only=optimizer == "AdamW")
-    group = {} if mesh is None else {"process_group": mesh.get_group()}
+    group = {} if mesh is None or mesh.ndim > 1 else {"process_group": mesh.get_group()}
     if name is None:
         made, method = fsdp.OPTIMIZERS[optimizer](model.parameters()), None
     else:
@@ -133,7 +135,10 @@ def weighted(mesh: DeviceMesh | None, rank: int = 0) -> dict[str, Tensor]:
 
 def run_rank(rank: int, folder: Path) -> dict[str, Any]:
     pair, three = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2])
-    found: dict[str, Any] = {"three": {name_of(case): train(case, three) for case in SPLIT}}
+    square = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("copies", "shards"))
+    found: dict[str, Any] = {"hybrid": {name_of(case): train(case, square, rank, 4) for case in HYBRID}}
+    if rank < 3:
+        found["three"] = {name_of(case): train(case, three) for case in SPLIT}
     if rank < 2:
         found["same"] = {name_of(case): train(case, pair) for case in [*SAME, *ROUNDED]}
         found["split"] = {name_of(case): train(case, pair, rank, 2) for case in SPLIT}
@@ -146,7 +151,8 @@ def run_rank(rank: int, folder: Path) -> dict[str, Any]:
         dcp.save(saved, checkpoint_id=folder / "saved", process_group=pair.get_group())
         found["unbroken"] = train(SAVE, steps=range(SAVED, fsdp.STEPS), parts=parts)
     torch.distributed.barrier()
-    found["resumed"] = resumed(folder, three)
+    if rank < 3:
+        found["resumed"] = resumed(folder, three)
     return found
 
 
@@ -162,10 +168,11 @@ def resumed(folder: Path, mesh: DeviceMesh | None) -> dict[str, Tensor]:
     optimizer.zero_grad()
     agent.step()
     state = {"model": model.state_dict(), "agent": agent, "values": optimizer.state_dict()}
-    dcp.load({k: v for k, v in state.items() if k != "agent"}, checkpoint_id=folder / "saved")
+    where = {"checkpoint_id": folder / "saved", "process_group": None if mesh is None else mesh.get_group()}
+    dcp.load({k: v for k, v in state.items() if k != "agent"}, **where)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["values"])
-    dcp.load({"agent": agent}, checkpoint_id=folder / "saved")
+    dcp.load({"agent": agent}, **where)
     return train(SAVE, steps=range(SAVED, fsdp.STEPS), parts=parts)
 
 
@@ -180,7 +187,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder) -> list[dict[str, Any]]:
-    return on_ranks(run_rank, 3, folder, folder)
+    return on_ranks(run_rank, 4, folder, folder)
 
 
 def assert_same(expected: dict[str, Tensor], ranks: list[dict[str, Tensor]], within: float | None) -> None:
@@ -212,7 +219,12 @@ def test_two_ranks_with_the_same_data_up_to_the_order_of_a_sum(ranks, case):
 def test_batches_split_over_two_ranks_and_three_ranks_with_the_same(ranks, case):
     expected = train(case)
     assert_same(expected, [rank["split"][name_of(case)] for rank in ranks[:2]], 1e-6)
-    assert_same(expected, [rank["three"][name_of(case)] for rank in ranks], 1e-6)
+    assert_same(expected, [rank["three"][name_of(case)] for rank in ranks[:3]], 1e-6)
+
+
+@pytest.mark.parametrize("case", HYBRID, ids=name_of)
+def test_batches_split_over_two_copies_of_two_shards(ranks, case):
+    assert_same(train(case), [rank["hybrid"][name_of(case)] for rank in ranks], 1e-6)
 
 
 SAID = {
@@ -241,5 +253,5 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_three_and_with_one(ranks, folder
     expected = train(SAVE)
     for rank in ranks[:2]:
         assert_same(expected, [rank["unbroken"]], None)
-    assert_same(expected, [rank["resumed"] for rank in ranks], 1e-6)
+    assert_same(expected, [rank["resumed"] for rank in ranks[:3]], 1e-6)
     assert_same(expected, [resumed(folder, None)], None)
