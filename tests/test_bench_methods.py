@@ -16,6 +16,7 @@ from bench import (
     agent_claim,
     end_to_end,
     gradual,
+    language,
     masked,
     method_cost,
     sparse_ift_claim,
@@ -337,3 +338,29 @@ def test_gradual_has_a_row_an_update(capsys):
     kept, compact, dense = ([row[f"{name}_mib"] for row in rows] for name in ("kept", "compact", "dense"))
     assert kept[0] == kept[-1] == compact[0] > 2 * compact[-1] and dense[0] == dense[-1]
     assert all(row["kept_ms"] > 0 and row["compact_update_ms"] > 0 for row in rows)
+
+
+def test_the_table_of_language_models_by_hand(tmp_path, capsys):
+    """Two runs: of one the last of two epochs counts, with the seconds of both; a dense twin is a line of its own."""
+    for name, networks, epochs in (("long", ("sparse", "dense"), 2), ("short", ("dense",), 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"config": {"method": "set", "epochs": epochs}}))
+        rows = [
+            {"seed": 0, "network": network, "epoch": epoch, "step": 10 * epoch, "itop/layer": 1.0}
+            | {"bits_per_byte": 3 - epoch / 4, "ms_per_step": 5.0 * epoch, "seconds": 90.0}
+            for network in networks
+            for epoch in range(1, epochs + 1)
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "rows.jsonl"
+    language.main([str(tmp_path / "long"), str(tmp_path / "short"), "--out", str(out)])
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[2:5] == [
+        "| set | 20 | 1 | 2.50 | 10 | 3 |",
+        "| dense | 20 | 1 | 2.50 | 10 | 3 |",
+        "| dense | 10 | 1 | 2.75 | 5 | 2 |",
+    ]
+    language.main(["--show", str(out)])
+    assert capsys.readouterr().out == shown
+    with pytest.raises(SystemExit):
+        language.main([])
