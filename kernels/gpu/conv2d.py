@@ -79,9 +79,9 @@ def _multiply(
         side_in, side_out, group_in, group_out = bi, bo, geometry.group_in, geometry.group_out
         rows, per_tap, mul, div = geometry.block_rows(bo), geometry.block_cols(bi), geometry.stride, (1, 1)
         origin, step = (-top, -left), geometry.dilation
-    y = x.new_empty(images, height_out, width_out, groups * group_out)
+    y = x.new_empty(images, height_out, width_out, groups * group_out).permute(0, 3, 1, 2)
     if y.numel() == 0:
-        return y.permute(0, 3, 1, 2)
+        return y
 
     x = aligned_images(x, groups)
     transposed = is_dx
@@ -111,7 +111,7 @@ def _multiply(
     which = problem(op, arch(x.device), x.dtype, precision, (bo, bi), pixels, slots, phases * groups * rows)
     with on_device_of(x):
         tables.run(which, launch, exact)
-    return y.permute(0, 3, 1, 2)
+    return y
 
 
 def kept_lists(index: Index, geometry: ConvShape, block: tuple[int, int]) -> Lists:

@@ -40,8 +40,8 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
         return y
     y = norm(x)
     if residual is not None:
-        y += residual
-    return F.relu(y, inplace=True)
+        y = y + residual if y is x else y.add_(residual)  # nn.Identity returns x, which stays as it is
+    return F.relu(y, inplace=y is not x)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -29,12 +29,12 @@ def fuses_batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, residual: Ten
     """
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() >= SMALL
         and x.numel() > x.shape[1]
         and x.is_contiguous(memory_format=torch.channels_last)
-        and all(t is None or t.dtype is torch.float32 for t in (x, weight, bias, residual))
+        and all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in (x, weight, bias, residual))
+        and weight.shape == bias.shape == x.shape[1:2]
         and (residual is None or residual.shape == x.shape)
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
@@ -72,20 +72,29 @@ class _BatchNormReLU(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
         y, stats = norms.forward(x, weight, bias, residual, eps)
-        ctx.save_for_backward(x, None if residual is None else y, weight, bias, stats, residual)
+        ctx.save_for_backward(x, None if residual is None else y, weight, bias, stats)
         ctx.eps = eps
         ctx.mark_non_differentiable(stats)
         return y, stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-        x, y, weight, bias, stats, residual = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this backward is differentiated itself: by PyTorch's ops, which know how
-            need = ctx.needs_input_grad[:4]
-            inputs = [t for t, needed in zip((x, weight, bias, residual), need, strict=True) if needed]
-            normed = F.batch_norm(x, None, None, weight, bias, training=True, eps=ctx.eps)
-            again = F.relu(normed if residual is None else normed + residual)
-            found = iter(torch.autograd.grad(again, inputs, dy, create_graph=True))
-            return *(next(found) if needed else None for needed in need), None
+        x, y, weight, bias, stats = ctx.saved_tensors
+        differentiated = torch.is_grad_enabled()
+        if differentiated or _is_batch(dy):  # PyTorch's ops can be differentiated themselves, and mapped
+            *need, need_residual, _ = ctx.needs_input_grad
+            with torch.enable_grad():
+                x, weight, bias = (t.view_as(t) for t in (x, weight, bias))  # hooks of a tensor do not see its alias
+                normed = F.batch_norm(x, None, None, weight, bias, training=True, eps=ctx.eps)
+            g = dy.masked_fill((normed if y is None else y) <= 0, 0)
+            inputs = [t for t, needed in zip((x, weight, bias), need, strict=True) if needed]
+            found = iter(torch.autograd.grad(normed, inputs, g, create_graph=differentiated) if inputs else ())
+            return *(next(found) if needed else None for needed in need), g if need_residual else None, None
         dx, added, grads = norms.backward(dy, x, y, weight, bias, stats, ctx.eps)
         return dx, grads[0], grads[1], added, None
+
+
+def _is_batch(dy: Tensor) -> bool:
+    """Return whether a tensor stands for several, as vmap makes them, also that of ``is_grads_batched``."""
+    is_batch: bool = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return is_batch

@@ -148,6 +148,52 @@ def test_a_second_derivative_is_that_of_pytorch(with_residual: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.detach().abs().max()))
 
 
+@pytest.mark.parametrize("frozen", [(), ("x", "weight", "bias")], ids=["all", "residual alone"])
+def test_a_second_derivative_calls_hooks_once_and_leaves_the_residual_alone(frozen: tuple[str, ...]) -> None:
+    norm, x, residual = norm_of(64), images(LARGE, 0, "x" not in frozen), images(LARGE, 1, True)
+    norm.requires_grad_("weight" not in frozen)
+    twice = [t.register_hook(lambda g: 2 * g) for t in (x, norm.weight) if t.requires_grad]
+    inputs = [t for t in (x, residual, norm.weight) if t.requires_grad]
+    y = norm_relu(norm, x, residual)
+    with torch.no_grad():
+        residual.zero_()  # it is not read again
+    plain = torch.autograd.grad(y, inputs, x.detach(), retain_graph=True)
+    again = torch.autograd.grad(y, inputs, x.detach().requires_grad_(), create_graph=True)
+    assert len(twice) == len(inputs) - 1 and all(t.requires_grad for t in again)
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+def test_gradients_may_come_in_batches(with_residual: bool, fused: list[bool]) -> None:
+    norm, x, residual = norm_of(64), images(LARGE, 0, True), images(LARGE, 1, True) if with_residual else None
+    inputs = [t for t in (x, residual, *norm.parameters()) if t is not None]
+    y, dy = norm_relu(norm, x, residual), torch.stack([images(LARGE, 2), images(LARGE, 3)])
+    found = torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        for one, other in zip(found, torch.autograd.grad(y, inputs, dy[i], retain_graph=True), strict=True):
+            torch.testing.assert_close(one[i], other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+    assert fused == [True]
+
+
+def test_a_norm_of_other_channels_is_refused_by_pytorch(fused: list[bool]) -> None:
+    for channels in (32, 128):
+        with pytest.raises(RuntimeError, match=f"should contain 64 elements not {channels}"):
+            norm_relu(norm_of(channels, track_running_stats=False), images(LARGE, 0))
+    weight = torch.ones(64)
+    assert not fuses_batch_norm_relu(images(LARGE, 0), weight.to("meta"), weight, None)
+    assert not fuses_batch_norm_relu(images(LARGE, 0), weight, weight, images(LARGE, 1).to("meta"))
+    assert not any(fused)
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+def test_a_norm_that_returns_its_input_leaves_it_as_it_is(with_residual: bool) -> None:
+    x, residual = images(LARGE, 0), images(LARGE, 1) if with_residual else None
+    before = x.clone()
+    assert torch.equal(norm_relu(nn.Identity(), x, residual), composed(nn.Identity(), before, residual))
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -13,6 +13,11 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
+from tests.gpu_checks import calls, corners
+from tests.gpu_conv2d_checks import edge_case
+from tests.kernels.calls import AnyCase
+from tests.oracle import all_cells
+
 EXACT = torch.tensor([3.0, 4.0])
 CONFIGS = [Outer(tile_in, 16, 4, 3) for tile_in in (16, 32, 64, 128)]
 
@@ -94,6 +99,25 @@ def test_an_error_that_takes_the_device_with_it_is_not_passed_over(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tables.fastest(CONFIGS, bench.launch, EXACT, bench.seconds)
+
+
+@pytest.mark.parametrize(
+    "case", [corners((16, 16)), corners((16, 16), tokens=7), edge_case()], ids=lambda c: type(c).__name__
+)
+def test_what_is_launched_is_compared_with_the_same_tensor(case: AnyCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same layout: of each kernel, those of a convolution too."""
+    compared: dict[str, float] = {}
+
+    def run(problem: Problem, launch: tables.Launch, exact: Callable[[], Tensor]) -> None:
+        answer, wanted = launch(roofline.candidates(problem)[0]), exact()
+        assert answer.shape == wanted.shape
+        compared[problem.kernel] = tables.share_off(answer, wanted)
+
+    monkeypatch.setattr(tables, "run", run)
+    calls.results(case)
+    calls.all_norms(case)
+    calls.chosen_norms(case, *all_cells(case))
+    assert len(compared) == 5 and max(compared.values()) <= tables.allowed(torch.float32)
 
 
 def test_none_that_runs() -> None:
