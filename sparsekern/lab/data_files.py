@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsekern.errors import InputError
 from sparsekern.files.size_limits import Limits
-from sparsekern.lab.stored import channels_first
+from sparsekern.lab.stored import channels_first, read_header
 
 if TYPE_CHECKING:
     import numpy
@@ -110,14 +110,11 @@ def _damaged_npz(path: Path) -> InputError:
 
 def _npy_headers(path: Path) -> dict[str, tuple[tuple[int, ...], numpy.dtype[Any]]]:
     """Return shape and dtype of the known arrays in a file, by name, without reading the arrays."""
-    from numpy.lib import format as npy
-
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     headers = {}
     with zipfile.ZipFile(path) as archive:
         for name in {*KEYS, *KERAS_KEYS} & {entry.removesuffix(".npy") for entry in archive.namelist()}:
             with archive.open(f"{name}.npy") as file:
-                shape, _, dtype = readers[npy.read_magic(file)](file)
+                shape, _, dtype = read_header(file)
             if dtype.hasobject or any(side < 0 for side in shape):
                 raise InputError("no plain array")
             headers[name] = shape, dtype

@@ -6,10 +6,11 @@ Memory does not grow with the files, nor does that of the random order in which 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,20 +53,17 @@ class Rows:
         Raises:
             ValueError: it is no such file, too short, or of an array that is not plain or not in C order.
         """
-        from numpy.lib import format as npy
-
-        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         try:
             with path.open("rb") as file:
-                shape, fortran, dtype = readers[npy.read_magic(file)](file)
-                rows = cls(path, shape, dtype, file.tell())
-        except (OSError, ValueError, KeyError):
+                shape, fortran, dtype = read_header(file)
+                start, end = file.tell(), file.seek(0, os.SEEK_END)
+        except Exception:
             raise InputError(f"{path} is no .npy file; write it with numpy.save") from None
-        if fortran or dtype.hasobject or not shape:
+        if fortran or dtype.hasobject or not shape or min(shape) < 0:
             raise InputError(f"{path} holds no plain array in C order; write it with numpy.save, of such an array")
-        if 0 not in shape:
-            rows.read(slice(-1, None))
-        return rows
+        if end - start < math.prod(shape) * dtype.itemsize:
+            raise _shorter(path)
+        return cls(path, shape, dtype, start)
 
     def read(self, places: slice | Sequence[int]) -> numpy.ndarray:
         """Return a copy of some rows.
@@ -86,7 +84,7 @@ class Rows:
                     if file.readinto(rows) != rows.nbytes:
                         raise EOFError
         except (OSError, EOFError):
-            raise InputError(f"{self.path} is shorter than its header says, or gone; restore it") from None
+            raise _shorter(self.path) from None
         rows_read: numpy.ndarray = found.view(self.dtype).reshape(-1, *self.shape[1:])
         return rows_read
 
@@ -96,6 +94,22 @@ class Rows:
         count = max(1, PIECE // width) * step
         for first in range(0, self.shape[0], count):
             yield self.read(slice(first, first + count, step))
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, numpy.dtype[Any]]:
+    """Return shape, whether it is in Fortran's order, and dtype of the array in a ``.npy`` file.
+
+    Of a damaged file it raises anything.
+    """
+    from numpy.lib import format as npy
+
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    header: tuple[tuple[int, ...], bool, numpy.dtype[Any]] = readers[npy.read_magic(file)](file)
+    return header
+
+
+def _shorter(path: Path) -> InputError:
+    return InputError(f"{path} is shorter than its header says, or gone; restore it")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 
+from sparsekern.errors import InputError
 from sparsekern.lab.data import load
 from sparsekern.lab.data_files import KEYS
 from sparsekern.lab.stored import MOST, Rows, Shuffled
@@ -149,6 +150,26 @@ def test_files_that_do_not_fit_are_described(tmp_path, name, content, message):
     else:
         numpy.save(path, content)
     with pytest.raises(ValueError, match=message):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{'descr': '|u1', 'fortran_order': False, 'shape': (-6, 4, 5)}", "holds no plain array in C order"),
+        ("{'descr': '|u1', 'fortran_order': False, 'shape': (6, -4, 5)}", "holds no plain array in C order"),
+        ("{'descr': '|S0', 'fortran_order': False, 'shape': (6, 4, 5)}", "is .S0 of shape"),
+        ("{'descr': '|u1', 'fortran_order': False, 'shape': (6, 4, 5", "is no .npy file"),
+        ("{'descr': '|u1', 'fortran_order': False, 'shape': (6, 2097152, 2097152)}", "is shorter than its header says"),
+    ],
+)
+def test_a_damaged_header_is_described(tmp_path, header, message):
+    folder = stored(tmp_path)
+    padded = header.ljust(117).encode() + b"\n"
+    (folder / "train_images.npy").write_bytes(
+        b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded + b"x" * 120
+    )
+    with pytest.raises(InputError, match=f"train_images.npy {message}"):
         load(str(folder))
 
 
