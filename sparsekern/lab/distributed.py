@@ -7,7 +7,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from threading import Thread
@@ -328,14 +328,15 @@ def lost_ranks(world: World, store: Any, patience: float) -> list[int]:
     silent = {*range(world.count)} - {world.rank}
 
     def call() -> None:
-        if store is not None:
+        with suppress(Exception):  # of a store whose process has ended; then nobody can say anything
             store.set(f"lost/{world.rank}", "")
             while silent:
                 silent.difference_update([rank for rank in silent if store.check([f"lost/{rank}"])])
                 time.sleep(0.05)
 
-    # in a thread that may stay behind: a store on a machine that has vanished holds up whoever asks it
-    caller = Thread(target=call, daemon=True)
-    caller.start()
-    caller.join(patience)
+    if store is not None:
+        # in a thread that may stay behind: a store on a machine that has vanished holds up whoever asks it
+        caller = Thread(target=call, daemon=True)
+        caller.start()
+        caller.join(patience)
     return sorted(silent)

@@ -7,10 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +303,16 @@ def test_a_store_that_has_vanished_does_not_hold_up_a_rank():
             return False
 
     assert lost_ranks(World(1, 3), Vanished(), 0.2) == lost_ranks(World(1, 3), None, 0.2) == [0, 2]
+
+
+def test_a_store_whose_process_has_ended_leaves_no_traceback(monkeypatch):
+    class Ended(torch.distributed.HashStore):
+        def set(self, key: str, value: str) -> None:
+            raise torch.distributed.DistNetworkError("failed to send, got error 32: Broken pipe")
+
+    traced: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", traced.append)
+    assert lost_ranks(World(1, 3), Ended(), 0.2) == [0, 2] and not traced
 
 
 def test_the_commands_of_the_page_run(tmp_path, text):
