@@ -133,6 +133,33 @@ def weighted(mesh: DeviceMesh | None, rank: int = 0) -> dict[str, Tensor]:
     return {name: fsdp.full(mean) for name, mean in means.items()}
 
 
+class Branch(nn.Module):
+    """A layer, and a second one of one output, of which a single rank holds all, that not every batch goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.whole = nn.Linear(6, 4), nn.Linear(4, 1), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y) if self.whole else y
+
+
+def gradients_of_a_branch(mesh: DeviceMesh | None) -> dict[str, Tensor]:
+    """Return which parameters have a gradient after a batch that goes through the first layer alone."""
+    model = Branch()
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
+    group = None if mesh is None else mesh.get_group()
+    agent = sk.AGENT(model, torch.optim.SGD(model.parameters()), process_group=group)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    agent.refresh([x], lambda x: model(x).square().mean())
+    agent.c[""], model.whole = 0.5, False
+    agent.backward(lambda: model(x).square().mean())
+    return {name: torch.tensor(p.grad is not None) for name, p in model.named_parameters()}
+
+
 def run_rank(rank: int, folder: Path) -> dict[str, Any]:
     pair, three = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2])
     square = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("copies", "shards"))
@@ -144,6 +171,7 @@ def run_rank(rank: int, folder: Path) -> dict[str, Any]:
         found["split"] = {name_of(case): train(case, pair, rank, 2) for case in SPLIT}
         found["refusals"] = refusals(rank, pair)
         found["weighted"] = weighted(pair, rank)
+        found["branch"] = gradients_of_a_branch(pair)
         parts = build(SAVE, pair)
         train(SAVE, steps=range(SAVED), parts=parts)
         model, optimizer, agent = parts
@@ -247,6 +275,13 @@ def test_batches_of_several_sizes_count_by_their_examples(ranks):
     expected = weighted(None)
     assert all(mean.any() for mean in expected.values())
     assert_same(expected, [rank["weighted"] for rank in ranks[:2]], 1e-6)
+
+
+def test_a_rank_without_a_part_of_a_parameter_has_its_gradient_where_the_others_do(ranks):
+    """Also one that this batch did not use, whose gradient is the snapshot's mean."""
+    expected = gradients_of_a_branch(None)
+    assert all(expected.values())
+    assert_same(expected, [rank["branch"] for rank in ranks[:2]], None)
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_three_and_with_one(ranks, folder):

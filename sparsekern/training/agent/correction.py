@@ -119,8 +119,9 @@ class Correction:
         for name, gradient in found.items():
             mean = snapshot.mean[name]
             if gradient is None:  # the parameter was not used in this batch
-                if not bool(mean.any()):
-                    continue
+                known = bool(mean.any())
+                if not (self._ranks.any(known, mean.device) if snapshot.sharded else known):
+                    continue  # on all ranks: those that hold zeros of it, or nothing, must have its gradient too
                 gradient = torch.zeros_like(snapshot.values[name])
             elif gradient.is_sparse:
                 raise InputError(f"{name} has a sparse gradient, which AGENT does not correct; use sparse=False")
