@@ -32,6 +32,7 @@ from sparsekern.kernels.gpu.launch import (
     arch,
     dot_precision,
     multiprocessors,
+    on_default_stream,
     on_device_of,
 )
 from sparsekern.kernels.gpu.linear import PROJECTED, SKETCH_BYTES, groups_of, lists_of, project, tokens_per_split
@@ -118,8 +119,10 @@ def kept_lists(index: Index, geometry: ConvShape, block: tuple[int, int]) -> Lis
     """Return the lists of dx, made by :func:`lists_by_phase` if there are none of the index as it is now."""
     if any(part.is_inference() for part in index.by_col):  # nobody counts the writes into them
         return lists_by_phase(index, geometry, block)
-    if index.col_slot.is_cuda and torch.cuda.is_current_stream_capturing():
-        return lists_by_phase(index, geometry, block)  # in the graph: blocks may move between its replays
+    if not on_default_stream(index.col_slot.device):
+        # Graphs are warmed up and captured there, in memory of their own, and blocks may move between replays. And
+        # nobody waits for what another stream has made without being seen.
+        return lists_by_phase(index, geometry, block)
     made_of = (*(part._version for part in index.by_col), geometry, block)
     kept: tuple[Any, Lists] | None = _kept.get(index.col_slot)
     if kept is None or kept[0] != made_of:

@@ -105,3 +105,8 @@ def aligned_images(x: Tensor, groups: int) -> Tensor:
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which Triton launches on the device of x, which need not be the current one."""
     return torch.cuda.device_of(x)
+
+
+def on_default_stream(device: torch.device) -> bool:
+    """Return whether a device works on its default stream now; a CPU always does."""
+    return device.type == "cpu" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)

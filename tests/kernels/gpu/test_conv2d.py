@@ -189,6 +189,10 @@ def test_lists_are_made_once_until_blocks_move(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(2):
             kept_lists(uncounted, shape, block)
     assert len(made) == 5
+    monkeypatch.setattr(gpu.conv2d, "on_default_stream", lambda device: device != index.col_slot.device)
+    for _ in range(2):
+        kept_lists(index, shape._replace(dilation=(2, 2)), block)
+    assert len(made) == 7
 
 
 @pytest.mark.parametrize("given", [*SHAPES.values(), {"blocks": 1}, {"group_in": 16 * 20, "kernel": (3, 5)}])

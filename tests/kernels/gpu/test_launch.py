@@ -18,6 +18,7 @@ from sparsekern.kernels.gpu.launch import (
     dot_precision,
     interpreted,
     multiprocessors,
+    on_default_stream,
     on_device_of,
 )
 
@@ -274,3 +275,11 @@ def test_more_pixels_than_an_int32_counts_are_refused() -> None:
 
     with pytest.raises(NotImplementedError, match=f"2147483648 pixels in a call; .* fewer than {MOST_PIXELS}"):
         aligned_images(x, 1)
+
+
+def test_the_default_stream_is_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_0, gpu_1 = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert on_default_stream(CPU)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: (device, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: (device, device.index))
+    assert on_default_stream(gpu_0) and not on_default_stream(gpu_1)
