@@ -51,16 +51,7 @@ TIMES = {
 }
 """What of rows and results is time, and differs from run to run."""
 
-RUN = [
-    "--data=data.npz",
-    "--width=64",
-    "--block-size=16",
-    "--sparsity=0.5",
-    "--epochs=2",
-    "--batch-size=20",
-    "--seeds=2",
-    "--device=cpu",
-]
+RUN = ["--width=64", "--block-size=16", "--sparsity=0.5", "--epochs=2", "--batch-size=20", "--seeds=2", "--device=cpu"]
 RUN += ["--data=data.npz", "--update-every=2", "--save-every=2", "--quiet", "--json"]
 
 CROP = "--augment=crop"
