@@ -49,7 +49,8 @@ class Dataset:
         test_images: ``(M, C, H, W)`` float32.
         test_labels: ``(M,)`` int64.
         classes: one more than the largest label.
-        digest: SHA-256 of the raw arrays, by which a resumed run checks that it has the same data.
+        digest: SHA-256 of the raw arrays, by which a resumed run checks that it has the same data; of many images on
+            the disk it sees evenly spaced ones (:func:`~sparsekern.lab.stored.measured`).
     """
 
     name: str

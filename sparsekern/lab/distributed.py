@@ -122,7 +122,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Return whether it is true on any rank."""
-        return flag if self.count == 1 else bool(self.ranks.sum(torch.tensor(int(flag))))
+        return flag if self.count == 1 else self.ranks.any(flag, torch.device("cpu"))
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """Do something on the first rank alone, and return on all what it returned.
