@@ -102,7 +102,10 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
         "convert {place}/w.safetensors {place}/x.pt --to sparse --sparsity 0.5 --block-size 99",
         ("block_size is 99x99", "larger than layer 'fc'", "choose smaller"),
     ),
-    ("convert {place}/w.safetensors {place}/full.pt --to dense", ("full.pt, which is a folder", "another name")),
+    (
+        "convert {place}/w.safetensors {place}/full.pt --to dense",
+        ("full.pt, which is a folder", "give the name of a file"),
+    ),
     ("train --resume {place}/odd", ("config.json", "start a new run")),
     ("train --resume {place}/run --epochs 7", ("epochs is 7", "drop the option")),
     ("train --resume {place}/run --out {place}/other", ("--out is {place}/other", "drop --out")),

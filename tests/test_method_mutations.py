@@ -81,7 +81,7 @@ MUTATIONS: dict[str, Mutation] = {
         places._smallest,
         "chosen = upper < last",
         "chosen = upper <= last",
-        partial(t_places.test_lowest_of_many, "near ties", 700, torch.float32),
+        partial(t_places.test_lowest_and_highest_of_many, "near ties", 3000, 700, torch.float32),
     ),
     "a choice grows the first places": (
         sk.training.GradientMethod.exchange,
