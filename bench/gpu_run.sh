@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that is measured on a GPU, in two calls of five minutes, from a bare checkout or a copy without .git:
+# Everything that is measured on a GPU, in two calls of about five minutes, from a bare checkout or a copy without .git:
 #
 #     bench/gpu_run.sh first            smoke test, tests, race without tuning, what the device does at best
 #     bench/gpu_run.sh second           tuning, race with what it found, convolutions, counters of one kernel, sanitizer

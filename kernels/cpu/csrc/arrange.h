@@ -64,7 +64,7 @@ INLINE Strip strip_of(const Piece &piece, int64_t number, const Order &order, co
           a.runs + number * plan.strip * plan.chunks, a.ends + number * plan.chunks};
 }
 
-// Where take_run() reads the entries of a strip, and where it notes them.
+// Where take_values() and take_slots() read the entries of a strip, and where they note them.
 struct Lists {
   const int32_t *__restrict slots, *__restrict other;
   const float *__restrict values;
