@@ -45,6 +45,9 @@ _NEAR = sorted((abs(t) + abs(n), t, n) for t in range(-3, 4) for n in range(-3, 
 NOT_RUNNING = (CompilationError, OutOfResources, PTXASError, RuntimeError)
 """What Triton raises for a configuration that does not compile (its passes: RuntimeError) or fit the device."""
 
+OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""RuntimeErrors that another configuration would meet, too."""
+
 Launch = Callable[[Config], Tensor]
 
 _chosen: dict[Problem, Config] = {}
@@ -66,9 +69,9 @@ def run(problem: Problem, launch: Launch, exact: Callable[[], Tensor]) -> None:
     config = choose(problem, launch, exact)
     try:
         launch(config)
+    except OF_THE_DEVICE:
+        raise
     except NOT_RUNNING as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         _run_another(problem, config, launch, error)
 
 
@@ -264,6 +267,8 @@ def _run_another(problem: Problem, config: Config, launch: Launch, error: Except
             continue
         try:
             launch(other)
+        except OF_THE_DEVICE:
+            raise
         except NOT_RUNNING:
             continue
         _chosen[problem] = other

@@ -239,10 +239,29 @@ def test_where_no_candidate_runs_the_first_error_is_raised() -> None:
 
 
 @pytest.mark.usefixtures("no_tables")
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), InterpreterError("out of bounds"), TypeError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        torch.AcceleratorError("illegal address"),
+        InterpreterError("out of bounds"),
+        TypeError(),
+    ],
+)
 def test_other_errors_are_raised_at_once(error: Exception) -> None:
     """A smaller tile would need as much memory; and a fault in a kernel must not be hidden."""
     launched: list[Config] = []
+    launch = launching(set(roofline.candidates(PROBLEM)), error, launched)
     with pytest.raises(type(error)):
-        tables.run(PROBLEM, launching(set(roofline.candidates(PROBLEM)), error, launched), lambda: EXACT)
+        tables.run(PROBLEM, launch, lambda: EXACT)
     assert len(launched) == 1
+
+    def second(config: Config) -> Tensor:
+        """The default does not fit, and the next one meets the error."""
+        if config == roofline.candidates(PROBLEM)[0]:
+            raise FAILURES[0]
+        return launch(config)
+
+    with pytest.raises(type(error)):
+        tables.run(PROBLEM, second, lambda: EXACT)
+    assert len(launched) == 2
