@@ -43,6 +43,7 @@ from sparsekern.lab.cost import Planned
 from sparsekern.lab.options import percent
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.tables import Cells, count
+from sparsekern.topology.arguments import check_choice
 
 OF_MODEL = ("sparsity", "block_size", "batch_size", "accumulate", "precision")
 """Options of a run that a model given by --config takes too."""
@@ -92,10 +93,7 @@ def plan(
             if threads < 1:
                 raise InputError(f"threads is {threads}; it must be 1 or more", parameter="threads")
             torch.set_num_threads(threads)
-        if device not in (CPU, *DEVICES):
-            raise InputError(
-                f"device is {device!r}; it must be one of {', '.join((CPU, *DEVICES))}", parameter="device"
-            )
+        check_choice("device", device, (CPU, *DEVICES))
         if measured:
             machine = measure_here(errors)
             if not values and config is None:

@@ -26,6 +26,7 @@ from sparsekern.files.states import metadata_of, with_metadata
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import refresh_
 from sparsekern.nn.sharded import is_sharded, local, sharded_as, whole
+from sparsekern.topology.arguments import check_choice
 from sparsekern.training.distributed import Ranks
 
 Result = TypeVar("Result")
@@ -62,10 +63,7 @@ class Launch:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise InputError(
-                f"strategy is {self.strategy!r}; it must be one of {', '.join(STRATEGIES)}", parameter="strategy"
-            )
+        check_choice("strategy", self.strategy, STRATEGIES)
         if not 0 < self.timeout < 10**7:
             raise InputError(f"timeout is {self.timeout}; it must be a number of seconds above 0", parameter="timeout")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sparsekern.analysis.plan.machine import GROUPS, SPARSE, Clocked
 from sparsekern.analysis.plan.trace import Calls, Parameter, Trace
 from sparsekern.errors import InputError
+from sparsekern.topology.arguments import check_choice
 
 STRATEGIES = ("single", "ddp", "fsdp2")
 
@@ -35,10 +36,7 @@ class Layout:
     blocks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise InputError(
-                f"strategy is {self.strategy!r}; it must be one of {', '.join(STRATEGIES)}", parameter="strategy"
-            )
+        check_choice("strategy", self.strategy, STRATEGIES)
         if self.devices < 1:
             raise InputError(f"devices is {self.devices}; it must be 1 or more", parameter="devices")
         if self.strategy == "single" and self.devices > 1:

@@ -20,6 +20,7 @@ from sparsekern.lab.recipes import RECIPES, find
 from sparsekern.lab.resolved import build, resolve, usable_device
 from sparsekern.nn import is_replaceable, left_dense
 from sparsekern.topology import check_sparsity
+from sparsekern.topology.arguments import check_choice
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -161,8 +162,7 @@ def _sparsity(text: str) -> float:
 
 
 def _dtype(text: str) -> str:
-    if text not in DTYPES:
-        raise InputError(f"dtype is {text!r}; it must be one of {', '.join(DTYPES)}", parameter="dtype")
+    check_choice("dtype", text, DTYPES)
     return text
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
 from sparsekern.errors import InputError
 from sparsekern.lab.models.layers import Multiplier, widened
+from sparsekern.topology.arguments import check_choice
 
 STD = 0.02
 """Of the initial weights; those whose output is added to the residual stream have ``1 / sqrt(2 * depth)`` of it."""
@@ -115,8 +116,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, known in (("activation", activation, ACTIVATIONS), ("positions", positions, POSITIONS)):
-            if value not in known:
-                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(known)}", parameter=name)
+            check_choice(name, value, known)
         if positions == "rotary" and head_features % 2:
             raise InputError(
                 f"head_features is {head_features}; rotary positions need an even number", parameter="head_features"
