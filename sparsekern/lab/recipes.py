@@ -145,6 +145,7 @@ class Recipe:
         schedule: of the learning rate.
         epochs: passes over the training set; None where the size of the data decides.
         distribution: how the blocks are shared out among the layers.
+        init_scale: of the values of sparse layers, as in :func:`sparsekern.sparsify_`.
         update_every: steps between moves of blocks, at most.
         label_smoothing: part of the target that all classes share.
         clip_norm: to which the norm of all gradients is cut; None for no bound.
@@ -175,6 +176,7 @@ class Recipe:
     epochs: int | None
     block_size: int = 16
     distribution: str = "erk"
+    init_scale: float | str = 1.0
     update_every: int = 100
     label_smoothing: float = 0.0
     clip_norm: float | None = None
@@ -229,6 +231,7 @@ _GPT = Recipe(  # the optimizer and schedule of nanoGPT, and the sparsities of S
     batch_size=16,
     epochs=20,
     distribution="uniform",
+    init_scale="dense",
     clip_norm=1.0,
     augmentation="none",
     width=384,

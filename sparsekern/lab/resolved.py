@@ -102,7 +102,8 @@ def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
         arguments["stop"] = float(options["stop"]) * steps
     if "start" in options:
         arguments["start"] = int(float(options["start"]) * steps)
-    layers = {"distribution": recipe.distribution} | ({} if chosen is None else dict(chosen.layers))
+    layers: dict[str, Any] = {"distribution": recipe.distribution, "init_scale": recipe.init_scale}
+    layers |= {} if chosen is None else chosen.layers
     layers |= part_of("recipe", options)
     pool, initial = layers.pop("pool", VRPGE.pool), layers.pop("initial_sparsity", None)
     if initial is None and issubclass(method, Gradual):

@@ -35,7 +35,7 @@ def fan_in(topology: Topology) -> Tensor:
     return total
 
 
-def check_init(init: object, scale: float, known: Collection[str] = tuple(INITS)) -> None:
+def check_init(init: object, scale: object, known: Collection[str] = tuple(INITS)) -> None:
     """Check ``init``, one of the known names, and ``init_scale``, a finite number above 0.
 
     Raises:

@@ -42,7 +42,7 @@ def sparsify_(
     ignore: Selector = (),
     distribution: str = "uniform",
     init: str = "balanced",
-    init_scale: float = 1.0,
+    init_scale: float | str = 1.0,
     capacity: float | Mapping[str, float] = 1.0,
     stems: bool = False,
     seed: int = 0,
@@ -98,7 +98,9 @@ def sparsify_(
             (with selectors of ``sparsity``, of those of one entry) stay, and the best one of each layer.
         init: ``"balanced"``, ``"random"`` or ``"norm"``.
         init_scale: factor on the initial values, whose variance at 1 is ``1 / (3 fan_in)`` as in PyTorch; ``3 ** 0.5``
-            gives ``1 / fan_in``. Not with ``init="norm"``.
+            gives ``1 / fan_in``. Or ``"dense"``, for a model that draws its own weights, as GPTs do: values get the
+            standard deviation of the dense layer's weight, over the square root of the fraction that is stored, and the
+            bias stays what it is. Neither with ``init="norm"`` nor with a ``score``.
         capacity: slots per block, 1 or more. The additional slots are free, for methods in which layers compete for
             blocks (``scope="global"``), and take as much memory as blocks. Or ``{selector: capacity}`` with string
             selectors: the first match counts, and other layers get no free slots.
@@ -131,7 +133,7 @@ def sparsify_(
         SparseLinear(in_features=64, out_features=64, bias=True, block_size=(16, 16), blocks=4/16, sparsity=0.75)
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
-    check_init(init, init_scale, (*INITS, "norm"))
+    check_init(init, 1.0 if init_scale == "dense" else init_scale, (*INITS, "norm"))
     if init == "norm" and score is None and distribution == "global":
         score = "magnitude"
     check_score(score, sample, init, distribution)
@@ -323,7 +325,13 @@ def _factors(model: nn.Module, layers: dict[str, nn.Module], capacity: float | M
 
 
 def _sparse_twin(
-    layer: nn.Module, grid: Grid, keeps: bool, init: str, init_scale: float, tie_taps: bool, options: dict[str, Any]
+    layer: nn.Module,
+    grid: Grid,
+    keeps: bool,
+    init: str,
+    init_scale: float | str,
+    tie_taps: bool,
+    options: dict[str, Any],
 ) -> BlockSparse:
     converter, weight = converter_of(layer), layer.weight
     assert converter is not None and isinstance(weight, Tensor)
@@ -339,10 +347,28 @@ def _sparse_twin(
             )
         new = converter.sparse.from_dense(layer, **options)
     else:
-        options |= {"device": weight.device, "dtype": weight.dtype, "init": init, "init_scale": init_scale}
+        as_dense = init_scale == "dense"
+        scale = _scale_of(options["name"], weight, grid) if as_dense else init_scale
+        options |= {"device": weight.device, "dtype": weight.dtype, "init": init, "init_scale": scale}
         new = converter.sparse(**converter.arguments(layer), **options)
         new.set_dense_class(layer)
+        if as_dense and new.bias is not None and isinstance(layer.bias, Tensor):
+            new.bias.data.copy_(layer.bias)
     new.values.requires_grad_(weight.requires_grad)
     if new.bias is not None and isinstance(layer.bias, Tensor):
         new.bias.requires_grad_(layer.bias.requires_grad)
     return new
+
+
+@torch.no_grad()
+def _scale_of(name: str, weight: Tensor, grid: Grid) -> float:
+    """Return the standard deviation of a dense weight, over that of PyTorch's initial weights."""
+    fan_in = weight.numel() / grid.out_features
+    scale = math.nan if weight.is_meta else float(weight.double().std(correction=0)) * (3 * fan_in) ** 0.5
+    if not 0 < scale < math.inf:
+        raise InputError(
+            f"init_scale is 'dense', and the weight of {name!r} has no values, only zeros, or numbers "
+            "that are not finite; give a number",
+            parameter="init_scale",
+        )
+    return scale

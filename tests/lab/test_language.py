@@ -81,6 +81,14 @@ def test_one_number_is_for_all_kinds_and_a_free_head_stays_dense(text):
     assert {layer.sparsity for layer in sk.sparse_layers(model).values()} == {0.5}
 
 
+def test_sparse_layers_start_as_the_network_draws_its_weights(text):
+    """nanoGPT's 0.02, over the root of twice the depth where the output is added to the residual stream; no bias."""
+    model = Learner(run_of(Config(data=text, sparsity=0.75, epochs=1, **TINY)), "sparse", 0).model
+    for name, layer in sk.sparse_layers(model).items():
+        std = 0.02 / 2**0.5 if name.endswith(("out", "fc2")) else 0.02
+        assert abs(float(layer.values.detach().std()) * 0.25**0.5 / std - 1) < 0.1 and not layer.bias.any()
+
+
 def test_a_free_head_may_be_sparse(text):
     options = TINY | {"network": TINY["network"] | {"free_head": True}}
     config = Config(data=text, block_size=16, sparsity={"mlp": 0.75, "head": 0.5}, epochs=1, **options)

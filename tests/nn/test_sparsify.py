@@ -236,6 +236,40 @@ def test_init_scale_multiplies_values_and_biases():
     assert abs(float((wide.values.detach().flatten().square() * fan_in).mean()) - 1) < 0.01, "and again"
 
 
+def test_init_scale_dense_keeps_what_the_model_chose_for_each_layer():
+    model = nn.Sequential(nn.Linear(512, 256), nn.Conv2d(64, 64, 3, groups=2), nn.Linear(256, 512, bias=False))
+    for layer, std in zip(model, (0.02, 0.5, 0.001), strict=True):
+        nn.init.normal_(layer.weight, std=std)
+    biases = [model[0].bias.detach().clone(), nn.init.zeros_(model[1].bias)]
+    sk.sparsify_(model, {"0": 0.9, "1": 0.5, "2": 0.75}, 4, init_scale="dense", capacity={"0": 1.5})
+    for layer, std in zip(model, (0.02, 0.5, 0.001), strict=True):
+        drawn = layer.values[layer.row >= 0].detach()
+        density = drawn.numel() / layer.grid.numel
+        assert abs(float(drawn.std()) * density**0.5 / std - 1) < 0.02, "as many inputs fewer, as much larger each"
+        assert float(drawn.abs().max()) < 2.5 * std / density**0.5, "uniform"
+        layer.reset_parameters()
+        assert abs(float(layer.values.detach()[layer.row >= 0].std()) * density**0.5 / std - 1) < 0.02, "and again"
+    assert model[2].bias is None
+    again = nn.Sequential(nn.Linear(512, 256), nn.Conv2d(64, 64, 3, groups=2))
+    again.load_state_dict({k: torch.ones_like(v) for k, v in again.state_dict().items()})
+    for layer, bias in zip(again, biases, strict=True):
+        nn.init.normal_(layer.weight)
+        layer.bias.data.copy_(bias)
+    sk.sparsify_(again, 0.5, 4, init_scale="dense")
+    assert all(torch.equal(layer.bias, bias) for layer, bias in zip(again, biases, strict=True)), "not drawn anew"
+
+
+@pytest.mark.parametrize("damage", [lambda w: w.zero_(), lambda w: w.fill_(float("nan")), None])
+def test_init_scale_dense_needs_values(damage):
+    model = mlp() if damage else mlp().to("meta")
+    if damage:
+        damage(model[2].weight.data)
+    name = "2" if damage else "0"
+    with pytest.raises(ValueError, match=f"init_scale is 'dense', and the weight of '{name}' has no values") as error:
+        sk.sparsify_(model, 0.5, 8, init_scale="dense")
+    assert error.value.parameter == "init_scale" and not sk.sparse_layers(model), "nothing was replaced"
+
+
 def test_stems_are_sparse_where_blocks_are_no_wider_than_their_channels():
     def network() -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, groups=16))
@@ -258,6 +292,7 @@ def test_stems_are_sparse_where_blocks_are_no_wider_than_their_channels():
         ({"init_scale": 0}, "init_scale is 0; it must be a number above 0"),
         ({"init_scale": float("inf")}, "init_scale is inf"),
         ({"init": "norm", "init_scale": 2}, "init_scale is 2, but init='norm'"),
+        ({"init": "norm", "init_scale": "dense"}, "init_scale is dense, but init='norm'"),
     ],
 )
 def test_room_and_scale_out_of_range_change_nothing(options, message):
