@@ -66,6 +66,7 @@ from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.training import (  # noqa: E402
     AGENT,
     GSE,
+    MEST,
     SET,
     VRPGE,
     Gradual,
@@ -83,6 +84,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AGENT",
     "GSE",
+    "MEST",
     "SET",
     "VRPGE",
     "GraNet",

@@ -22,6 +22,7 @@ METHODS: dict[str, tuple[type[sk.Method], dict[str, Any]]] = {
     "SET, signs": (sk.SET, {"drop": "signs", "grown_values": "random", "min_age": 1, "keep_connected": True}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.9, "stop": 13, "scope": "global"}),
     "RigL": (sk.RigL, {"scoring": "screen"}),  # what it does on several ranks anyway
+    "MEST": (sk.MEST, {"soft_bound": True, "stop": 13}),
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 13}),
     "GSE": (sk.GSE, {}),
     "GSE, sketches": (sk.GSE, {"score_sketches": 2}),

@@ -44,6 +44,7 @@ METHODS = {
     "GraBo": (sk.GSE, {"distribution": "grabo"}),
     "GraEst": (sk.GSE, {"distribution": "graest"}),
     "Gradual": (sk.Gradual, {"scope": "global", "stop": 10}),
+    "MEST": (sk.MEST, {"drop_fraction": 0.3}),
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 10}),
 }
 VRPGE = {

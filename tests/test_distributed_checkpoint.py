@@ -20,6 +20,7 @@ METHODS = {
     "VRPGE": (sk.VRPGE, {"refill": 0.3, "floor": 0.05}),
     "VRPGE, sgd": (sk.VRPGE, {"probability_optimizer": "sgd"}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.8}),
+    "MEST": (sk.MEST, {}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.8}),
 }
 AGENTS = {

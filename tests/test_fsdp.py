@@ -24,7 +24,7 @@ from tests.ranks import on_ranks
 LINEAR = [(name, fsdp.linear, "AdamW", fsdp.plain, {}) for name in fsdp.METHODS]
 OPTIMIZERS = [("SET", fsdp.linear, name, fsdp.plain, {}) for name in ("AdamW, loop", "SGD", "SGD, momentum")]
 CONV = [
-    *((name, fsdp.conv, "SGD", fsdp.plain, {}) for name in ("SET", "SET, signs", "Gradual", "VRPGE")),
+    *((name, fsdp.conv, "SGD", fsdp.plain, {}) for name in ("SET", "SET, signs", "Gradual", "MEST", "VRPGE")),
     *(
         (name, fsdp.untied, "SGD", fsdp.plain, {})
         for name in ("RigL", "GraNet", "GSE", "GSE, global", "GraBo", "GraEst")

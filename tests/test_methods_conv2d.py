@@ -37,6 +37,7 @@ METHODS = {
     "GraEst, global, some tokens": (sk.GSE, {"distribution": "graest", "scope": "global", "score_tokens": 20}),
     "VRPGE": (sk.VRPGE, {"floor": 0.05}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.8}),
+    "MEST": (sk.MEST, {"soft_bound": True}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.8, "scoring": "screen", "shortlist": 1e6}),
 }
 
@@ -121,7 +122,7 @@ def network() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(8 * 9, 10),
     )
-    return sk.sparsify_(model.to(F64), 0.5, (2, 3), seed=0)
+    return sk.sparsify_(model.to(F64), 0.5, (2, 3), capacity=1.25, seed=0)
 
 
 def images(step: int) -> Tensor:

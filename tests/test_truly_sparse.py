@@ -74,6 +74,7 @@ METHODS = {
     "GSE, global": (sk.GSE, {"scope": "global"}),
     "GraBo": (sk.GSE, {"distribution": "grabo"}),
     "GraEst": (sk.GSE, {"distribution": "graest"}),
+    "MEST": (sk.MEST, {}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.995, "stop": 4}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.995, "stop": 4}),
     "Gradual, compact": (sk.Gradual, {"final_sparsity": 0.995, "stop": 4, "compact": True}),

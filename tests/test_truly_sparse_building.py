@@ -131,6 +131,7 @@ METHODS = {
     "GraEst": (sk.GSE, {"distribution": "graest"}),
     "RigL": (sk.RigL, {}),
     "VRPGE": (sk.VRPGE, {"floor": 0.05}),
+    "MEST": (sk.MEST, {}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.99, "stop": 5}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.99, "stop": 5, "compact": True}),
     "Gradual, compact": (sk.Gradual, {"final_sparsity": 0.99, "stop": 5, "scope": "global", "compact": True}),

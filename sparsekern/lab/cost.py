@@ -22,7 +22,7 @@ from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
 from sparsekern.lab.resolved import Run, build, resolve
 from sparsekern.lab.train import Learner
-from sparsekern.training import AGENT, GSE, SET, VRPGE, Gradual, Method, NetworkSampler, RigL, compact_
+from sparsekern.training import AGENT, GSE, MEST, SET, VRPGE, Gradual, Method, NetworkSampler, RigL, compact_
 
 PERIOD = 4
 """Steps between updates while counting: room for two steps of probes and one without."""
@@ -64,6 +64,8 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
         _step(ended)
         after = _flops(ended, 1)
         extra = max(0.0, _flops(moving, period) - usual * period)
+        if isinstance(real.method, MEST) and real.method.soft_bound:
+            usual = _flops(moving, period) / period  # with what the first update has grown
         flops = usual * stop + after * (steps - stop) + extra * updates
         if agent is not None and agent.gamma > 0:
             begin = stop if isinstance(real.method, NetworkSampler) else 0

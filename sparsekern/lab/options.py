@@ -158,14 +158,20 @@ def _of_part(part: str, owner: Callable[..., Any], names: Sequence[str] = ()) ->
     }
 
 
-SCORED = ("rigl", "gse")
-"""Methods that read the gradient of absent blocks."""
+GAIN = ("rigl", "gse", "mest")
+"""Methods in which layers may gain blocks."""
 
 _OTHERS = (
     Option("start", float, "Fraction of the training before which no block moves.", "0", ALL, low=0, high=1),
     Option("stop", float, "Fraction of the training after which no block moves.", f"{STOP}", ALL, low=0, high=1),
     Option(
-        "capacity", float, "Slots for each block; free ones are for a global scope.", "", SCORED, low=1, part="recipe"
+        "capacity",
+        float,
+        "Slots for each block; free ones let layers gain some.",
+        "",
+        GAIN,
+        low=1,
+        part="recipe",
     ),
     Option(
         "pool", float, "Candidates for each block that is to remain.", f"{VRPGE.pool}", ("vrpge",), low=1, part="recipe"

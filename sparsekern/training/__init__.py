@@ -6,7 +6,7 @@ from sparsekern.training.attachment import NetworkSampler
 from sparsekern.training.base import Method
 from sparsekern.training.followers import Followers
 from sparsekern.training.gradual import Gradual, compact_
-from sparsekern.training.growth import GSE, GradientMethod, GraNet, RigL
+from sparsekern.training.growth import GSE, MEST, GradientMethod, GraNet, RigL
 from sparsekern.training.passes import recalibrate_norms
 from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.schedules import Schedule
@@ -21,12 +21,14 @@ METHODS: dict[str, type[Method]] = {
     "vrpge": VRPGE,
     "gradual": Gradual,
     "granet": GraNet,
+    "mest": MEST,
 }
 """The methods by their names on the command line."""
 
 __all__ = [
     "AGENT",
     "GSE",
+    "MEST",
     "METHODS",
     "PRESETS",
     "SET",

@@ -52,7 +52,8 @@ class Method(Attached):
         start, stop: first step at which an update may happen, and step from which on none happens (None: no end).
         drop_fraction: fraction of a layer's blocks that an update moves; it falls to 0 along a cosine until ``stop``.
             Or a function of the step.
-        anneal: ``"cosine"``, or ``"constant"`` for a fraction that does not fall.
+        anneal: ``"cosine"``; ``"constant"`` for a fraction that does not fall; or ``"steps"`` for one that is halved
+            after three quarters of the way to ``stop``.
         offset: steps by which the schedule is delayed. See :class:`~sparsekern.training.Schedule`.
         grown_state: optimizer state of a moved block: ``"zero"`` or ``"mean_v"``. See :class:`Followers`.
         keep_connected: never drop the strongest block of a block row or block column, so that none becomes empty.
@@ -175,8 +176,12 @@ class Method(Attached):
         """Return the layers whose values are not frozen, with their names."""
         return [(name, layer) for name, layer in self.layers.items() if layer.values.requires_grad]
 
+    def importance(self, name: str, layer: BlockSparse) -> Tensor:
+        """Return what :meth:`strength` ranks the blocks by ``(Z,)``, infinite in free slots: their Frobenius norms."""
+        return block_norms(layer)
+
     def strength(self, name: str, layer: BlockSparse, parts: Units | None = None) -> Tensor:
-        """Return the Frobenius norm ``(Z,)`` of each block, or ``(U,)`` of each unit.
+        """Return the :meth:`importance` ``(Z,)`` of each block, or its norm ``(U,)`` over each unit.
 
         It is infinite where no block may be dropped: in free slots, for blocks younger than ``min_age``, and for those
         that ``keep_connected`` protects.
@@ -185,7 +190,7 @@ class Method(Attached):
             ValueError: a value is NaN or infinite, so that blocks have no order.
         """
         parts = Units(layer.topology, None, layer.grid) if parts is None else parts
-        scores = block_norms(layer)
+        scores = self.importance(name, layer)
         full = stored_blocks(layer.index) == layer.topology.slots
         if not is_finite(scores if full else scores[layer.topology.used()]):
             raise InputError(

@@ -21,7 +21,8 @@ class Schedule:
         drop_fraction: a number in [0, 1], or a function of the step.
         anneal: how a number changes. ``"cosine"``: it falls to 0 along half a cosine from ``start`` to ``stop``, as in
             RigL (Evci et al. 2020, section 3, where ``start`` is 0), and is constant without ``stop``. ``"constant"``:
-            it does not change.
+            it does not change. ``"steps"``: it is halved after three quarters of the way from ``start`` to ``stop``, as
+            in MEST (Yuan et al. 2021).
         offset: the number of steps by which all of this is delayed; the argument of a function is not. With 1, an
             update follows the first step, as in code that counts steps from 0.
 
@@ -38,7 +39,7 @@ class Schedule:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("anneal", self.anneal, ("cosine", "constant"))
+        check_choice("anneal", self.anneal, ("cosine", "constant", "steps"))
         for name, least in (("offset", 0), ("update_every", 1), ("start", 0)):
             check_whole(name, getattr(self, name), least, " optimizer steps")
         if self.stop is not None and self.stop < self.start:
@@ -67,6 +68,10 @@ class Schedule:
         """Return whether updates may still happen after optimizer step ``step``."""
         return self.stop is None or step - self.offset < self.stop
 
+    def is_last(self, step: int) -> bool:
+        """Return whether no update is due after optimizer step ``step``."""
+        return not self.before_stop(((step - self.offset) // self.update_every + 1) * self.update_every + self.offset)
+
     def progress(self, step: int) -> float:
         """Return the part of the way from ``start`` to the last update that step ``step`` has come, in [0, 1].
 
@@ -88,7 +93,10 @@ class Schedule:
         """Return the fraction of blocks to move after optimizer step ``step``."""
         if callable(self.drop_fraction):
             return _check_fraction(self.drop_fraction(step))
-        return self.drop_fraction * (1.0 if self.anneal == "constant" else self.cosine(step))
+        if self.anneal == "steps" and self.stop is not None:
+            late = 4 * (step - self.offset - self.start) >= 3 * (self.stop - self.start)
+            return self.drop_fraction * (0.5 if late else 1.0)
+        return self.drop_fraction * (self.cosine(step) if self.anneal == "cosine" else 1.0)
 
     def cosine(self, step: int) -> float:
         """Return the half cosine that falls from 1 at ``start`` to 0 at ``stop``; 1 before, and without ``stop``."""

@@ -45,18 +45,25 @@ def warn_of_few_blocks(layers: dict[str, BlockSparse], fraction: float) -> None:
         )
 
 
-def warn_of_no_room(layers: dict[str, BlockSparse]) -> None:
-    """Log a warning if layers are to compete for blocks and none has a free slot.
+def warn_of_no_room(layers: dict[str, BlockSparse], why: str, instead: str) -> None:
+    """Log a warning if layers are to gain blocks and none has a free slot.
 
-    Not an error: blocks still compete within each layer. Single layers without free slots are not named: after loading,
+    Not an error: blocks still move within each layer. Single layers without free slots are not named: after loading,
     some may have filled all their slots.
+
+    Args:
+        layers: by name.
+        why: the option that asks for it.
+        instead: the way out, other than a model with free slots.
     """
     could = [name for name, layer in layers.items() if layer.topology.slots < layer.grid.cells]
-    if len(layers) > 1 and could and all(stored_blocks(n.index) == n.topology.slots for n in layers.values()):
+    if could and all(stored_blocks(n.index) == n.topology.slots for n in layers.values()):
         _log.warning(
-            "scope is 'global', but no layer has a free slot, so each keeps its number of blocks: %s. For layers that "
-            "compete, build the model with sparsify_(..., capacity=1.25), or use scope='layer'",
+            "%s, but no layer has a free slot, so each keeps its number of blocks: %s. For layers that gain some, "
+            "build the model with sparsify_(..., capacity=1.25), or %s",
+            why,
             ", ".join(could),
+            instead,
         )
 
 
@@ -148,6 +155,11 @@ class Units(NamedTuple):
     grid: Grid
     """That of the layer, of all taps."""
 
+    @property
+    def size(self) -> int:
+        """The number of blocks of a unit."""
+        return 1 if self.slots is None else self.grid.taps
+
     def norms(self, norms: Tensor) -> Tensor:
         """Return the Frobenius norm ``(U,)`` of each unit from the norms ``(Z,)`` of the slots."""
         whole: Tensor = norms if self.slots is None else norms[self.slots].norm(dim=1)
@@ -157,12 +169,31 @@ class Units(NamedTuple):
         """Return the sum ``(U,)`` over the slots of each unit, of a number ``(Z,)`` for each slot."""
         return numbers if self.slots is None else numbers[self.slots].sum(1)
 
-    def spread(self, move: Move) -> Move:
-        """Return the move of blocks that a move of units stands for."""
+    def replaced(self, dropped: Tensor, keys: Tensor, free: Tensor | None = None) -> Move:
+        """Return the move of blocks that drops units and grows others, in their slots.
+
+        Args:
+            dropped: ``(k,)`` units.
+            keys: ``(n,)`` places of the grown units, ``row * C + col`` in their grid. Where fewer are grown than
+                dropped, the slots left over become free.
+            free: ``(m,)`` free slots of the layer, which the units that are grown beyond the dropped ones take.
+        """
+        slots = dropped if self.slots is None else self.slots[dropped.long()].flatten()
+        more = keys.shape[0] - dropped.shape[0]
+        if more > 0 and free is not None:
+            slots = torch.cat([slots, free[: more * self.size]])
+        elif more < 0:
+            keys = pad(keys, (0, -more), value=-1)
+        _, row, col = to_places(keys, keys, self.topology.grid)
         if self.slots is None:
-            return move
-        tied = tie(Topology(self.topology.grid, move.row, move.col), self.grid)
-        return Move(self.slots[move.slots.long()].flatten(), tied.row, tied.col)
+            return Move(slots, row, col)
+        tied = tie(Topology(self.topology.grid, row, col), self.grid)
+        return Move(slots, tied.row, tied.col)
+
+
+def free_slots(layer: BlockSparse) -> Tensor:
+    """Return the slots ``(m,)`` of a layer that hold no block, ascending (synchronises the device)."""
+    return (layer.row < 0).nonzero().squeeze(1)
 
 
 def units(layer: BlockSparse) -> Units:
@@ -232,12 +263,7 @@ def share_out(
         dropped = slots[i][(drop_order[:count][weak_owner[:count] == i] - first_slot[i]).to(device)]
         mine = grow_order[grown[good_owner[grown] == i]] - first_place[i]
         keys = offers[name].keys[places[i][mine.sort().values.to(device)]]
-        more = keys.shape[0] - dropped.shape[0]
-        if more > 0:
-            dropped = torch.cat([dropped, (layers[name].row < 0).nonzero().squeeze(1)[:more]])
-        elif more < 0:
-            keys = pad(keys, (0, -more), value=-1)
-        moves[name] = to_places(dropped, keys, layers[name].grid)
+        moves[name] = units(layers[name]).replaced(dropped, keys, free_slots(layers[name]))
     return moves
 
 

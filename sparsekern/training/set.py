@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.init import draw_values
 from sparsekern.nn.sharded import copy_slots_
-from sparsekern.topology import Move, Topology, generator_for, ordered_keys, sample_absent, to_places
+from sparsekern.topology import Move, Topology, generator_for, ordered_keys, sample_absent, stored_blocks
 from sparsekern.topology.arguments import check_choice
 from sparsekern.training.base import Method
 from sparsekern.training.distributed import slot_scores
-from sparsekern.training.scores import Units, lowest, part_of, units
+from sparsekern.training.scores import Units, free_slots, lowest, part_of, units
 
 
 class SET(Method):
@@ -67,18 +67,16 @@ class SET(Method):
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the weakest blocks and as many empty places. Tied taps move together, by their common norm."""
         parts = units(layer)
-        topology = parts.topology
-        present = topology.sorted_keys() if parts.slots is not None else ordered_keys(layer.index, topology)
-        blocks = present.shape[0]
+        blocks = stored_blocks(layer.index) // parts.size
+        empty = parts.topology.grid.cells - blocks
         strength = self.strength(name, layer, parts)
         if self.drop == "signs":
             slots = _weakest_of_each_sign(layer, parts, strength, fraction)
-            if slots.shape[0] > topology.grid.cells - blocks:
-                slots = slots[lowest(strength[slots], topology.grid.cells - blocks)]
+            if slots.shape[0] > empty:
+                slots = slots[lowest(strength[slots], empty)]
         else:
-            slots = lowest(strength, min(part_of(blocks, fraction), topology.grid.cells - blocks))
-        keys = sample_absent(present, topology.grid.cells, slots.shape[0], generator, ordered=True)
-        return parts.spread(to_places(slots, keys, topology.grid))
+            slots = lowest(strength, min(part_of(blocks, fraction), empty))
+        return grow_at_random(layer, parts, slots, slots.shape[0], generator)
 
     @torch.no_grad()
     def fill(self, name: str, move: Move) -> None:
@@ -91,6 +89,26 @@ class SET(Method):
         generator = generator_for(self.seed, type(self).__name__, name, self.steps, "values")
         drawn = draw_values(moved, layer.values.dtype, generator, layer.init_scale, whole)
         copy_slots_(layer.values, move.slots.long(), drawn.to(layer.values.device))
+
+
+def grow_at_random(layer: BlockSparse, parts: Units, dropped: Tensor, count: int, generator: torch.Generator) -> Move:
+    """Return the move that drops units and grows others, at places drawn uniformly among those that are empty before.
+
+    Args:
+        layer: see above.
+        parts: its units.
+        dropped: ``(k,)`` units.
+        count: how many grow, in the slots of the dropped ones and in free ones, as far as there are places and slots.
+        generator: on the CPU.
+    """
+    topology, free = parts.topology, None
+    present = topology.sorted_keys() if parts.slots is not None else ordered_keys(layer.index, topology)
+    room = dropped.shape[0]
+    if count > room:
+        free = free_slots(layer)
+        room += free.shape[0] // parts.size
+    count = min(count, room, topology.grid.cells - present.shape[0])
+    return parts.replaced(dropped, sample_absent(present, topology.grid.cells, count, generator, ordered=True), free)
 
 
 def _weakest_of_each_sign(layer: BlockSparse, parts: Units, strength: Tensor, fraction: float) -> Tensor:

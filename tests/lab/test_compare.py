@@ -156,6 +156,7 @@ def test_the_defaults():
         "vrpge",
         "gradual",
         "granet",
+        "mest",
     ]
     assert (found.sparsities, found.block_sizes, found.dense) == ((0.9,), (16,), True)
     twice = plan_for(NOWHERE, {}, (*TWO, *TWO), (0.5, 0.5), (8, 8))

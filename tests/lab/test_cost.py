@@ -65,6 +65,14 @@ def test_granet_scores_all_places_besides(data):
     assert granet == pytest.approx(half + 2 * 2 * HIDDEN * IMAGES / 3, rel=1e-6) and granet != gradual
 
 
+def test_what_a_soft_bound_has_grown_counts(data):
+    # 8 blocks of 16 and a quarter more in the 6 steps before stop, 8 in the other 3
+    options = {"soft_bound": True, "capacity": 1.5, "drop_fraction": 0.25}
+    by_hand = ENDS + 6 * HIDDEN * (6 * 10 / 16 + 3 * 8 / 16) / STEPS
+    assert cost(data, method="mest", options=options)["training_flops"] == pytest.approx(by_hand * images(), rel=1e-6)
+    assert cost(data, method="mest")["training_flops"] == cost(data, method="static")["training_flops"]
+
+
 def test_masks_are_passes_until_they_end(data):
     # 6 of 9 steps: forward under two masks, backward under one; then as static
     vrpge = cost(data, method="vrpge")["training_flops"]

@@ -79,7 +79,12 @@ def test_options_come_in_the_order_of_the_table():
             3,
             "masks is 3, but method set has no such option; vrpge has it: choose that, or drop the option",
         ),
-        ("vrpge", "min_age", 3, "min_age is 3, but method vrpge has no such option; set, rigl, gse, granet have it"),
+        (
+            "vrpge",
+            "min_age",
+            3,
+            "min_age is 3, but method vrpge has no such option; set, rigl, gse, ",
+        ),
         (
             "set",
             "mask",

@@ -308,7 +308,7 @@ REFUSED = [
     (sk.SET, {"drop": "sign"}, "drop is 'sign'; it must be one of norm, signs"),
     (sk.SET, {"grown_values": "zeros"}, "grown_values is 'zeros'; it must be one of zero, random"),
     (sk.SET, {"drop_fraction": -0.1}, "drop_fraction is -0.1"),
-    (sk.SET, {"anneal": "linear"}, "anneal is 'linear'; it must be one of cosine, constant"),
+    (sk.SET, {"anneal": "linear"}, "anneal is 'linear'; it must be one of cosine, constant, steps"),
     (
         sk.SET,
         {"anneal": "constant", "drop_fraction": lambda step: 0.1},

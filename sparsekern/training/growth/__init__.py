@@ -1,7 +1,8 @@
-"""Methods that grow blocks where the gradient of the whole weight is large: RigL, GraNet and GSE."""
+"""Methods that decide by gradients: RigL, GraNet and GSE by that of the whole weight, MEST by that of stored blocks."""
 
 from sparsekern.training.growth.gradient import GradientMethod
 from sparsekern.training.growth.gse import GSE
+from sparsekern.training.growth.mest import MEST
 from sparsekern.training.growth.rigl import GraNet, RigL
 
-__all__ = ["GSE", "GraNet", "GradientMethod", "RigL"]
+__all__ = ["GSE", "MEST", "GraNet", "GradientMethod", "RigL"]

@@ -78,8 +78,8 @@ class GradientMethod(Method):
                 )
         if score_tokens is not None:
             check_whole("score_tokens", score_tokens, 1, ", or None for all tokens")
-        if self.scope == "global":
-            warn_of_no_room(dict(self.trained_layers()))
+        if self.scope == "global" and len(self.layers) > 1:
+            warn_of_no_room(dict(self.trained_layers()), "scope is 'global'", "use scope='layer'")
         if score_sketches is not None:
             check_whole("score_sketches", score_sketches, 1)
         self.score_tokens, self.score_sketches = score_tokens, score_sketches

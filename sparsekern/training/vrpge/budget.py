@@ -122,7 +122,7 @@ class Candidates:
         del present
         if not layer.tie_taps:  # units are numbered by their slots
             units = (self.unit < self.count).nonzero().squeeze(1)[units]
-        return parts.spread(to_places(units, keys, parts.topology.grid))
+        return parts.replaced(units, keys)
 
 
 class Budget:

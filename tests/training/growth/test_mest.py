@@ -1,0 +1,207 @@
+"""MEST on hand-worked 4x4 grids: importance by values and gradients, and growth before or after the drop."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+import sparsekern as sk
+from sparsekern.topology import Grid, check_tied, from_mask
+from tests.saved import through_a_file
+from tests.training.growth.test_granet import F, G, step
+from tests.training.test_base import batch, bits, equal, make, train
+from tests.training.test_set import MASK, NORMS
+
+# norms of the blocks, by slot         norms of their gradients, g_J * f_I      importance with half the gradient
+#     9:0  .   1:1  .                      4   .   2   .                           11   .   2   .
+#     .   2:2  .    .                      .   7   .   .                           .   5.5  .   .
+#     .    .   .   8:3                     .   .   .   3                           .    .   .  9.5
+#    3:4   .   .   4:5                    16   .   .   4                           11   .   .   6
+IMPORTANCE = [11.0, 2.0, 5.5, 9.5, 11.0, 6.0]
+
+
+def grid_layer(block: int, capacity: int = 6) -> sk.SparseLinear:
+    side = 4 * block
+    layer = sk.SparseLinear(side, side, topology=from_mask(Grid(side, side, (block, block)), MASK), capacity=capacity)
+    with torch.no_grad():
+        layer.values[:6] = NORMS.view(6, 1, 1) / block
+    return layer
+
+
+def mest(model, **options) -> sk.MEST:
+    return sk.MEST(model, torch.optim.SGD(model.parameters(), lr=0.0), **({"update_every": 1} | options))
+
+
+def gradient_of(layer: sk.SparseLinear, slots: list[int]) -> list[float]:
+    return [G[int(layer.row[slot])] * F[int(layer.col[slot])] for slot in slots]
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_two_updates_by_hand(block):
+    layer = grid_layer(block)
+    method = mest(layer, drop_fraction=lambda step: 0.5)
+    before = layer.topology.keys().clone()
+    assert step(layer, method)
+    moved = (layer.topology.keys() != before).nonzero().flatten().tolist()
+    assert moved == [1, 2, 5], "2, 5.5 and 6; SET would take norms 1, 2 and 3"
+    assert not layer.values[moved].any() and not set(layer.topology.keys()[moved].tolist()) & set(before.tolist())
+    # The new ones are 0, with half of their gradients' norms, 7 at most: below 9.5. Of all six half go again.
+    before = layer.topology.keys().clone()
+    assert step(layer, method)
+    assert (layer.topology.keys() != before).nonzero().flatten().tolist() == [1, 2, 5]
+    assert layer.topology.blocks() == 6 and layer.values[0, 0, 0] == 9 / block
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_soft_bound_by_hand(block):
+    """Two free slots: two grow; the two least important of eight go and two grow; the last update drops two."""
+    layer = grid_layer(block, capacity=8)
+    method = mest(layer, soft_bound=True, drop_fraction=0.34, anneal="constant", stop=4)
+    before = layer.topology.keys().clone()
+    assert step(layer, method)
+    assert layer.topology.blocks() == 8 and torch.equal(layer.topology.keys()[:6], before[:6])
+    importance = IMPORTANCE + [g / 2 for g in gradient_of(layer, [6, 7])]
+    weakest = sorted(sorted(range(8), key=lambda slot: importance[slot])[:2])
+    before = layer.topology.keys().clone()
+    assert step(layer, method)
+    assert (layer.topology.keys() != before).nonzero().flatten().tolist() == weakest and 1 in weakest
+    assert layer.topology.blocks() == 8
+    importance = [0 if slot in weakest else number for slot, number in enumerate(importance)]
+    importance = [
+        number + g / 2 * (slot in weakest)
+        for (slot, number), g in zip(enumerate(importance), gradient_of(layer, list(range(8))), strict=True)
+    ]
+    weakest = sorted(sorted(range(8), key=lambda slot: importance[slot])[:2])
+    assert step(layer, method)
+    assert (layer.row < 0).nonzero().flatten().tolist() == weakest and method.metrics()["sparsity/"] == 10 / 16
+    assert not step(layer, method)
+
+
+def test_the_fraction_falls_in_steps():
+    """A fifth of the blocks, which is 2 % of the weights at 90 %, until 90 of 120 epochs, and then half of that."""
+    method = mest(make(), stop=120)
+    assert [method.schedule.fraction(step) for step in (0, 89, 90, 119)] == [0.2, 0.2, 0.1, 0.1]
+    assert mest(make()).schedule.fraction(10**6) == 0.2
+
+
+def test_a_layer_without_a_gradient_goes_by_its_norms():
+    layer = grid_layer(2)
+    method = mest(layer, drop_fraction=lambda step: 0.5)
+    before = layer.topology.keys().clone()
+    method.optimizer.step()
+    assert method.step() and (layer.topology.keys() != before).nonzero().flatten().tolist() == [1, 2, 4]
+
+
+def test_an_update_by_hand_takes_the_gradient_that_is_there():
+    layer = grid_layer(2)
+    method = mest(layer, update_every=100, drop_fraction=lambda step: 0.5)
+    layer.values.grad = torch.zeros_like(layer.values)
+    layer.values.grad[1] = 100
+    before = layer.topology.keys().clone()
+    assert method.update() and (layer.topology.keys() != before).nonzero().flatten().tolist() == [2, 4, 5]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_those_that_the_optimizer_takes(fused):
+    """Not scaled; and none of a step that gradient scaling skipped."""
+    layer = grid_layer(2)
+    method = sk.MEST(layer, torch.optim.SGD(layer.parameters(), lr=0.0, fused=fused), update_every=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (float("inf"), 1.0):
+        method.optimizer.zero_grad()
+        scaler.scale(layer(torch.ones(1, 8)).sum() * factor).backward()
+        scaler.step(method.optimizer)
+        scaler.update()
+        assert method.steps == (factor == 1) and bool(method._gradients) == (factor == 1)
+    torch.testing.assert_close(method._gradients[""], torch.full((6,), 2.0))
+
+
+def test_tied_taps_move_together():
+    conv = sk.SparseConv2d(8, 8, 3, block_size=4, sparsity=0.5, tie_taps=True, capacity=27, seed=0)
+    method = sk.MEST(
+        conv,
+        torch.optim.SGD(conv.parameters(), lr=0.1),
+        soft_bound=True,
+        update_every=1,
+        stop=4,
+        drop_fraction=0.5,
+        anneal="constant",
+    )
+    blocks = []
+    for _ in range(3):
+        conv(torch.randn(2, 8, 4, 4)).square().mean().backward()
+        method.optimizer.step()
+        assert method.step()
+        check_tied(conv.topology)
+        blocks.append(conv.topology.blocks())
+    assert blocks == [27, 27, 18]
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_saved_loaded_and_continued_bit_for_bit(between):
+    """Also between the optimizer's step and the update, which needs the gradients of that step."""
+
+    def build(seed):
+        model = make(seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, optimizer, sk.MEST(model, optimizer, update_every=3, drop_fraction=0.5, seed=1)
+
+    through, first, second = build(0), build(0), build(1)
+    train(*through, range(7))
+    train(*first, range(5))
+    if between:
+        first[2].backward(lambda: first[0](batch(5)).square().mean())
+        first[1].step()
+        first[1].zero_grad()
+    saved = through_a_file(first)
+    for part, state in zip(second, saved, strict=True):
+        part.load_state_dict(state)
+    assert second[2]._gradients.keys() == ({"0", "2", "4"} if between else set())
+    if between:
+        assert second[2].step()
+    train(*second, range(5 + between, 7))
+    assert equal(bits(second[0]), bits(through[0]))
+
+
+def test_compacted_between_a_step_and_its_update():
+    def run(compact: bool):
+        torch.manual_seed(0)
+        model = sk.sparsify_(torch.nn.Sequential(torch.nn.Linear(8, 8)), 0.5, 2, capacity=1.5, seed=0)
+        method = mest(model, drop_fraction=lambda step: 0.5)
+        model(batch(0)).square().mean().backward()
+        method.optimizer.step()
+        if compact:
+            sk.compact_(model, method.optimizer)
+        assert method.step() and model[0].topology.slots == (8 if compact else 12)
+        return model[0].topology.sorted_keys()
+
+    assert torch.equal(run(False), run(True))
+
+
+def test_what_is_refused(caplog):
+    for options, text in (
+        ({"gradient_weight": -0.1}, "gradient_weight is -0.1; it must be 0 or more"),
+        ({"soft_bound": True}, "stop is None, but with soft_bound the last update"),
+        ({"drop": "signs"}, "drop is no option of MEST"),
+        ({"grown_values": "random"}, "grown_values is no option of MEST"),
+    ):
+        with pytest.raises(ValueError, match=text) as raised:
+            mest(make(), **options)
+        assert raised.value.parameter == next(iter(options)).replace("soft_bound", "stop")
+    with caplog.at_level(logging.WARNING):
+        mest(make(), soft_bound=True, stop=4)
+    assert "soft_bound is True, but no layer has a free slot" in caplog.text
+
+
+def test_a_state_with_other_gradients_is_refused():
+    model = make()
+    method = mest(model, update_every=3)
+    state = copy.deepcopy(method.state_dict())
+    for gradients in ({"9": torch.zeros(4)}, {"0": torch.zeros(5)}, {"0": torch.zeros(4, dtype=torch.int32)}, {"0": 1}):
+        with pytest.raises(ValueError, match=r"state\['gradients'\]"):
+            method.load_state_dict(state | {"gradients": (gradients,)})
+    method.load_state_dict(state | {"gradients": ({"0": torch.ones(4)},)})
+    assert method._gradients["0"].sum() == 4
