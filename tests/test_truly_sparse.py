@@ -65,16 +65,13 @@ KINDS = {
     "conv2d": Kind(conv2d, image, DENSE_CONV, DENSE_CONV / 4),
 }
 METHODS = {
-    "Static": (sk.Static, {}),
+    **{kind.__name__: (kind, {}) for kind in (sk.Static, sk.RigL, sk.GSE, sk.MEST)},
     "SET": (sk.SET, {"keep_connected": True}),
-    "RigL": (sk.RigL, {}),
     "RigL, screened": (sk.RigL, {"scoring": "screen", "sketches": 8}),
     "RigL, some tokens": (sk.RigL, {"score_tokens": 8}),
-    "GSE": (sk.GSE, {}),
     "GSE, global": (sk.GSE, {"scope": "global"}),
     "GraBo": (sk.GSE, {"distribution": "grabo"}),
     "GraEst": (sk.GSE, {"distribution": "graest"}),
-    "MEST": (sk.MEST, {}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.995, "stop": 4}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.995, "stop": 4}),
     "Gradual, compact": (sk.Gradual, {"final_sparsity": 0.995, "stop": 4, "compact": True}),
