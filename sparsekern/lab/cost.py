@@ -16,6 +16,8 @@ from sparsekern.analysis.plan import Step, Updates
 from sparsekern.analysis.summary import peak_above
 from sparsekern.errors import InputError
 from sparsekern.files import load_
+from sparsekern.files.states import stored_layers
+from sparsekern.files.weight_files import read_state
 from sparsekern.lab.config import Config
 from sparsekern.lab.language import Language
 from sparsekern.lab.options import OPTIONS
@@ -172,6 +174,8 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
         ValueError: this machine lacks the device, or the checkpoint cannot be loaded.
     """
     run = resolve(replace(config, epochs=LONG), find(config.recipe).task.noise(described, config.batch_size))
+    if "score" in run.layers:  # which had chosen by the data
+        run = _unscored(run, newest / "sparse.safetensors")
     sizes = {}
     for network in reversed(config.networks):  # the sparse one last
         learner = Learner(run, network, seed=0)
@@ -184,6 +188,14 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
         sizes[learner.network] = learner.sizes()
     account = summary(learner.model, inputs, optimizer=learner.optimizer, measure=timed)
     return account, {name: sizes[name] for name in config.networks}
+
+
+def _unscored(run: Run, weights: Path) -> Run:
+    """Return a run whose layers have as many slots as those in a file, in places that are drawn."""
+    layers = {name: value for name, value in run.layers.items() if name not in ("score", "capacity")}
+    stored = stored_layers(read_state(weights)).values()
+    slots = {layer.name: 1 - layer.topology.slots / layer.topology.grid.cells for layer in stored}
+    return replace(run, layers=layers | {"distribution": "uniform"}, stored=slots)
 
 
 WIDTHS = 8
@@ -201,7 +213,7 @@ class Planned:
         classes: of the images.
 
     Raises:
-        ValueError: AGENT or a transform of the network is on, of which no plan is made.
+        ValueError: AGENT, a transform of the network or a score is on, of which no plan is made.
     """
 
     config: Config
@@ -210,7 +222,7 @@ class Planned:
     classes: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("agent", "transform"):
+        for name in ("agent", "transform", "score"):
             if self.config.options.get(name):
                 raise InputError(f"{name} is on, of which no plan is made; drop the option", parameter=name)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from sparsekern.errors import InputError
 from sparsekern.lab.models.gpt import ACTIVATIONS, POSITIONS
+from sparsekern.nn.block_scores import SCORES
 from sparsekern.training import AGENT, METHODS, VRPGE, Gradual, GraNet
 from sparsekern.transforms import TRANSFORMS, transform
 
@@ -184,6 +185,16 @@ _OTHERS = (
         ("gradual", "granet"),
         low=0,
         high=1,
+        part="recipe",
+    ),
+    Option(
+        "score",
+        str,
+        "Start from the blocks of a dense network that have the highest score, on the first batch. Those of snip, "
+        "grasp and synflow compete over all layers. Without it, blocks are drawn.",
+        "",
+        ALL,
+        SCORES,
         part="recipe",
     ),
     Option("transform", str, "Spend the sparsity on capacity (Sparse-IFT).", "", ALL, TRANSFORMS, part="transform"),

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sparsekern as sk
 from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
 from sparsekern.lab.distributed import ALONE, World
+from sparsekern.lab.language import Language
 from sparsekern.lab.models.layers import widened
 from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
-from sparsekern.lab.tasks import Task
+from sparsekern.lab.tasks import Batch, Task
 from sparsekern.topology import generator_for
 from sparsekern.training import AGENT, METHODS, PRESETS, VRPGE, Gradual, Method
 from sparsekern.transforms import Width
@@ -39,8 +40,8 @@ class Run:
         network: options of the network, but for its width.
         sparsity: of all sparse layers, or of those whose names match a glob.
         dtype: in which autocast computes, or None for a training without it.
+        stored: the same of what is stored in the beginning, candidates and what is to go included.
         pool: blocks to store for each one that is to remain; None if the method does not choose among candidates.
-        initial_sparsity: of the sparse layers before blocks go, or None for that of the end.
         agent: arguments of AGENT, or None for a training without it.
         layers: arguments of :func:`sparsekern.sparsify_`, but for sparsity, blocks and what stays dense.
         transform: name of the Sparse-IFT transform, and what else it is told; None without one.
@@ -59,13 +60,22 @@ class Run:
     network: Mapping[str, Any]
     sparsity: float | Mapping[str, float]
     dtype: torch.dtype | None
+    stored: float | Mapping[str, float]
     pool: float | None
-    initial_sparsity: float | None
     agent: Mapping[str, Any] | None
     layers: Mapping[str, Any]
     transform: Mapping[str, Any] | None
     spectral: bool
     world: World
+
+    def order(self, seed: int, epoch: int, purpose: str = "order") -> Any:
+        """Return the order of the examples in an epoch, which seed, epoch and purpose decide."""
+        return self.task.order(generator_for(seed, purpose, epoch))
+
+    def batch(self, order: Any, number: int, seed: int, epoch: int, purpose: str = "augment") -> Batch:
+        """Return a batch of an epoch, as all ranks together take it; both networks get the same ones."""
+        generator = generator_for(seed, purpose, epoch, number)
+        return self.task.batch(order, number, self.config.batch_size, generator)
 
 
 def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
@@ -105,9 +115,8 @@ def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
     layers: dict[str, Any] = {"distribution": recipe.distribution, "init_scale": recipe.init_scale}
     layers |= {} if chosen is None else chosen.layers
     layers |= part_of("recipe", options)
-    pool, initial = layers.pop("pool", VRPGE.pool), layers.pop("initial_sparsity", None)
-    if initial is None and issubclass(method, Gradual):
-        initial = method.initial_sparsity
+    pool = float(layers.pop("pool", VRPGE.pool)) if issubclass(method, VRPGE) else None
+    initial = layers.pop("initial_sparsity", method.initial_sparsity if issubclass(method, Gradual) else None)
     agent, transform = part_of("agent", options), part_of("transform", options)
     if transform and issubclass(method, Gradual):
         raise InputError(
@@ -121,6 +130,9 @@ def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
         layers["targets"] = list(sparsity)
     elif isinstance(recipe.sparsity, Mapping):
         layers["targets"] = [recipe.kinds[kind] for kind in recipe.sparsity]
+    stored = _stored(sparsity, pool) if initial is None else initial
+    if "score" in layers:
+        layers = _scored(layers, config, stored)
     return Run(
         config=config,
         recipe=recipe,
@@ -133,8 +145,8 @@ def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
         network=network,
         sparsity=sparsity,
         dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
-        pool=float(pool) if issubclass(method, VRPGE) else None,
-        initial_sparsity=initial,
+        stored=stored,
+        pool=pool,
         agent=agent if agent.pop("name", False) else None,
         layers=layers,
         transform=transform or None,
@@ -164,6 +176,9 @@ def usable_device(name: str, world: World = ALONE) -> torch.device:
 
 SAME = Width()
 """The width of the dense network."""
+
+RANKED_TOGETHER = ("snip", "grasp", "synflow")
+"""Scores whose publications rank the weights of all layers together, and that need a batch."""
 
 
 def build(run: Run, network: str, seed: int) -> nn.Module:
@@ -195,22 +210,57 @@ def build(run: Run, network: str, seed: int) -> nn.Module:
     else:
         model = dense()
         if network == "sparse":
-            sk.sparsify_(model, _stored(run), config.block_size, ignore=config.kept_dense, seed=seed, **run.layers)
+            scored = "score" in run.layers
+            # scores in float64 choose the same blocks on any number of threads, and SynFlow's do not overflow
+            model = model.double() if scored else model
+            sample = {"sample": _sample(run, model, seed)} if scored else {}
+            arguments = {"ignore": config.kept_dense, "seed": seed, **sample, **run.layers}
+            model = sk.sparsify_(model, run.stored, config.block_size, **arguments)
+            model = model.float() if scored else model
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 
-def _stored(run: Run) -> float | Mapping[str, float]:
-    """Return the sparsity of what is stored, candidates and what is to go included."""
-    pool, sparsity = run.pool, run.sparsity
-    if run.initial_sparsity is not None:
-        return run.initial_sparsity
+def _stored(sparsity: float | Mapping[str, float], pool: float | None) -> float | Mapping[str, float]:
+    """Return the sparsity of what is stored of so many candidates for each block that is to remain."""
     if pool is None:
         return sparsity
     if isinstance(sparsity, Mapping):
         return {glob: max(0.0, 1 - pool * (1 - number)) for glob, number in sparsity.items()}
     return max(0.0, 1 - pool * (1 - sparsity))
+
+
+def _scored(layers: Mapping[str, Any], config: Config, stored: float | Mapping[str, float]) -> dict[str, Any]:
+    """Return the arguments of layers that start from a score, without those of layers whose values are drawn.
+
+    Raises:
+        ValueError: the score has no effect.
+    """
+    score, why = layers["score"], None
+    if config.options.get("transform"):
+        why = "transform draws the blocks of the layers that it makes"
+    elif not any(stored.values() if isinstance(stored, Mapping) else [stored]):
+        why = f"method {config.method} begins with all blocks at this sparsity"
+    elif score == "synflow" and issubclass(find(config.recipe).task, Language):
+        why = f"it needs an input of ones, which the tokens of recipe {config.recipe} are not"
+    if why is not None:
+        raise InputError(f"score is {score}, but {why}; drop the option", parameter="score")
+    together = {"distribution": "global"} if score in RANKED_TOGETHER else {}
+    return {name: value for name, value in layers.items() if name != "init_scale"} | together
+
+
+def _sample(run: Run, model: nn.Module, seed: int) -> Callable[[], Tensor] | None:
+    """Return the loss of the first batch of the training, or what SynFlow takes in its place; None for other scores."""
+    score = run.layers["score"]
+    if score not in RANKED_TOGETHER:
+        return None
+    inputs, targets = run.batch(run.order(seed, 0), 0, seed, 0)
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    batch = inputs.cpu(), targets.cpu()
+    if score == "synflow":
+        return lambda: model(torch.ones_like(batch[0][:1])).sum()
+    return lambda: run.task.loss(model, batch)
 
 
 def _width(run: Run, widen: Width) -> dict[str, Any]:
@@ -264,7 +314,7 @@ def build_method(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, s
         ValueError: an argument that the method refuses.
     """
     arguments = dict(run.arguments)
-    if run.initial_sparsity is not None:
+    if issubclass(run.method, Gradual):
         arguments["final_sparsity"] = run.sparsity
     if run.pool is not None:
         arguments["sparsity"] = run.sparsity

@@ -23,7 +23,6 @@ from sparsekern.lab.resolved import Run, build, build_agent, build_method
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import sparse_layers
 from sparsekern.nn.sharded import sharded_as
-from sparsekern.topology import generator_for
 from sparsekern.training import Gradual, NetworkSampler, compact_
 
 WARM_UP = 5
@@ -236,26 +235,22 @@ class Learner:
         Seed, epoch and step decide all that is random in it, so that nothing of it needs to be saved.
         """
         if self._order is None or self._order[0] != self.epoch:
-            self._order = (self.epoch, self._draw_order("order"))
-        return self._batch(self._order[1], self.batch, "augment")
+            self._order = (self.epoch, self.run.order(self.seed, self.epoch))
+        return self._part(self._order[1], self.batch)
 
     def _refresh(self) -> None:
         """Run AGENT's pass over the training set in an order of its own and take its snapshot; timed with the steps."""
         if self.agent is None or self.agent.every is not None:
             return
-        order = self._draw_order("agent order")
+        order = self.run.order(self.seed, self.epoch, "agent order")
         began = time.perf_counter()
-        shares = (self._batch(order, i, "agent augment") for i in range(self.batches))
+        shares = (self._part(order, i, "agent augment") for i in range(self.batches))
         self.agent.refresh(shares, lambda share: self.mean_loss(share.batch), size=lambda share: share.counted)
         self._synchronise()
         self._seconds += time.perf_counter() - began
 
-    def _draw_order(self, purpose: str) -> Any:
-        return self.task.order(generator_for(self.seed, purpose, self.epoch))
-
-    def _batch(self, order: Any, number: int, purpose: str) -> Share:
-        generator = generator_for(self.seed, purpose, self.epoch, number)
-        return self.run.world.part(self.task.batch(order, number, self.run.config.batch_size, generator))
+    def _part(self, order: Any, number: int, purpose: str = "augment") -> Share:
+        return self.run.world.part(self.run.batch(order, number, self.seed, self.epoch, purpose))
 
     def _synchronise(self) -> None:
         if self.run.device.type == "cuda":

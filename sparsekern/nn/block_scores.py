@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsekern.errors import InputError
 from sparsekern.nn.surgery import restored
@@ -134,7 +135,8 @@ class Scoring:
         return sums
 
     def _of_gradients(self) -> dict[str, Tensor]:
-        with _only_trained(self.model, self.weights.values()):
+        twice = sdpa_kernel(SDPBackend.MATH) if self.score == "grasp" else nullcontext()  # others differentiate once
+        with _only_trained(self.model, self.weights.values()), twice:
             loss = self._checked_loss()
             if self.score == "grasp":
                 first = torch.autograd.grad(loss, list(self.weights.values()), create_graph=True, allow_unused=True)
@@ -142,6 +144,7 @@ class Scoring:
                 loss = sum(((g * g.detach()).sum() for g in used), torch.zeros((), device=loss.device))
                 del first, used
             sums = self._reduced(loss)
+        self._check_some(sums)
         return {name: s.abs() for name, s in sums.items()} if self.score == "snip" else sums
 
     def _checked_loss(self) -> Tensor:
@@ -179,6 +182,15 @@ class Scoring:
             )
         return sums
 
+    def _check_some(self, scores: Mapping[str, Tensor]) -> None:
+        """Raise ValueError if all scores are 0, so that blocks have no order."""
+        if not any(bool(part.any()) for part in scores.values()):
+            raise InputError(
+                f"all scores by {self.score} are 0, as no gradient passes a layer of zeros, such as a head that starts "
+                "at zero; give another score, or train the model before",
+                parameter="score",
+            )
+
     def _synaptic_flow(self, shares: list[Share]) -> dict[str, Tensor]:
         """Return the blocks kept after :data:`ITERATIONS` rounds, in which their number falls geometrically."""
         kept = {
@@ -190,6 +202,8 @@ class Scoring:
         with _only_trained(self.model, self.weights.values()), _absolute(self.model):
             for round_ in range(1, ITERATIONS + 1):
                 scores = self._reduced(self._checked_loss())
+                if round_ == 1:  # later on a layer may be cut off
+                    self._check_some(scores)
                 falling = []
                 for names, blocks in shares:
                     cells = sum(self.grids[name].cells for name in names)

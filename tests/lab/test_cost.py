@@ -148,6 +148,15 @@ def test_the_account_is_that_of_the_checkpoint(saved):
     assert list(sizes) == ["sparse", "dense"] and account.milliseconds == {}
 
 
+def test_the_account_of_blocks_that_a_score_chose(saved):
+    asked = config(method="static", options={"score": "grasp"}, dense=False)
+    models, newest = saved(asked)
+    account, _ = measure(asked, DATA | {"train_images": 30}, newest, timed=False)
+    layers = sk.sparse_layers(models["sparse"])
+    assert [row.blocks for row in account.rows if row.block] == [layer.topology.blocks() for layer in layers.values()]
+    assert layers["hidden1"].topology.blocks() != layers["hidden2"].topology.blocks()
+
+
 def test_the_layers_are_timed_on_request(saved):
     _, newest = saved(config(dense=False))
     account, sizes = measure(config(dense=False), DATA, newest, timed=True)

@@ -40,6 +40,7 @@ GPT = Config(
     update_every=2,
     accumulate=2,
     method="gse",
+    options={"score": "snip"},
     device="cpu",
 )
 CONV = Config(

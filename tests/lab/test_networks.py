@@ -7,11 +7,12 @@ from sparsekern import SparseLinear, sparse_layers
 from sparsekern.analysis import profile
 from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
+from sparsekern.lab.data import load
 from sparsekern.lab.resolved import build, build_agent, build_method
 from sparsekern.topology import allocate
 from sparsekern.training import METHODS, PRESETS
 from sparsekern.transforms import TRANSFORMS
-from tests.lab.runs import changed, network_of, run_of
+from tests.lab.runs import changed, learner_of, network_of, run_of
 
 CONFIG = Config(width=64, block_size=8, sparsity=0.75)
 SHAPE = (1, 4, 5)
@@ -192,6 +193,64 @@ def test_candidates_of_a_transform_end_at_its_flops(transform):
     assert all(abs(n - 2 * m) <= 1 for n, m in zip(stored, wanted, strict=True))
     method = build_method(run, model, torch.optim.SGD(model.parameters(), lr=0.1), seed=0)
     assert method.budget.ratio * sum(stored) == pytest.approx(sum(wanted), abs=1)
+
+
+@pytest.mark.parametrize("score", ["snip", "magnitude"])
+def test_a_score_keeps_the_best_blocks_of_the_dense_network_on_the_first_batch(score):
+    data = load()
+    config = changed(CONFIG, method="static", options={"score": score}, batch_size=50, augment="crop", device="cpu")
+    dense, sparse = (learner_of(network, config, data, seed=1) for network in ("dense", "sparse"))
+    inputs, classes = sparse.next_batch().batch
+    model = dense.model.double()
+    nn.functional.cross_entropy(model(inputs.double()), classes).backward()
+    layers = [model.get_submodule(name) for name in ("hidden1", "hidden2")]
+    scores = [
+        (layer.weight.detach() * layer.weight.grad if score == "snip" else layer.weight.detach().square())
+        .unflatten(0, (8, 8))
+        .unflatten(2, (8, 8))
+        .sum((1, 3))
+        .abs()
+        .flatten()
+        for layer in layers
+    ]
+    together = torch.cat(scores).topk(32).indices
+    best = [together[together < 64], together[together >= 64] - 64]
+    if score == "magnitude":  # each layer as many as the recipe gives it
+        best = [part.topk(16).indices for part in scores]
+    for name, layer, keys in zip(("hidden1", "hidden2"), layers, best, strict=True):
+        kept = sparse.model.get_submodule(name)
+        assert kept.topology.sorted_keys().tolist() == sorted(keys.tolist())
+        assert torch.equal(kept.to_dense().weight[kept.to_dense().weight != 0], _at(layer, keys).float())
+
+
+def _at(layer: nn.Linear, keys: torch.Tensor) -> torch.Tensor:
+    """The weights of some blocks of 8 x 8, of eight columns of blocks, in the order of the matrix."""
+    mask = torch.zeros(64, dtype=torch.bool).index_fill(0, keys, True).view(8, 1, 8, 1).expand(8, 8, 8, 8)
+    return layer.weight.detach()[mask.reshape(64, 64)]
+
+
+def test_a_score_outweighs_what_a_preset_says_of_drawn_values():
+    config = Config(width=64, block_size=8, preset="gse", options={"score": "snip"}, batch_size=50, device="cpu")
+    stored = [layer.topology for layer in sparse_layers(network_of("sparse", config, (1, 8, 8), 10, 0)).values()]
+    assert [topology.slots >= topology.blocks() for topology in stored] == [True] * 4
+    assert sum(topology.slots for topology in stored) > sum(topology.blocks() for topology in stored)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"options": {"score": "snip", "transform": "wide"}}, "score is snip, but transform draws the blocks"),
+        ({"method": "gradual", "options": {"score": "snip"}}, "but method gradual begins with all blocks at this"),
+        ({"method": "vrpge", "sparsity": 0.5, "options": {"score": "random"}}, "but method vrpge begins with all"),
+        ({"sparsity": 0, "options": {"score": "magnitude"}}, "but method set begins with all blocks"),
+        ({"recipe": "simplevit-tiny", "options": {"score": "snip"}}, "all scores by snip are 0"),
+    ],
+)
+def test_a_score_without_effect(values, text):
+    config = Config(**{"batch_size": 2, "block_size": 16, "device": "cpu", **values})
+    with pytest.raises(InputError, match=text) as error:
+        network_of("sparse", config, (3, 8, 8), 10, 0)
+    assert error.value.parameter == "score"
 
 
 def test_a_transform_that_needs_more_memory_than_allowed():

@@ -229,7 +229,7 @@ def test_a_run_that_another_process_finished_in_the_meantime_is_only_read(straig
 
 
 EVERY_METHOD = {
-    "static": {},
+    "static": {"score": "grasp"},
     "set": {"min_age": 1},
     "rigl": {"scoring": "screen"},
     "gse": {"distribution": "graest", "scope": "global"},

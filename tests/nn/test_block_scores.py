@@ -177,6 +177,7 @@ def test_synaptic_flow_is_conserved_and_disconnects_no_layer():
 @pytest.mark.parametrize("score", ["magnitude", "random", "snip", "synflow"])
 def test_tied_taps_are_scored_together(score):
     model = network().float()
+    model[7] = nn.ReLU()  # the gradient of tanh is 0 where all weights are positive
     sample = {"snip": (X.float(), Y), "synflow": X.float()}.get(score)
     sk.sparsify_(
         model, 0.6, 2, score=score, sample=sample, tie_taps=True, distribution="global", targets=nn.Conv2d, stems=True
@@ -283,3 +284,44 @@ def test_what_cannot_be_scored():
         sk.sparsify_(model, 0.7, 2, score="snip", sample=lambda: loss_of(model) * math.nan, targets="8")
     with pytest.raises(ValueError, match="score is 'random', and '0' has no weight on the meta device"):
         sk.sparsify_(nn.Sequential(nn.Linear(8, 8, device="meta")), 0.5, 2, score="random")
+
+
+@pytest.mark.parametrize("score", ["snip", "grasp", "synflow"])
+def test_scores_that_are_all_zero(score):
+    model = network()
+    nn.init.zeros_(model[-1].weight)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"all scores by {score} are 0, as no gradient passes a layer of zeros"):
+        sk.sparsify_(
+            model,
+            0.5,
+            (2, 3),
+            score=score,
+            sample=X if score == "synflow" else (X, Y),
+            ignore=["8"],
+            targets=["6", "3"],
+        )
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_grasp_differentiates_attention_twice():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.last(nn.functional.scaled_dot_product_attention(y, y, y)).mean(1)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 4, 8), torch.tensor([1, 2])
+    model = Attending()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        weight = model.first.weight
+        loss = nn.functional.cross_entropy(model(x), y)
+        both = torch.autograd.grad(loss, [weight, model.last.weight], create_graph=True)
+        (second,) = torch.autograd.grad(sum((g * g.detach()).sum() for g in both), weight)
+    best = (weight * second).unflatten(1, (2, 4)).unflatten(0, (2, 4)).sum((1, 3)).flatten().topk(2).indices
+    sk.sparsify_(model, 0.5, 4, score="grasp", sample=(x, y))
+    assert model.first.topology.sorted_keys().tolist() == sorted(best.tolist())
