@@ -32,6 +32,19 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("train --recipe gpt --score synflow", ("score is synflow", "an input of ones, which the tokens of recipe gpt")),
     ("train --no-sparse --score snip", ("score would change nothing: only the dense twin is trained",)),
     ("plan --score snip", ("score is on, of which no plan is made; drop the option",)),
+    (
+        "train --paper gse-cifar10-resnet56-97",
+        ("paper is 'gse-cifar10-resnet56-97'", "did you mean gse-cifar10-resnet56-9", "--list shows all"),
+    ),
+    ("train --paper gse-cifar10-resnet56-98", ("data is missing", "trains on CIFAR-10; give it", "option --data")),
+    (
+        "train --paper gse-cifar10-resnet56-98 --recipe mlp --data {place}/small.npz",
+        ("recipe is mlp, but paper gse-cifar10-resnet56-98 trains resnet56-gse; drop one",),
+    ),
+    (
+        "train --paper rigl-cifar10-wrn22-90 --method set --preset rigl --data {place}/small.npz",
+        ("preset is 'rigl', whose method is rigl, but method is 'set'",),
+    ),
     ("train --transform-max-gib 3", ("transform_max_gib is 3", "transform is off", "drop the option")),
     ("train --agent --agent-gamma 7", ("gamma is 7", "[0, 1]", "option --agent-gamma")),
     ("train --agent --agent-batches 0", ("batches is 0", "1 or more", "option --agent-batches")),

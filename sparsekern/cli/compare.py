@@ -28,7 +28,7 @@ QUICK = {"seeds": 1, "epochs": 1}
 LISTED = ("method", "preset", "sparsity", "block_size")
 """Options of a run of which a comparison takes several values."""
 
-SHARED = {name: annotation for name, annotation in RUN.items() if name not in (*LISTED, "sparse")}
+SHARED = {name: annotation for name, annotation in RUN.items() if name not in (*LISTED, "sparse", "paper")}
 """Options that all runs of a comparison share."""
 
 

@@ -27,11 +27,14 @@ from sparsekern.cli.options import (
 )
 from sparsekern.cli.shell import CtrlC, Live, PlainConsole, error_console, explained, say, table
 from sparsekern.errors import InputError
-from sparsekern.lab import Config, Logged, resume, start
+from sparsekern.lab import Config, Logged, resume
 from sparsekern.lab.checkpoint import Keeping
 from sparsekern.lab.distributed import Launch, joined, launched
+from sparsekern.lab.papers import FAMILIES, PAPERS, deviations, with_paper
 from sparsekern.lab.recipes import RECIPES
 from sparsekern.lab.report.tables import aligned, result_cells, result_notes, result_title, written_texts
+from sparsekern.lab.resolved import resolve
+from sparsekern.lab.run import start_resolved
 from sparsekern.lab.store import CONFIG, PICTURE, RESULTS, SPECTRAL, default_folder, read_config
 
 SHOWN = 300
@@ -53,7 +56,9 @@ def train(
     log_to: Annotated[
         Path | None, option("Folder for TensorBoard, which shows the numbers of each epoch.", "none")
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show the recipes and where they come from.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Show the recipes and papers, and where they come from.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results, or the list, as JSON.")] = False,
     quiet: Quiet = False,
     launch: dict[str, Any],
@@ -66,9 +71,10 @@ def train(
     """
     if list_:
         if as_json:
-            say(json.dumps(recipe_values()))
+            say(json.dumps({"recipes": recipe_values(), "papers": list(PAPERS)}))
         else:
             PlainConsole().print(recipe_table())
+            say(paper_list())
         return
     values |= given(data=absolute(values.get("data")), network=network or None, options=options or None)
     errors = error_console()
@@ -89,9 +95,13 @@ def train(
             if finished:
                 errors.print(f"{resume_} is finished: nothing is left to train. This is what came out")
         else:
-            config, kept = world.alike(lambda: (Config(**values), Keeping(**keeping)))
+            config, kept = world.alike(lambda: (Config(**with_paper(values)), Keeping(**keeping)))
             folder = out or world.on_first(lambda: default_folder(config, datetime.now()))
-            run = start(config, folder, observer, kept, world)
+            resolved = world.together(lambda: resolve(config, config.load(), world))
+            if world.first and not quiet:
+                for text in deviations(resolved.config, resolved.task.describe()):
+                    errors.print(f"not as published: {text}")
+            run = start_resolved(resolved, folder, observer, kept)
     if not world.first:
         return
     assert folder is not None
@@ -144,6 +154,12 @@ def recipe_table() -> Table:
         epochs = "20 or 5" if recipe.epochs is None else str(recipe.epochs)
         table.add_row(recipe.name, f"{recipe.rate:g}", str(recipe.batch_size), epochs, recipe.source)
     return table
+
+
+def paper_list() -> str:
+    """Return the names for ``--paper``, a line for each family of them, with the publication below it."""
+    lines = [f"{family.pattern}\n    {family.source}" for family in FAMILIES]
+    return "\n".join(["Papers, whole trainings for --paper; of words in braces take one:", *lines])
 
 
 def recipe_values() -> list[dict[str, Any]]:

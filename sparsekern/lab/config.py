@@ -21,6 +21,7 @@ from sparsekern.lab.options import (
     declared,
     in_words,
 )
+from sparsekern.lab.papers import find_paper
 from sparsekern.lab.recipes import RECIPES, find
 from sparsekern.lab.tasks import AUGMENTATIONS, Task
 from sparsekern.topology import check_sparsity
@@ -57,6 +58,8 @@ class Config:
         block_size: side of the blocks.
         method: how blocks move. Default: the preset's, or set.
         preset: a publication's method and options, which count where no others are given.
+        paper: a publication's whole training, such as gse-cifar10-resnet56-98; ``--list`` shows all. It decides what is
+            not given, and what differs from it is said.
         options: options of the method, by the names of :data:`sparsekern.lab.options.OPTIONS`.
         width: features of the hidden layers of the MLP, or of the GPT; None for other networks.
         width_multiplier: factor of the published channels of other networks; 1 for the MLP.
@@ -86,6 +89,7 @@ class Config:
     block_size: int = OF_RECIPE
     method: str = OF_RECIPE
     preset: str | None = None
+    paper: str | None = None
     options: Mapping[str, Value] = field(default_factory=dict)
     width: int | None = OF_RECIPE
     width_multiplier: float = 1.0
@@ -104,6 +108,8 @@ class Config:
 
     def __post_init__(self) -> None:
         RUN_OPTIONS["recipe"].check(self.recipe)
+        if self.paper is not None:
+            find_paper(self.paper)
         for name in FROM_RECIPE:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(find(self.recipe), name))  # frozen from here on
@@ -259,7 +265,11 @@ class Config:
         update_every = min(recipe.update_every, max(1, int(STOP * epochs * batches / 8)))
         if self.preset is not None:
             chosen = PRESETS[self.preset]
-            update_every = batches if chosen.once_an_epoch else chosen.options.get("update_every", update_every)
+            if chosen.once_an_epoch:
+                update_every = batches
+            elif (published := chosen.options.get("update_every")) is not None:
+                whole = None if self.paper is None else recipe.epochs
+                update_every = published if whole is None else max(1, round(published * epochs / whole))
         return replace(
             self,
             epochs=epochs,

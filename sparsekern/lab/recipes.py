@@ -10,13 +10,14 @@ Published networks were dense or sparse in single weights: block sizes are ours 
 * Heddes 2024: Heddes et al., "Always-Sparse Training by Growing Connections with Guided Stochastic Exploration" (GSE),
   arXiv 2401.06898.
 * Karpathy 2022: Karpathy, "nanoGPT", github.com/karpathy/nanoGPT, config/train_shakespeare_char.py.
+* Zhou 2021: Zhou et al., "Efficient Neural Network Training via Forward and Backward Propagation Sparsification"
+  (VR-PGE), NeurIPS 2021, arXiv 2111.05685; its settings are those of the released code.
 * Thangarasa 2024: Thangarasa et al., "Sparse-IFT", ICML 2024, arXiv 2303.11525.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,58 +29,8 @@ from sparsekern.errors import InputError
 from sparsekern.lab import models
 from sparsekern.lab.language import Language
 from sparsekern.lab.models.gpt import HEAD_FEATURES
+from sparsekern.lab.schedules import Constant, Cosine, FineTuning, Milestones
 from sparsekern.lab.tasks import Classification, Task
-
-
-@dataclass(frozen=True)
-class Constant:
-    """The same learning rate throughout. Base of the other schedules.
-
-    Attributes:
-        warm_up: the part of the training in which the rate rises linearly, before the schedule begins.
-    """
-
-    warm_up: float = field(default=0.0, kw_only=True)
-
-    def factor(self, step: int, steps: int) -> float:
-        """Return the rate of step ``step`` (the first is 0) of ``steps``, as a fraction of the highest rate."""
-        rising = round(self.warm_up * steps)
-        return (step + 1) / rising if step < rising else self._after(step, steps, rising)
-
-    def _after(self, step: int, steps: int, rising: int) -> float:
-        return 1.0
-
-
-@dataclass(frozen=True)
-class Cosine(Constant):
-    """Down to 0 along half a cosine: Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5, without restarts.
-
-    Attributes:
-        floor: where it ends, as a fraction of the highest rate.
-    """
-
-    floor: float = 0.0
-
-    def _after(self, step: int, steps: int, rising: int) -> float:
-        falling = (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
-        return self.floor + (1 - self.floor) * falling
-
-
-@dataclass(frozen=True)
-class Milestones(Constant):
-    """Multiplied by ``drop`` at each milestone.
-
-    Attributes:
-        at: the milestones, such as (0.5, 0.75); the warm-up ends before the first.
-        drop: such as 0.1.
-    """
-
-    at: tuple[float, ...]
-    drop: float
-
-    def _after(self, step: int, steps: int, rising: int) -> float:
-        return self.drop ** sum(step >= round(place * steps) for place in self.at)
-
 
 # fused: on a CPU the default forms are slow, most of all for the dense twin, and would flatter the sparse network
 
@@ -219,6 +170,37 @@ _WIDE = Recipe(  # without dropout
     epochs=200,
 )
 
+_VGG16 = Recipe(  # their network has two linear layers more
+    "vgg16",
+    "VGG-16 with batch norm",
+    "Liu 2021 (ITOP)",
+    models.vgg16,
+    kept_dense=("features.0", "fc"),
+    optimizer=sgd(weight_decay=5e-4, nesterov=True),
+    rate=0.1,
+    schedule=Milestones((0.5, 0.75), 0.1),
+    batch_size=128,
+    epochs=250,
+    block_size=32,
+    smallest_image=32,
+)
+
+_VGG16_SMALL = Recipe(
+    "vgg16-small",
+    "VGG-16 of a quarter of the width",
+    "Heddes 2024 (GSE)",
+    models.vgg16_small,
+    kept_dense=("features.0", "fc"),
+    optimizer=sgd(weight_decay=1e-4),
+    rate=0.1,
+    schedule=Milestones((0.4, 0.6), 0.1, warm_up=0.025),
+    batch_size=128,
+    epochs=200,
+    distribution="er",
+    update_every=1000,
+    smallest_image=32,
+)
+
 _GPT = Recipe(  # the optimizer and schedule of nanoGPT, and the sparsities of SparseLab's demo
     "gpt",
     "GPT",
@@ -303,34 +285,56 @@ _ALL = (
         label_smoothing=0.1,
     ),
     _WIDE,
-    Recipe(  # their network has two linear layers more
-        "vgg16",
-        "VGG-16 with batch norm",
-        "Liu 2021 (ITOP)",
-        models.vgg16,
-        kept_dense=("features.0", "fc"),
-        optimizer=sgd(weight_decay=5e-4, nesterov=True),
-        rate=0.1,
-        schedule=Milestones((0.5, 0.75), 0.1),
-        batch_size=128,
+    replace(
+        _WIDE,
+        name="wrn-22-2",
+        title="WRN-22-2",
+        source="Evci 2020 (RigL)",
+        model=models.wrn_22_2,
+        optimizer=sgd(weight_decay=5e-4, decay_all=False, nesterov=True),
+        schedule=Milestones((30 / 97.75, 60 / 97.75, 90 / 97.75), 0.2),  # thousands of steps
         epochs=250,
-        block_size=32,
-        smallest_image=32,
     ),
-    Recipe(
-        "vgg16-small",
-        "VGG-16 of a quarter of the width",
-        "Heddes 2024 (GSE)",
-        models.vgg16_small,
-        kept_dense=("features.0", "fc"),
-        optimizer=sgd(weight_decay=1e-4),
+    _VGG16,
+    replace(
+        _VGG16,
+        name="resnet34-cifar",
+        title="ResNet-34 with a 3x3 stem",
+        model=models.resnet34_cifar,
+        kept_dense=("conv1", "fc"),
+        smallest_image=1,
+    ),
+    Recipe(  # 300 epochs to learn which filters stay, and 40 of fine-tuning
+        "resnet32-double",
+        "ResNet-32 of twice the width",
+        "Zhou 2021 (VR-PGE)",
+        models.resnet32_double,
+        kept_dense=("conv1", "fc"),
+        optimizer=sgd(weight_decay=5e-4),
         rate=0.1,
-        schedule=Milestones((0.4, 0.6), 0.1, warm_up=0.025),
-        batch_size=128,
-        epochs=200,
-        distribution="er",
-        update_every=1000,
-        smallest_image=32,
+        schedule=FineTuning(Cosine(), 300 / 340, 0.01),
+        batch_size=256,
+        epochs=340,
+    ),
+    _VGG16_SMALL,
+    replace(
+        _VGG16_SMALL,
+        name="resnet56-gse",
+        title="ResNet-56",
+        model=models.resnet56,
+        kept_dense=("conv1", "fc"),
+        smallest_image=1,
+    ),
+    replace(
+        _VGG16_SMALL,
+        name="simplevit-gse",
+        title="SimpleViT-tiny",
+        model=models.simplevit_tiny,
+        kept_dense=("embed", "head"),
+        rate=0.01,
+        smallest_image=1,
+        needs_image_size=True,
+        channels_last=False,
     ),
     Recipe(
         # Without RandAugment and mixup. Theirs decays a weight by 1e-4 of it a step, whatever the rate: PyTorch

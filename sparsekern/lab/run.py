@@ -124,9 +124,9 @@ def start(
 def start_resolved(run: Run, folder: Path, observer: Observer, keeping: Keeping = DEFAULT) -> Finished:
     """Train a run that is resolved already in a new folder; see :func:`start`."""
     # what raises comes before the folder is made
-    first = run.world.together(lambda: {name: Learner(run, name, seed=0) for name in run.config.networks})
     described, made = run.task.describe(), environment(run)
-    run.world.check_same(described, "data")
+    run.world.check_same(described, "data")  # by which a score may choose blocks
+    first = run.world.together(lambda: {name: Learner(run, name, seed=0) for name in run.config.networks})
     with ExitStack() as held:
         run.world.on_first(lambda: held.enter_context(locked(folder)))
         run.world.on_first(lambda: create(folder, run.config, described, made, keeping))

@@ -29,6 +29,7 @@ from sparsekern.lab import checkpoint
 from sparsekern.lab.checkpoint import DEFAULT, Keeping
 from sparsekern.lab.config import Config
 from sparsekern.lab.formats import FORMAT_VERSION, Data, Part, Results, Row, checked
+from sparsekern.lab.papers import deviations
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
 PICTURE, SPECTRAL = "summary.png", "spectral.png"
@@ -96,6 +97,7 @@ def create(
             f"out is {folder}, which cannot be made ({error.strerror}); choose another --out", parameter="out"
         ) from None
     content = {"config": config.to_json(), "data": data, "environment": environment, "keeping": asdict(keeping)}
+    content |= {"deviations": deviations(config, data)} if config.paper is not None else {}
     write_json(folder / CONFIG, content)
 
 

@@ -113,7 +113,7 @@ def test_the_list_of_recipes():
     result = invoke("--list")
     assert result.exit_code == 0 and "simplevit-tiny" in result.stdout and "Zagoruyko" in result.stdout
     values = json.loads(invoke("--list", "--json").stdout)
-    assert [entry["name"] for entry in values][:2] == ["mlp", "resnet20"]
+    assert [entry["name"] for entry in values["recipes"]][:2] == ["mlp", "resnet20"]
 
 
 def test_another_recipe(no_picture, tmp_path):

@@ -15,6 +15,9 @@ from sparsekern.lab.train import Learner
 
 IMAGE_RECIPES = [name for name, recipe in RECIPES.items() if recipe.task is Classification]
 
+IMAGE_NETWORKS = list({RECIPES[name].model: name for name in reversed(IMAGE_RECIPES)}.values())
+"""A recipe for each network."""
+
 DATA = {
     "name": "digits",
     "train_images": 100,

@@ -6,7 +6,8 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.lab import models
-from sparsekern.lab.recipes import RECIPES, Constant, Cosine, Milestones, adamw, find, parameter_groups, sgd
+from sparsekern.lab.recipes import RECIPES, adamw, find, parameter_groups, sgd
+from sparsekern.lab.schedules import Constant, Cosine, Milestones
 from sparsekern.lab.tasks import AUGMENTATIONS
 from tests.lab.runs import IMAGE_RECIPES
 

@@ -14,7 +14,7 @@ from sparsekern.lab.resolved import build
 from sparsekern.lab.train import WARM_UP
 from sparsekern.nn import sparse_layers
 from sparsekern.transforms import TRANSFORMS
-from tests.lab.runs import IMAGE_RECIPES, changed, learner_of, run_of
+from tests.lab.runs import IMAGE_NETWORKS, changed, learner_of, run_of
 
 CONFIG = Config(
     width=32, block_size=8, sparsity=0.5, augment="none", epochs=3, batch_size=500, update_every=2, device="cpu"
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite(data):
         run(learner, 5)
 
 
-@pytest.mark.parametrize("name", IMAGE_RECIPES)
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
 def test_every_recipe_takes_steps(colour, name):
     learner = learner_of("dense", small(name, batch_size=6), colour, seed=0)
     before = {key: value.clone() for key, value in learner.model.named_parameters()}
@@ -158,7 +158,7 @@ def test_every_recipe_takes_steps(colour, name):
     assert 0 <= learner.evaluate()["test_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("name", IMAGE_RECIPES)
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
 def test_every_sparse_network_takes_steps(colour, name):
     learner = learner_of("sparse", small(name, batch_size=6), colour, seed=0)
     assert all(math.isfinite(learner.step()) for _ in range(2))

@@ -8,8 +8,11 @@ from sparsekern.lab.models.resnet import (
     resnet18,
     resnet18_cifar,
     resnet20,
+    resnet32_double,
+    resnet34_cifar,
     resnet50,
     resnet56,
+    wrn_22_2,
     wrn_28_4,
 )
 from sparsekern.lab.models.simple_vit import SimpleViT, simplevit_tiny
@@ -27,10 +30,13 @@ __all__ = [
     "resnet18",
     "resnet18_cifar",
     "resnet20",
+    "resnet32_double",
+    "resnet34_cifar",
     "resnet50",
     "resnet56",
     "simplevit_tiny",
     "vgg16",
     "vgg16_small",
+    "wrn_22_2",
     "wrn_28_4",
 ]

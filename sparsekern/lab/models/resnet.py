@@ -151,10 +151,17 @@ resnet50 = partial(ResNet, block=Bottleneck, blocks=(3, 4, 6, 3))
 resnet18_cifar = partial(resnet18, small_images=True)
 """ResNet-18 for 32x32 images: 11.17 M parameters for 10 classes."""
 
+resnet34_cifar = partial(ResNet, block=BasicBlock, blocks=(3, 4, 6, 3), small_images=True)
+"""ResNet-34 for 32x32 images: 21.28 M parameters for 10 classes."""
+
 _small = partial(ResNet, block=CifarBlock, stages=SMALL_STAGES, small_images=True)
 
 resnet20, resnet56 = partial(_small, blocks=(3, 3, 3)), partial(_small, blocks=(9, 9, 9))
 """The networks of ``6 n + 2`` layers of section 4.2 for 32x32 images: 0.27 M and 0.85 M parameters."""
+
+
+resnet32_double = partial(ResNet, block=BasicBlock, blocks=(5, 5, 5), stages=(32, 64, 128), small_images=True)
+"""The ResNet-32 of the VR-PGE paper's code: twice the channels, and shortcuts with parameters."""
 
 
 class PreActivationBlock(nn.Module):
@@ -212,6 +219,9 @@ class WideResNet(nn.Module):
         logits: Tensor = self.fc(norm_relu(self.bn, x).mean((2, 3)))
         return logits
 
+
+wrn_22_2 = partial(WideResNet, blocks=3, widen=2)
+"""WRN-22-2: 1.08 M parameters for 10 classes."""
 
 wrn_28_4 = partial(WideResNet, blocks=4, widen=4)
 """WRN-28-4: 5.85 M parameters for 10 classes, 5.87 M for 100."""

@@ -12,6 +12,7 @@ from sparsekern.analysis import Summary
 from sparsekern.lab.config import Config
 from sparsekern.lab.history import Frame, film
 from sparsekern.lab.options import OPTIONS
+from sparsekern.lab.papers import deviations, find_paper
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.charts import (
     DROPPED,
@@ -116,6 +117,8 @@ def page_contents(
         "status": _status(record),
         "summary": "No epoch is finished yet." if results is None else _sentence(results),
         "missing": record.missing,
+        "paper": config.paper,
+        "deviations": deviations(config, record.data),
         "table": None if results is None else result_cells(results),
         "notes": [] if results is None else result_notes(results),
         "metric": metric_of(record.rows[0]) if record.rows else None,
@@ -179,9 +182,12 @@ def _times(ratio: float, better: str, worse: str) -> str:
 
 def command_of(config: Config) -> str:
     """Return the command that trains the same again."""
-    usual = Config(recipe=config.recipe, preset=config.preset).to_json()
-    values = config.to_json()
-    given = {name: value for name, value in values.items() if name == "recipe" or value != usual[name]}
+    base: dict[str, Any] = {"recipe": config.recipe, "preset": config.preset}
+    if config.paper is not None:
+        base = dict(find_paper(config.paper).values)
+    usual, values = Config(**base).to_json(), config.to_json()
+    always = "recipe" if config.paper is None else "paper"
+    given = {name: value for name, value in values.items() if name == always or value != usual[name]}
     words = ["sparsekern", "train"]
     for name, value in _flat(given | {"options": values["options"]}).items():
         option = name.replace("_", "-")
