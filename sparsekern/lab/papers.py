@@ -95,6 +95,7 @@ class Paper:
 _DENSE = {"options": {"allow_dense_scores": True}}  # single weights have as many scores as a dense weight
 _AGENT = {"agent": True}
 _DRAWN = "values of sparse layers begin with PyTorch's variance, 1 / (3 fan_in); theirs with Kaiming He's"
+_OF_VGG = f"of vgg16, {_DRAWN}"
 _CROPS = "no random resized crops: images come in one size"
 
 FAMILIES = (
@@ -120,7 +121,6 @@ FAMILIES = (
         ("cifar10",),
         {"wrn22": "wrn-22-2"},
         (50, 80, 90, 95),
-        (_DRAWN,),
     ),
     Family(
         "Evci 2020 (RigL)",
@@ -136,7 +136,7 @@ FAMILIES = (
         ("cifar10", "cifar100"),
         {"vgg16": "vgg16", "resnet34": "resnet34-cifar"},
         (95, 99),
-        (_DRAWN,),
+        (_OF_VGG,),
     ),
     Family(
         "Lei 2024 (AGENT), around ITOP",
@@ -147,7 +147,7 @@ FAMILIES = (
         ("cifar10",),
         {"vgg16": "vgg16", "resnet34": "resnet34-cifar"},
         (99,),
-        (_DRAWN,),
+        (_OF_VGG,),
     ),
     Family(
         "Lei 2024 (AGENT), around RigL",
@@ -155,7 +155,7 @@ FAMILIES = (
         ("cifar10",),
         {"wrn22": "wrn-22-2"},
         (90, 99),
-        ("all training images are used; theirs without the tenth kept for validation", _DRAWN),
+        ("all training images are used; theirs without the tenth kept for validation",),
     ),
     Family(
         "Zhou 2021 (VR-PGE)",
@@ -167,7 +167,6 @@ FAMILIES = (
             "the stem stays dense; theirs learns its filters, too",
             "fine-tuning goes on in batches of 256, theirs are of 128",
             "rates of weights and probabilities fall step by step, theirs epoch by epoch",
-            _DRAWN,
         ),
     ),
     Family(

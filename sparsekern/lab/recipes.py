@@ -292,6 +292,7 @@ _ALL = (
         source="Evci 2020 (RigL)",
         model=models.wrn_22_2,
         optimizer=sgd(weight_decay=5e-4, decay_all=False, nesterov=True),
+        init_scale="dense",
         schedule=Milestones((30 / 97.75, 60 / 97.75, 90 / 97.75), 0.2),  # thousands of steps
         epochs=250,
     ),
@@ -302,6 +303,7 @@ _ALL = (
         title="ResNet-34 with a 3x3 stem",
         model=models.resnet34_cifar,
         kept_dense=("conv1", "fc"),
+        init_scale="dense",
         smallest_image=1,
     ),
     Recipe(  # 300 epochs to learn which filters stay, and 40 of fine-tuning
@@ -315,6 +317,7 @@ _ALL = (
         schedule=FineTuning(Cosine(), 300 / 340, 0.01),
         batch_size=256,
         epochs=340,
+        init_scale="dense",
     ),
     _VGG16_SMALL,
     replace(

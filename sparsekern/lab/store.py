@@ -96,8 +96,14 @@ def create(
         raise InputError(
             f"out is {folder}, which cannot be made ({error.strerror}); choose another --out", parameter="out"
         ) from None
-    content = {"config": config.to_json(), "data": data, "environment": environment, "keeping": asdict(keeping)}
-    content |= {"deviations": deviations(config, data)} if config.paper is not None else {}
+    content: dict[str, Any] = {
+        "config": config.to_json(),
+        "data": data,
+        "environment": environment,
+        "keeping": asdict(keeping),
+    }
+    if config.paper is not None:
+        content["deviations"] = deviations(config, data)
     write_json(folder / CONFIG, content)
 
 

@@ -141,11 +141,11 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch):
             "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried ..."
         )
 
-    monkeypatch.setattr("sparsekern.cli.train.start", start)
+    monkeypatch.setattr("sparsekern.cli.train.start_resolved", start)
     result = invoke("--out", tmp_path / "run")
     assert result.exit_code == 2 and result.stderr.startswith("error: the memory does not suffice; choose a smaller")
     for error, defect in ((MemoryError(), False), (RuntimeError("its data is not allocated yet"), True)):
-        monkeypatch.setattr("sparsekern.cli.train.start", lambda *_, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr("sparsekern.cli.train.start_resolved", lambda *_, error=error: (_ for _ in ()).throw(error))
         result = invoke("--out", tmp_path / "run")
         assert (result.exception is error) == defect, "a defect keeps its traceback"
 

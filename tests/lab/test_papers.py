@@ -100,13 +100,20 @@ def test_the_fine_tuning_of_vrpge_begins_when_its_filters_are_chosen():
     assert rates[60:] == [0.01] * 8
 
 
-@pytest.mark.parametrize("family", [FAMILIES[0], FAMILIES[2], FAMILIES[4], FAMILIES[7], FAMILIES[8]])
-def test_a_training_of_each_publication_takes_a_step(family):
-    name = next(family.papers()).name
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gse-cifar10-vit-98",
+        "rigl-cifar10-wrn22-90",
+        "set-itop-cifar10-vgg16-95",
+        "vrpge-cifar10-resnet32-50",
+        "sparse-ift-wide-cifar100-resnet18-50",
+    ],
+)
+def test_a_training_of_each_publication_takes_a_step(name):
     small = {"batch_size": 2, "width_multiplier": 0.125, "epochs": 1}
     learner = Learner(run_of(paper(name, **small), None, (3, 32, 32)), "sparse", 0)
     assert math.isfinite(learner.step())
-    assert learner.method.layers.keys() >= {"fc"} or not name.startswith(("gse", "set-itop"))
 
 
 def test_the_command_says_what_differs_before_training_and_keeps_it(tmp_path, monkeypatch):
