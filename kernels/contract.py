@@ -222,6 +222,14 @@ def ordered_bits(scores: Tensor) -> Tensor:
     return scores.contiguous().view(torch.int64 if scores.element_size() == 8 else torch.int32).clone()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all elements are finite, without a temporary of the tensor's size; synchronises the device."""
+    if tensor.numel() == 0:
+        return True
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def new_output(x: Tensor, geometry: Geometry) -> Tensor:
     """Return an uninitialised y for an input x, in the layout that kernels write."""
     if isinstance(geometry, LinearShape):

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
-from sparsekern.topology import generator_for
+from sparsekern.topology import generator_for, part_of
 from sparsekern.training import GradientMethod
 from sparsekern.training.growth.gse import DISTRIBUTIONS, weights
-from sparsekern.training.scores import part_of
 from tests.oracle_conv2d import conv_blocks, dense_gradients
 from tests.saved import through_a_file
 from tests.topology.test_sampling import chi_square_quantile

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern as sk
-from sparsekern.topology import generator_for
-from sparsekern.training.scores import part_of
+from sparsekern.topology import generator_for, part_of
 from tests.ranks import on_ranks
 
 F64 = torch.float64

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsekern.errors import InputError
+from sparsekern.kernels.contract import is_finite
 from sparsekern.nn.surgery import restored
 from sparsekern.topology import (
     Grid,
@@ -221,7 +222,7 @@ class Scoring:
         for names, blocks in shares:
             parts = [scores[name].flatten() for name in names]
             for name, part in zip(names, parts, strict=True):
-                if not bool(torch.isfinite(part).all()):
+                if not is_finite(part):
                     raise InputError(
                         f"scores of {name!r} by {self.score} are NaN or infinite; compute them in float64 "
                         "(model.double()), or from another sample",

@@ -1,11 +1,20 @@
-"""Batch norm and ReLU in one pass, for networks that are trained on a CPU."""
+"""Norm layers: batch norm and ReLU in one pass, on a CPU; and the running statistics of a model's norms."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
+from sparsekern.errors import InputError
+from sparsekern.nn.surgery import restored
 from sparsekern.ops import batch_norm_relu, fuses_batch_norm_relu
+from sparsekern.topology.arguments import check_kind
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -62,3 +71,63 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int) ->
     share = share or 0.0
     norm.running_mean.mul_(1 - share).add_(mean, alpha=share)
     norm.running_var.mul_(1 - share).add_(variance, alpha=share * pixels / (pixels - 1))
+
+
+@contextmanager
+def keep_norm_statistics(model: nn.Module) -> Iterator[None]:
+    """Restore the running statistics of batch and instance norms at the end.
+
+    Must not enclose a forward whose backward comes after the context.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    with restored(buffer for norm in norms for buffer in norm.buffers()):
+        yield
+
+
+@torch.no_grad()
+def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Compute the running statistics of batch and instance norms anew, as plain means over batches.
+
+    Needed after a choice of blocks that is final, as at the end of VR-PGE: until then the statistics average over many
+    networks.
+
+    Args:
+        model: keeps its training and evaluation modes. Dropout is off during the passes.
+        batches: inputs of the model; of a tuple or list the first element is taken.
+
+    Returns:
+        The number of norm layers.
+
+    Raises:
+        ValueError: there are no batches. The statistics stay as they were.
+    """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    if not norms:
+        return 0
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    kept = [(b, b.clone()) for norm in norms for b in norm.buffers()]
+    count = 0
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # PyTorch then takes a plain mean
+            norm.train()
+        for batch in batches:
+            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            count += 1
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        if count == 0:
+            for buffer, copy in kept:
+                buffer.copy_(copy)
+    if count == 0:
+        raise InputError(
+            "batches is empty; give some of the training set, a few hundred inputs or more", parameter="batches"
+        )
+    return len(norms)

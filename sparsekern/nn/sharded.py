@@ -1,12 +1,18 @@
-"""Values that FSDP2 has sharded by slots into DTensors. Places are not sharded: every rank has all of them."""
+"""Values that FSDP2 has sharded by slots into DTensors; and the modules of a model that are under FSDP2 or DDP.
+
+Places are not sharded: every rank has all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 GATHER = "gather them first, by get_model_state_dict with full_state_dict=True"
 """Way out for functions that take whole tensors."""
@@ -159,3 +165,87 @@ def refuse_sharded(
     for name, layer in layers.items():
         if is_sharded(layer.values):  # type: ignore[arg-type]
             raise NotImplementedError(f"values of {name!r} are a DTensor; {instead}")
+
+
+def slot_scores(values: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a number ``(Z,)`` for each slot: computed from the values on this rank, and gathered from all shards.
+
+    Args:
+        values: ``(Z, bo, bi)``, on all ranks of its mesh.
+        measure: returns a number ``(z,)`` for each of some blocks ``(z, bo, bi)``.
+    """
+    return whole(joined(measure(local(values.detach())), values, values.shape[0]))
+
+
+def sum_of_parts(tensor: Any, part: Tensor) -> Tensor:
+    """Return the sum over shards of numbers ``(...)``, which each rank computed from its local part of ``tensor``."""
+    if not is_sharded(tensor):
+        return part
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Partial() if p.is_shard() else Replicate() for p in tensor.placements]
+    return whole(DTensor.from_local(part, tensor.device_mesh, placements, run_check=False))
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules of a model on which ``fully_shard`` was called.
+
+    Raises:
+        NotImplementedError: a module is in ``FullyShardedDataParallel``, the older form, which flattens parameters.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise NotImplementedError(
+            "the model is in FullyShardedDataParallel, which flattens parameters, so that blocks cannot move; use "
+            "torch.distributed.fsdp.fully_shard"
+        )
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(modules: Iterable[Any], layers: Mapping[str, nn.Module]) -> None:
+    """Free the gathered copies of parameters, so that ``values`` of all layers are those that the optimizer holds.
+
+    After a forward without a backward some are left: what is written into them is lost, and what is written into the
+    shards is not seen by the next forward.
+
+    Args:
+        modules: those that :func:`sharded_modules` returned before the optimizer was built.
+        layers: sparse layers by name.
+
+    Raises:
+        NotImplementedError: values are sharded by another means than ``fully_shard``, or not by slots.
+    """
+    for module in modules:
+        module.reshard()
+    for name, layer in layers.items():
+        values: Any = layer.values
+        if is_sharded(values) and not modules:
+            raise NotImplementedError(
+                f"values of {name!r} are a DTensor, but not by fully_shard before the method was built: call "
+                "fully_shard on the model, then build the optimizer and the method; tensor-parallel plans are not "
+                "supported"
+            )
+        check_by_slots(values, repr(name))
+
+
+def parallel_modules(model: nn.Module) -> list[DistributedDataParallel]:
+    """Return the DistributedDataParallel modules of a model, itself included."""
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
+@contextmanager
+def without_sync(model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients of DistributedDataParallel, if the model is or holds one, without any communication.
+
+    The broadcast of buffers is left to the next pass too.
+    """
+    with ExitStack() as stack:
+        for module in parallel_modules(model):
+            stack.enter_context(module.no_sync())
+            # no_sync makes the next forward skip its broadcast of buffers: restore the flag that says so.
+            stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
+            module.require_forward_param_sync = False
+        yield

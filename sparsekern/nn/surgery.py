@@ -213,6 +213,19 @@ def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
                 tensor.copy_(copy)
 
 
+@contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Set the gradients of parameters aside, and restore them at the end."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
 def _weight_and_bias(module: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:
     own = module._parameters
     return own.get("values" if "values" in own else "weight"), own.get("bias")

@@ -19,6 +19,7 @@ from sparsekern.topology.draw import (
     check_count,
     check_sparsity,
     from_mask,
+    part_of,
     random,
 )
 from sparsekern.topology.grid import Grid, block_pair, conv_grid
@@ -50,6 +51,7 @@ from sparsekern.topology.sampling import (
 from sparsekern.topology.topology import (
     Move,
     Topology,
+    Units,
     check_multiple,
     check_tied,
     from_keys,
@@ -57,6 +59,7 @@ from sparsekern.topology.topology import (
     places_for,
     tie,
     to_places,
+    units,
     with_capacity,
 )
 
@@ -68,6 +71,7 @@ __all__ = [
     "IndexSource",
     "Move",
     "Topology",
+    "Units",
     "allocate",
     "are_absent",
     "balanced",
@@ -97,6 +101,7 @@ __all__ = [
     "mask_index_",
     "one_tap",
     "ordered_keys",
+    "part_of",
     "places_for",
     "random",
     "reblock",
@@ -111,6 +116,7 @@ __all__ = [
     "tie",
     "to_dense",
     "to_places",
+    "units",
     "with_capacity",
     "zero_blocks_",
 ]

@@ -288,6 +288,11 @@ def blocks_at(sparsity: float, cells: int) -> int:
     return math.floor(cells - sparsity * cells + 0.5 + 1e-9)
 
 
+def part_of(blocks: int, fraction: float) -> int:
+    """Return ``floor(fraction * blocks)``."""
+    return math.floor(fraction * blocks + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
 def fill(shares: list[float], low: list[float], high: list[float], total: float) -> list[float]:
     """Return amounts in proportion to ``shares``, limited to [low, high], that add up to ``total``.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import Index
@@ -267,6 +268,64 @@ def check_tied(topology: Topology) -> None:
             f"the block at row {place // grid.tap_cols}, channels {place % grid.tap_cols} is stored in {taps} of "
             f"{grid.taps} taps; with tie_taps=True it must be all or none: move the blocks of all taps together"
         )
+
+
+class Units(NamedTuple):
+    """The units of a layer that move as one: blocks, or one block of every tap where a convolution ties its taps."""
+
+    topology: Topology
+    """The places of the units: the layer's topology, or that of one tap."""
+    slots: Tensor | None
+    """``(U, taps)``, the slots of each unit in the order of the taps; None where each slot is a unit."""
+    grid: Grid
+    """That of the layer, of all taps."""
+
+    @property
+    def size(self) -> int:
+        """The number of blocks of a unit."""
+        return 1 if self.slots is None else self.grid.taps
+
+    def norms(self, norms: Tensor) -> Tensor:
+        """Return the Frobenius norm ``(U,)`` of each unit from the norms ``(Z,)`` of the slots."""
+        whole: Tensor = norms if self.slots is None else norms[self.slots].norm(dim=1)
+        return whole
+
+    def sums(self, numbers: Tensor) -> Tensor:
+        """Return the sum ``(U,)`` over the slots of each unit, of a number ``(Z,)`` for each slot."""
+        return numbers if self.slots is None else numbers[self.slots].sum(1)
+
+    def replaced(self, dropped: Tensor, keys: Tensor, free: Tensor | None = None) -> Move:
+        """Return the move of blocks that drops units and grows others, in their slots.
+
+        Args:
+            dropped: ``(k,)`` units.
+            keys: ``(n,)`` places of the grown units, ``row * C + col`` in their grid. Where fewer are grown than
+                dropped, the slots left over become free.
+            free: ``(m,)`` free slots of the layer, which the units that are grown beyond the dropped ones take.
+        """
+        slots = dropped if self.slots is None else self.slots[dropped.long()].flatten()
+        more = keys.shape[0] - dropped.shape[0]
+        if more > 0 and free is not None:
+            slots = torch.cat([slots, free[: more * self.size]])
+        elif more < 0:
+            keys = pad(keys, (0, -more), value=-1)
+        _, row, col = to_places(keys, keys, self.topology.grid)
+        if self.slots is None:
+            return Move(slots, row, col)
+        tied = tie(Topology(self.topology.grid, row, col), self.grid)
+        return Move(slots, tied.row, tied.col)
+
+
+def units(topology: Topology, tied: bool) -> Units:
+    """Return the units of a layer. With tied taps those of stored blocks only, and it synchronises the device."""
+    grid = topology.grid
+    if not tied:
+        return Units(topology, None, grid)
+    tap, channel = topology.col // grid.tap_cols, topology.col % grid.tap_cols
+    key = ((topology.row.long() * grid.tap_cols + channel) * grid.taps + tap).masked_fill(~topology.used(), grid.cells)
+    slots = key.argsort(stable=True)[: topology.blocks()].view(-1, grid.taps)
+    first = slots[:, 0]
+    return Units(Topology(one_tap(grid), topology.row[first], topology.col[first]), slots, grid)
 
 
 class Places(Protocol):

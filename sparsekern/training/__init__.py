@@ -1,16 +1,14 @@
 """Training methods: they move the blocks of sparse layers while a network trains."""
 
+from sparsekern.nn.norm import recalibrate_norms
 from sparsekern.topology import Move
 from sparsekern.training.agent import AGENT
-from sparsekern.training.attachment import NetworkSampler
-from sparsekern.training.base import Method
-from sparsekern.training.followers import Followers
-from sparsekern.training.gradual import Gradual, compact_
+from sparsekern.training.base import Method, NetworkSampler
+from sparsekern.training.followers import Followers, compact_
 from sparsekern.training.growth import GSE, MEST, GradientMethod, GraNet, RigL
-from sparsekern.training.passes import recalibrate_norms
+from sparsekern.training.magnitude import SET, Gradual, Static
 from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.schedules import Schedule
-from sparsekern.training.set import SET, Static
 from sparsekern.training.vrpge import VRPGE
 
 METHODS: dict[str, type[Method]] = {

@@ -6,9 +6,9 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsekern.errors import InputError
 from sparsekern.nn.sharded import whole
 from sparsekern.topology.arguments import check_kind
+from sparsekern.training.passes import backpropagate, loss_of
 
 _log = logging.getLogger("sparsekern")
 
@@ -83,6 +84,21 @@ class Attached:
             made: False for a step that gradient scaling skipped, or that only initialized the optimizer's state.
         """
 
+    def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
+
+        All methods have this form; those that need several passes over a batch require it.
+
+        Args:
+            closure: computes the loss ``()`` of one batch.
+            scaler: scales the loss before the backward.
+
+        Returns:
+            The loss, detached and not scaled.
+        """
+        self.check_open()
+        return backpropagate(loss_of(closure), scaler)
+
     def detach(self) -> None:
         """Remove all hooks; subclasses add what else they registered."""
         self.closed = True
@@ -139,18 +155,6 @@ class Attached:
         self._handles, self._freeze = [], Freeze()
         if not self.closed:
             self._begin()
-
-
-@runtime_checkable
-class NetworkSampler(Protocol):
-    """A method that trains networks which it samples at each step, until it has chosen one: VR-PGE."""
-
-    finished: bool
-    """Whether the choice is made."""
-
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Return a context in which the model computes as the network that would be chosen now."""
-        ...
 
 
 def acting_on(places: Iterable[Any]) -> list[Attached]:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
+from sparsekern.kernels.contract import is_finite
 from sparsekern.nn import BlockSparse, sparse_layers
-from sparsekern.topology import Move, generator_for, stored_blocks
+from sparsekern.nn.sharded import parallel_modules, reshard, sharded_modules
+from sparsekern.topology import Move, Units, generator_for, stored_blocks, units
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.attachment import STATE_VERSION, Attached, check_state_of_method, unwrapped
-from sparsekern.training.distributed import Ranks, reshard, sharded_modules
+from sparsekern.training.distributed import Ranks
 from sparsekern.training.followers import Followers, OnMove
 from sparsekern.training.metrics import TopologyMetrics
-from sparsekern.training.passes import backpropagate, loss_of, parallel_modules
 from sparsekern.training.schedules import Schedule, whole_stop
-from sparsekern.training.scores import Units, block_norms, is_finite, protect_last, warn_of_few_blocks
+from sparsekern.training.scores import block_norms, protect_last, warn_of_few_blocks
 
 NEVER = -(2**30)
 """The update at which the blocks of the first topology were grown."""
@@ -189,7 +191,7 @@ class Method(Attached):
         Raises:
             ValueError: a value is NaN or infinite, so that blocks have no order.
         """
-        parts = Units(layer.topology, None, layer.grid) if parts is None else parts
+        parts = units(layer.topology, tied=False) if parts is None else parts
         scores = self.importance(name, layer)
         full = stored_blocks(layer.index) == layer.topology.slots
         if not is_finite(scores if full else scores[layer.topology.used()]):
@@ -312,21 +314,6 @@ class Method(Attached):
         if made:
             self.steps += 1
 
-    def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
-
-        All methods have this form; those that need several passes over a batch require it.
-
-        Args:
-            closure: computes the loss ``()`` of one batch.
-            scaler: scales the loss before the backward.
-
-        Returns:
-            The loss, detached and not scaled.
-        """
-        self.check_open()
-        return backpropagate(loss_of(closure), scaler)
-
     def see_gradients(self) -> None:
         """Notice that gradients were cleared, before other code than autograd writes into them; nothing by default."""
 
@@ -397,3 +384,15 @@ class Method(Attached):
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise what :meth:`load_state_dict` would raise, without loading anything."""
         check_state_of_method(self, state)
+
+
+@runtime_checkable
+class NetworkSampler(Protocol):
+    """A method that trains networks which it samples at each step, until it has chosen one: VR-PGE."""
+
+    finished: bool
+    """Whether the choice is made."""
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Return a context in which the model computes as the network that would be chosen now."""
+        ...

@@ -1,9 +1,8 @@
 """Communication between the ranks that train one model. Nothing else in training knows that there are several.
 
-A method asks for four things: a score of each slot (:func:`slot_scores`), sums over ranks (:class:`Ranks`,
-:func:`sum_of_parts`), the first rank's choice (:meth:`Ranks.first_choice`), and which slots are on this rank
-(:func:`sparsekern.nn.sharded.own_slots`). One process, DistributedDataParallel and ``fully_shard`` differ in the
-answers only.
+A method asks for four things: sums over ranks and the first rank's choice (:class:`Ranks`), a score of each slot and
+which slots are on this rank (:mod:`sparsekern.nn.sharded`). One process, DistributedDataParallel and ``fully_shard``
+differ in the answers only.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
-from sparsekern.nn.sharded import check_by_slots, is_sharded, joined, local, whole
 from sparsekern.topology import Move
 
 HASHED = 2**16
@@ -173,66 +171,3 @@ def _difference(theirs: list[dict[str, str]]) -> str:
     if what.startswith("the blocks"):
         return f"{what} (rank {rank} from rank 0)"
     return f"{what} ({first.get(what)} on rank 0, {theirs[rank].get(what)} on rank {rank})"
-
-
-def slot_scores(values: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return a number ``(Z,)`` for each slot: computed from the values on this rank, and gathered from all shards.
-
-    Args:
-        values: ``(Z, bo, bi)``, on all ranks of its mesh.
-        measure: returns a number ``(z,)`` for each of some blocks ``(z, bo, bi)``.
-    """
-    return whole(joined(measure(local(values.detach())), values, values.shape[0]))
-
-
-def sum_of_parts(tensor: Any, part: Tensor) -> Tensor:
-    """Return the sum over shards of numbers ``(...)``, which each rank computed from its local part of ``tensor``."""
-    if not is_sharded(tensor):
-        return part
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    placements = [Partial() if p.is_shard() else Replicate() for p in tensor.placements]
-    return whole(DTensor.from_local(part, tensor.device_mesh, placements, run_check=False))
-
-
-def sharded_modules(model: nn.Module) -> list[Any]:
-    """Return the modules of a model on which ``fully_shard`` was called.
-
-    Raises:
-        NotImplementedError: a module is in ``FullyShardedDataParallel``, the older form, which flattens parameters.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return []
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise NotImplementedError(
-            "the model is in FullyShardedDataParallel, which flattens parameters, so that blocks cannot move; use "
-            "torch.distributed.fsdp.fully_shard"
-        )
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def reshard(modules: Iterable[Any], layers: dict[str, BlockSparse]) -> None:
-    """Free the gathered copies of parameters, so that ``values`` of all layers are those that the optimizer holds.
-
-    After a forward without a backward some are left: what is written into them is lost, and what is written into the
-    shards is not seen by the next forward.
-
-    Args:
-        modules: those that :func:`sharded_modules` returned before the optimizer was built.
-        layers: sparse layers by name.
-
-    Raises:
-        NotImplementedError: values are sharded by another means than ``fully_shard``, or not by slots.
-    """
-    for module in modules:
-        module.reshard()
-    for name, layer in layers.items():
-        if is_sharded(layer.values) and not modules:
-            raise NotImplementedError(
-                f"values of {name!r} are a DTensor, but not by fully_shard before the method was built: call "
-                "fully_shard on the model, then build the optimizer and the method; tensor-parallel plans are not "
-                "supported"
-            )
-        check_by_slots(layer.values, repr(name))

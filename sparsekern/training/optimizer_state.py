@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn.sharded import is_by_slots, is_sharded
-from sparsekern.nn.surgery import initial_entry, param_group
-from sparsekern.training.passes import without_gradients
+from sparsekern.nn.surgery import initial_entry, param_group, without_gradients
 
 LEAST = 2**14
 """Number of elements of a trial parameter, more than those below which optimizers keep another kind of state."""

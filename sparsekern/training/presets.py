@@ -13,7 +13,7 @@ from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_choice, check_whole
 from sparsekern.training.base import Method
 from sparsekern.training.growth import GSE, GraNet, RigL
-from sparsekern.training.set import SET
+from sparsekern.training.magnitude import SET
 from sparsekern.training.vrpge import VRPGE
 
 

@@ -1,4 +1,4 @@
-"""Scores of blocks, choices among them by layer or by all layers in competition, and units that move together."""
+"""Scores of blocks, and choices among them: by layer, or by all layers in competition."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sparsekern.kernels.contract import accumulate_dtype, ordered_bits
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import Grid, Move, Topology, one_tap, places_for, stored_blocks, tie, to_places
-from sparsekern.training.distributed import slot_scores
+from sparsekern.nn.sharded import slot_scores
+from sparsekern.topology import Move, Topology, part_of, places_for, stored_blocks, units
 
 _log = logging.getLogger("sparsekern")
-
-
-def part_of(blocks: int, fraction: float) -> int:
-    """Return ``floor(fraction * blocks)``."""
-    return math.floor(fraction * blocks + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def warn_of_few_blocks(layers: dict[str, BlockSparse], fraction: float) -> None:
@@ -84,14 +78,6 @@ def norms_of(blocks: Tensor) -> Tensor:
     return norms
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether all elements are finite, without a temporary of the tensor's size; synchronises the device."""
-    if tensor.numel() == 0:
-        return True
-    low, high = tensor.aminmax()
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
 def ascending(scores: Tensor) -> Tensor:
     """Return the positions that sort scores in ascending order; equal scores keep their order.
 
@@ -145,67 +131,9 @@ def protect_strongest(strength: Tensor) -> Tensor:
     return strength.index_fill(0, torch.where(finite, strength, -torch.inf).argmax(), torch.inf)
 
 
-class Units(NamedTuple):
-    """The units of a layer that move as one: blocks, or one block of every tap where a convolution ties its taps."""
-
-    topology: Topology
-    """The places of the units: the layer's topology, or that of one tap."""
-    slots: Tensor | None
-    """``(U, taps)``, the slots of each unit in the order of the taps; None where each slot is a unit."""
-    grid: Grid
-    """That of the layer, of all taps."""
-
-    @property
-    def size(self) -> int:
-        """The number of blocks of a unit."""
-        return 1 if self.slots is None else self.grid.taps
-
-    def norms(self, norms: Tensor) -> Tensor:
-        """Return the Frobenius norm ``(U,)`` of each unit from the norms ``(Z,)`` of the slots."""
-        whole: Tensor = norms if self.slots is None else norms[self.slots].norm(dim=1)
-        return whole
-
-    def sums(self, numbers: Tensor) -> Tensor:
-        """Return the sum ``(U,)`` over the slots of each unit, of a number ``(Z,)`` for each slot."""
-        return numbers if self.slots is None else numbers[self.slots].sum(1)
-
-    def replaced(self, dropped: Tensor, keys: Tensor, free: Tensor | None = None) -> Move:
-        """Return the move of blocks that drops units and grows others, in their slots.
-
-        Args:
-            dropped: ``(k,)`` units.
-            keys: ``(n,)`` places of the grown units, ``row * C + col`` in their grid. Where fewer are grown than
-                dropped, the slots left over become free.
-            free: ``(m,)`` free slots of the layer, which the units that are grown beyond the dropped ones take.
-        """
-        slots = dropped if self.slots is None else self.slots[dropped.long()].flatten()
-        more = keys.shape[0] - dropped.shape[0]
-        if more > 0 and free is not None:
-            slots = torch.cat([slots, free[: more * self.size]])
-        elif more < 0:
-            keys = pad(keys, (0, -more), value=-1)
-        _, row, col = to_places(keys, keys, self.topology.grid)
-        if self.slots is None:
-            return Move(slots, row, col)
-        tied = tie(Topology(self.topology.grid, row, col), self.grid)
-        return Move(slots, tied.row, tied.col)
-
-
 def free_slots(layer: BlockSparse) -> Tensor:
     """Return the slots ``(m,)`` of a layer that hold no block, ascending (synchronises the device)."""
     return (layer.row < 0).nonzero().squeeze(1)
-
-
-def units(layer: BlockSparse) -> Units:
-    """Return the units of a layer. With tied taps those of stored blocks only, and it synchronises the device."""
-    topology, grid = layer.topology, layer.grid
-    if not layer.tie_taps:
-        return Units(topology, None, grid)
-    tap, channel = topology.col // grid.tap_cols, topology.col % grid.tap_cols
-    key = ((topology.row.long() * grid.tap_cols + channel) * grid.taps + tap).masked_fill(~topology.used(), grid.cells)
-    slots = key.argsort(stable=True)[: topology.blocks()].view(-1, grid.taps)
-    first = slots[:, 0]
-    return Units(Topology(one_tap(grid), topology.row[first], topology.col[first]), slots, grid)
 
 
 class Offer(NamedTuple):
@@ -263,7 +191,7 @@ def share_out(
         dropped = slots[i][(drop_order[:count][weak_owner[:count] == i] - first_slot[i]).to(device)]
         mine = grow_order[grown[good_owner[grown] == i]] - first_place[i]
         keys = offers[name].keys[places[i][mine.sort().values.to(device)]]
-        moves[name] = units(layers[name]).replaced(dropped, keys, free_slots(layers[name]))
+        moves[name] = units(layers[name].topology, tied=False).replaced(dropped, keys, free_slots(layers[name]))
     return moves
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sparsekern as sk
 from sparsekern import backend
 from sparsekern.nn import norm as norm_module
 from sparsekern.nn import norm_relu
+from sparsekern.nn.norm import keep_norm_statistics
 from sparsekern.ops import batch_norm_relu, fuses_batch_norm_relu
 
 LARGE = (2, 64, 32, 32)
@@ -248,3 +250,52 @@ def test_statistics_carry_no_gradient() -> None:
     assert not mean.requires_grad and not variance.requires_grad
     torch.testing.assert_close(mean, x.detach().mean((0, 2, 3)))
     torch.testing.assert_close(variance, x.detach().var((0, 2, 3), correction=0))
+
+
+def test_statistics_are_kept_and_the_pass_sees_the_batch():
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None))
+    x = torch.randn(16, 8) * 3 + 1
+    twin = copy.deepcopy(model)
+    with keep_norm_statistics(model):
+        y = model(x)
+    assert torch.equal(y, twin(x))
+    fresh = nn.BatchNorm1d(8).state_dict()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(model[0], name), fresh[name])
+    assert not torch.equal(twin[0].running_mean, fresh["running_mean"])
+
+
+def test_instance_norm_and_errors():
+    norm = nn.InstanceNorm1d(4, track_running_stats=True)
+    before = norm.running_mean.clone()
+    try:
+        with keep_norm_statistics(norm):
+            norm(torch.randn(2, 4, 6) + 5)
+            raise KeyError
+    except KeyError:
+        pass
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_statistics_are_the_means_over_the_batches():
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[0].eval()
+    batches = [torch.randn(10, 3) + k for k in range(4)]
+    model(torch.full((5, 3), 100.0))  # what is to be forgotten
+    assert sk.recalibrate_norms(model, [(b, "label") for b in batches]) == 1
+    torch.testing.assert_close(model[1].running_mean, torch.stack([b.mean(0) for b in batches]).mean(0))
+    torch.testing.assert_close(model[1].running_var, torch.stack([b.var(0) for b in batches]).mean(0))
+    assert model[1].momentum == 0.1 and model[1].training and not model[0].training
+
+
+def test_no_batch_changes_nothing():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model(torch.randn(8, 3))
+    before = model[0].running_mean.clone()
+    with pytest.raises(ValueError, match="batches is empty; give some of the training set"):
+        sk.recalibrate_norms(model, [])
+    assert torch.equal(model[0].running_mean, before)
+
+
+def test_a_model_without_norms():
+    assert sk.recalibrate_norms(nn.Linear(2, 2), []) == 0

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.nn.surgery import carry_over, swap_
+from sparsekern.nn.sharded import without_sync
+from sparsekern.nn.surgery import carry_over, swap_, without_gradients
 
 
 def test_a_copy_with_dense_layers_that_computes_the_same():
@@ -118,3 +119,18 @@ def test_training_flag_and_hooks_are_kept_and_handles_still_remove():
         handle.remove()
     model(1)
     assert calls == ["pre", "post"]
+
+
+def test_a_model_without_ranks_needs_no_sync():
+    with without_sync(nn.Linear(2, 2)):
+        pass
+
+
+def test_gradients_from_before_are_there_again():
+    model = nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    before = model.weight.grad
+    with without_gradients(model.parameters()):
+        assert model.weight.grad is None
+        model(torch.ones(1, 3)).sum().backward()
+    assert model.weight.grad is before and torch.equal(before, torch.ones(2, 3))

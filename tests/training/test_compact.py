@@ -169,7 +169,7 @@ class TestRefused:
 
     def test_parallel_and_sharded_models(self, monkeypatch):
         model, optimizer = with_free_slots()
-        monkeypatch.setattr("sparsekern.training.gradual.parallel_modules", lambda module: [module])
+        monkeypatch.setattr("sparsekern.training.followers.parallel_modules", lambda module: [module])
         with pytest.raises(NotImplementedError, match="call compact_ on the module inside, then wrap it again"):
             sk.compact_(model, optimizer)
         monkeypatch.undo()

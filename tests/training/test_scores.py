@@ -7,8 +7,19 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.topology import Grid, Move, Topology, balanced, conv_grid, generator_for, one_tap, with_capacity
-from sparsekern.training.scores import ascending, block_norms, descending, lowest, part_of, protect_last, units
+from sparsekern.topology import (
+    Grid,
+    Move,
+    Topology,
+    balanced,
+    conv_grid,
+    generator_for,
+    one_tap,
+    part_of,
+    units,
+    with_capacity,
+)
+from sparsekern.training.scores import ascending, block_norms, descending, lowest, protect_last
 
 
 def ints(*numbers: int) -> torch.Tensor:
@@ -88,7 +99,8 @@ def conv() -> sk.SparseConv2d:
 
 
 def test_units_of_tied_taps_by_hand():
-    parts = units(conv())
+    layer = conv()
+    parts = units(layer.topology, layer.tie_taps)
     assert parts.topology.grid == one_tap(conv().grid)
     assert (parts.topology.row.tolist(), parts.topology.col.tolist()) == ([0, 1], [1, 0])
     assert parts.slots.tolist() == [[1, 2], [4, 0]]
@@ -96,16 +108,16 @@ def test_units_of_tied_taps_by_hand():
 
 
 def test_spread_moves_all_taps():
-    move = units(conv()).spread(Move(torch.tensor([1]), ints(0), ints(0)))
-    assert (move.slots.tolist(), move.row.tolist(), move.col.tolist()) == ([4, 0], [0, 0], [0, 2])
     layer = conv()
+    move = units(layer.topology, layer.tie_taps).spread(Move(torch.tensor([1]), ints(0), ints(0)))
+    assert (move.slots.tolist(), move.row.tolist(), move.col.tolist()) == ([4, 0], [0, 0], [0, 2])
     layer.move_(*move)
     assert layer.row.tolist() == [0, 0, 0, -1, 0] and layer.col.tolist() == [2, 1, 3, -1, 0]
 
 
 def test_elsewhere_a_unit_is_a_slot():
     layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
-    parts, norms, move = units(layer), block_norms(layer), Move(torch.tensor([1]), ints(0), ints(0))
+    parts, norms, move = units(layer.topology, False), block_norms(layer), Move(torch.tensor([1]), ints(0), ints(0))
     assert parts.topology.row is layer.row and parts.topology.col is layer.col
     assert parts.norms(norms) is norms and parts.spread(move) is move
 

@@ -1,34 +1,21 @@
-"""AGENT's correction of gradients, its weight c, and the variance that it takes off."""
+"""AGENT's correction of gradients, batch by batch, and the pass over batches that takes the mean gradient."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.kernels.contract import accumulate_dtype
-from sparsekern.nn.sharded import local, own_rows
-from sparsekern.training.agent.snapshot import Snapshot
-from sparsekern.training.distributed import Ranks, sum_of_parts
-from sparsekern.training.passes import (
-    ExtraCost,
-    backpropagate,
-    extra_passes,
-    loss_of,
-    parallel_modules,
-    scale_of,
-    without_gradients,
-)
-
-ROUNDING = 1e-12
-"""A variance below this fraction of the mean square is rounding: losses are float32."""
-
-SAMPLED = 4096
-"""Maximum number of elements from which the variance is estimated."""
+from sparsekern.kernels.contract import is_finite
+from sparsekern.nn.sharded import local, own_rows, parallel_modules, sum_of_parts
+from sparsekern.training.agent.snapshot import ExtraCost, Snapshot
+from sparsekern.training.agent.statistics import Products, VarianceRatio, from_losses, inner
+from sparsekern.training.passes import RandomState, backpropagate, loss_of, scale_of
 
 
 class StepStatistics(NamedTuple):
@@ -47,12 +34,10 @@ class Correction:
     the batch at the snapshot less the snapshot's mean gradient.
 
     Args:
-        model: see :class:`~sparsekern.training.AGENT`.
-        snapshot: of the model.
+        snapshot: of the model that is trained.
         groups: the group of each parameter, by name.
         learns: whether weights are estimated from gradients; residuals are then kept until the step.
         cost: counts the FLOPs of extra passes.
-        ranks: that train one model.
 
     Attributes:
         weights: ``gamma c`` of each group.
@@ -63,24 +48,19 @@ class Correction:
 
     def __init__(
         self,
-        model: nn.Module,
         snapshot: Snapshot,
         groups: dict[str, str],
         *,
         learns: bool,
         cost: ExtraCost,
-        ranks: Ranks,
     ) -> None:
-        self._model, self._snapshot, self._learns, self._cost = model, snapshot, learns, cost
-        self._ranks = ranks
-        self._group = groups
+        self._snapshot, self._group, self._learns, self._cost = snapshot, groups, learns, cost
         self.weights = dict.fromkeys(groups.values(), 0.0)
         self.averaged: int | None = None
-        device = next(iter(snapshot.parameters.values())).device
-        self.products = Products(len(self.weights), device)
+        self.products = Products(len(self.weights), snapshot.device)
         sizes = {name: p.numel() for name, p in snapshot.parameters.items()}
         rows = {name: rows for name, p in snapshot.parameters.items() if (rows := own_rows(p)) is not None}
-        self.variance = VarianceRatio(sizes, device, rows)
+        self.variance = VarianceRatio(sizes, snapshot.device, rows)
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -100,7 +80,7 @@ class Correction:
             return False
         left = any(bool(g.any()) for g in gradients)
         # else scaling skipped the step, and the gradients were zeroed
-        return not (self._ranks.any(left, tensor.device) if self._snapshot.sharded else left)
+        return not (self._snapshot.ranks.any(left, tensor.device) if self._snapshot.sharded else left)
 
     def _gradients(self) -> dict[str, Tensor | None]:
         """Return this rank's part of each gradient, by parameter."""
@@ -111,7 +91,7 @@ class Correction:
     ) -> dict[str, Tensor]:
         """Return the gradients of a batch at the snapshot, scaled, by parameter; of the first batch less their mean."""
         snapshot = self._snapshot
-        with extra_passes(self._model), snapshot.swapped(), without_gradients(self._model.parameters()):
+        with snapshot.extra_passes(), snapshot.swapped():
             with self._cost.counted("snapshot"):
                 backpropagate(loss_of(closure), scaler)
             found = self._gradients()
@@ -120,7 +100,7 @@ class Correction:
             mean = snapshot.mean[name]
             if gradient is None:  # the parameter was not used in this batch
                 known = bool(mean.any())
-                if not (self._ranks.any(known, mean.device) if snapshot.sharded else known):
+                if not (self._snapshot.ranks.any(known, mean.device) if snapshot.sharded else known):
                     continue  # on all ranks: those that hold zeros of it, or nothing, must have its gradient too
                 gradient = torch.zeros_like(snapshot.values[name])
             elif gradient.is_sparse:
@@ -131,11 +111,16 @@ class Correction:
         return residual
 
     def subtract(self, closure: Callable[[], Tensor], scaler: torch.amp.GradScaler | None) -> None:
-        """Run a batch at the snapshot, and subtract its weighted residual from ``.grad``."""
+        """Run a batch at the snapshot, and subtract its weighted residual from ``.grad``.
+
+        Random numbers that the closure draws are drawn again in the next pass.
+        """
         first = self._is_first()
         if first:
             self.begin_step()
+        randomness = RandomState(self._snapshot.model)
         self._correct(self._snapshot_backward(closure, scaler, first))
+        randomness.restore()
 
     def _weight(self, name: str) -> float:
         return 0.0 if self.averaged == 0 else self.weights[self._group[name]]  # there is no mean yet
@@ -171,12 +156,12 @@ class Correction:
         """Compute the statistics of the step from its batches so far."""
         gradients = self._gradients()
         self._left = next(((g, g._version) for g in gradients.values() if g is not None), None)
-        parallel = parallel_modules(self._model)
+        parallel = parallel_modules(self._snapshot.model)
         if not all(module.require_backward_grad_sync for module in parallel):
             return  # gradients are not reduced over ranks yet
         assert self._taken_off is not None
         if parallel:
-            self._ranks.mean(self._taken_off)
+            self._snapshot.ranks.mean(self._taken_off)
             if self._learns:
                 self._average_residual()
         taken_off, scale = self._taken_off, scale_of(scaler, self._taken_off.device)
@@ -199,7 +184,7 @@ class Correction:
         for name, values in self._snapshot.values.items():
             r = self._residual.get(name)
             r = self._residual[name] = torch.zeros_like(values) if r is None else r
-            self._ranks.mean(r)
+            self._snapshot.ranks.mean(r)
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -217,157 +202,149 @@ class Correction:
                 mean.add_(r / (noted.scale.to(mean) * self.averaged))
 
 
-def from_losses(new: Sequence[float], old: Sequence[float], weights: Sequence[float]) -> float | None:
-    """Return ``Cov(new, old) / Var(old)`` over batches, in [0, 1] (Lei et al. 2024, equation 4).
+class Losses(NamedTuple):
+    """Mean losses of batches over all ranks, with the present weights and with the snapshot's, and sizes of batches."""
+
+    new: list[float]
+    old: list[float]
+    sizes: list[float]
+
+    def estimate(self) -> float | None:
+        """Return c by :func:`from_losses`."""
+        return from_losses(*self)
+
+
+def pass_over(
+    snapshot: Snapshot,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor],
+    *,
+    size: Callable[[Any], int] | None,
+    scaler: torch.amp.GradScaler | None,
+    cost: ExtraCost,
+) -> Losses:
+    """Compute the mean gradient of the present weights over batches, into the snapshot's mean, and return losses.
+
+    Weights, gradients, norm statistics and probes do not change. Both passes over a batch have the same dropout. The
+    mean is NaN where the gradients of all batches overflow.
 
     Args:
-        new: mean loss of each batch with the present weights.
-        old: mean loss of each batch with the weights of the snapshot.
-        weights: of the batches, such as their sizes.
+        snapshot: of a model in training mode, as in a training step. If it is taken, losses are computed with its
+            weights too.
+        batches: of this rank; where parameters are sharded, as many as on the others.
+        loss: computes the loss ``()`` of a batch.
+        size: returns the number of examples that a batch counts as; None for that of its rows.
+        scaler: scales losses; a batch whose gradient overflows does not count.
+        cost: counts the FLOPs.
 
-    Returns:
-        None where it is undefined: fewer than two batches, old losses that do not vary, or losses that are not finite.
+    Raises:
+        ValueError: there are no batches, or other numbers of them on ranks that gather parameters together.
     """
-    total = math.fsum(weights)
-    if len(new) < 2 or total <= 0 or not all(map(math.isfinite, (*new, *old))):
-        return None
-    mean_new = math.fsum(w * a for w, a in zip(weights, new, strict=True)) / total
-    mean_old = math.fsum(w * o for w, o in zip(weights, old, strict=True)) / total
-    covariance = math.fsum(w * (a - mean_new) * (o - mean_old) for w, a, o in zip(weights, new, old, strict=True))
-    variance = math.fsum(w * (o - mean_old) ** 2 for w, o in zip(weights, old, strict=True))
-    squares = math.fsum(w * o * o for w, o in zip(weights, old, strict=True))
-    return None if variance <= ROUNDING * squares else clamped(covariance / variance)
+    compare, ranks = snapshot.taken, snapshot.ranks
+    snapshot.allocate()  # taken only when the pass is over: it may fail
+    for mean in snapshot.mean.values():
+        mean.zero_()
+    noted: list[Tensor] = []  # (size, size * new, size * old) of each batch
+    with snapshot.extra_passes():
+        for batch, own, together in _sized(batches, size or _rows, snapshot):
+            closure = partial(loss, batch)
+            randomness = RandomState(snapshot.model)
+            with cost.counted("batch"):
+                new = loss_of(closure)
+                # fully_shard averages over ranks: with these weights, over the examples of all
+                backpropagate(new * (ranks.count * own / max(1, together)) if snapshot.sharded else new, scaler)
+                new = new.detach()
+            counted = own if _add_gradients(snapshot, together, scaler) else 0
+            old = torch.zeros_like(new)
+            if compare:
+                randomness.restore()
+                with snapshot.swapped(), torch.no_grad(), cost.counted("compared batch"):
+                    old = loss_of(closure)
+            # A batch that overflowed has size 0, and must not make the sums over ranks NaN.
+            pair = torch.stack([new, old]).double() * counted if counted else new.new_zeros(2, dtype=torch.float64)
+            noted.append(torch.cat([pair.new_tensor([counted]), pair]))
+    if not noted:
+        raise InputError(
+            "batches is empty; give some of the training set, a few dozen batches or more", parameter="batches"
+        )
+    rows = _over_ranks(torch.stack(noted), snapshot)
+    total = rows[:, 0].sum()
+    for mean in snapshot.mean.values():
+        (mean if snapshot.sharded else ranks.sum(mean)).div_(total.to(mean))
+    rows = rows[rows[:, 0] > 0]
+    sizes, new_sums, old_sums = rows.unbind(1)
+    if not compare:
+        return Losses([], [], [])
+    return Losses((new_sums / sizes).tolist(), (old_sums / sizes).tolist(), sizes.tolist())
 
 
-def from_products(product: float, square: float) -> float | None:
-    """Return ``E<g_new, R> / E|R|^2``, clamped to [0, 1], where R is the residual; None where R is zero.
+def _sized(batches: Iterable[Any], size: Callable[[Any], int], snapshot: Snapshot) -> Iterator[tuple[Any, int, int]]:
+    """Yield each batch with its number of examples, and the number of those that its gradients will be the mean of.
 
-    It minimises the variance of ``g_new - c R``: equation 3 of Lei et al. 2024 for vectors.
+    The latter are those of all ranks where parameters are sharded.
+
+    Raises:
+        ValueError: ranks that share parameters have other numbers of batches; raised on all.
     """
-    if not (math.isfinite(product) and math.isfinite(square)) or square <= 0:
-        return None
-    return clamped(product / square)
+    if not snapshot.sharded:
+        for batch in batches:
+            yield batch, (own := size(batch)), own
+        return
+    left, absent = iter(batches), object()
+    while True:
+        batch = next(left, absent)
+        own = 0 if batch is absent else size(batch)
+        there, together = snapshot.ranks.sum(torch.tensor([batch is not absent, own], device=snapshot.device)).tolist()
+        if there == 0:
+            return
+        if there < snapshot.ranks.count:
+            raise InputError(
+                "ranks have other numbers of batches, and under fully_shard each pass needs all of them: give all the "
+                "same number, such as by drop_last=True"
+            )
+        yield batch, own, together
 
 
-def clamped(c: float) -> float:
-    """Return the nearest number in [0, 1]."""
-    return min(1.0, max(0.0, c))
+@torch.no_grad()
+def _add_gradients(snapshot: Snapshot, size: int, scaler: torch.amp.GradScaler | None) -> bool:
+    """Add a batch's gradients to the mean and clear them; return False, and add none, if they overflowed."""
+    gradients = {name: local(p.grad) for name, p in snapshot.parameters.items() if p.grad is not None}
+    for parameter in snapshot.parameters.values():
+        parameter.grad = None
+    if size == 0:
+        return True
+    if scaler is None:
+        for name, gradient in gradients.items():
+            snapshot.mean[name].add_(gradient, alpha=size)
+        return True
+    overflowed = not all(is_finite(gradient) for gradient in gradients.values())
+    if snapshot.ranks.any(overflowed, snapshot.device) if snapshot.sharded else overflowed:
+        return False
+    for name, gradient in gradients.items():
+        mean = snapshot.mean[name]
+        mean.add_(gradient.to(mean.dtype) * (size / scale_of(scaler, mean.device)))
+    return True
 
 
-def smoothed(c: float, estimate: float | None, alpha: float) -> float:
-    """Return ``(1 - alpha) c + alpha estimate`` (equation 5), or ``c`` where there is no estimate."""
-    return c if estimate is None else (1 - alpha) * c + alpha * estimate
+def _over_ranks(rows: Tensor, snapshot: Snapshot) -> Tensor:
+    """Sum the rows of each batch over ranks; a rank with fewer batches adds nothing to the last ones."""
+    ranks = snapshot.ranks
+    if ranks.count == 1:
+        return rows
+    most = torch.tensor(rows.shape[0], device=rows.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=ranks.group)
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, int(most) - rows.shape[0]))
+    return ranks.sum(padded)
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product ``()`` of two tensors in float64, summed in float32 or float64."""
-    dtype = accumulate_dtype(a.dtype)
-    return (a.to(dtype) * b.to(dtype)).sum().double()
+def _rows(batch: Any) -> int:
+    """Return the number of rows of a batch's first tensor; 1 if it has none."""
+    tensor = _first_tensor(batch)
+    return 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
 
 
-class Products:
-    """Sums over steps of ``<g_new, R>`` and ``|R|^2`` for each group of parameters.
-
-    Args:
-        groups: number of groups.
-        device: of the sums.
-    """
-
-    def __init__(self, groups: int, device: torch.device) -> None:
-        self.sums = torch.zeros(groups, 2, dtype=torch.float64, device=device)
-
-    def add(self, products: Tensor) -> None:
-        """Add the products ``(groups, 2)`` of one step, unless they overflowed."""
-        self.sums += torch.where(products.isfinite().all(), products, 0)
-
-    def estimates(self) -> list[float | None]:
-        """Return c of each group, and clear the sums; synchronises the device."""
-        found = [from_products(product, square) for product, square in self.sums.tolist()]
-        self.sums.zero_()
-        return found
-
-
-class VarianceRatio:
-    """The ratio of the variances of two series of gradients, from a sample of their elements.
-
-    A variance is half the mean square of the difference of successive terms, so that the mean may drift. The sample is
-    every n-th element of all parameters.
-
-    Args:
-        sizes: number of elements of each parameter, by name.
-        device: of the sums.
-        rows: of sharded parameters those ``(n,)`` that this rank holds, ascending.
-    """
-
-    def __init__(self, sizes: dict[str, int], device: torch.device, rows: Mapping[str, Tensor] | None = None) -> None:
-        self._sizes, self._rows = sizes, rows or {}
-        self.stride = math.ceil(sum(sizes.values()) / SAMPLED) | 1  # odd, so that it is not one column of the blocks
-        self._offsets: dict[str, int] = {}
-        start = 0
-        for name, size in sizes.items():
-            self._offsets[name] = -start % self.stride
-            start += size
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self._last = 1.0
-
-    def sample(self, name: str, tensor: Tensor | None) -> Tensor:
-        """Return the sampled elements ``(n,)`` of a parameter's tensor, as a float32 copy; zeros for None.
-
-        Of a sharded parameter the tensor is this rank's part, and elements of other ranks are zero.
-        """
-        offset, device = self._offsets[name], self._sums.device
-        rows = self._rows.get(name)
-        if tensor is not None and rows is None:
-            return tensor.flatten()[offset :: self.stride].to(device, torch.float32, copy=True)
-        at = torch.arange(offset, self._sizes[name], self.stride, device=device)
-        sample = torch.zeros(at.shape, dtype=torch.float32, device=device)
-        if tensor is not None and rows is not None and rows.numel():
-            width = tensor[0].numel()
-            row = torch.searchsorted(rows, at // width).clamp_(max=rows.shape[0] - 1)
-            here = rows[row] == at // width
-            sample[here] = tensor.flatten()[(row * width + at % width)[here]].float()
-        return sample
-
-    def add(self, corrected: Tensor, plain: Tensor) -> None:
-        """Add the samples of one step."""
-        if self._before is not None:
-            pairs = ((corrected, self._before[0]), (plain, self._before[1]))
-            squares = torch.stack([(now - before).square().sum() for now, before in pairs]).double()
-            self._sums += torch.where(squares.isfinite().all(), squares, 0)
-        self._before = (corrected, plain)
-
-    def skip(self) -> None:
-        """Drop the difference to the next step: blocks have moved, so that elements are not the same."""
-        self._before = None
-
-    def restart(self) -> None:
-        """Clear the sums; until two more steps are added, the ratio stays as it is."""
-        self._last = self.value()
-        self._sums.zero_()
-        self._before = None
-
-    def value(self) -> float:
-        """Return the ratio; 1 at first. Synchronises the device."""
-        corrected, plain = self._sums.tolist()
-        return corrected / plain if plain > 0 else self._last
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
-        return {"before": self._before, "sums": self._sums.clone(), "last": self._last}
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if the samples in a state do not have the right number of elements."""
-        count = sum(len(range(self._offsets[name], size, self.stride)) for name, size in self._sizes.items())
-        for sample in state["before"] or ():
-            if not isinstance(sample, Tensor) or sample.dtype != torch.float32 or sample.shape != (count,):
-                raise InputError(f"the samples of the variance must be two tensors ({count},) of torch.float32")
-        if state["before"] is not None and len(state["before"]) != 2:
-            raise InputError("the samples of the variance must be two tensors")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        before = state["before"]
-        self._before = None if before is None else (before[0].to(self._sums.device), before[1].to(self._sums.device))
-        self._sums.copy_(state["sums"])
-        self._last = state["last"]
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)

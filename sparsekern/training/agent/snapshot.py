@@ -1,22 +1,37 @@
-"""A snapshot of a model: an earlier state and its mean gradient (AGENT)."""
+"""A snapshot of a model: an earlier state and its mean gradient (AGENT); extra passes, and what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsekern.errors import InputError
-from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.kernels.contract import accumulate_dtype, is_finite
 from sparsekern.nn import BlockSparse, plain_name, sparse_layers
-from sparsekern.nn.sharded import is_by_slots, is_sharded, joined, local, own_rows, sharded_as
+from sparsekern.nn.norm import keep_norm_statistics
+from sparsekern.nn.sharded import (
+    is_by_slots,
+    is_sharded,
+    joined,
+    local,
+    own_rows,
+    reshard,
+    sharded_as,
+    sharded_modules,
+    without_sync,
+)
+from sparsekern.nn.surgery import without_gradients
 from sparsekern.topology import Index, Topology, empty_index, rebuild_
-from sparsekern.training.base import Method
-from sparsekern.training.distributed import reshard, sharded_modules
+from sparsekern.training.distributed import Ranks
 
 EXCHANGED = 2**18
 """Number of elements that :func:`exchange_` copies at a time, which bounds its scratch memory."""
@@ -30,9 +45,11 @@ class Snapshot:
 
     Args:
         model: the model.
-        method: moves the blocks; None if no block moves.
+        group: the process group of the ranks that train it; None for all.
+        follow: :meth:`Method.follow` of the method that moves the blocks; None if no block moves.
 
     Attributes:
+        ranks: the ranks that train the model.
         taken: whether it holds a state.
         parameters: parameters of the model that are not frozen, by name.
         values: their values at the snapshot, those of this rank.
@@ -47,7 +64,10 @@ class Snapshot:
         NotImplementedError: some are sharded and others are not, or not by their first axis or over the same ranks.
     """
 
-    def __init__(self, model: nn.Module, method: Method | None) -> None:
+    def __init__(
+        self, model: nn.Module, group: dist.ProcessGroup | None = None, follow: Callable[..., None] | None = None
+    ) -> None:
+        self.model, self.ranks = model, Ranks(group)
         self._modules = sharded_modules(model)
         reshard(self._modules, sparse_layers(model))
         self.parameters = {plain_name(model, name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -64,15 +84,15 @@ class Snapshot:
             name: by_values[id(p)] for name, p in self.parameters.items() if id(p) in by_values
         }
         self._places: dict[str, tuple[Topology, Index]] = {}
-        self._fixed = method is None
+        self._fixed = follow is None
         self._moved: set[str] = set()
         self.same = {
             name: torch.ones(layer.values.shape[0], dtype=torch.bool, device=layer.values.device)
             for name, (_, layer) in self.layers.items()
         }
-        if method is not None:
+        if follow is not None:
             for name, (layer_name, _) in self.layers.items():
-                method.follow(self.same[name], layer=layer_name, on_move=partial(self._note, name))
+                follow(self.same[name], layer=layer_name, on_move=partial(self._note, name))
 
     def _note(self, name: str, same: Tensor, slots: Tensor) -> None:
         same.index_fill_(0, slots.to(same.device), False)
@@ -152,6 +172,29 @@ class Snapshot:
                 layer.accept_index_()
             stack.callback(self.reshard)  # called first
             yield
+
+    @contextmanager
+    def extra_passes(self) -> Iterator[None]:
+        """Run passes, with their backwards, that leave no trace: gradients are None, and restored at the end.
+
+        Gradients in the context are of this rank alone; under ``fully_shard`` they are its shards of the mean over
+        ranks.
+        """
+        layers = sparse_layers(self.model).values()
+        with ExitStack() as stack:
+            stack.enter_context(keep_norm_statistics(self.model))
+            stack.enter_context(without_sync(self.model))
+            for module in self._modules:
+                module.reshard()
+                module.set_requires_gradient_sync(True, recurse=False)
+                stack.callback(module.reshard)
+            stack.enter_context(without_probes(layers))
+            stack.enter_context(without_gradients(self.model.parameters()))
+            yield
+
+    def has_mean(self) -> bool:
+        """Return whether the mean gradient is finite on all ranks; synchronises the device."""
+        return not self.ranks.any(not all(map(is_finite, self.mean.values())), self.device)
 
     def zero_moved_(self, name: str, tensor: Tensor) -> Tensor:
         """Zero this rank's part of a parameter's tensor where blocks moved since the snapshot; return it."""
@@ -241,3 +284,64 @@ def exchange_(a: Tensor, b: Tensor) -> None:
         kept = x.clone()
         x.copy_(y)
         y.copy_(kept)
+
+
+@contextmanager
+def without_probes(layers: Iterable[BlockSparse]) -> Iterator[None]:
+    """Disable the probes of layers."""
+    armed = [(layer, layer.probe) for layer in layers if layer.probe is not None]
+    try:
+        for layer, _ in armed:
+            layer.probe = None
+        yield
+    finally:
+        for layer, probe in armed:
+            layer.probe = probe
+
+
+class ExtraCost:
+    """FLOPs and seconds of the passes that a plain training does not make.
+
+    The FLOPs of the first pass of each kind are counted, and those of later ones assumed equal until :meth:`recount`:
+    counting slows a pass down. Seconds are wall-clock time of the host.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0
+        self.seconds = 0.0
+        self._of_pass: dict[str, int] = {}
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the seconds that the context takes."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    @contextmanager
+    def counted(self, kind: str) -> Iterator[None]:
+        """Add the FLOPs of one pass of this kind."""
+        if kind in self._of_pass:
+            yield
+        else:
+            # A compiled graph cannot be counted, and one with fullgraph=True not even run under the counter.
+            with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+                warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # the counter's own hooks
+                with FlopCounterMode(display=False) as counter:
+                    yield
+            self._of_pass[kind] = counter.get_total_flops()
+        self.flops += self._of_pass[kind]
+
+    def recount(self) -> None:
+        """Count the next pass of every kind again, because topology or batches may have changed."""
+        self._of_pass.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts; those that have other names in the course of a run are in a tuple."""
+        return {"flops": self.flops, "seconds": self.seconds, "of_pass": (dict(self._of_pass),)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self.flops, self.seconds, self._of_pass = state["flops"], state["seconds"], dict(state["of_pass"][0])

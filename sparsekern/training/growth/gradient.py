@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sparsekern.errors import InputError
-from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.kernels.contract import accumulate_dtype, is_finite
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import Move, are_absent, generator_for, ordered_keys, stored_blocks, to_places
+from sparsekern.topology import Move, are_absent, generator_for, ordered_keys, part_of, stored_blocks, to_places
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.base import Method
 from sparsekern.training.growth.probe_set import ProbeSet
-from sparsekern.training.scores import Offer, highest, is_finite, lowest, norms_of, part_of, share_out, warn_of_no_room
+from sparsekern.training.scores import Offer, highest, lowest, norms_of, share_out, warn_of_no_room
 
 _log = logging.getLogger("sparsekern")
 

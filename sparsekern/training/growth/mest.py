@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import Move, stored_blocks
+from sparsekern.nn.sharded import reshard, slot_scores
+from sparsekern.topology import Move, part_of, stored_blocks, units
 from sparsekern.topology.arguments import check_number
 from sparsekern.training.attachment import check_like
-from sparsekern.training.distributed import reshard, slot_scores
-from sparsekern.training.scores import lowest, norms_of, part_of, units, warn_of_no_room
-from sparsekern.training.set import SET, grow_at_random
+from sparsekern.training.magnitude import SET, grow_at_random
+from sparsekern.training.scores import lowest, norms_of, warn_of_no_room
 
 
 class MEST(SET):
@@ -94,7 +94,7 @@ class MEST(SET):
         """Return the move of the least important blocks; with ``soft_bound``, of what was grown and of what grows."""
         if not self.soft_bound:
             return super().choose(name, layer, fraction, generator)
-        parts = units(layer)
+        parts = units(layer.topology, layer.tie_taps)
         target = self.first_keys[name].shape[0] // parts.size
         surplus = max(0, stored_blocks(layer.index) // parts.size - target)
         grown = 0 if self.schedule.is_last(self.steps) else part_of(target, fraction)

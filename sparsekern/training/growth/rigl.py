@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import Move, ordered_keys, stored_blocks, to_places
+from sparsekern.topology import Move, ordered_keys, part_of, stored_blocks, to_places
 from sparsekern.topology.arguments import check_choice, check_number, check_whole
-from sparsekern.training.gradual import Gradual
 from sparsekern.training.growth.gradient import GradientMethod
-from sparsekern.training.scores import Offer, highest, lowest, part_of
+from sparsekern.training.magnitude import Gradual
+from sparsekern.training.scores import Offer, highest, lowest
 
 LEAST_SKETCHES = 4
 """Minimum number of sketches: the squared norm then has a relative deviation of about 1.4."""

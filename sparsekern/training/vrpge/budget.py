@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import Move, Topology, check_sparsity, one_tap, ordered_keys, sample_absent, to_places
+from sparsekern.topology import Move, Topology, Units, check_sparsity, one_tap, ordered_keys, sample_absent, to_places
 from sparsekern.topology.arguments import check_choice, check_number
-from sparsekern.training.scores import Units
 
 Group = str | Callable[[BlockSparse], Tensor]
 """``"block"``, ``"row"``, ``"column"``, or a function that returns a whole number ``(Z,)`` for each slot of a layer."""

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.nn import lend_index
-from sparsekern.nn.sharded import copy_slots_, full_like_rows, take_slots
+from sparsekern.nn.norm import keep_norm_statistics
+from sparsekern.nn.sharded import copy_slots_, full_like_rows, take_slots, without_sync
 from sparsekern.nn.surgery import param_group
 from sparsekern.topology import Index, Move, empty_index, mask_index_, to_places
 from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.training.optimizer_state import slot_state
-from sparsekern.training.passes import RandomState, backpropagate, keep_norm_statistics, loss_of, without_sync
+from sparsekern.training.passes import RandomState, backpropagate, loss_of
 from sparsekern.training.vrpge.budget import Budget
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}

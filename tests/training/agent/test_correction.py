@@ -10,29 +10,28 @@ import pytest
 import torch
 from torch import nn
 
+import sparsekern as sk
 from sparsekern.training.agent import correction as module
-from sparsekern.training.agent.correction import (
+from sparsekern.training.agent.correction import Correction
+from sparsekern.training.agent.snapshot import ExtraCost, Snapshot
+from sparsekern.training.agent.statistics import (
     SAMPLED,
-    Correction,
     Products,
     VarianceRatio,
     from_losses,
     from_products,
     inner,
-    smoothed,
 )
-from sparsekern.training.agent.snapshot import Snapshot
 from sparsekern.training.distributed import Ranks
-from sparsekern.training.passes import ExtraCost
 
 
 def make():
     """Loss ``w x``: the gradient is x, at the snapshot too; its mean is 1."""
     model = nn.Linear(1, 1, bias=False)
-    snapshot = Snapshot(model, None)
+    snapshot = Snapshot(model)
     snapshot.take()
     snapshot.mean["weight"].fill_(1)
-    correction = Correction(model, snapshot, {"weight": ""}, learns=True, cost=ExtraCost(), ranks=Ranks())
+    correction = Correction(snapshot, {"weight": ""}, learns=True, cost=ExtraCost())
     correction.weights[""] = 0.5
     return model, correction
 
@@ -85,10 +84,10 @@ def test_ranks_average_the_same_tensors_whatever_their_batches_used(monkeypatch)
     asked: list[torch.Size] = []
     monkeypatch.setattr(Ranks, "sum", lambda self, t: asked.append(t.shape) or t)
     model = nn.ModuleList([nn.Linear(2, 1, bias=False), nn.Linear(3, 1, bias=False)])
-    snapshot = Snapshot(model, None)
+    snapshot = Snapshot(model)
     snapshot.take()
     groups = {"0.weight": "", "1.weight": ""}
-    correction = Correction(model, snapshot, groups, learns=True, cost=ExtraCost(), ranks=Ranks())
+    correction = Correction(snapshot, groups, learns=True, cost=ExtraCost())
     for part in (1, 0):
 
         def closure(part: nn.Module = model[part]) -> torch.Tensor:
@@ -174,11 +173,16 @@ def test_it_lies_between_zero_and_one():
 )
 def test_losses_that_say_nothing(new, old):
     assert from_losses(new, old, [1.0] * len(new)) is None
-    assert smoothed(0.3, None, 0.5) == 0.3
 
 
 def test_smoothing():
-    assert smoothed(0.2, 1.0, 0.3) == pytest.approx(0.7 * 0.2 + 0.3)
+    model = nn.Linear(1, 1)
+    agent = sk.AGENT(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3)
+    agent.c = {"": 0.2}
+    agent._smooth([None])
+    assert agent.c == {"": 0.2}
+    agent._smooth([1.0])
+    assert agent.c == {"": pytest.approx(0.7 * 0.2 + 0.3)}
 
 
 def test_products_add_up_and_one_that_overflowed_does_not_count():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,10 +11,8 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.training.agent import snapshot as module
-from sparsekern.training.agent.mean_gradient import _rows, pass_over
-from sparsekern.training.agent.snapshot import Snapshot, exchange_
-from sparsekern.training.distributed import Ranks
-from sparsekern.training.passes import ExtraCost
+from sparsekern.training.agent.correction import _rows, pass_over
+from sparsekern.training.agent.snapshot import ExtraCost, Snapshot, exchange_
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5, 4), (7, 2, 3)])
@@ -33,7 +32,7 @@ def test_the_model_becomes_the_snapshot_on_its_topology_and_back(block):
     model = sk.sparsify_(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)), 0.5, block, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = sk.SET(model, optimizer, drop_fraction=0.5)
-    snapshot = Snapshot(model, method)
+    snapshot = Snapshot(model, follow=method.follow)
     snapshot.take()
     old, x = copy.deepcopy(model), torch.randn(5, 16)
     with torch.no_grad():
@@ -53,7 +52,7 @@ def test_the_model_becomes_the_snapshot_on_its_topology_and_back(block):
     moved = model[0].topology.keys() != old[0].topology.keys()
     assert snapshot.zero_moved_("0.values", torch.full_like(model[0].values, torch.nan))[moved].eq(0).all()
     assert snapshot.corrected() < 1
-    other = Snapshot(new, None)
+    other = Snapshot(new)
     other.load_state_dict(snapshot.state_dict())
     with other.swapped():
         assert torch.equal(new(x), old(x))
@@ -64,16 +63,16 @@ def test_the_model_becomes_the_snapshot_on_its_topology_and_back(block):
 
 def test_a_dense_model_and_one_that_does_not_train():
     model = nn.Linear(3, 2)
-    snapshot = Snapshot(model, None)
+    snapshot = Snapshot(model)
     assert snapshot.corrected() == 0
     snapshot.take()
     assert snapshot.corrected() == 1 and snapshot.values.keys() == {"weight", "bias"}
     with pytest.raises(ValueError, match="no parameter of the model trains"):
-        Snapshot(model.requires_grad_(False), None)
+        Snapshot(model.requires_grad_(False))
 
 
 def test_half_precision_has_a_mean_in_float32():
-    snapshot = Snapshot(nn.Linear(3, 2, dtype=torch.bfloat16), None)
+    snapshot = Snapshot(nn.Linear(3, 2, dtype=torch.bfloat16))
     snapshot.take()
     assert snapshot.values["weight"].dtype == torch.bfloat16 and snapshot.mean["weight"].dtype == torch.float32
 
@@ -81,7 +80,7 @@ def test_half_precision_has_a_mean_in_float32():
 def test_an_autocast_around_both_casts_the_weights_of_each():
     """It keeps what it has cast, by the address of the weight, which is the same."""
     model, x = nn.Linear(4, 2), torch.randn(3, 4)
-    snapshot = Snapshot(model, None)
+    snapshot = Snapshot(model)
     snapshot.take()
     with torch.no_grad():
         model.weight.neg_()
@@ -102,11 +101,11 @@ def parts():
     torch.manual_seed(0)
     model = sk.sparsify_(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), 0.5, 4, seed=0).to(F64)
     data = [torch.randn(rows, 8, dtype=F64) for rows in (6, 6, 2)]
-    return model, Snapshot(model, None), data, lambda x: model(x).square().mean()
+    return model, Snapshot(model), data, lambda x: model(x).square().mean()
 
 
-def run(model, snapshot, data, loss, scaler=None):
-    return pass_over(model, snapshot, data, loss, scaler=scaler, cost=ExtraCost(), ranks=Ranks(), size=None)
+def run(snapshot, data, loss, scaler=None):
+    return pass_over(snapshot, data, loss, scaler=scaler, cost=ExtraCost(), size=None)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -115,7 +114,7 @@ def test_the_mean_is_that_of_all_rows_whatever_the_batches(scaled):
     loss(torch.cat(data)).backward()
     full = {name: p.grad for name, p in model.named_parameters()}
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0) if scaled else None
-    assert run(model, snapshot, [*data, data[0] * torch.inf] if scaled else data, loss, scaler) == ([], [], [])
+    assert run(snapshot, [*data, data[0] * torch.inf] if scaled else data, loss, scaler) == ([], [], [])
     for name, p in model.named_parameters():
         torch.testing.assert_close(snapshot.mean[name], full[name])
         assert p.grad is full[name]
@@ -129,15 +128,15 @@ def test_losses_of_both_weights_and_sizes():
         model[0].values.mul_(1.5)
     new = [loss(x).item() for x in data]
     scaler = torch.amp.GradScaler("cpu")
-    found = run(model, snapshot, [data[0] * torch.inf, *data], loss, scaler)  # the first does not count
+    found = run(snapshot, [data[0] * torch.inf, *data], loss, scaler)  # the first does not count
     assert found.sizes == [6, 6, 2]
     assert found.new == pytest.approx(new, rel=1e-12) and found.old == pytest.approx(old, rel=1e-12)
 
 
 def test_no_batches():
-    model, snapshot, _, loss = parts()
+    _, snapshot, _, loss = parts()
     with pytest.raises(ValueError, match="batches is empty; give some of the training set"):
-        run(model, snapshot, [], loss)
+        run(snapshot, [], loss)
 
 
 def test_rows_of_batches():
@@ -152,7 +151,7 @@ def test_where_every_batch_overflows_the_mean_is_not_known():
     """Not zero: the correction would be the whole gradient of the snapshot."""
     model, snapshot, data, loss = parts()
     scaler = torch.amp.GradScaler("cpu")
-    assert run(model, snapshot, [x * torch.inf for x in data], loss, scaler) == ([], [], [])
+    assert run(snapshot, [x * torch.inf for x in data], loss, scaler) == ([], [], [])
     assert all(mean.isnan().all() for mean in snapshot.mean.values())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     agent = sk.AGENT(model, optimizer, estimate="gradients", gamma=1.0)
@@ -160,3 +159,45 @@ def test_where_every_batch_overflows_the_mean_is_not_known():
     agent.backward(lambda: loss(data[0]), scaler=scaler)
     optimizer.step()
     assert not agent.state_dict()["ready"] and not agent.state_dict()["products"].any()
+
+
+def test_an_extra_pass_is_not_heard_and_probes_are_armed_again():
+    model = nn.Sequential(sk.SparseLinear(8, 8, block_size=4, sparsity=0.5), nn.BatchNorm1d(8))
+    row = col = torch.zeros(1, dtype=torch.int32)
+    probe = model[0].probe = sk.Probe.candidates(model[0].grid, row, col)
+    before = model[0].values.grad = torch.ones_like(model[0].values)
+    with Snapshot(model).extra_passes():
+        assert model[0].values.grad is None
+        model(torch.randn(5, 8)).square().sum().backward()
+        assert model[0].values.grad is not None
+    assert model[0].probe is probe and probe.tensor.grad is None
+    assert model[1].num_batches_tracked == 0 and model[0].values.grad is before
+
+
+def test_a_pass_is_counted_once_a_kind_until_a_recount():
+    layer, cost = sk.SparseLinear(64, 64, block_size=16, sparsity=0.5), ExtraCost()
+    flops = 2 * 64 * 32
+    for rows in (1, 5):
+        with cost.counted("a"):
+            layer(torch.randn(rows, 64))
+    assert cost.flops == 2 * flops
+    cost.recount()
+    with cost.counted("a"), cost.timed():
+        layer(torch.randn(5, 64))
+    assert cost.flops == 7 * flops and cost.seconds > 0
+    other = ExtraCost()
+    other.load_state_dict(cost.state_dict())
+    with other.counted("a"):
+        pass
+    assert other.flops == 12 * flops and other.seconds == cost.seconds
+
+
+def test_a_compiled_model_is_counted_as_the_plain_one():
+    layer, cost = sk.SparseLinear(64, 64, block_size=16, sparsity=0.5), ExtraCost()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(5, 64)
+    with warnings.catch_warnings(record=True) as heard, cost.counted("a"):
+        y = compiled(x)
+    assert cost.flops == 5 * 2 * 64 * 32 and not heard
+    with cost.counted("a"):
+        assert torch.equal(compiled(x), y)

@@ -273,6 +273,7 @@ def test_perturbed_batches_are_made_once_and_leave_no_trace():
         seen.append(batch)
         return loss(batch)
 
+    assert all(p.grad is None for p in model.parameters())
     agent.backward(closure, perturb=attack)
     assert len(made) == 1 and len(seen) == 2 and seen[0] is seen[1] and not torch.equal(seen[0], x)
     assert model[1].num_batches_tracked == 1

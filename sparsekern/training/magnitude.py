@@ -1,6 +1,10 @@
-"""Gradual pruning: the weakest blocks go while the network trains; and ``compact_``, which frees their memory.
+"""Methods that need no gradients: SET, Static, which moves no block, and gradual magnitude pruning.
 
-Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", arXiv 1710.01878.
+SET: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
+network science", Nature Communications 2018. The defaults are those with which Evci et al. 2020 (RigL) compare it.
+
+Gradual pruning: Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression",
+arXiv 1710.01878.
 """
 
 from __future__ import annotations
@@ -14,15 +18,154 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.nn import BlockSparse, refuse_sharded, sparse_layers
+from sparsekern.nn import BlockSparse, refuse_sharded
+from sparsekern.nn.init import draw_values
 from sparsekern.nn.selectors import by_entry
-from sparsekern.topology import Move, blocks_at, check_sparsity, stored_blocks, to_places
-from sparsekern.training.attachment import acting_on, unwrapped
+from sparsekern.nn.sharded import copy_slots_, slot_scores
+from sparsekern.topology import (
+    Move,
+    Topology,
+    Units,
+    blocks_at,
+    check_sparsity,
+    generator_for,
+    ordered_keys,
+    part_of,
+    sample_absent,
+    stored_blocks,
+    to_places,
+    units,
+)
+from sparsekern.topology.arguments import check_choice
 from sparsekern.training.base import Method
-from sparsekern.training.followers import OnMove
-from sparsekern.training.optimizer_state import slot_state
-from sparsekern.training.passes import parallel_modules
-from sparsekern.training.scores import ascending, lowest, protect_strongest, units
+from sparsekern.training.followers import OnMove, keep_slots_, used_slots
+from sparsekern.training.scores import ascending, free_slots, lowest, protect_strongest
+
+
+class SET(Method):
+    """Sparse Evolutionary Training on blocks.
+
+    An update moves the ``floor(drop_fraction * blocks)`` blocks of smallest Frobenius norm to places drawn uniformly
+    among the empty ones, where they start from zero. A dropped block never returns in the same update.
+
+    This is SET as RigL's paper and most later ones compare it. SET of its own paper is ``drop="signs",
+    grown_values="random", anneal="constant"``, once an epoch: ``preset("set-mocanu")``.
+
+    Args:
+        drop: ``"norm"``: the weakest blocks. ``"signs"``: the same fraction of the positive and of the negative blocks,
+            the weakest of each; a block of several elements has the sign of their sum.
+        grown_values: ``"zero"``, or ``"random"``: drawn like a layer's initial values. In a copy of the model that
+            follows, grown blocks start from zero in both cases.
+        options: the arguments of :class:`Method`.
+
+    Raises:
+        ValueError: ``drop`` or ``grown_values`` is unknown, or what :class:`Method` raises.
+
+    Example:
+        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75, block_size=16)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sparse = sk.SET(model, optimizer, update_every=100, stop=7500, drop_fraction=0.5)
+        >>> sparse.step(), sparse.update()
+        (False, True)
+        >>> sparse.metrics()["churn/0"]
+        0.5
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        drop: str = "norm",
+        grown_values: str = "zero",
+        **options: Any,
+    ) -> None:
+        check_choice("drop", drop, ("norm", "signs"))
+        check_choice("grown_values", grown_values, ("zero", "random"))
+        super().__init__(model, optimizer, **options)
+        self.drop, self.grown_values = drop, grown_values
+
+    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
+        """Return the weakest blocks and as many empty places. Tied taps move together, by their common norm."""
+        parts = units(layer.topology, layer.tie_taps)
+        blocks = stored_blocks(layer.index) // parts.size
+        empty = parts.topology.grid.cells - blocks
+        strength = self.strength(name, layer, parts)
+        if self.drop == "signs":
+            slots = _weakest_of_each_sign(layer, parts, strength, fraction)
+            if slots.shape[0] > empty:
+                slots = slots[lowest(strength[slots], empty)]
+        else:
+            slots = lowest(strength, min(part_of(blocks, fraction), empty))
+        return grow_at_random(layer, parts, slots, slots.shape[0], generator)
+
+    @torch.no_grad()
+    def fill(self, name: str, move: Move) -> None:
+        """Draw the values of blocks that have just moved, with ``grown_values="random"``."""
+        if self.grown_values == "zero":
+            return
+        layer = self.layers[name]
+        whole = Topology(layer.grid, layer.row.cpu(), layer.col.cpu())
+        moved = Topology(layer.grid, move.row.cpu(), move.col.cpu())
+        generator = generator_for(self.seed, type(self).__name__, name, self.steps, "values")
+        drawn = draw_values(moved, layer.values.dtype, generator, layer.init_scale, whole)
+        copy_slots_(layer.values, move.slots.long(), drawn.to(layer.values.device))
+
+
+def grow_at_random(layer: BlockSparse, parts: Units, dropped: Tensor, count: int, generator: torch.Generator) -> Move:
+    """Return the move that drops units and grows others, at places drawn uniformly among those that are empty before.
+
+    Args:
+        layer: see above.
+        parts: its units.
+        dropped: ``(k,)`` units.
+        count: how many grow, in the slots of the dropped ones and in free ones, as far as there are places and slots.
+        generator: on the CPU.
+    """
+    topology, free = parts.topology, None
+    present = topology.sorted_keys() if parts.slots is not None else ordered_keys(layer.index, topology)
+    room = dropped.shape[0]
+    if count > room:
+        free = free_slots(layer)
+        room += free.shape[0] // parts.size
+    count = min(count, room, topology.grid.cells - present.shape[0])
+    return parts.replaced(dropped, sample_absent(present, topology.grid.cells, count, generator, ordered=True), free)
+
+
+def _weakest_of_each_sign(layer: BlockSparse, parts: Units, strength: Tensor, fraction: float) -> Tensor:
+    """Return a fraction of the positive units and of the negative ones, the weakest of each, in ascending order."""
+    sums = slot_scores(layer.values, lambda blocks: blocks.sum((1, 2), dtype=strength.dtype))
+    positive = parts.sums(sums) >= 0
+    used = parts.topology.used()
+    chosen = [
+        lowest(strength.masked_fill(~side, torch.inf), part_of(int(side.sum()), fraction))
+        for side in (positive & used, ~positive & used)
+    ]
+    return torch.cat(chosen).sort().values
+
+
+class Static(Method):
+    """The control of every comparison: the same layers and the same loop, but no block ever moves.
+
+    Args:
+        model, optimizer: as for :class:`Method`.
+        options: of :class:`Method`, ``update_every``, ``start``, ``stop`` and ``offset``, which say when an update is
+            counted and ranks are compared, ``seed``, ``check_ranks`` and ``process_group``.
+
+    Raises:
+        ValueError: an option about moves is given, or what :class:`Method` raises.
+    """
+
+    unused_options: ClassVar = ("drop_fraction", "anneal", "grown_state", "keep_connected", "min_age")
+    moves_fraction = False
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        self.check_options(options)
+        super().__init__(model, optimizer, **options)
+
+    def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
+        """Return None."""
+        return None
 
 
 class Gradual(Method):
@@ -135,7 +278,7 @@ class Gradual(Method):
 
     def _free(self, layers: dict[str, BlockSparse], count: int) -> dict[str, Move]:
         """Return the moves that free the ``count`` weakest blocks of some layers, in units that move together."""
-        parts = {name: units(layer) for name, layer in layers.items()}
+        parts = {name: units(layer.topology, layer.tie_taps) for name, layer in layers.items()}
         cost = [1 if parts[name].slots is None else layer.grid.taps for name, layer in layers.items()]
         strengths = [self.strength(name, layer, parts[name]) for name, layer in layers.items()]
         if len(layers) > 1:
@@ -179,139 +322,3 @@ def _weakest(scores: list[Tensor], cost: list[int], count: int) -> list[Tensor]:
     chosen = torch.zeros(order.shape[0], dtype=torch.bool, device="cpu")
     chosen[order] = 2 * costs.cumsum(0) - costs <= 2 * count
     return [part.nonzero().squeeze(1) for part in chosen.split(sizes)]
-
-
-def compact_(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, like: Mapping[str, Tensor] | None = None
-) -> int:
-    """Give the memory of free slots back: of values, gradients, optimizer state and index, layer by layer.
-
-    The other slots keep their order, and all that is kept its bits, so the next step is the same. Call it between
-    ``optimizer.step()`` and the next forward. The ``values`` of a layer with free slots become a new, smaller
-    parameter, which takes the place of the old one in the model and in the optimizer. Whatever else holds the old one
-    must be made anew: lists of parameters, CUDA graphs, ``DistributedDataParallel``. ``torch.compile`` compiles such a
-    layer again. A training method of the layers follows, and copies of the model that follow it, unless it is VR-PGE or
-    AGENT, which hold numbers for each slot.
-
-    A run whose slots went resumes in three steps: build model, optimizer and method as in the beginning; call
-    ``compact_(model, optimizer, like=saved)``; load the states.
-
-    Args:
-        model: changed in place.
-        optimizer: holds the values; changed in place. None if there is none yet.
-        like: the state dict of ``model`` from a checkpoint, which is to be loaded next: each layer gets as many slots
-            as there, and loses the blocks in the others.
-
-    Returns:
-        The number of bytes that are free now.
-
-    Raises:
-        TypeError: ``model`` is not a :class:`torch.nn.Module`, or ``optimizer`` is not an optimizer.
-        ValueError: the optimizer does not hold the values of a layer that trains, or keeps a state that cannot be split
-            by slots; another tensor follows the blocks; or ``like`` has more slots than a layer. Nothing has changed.
-        NotImplementedError: the model is under DistributedDataParallel or ``fully_shard``, or its method is VR-PGE or
-            AGENT. Nothing has changed.
-
-    Example:
-        >>> model = sk.sparsify_(nn.Sequential(nn.Linear(64, 64)), sparsity=0.0, block_size=16)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> sparse = sk.Gradual(model, optimizer, final_sparsity=0.75, stop=2, update_every=1)
-        >>> sparse.steps = 1
-        >>> sparse.update(), model[0].values.shape
-        (True, torch.Size([16, 16, 16]))
-        >>> sk.compact_(model, optimizer) > 12 * 16 * 16 * 4, model[0].values.shape
-        (True, torch.Size([4, 16, 16]))
-    """
-    layers = sparse_layers(model)
-    if parallel_modules(model):
-        raise NotImplementedError(
-            "model is under DistributedDataParallel, which holds its parameters: call compact_ on the module inside, "
-            "then wrap it again"
-        )
-    kept = {
-        name: used_slots(layer) if like is None else _first_slots(model, layer, like) for name, layer in layers.items()
-    }
-    return keep_slots_(layers, None if optimizer is None else unwrapped(optimizer), kept)
-
-
-def keep_slots_(
-    layers: Mapping[str, BlockSparse], optimizer: torch.optim.Optimizer | None, kept: Mapping[str, Tensor]
-) -> int:
-    """Keep some slots of layers, as :func:`compact_` does; raises what it raises.
-
-    Args:
-        layers: by name.
-        optimizer: holds their values, or None.
-        kept: by the name of the layer, ``(n,)`` ascending slots.
-
-    Returns:
-        The number of bytes that are free now.
-    """
-    refuse_sharded(layers, "compact_ works before fully_shard only")
-    owners = acting_on([*layers.values(), *([] if optimizer is None else [optimizer])])
-    for owner in owners:
-        owner.check_compact()
-        if optimizer is not owner.optimizer:
-            raise InputError(
-                f"optimizer is not the one of the {type(owner).__name__} that moves the blocks; give that one",
-                parameter="optimizer",
-            )
-    kept = {name: slots for name, slots in kept.items() if slots.shape[0] < layers[name].topology.slots}
-    for name in kept:
-        layers[name].check_not_parametrized()
-        values = layers[name].values
-        if optimizer is not None and (values.requires_grad or values in optimizer.state):  # frozen later
-            slot_state(optimizer, values, name)  # raises if it cannot be split
-    before = _bytes(layers, optimizer)
-    for name, slots in kept.items():
-        _keep(name, layers[name], optimizer, slots)
-    for owner in owners:
-        owner.compacted({layers[name]: slots for name, slots in kept.items()})
-    return before - _bytes(layers, optimizer)
-
-
-def used_slots(layer: BlockSparse) -> Tensor:
-    """Return the slots that hold a block, or the first slot where none does, because a layer has at least one."""
-    used = layer.topology.used().nonzero().squeeze(1)
-    return used if used.shape[0] else used.new_zeros(1)
-
-
-def _first_slots(model: nn.Module, layer: BlockSparse, like: Mapping[str, Tensor]) -> Tensor:
-    """Return as many of the first slots of a layer as it has in a state dict of the model."""
-    name = next(name for name, module in model.named_modules() if module is layer)
-    row = like.get(f"{name}.row" if name else "row")
-    slots = layer.topology.slots
-    if row is None or not 1 <= row.shape[0] <= slots:
-        found = "nothing" if row is None else f"{row.shape[0]} slots"
-        raise InputError(
-            f"like has {found} for {name!r}, which has {slots}; build the model as it was in the beginning",
-            parameter="like",
-        )
-    return torch.arange(row.shape[0], device=layer.row.device)
-
-
-def _keep(name: str, layer: BlockSparse, optimizer: torch.optim.Optimizer | None, slots: Tensor) -> None:
-    """Keep some slots of a layer, and of its optimizer state."""
-    old = layer.values
-    layer.keep_slots_(slots)
-    if optimizer is None:
-        return
-    if old in optimizer.state:
-        parts = {part.key for part in slot_state(optimizer, old, name)}
-        optimizer.state[layer.values] = {
-            key: entry.index_select(0, slots) if key in parts else entry
-            for key, entry in optimizer.state.pop(old).items()
-        }
-    for group in optimizer.param_groups:
-        group["params"][:] = [layer.values if p is old else p for p in group["params"]]
-
-
-def _bytes(layers: Mapping[str, BlockSparse], optimizer: torch.optim.Optimizer | None) -> int:
-    """Return the bytes of layers: values, gradients, places, index, and optimizer state."""
-    held = {}
-    for layer in layers.values():
-        state = {} if optimizer is None else optimizer.state.get(layer.values, {})
-        for tensor in (layer.values, layer.values.grad, layer.row, layer.col, *layer.index, *state.values()):
-            if isinstance(tensor, Tensor):
-                held[id(tensor)] = tensor.numel() * tensor.element_size()
-    return sum(held.values())
