@@ -9,7 +9,6 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.topology import (
     Grid,
-    Move,
     Topology,
     balanced,
     conv_grid,
@@ -107,9 +106,9 @@ def test_units_of_tied_taps_by_hand():
     assert parts.norms(block_norms(conv())).tolist() == [1, 5]
 
 
-def test_spread_moves_all_taps():
+def test_a_unit_that_is_replaced_moves_in_all_taps():
     layer = conv()
-    move = units(layer.topology, layer.tie_taps).spread(Move(torch.tensor([1]), ints(0), ints(0)))
+    move = units(layer.topology, layer.tie_taps).replaced(torch.tensor([1]), ints(0))
     assert (move.slots.tolist(), move.row.tolist(), move.col.tolist()) == ([4, 0], [0, 0], [0, 2])
     layer.move_(*move)
     assert layer.row.tolist() == [0, 0, 0, -1, 0] and layer.col.tolist() == [2, 1, 3, -1, 0]
@@ -117,9 +116,11 @@ def test_spread_moves_all_taps():
 
 def test_elsewhere_a_unit_is_a_slot():
     layer = sk.SparseLinear(16, 16, block_size=4, seed=0)
-    parts, norms, move = units(layer.topology, False), block_norms(layer), Move(torch.tensor([1]), ints(0), ints(0))
+    parts, norms, slots = units(layer.topology, False), block_norms(layer), torch.tensor([1, 2])
     assert parts.topology.row is layer.row and parts.topology.col is layer.col
-    assert parts.norms(norms) is norms and parts.spread(move) is move
+    assert parts.norms(norms) is norms
+    move = parts.replaced(slots, ints(6))
+    assert move.slots is slots and (move.row.tolist(), move.col.tolist()) == ([1, -1], [2, -1])
 
 
 @pytest.mark.parametrize("kind", [sk.SET, sk.RigL, sk.GSE, sk.Static, sk.VRPGE])
