@@ -17,7 +17,7 @@ from sparsekern.kernels.eager import places
 import sparsekern as sk
 from sparsekern.ops import marginals, probes
 from sparsekern.topology import sampling as cells
-from sparsekern.training import followers, metrics, scores
+from sparsekern.training import followers, magnitude, metrics, scores
 from sparsekern.training.growth import gse
 from sparsekern.training.growth.probe_set import ProbeSet
 from sparsekern.training.schedules import Schedule
@@ -54,7 +54,7 @@ MUTATIONS: dict[str, Mutation] = {
         partial(t_set.test_the_weakest_blocks_are_dropped_rounding_down, 0.17, [1]),
     ),
     "SET grows where blocks are": (
-        sk.SET.choose,
+        magnitude.grow_at_random,
         "sample_absent(present,",
         "sample_absent(present[:0],",
         t_set.test_growth_is_in_places_that_were_empty_and_distinct,

@@ -1,4 +1,4 @@
-"""What AGENT estimates: the weight c of its correction, and the variance that the correction takes off."""
+"""Estimates of AGENT: the weight c of its correction, and the variance that the correction removes."""
 
 from __future__ import annotations
 
