@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from enum import EnumMeta
 from inspect import signature
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 import torch.distributed as dist
 import typer
@@ -254,11 +254,8 @@ class PlainErrors(TyperGroup):
         return code
 
 
-CHOICE = re.compile("'([^']*)' is not one of (.*)")
-"""What typer says of a text that is none of those there are: the text, and those in quotes."""
-
-KINDS = {"integer": "a whole number", "number": "a number", "float": "a number"}
-"""What the words of typer, older and newer, are called here."""
+KINDS = {int: "a whole number", float: "a number"}
+"""The kinds of values, in words."""
 
 
 def sentence(error: Any, arguments: Sequence[str] = ()) -> str:
@@ -268,19 +265,43 @@ def sentence(error: Any, arguments: Sequence[str] = ()) -> str:
         error: typer's.
         arguments: of the command line: typer does not say what a value of the wrong kind was.
     """
-    text = " ".join(error.format_message().split()).rstrip(".")
-    kind = next((kind for word, kind in KINDS.items() if word in text), None)
-    names = error.param.opts if getattr(error, "param", None) is not None else []
-    given = [value for name in names for value in _values(name, arguments)]
-    if names and (choice := CHOICE.search(text)) is not None:
-        kind, given = "one of " + choice[2].replace("'", ""), [choice[1]]
-    if kind is not None and given:
-        text = f"{names[0]} is {given[0]!r}; it must be {kind}"
-    text = text.replace(". Choose from:", ", which is one of")
+    text = _about_value(error, arguments) or " ".join(error.format_message().split()).rstrip(".")
     command = "sparsekern" if error.ctx is None else error.ctx.command_path
-    text = text.replace(". Did you mean", "; did you mean")
     text += "" if text.endswith("?") else ";"
     return f"{text[:1].lower()}{text[1:]} {command} --help shows what there is"
+
+
+def _about_value(error: Any, arguments: Sequence[str]) -> str | None:
+    """Return what is wrong with the value of an option that must be a number or a choice; None for any other error."""
+    option = getattr(error, "param", None)
+    if option is None or error.ctx is None:
+        return None
+    declared = signature(error.ctx.command.callback, eval_str=True).parameters[option.name]
+    kind = _kind(declared.annotation)
+    if kind is None:
+        return None
+    rule = KINDS.get(kind) or f"one of {', '.join(str(choice.value) for choice in kind)}"
+    name = option.opts[0]
+    given = _values(name, arguments)
+    if not given:
+        return f"missing option {name!r}, which is {rule}"
+    wrong = next((value for value in given if not _fits(kind, value)), None)
+    return None if wrong is None else f"{name} is {wrong!r}; it must be {rule}"
+
+
+def _kind(annotation: Any) -> Any:
+    """Return int, float or the enumeration in an annotation such as ``list[int] | None``; None without one."""
+    if isinstance(annotation, EnumMeta) or any(annotation is kind for kind in KINDS):
+        return annotation
+    return next((kind for part in get_args(annotation) if (kind := _kind(part)) is not None), None)
+
+
+def _fits(kind: Callable[[str], object], value: str) -> bool:
+    try:
+        kind(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _values(option: str, arguments: Sequence[str]) -> list[str]:
