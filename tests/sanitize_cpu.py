@@ -172,6 +172,7 @@ def sweep(library_file: Path, seeds: int) -> None:
             library.release_scratch()
             run_places(seed)
             run_norm(seed)
+            run_attention(seed)
         print(f"{name}: {calls} inputs", flush=True)
         total += calls
     print(f"{total} inputs, no report of the sanitizers")
@@ -294,6 +295,18 @@ def run_norm(seed: int) -> None:
     for added in (None, residual):
         y, stats = norms.forward(x, weight, bias, added, 1e-5)
         norms.backward(dy, x, None if added is None else y, weight, bias, stats, 1e-5)
+
+
+def run_attention(seed: int) -> None:
+    """Call attention, forward and backward, on some number of tokens."""
+    import torch
+    from sparsekern.kernels.cpu import attention
+
+    batch, tokens, heads, features = seed % 2 + 1, seed * 7 % 70 + 1, seed % 3 + 1, seed % 4 * 32 + 32
+    qkv, dy = torch.randn(batch, tokens, 3 * heads * features), torch.randn(batch, tokens, heads * features)
+    for is_causal in (False, True):
+        _, lse = attention.forward(qkv, heads, is_causal)
+        attention.backward(dy, qkv, lse, heads, is_causal)
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from sparsekern.nn.sharded import refuse_sharded
 from sparsekern.nn.sparsify import sparsify_
 from sparsekern.nn.surgery import densify, densify_, plain_name, refresh_, sparse_layers
 from sparsekern.nn.weight import WeightInfo
+from sparsekern.ops import qkv_attention
 
 __all__ = [
     "BlockSparse",
@@ -32,6 +33,7 @@ __all__ = [
     "lend_index",
     "norm_relu",
     "plain_name",
+    "qkv_attention",
     "refresh_",
     "refuse_sharded",
     "register_converter",

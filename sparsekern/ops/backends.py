@@ -8,9 +8,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparsekern.kernels import cpu, eager, gpu
 from sparsekern.kernels.contract import Backend, Geometry, Kernels
+from sparsekern.kernels.cpu.library import load
 from sparsekern.topology.arguments import check_choice
 
 BACKENDS: dict[str, Backend] = {"gpu": gpu, "cpu": cpu, "eager": eager}
@@ -126,3 +129,25 @@ def _say_once(name: str, op: str, reason: str) -> None:
 def kernels_for(name: str, geometry: Geometry, x: torch.Tensor, block: tuple[int, int]) -> Kernels[Any]:
     """Return the kernels that run a geometry on the backend that :func:`resolve` returns; its errors too."""
     return BACKENDS[resolve(name, geometry.op, x, block)].kernels(geometry)
+
+
+def runs_natively(*tensors: Tensor | None) -> bool:
+    """Return whether a function that is no op of PyTorch's dispatcher may compute with these tensors.
+
+    It takes the place of PyTorch's ops, which alone can be compiled and differentiated forward: nothing may trace,
+    count or transform the call.
+
+    Args:
+        tensors: those that it reads; None is one that is absent. The first is no parameter, nor any other subclass.
+    """
+    return (
+        type(tensors[0]) is Tensor
+        and all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors)
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and requested_backend() in ("auto", "cpu")
+        and load()[0] is not None
+    )

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from sparsekern.kernels.cpu import norms
-from sparsekern.kernels.cpu.library import load
-from sparsekern.ops.backends import requested_backend
+from sparsekern.ops.backends import runs_natively
+from sparsekern.ops.library import is_batch
 
 SMALL = 2**16
 """Of fewer numbers PyTorch's own ops take less time than this call."""
@@ -20,28 +19,19 @@ SMALL = 2**16
 def fuses_batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> bool:
     """Return whether :func:`batch_norm_relu` takes these tensors.
 
-    Nothing may trace or transform the call, because PyTorch compiles and differentiates forward only its own ops.
-
     Args:
         x: ``(N, C, H, W)``; float32 on a CPU, channels last, and at least :data:`SMALL` numbers.
         weight, bias: ``(C,)``, float32.
         residual: like x, or None.
     """
     return (
-        type(x) is Tensor
+        runs_natively(x, weight, bias, residual)
         and x.dim() == 4
         and x.numel() >= SMALL
         and x.numel() > x.shape[1]
         and x.is_contiguous(memory_format=torch.channels_last)
-        and all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in (x, weight, bias, residual))
         and weight.shape == bias.shape == x.shape[1:2]
         and (residual is None or residual.shape == x.shape)
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and requested_backend() in ("auto", "cpu")
-        and load()[0] is not None
     )
 
 
@@ -81,7 +71,7 @@ class _BatchNormReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, y, weight, bias, stats = ctx.saved_tensors
         differentiated = torch.is_grad_enabled()
-        if differentiated or _is_batch(dy):  # PyTorch's ops can be differentiated themselves, and mapped
+        if differentiated or is_batch(dy):  # PyTorch's ops can be differentiated themselves, and mapped
             *need, need_residual, _ = ctx.needs_input_grad
             with torch.enable_grad():
                 x, weight, bias = (t.view_as(t) for t in (x, weight, bias))  # hooks of a tensor do not see its alias
@@ -92,9 +82,3 @@ class _BatchNormReLU(torch.autograd.Function):
             return *(next(found) if needed else None for needed in need), g if need_residual else None, None
         dx, added, grads = norms.backward(dy, x, y, weight, bias, stats, ctx.eps)
         return dx, grads[0], grads[1], added, None
-
-
-def _is_batch(dy: Tensor) -> bool:
-    """Return whether a tensor stands for several, as vmap makes them, also that of ``is_grads_batched``."""
-    is_batch: bool = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
-    return is_batch

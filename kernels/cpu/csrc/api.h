@@ -55,7 +55,21 @@ struct NormCall {
   int64_t pixels, channels, threads;
   double eps;
 };
+
+// Attention of a contiguous tensor (batch, tokens, 3, heads, features): `Attention` of attention.py, attention.h. Backward if dqkv
+// is given; then y is not.
+struct AttentionCall {
+  const float *qkv, *dy;               // dy like y
+  float *y, *dqkv;                     // y (batch, tokens, heads, features); dqkv like qkv
+  float *lse;                          // (batch, heads, tokens): log of the sums of exponentials
+  int64_t batch, tokens, heads, features, causal, threads;
+  double scale;
+};
 }
+
+struct Attention : AttentionCall {
+  char *scratch;
+};
 
 struct Norm : NormCall {
   int64_t chunk;         // pixels whose sums are formed together
@@ -154,6 +168,7 @@ struct Kernels {
   void (*conv_backward)(const ConvBackward &);
   void (*norm_forward)(const Norm &);
   void (*norm_backward)(const Norm &);
+  void (*attention)(const Attention &);
   bool (*all_inside)(const int32_t *numbers, int64_t count, int64_t bound);
 };
 
@@ -203,6 +218,11 @@ inline int64_t arranged_floats(const ElementPlan &p, bool gradient) {
 
 // Floats that a thread needs beside it and the packed panels: rows of y or dy; numbers of arrange().
 inline int64_t thread_floats(const ElementPlan &p) { return round_up(p.strip * (p.lanes + 2), LINE); }
+
+// Floats that a thread needs: keys and values, a block of queries, scores and their gradients; for the widest vectors.
+inline int64_t attention_floats(const AttentionCall &c) {
+  return round_up(c.tokens, 2 * LINE) * (2 * c.features + 4 * LINE) + 2 * LINE * c.features;
+}
 
 namespace {
 

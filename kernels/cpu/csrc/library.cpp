@@ -27,7 +27,7 @@ struct Arena {
 
 namespace {
 
-const int ABI = 11;  // raise it with every change of Call or of an exported signature; library.py compares it
+const int ABI = 12;  // raise it with every change of Call or of an exported signature; library.py compares it
 
 constexpr int ARENAS = 128;  // calls at the same time whose scratch is kept; that of more is allocated and freed
 Arena arenas[ARENAS];
@@ -309,6 +309,19 @@ int sk_backward(const Call *dx, const Call *dvalues) {
 int sk_norm_forward(const NormCall *c) { return with_norm(*c, kernels().norm_forward, c->y, 6); }
 
 int sk_norm_backward(const NormCall *c) { return with_norm(*c, kernels().norm_backward, c->dx, 9); }
+
+// Forward, or backward if c->dqkv is given.
+int sk_attention(const AttentionCall *c) {
+  Attention a = {*c, nullptr};
+  const int64_t numbers = c->batch * c->tokens * c->heads * c->features;
+  a.threads = threads_for(4 * numbers * c->tokens, (int)c->threads);
+  expect_large(c->dqkv ? c->dqkv : c->y, numbers * (c->dqkv ? 12 : 4));
+  return with_scratch(a.threads * attention_floats(a), [&](float *memory) {
+    a.scratch = (char *)memory;
+    kernels().attention(a);
+    return 0;
+  });
+}
 
 int sk_sketch(const Call *c) {
   if (!has_memory(c->x) || !has_memory(c->y) || !c->u || !c->v) return NO_STORAGE;

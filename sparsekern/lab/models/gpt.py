@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
 from sparsekern.errors import InputError
 from sparsekern.lab.models.layers import Multiplier, widened
+from sparsekern.nn import qkv_attention
 from sparsekern.topology.arguments import check_choice
 
 STD = 0.02
@@ -38,11 +39,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor like ``x (N, tokens, features)``."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x)
         if self.rotary:
-            q, k = rotated(q), rotated(k)
-        y: Tensor = self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return y
+            q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            attended = scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+            y = attended.transpose(1, 2).flatten(2)
+        else:
+            y = qkv_attention(qkv, self.heads, is_causal=True)
+        out: Tensor = self.out(y)
+        return out
 
 
 class MLP(nn.Module):

@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu
 
 from sparsekern.errors import InputError
 from sparsekern.lab.models.layers import Multiplier, widened
+from sparsekern.nn import qkv_attention
 
 TEMPERATURE = 10_000
 """Ratio of the longest wave of the position embedding to the shortest."""
@@ -42,8 +43,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor like ``x (N, tokens, features)``."""
-        qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y: Tensor = self.out(scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
+        y: Tensor = self.out(qkv_attention(self.qkv(self.norm(x)), self.heads))
         return y
 
 
