@@ -65,7 +65,7 @@ KINDS = {
     "conv2d": Kind(conv2d, image, DENSE_CONV, DENSE_CONV / 4),
 }
 METHODS = {
-    **{kind.__name__: (kind, {}) for kind in (sk.Static, sk.RigL, sk.GSE, sk.MEST)},
+    **{kind.__name__: (kind, {}) for kind in (sk.Static, sk.RigL, sk.GSE, sk.MEST, sk.SRigL)},
     "SET": (sk.SET, {"keep_connected": True}),
     "RigL, screened": (sk.RigL, {"scoring": "screen", "sketches": 8}),
     "RigL, some tokens": (sk.RigL, {"score_tokens": 8}),
@@ -204,7 +204,9 @@ def test_a_pass_without_an_optimizer(kind, part, block, kernels):
         for method in METHODS
         for block in (large, (1, 1))
         if method != "SET"
-        and not (method.startswith(("RigL", "GraNet")) and block == (1, 1))  # which asks for allow_dense_scores
+        and not (
+            method.startswith(("RigL", "SRigL", "GraNet")) and block == (1, 1)
+        )  # which asks for allow_dense_scores
     ],
     ids=str,
 )
