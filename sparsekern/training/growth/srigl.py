@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
-from sparsekern.topology import Move, are_absent, ordered_keys, stored_blocks, to_places
+from sparsekern.topology import Move, are_absent, ordered_keys, part_of, stored_blocks, to_places
 from sparsekern.topology.arguments import check_number
 from sparsekern.training.growth.rigl import RigL, is_dense
-from sparsekern.training.scores import descending, highest, part_of
+from sparsekern.training.scores import descending, highest
 
 CHUNK = 2**16
 """Places that are sorted at a time."""
