@@ -70,10 +70,8 @@ METHODS = {
     "RigL, screened": (sk.RigL, {"scoring": "screen", "sketches": 8}),
     "RigL, some tokens": (sk.RigL, {"score_tokens": 8}),
     "GSE, global": (sk.GSE, {"scope": "global"}),
-    "GraBo": (sk.GSE, {"distribution": "grabo"}),
-    "GraEst": (sk.GSE, {"distribution": "graest"}),
-    "Gradual": (sk.Gradual, {"final_sparsity": 0.995, "stop": 4}),
-    "GraNet": (sk.GraNet, {"final_sparsity": 0.995, "stop": 4}),
+    **{name: (sk.GSE, {"distribution": name.lower()}) for name in ("GraBo", "GraEst")},
+    **{kind.__name__: (kind, {"final_sparsity": 0.995, "stop": 4}) for kind in (sk.Gradual, sk.GraNet)},
     "Gradual, compact": (sk.Gradual, {"final_sparsity": 0.995, "stop": 4, "compact": True}),
 }
 
