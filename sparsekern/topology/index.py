@@ -113,7 +113,7 @@ def mask_index_(into: Index, index: Index, keep: Tensor, block: tuple[int, int])
 
     Args:
         into: the index to write.
-        index, keep, block: as in :func:`mask_index`.
+        index, keep, block: as in :func:`mask_index`; ``keep (Z,)``.
 
     Raises:
         ValueError: ``keep`` is not one bool a slot.
