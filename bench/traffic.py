@@ -7,10 +7,11 @@ from n bytes ``n (p - 1) / p``, a broadcast n. One JSON line for each model and 
 
 With ``--whole`` it is the whole network, with its embeddings, norms and attention, on sequences of 128 tokens.
 
-A method with a number, as ``gse:2``, scores candidates by that many random projections.
+A method with a number, as ``gse:2``, has it for ``score_sketches``.
 
 ``gradients``, ``gathers`` and ``buffers`` are bytes of a step, ``of_dense`` their sum over that of the dense model.
-``scores``, ``moves`` and ``agreement`` are what an update adds, ``bytes_a_slot`` their sum over the number of slots.
+``scores``, ``moves`` and ``agreement`` are what an update adds to the steps up to it, ``bytes_a_slot`` their sum over
+the number of slots.
 ``peak_mib`` is the growth of a rank's resident memory from before the model was built to its peak in three steps, the
 last of which has an update; what was allocated only until the model was sharded does not count.
 """
@@ -45,7 +46,7 @@ from sparsekern.training import METHODS
 CONTEXT = 128
 
 EVERY = 3
-"""The step whose update is counted."""
+"""Steps from update to update: room for the two in which RigL has probes."""
 
 
 class Traffic(TorchDispatchMode):
@@ -97,15 +98,20 @@ def network(width: int, depth: int) -> nn.Sequential:
 
 
 def scene(options: argparse.Namespace, sparsity: float) -> tuple[nn.Module, list[nn.Module], Tensor]:
-    """Return a model, its parts that are sharded one by one, and an input."""
+    """Return a model, its parts that are sharded one by one, and an input, which is another one on each rank."""
     torch.manual_seed(0)
     if options.whole:
         heads = options.width // HEAD_FEATURES
         model: nn.Module = GPT(256, CONTEXT, depth=options.depth, heads=heads, head_features=HEAD_FEATURES)
-        parts, x = list(model.layers), torch.randint(256, (-(-options.tokens // CONTEXT), CONTEXT))
+        parts = list(model.layers)
     else:
         model = network(options.width, options.depth)
-        parts, x = list(model), torch.randn(options.tokens, options.width)
+        parts = list(model)
+    torch.manual_seed(1 + dist.get_rank())
+    if options.whole:
+        x = torch.randint(256, (-(-options.tokens // CONTEXT), CONTEXT))
+    else:
+        x = torch.randn(options.tokens, options.width)
     return sk.sparsify_(model, sparsity, options.block) if sparsity else model, parts, x
 
 
@@ -148,7 +154,7 @@ def measure(options: argparse.Namespace, name: str | None, strategy: str) -> dic
             if method is not None:
                 method.step()
         sent.append((step, traffic.sent - step))
-    step, update = sent[-1]
+    step, update = sent[-1][0], sum((extra for _, extra in sent), Counter())
     slots = sum(m.values.shape[0] for m in model.modules() if isinstance(m, BlockSparse))
     return {
         "network": "gpt" if options.whole else "linear layers", "strategy": strategy, "ranks": options.ranks,
@@ -170,7 +176,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--whole", action="store_true", help="the whole network, in place of its linear layers")
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--methods", nargs="*", default=["set", "rigl", "gse", "gse:2"])
+    parser.add_argument("--methods", nargs="*", default=["set", "rigl", "rigl:2", "gse", "gse:2"])
     parser.add_argument("--out", type=Path, help="a file that gets the lines, too")
     return parser.parse_args(argv)
 

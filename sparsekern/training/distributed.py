@@ -24,6 +24,10 @@ from sparsekern.topology import Move
 HASHED = 2**16
 """Number of slots that :func:`topology_hash` converts to 64-bit integers at a time."""
 
+# under other names before PyTorch 2.13; absent where PyTorch was built without torch.distributed
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -64,14 +68,20 @@ class Ranks:
         rows = -(-parts.shape[0] // self.count)
         padded = torch.cat([parts, parts.new_zeros(rows * self.count - parts.shape[0], *parts.shape[1:])])
         own = torch.empty_like(padded[:rows])
-        # under other names before PyTorch 2.13
-        scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        scatter(own, padded, group=self.group)
+        _reduce_scatter(own, padded, group=self.group)
         numbers = measure(own)
         gathered = numbers.new_empty(rows * self.count)
-        gather(gathered, numbers, group=self.group)
+        _all_gather(gathered, numbers, group=self.group)
         return gathered[: parts.shape[0]]
+
+    def union(self, keys: Tensor) -> Tensor:
+        """Return the distinct keys ``(m,)`` of all ranks, ascending, from as many ``(n,)`` on each."""
+        if self.count == 1 or not keys.numel():
+            return keys
+        gathered = keys.new_empty(keys.shape[0] * self.count)
+        _all_gather(gathered, keys, group=self.group)
+        distinct: Tensor = gathered.unique()
+        return distinct
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether it is true on any rank; the device is one of whose tensors ranks send."""

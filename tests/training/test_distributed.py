@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import sparsekern as sk
 from bench.traffic import Traffic
@@ -95,12 +95,34 @@ def choices(rank: int) -> dict[str, Tensor]:
     return dict(zip(Move._fields, found[first], strict=True))
 
 
+def proposals(rank: int) -> dict[str, Any]:
+    """RigL's candidates where only block column ``rank`` of the gradient is not zero; rank 1 once has a NaN."""
+    model = nn.Sequential(sk.SparseLinear(12, 12, blocks=6, block_size=2, bias=False, seed=0, name="0"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = sk.RigL(model, optimizer, update_every=3, drop_fraction=0.5, shortlist=2.0, score_sketches=2)
+    layer, found = model[0], []
+    present, values = layer.topology.keys().clone(), layer.values.detach().clone()
+    for step in range(4):
+        x = torch.zeros(4, 12)
+        x[:, 2 * rank : 2 * rank + 2] = torch.nan if (rank, step) == (1, 1) else 1.0
+        (model(x) - 1).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer.values.data.copy_(values)
+        with Traffic() as seen:
+            method.step()
+        found.append((method._stage, dict(seen.sent)))
+    moved = layer.topology.keys()
+    return {"present": present, "keys": method._keys["0"], "grown": moved[~torch.isin(moved, present)], "found": found}
+
+
 def run_rank(rank: int) -> dict[str, Any]:
     return {
         "sums": sums(rank),
         "differences": differences(rank),
         "traffic": traffic(rank),
         "choices": choices(rank),
+        "proposals": proposals(rank),
     }
 
 
@@ -129,6 +151,18 @@ def test_traffic_is_what_a_ring_sends(ranks):
     """Two thirds of 1200 bytes, twice in an all-reduce, which is a scatter and a gather."""
     for found in (rank["traffic"] for rank in ranks):
         assert found == {"reduce": 1600, "gather": 800, "scatter": 800, "broadcast": 1200, "small reduce": 10}
+
+
+def test_ranks_propose_places_by_their_own_sketches(ranks):
+    """Two of six each, 16 bytes that are sent on: no sketches. The update comes a step late, after the NaN."""
+    for found in (rank["proposals"] for rank in ranks):
+        keys = found["keys"]
+        assert keys.tolist() == sorted(set(keys.tolist())) and not torch.isin(keys, found["present"]).any()
+        assert torch.bincount(keys % 6, minlength=6).tolist() == [2, 2, 2, 0, 0, 0]
+        assert found["grown"].numel() == 3 and torch.isin(found["grown"], keys).all()
+        stages, sent = zip(*found["found"], strict=True)
+        assert stages == (0, 0, 1, 0), "a NaN on one rank is seen by all"
+        assert sent[2] == {"small reduce": 5, "gather": 16}
 
 
 def test_ranks_that_differ_say_in_what(ranks):

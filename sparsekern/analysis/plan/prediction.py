@@ -13,8 +13,9 @@ from sparsekern.topology.arguments import check_choice
 
 STRATEGIES = ("single", "ddp", "fsdp2")
 
-SCORE, MOVE, LAYER, AGREEMENT = 4, 12, 8, 16
-"""Bytes of a score; of a move: slot and coordinates; of the moves of a layer besides; of what all ranks compare."""
+SCORE, KEY, MOVE, LAYER, AGREEMENT, FLAG = 4, 4, 12, 8, 16, 4
+"""Bytes of a score; of a place; of a move: slot and coordinates; of the moves of a layer besides; of what all ranks
+compare; and of whether all gradients that an update reads are finite."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class Updates:
         candidates: absent blocks, over the stored ones, whose gradients are computed and added up over devices.
         score_sketches: numbers of each candidate that are added up; 0 for its whole gradient.
         scores_all: whether the whole gradient is computed, to score every place; it is never stored.
-        sketches: numbers a place from which candidates are chosen; they are added up over devices.
+        sketches: numbers a place from which candidates are chosen. They are added up over devices; with
+            ``score_sketches`` each device names its candidates instead.
         masked: the part of the stored blocks with which a pass computes.
         forwards: forward passes of a step beyond the first.
     """
@@ -216,14 +218,16 @@ def traffic(
     for p in layers:
         if updates.ranked and layout.sharded:
             scores += ring * layout.padded([(SCORE * p.slots, p)])
-        scores += SCORE * p.cells * (2 * ring * updates.sketches + 1) if updates.sketches else 0
+        named = updates.sketches and updates.score_sketches
+        if updates.sketches and not named:
+            scores += SCORE * p.cells * (2 * ring * updates.sketches + 1)
         if updates.candidates:
             chosen = min(math.ceil(updates.candidates * p.slots), p.cells - p.slots)
             numbers = min(p.block, updates.score_sketches or p.block)
-            scores += SCORE * n * math.ceil(chosen / n) * ring * (numbers + 1)
+            scores += n * math.ceil(chosen / n) * ring * (SCORE * (numbers + 1) + (KEY if named else 0))
         moves += MOVE * math.floor(updates.moved * p.slots) + LAYER
     if layers:
-        moves += 2 * ring * AGREEMENT
+        moves += 2 * ring * (AGREEMENT + FLAG * (bool(updates.candidates) + bool(updates.sketches)))
     copied = 0 if layout.sharded else buffers
     return Traffic(round(sums), round(gathers), round(scores), round(moves), updates.every, copied)
 

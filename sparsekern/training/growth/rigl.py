@@ -45,7 +45,9 @@ class RigL(GradientMethod):
       no derivative of it.
     * ``"screen"``: in the step before, each block of the gradient is projected on ``sketches`` random pairs of vectors.
       These numbers do add up, and their mean square estimates the squared norm with a relative deviation of about
-      ``sqrt(8 / sketches)``. The best ``shortlist * k`` places are then scored exactly, as in :class:`GSE`.
+      ``sqrt(8 / sketches)``. The best ``shortlist * k`` places are then scored exactly, as in :class:`GSE`. With
+      ``score_sketches`` ranks do not add them up: each of p ranks names the best ``shortlist * k / p`` places by its
+      own examples, and what any of them names is scored.
     * ``"auto"``: exact on one rank, and screen from the first step on in which norms would have to be added, which is
       logged.
 
@@ -142,11 +144,8 @@ class RigL(GradientMethod):
             return Probe.sketch(grid, *ones) if last else None
         if not self._screen:
             return Probe.counted_norms(grid, dtype=dtype, device=device)
-        return self.ask_candidates(name, layer) if last else self.ask_sketch(name, layer)
-
-    def ask_sketch(self, name: str, layer: BlockSparse) -> Probe:
-        """Return a probe for sketches of all blocks of the gradient."""
-        grid, device, dtype = layer.grid, layer.row.device, self.dtype(layer)
+        if last:
+            return self.ask_candidates(name, layer)
         generator = self.generator(name, "sketch")
         u, v = (
             (torch.randint(2, (self._sketches(name, layer), n), generator=generator, device="cpu") * 2 - 1).to(
@@ -178,11 +177,23 @@ class RigL(GradientMethod):
     def _shortlist(self, layer: BlockSparse, answer: Tensor) -> Tensor:
         """Return the keys of the empty places of highest estimated norm, ascending, int32 on the CPU."""
         squares = answer.square_().mean(0).flatten()
-        self.ranks.from_first(squares)
+        if not self._proposes:
+            self.ranks.from_first(squares)
         present = ordered_keys(layer.index, layer.topology).long()
         squares.index_fill_(0, present, -torch.inf)
         grown = max(1, part_of(present.shape[0], self.schedule.fraction(self.steps)))
-        return highest(squares, math.ceil(self.shortlist * grown)).int().cpu()
+        wanted = math.ceil(self.shortlist * grown)
+        if not self._proposes:
+            return highest(squares, wanted).int().cpu()
+        return self.ranks.union(highest(squares, math.ceil(wanted / self.ranks.count)).int()).cpu()
+
+    @property
+    def _proposes(self) -> bool:
+        """Whether each rank names places by its own sketches, in the first of two stages."""
+        return self._screen and self.score_sketches is not None and self.ranks.count > 1
+
+    def _over_ranks(self, name: str, answer: Tensor) -> Tensor:
+        return answer if self._proposes and self._stage == 0 else super()._over_ranks(name, answer)
 
     def _no_more_streaming(self, name: str, parts: int) -> None:
         why = (

@@ -96,17 +96,19 @@ def test_updates_that_score_candidates(found):
 def test_updates_that_screen_all_places(found):
     sent = traffic(found.parameters, Layout("ddp", 2), Updates(every=10, sketches=16))
     assert sent.scores == 3 * 16 * (16 + 1) * 4
+    named = traffic(found.parameters, Layout("ddp", 2), Updates(10, candidates=1 / 3, score_sketches=2, sketches=16))
+    assert named.scores == 3 * 2 * (2 + 1 + 1) * 4, "the places of candidates, in place of all sketches"
 
 
 @pytest.mark.parametrize(
     ("strategy", "method", "measured"),
     [
         ("ddp", "set", (4956160, 0, 4368 + 16)),
-        ("ddp", "gse", (4956160, 0, 2509200 + 4368 + 16)),
-        ("ddp", "gse:2", (4956160, 0, 7344 + 4368 + 16)),
+        ("ddp", "gse", (4956160, 0, 2509200 + 4368 + 20)),
+        ("ddp", "gse:2", (4956160, 0, 7344 + 4368 + 20)),
         ("fsdp2", "set", (2506752, 5013504, 2448 + 4368 + 16)),
-        ("fsdp2", "gse", (2506752, 5013504, 2511648 + 4368 + 16)),
-        ("fsdp2", "gse:2", (2506752, 5013504, 9792 + 4368 + 16)),
+        ("fsdp2", "gse", (2506752, 5013504, 2511648 + 4368 + 20)),
+        ("fsdp2", "gse:2", (2506752, 5013504, 9792 + 4368 + 20)),
     ],
 )
 def test_what_two_ranks_were_measured_to_send(strategy, method, measured):
