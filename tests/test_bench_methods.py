@@ -21,7 +21,6 @@ from bench import (
     method_cost,
     sparse_ift_claim,
     sparse_ift_table,
-    vrpge_step,
     width,
 )
 from bench.agent_claim_table import reached, tables
@@ -113,30 +112,7 @@ def test_agents_table_by_hand():
     assert "| agent | - |" in text and any(line.endswith("| 4 G | - |  |  |") for line in text)
 
 
-# Whole steps: of VR-PGE, of every method with its updates, and of whole networks.
-
-
-def test_vrpge_has_a_row_for_each_ratio(capsys):
-    vrpge_step.main(["--width", "64", "--tokens", "8", "--block", "16", "--rounds", "1"])
-    made = lines(capsys.readouterr().out)
-    assert [row["network"] for row in made[:2]] == ["dense MKL", "dense oneDNN"]
-    assert {row["ratio"] for row in made[2:]} == {0.1, 0.25, 0.5}
-    assert all(row["ms"] > 0 and row["speedup"] > 0 for row in made[2:])
-    assert [set(row) for row in committed("vrpge_step")] == [set(row) for row in made] * 2
-
-
-def test_vrpges_dense_peer_has_the_gradients_of_a_linear_layer():
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("PyTorch has no oneDNN here")
-    plain = torch.nn.Linear(12, 5)
-    peer = vrpge_step.OneDnnLinear(12, 5)
-    peer.load_state_dict(plain.state_dict())
-    results = []
-    for layer in (plain, peer):
-        x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        layer(x).square().sum().backward()
-        results.append([x.grad, layer.weight.grad, layer.bias.grad])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+# Whole steps: of every method with its updates, and of whole networks.
 
 
 TINY = ["--tokens", "8", "--inputs", "64", "--outputs", "64", "--rounds", "1"]
