@@ -345,7 +345,7 @@ class Live(Observer):
         self._reached: dict[str, str] = {}
         if self._task is not None:
             self._progress.remove_task(self._task)
-        total = config.seeds * len(config.networks) * (config.epochs or 0) * batches
+        total = config.seeds * sum(map(config.epochs_of, config.networks)) * batches
         self._task = self._progress.add_task("starting", total=total, state="")
         for row in rows:
             self._take(row)
@@ -362,7 +362,9 @@ class Live(Observer):
     def step(self, learner: Learner, loss: float) -> None:
         """Advance the bar."""
         speed = learner.speed()
-        self._show(learner.seed, learner.network, learner.epoch + 1, learner.steps, loss, speed and f" {speed}")
+        self._show(
+            learner.seed, learner.network, learner.all_epochs + 1, learner.all_steps, loss, speed and f" {speed}"
+        )
 
     def row(self, row: dict[str, Any]) -> None:
         """Remember the metric; without a bar, print a line."""
@@ -393,4 +395,4 @@ class Live(Observer):
         )
 
     def _where(self, seed: int, epoch: int) -> str:
-        return f"seed {seed + 1}/{self._config.seeds}  epoch {epoch}/{self._config.epochs}"
+        return f"seed {seed + 1}/{self._config.seeds}  epoch {epoch}/{self._config.epochs_of(self._config.networks[0])}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sparsekern.lab.papers import find_paper
 from sparsekern.lab.recipes import RECIPES, find
 from sparsekern.lab.tasks import AUGMENTATIONS, Task
 from sparsekern.topology import check_sparsity
-from sparsekern.training import METHODS, PRESETS
+from sparsekern.training import METHODS, PRESETS, Lottery
 
 SMALL_DATA = 10_000
 """Training examples up to which a data set counts as small and is trained on for more epochs by default."""
@@ -163,7 +164,7 @@ class Config:
 
     def _ask_method(self) -> None:
         """Take the method from the preset; raise ValueError if they disagree, or an option is not the method's."""
-        implied = METHOD
+        implied = "static" if isinstance(self.options, Mapping) and "rewind" in self.options else METHOD
         if self.preset is not None:
             RUN_OPTIONS["preset"].check(self.preset)
             implied = next(name for name, known in METHODS.items() if known is PRESETS[self.preset].method)
@@ -236,6 +237,20 @@ class Config:
     def networks(self) -> tuple[str, ...]:
         """Names of the networks, in the order in which they are trained."""
         return ("sparse",) * self.sparse + ("dense",) * self.dense
+
+    @property
+    def rounds(self) -> int:
+        """Number of trainings of the sparse network."""
+        return int(self.options.get("rewind_rounds", Lottery.usual_rounds)) if "rewind" in self.options else 1
+
+    def rewound(self, unit: int = 1) -> int:
+        """Return how far all rounds but the first begin, in whole parts of an epoch that has ``unit`` of them."""
+        return math.floor(Fraction(str(self.options.get("rewind", 0))) * (self.epochs or 0) * unit)
+
+    def epochs_of(self, network: str) -> int:
+        """Return the epochs of a network in all rounds, none of them open."""
+        epochs = self.epochs or 0
+        return epochs if network == "dense" else epochs + (self.rounds - 1) * (epochs - self.rewound())
 
     @property
     def kept_dense(self) -> tuple[str, ...]:

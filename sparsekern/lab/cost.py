@@ -24,7 +24,7 @@ from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
 from sparsekern.lab.resolved import Run, build, resolve
 from sparsekern.lab.train import Learner
-from sparsekern.training import AGENT, GSE, MEST, SET, VRPGE, Gradual, Method, NetworkSampler, RigL, compact_
+from sparsekern.training import AGENT, GSE, MEST, SET, VRPGE, Gradual, Lottery, Method, NetworkSampler, RigL, compact_
 
 PERIOD = 4
 """Steps between updates while counting: room for two steps of probes and one without."""
@@ -53,6 +53,8 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
     agent = None if run.agent is None else Learner(run, network, seed=0).agent
     if real.method is None:
         flops = usual * steps
+    elif isinstance(real.method, Lottery):
+        flops = _lottery_flops(real.method, steps, usual, _long(run, network, options=without_agent))
     elif isinstance(real.method, Gradual):
         ended = _long(run, network, options=without_agent, update_every=LONG // 2)
         flops = _gradual_flops(real.method, steps, usual, ended)
@@ -103,6 +105,30 @@ def _gradual_flops(method: Gradual, steps: int, first: float, learner: Learner) 
         flops += last + (first - last) * left
         if method.schedule.due(step):
             left = (1 - method.schedule.progress(step)) ** 3
+    return flops
+
+
+def _lottery_flops(method: Lottery, steps: int, first: float, learner: Learner) -> float:
+    """Return the FLOPs of all rounds of a training of ``steps``, ``first`` a step in the first round.
+
+    Args:
+        method: says how many rounds there are.
+        steps, first: see above.
+        learner: of the same network; its blocks go at once.
+    """
+    pruned = learner.method
+    assert isinstance(pruned, Lottery)
+
+    def blocks() -> int:
+        return sum(layer.topology.blocks() for layer in pruned.layers.values())
+
+    before, pruned.round = blocks(), method.rounds - 1
+    pruned.move(pruned.choose_all)
+    after, last = blocks(), _flops(learner, 1)
+    flops = first * steps
+    for pruned.round in range(1, method.rounds):
+        left = (pruned.blocks_left(before, after) - after) / max(1, before - after)
+        flops += (last + (first - last) * left) * (steps - method.rewind)
     return flops
 
 
@@ -213,7 +239,7 @@ class Planned:
         classes: of the images.
 
     Raises:
-        ValueError: AGENT, a transform of the network or a score is on, of which no plan is made.
+        ValueError: AGENT, a transform of the network, a score or lottery tickets are on, of which no plan is made.
     """
 
     config: Config
@@ -222,8 +248,8 @@ class Planned:
     classes: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("agent", "transform", "score"):
-            if self.config.options.get(name):
+        for name in ("agent", "transform", "score", "rewind"):
+            if self.config.options.get(name, False) is not False:
                 raise InputError(f"{name} is on, of which no plan is made; drop the option", parameter=name)
 
     def described(self) -> dict[str, Any]:

@@ -348,6 +348,8 @@ class LearnerState(Part):
     batch: Count
     steps: Count
     loss_sum: Number
+    early_loss_sum: Number
+    round: Count
     seconds: Seconds
     milliseconds: list[Seconds]
     graphs: list[Graphs]

@@ -197,6 +197,27 @@ _OTHERS = (
         SCORES,
         part="recipe",
     ),
+    Option(
+        "rewind",
+        float,
+        "Train lottery tickets: rounds that get sparser, all but the first from this fraction of the training on.",
+        "",
+        ("static",),
+        low=0,
+        high=1,
+        part="rewind",
+    ),
+    Option("rewind_rounds", int, "Rounds, the last one at the sparsity.", "3", ("static",), low=2, part="rewind"),
+    Option("rewind_from", float, "Sparsity of the first round.", "0", ("static",), low=0, high=1, part="rewind"),
+    Option(
+        "rewind_scope",
+        str,
+        "Among what the weakest blocks go: all layers, or each layer.",
+        "global",
+        ("static",),
+        ("global", "layer"),
+        part="rewind",
+    ),
     Option("transform", str, "Spend the sparsity on capacity (Sparse-IFT).", "", ALL, TRANSFORMS, part="transform"),
     Option("spectral", bool, "Measure at each update how well blocks connect a layer.", "", ALL, part="record"),
     Option("agent", bool, "Correct gradients by AGENT, with a snapshot an epoch.", "", ALL, part="agent"),
@@ -248,7 +269,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Value]:
         option.check(value)
     for name, value in options.items():
         whole = OPTIONS[name].part  # what the option is of; it is an option too
-        if name.startswith(f"{whole}_") and not options.get(whole):
+        if name.startswith(f"{whole}_") and options.get(whole, False) is False:
             raise InputError(f"{name} is {value}, but {whole} is off; turn it on, or drop the option", parameter=name)
     return {name: options[name] for name in OPTIONS if name in options}
 

@@ -20,7 +20,7 @@ from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
 from sparsekern.lab.tasks import Batch, Task
 from sparsekern.topology import generator_for
-from sparsekern.training import AGENT, METHODS, PRESETS, VRPGE, Gradual, Method
+from sparsekern.training import AGENT, METHODS, PRESETS, VRPGE, Gradual, Lottery, Method
 from sparsekern.transforms import Width
 
 
@@ -124,6 +124,11 @@ def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
             f"{config.method} begins with more blocks; choose another method",
             parameter="transform",
         )
+    if rewind := part_of("rewind", options):
+        method, initial = Lottery, rewind.pop("from", 0.0)
+        arguments = {"rewind": config.rewound(batches), "scope": "global"}
+        arguments |= {name: value for name, value in rewind.items() if name != "name"}
+        _check_rewind(config, world)
     network, sparsity = {**recipe.network, **config.network}, config.sparsity
     if isinstance(sparsity, Mapping):
         sparsity = {recipe.kinds[kind]: number for kind, number in sparsity.items()}
@@ -220,6 +225,30 @@ def build(run: Run, network: str, seed: int) -> nn.Module:
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _check_rewind(config: Config, world: World) -> None:
+    """Raise ValueError if lottery tickets cannot be trained with what else is asked for."""
+    for name in ("agent", "transform"):
+        if config.options.get(name):
+            raise InputError(
+                f"rewind is {config.options['rewind']}, with which {name} does not go: its layers would lose slots; "
+                "drop one of them",
+                parameter="rewind",
+            )
+    for name in ("start", "stop", "offset"):
+        if name in config.options:
+            raise InputError(
+                f"{name} is {config.options[name]}, but with rewind blocks go between rounds only; drop the option",
+                parameter=name,
+            )
+    if config.options["rewind"] == 1:
+        raise InputError("rewind is 1, which leaves nothing to train; give a fraction below 1", parameter="rewind")
+    if world.count > 1:
+        raise InputError(
+            f"rewind trains in one process, and here are {world.count} ranks; start it without torchrun",
+            parameter="rewind",
+        )
 
 
 def _stored(sparsity: float | Mapping[str, float], pool: float | None) -> float | Mapping[str, float]:

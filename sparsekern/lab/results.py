@@ -73,7 +73,8 @@ def _network(
     seconds: dict[int, float] = {}
     for row in mine:
         seconds[row["seed"]] = seconds.get(row["seed"], 0.0) + row["seconds"]
-    times = _spread([row["ms_per_step"] for row in mine if row["ms_per_step"] is not None])
+    of_round = [row for row in mine if row.get("round") == mine[-1].get("round")]  # the last
+    times = _spread([row["ms_per_step"] for row in of_round if row["ms_per_step"] is not None])
     speed = {}
     if tokens is not None and times["median"]:
         speed["tokens_per_second"] = 1e3 * tokens / times["median"]
@@ -97,9 +98,15 @@ def _differences(first: Sequence[float], second: Sequence[float]) -> list[float]
 
 
 def _time_ratios(rows: Sequence[Row]) -> list[float]:
-    """Return sparse time over dense time, epoch by epoch: the two ran side by side, so a slow spell slows both."""
-    times = {(row["network"], row["seed"], row["epoch"]): row["ms_per_step"] for row in rows}
-    pairs = [(time, times["sparse", seed, epoch]) for (name, seed, epoch), time in times.items() if name == "dense"]
+    """Return sparse time over dense time, epoch by epoch: the two ran side by side, so a slow spell slows both.
+
+    Of several rounds the last one counts, whose epochs end with the last.
+    """
+    end = {name: max(row["epoch"] for row in rows if row["network"] == name) for name in ("sparse", "dense")}
+    times = {(row["network"], row["seed"], row["epoch"] - end[row["network"]]): row["ms_per_step"] for row in rows}
+    pairs = [
+        (time, times.get(("sparse", seed, epoch))) for (name, seed, epoch), time in times.items() if name == "dense"
+    ]
     return [sparse / dense for dense, sparse in pairs if dense is not None and sparse is not None]
 
 
@@ -122,7 +129,8 @@ def best_step(rows: Sequence[Row], networks: Sequence[str], metric: Metric) -> i
         metric: of the task.
     """
     by_epoch: dict[int, dict[str, Row]] = {}
-    for row in rows:
+    last = max((row.get("round", 0) for row in rows), default=0)
+    for row in rows if not last else [row for row in rows if row.get("round", 0) == last]:
         by_epoch.setdefault(row["epoch"], {})[row["network"]] = row
     complete = [one for one in by_epoch.values() if all(name in one for name in networks)]
     if not complete:

@@ -248,7 +248,11 @@ def _check_state(path: Path, state: dict[str, Any], config: Config, seed: int) -
     """
     finished, networks = state["finished"], set(config.networks)
     parts: dict[str, Any] = state.get("sizes" if finished else "learners", {})
-    done = {name: (config.epochs or 0) if finished else part["epoch"] for name, part in parts.items()}
+    of_round = (config.epochs or 0) - config.rewound()
+    done = {
+        name: config.epochs_of(name) if finished else part["epoch"] + part["round"] * of_round
+        for name, part in parts.items()
+    }
     rows = sorted((row["network"], row["epoch"]) for row in state["rows"])
     wrong = None
     if parts.keys() != networks:
@@ -303,15 +307,17 @@ class _Seed:
     @property
     def steps(self) -> int:
         """Steps of all networks together."""
-        return sum(learner.steps for learner in self.learners.values())
+        return sum(learner.all_steps for learner in self.learners.values())
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the state of the last checkpoint, which keeps no optimizer."""
         learners = self.learners.values()
-        epochs = self.run.config.epochs or 0
-        for epoch in range(min(learner.epoch for learner in learners), epochs):
+        epochs_of = self.run.config.epochs_of
+        epochs = max(epochs_of(learner.network) for learner in learners)
+        for epoch in range(min(learner.all_epochs for learner in learners), epochs):
             for learner in learners:
-                if learner.epoch == epoch:  # else it was done with it before the interruption
+                # else it was done with it before the interruption, or has no more rounds
+                if learner.all_epochs == epoch < epochs_of(learner.network):
                     self._finish_epoch(learner)
             if epoch + 1 != epochs:
                 self._save()
@@ -333,6 +339,8 @@ class _Seed:
             if learner.batch < learner.batches and self.run.world.any(self.clock.due(self.steps)):
                 self._save()
         row = learner.finish_epoch()
+        if self.history is not None:
+            self.history.step()
         self.rows.append(row)
         if self.run.world.first:
             append_row(self.folder / METRICS, row)

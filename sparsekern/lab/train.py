@@ -23,7 +23,7 @@ from sparsekern.lab.resolved import Run, build, build_agent, build_method
 from sparsekern.lab.tasks import Batch
 from sparsekern.nn import sparse_layers
 from sparsekern.nn.sharded import sharded_as
-from sparsekern.training import Gradual, NetworkSampler, compact_
+from sparsekern.training import Gradual, Lottery, NetworkSampler, compact_
 
 WARM_UP = 5
 """Steps at the start that are not timed: they allocate the optimizer's state and fill caches."""
@@ -58,11 +58,26 @@ class Learner:
             self.agent = build_agent(run, self._replica, self.optimizer, self.method)
         self._outer = self.agent or self.method  # whom to call
         self.epoch = self.batch = self.steps = 0
-        self._loss_sum = self._seconds = self._last_seconds = 0.0
+        self._loss_sum = self._seconds = self._last_seconds = self._early_loss_sum = 0.0
         self._milliseconds: list[float] = []
         self._spectral = network == "sparse" and run.spectral
         self._graphs: list[dict[str, Any]] = []
         self._order: tuple[int, Any] | None = None  # the epoch, and the order of its examples
+
+    @property
+    def round(self) -> int:
+        """Rounds completed."""
+        return self.method.round if isinstance(self.method, Lottery) else 0
+
+    @property
+    def all_epochs(self) -> int:
+        """Epochs completed in all rounds."""
+        return self.epoch + self.round * (self.total_steps // self.batches - self.run.config.rewound())
+
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps in all rounds."""
+        return self.steps + self.round * (self.total_steps - self.run.config.rewound(self.batches))
 
     def step(self) -> float:
         """Train on the next batch of the epoch and return its mean loss. Call finish_epoch() after the last one.
@@ -89,9 +104,10 @@ class Learner:
         self._seconds += spent
         if self.steps >= WARM_UP:
             self._milliseconds.append(1e3 * spent)
-        if self._spectral and (moved or self.steps == 0):
+        begin = self.run.config.rewound(self.batches) if self.round else 0
+        if self._spectral and (moved or self.steps == begin):
             graphs = {name: asdict(spectral(layer)) for name, layer in sparse_layers(self.model).items()}
-            self._graphs.append({"step": self.steps + 1, "layers": graphs})
+            self._graphs.append({"step": self.all_steps + 1, "layers": graphs})
         value = self.run.world.ranks.mean(loss.cpu()).item()
         if not math.isfinite(value):
             raise InputError(
@@ -100,6 +116,8 @@ class Learner:
         self._loss_sum += value * batch.examples
         self.batch += 1
         self.steps += 1
+        if self.round == 0 and self.steps == self.run.config.rewound(self.batches):
+            self._early_loss_sum = self._loss_sum
         return value
 
     def finish_epoch(self) -> dict[str, Any]:
@@ -107,14 +125,14 @@ class Learner:
 
         ``ms_per_step`` is a median, None if not timed; ``seconds`` is the time of all steps, updates of the topology
         included. ``spectral``, where asked for: ``{"step", "layers": {name: measures}}`` at the start and after each
-        update.
+        update. At the end of a round the network is then rewound, to begin the next.
         """
         self.epoch, self.batch = self.epoch + 1, 0
         row: dict[str, Any] = {
             "seed": self.seed,
             "network": self.network,
-            "epoch": self.epoch,
-            "step": self.steps,
+            "epoch": self.all_epochs,
+            "step": self.all_steps,
             "loss": self._loss_sum / self.task.examples,
             **self.evaluate(),
             "ms_per_step": statistics.median(self._milliseconds) if self._milliseconds else None,
@@ -122,7 +140,18 @@ class Learner:
         }
         if self._spectral:
             row["spectral"] = self._graphs
-        return row | (self._outer.metrics() if self._outer is not None else {})
+        row |= self._outer.metrics() if self._outer is not None else {}
+        if isinstance(self.method, Lottery):
+            row["round"] = self.round + 1
+            if self.steps == self.total_steps and self.method.next_round():
+                self._rewind(self.method.rewind)
+        return row
+
+    def _rewind(self, step: int) -> None:
+        """Go back to a step, of whose epoch the loss so far is known."""
+        self.steps = step
+        self.epoch, self.batch = divmod(step, self.batches)
+        self._loss_sum, self._seconds, self._milliseconds, self._graphs = self._early_loss_sum, 0.0, [], []
 
     @torch.no_grad()
     def written(self) -> str | None:
@@ -168,6 +197,8 @@ class Learner:
             "batch": self.batch,
             "steps": self.steps,
             "loss_sum": self._loss_sum,
+            "early_loss_sum": self._early_loss_sum,
+            "round": self.round,
             "seconds": self._seconds,
             "milliseconds": list(self._milliseconds),
             "graphs": list(self._graphs),
@@ -193,10 +224,13 @@ class Learner:
             compact_(self.model, self.optimizer)  # the model's own state left free the slots that had gone
         self.epoch, self.batch, self.steps = epoch, batch, state["steps"]
         self._loss_sum, self._seconds = state["loss_sum"], state["seconds"]
+        self._early_loss_sum = state["early_loss_sum"]
         self._milliseconds, self._graphs = list(state["milliseconds"]), list(state["graphs"])
         load_optimizer(self.optimizer, state["optimizer"])
         if self._outer is not None:
             self._outer.load_state_dict(state["method"])
+        if self.round != state["round"]:
+            raise InputError(f"{self.network}: the method is in round {self.round + 1}, and not {state['round'] + 1}")
 
     def loss(self, share: Share) -> Tensor:
         """Return the mean loss ``()`` of a part of a batch, times its weight."""

@@ -6,6 +6,7 @@ from sparsekern.training.agent import AGENT
 from sparsekern.training.base import Method, NetworkSampler
 from sparsekern.training.followers import Followers, compact_
 from sparsekern.training.growth import GSE, MEST, GradientMethod, GraNet, RigL
+from sparsekern.training.lottery import Lottery
 from sparsekern.training.magnitude import SET, Gradual, Static
 from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.schedules import Schedule
@@ -35,6 +36,7 @@ __all__ = [
     "GraNet",
     "GradientMethod",
     "Gradual",
+    "Lottery",
     "Method",
     "Move",
     "NetworkSampler",

@@ -264,13 +264,17 @@ class Gradual(Method):
         """Return the number of blocks that layers had in the beginning."""
         return sum(self.first_keys[name].shape[0] for name in names)
 
+    def blocks_left(self, first: int, final: int) -> int:
+        """Return how many of ``first`` blocks are to be left now, and ``final`` in the end."""
+        left = (1 - self.schedule.progress(self.steps)) ** 3
+        return math.floor(final + (first - final) * left + 0.5 + 1e-9)
+
     def choose_all(self, fraction: float) -> dict[str, Move]:
         """Return the moves that free the weakest blocks of each group of layers, as many as its schedule says."""
-        left = (1 - self.schedule.progress(self.steps)) ** 3
         trained = dict(self.trained_layers())
         moves: dict[str, Move] = {}
         for names, final in self._groups:
-            wanted = math.floor(final + (self._first_blocks(names) - final) * left + 0.5 + 1e-9)
+            wanted = self.blocks_left(self._first_blocks(names), final)
             surplus = sum(stored_blocks(self.layers[name].index) for name in names) - wanted
             if surplus > 0:
                 moves |= self._free({name: trained[name] for name in names if name in trained}, surplus)
