@@ -369,7 +369,9 @@ class Live(Observer):
     def row(self, row: dict[str, Any]) -> None:
         """Remember the metric; without a bar, print a line."""
         self._take(row)
-        if self._progress.disable and not self._quiet and row["network"] == self._config.networks[-1]:
+        last = self._config.networks[-1]  # but for rounds that it has not
+        done = row["network"] == last or row["epoch"] > self._config.epochs_of(last)
+        if self._progress.disable and not self._quiet and done:
             where = self._where(row["seed"], row["epoch"])
             self._console.print(f"{self._heading}{where}  {'  '.join(self._state.values())}")
 
