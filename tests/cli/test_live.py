@@ -18,7 +18,7 @@ def show(*, terminal, quiet=False):
     text = io.StringIO()
     with Live(Console(file=text, force_terminal=terminal, width=140), lambda: False, quiet=quiet) as live:
         live.begin(CONFIG, 3, [row("sparse", 1), row("dense", 1)])
-        live.step(SimpleNamespace(seed=0, network="sparse", epoch=1, steps=4, speed=lambda: ""), 0.75)
+        live.step(SimpleNamespace(seed=0, network="sparse", all_epochs=1, all_steps=4, speed=lambda: ""), 0.75)
         live.row(row("sparse", 2, 0.625))
         live.row(row("dense", 2, 0.875))
         task = live._progress.tasks[0]
@@ -34,7 +34,7 @@ def test_a_language_model_shows_bits_per_byte_and_its_speed():
     text = io.StringIO()
     with Live(Console(file=text, force_terminal=True, width=200), lambda: False, quiet=False) as live:
         live.begin(Config(recipe="gpt-nano"), 3, [])
-        learner = SimpleNamespace(seed=0, network="sparse", epoch=0, steps=1, speed=lambda: "1,234 tokens/s")
+        learner = SimpleNamespace(seed=0, network="sparse", all_epochs=0, all_steps=1, speed=lambda: "1,234 tokens/s")
         live.step(learner, 2 * math.log(2))
         bits = {key: value for key, value in row("sparse", 1).items() if key != "test_accuracy"}
         live.row(bits | {"bits_per_byte": 1.75})
