@@ -277,7 +277,8 @@ class Planned:
         """
         run, config = self.run(), self.config
         with torch.device("meta"):
-            model = build(run, network, seed=0)
+            shapes = replace(run, layers={**run.layers, "init_scale": 1.0})  # meta weights have no scale of their own
+            model = build(shapes, network, seed=0)
         size = config.batch_size // self.devices // config.accumulate
         return Step(
             model,
