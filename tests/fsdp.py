@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[type[sk.Method], dict[str, Any]]] = {
     "Gradual": (sk.Gradual, {"final_sparsity": 0.9, "stop": 13, "scope": "global"}),
     "RigL": (sk.RigL, {"scoring": "screen"}),  # what it does on several ranks anyway
     "MEST": (sk.MEST, {"soft_bound": True, "stop": 13}),
+    "SRigL": (sk.SRigL, {"scoring": "screen"}),
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 13}),
     "GSE": (sk.GSE, {}),
     "GSE, sketches": (sk.GSE, {"score_sketches": 2}),

@@ -274,6 +274,11 @@ def run_places(seed: int) -> None:
     for kernels, index in ((places, mine), (eager, theirs)):
         kernels.orders_(index, row, col, by_slot=False, ascending=ascending)
     assert all(map(torch.equal, mine, theirs))
+    into, expected = (index_of(row.shape[0], rows, cols) for _ in range(2))
+    keep = row % 3 != 1
+    places.masked_(into, mine, keep, by_slot=False)
+    eager.masked_(expected, mine, keep, by_slot=False)
+    assert all(map(torch.equal, into, expected))
     too_small = index_of(row.shape[0], max(1, rows - 1), cols)
     places.orders_(too_small, row, col, by_slot=True, ascending=ascending)  # refuses, and asks the others
     for name in ("lowest", "highest"):

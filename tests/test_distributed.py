@@ -45,6 +45,7 @@ METHODS = {
     "GraEst": (sk.GSE, {"distribution": "graest"}),
     "Gradual": (sk.Gradual, {"scope": "global", "stop": 10}),
     "MEST": (sk.MEST, {"drop_fraction": 0.3}),
+    "SRigL": (sk.SRigL, {"scoring": "screen"}),
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 10}),
 }
 VRPGE = {

@@ -21,6 +21,7 @@ METHODS = {
     "VRPGE, sgd": (sk.VRPGE, {"probability_optimizer": "sgd"}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.8}),
     "MEST": (sk.MEST, {}),
+    "SRigL": (sk.SRigL, {}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.8}),
 }
 AGENTS = {

@@ -27,7 +27,7 @@ CONV = [
     *((name, fsdp.conv, "SGD", fsdp.plain, {}) for name in ("SET", "SET, signs", "Gradual", "MEST", "VRPGE")),
     *(
         (name, fsdp.untied, "SGD", fsdp.plain, {})
-        for name in ("RigL", "GraNet", "GSE", "GSE, global", "GraBo", "GraEst")
+        for name in ("RigL", "SRigL", "GraNet", "GSE", "GSE, global", "GraBo", "GraEst")
     ),
 ]
 PASSES = [

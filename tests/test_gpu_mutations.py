@@ -138,6 +138,9 @@ SPLIT_SLOT = "slot = tl.load(slot_ptr + entry).to(tl.int64) + split.to(tl.int64)
 GATHER_AHEAD = "slot_ptr, i + BLOCKS + k // IN,"
 PARTS_AHEAD = "start + (i + 1) // PARTS"
 PART = "part = (i + 1) % PARTS * TILE_K"
+PART_OF_BLOCK = "tl.expand_dims(k, K_AXIS) * STRIDE_K + tl.expand_dims(n, T_AXIS) * STRIDE_N"
+PART_OF_BLOCK_TRANSPOSED = "tl.expand_dims(k, K_AXIS) * STRIDE_N + tl.expand_dims(n, T_AXIS) * STRIDE_K"
+VALUES_MASK = ", mask=tl.expand_dims(in_row, K_AXIS), other=0.0"
 
 TABLE: Table = {
     "multiply.place_of_entry": [
@@ -147,22 +150,30 @@ TABLE: Table = {
     ],
     "multiply.multiply_kernel": [
         ("x: missing int64 cast", far_tokens("gather"), "tile.to(tl.int64) * TILE_T", "tile * TILE_T"),
-        ("gather: pointer not advanced", products("gather"), GATHER_AHEAD, "slot_ptr, start + k // IN,"),
-        ("parts: pointer not advanced", products("parts"), PARTS_AHEAD, "start"),
-        ("parts: part not advanced", products("parts"), PART, "part = 0"),
-        ("parts: part of values not advanced", products("parts"), "offset += part * STRIDE_K", "offset += 0"),
-        ("parts: block transposed", products("parts"),
-         "k[:, None] * STRIDE_K + n[None, :] * STRIDE_N", "k[:, None] * STRIDE_N + n[None, :] * STRIDE_K"),
         ("token bound of x dropped", aligned_products("gather"), "tl.minimum(t, T - 1)[:, None]", "t[:, None]"),
-        ("gather: edge mask of x dropped", products("gather"),
-         "(columns < in_features)", "(columns >= 0)"),
-        ("parts: edge mask of x dropped", products("parts"),
-         "(column + k < in_features)", "(column + k >= 0)"),
-        ("gather: tail of the row unmasked", products("gather"), "in_row = i + k // IN < stop", "in_row = k >= 0"),
         ("gather: every program the first piece", cut_products("gather"), "line % CUT * TILE_N", "0"),
-        ("gather: tail of the row unmasked in values", nan_stays("gather"), "mask=in_row[:, None], other=0.0", ""),
+    ],
+    "multiply.add_blocks": [
+        ("gather: pointer not advanced", products("gather"), GATHER_AHEAD, "slot_ptr, start + k // IN,"),
+        ("few gather: pointer not advanced", products("few gather"), GATHER_AHEAD, "slot_ptr, start + k // IN,"),
+        ("parts: pointer not advanced", products("parts"), PARTS_AHEAD, "start"),
+        ("few parts: pointer not advanced", products("few parts"), PARTS_AHEAD, "start"),
+        ("parts: part not advanced", products("parts"), PART, "part = 0"),
+        ("few parts: part forgotten", products("few parts"), PART, "part = 0"),
+        ("parts: part of values not advanced", products("parts"), "offset += part * STRIDE_K", "offset += 0"),
+        ("parts: block transposed", products("parts"), PART_OF_BLOCK, PART_OF_BLOCK_TRANSPOSED),
+        ("few parts: block transposed", products("few parts"), PART_OF_BLOCK, PART_OF_BLOCK_TRANSPOSED),
+        ("gather: edge mask of x dropped", products("gather"), "(columns < in_features)", "(columns >= 0)"),
+        ("few gather: edge mask of x dropped", products("few gather"), "(columns < in_features)", "(columns >= 0)"),
+        ("parts: edge mask of x dropped", products("parts"), "column + k < in_features", "column + k >= 0"),
+        ("gather: tail of the row unmasked", products("gather"), "in_row = i + k // IN < stop", "in_row = k >= 0"),
+        ("few gather: tail of the row unmasked", products("few gather"),
+         "in_row = i + k // IN < stop", "in_row = k >= 0"),
+        ("gather: tail of the row unmasked in values", nan_stays("gather"), VALUES_MASK, ""),
+        ("few gather: tail of the row unmasked in values", nan_stays("few gather"), VALUES_MASK, ""),
         ("gather: tail of the row unmasked in x", nan_stays("gather"),
-         "if EDGE_IN else in_row\n", "if EDGE_IN else k >= 0\n"),
+         "if EDGE_IN else in_row,", "if EDGE_IN else k >= 0,"),
+        ("few gather: tail of the row unmasked in x", nan_stays("few gather"), "else t_mask & seen\n", "else t_mask\n"),
     ],
     "multiply.place_of_tile": [
         ("group tail unmasked", products("gather"), "size = tl.minimum(tiles - first, GROUP)", "size = GROUP"),
@@ -186,24 +197,10 @@ TABLE: Table = {
         ("tma: lines of the other side", products("tma"), "IN if TRANSPOSED else OUT", "OUT if TRANSPOSED else IN"),
     ],
     "multiply.few_tokens_kernel": [
-        ("few gather: pointer not advanced", products("few gather"),
-         GATHER_AHEAD, "slot_ptr, start + k // IN,"),
-        ("few parts: pointer not advanced", products("few parts"), PARTS_AHEAD, "start"),
-        ("few parts: part forgotten", products("few parts"), PART, "part = 0"),
-        ("few parts: block transposed", products("few parts"),
-         "k[None, :] * STRIDE_K + n[:, None] * STRIDE_N", "k[None, :] * STRIDE_N + n[:, None] * STRIDE_K"),
         ("few: token mask dropped", aligned_products("few gather"),
          "t_mask = t[None, :] < T", "t_mask = t[None, :] >= 0"),
-        ("few gather: edge mask of x dropped", products("few gather"),
-         "(columns < in_features)", "(columns >= 0)"),
         ("few: edge mask of y dropped", products("few gather"),
          "n_mask = feature < out_features", "n_mask = feature >= 0"),
-        ("few gather: tail of the row unmasked", products("few gather"),
-         "in_row = i + k // IN < stop", "in_row = k >= 0"),
-        ("few gather: tail of the row unmasked in values", nan_stays("few gather"),
-         "mask=in_row[None, :], other=0.0", ""),
-        ("few gather: tail of the row unmasked in x", nan_stays("few gather"),
-         "mask=t_mask & x_mask[:, None]", "mask=t_mask"),
         ("few: bias dropped", products("few gather"), "if HAS_BIAS:", "if False:"),
         ("few: missing int64 cast of x", far_tokens("few gather"),
          "x_ptr + t.to(tl.int64)[None, :]", "x_ptr + t[None, :]"),

@@ -37,6 +37,7 @@ METHODS = {
     "VRPGE": (sk.VRPGE, {"floor": 0.05}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.8}),
     "MEST": (sk.MEST, {"soft_bound": True}),
+    "SRigL": (sk.SRigL, {"scoring": "screen"}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.8, "scoring": "screen", "shortlist": 1e6}),
 }
 

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from sparsekern.kernels import eager
-from sparsekern.kernels.eager import chunks, conv2d, linear, products
+from sparsekern.kernels.contract import Index
+from sparsekern.kernels.eager import chunks, conv2d, linear, places, products
 from sparsekern.kernels.eager.windows import Windows
 
 from sparsekern.topology import index as index_module
-from sparsekern.topology import mask_index
 from tests.kernels.calls import NAN, AnyCase, Calls
 from tests.oracle import (
     Case,
@@ -112,7 +112,9 @@ def y_in_half(case: AnyCase) -> None:
 
 def masked_y(case: AnyCase) -> None:
     """The mask names free slots, too."""
-    check_y(case, calls.fwd(case, mask_index(case.index, torch.ones(12, dtype=torch.bool), (4, 4))))
+    index = Index(*map(torch.zeros_like, case.index))
+    places.masked_(index, case.index, torch.ones(12, dtype=torch.bool), by_slot=False)
+    check_y(case, calls.fwd(case, index))
 
 
 def in_scratch(scratch: int, check: Check) -> Check:
@@ -191,7 +193,7 @@ LAYER: dict[str, Row] = {
         (in_scratch(3000, dvalues),)),
     "sums are formed in half precision": ((linear.multiply, "accumulate_dtype(x.dtype)", "x.dtype"), (y_in_half,)),
     "a mask lets free slots in": (
-        (index_module._compact_, "slot = order", "slot = order; ptr = ptr.index_fill(0, torch.tensor([4]), 12)"),
+        (places._mask_order_, "used = ptr[-1]", "ptr = ptr.index_fill(0, torch.tensor([4]), 12); used = ptr[-1]"),
         (masked_y,)),
 }  # fmt: skip
 CONVOLUTION: dict[str, Row] = {

@@ -132,6 +132,7 @@ METHODS = {
     "RigL": (sk.RigL, {}),
     "VRPGE": (sk.VRPGE, {"floor": 0.05}),
     "MEST": (sk.MEST, {}),
+    "SRigL": (sk.SRigL, {}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.99, "stop": 5}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.99, "stop": 5, "compact": True}),
     "Gradual, compact": (sk.Gradual, {"final_sparsity": 0.99, "stop": 5, "scope": "global", "compact": True}),
@@ -167,7 +168,7 @@ class Step:
 
 
 def skip_rigl(name: str, block: int) -> None:
-    if name in ("RigL", "GraNet") and block < 16:
+    if name in ("RigL", "SRigL", "GraNet") and block < 16:
         pytest.skip("scores every place, and asks for allow_dense_scores")
 
 

@@ -39,6 +39,17 @@ def orders_(index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending:
         torch.autograd.graph.increment_version(written)
 
 
+def masked_(into: Index, index: Index, keep: Tensor, *, by_slot: bool) -> None:
+    """Write the index of some slots; see :func:`sparsekern.kernels.eager.places.masked_`."""
+    keep = _flat(keep)
+    for (ptr, other, slot), (into_ptr, into_other, into_slot) in ((index[:3], into[:3]), (index[3:], into[3:])):
+        others = (None, None) if by_slot else (other, into_other)
+        sizes = ptr.shape[0] - 1, keep.shape[0]
+        _must("sk_masked", ptr, others[0], slot, *sizes, keep, into_ptr, others[1], into_slot)
+        # A backward whose forward read the former index must notice.
+        torch.autograd.graph.increment_version((into_ptr, into_slot) if by_slot else (into_ptr, into_other, into_slot))
+
+
 def are_legal(row: Tensor, col: Tensor, rows: int, cols: int) -> bool:
     """Return whether places are; see :func:`sparsekern.kernels.eager.places.are_legal`."""
     return _run("sk_check", _flat(row), _flat(col), row.shape[0], rows, cols) != REFUSED
@@ -109,7 +120,7 @@ def _flat(numbers: Tensor) -> Tensor:
     return numbers if numbers.is_contiguous() else numbers.contiguous()
 
 
-def _must(name: str, *arguments: Tensor | int) -> None:
+def _must(name: str, *arguments: Tensor | int | None) -> None:
     """Run a function of the library on numbers that are in their range.
 
     Raises:

@@ -7,8 +7,9 @@ and the scratch of the library, which keeps it for the next call. For a linear l
     fwd     one transposed float32 copy of the stored blocks, or one of a block row for each thread, where one panel
             holds all tokens
     1x1     up to 16 MiB of packed tokens (or a panel for each thread, where that is more); the copy of some rows: 256
-            Ki entries of 6 to 10 bytes (or 128 Ki for each thread, or those of a strip), and 12 bytes for each of these
-            rows and each chunk of features; for each thread up to 128 Ki numbers of y or dy
+            Ki entries of 6 bytes (or 128 Ki for each thread, or those of a strip), and 12 bytes for each of these rows
+            and each chunk of features; for each thread up to 128 Ki numbers of y or dy, and except for dx 8 bytes for
+            each entry of a strip
 
 and for a convolution
 

@@ -7,8 +7,11 @@ without sorts; what both return is the same to the last number.
 from __future__ import annotations
 
 import torch
-from sparsekern.kernels.contract import Index, ordered_bits
+from sparsekern.kernels.contract import Index, Lists, ordered_bits
 from torch import Tensor
+
+CHUNK = 2**16
+"""Entries that :func:`masked_` handles at a time; in addition it takes 4 bytes per entry."""
 
 
 def orders_(index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending: bool) -> None:
@@ -35,6 +38,40 @@ def orders_(index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending:
         slot[:slots].copy_(order)
         if not by_slot:
             other[:slots].copy_(key.remainder_(minors))
+
+
+def masked_(into: Index, index: Index, keep: Tensor, *, by_slot: bool) -> None:
+    """Write the index of some slots, by a prefix sum over both orders; reads nothing on the host.
+
+    Args:
+        into: written to; other tensors than those of ``index``.
+        index: of Z slots.
+        keep: ``(Z,)`` bool; free slots are left out in any case. In ``into``, all slots that are left out are free.
+        by_slot: as in :func:`orders_`.
+    """
+    _mask_order_(into.by_row, index.by_row, keep, by_slot)
+    _mask_order_(into.by_col, index.by_col, keep, by_slot)
+
+
+def _mask_order_(into: Lists, order: Lists, keep: Tensor, by_slot: bool) -> None:
+    """Move the kept entries of one order to the front; the others follow, like free slots."""
+    (ptr, other, slot), slots = order, keep.shape[0]
+    used = ptr[-1]
+    before = torch.zeros(slots + 1, dtype=torch.int32, device=ptr.device)  # kept entries before each one
+    for start in range(0, slots, CHUNK):
+        some = slot[start : min(start + CHUNK, slots)]
+        entry = torch.arange(start, start + some.shape[0], dtype=torch.int32, device=ptr.device)
+        kept = keep.index_select(0, some) & (entry < used)
+        torch.add(kept.cumsum(0, dtype=torch.int32), before[start], out=before[start + 1 : start + 1 + some.shape[0]])
+    for start in range(0, slots, CHUNK):
+        end = min(start + CHUNK, slots)
+        entry = torch.arange(start, end, dtype=torch.int32, device=ptr.device)
+        first, after = before[start:end], before[start + 1 : end + 1]
+        place = torch.where(after > first, first, before[-1] + entry - first).long()
+        into[2].index_copy_(0, place, slot[start:end])
+        if not by_slot:
+            into[1].index_copy_(0, place, other[start:end])
+    into[0].copy_(before.index_select(0, ptr))
 
 
 def are_legal(row: Tensor, col: Tensor, rows: int, cols: int) -> bool:

@@ -47,6 +47,64 @@ def place_of_entry(other_ptr, slot_ptr, entry, IN: tl.constexpr, SIZE: tl.conste
 
 
 @triton.jit
+def add_blocks(
+    acc, x_rows, values_ptr, other_ptr, slot_ptr, start, stop, k, n, in_features, t_mask,
+    IN: tl.constexpr, OUT: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr,
+    TILE_K: tl.constexpr, WEIGHT_ON_M: tl.constexpr, EDGE_IN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to ``acc`` the product of tokens with the blocks of a row, ``start`` to ``stop``.
+
+    ``acc`` is ``(T, N)``, or ``(N, T)`` if WEIGHT_ON_M. ``x_rows`` points to the rows of x, along the axis of tokens;
+    ``t_mask`` says which there are, None for all. STRIDE_K and STRIDE_N are those of w[k, n] in a block.
+    """
+    T_AXIS: tl.constexpr = 1 if WEIGHT_ON_M else 0
+    K_AXIS: tl.constexpr = 1 - T_AXIS
+    if IN < TILE_K:
+        BLOCKS: tl.constexpr = TILE_K // IN
+        column, offset = place_of_entry(other_ptr, slot_ptr, start + k // IN, IN, IN * OUT)
+        for i in range(start, stop, BLOCKS):
+            columns = tl.max_contiguous(tl.multiple_of(column + k % IN, IN), IN)
+            offsets = offset + k % IN * STRIDE_K
+            offsets = tl.max_contiguous(tl.multiple_of(offsets, IN), IN) if STRIDE_K == 1 else offsets
+            in_row = i + k // IN < stop  # masks both: a NaN or an infinity of another row times zero is a NaN
+            seen = tl.expand_dims(in_row & (columns < in_features) if EDGE_IN else in_row, T_AXIS)
+            x_mask = seen if t_mask is None else t_mask & seen
+            x = tl.load(x_rows + tl.expand_dims(columns, T_AXIS), mask=x_mask, other=0.0)
+            w_ptrs = values_ptr + (tl.expand_dims(offsets, K_AXIS) + tl.expand_dims(n, T_AXIS) * STRIDE_N)
+            w = tl.load(w_ptrs, mask=tl.expand_dims(in_row, K_AXIS), other=0.0)
+            column, offset = place_of_entry(other_ptr, slot_ptr, i + BLOCKS + k // IN, IN, IN * OUT)
+            acc = add_product(acc, x, w, WEIGHT_ON_M, PRECISION)
+    else:
+        PARTS: tl.constexpr = IN // TILE_K
+        column, offset = place_of_entry(other_ptr, slot_ptr, start, IN, IN * OUT)
+        for i in range(0, (stop - start) * PARTS):
+            x_ptrs = x_rows + tl.expand_dims(column + k, T_AXIS)
+            if EDGE_IN:
+                seen = tl.expand_dims(column + k < in_features, T_AXIS)
+                x = tl.load(x_ptrs, mask=seen if t_mask is None else t_mask & seen, other=0.0)
+            else:
+                x = tl.load(x_ptrs, mask=t_mask, other=None if t_mask is None else 0.0)
+            w = tl.load(
+                values_ptr + offset + (tl.expand_dims(k, K_AXIS) * STRIDE_K + tl.expand_dims(n, T_AXIS) * STRIDE_N)
+            )
+            # At most stop, or the compiler advances 64-bit pointers instead, which takes more instructions.
+            ahead = tl.minimum(start + (i + 1) // PARTS, stop)
+            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
+            part = (i + 1) % PARTS * TILE_K
+            column += part
+            offset += part * STRIDE_K
+            acc = add_product(acc, x, w, WEIGHT_ON_M, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_product(acc, x, w, WEIGHT_ON_M: tl.constexpr, PRECISION: tl.constexpr):
+    """Add ``x w``, or ``w x`` if WEIGHT_ON_M, to ``acc``; values of another dtype than x are converted in registers."""
+    w = w.to(x.dtype)
+    return tl.dot(w, x, acc, input_precision=PRECISION) if WEIGHT_ON_M else tl.dot(x, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def store_tile(
     y_ptr, bias_ptr, acc, t, row, n, T, out_features,
     OUT: tl.constexpr, HAS_BIAS: tl.constexpr, EDGE_OUT: tl.constexpr,
@@ -68,7 +126,7 @@ def multiply_kernel(
     TILE_T: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, CUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, EDGE_IN: tl.constexpr, EDGE_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the tile ``y[tokens, a part of one block row]``. STRIDE_K and STRIDE_N are those of w[k, n] in a block.
+    """Write the tile ``y[tokens, a part of one block row]``.
 
     Sizes in units of ALIGN elements tell the compiler that rows of x are 16-byte aligned.
     """
@@ -79,39 +137,13 @@ def multiply_kernel(
     TILE_N: tl.constexpr = OUT // CUT
     t = tile.to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
     k, n = tl.arange(0, TILE_K), line % CUT * TILE_N + tl.arange(0, TILE_N)
-    in_features = in_units * ALIGN
     # Behind the last token the last one is read again, and not written: a mask costs two instructions per copy.
     x_rows = x_ptr + tl.minimum(t, T - 1)[:, None] * (stride_units * ALIGN)
-    acc = tl.zeros((TILE_T, TILE_N), tl.float32)
-
-    if IN < TILE_K:
-        BLOCKS: tl.constexpr = TILE_K // IN
-        column, offset = place_of_entry(other_ptr, slot_ptr, start + k // IN, IN, IN * OUT)
-        for i in range(start, stop, BLOCKS):
-            columns = tl.max_contiguous(tl.multiple_of(column + k % IN, IN), IN)
-            offsets = offset + k % IN * STRIDE_K
-            offsets = tl.max_contiguous(tl.multiple_of(offsets, IN), IN) if STRIDE_K == 1 else offsets
-            in_row = i + k // IN < stop  # masks both: a NaN or an infinity of another row times zero is a NaN
-            x_mask = in_row & (columns < in_features) if EDGE_IN else in_row
-            x = tl.load(x_rows + columns[None, :], mask=x_mask[None, :], other=0.0)
-            w = tl.load(values_ptr + (offsets[:, None] + n[None, :] * STRIDE_N), mask=in_row[:, None], other=0.0)
-            column, offset = place_of_entry(other_ptr, slot_ptr, i + BLOCKS + k // IN, IN, IN * OUT)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    else:
-        PARTS: tl.constexpr = IN // TILE_K
-        column, offset = place_of_entry(other_ptr, slot_ptr, start, IN, IN * OUT)
-        for i in range(0, (stop - start) * PARTS):
-            x_mask = (column + k < in_features)[None, :] if EDGE_IN else None
-            x = tl.load(x_rows + (column + k)[None, :], mask=x_mask, other=0.0 if EDGE_IN else None)
-            w = tl.load(values_ptr + offset + (k[:, None] * STRIDE_K + n[None, :] * STRIDE_N))
-            # At most stop, or the compiler advances 64-bit pointers instead, which takes more instructions.
-            ahead = tl.minimum(start + (i + 1) // PARTS, stop)
-            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
-            part = (i + 1) % PARTS * TILE_K
-            column += part
-            offset += part * STRIDE_K
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-
+    acc = add_blocks(
+        tl.zeros((TILE_T, TILE_N), tl.float32), x_rows, values_ptr, other_ptr, slot_ptr, start, stop, k, n,
+        in_units * ALIGN, None,
+        IN, OUT, STRIDE_K, STRIDE_N, TILE_K, False, EDGE_IN, PRECISION,
+    )  # fmt: skip
     store_tile(y_ptr, bias_ptr, acc, t, row, n, T, out_features, OUT, HAS_BIAS, EDGE_OUT)
 
 
@@ -127,7 +159,7 @@ def few_tokens_kernel(
 
     The weight is on M and all tokens on N. With few tokens the time is that of reading the stored blocks once, so a
     program takes only TILE_N rows of a block: many programs, many loads in flight. Values of another dtype than x are
-    converted in registers here: a copy first would read them twice.
+    converted in registers: a copy first would read them twice.
     """
     PIECES: tl.constexpr = OUT // TILE_N
     row = tl.program_id(0) // PIECES
@@ -135,38 +167,13 @@ def few_tokens_kernel(
 
     t, k = tl.arange(0, TOKENS), tl.arange(0, TILE_K)
     n = tl.program_id(0) % PIECES * TILE_N + tl.arange(0, TILE_N)
-    in_features = in_units * ALIGN
     x_rows = x_ptr + t.to(tl.int64)[None, :] * (stride_units * ALIGN)
     t_mask = t[None, :] < T
-    acc = tl.zeros((TILE_N, TOKENS), tl.float32)
-
-    if IN < TILE_K:
-        BLOCKS: tl.constexpr = TILE_K // IN
-        column, offset = place_of_entry(other_ptr, slot_ptr, start + k // IN, IN, IN * OUT)
-        for i in range(start, stop, BLOCKS):
-            columns = tl.max_contiguous(tl.multiple_of(column + k % IN, IN), IN)
-            offsets = offset + k % IN * STRIDE_K
-            offsets = tl.max_contiguous(tl.multiple_of(offsets, IN), IN) if STRIDE_K == 1 else offsets
-            in_row = i + k // IN < stop  # masks both: a NaN or an infinity of another row times zero is a NaN
-            x_mask = in_row & (columns < in_features) if EDGE_IN else in_row
-            x = tl.load(x_rows + columns[:, None], mask=t_mask & x_mask[:, None], other=0.0)
-            w = tl.load(values_ptr + (offsets[None, :] + n[:, None] * STRIDE_N), mask=in_row[None, :], other=0.0)
-            column, offset = place_of_entry(other_ptr, slot_ptr, i + BLOCKS + k // IN, IN, IN * OUT)
-            acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision=PRECISION)
-    else:
-        PARTS: tl.constexpr = IN // TILE_K
-        column, offset = place_of_entry(other_ptr, slot_ptr, start, IN, IN * OUT)
-        for i in range(0, (stop - start) * PARTS):
-            x_mask = (t_mask & (column + k < in_features)[:, None]) if EDGE_IN else t_mask
-            x = tl.load(x_rows + (column + k)[:, None], mask=x_mask, other=0.0)
-            w = tl.load(values_ptr + offset + (k[None, :] * STRIDE_K + n[:, None] * STRIDE_N))
-            # At most stop, or the compiler advances 64-bit pointers instead, which takes more instructions.
-            ahead = tl.minimum(start + (i + 1) // PARTS, stop)
-            column, offset = place_of_entry(other_ptr, slot_ptr, ahead, IN, IN * OUT)
-            part = (i + 1) % PARTS * TILE_K
-            column += part
-            offset += part * STRIDE_K
-            acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision=PRECISION)
+    acc = add_blocks(
+        tl.zeros((TILE_N, TOKENS), tl.float32), x_rows, values_ptr, other_ptr, slot_ptr, start, stop, k, n,
+        in_units * ALIGN, t_mask,
+        IN, OUT, STRIDE_K, STRIDE_N, TILE_K, True, EDGE_IN, PRECISION,
+    )  # fmt: skip
 
     feature = row * OUT + n
     n_mask = feature < out_features

@@ -26,7 +26,7 @@ from sparsekern.lab.papers import find_paper
 from sparsekern.lab.recipes import RECIPES, find
 from sparsekern.lab.tasks import AUGMENTATIONS, Task
 from sparsekern.topology import check_sparsity
-from sparsekern.training import METHODS, PRESETS, Lottery
+from sparsekern.training import METHODS, PRESETS, Lottery, Preset
 
 SMALL_DATA = 10_000
 """Training examples up to which a data set counts as small and is trained on for more epochs by default."""
@@ -164,14 +164,14 @@ class Config:
 
     def _ask_method(self) -> None:
         """Take the method from the preset; raise ValueError if they disagree, or an option is not the method's."""
+        RUN_OPTIONS["preset"].check(self.preset)
         implied = "static" if isinstance(self.options, Mapping) and "rewind" in self.options else METHOD
-        if self.preset is not None:
-            RUN_OPTIONS["preset"].check(self.preset)
-            implied = next(name for name, known in METHODS.items() if known is PRESETS[self.preset].method)
+        if self.publication is not None:
+            implied = next(name for name, known in METHODS.items() if known is self.publication.method)
         if self.method is OF_RECIPE:
             object.__setattr__(self, "method", implied)
         RUN_OPTIONS["method"].check(self.method)
-        if self.preset is not None and self.method != implied:
+        if self.publication is not None and self.method != implied:
             raise InputError(
                 f"preset is {self.preset!r}, whose method is {implied}, but method is {self.method!r}",
                 parameter="preset",
@@ -253,13 +253,18 @@ class Config:
         return epochs if network == "dense" else epochs + (self.rounds - 1) * (epochs - self.rewound())
 
     @property
+    def publication(self) -> Preset | None:
+        """What the preset says, or None without one."""
+        return None if self.preset is None else PRESETS[self.preset]
+
+    @property
     def kept_dense(self) -> tuple[str, ...]:
         """Names of the layers that stay dense: the recipe's, but for those that the preset's publication makes sparse.
 
         A recipe names its first such layer first.
         """
         names = find(self.recipe).kept_dense
-        dense = "ends" if self.preset is None else PRESETS[self.preset].dense
+        dense = "ends" if self.publication is None else self.publication.dense
         return {"ends": names, "first": names[:1], "none": ()}[dense]
 
     @property
@@ -278,8 +283,7 @@ class Config:
         epochs = self.epochs or recipe.epochs or (20 if examples <= SMALL_DATA else 5)
         batches = math.ceil(examples / self.batch_size)
         update_every = min(recipe.update_every, max(1, int(STOP * epochs * batches / 8)))
-        if self.preset is not None:
-            chosen = PRESETS[self.preset]
+        if (chosen := self.publication) is not None:
             if chosen.once_an_epoch:
                 update_every = batches
             elif (published := chosen.options.get("update_every")) is not None:

@@ -20,7 +20,7 @@ from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
 from sparsekern.lab.tasks import Batch, Task
 from sparsekern.topology import generator_for
-from sparsekern.training import AGENT, METHODS, PRESETS, VRPGE, Gradual, Lottery, Method
+from sparsekern.training import AGENT, METHODS, VRPGE, Gradual, Lottery, Method
 from sparsekern.transforms import Width
 
 
@@ -102,7 +102,7 @@ def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
         )
     batches = math.ceil(task.examples / config.batch_size)
     steps = (config.epochs or 0) * batches
-    chosen = None if config.preset is None else PRESETS[config.preset]
+    chosen = config.publication
     method, options = METHODS[config.method], config.options
     arguments: dict[str, Any] = {"stop": (STOP if chosen is None else chosen.until) * steps}
     arguments |= {} if chosen is None else chosen.options

@@ -13,9 +13,6 @@ from sparsekern.kernels.contract import PADDING, Index
 from sparsekern.topology.grid import Grid
 from sparsekern.topology.topology import Topology, check_tied, places_for
 
-CHUNK = 2**16
-"""Entries that :func:`mask_index_` handles at a time; in addition it takes 4 bytes per entry."""
-
 
 def empty_index(topology: Topology) -> Index:
     """Return an index of zeros with the shapes for a topology; :func:`rebuild_` fills it.
@@ -117,31 +114,16 @@ def mask_index_(into: Index, index: Index, keep: Tensor, block: tuple[int, int])
     Args:
         into: the index to write.
         index, keep, block: as in :func:`mask_index`; ``keep (Z,)``.
+
+    Raises:
+        ValueError: ``keep`` is not one bool a slot.
     """
-    by_slot = block == (1, 1)
-    _compact_(into[:3], index[:3], keep, by_slot)
-    _compact_(into[3:], index[3:], keep, by_slot)
-
-
-def _compact_(into: tuple[Tensor, ...], order: tuple[Tensor, ...], keep: Tensor, by_slot: bool) -> None:
-    """Move the kept entries of one order ``(ptr, other, slot)`` to the front; the others follow, like free slots."""
-    ptr, other, slot = order
-    slots, used = slot.shape[0] - PADDING, ptr[-1]
-    before = torch.zeros(slots + 1, dtype=torch.int32, device=ptr.device)  # kept entries before each one
-    for start in range(0, slots, CHUNK):
-        some = slot[start : min(start + CHUNK, slots)]
-        entry = torch.arange(start, start + some.shape[0], dtype=torch.int32, device=ptr.device)
-        kept = keep.index_select(0, some) & (entry < used)
-        torch.add(kept.cumsum(0, dtype=torch.int32), before[start], out=before[start + 1 : start + 1 + some.shape[0]])
-    for start in range(0, slots, CHUNK):
-        end = min(start + CHUNK, slots)
-        entry = torch.arange(start, end, dtype=torch.int32, device=ptr.device)
-        first, after = before[start:end], before[start + 1 : end + 1]
-        place = torch.where(after > first, first, before[-1] + entry - first).long()
-        into[2].index_copy_(0, place, slot[start:end])
-        if not by_slot:
-            into[1].index_copy_(0, place, other[start:end])
-    into[0].copy_(before.index_select(0, ptr))
+    if keep.dtype is not torch.bool or keep.shape != (index.slots,):
+        raise InputError(
+            f"keep is {keep.dtype} {tuple(keep.shape)}; it must be torch.bool ({index.slots},), one a slot",
+            parameter="keep",
+        )
+    places_for(keep, *index, *into).masked_(into, index, keep, by_slot=block == (1, 1))
 
 
 def index_bytes(grid: Grid, slots: int) -> int:

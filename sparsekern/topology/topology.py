@@ -334,6 +334,9 @@ class Places(Protocol):
     def orders_(self, index: Index, row: Tensor, col: Tensor, *, by_slot: bool, ascending: bool) -> None:
         """Write both orders of an index in place."""
 
+    def masked_(self, into: Index, index: Index, keep: Tensor, *, by_slot: bool) -> None:
+        """Write the index of some slots, in which the others are free."""
+
     def are_legal(self, row: Tensor, col: Tensor, rows: int, cols: int) -> bool:
         """Return whether all places are free, or distinct and inside the grid."""
 

@@ -5,7 +5,7 @@ from sparsekern.topology import Move
 from sparsekern.training.agent import AGENT
 from sparsekern.training.base import Method, NetworkSampler
 from sparsekern.training.followers import Followers, compact_
-from sparsekern.training.growth import GSE, MEST, GradientMethod, GraNet, RigL
+from sparsekern.training.growth import GSE, MEST, GradientMethod, GraNet, RigL, SRigL
 from sparsekern.training.lottery import Lottery
 from sparsekern.training.magnitude import SET, Gradual, Static
 from sparsekern.training.presets import PRESETS, Preset, preset
@@ -21,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "gradual": Gradual,
     "granet": GraNet,
     "mest": MEST,
+    "srigl": SRigL,
 }
 """The methods by their names on the command line."""
 
@@ -42,6 +43,7 @@ __all__ = [
     "NetworkSampler",
     "Preset",
     "RigL",
+    "SRigL",
     "Schedule",
     "Static",
     "compact_",

@@ -33,7 +33,6 @@ from sparsekern.topology import (
     part_of,
     sample_absent,
     stored_blocks,
-    to_places,
     units,
 )
 from sparsekern.topology.arguments import check_choice
@@ -227,8 +226,7 @@ class Gradual(Method):
         **options: Any,
     ) -> None:
         self.check_options(options)
-        if scope not in ("layer", "global"):
-            raise InputError(f"scope is {scope!r}; it must be 'layer' or 'global'", parameter="scope")
+        check_choice("scope", scope, ("layer", "global"))
         super().__init__(model, optimizer, **options)
         self.scope, self.compact = scope, compact
         self._groups = self._final_blocks(model, final_sparsity)
@@ -283,7 +281,7 @@ class Gradual(Method):
     def _free(self, layers: dict[str, BlockSparse], count: int) -> dict[str, Move]:
         """Return the moves that free the ``count`` weakest blocks of some layers, in units that move together."""
         parts = {name: units(layer.topology, layer.tie_taps) for name, layer in layers.items()}
-        cost = [1 if parts[name].slots is None else layer.grid.taps for name, layer in layers.items()]
+        cost = [part.size for part in parts.values()]
         strengths = [self.strength(name, layer, parts[name]) for name, layer in layers.items()]
         if len(layers) > 1:
             strengths = [protect_strongest(strength) for strength in strengths]
@@ -292,12 +290,7 @@ class Gradual(Method):
             area = [math.prod(layer.grid.block) * c for layer, c in zip(layers.values(), cost, strict=True)]
             norms = [(s[w] / math.sqrt(a)).cpu() for s, w, a in zip(strengths, weak, area, strict=True)]
             weak = [w[chosen.to(w.device)] for w, chosen in zip(weak, _weakest(norms, cost, count), strict=True)]
-        moves = {}
-        for (name, layer), chosen in zip(layers.items(), weak, strict=True):
-            of_units = parts[name].slots
-            slots = chosen if of_units is None else of_units[chosen].flatten()
-            moves[name] = to_places(slots, torch.full_like(slots, -1), layer.grid)
-        return moves
+        return {name: parts[name].replaced(chosen, chosen[:0]) for name, chosen in zip(layers, weak, strict=True)}
 
     def update(self) -> bool:
         """Free blocks now, by the schedule, whether an update is due or not; returns whether any went."""

@@ -67,7 +67,8 @@ def slot_state(
             "LBFGS keeps flat vectors over all parameters, which cannot follow moving blocks; use an optimizer with "
             "one state entry a weight, such as SGD or AdamW"
         )
-    inner = next((key for key, part in vars(optimizer).items() if _holds_optimizer(part)), None)
+    known = type(optimizer).__module__.startswith("torch.optim.")
+    inner = None if known else next((key for key, part in vars(optimizer).items() if _holds_optimizer(part)), None)
     if inner is not None:
         raise InputError(
             f"{kind} keeps its state in another optimizer ({inner!r}), where it would not follow moving blocks; use a "
@@ -79,7 +80,6 @@ def slot_state(
             f"values of {name!r} are not in this optimizer. Build it after sparsify_ (and fully_shard), from "
             "model.parameters(); a model whose sparse layers are spread over several optimizers is not supported"
         )
-    known = type(optimizer).__module__.startswith("torch.optim.")
     try:
         layout = None if known else _tried(optimizer, group, parameter if part_of is None else part_of)
         return [

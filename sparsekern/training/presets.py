@@ -153,11 +153,7 @@ def preset(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, *, ste
         GSE(1 layers, update_every=..., start=..., stop=..., step 0, 0 updates)
     """
     check_choice("preset", name, PRESETS)
-    check_whole("steps", steps)
-    if steps < 1:
-        raise InputError(
-            f"steps is {steps}; it must be the optimizer steps of the whole training, 1 or more", parameter="steps"
-        )
+    check_whole("steps", steps, 1, ", the optimizer steps of the whole training")
     chosen = PRESETS[name]
     if chosen.once_an_epoch and "update_every" not in options:
         raise InputError(

@@ -266,8 +266,8 @@ def test_a_transform_that_needs_more_memory_than_allowed():
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [
-        ("agent_gamma", 7.0, r"gamma is 7.0; it must be in \[0, 1\]"),
-        ("agent_alpha", 0.0, "alpha is 0.0; it must be in"),
+        ("agent_gamma", 7.0, r"gamma is 7.0; it must be a number in \[0, 1\]"),
+        ("agent_alpha", 0.0, "alpha is 0.0; it must be a number in"),
         ("agent_batches", 0, "batches is 0; it must be 1 or more$"),
         ("agent_every", 5, "every is 5, but the losses of batches give one c after a pass; estimate must"),
         ("agent_scope", "layer", "scope is 'layer', but the losses"),

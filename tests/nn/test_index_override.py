@@ -32,6 +32,14 @@ def test_forward_and_gradients_are_those_of_the_masked_weight(block):
     torch.testing.assert_close(dvalues, sk.topology.gather_blocks(module.topology, dweight) * keep.view(-1, 1, 1))
 
 
+def test_a_mask_is_a_bool_a_slot():
+    module = layer()
+    slots = module.values.shape[0]
+    for keep in (torch.ones(slots), torch.ones(slots - 1, dtype=torch.bool), torch.ones(slots, 1, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=rf"it must be torch.bool \({slots},\), one a slot"):
+            mask_index(module.index, keep, module.block_size)
+
+
 def test_afterwards_the_layer_has_its_own_index_also_after_an_error():
     module = layer()
     own = module.index

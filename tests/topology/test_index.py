@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparsekern.kernels.eager import places as eager
 from torch import Tensor
 
 from sparsekern.topology import (
@@ -208,8 +209,9 @@ def test_a_mask_by_hand(block: int) -> None:
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)
-@given(topologies(), st.sampled_from([1, 3, 2**16]), st.data())
-def test_a_masked_index_is_the_index_of_the_kept_blocks(topology: Topology, chunk: int, data: st.DataObject) -> None:
+@given(topologies(), st.sampled_from([None, 1, 3, 2**16]), st.data())
+def test_a_masked_index_is_that_of_kept_blocks(topology: Topology, chunk: int | None, data: st.DataObject) -> None:
+    """By the kernels for this device, and by the eager ones in chunks of any size."""
     keep = data.draw(
         st.one_of(
             st.lists(st.booleans(), min_size=topology.slots, max_size=topology.slots),
@@ -221,7 +223,9 @@ def test_a_masked_index_is_the_index_of_the_kept_blocks(topology: Topology, chun
     before = [tensor.clone() for tensor in index]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "CHUNK", chunk)
+        if chunk is not None:
+            patch.setattr(index_module, "places_for", lambda *_: eager)
+            patch.setattr(eager, "CHUNK", chunk)
         result = mask_index(index, torch.tensor(keep), topology.grid.block)
 
     assert_index_is(result, plain_lists(masked(topology, torch.tensor(keep))), topology)

@@ -206,7 +206,7 @@ REFUSED = [
     ({"stop": None}, ValueError, "stop is None; it must be a step after which the final sparsity stays"),
     ({"stop": 5, "update_every": 5}, ValueError, "stop is 5; it must be a step after which"),
     ({"start": 6, "stop": 10, "update_every": 5}, ValueError, "stop is 10; it must be a step after which"),
-    ({"scope": "model"}, ValueError, "scope is 'model'; it must be 'layer' or 'global'"),
+    ({"scope": "model"}, ValueError, "scope is 'model'; it must be one of layer, global"),
     *(
         ({name: 1}, ValueError, f"{name} is no option of Gradual")
         for name in ("drop_fraction", "anneal", "grown_state", "min_age", "subset_factor")

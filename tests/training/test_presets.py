@@ -83,7 +83,7 @@ def test_options_override():
 @pytest.mark.parametrize(
     ("steps", "error", "text"),
     [
-        (0, ValueError, "steps is 0; it must be the optimizer steps of the whole training, 1 or more"),
+        (0, ValueError, "steps is 0; it must be 1 or more, the optimizer steps of the whole training"),
         (-5, ValueError, "steps is -5;"),
         (1e4, TypeError, "steps is 10000.0; it must be a whole number"),
         (float("nan"), TypeError, "steps is nan"),

@@ -132,7 +132,9 @@ def plain(state):
     return state.tolist() if isinstance(state, torch.Tensor) else state
 
 
-@pytest.mark.parametrize("name", ["Static", "SET", "RigL", "GSE", "VRPGE", "Gradual", "GraNet", "MEST", "AGENT"])
+@pytest.mark.parametrize(
+    "name", ["Static", "SET", "RigL", "GSE", "VRPGE", "Gradual", "GraNet", "MEST", "SRigL", "AGENT"]
+)
 def test_a_state_that_is_refused_changes_nothing(name):
     method = trained(name)
     state = copy.deepcopy(method.state_dict())

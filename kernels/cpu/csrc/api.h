@@ -94,7 +94,7 @@ struct ElementPlan {
   int32_t ahead;                      // the next chunk is prefetched: a packed panel does not stay in the L2 cache
   int64_t strip, strips;              // rows of a strip, strips of a piece
   int64_t chunks;                     // of 2^shift features
-  int64_t entries;                    // of the largest piece
+  int64_t entries, strip_entries;     // of the largest piece; of the largest strip, unless by column
   int32_t shift;
 };
 
@@ -212,12 +212,12 @@ inline int64_t sketch_floats(int64_t pairs) { return 128 * 32 + round_up(pairs, 
 constexpr int64_t NARROW = 16;       // for up to this many tokens 1x1 needs no panels: elements_few.h
 
 // Floats of a piece that is arranged: arranged_in() of arrange.h.
-inline int64_t arranged_floats(const ElementPlan &p, bool gradient) {
-  return round_up(p.strips * p.chunks * (3 * p.strip + 1) + (gradient ? 2 : 1) * p.entries + round_up(p.entries, 2) / 2, LINE);
+inline int64_t arranged_floats(const ElementPlan &p) {
+  return round_up(p.strips * p.chunks * (3 * p.strip + 1) + p.entries + round_up(p.entries, 2) / 2, LINE);
 }
 
-// Floats that a thread needs beside it and the packed panels: rows of y or dy; numbers of arrange().
-inline int64_t thread_floats(const ElementPlan &p) { return round_up(p.strip * (p.lanes + 2), LINE); }
+// Floats that a thread needs beside it and the packed panels: room_in() of arrange.h.
+inline int64_t thread_floats(const ElementPlan &p) { return round_up(p.strip * (p.lanes + 2) + 2 * p.strip_entries, LINE); }
 
 // Floats that a thread needs: keys and values, a block of queries, scores and their gradients; for the widest vectors.
 inline int64_t attention_floats(const AttentionCall &c) {

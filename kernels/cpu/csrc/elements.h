@@ -110,21 +110,25 @@ template <int T> void multiply_lanes(const Multiply &m) {
   const ElementPlan &plan = m.plan;
   const int64_t rows = m.order.rows, panels = blocks_of(m.x.rows, T), step = plan.strips * plan.strip;
   const int threads = m.threads;
-  float *packed = (float *)m.scratch, *lists = packed + plan.panels * m.x.cols * T, *rest = lists + arranged_floats(plan, false);
+  float *packed = (float *)m.scratch, *lists = packed + plan.panels * m.x.cols * T, *rest = lists + arranged_floats(plan);
+
+  const auto arrange_it = [&](const Piece &piece, const Arranged &a, const Room &room) {
+    return m.transposed ? arrange_piece<BY_COL>(m.order, piece, plan, a, m.values, room)
+                        : arrange_piece<BY_ROW>(m.order, piece, plan, a, m.values, room);
+  };
 
 #pragma omp parallel num_threads(threads)
   {
-    const Arranged a = arranged_in(lists, plan, false);
-    float *y = rest + thread_number() * thread_floats(plan);
-    int32_t *numbers = (int32_t *)(y + plan.strip * T);
+    const Arranged a = arranged_in(lists, plan);
+    const Room room = room_in(rest + thread_number() * thread_floats(plan), plan);
     if (plan.alone) {
       const Piece piece = piece_from(0, m.order, plan);
       float *own = packed + thread_number() * m.x.cols * T;
-      if (arrange_piece<false>(m.order, piece, plan, a, m.values, numbers)) {
+      if (arrange_it(piece, a, room)) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t p = 0; p < panels; p++) {
           for (int64_t f = 0; f < m.x.cols; f += PACKED_AT_ONCE) pack_part<T>(m.x, p, f, own);
-          multiply_strips<T>(m, a, piece, 0, piece.strips, p * T, own, y);
+          multiply_strips<T>(m, a, piece, 0, piece.strips, p * T, own, room.lanes);
         }
       }
     } else {
@@ -134,9 +138,9 @@ template <int T> void multiply_lanes(const Multiply &m) {
         pack_panels<T>(m.x, p0, p1, packed);
         for (int64_t start = 0; start < rows; start += step) {
           const Piece piece = piece_from(start, m.order, plan);
-          legal = arrange_piece<false>(m.order, piece, plan, a, m.values, numbers);
+          legal = arrange_it(piece, a, room);
           if (!legal) break;
-          multiply_panels<T>(m, a, piece, p0, p1, packed, y);
+          multiply_panels<T>(m, a, piece, p0, p1, packed, room.lanes);
         }
       }
     }

@@ -68,44 +68,42 @@ template <int L> void multiply_narrow(const Multiply &m) {
   }
 }
 
-// Up to VL entries of a row, whose gradient is g; false if an entry is illegal.
-INLINE bool outer_entries(const Outer &m, const int32_t *slots, int64_t count, const float *x, const Vector *g) {
-  constexpr int L = 16, VECTORS = L / VL;
+// Up to W entries of a row, whose gradient is g: L tokens, W at a time. False if an entry is illegal.
+template <int L, int W>
+INLINE bool outer_entries(const Outer &m, const int32_t *slots, int64_t count, const float *x, const typename Of<W>::Floats *g) {
   const uint32_t wide = uint32_t(m.order.others);
-  Vector partial[VL] = {};
-  UNROLL for (int64_t l = 0; l < count; l++) {
-    const uint32_t column = uint32_t(m.order.other[slots[l]]);
+  typename Of<W>::Floats partial[W] = {};
+  UNROLL for (int64_t e = 0; e < count; e++) {
+    const uint32_t column = uint32_t(m.order.other[slots[e]]);
     if (column >= wide) return false;
     const float *line = x + int64_t(column) * L;
-    UNROLL for (int v = 0; v < VECTORS; v++) partial[l] += g[v] * load(line + v * VL);
+    UNROLL for (int v = 0; v < L / W; v++) partial[e] += g[v] * *(const typename Of<W>::Unaligned *)(line + v * W);
   }
-  float line[VL];
-  store(line, sums(partial));
-  UNROLL for (int64_t l = 0; l < count; l++) m.out[slots[l]] = line[l];
+  const typename Of<W>::Floats total = sums<W>(partial);
+  UNROLL for (int64_t e = 0; e < count; e++) m.out[slots[e]] = total[e];
   return true;
 }
 
 // One row of the weight; false if an entry is illegal.
-INLINE bool outer_row(const Outer &m, int64_t r, const float *x, const float *dy) {
-  constexpr int L = 16, VECTORS = L / VL, AT_ONCE = 256;
+template <int L> INLINE bool outer_row(const Outer &m, int64_t r, const float *x, const float *dy) {
+  constexpr int W = L < VL ? L : VL, AT_ONCE = 256;
   const int64_t last = m.order.ptr[r + 1];
-  Vector g[VECTORS];
-  UNROLL for (int v = 0; v < VECTORS; v++) g[v] = load(dy + r * L + v * VL);
+  typename Of<W>::Floats g[L / W];
+  std::memcpy(g, dy + r * L, sizeof(g));
   int32_t slots[AT_ONCE];
   for (int64_t e0 = m.order.ptr[r]; e0 < last; e0 += AT_ONCE) {
     const int64_t some = last - e0 < AT_ONCE ? last - e0 : AT_ONCE;
     std::memcpy(slots, m.order.slot + e0, some * 4);
     if (!all_inside(slots, some, m.order.slots)) return false;
     int64_t e = 0;
-    for (; e + VL <= some; e += VL)
-      if (!outer_entries(m, slots + e, VL, x, g)) return false;
-    if (e < some && !outer_entries(m, slots + e, some - e, x, g)) return false;
+    for (; e + W <= some; e += W)
+      if (!outer_entries<L, W>(m, slots + e, W, x, g)) return false;
+    if (e < some && !outer_entries<L, W>(m, slots + e, some - e, x, g)) return false;
   }
   return true;
 }
 
-void outer_narrow(const Outer &m) {
-  constexpr int L = 16;
+template <int L> void outer_narrow(const Outer &m) {
   const int64_t rows = m.order.rows, strip = m.plan.strip, strips = (rows + strip - 1) / strip;
   const int threads = m.threads;
   float *x = (float *)m.scratch, *dy = x + m.x.cols * L;
@@ -117,7 +115,7 @@ void outer_narrow(const Outer &m) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t q = 0; q < strips; q++) {
       for (int64_t r = q * strip; r < (q + 1) * strip && r < rows; r++)
-        if (!outer_row(m, r, x, dy)) refuse(m.order);
+        if (!outer_row<L>(m, r, x, dy)) refuse(m.order);
     }
     clear_free(m.order, m.out);
   }

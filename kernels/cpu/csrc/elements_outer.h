@@ -101,20 +101,38 @@ INLINE void add_panels(const Outer &m, const Arranged &a, const Piece &piece, in
   }
 }
 
+INLINE void copy_run(const float *from, int32_t count, float *to) {
+#if VL == 16
+  for (int32_t i = 0; i < count; i += 16) {
+    const __mmask16 some = mask_of(count - i);
+    _mm512_mask_storeu_ps(to + i, some, _mm512_maskz_loadu_ps(some, from + i));
+  }
+#else
+  for (int32_t i = 0; i < count; i++) to[i] = from[i];
+#endif
+}
+
 // Write the totals of a piece to their slots, or read them there. Called by all threads.
-template <bool WRITE> INLINE void move_totals(const Outer &m, const Arranged &a, const Piece &piece) {
-  const int64_t entries = m.order.ptr[piece.stop] - m.order.ptr[piece.start];
+template <bool WRITE> INLINE void move_totals(const Outer &m, const Arranged &a, const Piece &piece, const Room &room) {
+  const auto move = [&](float *number, float *out, int64_t count) { std::memcpy(WRITE ? out : number, WRITE ? number : out, count * 4); };
 #pragma omp for schedule(dynamic, 1)
   for (int64_t s = 0; s < piece.strips; s++) {
     const Strip strip = strip_of(piece, s, m.order, m.plan, a);
+    const auto move_slots = [&] {
+      const bool legal = for_slots<WRITE>(m.order, strip, m.out, nullptr,
+        [&](int32_t e, int32_t first) { move(room.numbers + e, m.out + first, 16); },
+        [&](int32_t e, int32_t slot) { move(room.numbers + e, m.out + slot, 1); });
+      if (!legal) refuse(m.order);
+    };
+    if (!WRITE) move_slots();
+    for (int64_t r = 0; r < strip.rows; r++) room.next[r] = m.order.ptr[strip.r0 + r] - strip.first;
     float *total = a.number + strip.entry;
     for (const Run *run = strip.runs, *end = a.runs + strip.ends[m.plan.chunks - 1]; run < end; run++) {
-      for (int64_t e = run->first; e < run->first + run->count; e++, total++) {
-        __builtin_prefetch(m.out + a.slot[e + SLOTS_AHEAD < entries ? e + SLOTS_AHEAD : e], 1, 3);
-        if (WRITE) m.out[a.slot[e]] = *total;
-        else *total = m.out[a.slot[e]];
-      }
+      float *number = room.numbers + room.next[run->row];
+      copy_run(WRITE ? total : number, run->count, WRITE ? number : total);
+      room.next[run->row] += run->count, total += run->count;
     }
+    if (WRITE) move_slots();
   }
 }
 
@@ -123,23 +141,23 @@ template <int T> void outer_lanes(const Outer &m) {
   const int64_t rows = m.order.rows, panels = blocks_of(m.x.rows, T), step = plan.strips * plan.strip;
   const bool one = step >= rows;  // piece, which is arranged once
   const int threads = m.threads;
-  float *packed = (float *)m.scratch, *lists = packed + plan.panels * m.x.cols * T, *rest = lists + arranged_floats(plan, true);
+  float *packed = (float *)m.scratch, *lists = packed + plan.panels * m.x.cols * T, *rest = lists + arranged_floats(plan);
 
 #pragma omp parallel num_threads(threads)
   {
-    const Arranged a = arranged_in(lists, plan, true);
-    float *dy = rest + thread_number() * thread_floats(plan);
+    const Arranged a = arranged_in(lists, plan);
+    const Room room = room_in(rest + thread_number() * thread_floats(plan), plan);
     bool legal = true;
     for (int64_t p0 = 0; p0 < panels && legal; p0 += plan.panels) {
       const int64_t p1 = p0 + plan.panels < panels ? p0 + plan.panels : panels;
       pack_panels<T>(m.x, p0, p1, packed);
       for (int64_t start = 0; start < rows; start += step) {
         const Piece piece = piece_from(start, m.order, plan);
-        if (p0 == 0 || !one) legal = arrange_piece<true>(m.order, piece, plan, a, nullptr, (int32_t *)(dy + plan.strip * T));
+        if (p0 == 0 || !one) legal = arrange_piece<FEATURES>(m.order, piece, plan, a, nullptr, room);
         if (!legal) break;
-        if (p0 && !one) move_totals<false>(m, a, piece);
-        add_panels<T>(m, a, piece, p0, p1, packed, nullptr, dy);
-        if (p1 == panels || !one) move_totals<true>(m, a, piece);
+        if (p0 && !one) move_totals<false>(m, a, piece, room);
+        add_panels<T>(m, a, piece, p0, p1, packed, nullptr, room.lanes);
+        if (p1 == panels || !one) move_totals<true>(m, a, piece, room);
       }
     }
     clear_free(m.order, m.out);
@@ -147,7 +165,9 @@ template <int T> void outer_lanes(const Outer &m) {
 }
 
 void outer_elements(const Outer &m) {
-  if (m.plan.lanes == 16) outer_narrow(m);
+  if (m.plan.lanes == 4) outer_narrow<4>(m);
+  else if (m.plan.lanes == 8) outer_narrow<8>(m);
+  else if (m.plan.lanes == 16) outer_narrow<16>(m);
   else if (m.plan.lanes == 32) outer_lanes<32>(m);
   else if (m.plan.lanes == 64) outer_lanes<64>(m);
   else outer_lanes<128>(m);
@@ -160,23 +180,24 @@ template <int T> void backward_lanes(const Backward &b) {
   const int64_t panels = blocks_of(d.x.rows, T), at_once = d.plan.panels;
   const int threads = d.threads;
   float *x = (float *)d.scratch, *dy = x + at_once * d.x.cols * T, *by_col = dy + at_once * d.dy.cols * T;
-  float *by_row = by_col + arranged_floats(m.plan, false), *rest = by_row + arranged_floats(d.plan, true);
+  float *by_row = by_col + arranged_floats(m.plan), *rest = by_row + arranged_floats(d.plan);
 
 #pragma omp parallel num_threads(threads)
   {
     float *mine = rest + thread_number() * (thread_floats(m.plan) + thread_floats(d.plan));
-    const Arranged cols = arranged_in(by_col, m.plan, false), rows = arranged_in(by_row, d.plan, true);
+    const Room col_room = room_in(mine, m.plan), row_room = room_in(mine + thread_floats(m.plan), d.plan);
+    const Arranged cols = arranged_in(by_col, m.plan), rows = arranged_in(by_row, d.plan);
     const Piece all_cols = piece_from(0, m.order, m.plan), all_rows = piece_from(0, d.order, d.plan);
-    const bool legal = arrange_piece<false>(m.order, all_cols, m.plan, cols, m.values, (int32_t *)(mine + m.plan.strip * T));
-    if (arrange_piece<true>(d.order, all_rows, d.plan, rows, nullptr, (int32_t *)mine) && legal) {
+    const bool legal = arrange_piece<BY_COL>(m.order, all_cols, m.plan, cols, m.values, col_room);
+    if (arrange_piece<FEATURES>(d.order, all_rows, d.plan, rows, nullptr, row_room) && legal) {
       for (int64_t p0 = 0; p0 < panels; p0 += at_once) {
         const int64_t p1 = p0 + at_once < panels ? p0 + at_once : panels;
         pack_panels<T>(d.dy, p0, p1, dy);
-        multiply_panels<T>(m, cols, all_cols, p0, p1, dy, mine);
+        multiply_panels<T>(m, cols, all_cols, p0, p1, dy, col_room.lanes);
         pack_panels<T>(d.x, p0, p1, x);
         add_panels<T>(d, rows, all_rows, p0, p1, x, dy, nullptr);
       }
-      move_totals<true>(d, rows, all_rows);
+      move_totals<true>(d, rows, all_rows, row_room);
     }
     clear_free(d.order, d.out);
     fence();

@@ -27,7 +27,7 @@ struct Arena {
 
 namespace {
 
-const int ABI = 12;  // raise it with every change of Call or of an exported signature; library.py compares it
+const int ABI = 13;  // raise it with every change of Call or of an exported signature; library.py compares it
 
 constexpr int ARENAS = 128;  // calls at the same time whose scratch is kept; that of more is allocated and freed
 Arena arenas[ARENAS];

@@ -85,7 +85,7 @@ int64_t lanes_for(int64_t tokens, int64_t most) {
 
 // Plan a product at 1x1: see elements.h. Lanes and chunks do not depend on `threads`: they change how a sum is formed.
 // `lanes`: those of another product of the same panels, or 0.
-ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, bool gradient, int threads, int64_t lanes = 0) {
+ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, bool gradient, bool by_col, int threads, int64_t lanes = 0) {
   constexpr int64_t IN_L2 = 128 << 10;  // floats of a panel that may stay whole (twice); entries of a strip
   constexpr int64_t IN_L3 = 256 << 10;  // entries that each panel may read anew
   ElementPlan p = {};
@@ -93,7 +93,7 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
   int64_t run = 8;  // least mean entries of a run, over which the cost of beginning one is spread
   bool whole = false;
   if (tokens <= NARROW) {
-    p.lanes = gradient || tokens > 8 ? 16 : tokens > 4 ? 8 : 4;
+    p.lanes = tokens > 8 ? 16 : tokens > 4 ? 8 : 4;
     p.shift = 9, run = 32;
   } else if (gradient) {  // the most lanes: each entry's are added up once a panel
     p.lanes = lanes_for(tokens, 128);
@@ -121,17 +121,18 @@ ElementPlan plan_elements(const Order &order, int64_t features, int64_t tokens, 
   const int64_t most = few && gradient ? threads == 1 ? 1 : 4 * threads : panels;
   p.panels = std::min(most, std::max<int64_t>(1, (int64_t(4) << 20) / features / p.lanes));
   if (p.alone) p.panels = threads;
-  const int64_t piece = p.strip * p.strips;
-  for (int64_t r = 0; r < order.rows; r += piece) {
-    const int64_t entries = order.ptr[r + piece < order.rows ? r + piece : order.rows] - order.ptr[r];
-    if (p.entries < entries) p.entries = entries;
-  }
+  const auto most_entries = [&](int64_t rows) {
+    int64_t most = 0;
+    for (int64_t r = 0; r < order.rows; r += rows) most = std::max<int64_t>(most, order.ptr[std::min(r + rows, order.rows)] - order.ptr[r]);
+    return most;
+  };
+  p.entries = most_entries(p.strip * p.strips), p.strip_entries = by_col ? 0 : most_entries(p.strip);
   return p;
 }
 
 // Floats of scratch of one product at 1x1.
-int64_t floats_of(const ElementPlan &p, int64_t features, bool gradient, int threads) {
-  return p.panels * features * p.lanes + arranged_floats(p, gradient) + threads * thread_floats(p);
+int64_t floats_of(const ElementPlan &p, int64_t features, int threads) {
+  return p.panels * features * p.lanes + arranged_floats(p) + threads * thread_floats(p);
 }
 
 // Plan a product in bfloat16 (product_bf16.h); returns the floats of scratch.
@@ -183,9 +184,9 @@ int linear_multiply(const Call &c, const Order &order) {
   const bool few = !elements && !half && !m.transposed && m.x.rows <= FEW_TOKENS;
   int64_t floats;
   if (elements) {
-    m.plan = plan_elements(order, m.x.cols, m.x.rows, false, m.threads);
+    m.plan = plan_elements(order, m.x.cols, m.x.rows, false, m.transposed, m.threads);
     floats = m.x.rows <= NARROW ? m.x.cols * m.plan.lanes + m.threads * m.plan.strip * (2 * m.plan.lanes + 1)
-                                : floats_of(m.plan, m.x.cols, false, m.threads);
+                                : floats_of(m.plan, m.x.cols, m.threads);
   } else {
     floats = half ? plan_half(m) : few ? blocks_of(m.x.cols, m.in) * m.in * m.x.rows : plan_product(m);
   }
@@ -204,9 +205,9 @@ int linear_outer(const Call &c, const Order &order) {
   const bool elements = of_elements(c), half = !elements && half_kernels() && m.x.dtype == BFLOAT16 && m.dy.dtype == BFLOAT16;
   int64_t floats;
   if (elements) {
-    m.plan = plan_elements(order, m.x.cols, m.x.rows, true, m.threads);
+    m.plan = plan_elements(order, m.x.cols, m.x.rows, true, false, m.threads);
     floats = m.x.rows <= NARROW ? (m.x.cols + m.dy.cols) * m.plan.lanes
-                                : floats_of(m.plan, m.x.cols, true, m.threads);
+                                : floats_of(m.plan, m.x.cols, m.threads);
   } else {
     floats = half ? plan_half(m) : plan_superpanel(m);
   }
@@ -225,11 +226,11 @@ static int elements_backward(Backward &b) {
   Outer &d = b.dvalues;
   constexpr int64_t MOST_ENTRIES = 128 << 10;
   if (d.x.rows <= NARROW) return -1;
-  d.plan = plan_elements(d.order, d.x.cols, d.x.rows, true, d.threads);
-  m.plan = plan_elements(m.order, m.x.cols, m.x.rows, false, d.threads, d.plan.lanes);
+  d.plan = plan_elements(d.order, d.x.cols, d.x.rows, true, false, d.threads);
+  m.plan = plan_elements(m.order, m.x.cols, m.x.rows, false, true, d.threads, d.plan.lanes);
   m.plan.panels = d.plan.panels;
   if (d.dy.cols <= d.x.cols || d.order.ptr[d.order.rows] > MOST_ENTRIES || (d.x.cols + d.dy.cols) * d.plan.lanes > 2 * half_of_l2()) return -1;
-  const int64_t floats = floats_of(m.plan, m.x.cols, false, d.threads) + floats_of(d.plan, d.x.cols, true, d.threads);
+  const int64_t floats = floats_of(m.plan, m.x.cols, d.threads) + floats_of(d.plan, d.x.cols, d.threads);
   return with_scratch(floats, [&](float *memory) {
     d.scratch = (char *)memory;
     kernels().backward_elements(b);

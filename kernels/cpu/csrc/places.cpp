@@ -88,6 +88,33 @@ int sk_orders(const int32_t *row, const int32_t *col, int64_t slots, int64_t row
   return 0;
 }
 
+// Write one order of an index for the kept slots alone: their entries first, then all others. `other` may be null.
+int sk_masked(const int32_t *ptr, const int32_t *other, const int32_t *slot, int64_t lists, int64_t slots, const uint8_t *keep,
+              int32_t *into_ptr, int32_t *into_other, int32_t *into_slot) {
+  Scratch scratch((2 * slots + 1) * 4);
+  if (!scratch.memory) return NO_MEMORY;
+  int32_t *left_slot = (int32_t *)scratch.memory, *left_other = left_slot + slots;
+  int32_t kept = 0, left = 0;
+  int64_t e = 0;
+  into_ptr[0] = 0;
+  for (int64_t l = 0; l <= lists; l++) {
+    const int64_t end = l < lists ? ptr[l + 1] : slots;  // free slots are behind the lists
+    if (end < e || end > slots) return REFUSED;
+    for (; e < end; e++) {  // an entry is written to both ends: a branch would be mispredicted as often as not
+      const int32_t s = slot[e];
+      if (!inside(s, slots)) return REFUSED;
+      const int32_t take = l < lists && keep[s];
+      into_slot[kept] = left_slot[left] = s;
+      if (other) into_other[kept] = left_other[left] = other[e];
+      kept += take, left += 1 - take;
+    }
+    if (l < lists) into_ptr[l + 1] = kept;
+  }
+  std::memcpy(into_slot + kept, left_slot, left * 4);
+  if (other) std::memcpy(into_other + kept, left_other, left * 4);
+  return 0;
+}
+
 // Refuses places if one is outside the grid, half free, or there twice.
 int sk_check(const int32_t *row, const int32_t *col, int64_t slots, int64_t rows, int64_t cols) {
   Scratch scratch((rows + 1 + cols + slots) * 4);

@@ -148,20 +148,27 @@ INLINE void write_row(void *p, int64_t i, int dtype, const float *from, int64_t 
   for (; c < n; c++) to[c] = to_float16(from[c]);
 }
 
-// One step of the transposition of VL vectors, the first N of them: exchange quadrants of side S.
-template <int S, int N = VL> INLINE void exchange(Vector *a) {
-  Lanes low, high;
-  UNROLL for (int l = 0; l < VL; l++) {
-    low[l] = (l & S) ? VL + l - S : l;
-    high[l] = (l & S) ? VL + l : l + S;
+// W floats, W at most VL.
+template <int W> struct Of {
+  typedef float Floats __attribute__((vector_size(W * 4)));
+  typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+  typedef int32_t Lanes __attribute__((vector_size(W * 4)));
+};
+
+// One step of the transposition of W vectors, the first N of them: exchange quadrants of side S.
+template <int S, int N, int W> INLINE void exchange(typename Of<W>::Floats *a) {
+  typename Of<W>::Lanes low, high;
+  UNROLL for (int l = 0; l < W; l++) {
+    low[l] = (l & S) ? W + l - S : l;
+    high[l] = (l & S) ? W + l : l + S;
   }
   UNROLL for (int i = 0; i < N; i++) if (!(i & S)) {
-    Vector x = a[i], y = a[i + S];
+    typename Of<W>::Floats x = a[i], y = a[i + S];
 #if defined(__clang__)
-    Vector u, v;
-    UNROLL for (int l = 0; l < VL; l++) {
-      u[l] = low[l] < VL ? x[low[l]] : y[low[l] - VL];
-      v[l] = high[l] < VL ? x[high[l]] : y[high[l] - VL];
+    typename Of<W>::Floats u, v;
+    UNROLL for (int l = 0; l < W; l++) {
+      u[l] = low[l] < W ? x[low[l]] : y[low[l] - W];
+      v[l] = high[l] < W ? x[high[l]] : y[high[l] - W];
     }
     a[i] = u, a[i + S] = v;
 #else
@@ -174,31 +181,27 @@ template <int S, int N = VL> INLINE void exchange(Vector *a) {
 // Transpose VL vectors in registers.
 INLINE void transpose(Vector *a) {
 #if VL == 16
-  exchange<8>(a);
+  exchange<8, VL, VL>(a);
 #endif
 #if VL >= 8
-  exchange<4>(a);
+  exchange<4, VL, VL>(a);
 #endif
-  exchange<2>(a);
-  exchange<1>(a);
+  exchange<2, VL, VL>(a);
+  exchange<1, VL, VL>(a);
 }
 
 // One step of sums(): 2 S vectors become S, whose lanes are sums of two lanes.
-template <int S> INLINE void fold(Vector *a) {
-  exchange<S, 2 * S>(a);
+template <int S, int W = VL> INLINE void fold(typename Of<W>::Floats *a) {
+  exchange<S, 2 * S, W>(a);
   UNROLL for (int i = 0; i < S; i++) a[i] += a[i + S];
 }
 
 // Lane l of the result is the sum of a[l]: half the exchanges of a transposition.
-INLINE Vector sums(Vector *a) {
-#if VL == 16
-  fold<8>(a);
-#endif
-#if VL >= 8
-  fold<4>(a);
-#endif
-  fold<2>(a);
-  fold<1>(a);
+template <int W = VL> INLINE typename Of<W>::Floats sums(typename Of<W>::Floats *a) {
+  if constexpr (W == 16) fold<8, W>(a);
+  if constexpr (W >= 8) fold<4, W>(a);
+  fold<2, W>(a);
+  fold<1, W>(a);
   return a[0];
 }
 

@@ -351,12 +351,8 @@ def _check_options(
     gamma: float, alpha: float, estimate: str, scope: str, batches: int | None, every: int | None
 ) -> None:
     """Raise ValueError if an option is out of range, or two options contradict each other."""
-    for name, number in (("gamma", gamma), ("alpha", alpha)):
-        check_number(name, number, "a number")
-    if not 0 <= gamma <= 1:
-        raise InputError(f"gamma is {gamma}; it must be in [0, 1]", parameter="gamma")
-    if not 0 < alpha <= 1:
-        raise InputError(f"alpha is {alpha}; it must be in (0, 1]", parameter="alpha")
+    check_number("gamma", gamma, "a number in [0, 1]", lambda gamma: 0 <= gamma <= 1)
+    check_number("alpha", alpha, "a number in (0, 1]", lambda alpha: 0 < alpha <= 1)
     check_choice("estimate", estimate, ("losses", "gradients"))
     check_choice("scope", scope, ("global", "layer"))
     for name, value in (("batches", batches), ("every", every)):

@@ -17,7 +17,7 @@ from sparsekern.kernels.contract import accumulate_dtype, is_finite
 from sparsekern.nn import BlockSparse
 from sparsekern.ops import Probe
 from sparsekern.topology import Move, are_absent, generator_for, ordered_keys, part_of, stored_blocks, to_places
-from sparsekern.topology.arguments import check_whole
+from sparsekern.topology.arguments import check_choice, check_whole
 from sparsekern.training.base import Method
 from sparsekern.training.growth.probe_set import ProbeSet
 from sparsekern.training.scores import Offer, highest, lowest, norms_of, share_out, warn_of_no_room
@@ -65,8 +65,7 @@ class GradientMethod(Method):
         score_sketches: int | None = None,
         **options: Any,
     ) -> None:
-        if scope not in ("layer", "global"):
-            raise InputError(f"scope is {scope!r}; it must be 'layer' or 'global'", parameter="scope")
+        check_choice("scope", scope, ("layer", "global"))
         self.scope = scope
         self.moves_fraction = scope == "layer"
         super().__init__(model, optimizer, **options)

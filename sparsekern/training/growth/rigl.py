@@ -144,8 +144,11 @@ class RigL(GradientMethod):
             return Probe.sketch(grid, *ones) if last else None
         if not self._screen:
             return Probe.counted_norms(grid, dtype=dtype, device=device)
-        if last:
-            return self.ask_candidates(name, layer)
+        return self.ask_candidates(name, layer) if last else self.ask_sketch(name, layer)
+
+    def ask_sketch(self, name: str, layer: BlockSparse) -> Probe:
+        """Return a probe for sketches of all blocks of the gradient."""
+        grid, device, dtype = layer.grid, layer.row.device, self.dtype(layer)
         generator = self.generator(name, "sketch")
         u, v = (
             (torch.randint(2, (self._sketches(name, layer), n), generator=generator, device="cpu") * 2 - 1).to(

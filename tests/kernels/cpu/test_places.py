@@ -40,15 +40,45 @@ def test_orders(rows: int, cols: int, blocks: int, free: int, ascending: bool, b
 
 
 @pytest.mark.parametrize("by_slot", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("rows", "cols", "blocks", "free"), SIZES)
+def test_masks(rows: int, cols: int, blocks: int, free: int, share: float, by_slot: bool) -> None:
+    row, col = some_places(rows, cols, blocks, free)
+    slots = row.shape[0]
+    index, mine, theirs = (index_of(slots, rows, cols) for _ in range(3))
+    places.orders_(index, row, col, by_slot=by_slot, ascending=False)
+    keep = torch.rand(2, slots, generator=torch.Generator().manual_seed(slots)).t()[:, 0] < share
+    places.masked_(mine, index, keep, by_slot=by_slot)
+    eager.masked_(theirs, index, keep, by_slot=by_slot)
+    for name, a, b in zip(mine._fields, mine, theirs, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_masks_of_an_illegal_index_are_refused() -> None:
+    row, col = some_places(4, 5, 9, 1)
+    for part, at, wrong in (("row_ptr", 4, 11), ("row_ptr", 2, -1), ("col_slot", 3, 10), ("row_slot", 0, -1)):
+        index, into = index_of(10, 4, 5), index_of(10, 4, 5)
+        places.orders_(index, row, col, by_slot=False, ascending=False)
+        getattr(index, part)[at] = wrong
+        with pytest.raises(ValueError, match="sk_masked met a number below 0 or too large"):
+            places.masked_(into, index, torch.ones(10, dtype=torch.bool), by_slot=False)
+
+
+@pytest.mark.parametrize("by_slot", [True, False])
 def test_autograd_notices_that_an_index_is_rewritten(by_slot: bool) -> None:
     """The library writes behind PyTorch's back: a backward would read the new index where it needs the former."""
     row, col = some_places(4, 5, 9, 1)
-    index = index_of(10, 4, 5)
-    before = [tensor._version for tensor in index]
-    places.orders_(index, row, col, by_slot=by_slot, ascending=False)
+    index, into = index_of(10, 4, 5), index_of(10, 4, 5)
+    keep = torch.ones(10, dtype=torch.bool)
     kept = {"row_col", "col_row"} if by_slot else set()  # at 1x1 these are row and col, which others write
-    for name, tensor, version in zip(index._fields, index, before, strict=True):
-        assert (tensor._version > version) == (name not in kept), name
+    for written, write in (
+        (index, lambda: places.orders_(index, row, col, by_slot=by_slot, ascending=False)),
+        (into, lambda: places.masked_(into, index, keep, by_slot=by_slot)),
+    ):
+        before = [tensor._version for tensor in written]
+        write()
+        for name, tensor, version in zip(written._fields, written, before, strict=True):
+            assert (tensor._version > version) == (name not in kept), name
 
 
 def test_orders_do_not_write_by_places_outside_the_grid() -> None:
