@@ -297,11 +297,15 @@ class Method(Attached):
             self._born[name] = born.index_select(0, kept[layer]) if (layer := self.layers[name]) in kept else born
         self.note_values()
 
+    def agreed(self) -> dict[str, object]:
+        """Return the settings, by name, that must be the same on all ranks."""
+        schedule = (self.schedule.update_every, self.schedule.start, self.schedule.stop)
+        facts = {"method": type(self).__name__, "seed": self.seed, "the steps made": self.steps}
+        return facts | {"update_every, start and stop": schedule}
+
     def _check_agreement(self) -> None:
         if self.check_ranks:
-            schedule = (self.schedule.update_every, self.schedule.start, self.schedule.stop)
-            facts = {"method": type(self).__name__, "seed": self.seed, "the steps made": self.steps}
-            self.ranks.check_agreement(facts | {"update_every, start and stop": schedule}, self.layers)
+            self.ranks.check_agreement(self.agreed(), self.layers)
 
     def before_step(self) -> None:
         """Check, before the first step after the method was built or loaded, that ranks loaded the same."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ import sparsekern as sk
 from bench.traffic import Traffic
 from sparsekern.topology import Move
 from sparsekern.training.distributed import Ranks
-from tests.ranks import on_ranks
 from tests.training.test_base import batch, make
+
+RANKS = 3
 
 
 def test_one_process_keeps_what_it_has():
@@ -51,7 +52,9 @@ def differences(rank: int) -> dict[str, str]:
             model = model[:3]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         try:
-            kind = sk.GSE if what == "method" and odd else sk.SET
+            kind = sk.GSE if what == "sketches" or (what == "method" and odd) else sk.SET
+            if what == "sketches":
+                options["score_sketches"] = 3 if odd else 2
             every = 5 if what == "schedule" and odd else 1
             method = kind(model, optimizer, update_every=every, seed=int(what == "seed" and odd), **options)
             if what == "later":
@@ -65,7 +68,8 @@ def differences(rank: int) -> dict[str, str]:
             return str(error)
         return "nothing"
 
-    said = {what: built(what) for what in ("same", "seed", "topology", "layers", "method", "schedule", "later")}
+    whats = ("same", "seed", "topology", "layers", "method", "schedule", "sketches", "later")
+    said = {what: built(what) for what in whats}
     said["spared"] = built("seed", check_ranks=False)
     return said | {"group": built("seed", process_group=pair) if rank < 2 else "nothing"}
 
@@ -116,7 +120,7 @@ def proposals(rank: int) -> dict[str, Any]:
     return {"present": present, "keys": method._keys["0"], "grown": moved[~torch.isin(moved, present)], "found": found}
 
 
-def run_rank(rank: int) -> dict[str, Any]:
+def run_rank(rank: int, folder: Path) -> dict[str, Any]:
     return {
         "sums": sums(rank),
         "differences": differences(rank),
@@ -124,11 +128,6 @@ def run_rank(rank: int) -> dict[str, Any]:
         "choices": choices(rank),
         "proposals": proposals(rank),
     }
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    return on_ranks(run_rank, 3, tmp_path_factory.mktemp("ranks"))
 
 
 def test_all_ranks_or_those_of_a_group(ranks):
@@ -173,4 +172,5 @@ def test_ranks_that_differ_say_in_what(ranks):
         assert said["layers"].startswith("ranks differ in the blocks of '4' (rank 2 from rank 0)")
         assert said["method"].startswith("ranks differ in method (SET on rank 0, GSE on rank 2)")
         assert said["schedule"].startswith("ranks differ in update_every, start and stop ((1, 0, None) on rank 0, (5,")
+        assert said["sketches"].startswith("ranks differ in score_sketches (2 on rank 0, 3 on rank 2)")
         assert said["later"].startswith("ranks differ in seed (0 on rank 0, 1 on rank 2)")

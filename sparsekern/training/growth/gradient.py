@@ -66,7 +66,11 @@ class GradientMethod(Method):
         **options: Any,
     ) -> None:
         check_choice("scope", scope, ("layer", "global"))
-        self.scope = scope
+        if score_tokens is not None:
+            check_whole("score_tokens", score_tokens, 1, ", or None for all tokens")
+        if score_sketches is not None:
+            check_whole("score_sketches", score_sketches, 1)
+        self.scope, self.score_tokens, self.score_sketches = scope, score_tokens, score_sketches
         self.moves_fraction = scope == "layer"
         super().__init__(model, optimizer, **options)
         for name, layer in self.layers.items():
@@ -75,13 +79,8 @@ class GradientMethod(Method):
                     f"{name!r} has tie_taps=True, but {type(self).__name__} moves every block by itself; "
                     "leave the taps untied, or use SET or VRPGE"
                 )
-        if score_tokens is not None:
-            check_whole("score_tokens", score_tokens, 1, ", or None for all tokens")
         if self.scope == "global" and len(self.layers) > 1:
             warn_of_no_room(dict(self.trained_layers()), "scope is 'global'", "use scope='layer'")
-        if score_sketches is not None:
-            check_whole("score_sketches", score_sketches, 1)
-        self.score_tokens, self.score_sketches = score_tokens, score_sketches
         self._stage: int | None = None
         self._armed_at = 0
         self._due = False
@@ -94,6 +93,10 @@ class GradientMethod(Method):
         self._width: dict[str, int] = {}  # of a layer's probe for candidates; never decreases
         self._versions: dict[str, tuple[int, int]] = {}  # of the coordinates when candidates were drawn
         self._offers: dict[str, Offer] = {}  # scored candidates
+
+    def agreed(self) -> dict[str, object]:
+        """Return the settings, by name, that must be the same on all ranks: also the size of what they send."""
+        return super().agreed() | {"score_sketches": self.score_sketches}
 
     # Implemented by subclasses.
 
