@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _has_any_global_hook
 
 from sparsekern.errors import InputError
 from sparsekern.nn.surgery import restored
@@ -22,8 +23,8 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
     In training on a CPU, a :class:`torch.nn.BatchNorm2d` of float32 images, channels last, is computed together with
     the residual and ReLU, which takes about two thirds of the time; its running statistics are updated as PyTorch
-    does. Everything else (another norm, another device or dtype, evaluation, a norm with hooks, compiled code) is
-    computed by PyTorch, one operation after the other.
+    does. Everything else (another norm, another device or dtype, evaluation, a norm with hooks, hooks of all modules,
+    compiled code) is computed by PyTorch, one operation after the other.
 
     Args:
         norm: the norm; a :class:`torch.nn.SyncBatchNorm` or any other module does, too.
@@ -54,9 +55,8 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or _has_any_global_hook())
 
 
 def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int) -> None:

@@ -219,6 +219,16 @@ def test_everything_else_is_computed_by_pytorch(
     assert not any(fused)
 
 
+def test_a_hook_of_all_modules_is_called(fused: list[bool]) -> None:
+    called: list[nn.Module] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        norm_relu(norm := norm_of(64), images(LARGE, 0))
+    finally:
+        hook.remove()
+    assert called == [norm] and not any(fused)
+
+
 def test_transformed_and_compiled_calls_are_computed_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_module, "batch_norm_relu", None)
     norm, x = norm_of(64, track_running_stats=False), images(LARGE, 0)
