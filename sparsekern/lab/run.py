@@ -38,7 +38,7 @@ from sparsekern.lab.store import (
     write_rows,
 )
 from sparsekern.lab.train import Learner
-from sparsekern.ops import BACKENDS, supports
+from sparsekern.ops import backends
 
 
 class Observer:
@@ -364,7 +364,7 @@ class _Seed:
 def environment(run: Run) -> dict[str, Any]:
     """Return what times, and the last bits of results, depend on."""
     device, block = run.device, (run.config.block_size, run.config.block_size)
-    op = "conv2d" if run.recipe.channels_last else "linear"
+    op, x = "conv2d" if run.recipe.channels_last else "linear", torch.empty(0, device=device)
     return {
         "sparsekern": sk.__version__,
         "torch": torch.__version__,
@@ -372,5 +372,5 @@ def environment(run: Run) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
         "threads": torch.get_num_threads(),
         **({"ranks": run.world.count} if run.world.count > 1 else {}),
-        "kernels": next(name for name in BACKENDS if supports(name, op, device, torch.float32, block)),
+        "kernels": backends.resolve(backends.requested_backend(), op, x, block),
     }

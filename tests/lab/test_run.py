@@ -330,12 +330,13 @@ def test_data_whose_name_is_a_broken_formula(small_data, tmp_path):
 
 def test_the_environment_names_the_kernels():
     found = environment(run_of(CONFIG))
-    assert found["kernels"] in sk.ops.BACKENDS and found["torch"] == torch.__version__
+    assert found["kernels"] in ("cpu", "eager"), "not those that Triton interprets"
+    assert found["torch"] == torch.__version__
 
 
 def test_the_environment_names_the_kernels_of_convolutions(monkeypatch):
     asked = []
-    monkeypatch.setattr("sparsekern.lab.run.supports", lambda name, op, *rest: not asked.append(op))
+    monkeypatch.setattr("sparsekern.lab.run.backends.resolve", lambda name, op, *rest: asked.append(op))
     for recipe in ("mlp", "resnet20", "simplevit-tiny"):
         environment(run_of(Config(recipe=recipe), shape=(3, 8, 8)))
     assert asked == ["linear", "conv2d", "linear"]
