@@ -2,11 +2,12 @@
 
     python tests/sanitize_cpu.py [seeds]      (200; ``make soak`` takes 5000)
 
-Every exported function gets, on each instruction set of this machine, this many random inputs and some of fixed sizes,
-which keep the contract that the checks in Python guarantee; some of them also with an index of noise, and while another
-thread writes into it. Each is compared with the oracle on one of the instruction sets; tests/kernels/cpu does that on
-all of them, without sanitizers. Scratch memory is allocated to the byte here and freed after every call: the usual
-steps of 2 MiB, kept for the next call, would hide a kernel that reads or writes beyond its own.
+Every exported function gets, on each instruction set of this machine, this many random inputs and some of fixed sizes
+(below 100 seeds each of these on one set alone, by turns), which keep the contract that the checks in Python guarantee;
+some of them also with an index of noise, and while another thread writes into it. Each is compared with the oracle on
+one of the instruction sets; tests/kernels/cpu does that on all of them, without sanitizers. Scratch memory is allocated
+to the byte here and freed after every call: the usual steps of 2 MiB, kept for the next call, would hide a kernel that
+reads or writes beyond its own.
 ``tests/test_cpu_sanitizers.py`` runs this file.
 """
 
@@ -18,7 +19,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -38,7 +39,7 @@ CSRC = ROOT / "kernels" / "cpu" / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 # Not optimised: GCC takes four times as long to optimise what it has instrumented, and the kernels are soon done.
-FLAGS = ["-std=c++17", "-O0", "-g", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-w", *SANITIZE]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-w", *SANITIZE]
 PIECES = "constexpr size_t page = size_t(1) << 21;"
 
 
@@ -128,7 +129,7 @@ LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def sweep(library_file: Path, seeds: int) -> None:
-    """Run every case on every instruction set of this machine."""
+    """Run random cases on every instruction set of this machine, and fixed ones on each or on one of them by turns."""
     import torch
     from sparsekern.kernels.cpu import library
 
@@ -138,16 +139,26 @@ def sweep(library_file: Path, seeds: int) -> None:
 
     library.FILE = library_file
     torch.set_num_threads(2)
-    total = 0
-    for turn, name in enumerate(LEVELS):
+
+    def use(name: str) -> bool:
         os.environ["SPARSEKERN_CPU"] = name
         library.load.cache_clear()
-        try:
+        with suppress(RuntimeError):
             library.load()
-        except RuntimeError as lacks:
-            print(lacks)
-            continue
+            return True
+        return False
 
+    def numbered(given: Iterable[dict[str, Any]], seeds: int) -> Iterator[tuple[int, dict[str, Any], bool]]:
+        """Yield a set's cases by number, and whether it is its turn; fixed ones follow those of the seeds."""
+        for number, case in enumerate(given):
+            mine = number % len(levels) == turn
+            if mine or number < seeds or everything:
+                yield number, case, mine
+
+    levels, total, everything = [name for name in LEVELS if use(name)], 0, seeds >= 100
+    assert "generic" in levels
+    for turn, name in enumerate(levels):
+        use(name)
         calls = 0
 
         def call(which: str, *arguments: Any, real: Any = library.call) -> None:
@@ -157,18 +168,18 @@ def sweep(library_file: Path, seeds: int) -> None:
             real(which, *arguments)
 
         with mock.patch("sparsekern.kernels.cpu.products.call", call):
-            for seed, given in enumerate(cases(seeds)):
+            for seed, given, check in numbered(cases(seeds), seeds):
                 case = random_case(seed, **given)
-                run(case, seed % 11 + 1, check=seed % len(LEVELS) == turn)
+                run(case, seed % 11 + 1, check=check)
                 if seed < 3:  # one of each: 1x1, and blocks in two dtypes
                     run_noise(calls_of(case), case.index, case.grid.block, seed)
-            for seed, given in enumerate(conv_cases(seeds // 4)):
+            for seed, given, check in numbered(conv_cases(seeds // 4), seeds // 4):
                 conv = conv_case(seed, **given)
-                run(conv, seed % 9 + 1, check=seed % len(LEVELS) == turn)
+                run(conv, seed % 9 + 1, check=check)
                 if seed < 2:
                     run_noise(calls_of(conv), conv.index, conv.grid.block, seed)
             run_extremes(turn)
-        for seed in range(turn, seeds, len(LEVELS)):  # the same on all of them
+        for seed in range(turn, seeds, len(levels)):  # the same on all of them
             library.release_scratch()
             run_places(seed)
             run_norm(seed)
