@@ -7,6 +7,7 @@ imported, so it is set here, before any test module is; importing torch does not
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def pytest_configure() -> None:
                 "pip install 'numpy<2.4', or a newer Triton"
             )
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell in the background: tests press Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # PyTorch notes its constructors at the first use of a default device: let it be these, not poisoned ones.
     with torch.device("cpu"):
         torch.empty(0)
@@ -178,6 +181,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     else:
         with _native(request.param):
             yield cpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the tests of a file and its ranks share."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
+    """What ``run_rank`` of the file, called with a rank and a folder, returned in each of ``RANKS`` processes."""
+    from tests.ranks import on_ranks
+
+    return on_ranks(request.module.run_rank, request.module.RANKS, folder, folder)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -111,7 +112,7 @@ def compiled() -> nn.Module:
     return model
 
 
-def shard(model: nn.Module, mesh: Any, *, root_only: bool = False, **options: Any) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, *, root_only: bool = False, **options: Any) -> nn.Module:
     """Shard each sparse layer, and what is left with the root."""
     for module in () if root_only else list(model.modules()):
         if isinstance(module, BlockSparse):
@@ -119,7 +120,7 @@ def shard(model: nn.Module, mesh: Any, *, root_only: bool = False, **options: An
     return fully_shard(model, mesh=mesh, **options)
 
 
-def from_meta(mesh: Any) -> nn.Module:
+def from_meta(mesh: DeviceMesh) -> nn.Module:
     """Return the linear network, sharded before its values are drawn, a layer at a time."""
     model = shard(linear("meta"), mesh)
     model.to_empty(device="cpu")
@@ -127,6 +128,13 @@ def from_meta(mesh: Any) -> nn.Module:
         if isinstance(module, BlockSparse):
             module.reset_parameters()
     return model
+
+
+def meshes() -> tuple[DeviceMesh, DeviceMesh, DeviceMesh]:
+    """Return meshes of two ranks, of three, and of two copies on two ranks each; all four ranks call it."""
+    names = ("copies", "shards")
+    pair, three = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2])
+    return pair, three, DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=names)
 
 
 def batch(step: int, rank: int = 0, world: int = 1) -> Tensor:
@@ -148,6 +156,18 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer, method: Any =
             if isinstance(state, Tensor):
                 found[f"{name}: {key}"] = full(state)
     return found | ({} if method is None else {"updates": torch.tensor(method.updates)})
+
+
+def assert_same(expected: dict[str, Tensor], ranks: list[dict[str, Tensor]], within: float | None = None) -> None:
+    """Each rank found what is expected: bit for bit, or where numbers are rounded, within this distance."""
+    for found in ranks:
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if within is None or not value.is_floating_point():
+                assert torch.equal(found[key], value), key
+            else:  # AGENT's variance is a quotient of sums of squares
+                rtol = 1e-3 if key == "numbers" else 0
+                torch.testing.assert_close(found[key], value, rtol=rtol, atol=within, msg=key)
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:

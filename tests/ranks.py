@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-multiprocessing.set_forkserver_preload(["sparsekern.cli.main", "torch.distributed.checkpoint.state_dict"])
+multiprocessing.set_forkserver_preload(
+    ["sparsekern.cli.main", "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
+)
 
 
 def on_ranks(work: Callable[..., Any], count: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -34,6 +36,15 @@ def _run(rank: int, work: Callable[..., Any], count: int, folder: Path, argument
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     torch.save(work(rank, *arguments), folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """Return the kind and the text of the error that a call must raise, "nothing" if it returns."""
+    try:
+        call()
+    except (NotImplementedError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def start_command(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> BaseProcess:

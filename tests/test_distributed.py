@@ -23,10 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsekern as sk
 from sparsekern.nn.sharded import is_sharded, sharded_as, whole
-from tests.ranks import on_ranks
 from tests.training import test_base
 
-STEPS, BATCH = 9, 8
+RANKS, STEPS, BATCH = 2, 9, 8
 
 
 def build() -> nn.Module:
@@ -278,12 +277,6 @@ def run_rank(rank: int, folder: Path) -> dict[str, Any]:
         "sharded": sharded_calls(path),
         "uneven": run_uneven(rank),
     }
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return on_ranks(run_rank, 2, folder, folder)
 
 
 @pytest.mark.parametrize("sync_buffers", [True, False])

@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import sparsekern as sk
 from tests import fsdp
-from tests.ranks import on_ranks
+from tests.fsdp import assert_same
 
+RANKS = 3
 METHODS = ("SET, signs", "RigL", "GSE", "VRPGE")
 SAVED = 5
 """The step after which all is saved: between updates, with probes armed for the next one."""
@@ -122,44 +123,25 @@ def run_rank(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder) -> list[dict[str, Any]]:
-    return on_ranks(run_rank, 3, folder, folder)
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], within: float | None) -> None:
-    assert found.keys() == expected.keys() and expected["updates"] == 4
-    for key, value in expected.items():
-        if within is None or not value.is_floating_point():
-            assert torch.equal(found[key], value), key
-        else:
-            torch.testing.assert_close(found[key], value, rtol=0, atol=within, msg=key)
-
-
 @pytest.mark.parametrize("way", ["two", "asynchronous"])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_go_on_as_the_unbroken_run_bit_for_bit(ranks, name, way):
-    for rank in ranks[:2]:
-        assert_same(rank[way][name], rank["unbroken"][name], None)
+    expected = ranks[0]["unbroken"][name]
+    assert expected["updates"] == 4
+    assert_same(expected, [rank[way][name] for rank in ranks[:2]] + [ranks[1]["unbroken"][name]])
 
 
 @pytest.mark.parametrize("way", ["three", "full"])
 @pytest.mark.parametrize("name", METHODS)
 def test_three_ranks_go_on_from_shards_and_from_one_file(ranks, name, way):
-    for rank in ranks:
-        assert_same(rank[way][name], ranks[0]["unbroken"][name], 1e-6)
+    assert_same(ranks[0]["unbroken"][name], [rank[way][name] for rank in ranks], 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of PyTorch, about loading without ranks
 @pytest.mark.parametrize("name", METHODS)
 def test_one_process_without_ranks_goes_on_bit_for_bit(ranks, folder, name):
     load(folder / name, parts := build(name, None, seed=1), None)
-    assert_same(go_on(parts, range(SAVED, fsdp.STEPS)), ranks[0]["unbroken"][name], None)
+    assert_same(ranks[0]["unbroken"][name], [go_on(parts, range(SAVED, fsdp.STEPS))])
 
 
 def test_places_loaded_without_a_hook_are_noticed(ranks):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parent.parent
 
 # A layer imports itself and what is left of it; layers in one group do not know each other.
@@ -175,9 +177,17 @@ def error_violations(root: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    "check", [arrow_violations, optional_violations, mirror_violations, size_violations, error_violations]
-)
+def longest_violations(root: Path) -> list[str]:
+    """Files of tests that are to begin, but are gone."""
+    return [
+        f"conftest.py begins with {name}, which is gone" for name in LONGEST if not (root / "tests" / name).is_file()
+    ]
+
+
+CHECKS = (arrow_violations, optional_violations, mirror_violations, size_violations, error_violations)
+
+
+@pytest.mark.parametrize("check", [*CHECKS, longest_violations])
 def test_the_house_is_in_order(check):
     assert check(ROOT) == []
 
@@ -222,6 +232,10 @@ def test_a_room_without_tests_is_found(copy):
 def test_a_layer_that_is_no_room_is_found(copy):
     (copy / "sparsekern/transforms").rename(copy / "sparsekern/transformers")
     assert "transformers is no layer, or a layer is no room" in mirror_violations(copy)
+
+
+def test_a_file_that_is_gone_is_found(tmp_path):
+    assert longest_violations(tmp_path)[0] == f"conftest.py begins with {LONGEST[0]}, which is gone"
 
 
 def test_fragments_and_large_files_are_found(copy):
