@@ -96,7 +96,8 @@ class GradientMethod(Method):
 
     def agreed(self) -> dict[str, object]:
         """Return the settings, by name, that must be the same on all ranks: also the size of what they send."""
-        return super().agreed() | {"score_sketches": self.score_sketches}
+        sketches = {} if self.score_sketches is None else {"score_sketches": self.score_sketches}
+        return super().agreed() | sketches
 
     # Implemented by subclasses.
 
