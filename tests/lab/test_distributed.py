@@ -220,29 +220,36 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
         resolve(changed(MLP, device="cuda:2"), task, World(3, 4, 1))
 
 
+def start_ranks(arguments: list[str], logs: list[Path]) -> tuple[torch.distributed.Store, list[BaseProcess]]:
+    """Start the command on a rank for each log, as torchrun does; return its store, on a free port, and the ranks."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(logs))]
+    return store, [start_command(arguments, shared | rank, log) for rank, log in zip(ranks, logs, strict=True)]
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Start processes of the command that train, without a launcher that would notice an end.
 
     Takes their number and timeout; returns them, their folder and their logs once they train.
     """
-    folder, started = tmp_path / "run", []
+    folder, stores, started = tmp_path / "run", [], []
 
     def launch(count: int, timeout: int) -> tuple[list[BaseProcess], Path, list[Path]]:
         options = ["--width=32", "--block-size=8", "--sparsity=0.5", "--epochs=60", "--batch-size=150", "--seeds=1"]
         options += ["--update-every=2", "--device=cpu", "--no-dense", "--save-every=1", f"--out={folder}"]
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
         logs = [tmp_path / f"{rank}.log" for rank in range(count)]
-        for rank, log in enumerate(logs):
-            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-            started.append(start_command(["train", *options, f"--timeout={timeout}"], environment, log))
+        store, ranks = start_ranks(["train", *options, f"--timeout={timeout}"], logs)
+        stores.append(store)
+        started.extend(ranks)
         deadline = time.monotonic() + 120
         while not (folder / METRICS).is_file() or not (folder / METRICS).read_text():
             assert time.monotonic() < deadline and started[0].is_alive(), logs[0].read_text()
             time.sleep(0.05)
         return started, folder, logs
 
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
     try:
         yield launch
     finally:
@@ -317,7 +324,7 @@ def test_a_store_whose_process_has_ended_leaves_no_traceback(monkeypatch):
 
 
 def test_the_commands_of_the_page_run(tmp_path, text):
-    """In small, and two ranks in place of eight; those of examples are for their own tests."""
+    """In small, and two ranks in place of eight, once by torchrun; those of examples are for their own tests."""
     page = (Path(__file__).parent.parent.parent / "docs" / "scale.md").read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     commands = [line for kind, block in blocks if not kind for line in block.splitlines() if "examples/" not in line]
@@ -325,22 +332,29 @@ def test_the_commands_of_the_page_run(tmp_path, text):
     small = (
         f"--data {text} --width 64 --depth 1 --context 16 --batch-size 200 --epochs 1 --device cpu --no-dense --quiet"
     )
-    programs = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-        "sparsekern": [sys.executable, "-m", "sparsekern"],
-    }
-    for command in commands:
-        first, *rest = command.replace("--nproc-per-node 8", "--nproc-per-node 2").split()
-        options = [] if "--resume" in rest else small.split()
-        done = subprocess.run(
-            [*programs[first], *rest, *options],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0 and done.stdout.count("config, metrics, checkpoints") == 1, done.stderr
+    launched = ["--nproc-per-node", "2", "-m", "sparsekern"]
+    for number, command in enumerate(commands):
+        program, *words = command.replace("-node 8", "-node 2").replace(" runs/", f" {tmp_path}/runs/").split()
+        options = [] if "--resume" in words else [*small.split(), "--quiet"]
+        if number == 1:
+            done = subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", *words, *options],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0 and done.stdout.count("config, metrics, checkpoints") == 1, done.stderr
+            continue
+        assert program == "sparsekern" or words[:4] == launched
+        logs = [tmp_path / f"{number}-{rank}.log" for rank in range(2 if program == "torchrun" else 1)]
+        if program == "torchrun":
+            _store, ranks = start_ranks(words[4:] + options, logs)
+        else:
+            ranks = [start_command(words + options, {}, logs[0])]
+        for rank in ranks:
+            rank.join(300)
+        assert [rank.exitcode for rank in ranks] == [0] * len(logs), [log.read_text() for log in logs]
     folders = [tmp_path / "runs" / name for name in ("one", "two", "eight")]
     for folder in folders[1:]:
         assert_alike(folders[0], folder)
