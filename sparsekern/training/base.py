@@ -115,10 +115,8 @@ class Method(Attached):
         self.optimizer = optimizer
         self.keep_connected, self.min_age = keep_connected, min_age
         self.seed = seed
-        self.steps = 0
-        self.updates = 0
+        self.steps = self.updates = self._seen = 0
         self.seconds = 0.0
-        self._seen = 0
         self._metrics = TopologyMetrics(self.layers, seed)
         self._born = {name: torch.full_like(layer.row, NEVER) for name, layer in self.layers.items() if min_age}
         self.check_ranks, self.ranks = check_ranks, Ranks(process_group)
