@@ -36,7 +36,7 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
         "train --paper gse-cifar10-resnet56-97",
         ("paper is 'gse-cifar10-resnet56-97'", "did you mean gse-cifar10-resnet56-9", "--list shows all"),
     ),
-    ("train --paper gse-cifar10-resnet56-98", ("data is missing", "trains on CIFAR-10; give it", "option --data")),
+    ("train --paper gse-cifar10-resnet56-98", ("data is missing", "trains on CIFAR-10; give it")),
     (
         "train --paper gse-cifar10-resnet56-98 --recipe mlp --data {place}/small.npz",
         ("recipe is mlp, but paper gse-cifar10-resnet56-98 trains resnet56-gse; drop one",),

@@ -209,8 +209,8 @@ def find_paper(name: object) -> Paper:
     Raises:
         ValueError: there is none; the text names the nearest.
     """
-    if name in PAPERS:
-        return PAPERS[str(name)]
+    if isinstance(name, str) and name in PAPERS:
+        return PAPERS[name]
     near = difflib.get_close_matches(str(name), PAPERS, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise InputError(f"paper is {name!r}, which there is not; {hint}--list shows all", parameter="paper")
