@@ -12,6 +12,12 @@ from bench.cpu.results import circumstances
 from tests.test_bench_methods import committed, lines
 
 
+@pytest.fixture(autouse=True)
+def tiny_numbers_stay(monkeypatch):
+    """The measurements flush them in this process; hypothesis and comparisons of scores need them."""
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)
+
+
 def test_vrpge_has_a_row_for_each_network(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     small = ["--rounds", "1", "--threads", "1", "--batch", "2", "--networks", "mlp", "resnet20", "--out", str(out)]

@@ -96,7 +96,7 @@ MUTATIONS: dict[str, Mutation] = {
         partial(t_rigl.test_the_weakest_go_where_the_gradient_is_largest, 0.17, [1], [(2, 2)]),
     ),
     "RigL takes 0 and 1 for signs": (
-        sk.RigL.ask,
+        sk.RigL.ask_sketch,
         "* 2 - 1)",
         "* 1)",
         t_rigl.test_screening_estimates_norms_and_not_sums,

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from sparsekern.kernels.eager import places
 from torch import nn
 
 import sparsekern as sk
 from sparsekern.nn import BlockSparse, init
-from sparsekern.topology import index, topology
+from sparsekern.topology import topology
 from sparsekern.training.vrpge import budget, masks
 from tests.memory import allocations
 from tests.test_truly_sparse import DENSE, SCRATCH, SIDE, TOKENS, small_scratch
@@ -53,7 +54,7 @@ def check(run: Any, allowed: float, stored: int = STORED) -> None:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """What is done some slots or units at a time is done in few: layers of this size are not larger than a chunk."""
-    for module in (init, topology, index, budget, masks):
+    for module in (init, topology, places, budget, masks):
         monkeypatch.setattr(module, "CHUNK", 2**11)
 
 
@@ -218,7 +219,8 @@ def status(key):
 """
 
 AROUND = """
-from sparsekern.topology import index, topology
+from sparsekern.kernels.eager import places
+from sparsekern.topology import topology
 from sparsekern.training.vrpge import budget, masks
 
 try:
