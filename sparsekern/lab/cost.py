@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,20 @@ from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
 from sparsekern.lab.resolved import Run, build, resolve
 from sparsekern.lab.train import Learner
-from sparsekern.training import AGENT, GSE, MEST, SET, VRPGE, Gradual, Lottery, Method, NetworkSampler, RigL, compact_
+from sparsekern.training import (
+    AGENT,
+    GSE,
+    MEST,
+    SET,
+    VRPGE,
+    Gradual,
+    Lottery,
+    Method,
+    NetworkSampler,
+    RigL,
+    SRigL,
+    compact_,
+)
 
 PERIOD = 4
 """Steps between updates while counting: room for two steps of probes and one without."""
@@ -313,10 +325,10 @@ class Planned:
             return replace(updates, candidates=float(argument("subset_factor")))
         if issubclass(method, RigL):
             several = self.devices > 1 or argument("scoring") == "screen"
-            more: Mapping[str, Any] = (
-                {"sketches": argument("sketches"), "candidates": argument("shortlist") * moved} if several else {}
-            )
-            return replace(updates, scores_all=not several, **more)
+            if not several:
+                return replace(updates, scores_all=True)
+            shortlist = 0.0 if issubclass(method, SRigL) else float(argument("shortlist"))
+            return replace(updates, sketches=argument("sketches"), candidates=shortlist * moved)
         return updates
 
     def scaled(self, size: int) -> Planned:

@@ -241,6 +241,8 @@ def with_paper(values: Mapping[str, Any]) -> dict[str, Any]:
             parameter="data",
         )
     options = published.pop("options", {})
+    if values.get("sparse") is False:
+        options = {}
     if "method" in values or "preset" in values:
         published.pop("preset")
         options = {name: value for name, value in options.items() if OPTIONS[name].part != "method"}
@@ -275,7 +277,7 @@ def deviations(config: Config, described: Mapping[str, Any]) -> list[str]:
         found.append(f"{config.method_title} in place of {published.method_title}")
     if config.sparsity != published.sparsity:
         found.append(f"sparsity {percent(config.sparsity)} in place of {percent(published.sparsity)}")
-    for name in ("batch_size", "rate", "width_multiplier", "augment", "update_every", "precision"):
+    for name in ("batch_size", "rate", "width_multiplier", "augment", "update_every", "precision", "accumulate"):
         mine, theirs = getattr(config, name), getattr(published, name)
         if mine != theirs:
             found.append(f"{in_words(name, mine)} in place of {theirs}")

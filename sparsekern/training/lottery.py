@@ -93,16 +93,19 @@ class Lottery(Gradual):
         """Free the weakest blocks and rewind the others; returns False, and does nothing, after the last round.
 
         Raises:
-            ValueError: the first round did not come to step ``rewind``.
+            ValueError: the first round did not come to step ``rewind``, or values are not finite; nothing has changed.
         """
         self.check_open()
         if self.round + 1 == self.rounds:
             return False
         if not self._recorded:
             raise InputError(f"rewind is {self.rewind}, but only {self.steps} steps are made", parameter="rewind")
-        self.check_compact()
-        self.round += 1
-        self.update()
+        self.round += 1  # says how many blocks are left
+        try:
+            self.update()
+        except BaseException:
+            self.round -= 1
+            raise
         state = self.optimizer.state
         for name, tensor in self._tensors():
             tensor.copy_(self._recorded[name, VALUES])
@@ -155,6 +158,8 @@ class Lottery(Gradual):
             raise InputError("what was recorded is of other tensors than those of model and optimizer")
         if state["round"] >= self.rounds:
             raise InputError(f"the state is of round {state['round'] + 1}; there are {self.rounds}")
+        if state["round"] and not recorded:
+            raise InputError(f"the state is of round {state['round'] + 1}, but nothing was recorded to rewind to")
 
     def _fits(self, entry: Any, like: Mapping[str, Tensor]) -> bool:
         """Return whether an entry of a state is a tensor like the present one, whose optimizer state is loaded."""

@@ -67,13 +67,23 @@ def test_what_is_given_outweighs_the_paper():
     assert (other.method, other.preset, other.options, other.block_size) == ("set", None, {"agent": True}, 1)
     assert paper("gse-cifar10-vgg16-98", preset="gse-grabo").preset == "gse-grabo"
     assert with_paper({"epochs": 3}) == {"epochs": 3}
+    assert "options" in with_paper({"paper": "rigl-cifar10-wrn22-90", "data": "x"})
+    assert not Config(**with_paper({"paper": "rigl-cifar10-wrn22-90", "data": "x", "sparse": False})).options
 
 
 def test_what_differs_is_said():
     exact = paper("gse-cifar10-resnet56-98").resolved(50_000, "crop-flip")
     (only,) = deviations(exact, CIFAR)
     assert only == "candidates are scored on the batch of the step; theirs on ten more images a class"
-    changes = {"block_size": 16, "epochs": 4, "method": "set", "sparsity": 0.9, "rate": 0.2, "augment": "none"}
+    changes = {
+        "block_size": 16,
+        "epochs": 4,
+        "method": "set",
+        "sparsity": 0.9,
+        "rate": 0.2,
+        "augment": "none",
+        "accumulate": 2,
+    }
     other = paper("gse-cifar10-resnet56-98", **changes).resolved(100)
     digits = {"name": "digits", "train_images": 100, "image_shape": [1, 8, 8], "classes": 10}
     assert deviations(other, digits) == [
@@ -86,6 +96,7 @@ def test_what_differs_is_said():
         "rate 0.2 in place of 0.1",
         "augment none in place of crop-flip",
         "update every 1 in place of 20",
+        "accumulate 2 in place of 1",
     ]
     assert deviations(Config().resolved(100), digits) == []
 

@@ -125,6 +125,17 @@ def test_a_round_that_is_too_short():
     assert all(torch.equal(values, before[at]) for at, values in blocks(model).items()) and tickets.round == 0
 
 
+def test_a_round_that_cannot_begin_changes_nothing():
+    model, optimizer, tickets = built()
+    train(model, optimizer, tickets)
+    with torch.no_grad():
+        model[0].values[0, 0, 0] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="values of '0' hold NaN or infinity"):
+            tickets.next_round()
+    assert tickets.round == 0 and len(blocks(model)) == 16
+
+
 def test_a_state_of_other_tensors():
     model, optimizer, tickets = built()
     train(model, optimizer, tickets)
@@ -137,3 +148,5 @@ def test_a_state_of_other_tensors():
         tickets.load_state_dict(state | {"recorded": wrong})
     with pytest.raises(ValueError, match="the state is of round 4; there are 3"):
         tickets.load_state_dict(state | {"round": 3})
+    with pytest.raises(ValueError, match="the state is of round 2, but nothing was recorded"):
+        tickets.load_state_dict(state | {"round": 1, "recorded": ()})

@@ -92,10 +92,10 @@ class MEST(SET):
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the move of the least important blocks; with ``soft_bound``, of what was grown and of what grows."""
-        if not self.soft_bound:
-            return super().choose(name, layer, fraction, generator)
         parts = units(layer.topology, layer.tie_taps)
         target = self.first_keys[name].shape[0] // parts.size
+        if not self.soft_bound or layer.topology.slots <= target * parts.size:  # no room to grow before dropping
+            return super().choose(name, layer, fraction, generator)
         surplus = max(0, stored_blocks(layer.index) // parts.size - target)
         grown = 0 if self.schedule.is_last(self.steps) else part_of(target, fraction)
         return grow_at_random(layer, parts, lowest(self.strength(name, layer, parts), surplus), grown, generator)

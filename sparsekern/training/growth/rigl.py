@@ -193,7 +193,7 @@ class RigL(GradientMethod):
     @property
     def _proposes(self) -> bool:
         """Whether each rank names places by its own sketches, in the first of two stages."""
-        return self._screen and self.score_sketches is not None and self.ranks.count > 1
+        return self.stages() > 1 and self.score_sketches is not None and self.ranks.count > 1
 
     def _over_ranks(self, name: str, answer: Tensor) -> Tensor:
         return answer if self._proposes and self._stage == 0 else super()._over_ranks(name, answer)
@@ -205,7 +205,7 @@ class RigL(GradientMethod):
         )
         if self.scoring == "exact":
             raise InputError(f"scoring is 'exact', but {why}; use 'auto' or 'screen'", parameter="scoring")
-        _log.warning("RigL screens its blocks by sketches from now on: %s", why)
+        _log.warning("%s screens its blocks by sketches from now on: %s", type(self).__name__, why)
         self._start_screening()
 
     def _start_screening(self) -> None:
@@ -213,7 +213,12 @@ class RigL(GradientMethod):
             raise InputError("regrow needs the scores of all blocks, of one backward a step on one rank; leave it out")
         for name, layer in self.layers.items():
             if (used := self._sketches(name, layer)) < self.sketches:
-                _log.warning("RigL screens %r by %d sketches a block: more would not be fewer than values", name, used)
+                _log.warning(
+                    "%s screens %r by %d sketches a block: more would not be fewer than values",
+                    type(self).__name__,
+                    name,
+                    used,
+                )
         self._screen = True
 
     def _sketches(self, name: str, layer: BlockSparse) -> int:

@@ -38,8 +38,8 @@ class SRigL(RigL):
         min_salient: the salient places that a neuron needs in order to stay: below 1 a fraction of the fan-in, and at
             least one; from 1 on a number.
         ablate: whether neurons are ablated. Those of the model's last layer never are.
-        options: the arguments of :class:`RigL` and :class:`Method`, but for ``scope``, ``shortlist``, ``regrow``,
-            ``keep_connected`` and ``min_age``.
+        options: the arguments of :class:`RigL` and :class:`Method`, but for ``scope``, ``shortlist``,
+            ``score_sketches``, ``regrow``, ``keep_connected`` and ``min_age``.
 
     Raises:
         ValueError: ``min_salient`` is negative, or what :class:`RigL` raises.
@@ -57,7 +57,14 @@ class SRigL(RigL):
         (True, True)
     """
 
-    unused_options: ClassVar[tuple[str, ...]] = ("scope", "shortlist", "regrow", "keep_connected", "min_age")
+    unused_options: ClassVar[tuple[str, ...]] = (
+        "scope",
+        "shortlist",
+        "score_sketches",
+        "regrow",
+        "keep_connected",
+        "min_age",
+    )
 
     def __init__(
         self,

@@ -196,6 +196,13 @@ def test_what_is_refused(caplog):
     assert "soft_bound is True, but no layer has a free slot" in caplog.text
 
 
+def test_a_soft_bound_without_a_free_slot_drops_before_it_grows():
+    layer, hard = grid_layer(2), grid_layer(2)
+    soft, usual = (mest(x, drop_fraction=lambda _: 0.5, stop=4, soft_bound=x is layer) for x in (layer, hard))
+    assert step(layer, soft) and step(hard, usual)
+    assert torch.equal(layer.topology.keys(), hard.topology.keys()) and not torch.equal(layer.row, grid_layer(2).row)
+
+
 def test_a_state_with_other_gradients_is_refused():
     model = make()
     method = mest(model, update_every=3)
