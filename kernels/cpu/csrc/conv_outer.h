@@ -25,9 +25,12 @@ template <int C, int R> INLINE void rows_tile(const Rows &g, int64_t bo, int64_t
       for (int64_t t = 0; t < g.cols; t++, dy += bo, x += bi) {
         Vector xt[C];
         UNROLL for (int c = 0; c < C; c++) xt[c] = load(x + c * VL);
-        UNROLL for (int r = 0; r < R; r++) {
-          Vector d = all(dy[r]);
-          UNROLL for (int c = 0; c < C; c++) acc[r][c] += d * xt[c];
+        UNROLL for (int r = 0; r < R; r += FACTORS) {
+          const Factors dys = factors(dy + r);
+          UNROLL for (int i = 0; i < FACTORS; i++) {
+            Vector d = all(dys[i]);
+            UNROLL for (int c = 0; c < C; c++) acc[r + i][c] += d * xt[c];
+          }
         }
       }
     }

@@ -20,9 +20,12 @@ INLINE void outer_tile(const float *dy, int64_t bo, const float *x, int64_t bi, 
     __builtin_prefetch(next + t * next_step, 0, 3);
     Vector xt[C];
     UNROLL for (int c = 0; c < C; c++) xt[c] = load(x + t * bi + c * VL);
-    UNROLL for (int r = 0; r < R; r++) {
-      Vector d = all(dy[t * bo + r]);
-      UNROLL for (int c = 0; c < C; c++) acc[r][c] += d * xt[c];
+    UNROLL for (int r = 0; r < R; r += FACTORS) {
+      const Factors dys = factors(dy + t * bo + r);
+      UNROLL for (int i = 0; i < FACTORS; i++) {
+        Vector d = all(dys[i]);
+        UNROLL for (int c = 0; c < C; c++) acc[r + i][c] += d * xt[c];
+      }
     }
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(out + r * bi + c * VL, acc[r][c]);

@@ -32,14 +32,19 @@ template <int IN, int C, int R> void tile(const Row &row, float *y, int64_t y_st
     int64_t ahead = e + 1 < row.count ? e + 1 : 0;
     const float *next_x = row.x + row.other[ahead] * row.x_block + (ahead ? 0 : R * IN);
     const float *next_w = row.w + (row.slot ? row.slot[ahead] : ahead) * row.size;
-    for (int k = 0; k < IN; k++) {
-      UNROLL for (int c = 0; c < C * VL; c += LINE) __builtin_prefetch(next_w + k * out + c, 0, 3);
-      UNROLL for (int c = 0; c < R; c += LINE) __builtin_prefetch(next_x + k * R + c, 0, 3);
-      Vector wk[C];
-      UNROLL for (int c = 0; c < C; c++) wk[c] = load(w + k * out + c * VL);
-      UNROLL for (int r = 0; r < R; r++) {
-        Vector xk = all(x[r * IN + k]);
-        UNROLL for (int c = 0; c < C; c++) acc[r][c] += xk * wk[c];
+    for (int k0 = 0; k0 < IN; k0 += FACTORS) {
+      Factors xs[R];
+      UNROLL for (int r = 0; r < R; r++) xs[r] = factors(x + r * IN + k0);
+      UNROLL for (int i = 0; i < FACTORS; i++) {
+        const int k = k0 + i;
+        UNROLL for (int c = 0; c < C * VL; c += LINE) __builtin_prefetch(next_w + k * out + c, 0, 3);
+        UNROLL for (int c = 0; c < R; c += LINE) __builtin_prefetch(next_x + k * R + c, 0, 3);
+        Vector wk[C];
+        UNROLL for (int c = 0; c < C; c++) wk[c] = load(w + k * out + c * VL);
+        UNROLL for (int r = 0; r < R; r++) {
+          Vector xk = all(xs[r][i]);
+          UNROLL for (int c = 0; c < C; c++) acc[r][c] += xk * wk[c];
+        }
       }
     }
   }

@@ -6,6 +6,8 @@
 #include "api.h"
 #if defined(WITH_AVX)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define UNROLL _Pragma("GCC unroll 32")
@@ -41,6 +43,18 @@ INLINE void fence() {
 }
 INLINE Vector all(float x) { return x - Vector{}; }
 
+// FACTORS neighbouring numbers, each of which multiplies a vector. An instruction of ARM takes its factor from a lane of a
+// register, so that one load serves four; elsewhere a broadcast reads memory, and holding the numbers would cost registers.
+#if defined(__aarch64__)
+constexpr int FACTORS = 4;
+typedef Vector Factors;
+INLINE Factors factors(const float *p) { return load(p); }
+#else
+constexpr int FACTORS = 1;
+typedef const float *Factors;
+INLINE Factors factors(const float *p) { return p; }
+#endif
+
 // bfloat16: the upper half of a float, rounded to nearest even; NaN stays NaN.
 INLINE float from_bfloat16(uint16_t h) {
   uint32_t bits = uint32_t(h) << 16;
@@ -60,6 +74,10 @@ INLINE uint16_t to_bfloat16(float x) {
 INLINE float from_float16(uint16_t h) {
 #if VL >= 8
   return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+  __fp16 x;
+  std::memcpy(&x, &h, 2);
+  return x;
 #else
   uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 1023, bits;
   if (exponent == 31) bits = sign | 0x7F800000 | (fraction << 13);
@@ -77,6 +95,11 @@ INLINE float from_float16(uint16_t h) {
 INLINE uint16_t to_float16(float x) {
 #if VL >= 8
   return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const __fp16 rounded = x;
+  uint16_t h;
+  std::memcpy(&h, &rounded, 2);
+  return h;
 #else
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -110,6 +133,8 @@ INLINE Vector read_vector(const void *p, int64_t i, int dtype) {
   return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h));
 #elif VL == 8
   return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)h));
+#elif defined(__aarch64__)
+  return (Vector)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(h)));
 #else
   Vector v;
   UNROLL for (int l = 0; l < VL; l++) v[l] = from_float16(h[l]);
@@ -144,6 +169,8 @@ INLINE void write_row(void *p, int64_t i, int dtype, const float *from, int64_t 
 #elif VL == 8
   for (; c + VL <= n; c += VL)
     _mm_storeu_si128((__m128i *)(to + c), _mm256_cvtps_ph((__m256)load(from + c), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  for (; c + VL <= n; c += VL) vst1_u16(to + c, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)load(from + c))));
 #endif
   for (; c < n; c++) to[c] = to_float16(from[c]);
 }
