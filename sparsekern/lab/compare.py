@@ -17,7 +17,7 @@ from sparsekern.lab.options import OPTIONS, Value
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.pictures import draw_comparison, draw_or_warn
 from sparsekern.lab.report.tables import comparison_cells, markdown
-from sparsekern.lab.resolved import Run, resolve
+from sparsekern.lab.resolved import Run, build_places, resolve
 from sparsekern.lab.results import score_rows
 from sparsekern.lab.run import Interrupted, Observer, resume, start_resolved
 from sparsekern.lab.store import (
@@ -266,14 +266,14 @@ def _train(plan: Plan, runs: Mapping[str, Run], folder: Path, observer: Observer
 def _resolved(folder: Path, name: str, config: Config, task: Task) -> Run:
     """Return the run of a cell; raise ValueError if it cannot be trained, or the one in its folder has other options.
 
-    The network of a run that has not begun is built once here and dropped: what only a network can say, such as a layer
-    without a block, is said before hours of training in other cells.
+    A run that has not begun is put together once here, as its training will, but without the values of the network:
+    what depends on its layers, such as one without a block, is said before hours of training in other cells.
     """
     try:
         refuse_link(folder)
         run = resolve(config, task)
         if not (folder / CONFIG).is_file():
-            Learner(run, config.networks[0], seed=0)
+            Learner(run, config.networks[0], 0, build_places)
         elif read_config(folder).config != run.config:
             raise InputError(f"the run in {folder} has other options; choose another --out")
     except InputError as error:

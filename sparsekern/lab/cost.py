@@ -21,7 +21,7 @@ from sparsekern.lab.config import Config
 from sparsekern.lab.language import Language
 from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
-from sparsekern.lab.resolved import Run, build, resolve
+from sparsekern.lab.resolved import Run, build_places, build_shapes, resolve
 from sparsekern.lab.train import Learner
 from sparsekern.training import (
     AGENT,
@@ -62,7 +62,7 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
     steps, period = real.total_steps, max(PERIOD, int(options.get("structure_every", 1)))
     usual = _flops(_long(run, network, options=without_agent, update_every=LONG // 2), period) / period
     moving = _long(run, network, options=without_agent, update_every=period)
-    agent = None if run.agent is None else Learner(run, network, seed=0).agent
+    agent = None if run.agent is None else Learner(run, network, 0, build_places).agent
     if real.method is None:
         flops = usual * steps
     elif isinstance(real.method, Lottery):
@@ -288,12 +288,9 @@ class Planned:
             ValueError: the recipe's network is not one of that width, or the sparsity leaves a layer without a block.
         """
         run, config = self.run(), self.config
-        with torch.device("meta"):
-            shapes = replace(run, layers={**run.layers, "init_scale": 1.0})  # meta weights have no scale of their own
-            model = build(shapes, network, seed=0)
         size = config.batch_size // self.devices // config.accumulate
         return Step(
-            model,
+            build_shapes(run, network, seed=0),
             tuple(_of_size(part, size, run.recipe.channels_last) for part in run.task.example()),
             run.task.loss,
             lambda model: run.recipe.optimizer.build(model, config.rate),

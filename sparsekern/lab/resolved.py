@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -225,6 +225,23 @@ def build(run: Run, network: str, seed: int) -> nn.Module:
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def build_shapes(run: Run, network: str, seed: int) -> nn.Module:
+    """Return the network of :func:`build` on the meta device: layers and shapes, without data."""
+    unscaled = replace(run, layers={**run.layers, "init_scale": 1.0})  # meta weights have no scale of their own
+    with torch.device("meta"):
+        return build(unscaled, network, seed)
+
+
+def build_places(run: Run, network: str, seed: int) -> nn.Module:
+    """Return the network of :func:`build` with its blocks in their places, and values that are allocated but not set.
+
+    A score and a transform read the values of the dense network: networks with one are built whole.
+    """
+    if run.transform is not None or "score" in run.layers:
+        return build(run, network, seed)
+    return build_shapes(run, network, seed).to_empty(device="cpu")
 
 
 def _check_rewind(config: Config, world: World) -> None:

@@ -36,6 +36,7 @@ class Learner:
         run: what is trained, and how.
         network: ``"sparse"`` or ``"dense"``.
         seed: decides initial values, topology, order of batches, what varies the examples, and moves of blocks.
+        make: makes the network; :func:`~sparsekern.lab.resolved.build_places` for a learner that takes no step.
 
     Attributes:
         epoch: epochs completed.
@@ -46,10 +47,10 @@ class Learner:
         ValueError: the options or the data do not fit the network, which only the network can tell.
     """
 
-    def __init__(self, run: Run, network: str, seed: int) -> None:
+    def __init__(self, run: Run, network: str, seed: int, make: Callable[[Run, str, int], nn.Module] = build) -> None:
         self.run, self.network, self.seed = run, network, seed
         self.task, self.recipe, self.batches, self.total_steps = run.task, run.recipe, run.batches, run.steps
-        self.model = build(run, network, seed).to(run.device)
+        self.model = make(run, network, seed).to(run.device)
         self._replica = run.world.parallel(self.model)  # what computes in training
         self.optimizer = run.recipe.optimizer.build(self.model, run.config.rate, fused=not run.world.sharded)
         self.method = self.agent = None

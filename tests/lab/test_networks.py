@@ -8,7 +8,8 @@ from sparsekern.analysis import profile
 from sparsekern.errors import InputError
 from sparsekern.lab.config import Config
 from sparsekern.lab.data import load
-from sparsekern.lab.resolved import build, build_agent, build_method
+from sparsekern.lab.resolved import build, build_agent, build_method, build_places
+from sparsekern.lab.train import Learner
 from sparsekern.topology import allocate
 from sparsekern.training import METHODS, PRESETS
 from sparsekern.transforms import TRANSFORMS
@@ -55,6 +56,37 @@ def test_dense_layers_have_the_initial_distribution_of_torch():
 def test_a_sparsity_that_leaves_nothing():
     with pytest.raises(ValueError, match="every layer needs at least one"):
         network_of("sparse", Config(width=16, block_size=16), SHAPE, 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("mlp", {"method": "vrpge"}),
+        ("mlp", {"method": "gse", "options": {"agent": True, "capacity": 1.5}}),
+        ("mlp", {"method": "static", "options": {"rewind": 0.0}}),
+        ("resnet20", {"method": "srigl"}),
+        ("resnet20", {"preset": "vrpge"}),
+    ],
+)
+def test_places_without_values_are_those_of_the_training(recipe, options, monkeypatch):
+    width = {"width": 64} if recipe == "mlp" else {}
+    run = run_of(Config(recipe=recipe, **width, block_size=8, sparsity=0.75, epochs=3, update_every=2, **options))
+    whole = Learner(run, "sparse", 0)
+    monkeypatch.setattr("sparsekern.nn.block_sparse.draw_values", None)
+    laid = Learner(run, "sparse", 0, build_places)
+    for one, other in zip(sparse_layers(whole.model).values(), sparse_layers(laid.model).values(), strict=True):
+        assert torch.equal(one.row, other.row) and torch.equal(one.col, other.col) and one.grid == other.grid
+    assert repr(laid.method) == repr(whole.method) and laid.model.training == whole.model.training
+    assert {n: p.shape for n, p in laid.model.named_parameters()} == {
+        n: p.shape for n, p in whole.model.named_parameters()
+    }
+
+
+def test_a_score_and_a_transform_read_values():
+    for options in ({"score": "snip"}, {"transform": "doped"}):
+        run = run_of(Config(width=64, block_size=8, sparsity=0.75, options=options))
+        whole, laid = build(run, "sparse", 0).state_dict(), build_places(run, "sparse", 0).state_dict()
+        assert all(torch.equal(whole[name], laid[name]) for name in whole)
 
 
 def test_convolutions_have_their_channels_last():
