@@ -104,16 +104,12 @@ def checkpointed() -> nn.Module:
     return nn.Sequential(Checkpointed(*linear()[:3]), *linear()[3:])
 
 
-def compiled() -> nn.Module:
-    model = linear()
-    for layer in model:
-        if isinstance(layer, sk.SparseLinear):
-            layer.compile(fullgraph=True, backend="aot_eager")
-    return model
-
-
-def shard(model: nn.Module, mesh: DeviceMesh, *, root_only: bool = False, **options: Any) -> nn.Module:
-    """Shard each sparse layer, and what is left with the root."""
+def shard(
+    model: nn.Module, mesh: DeviceMesh, *, root_only: bool = False, compiled: str = "", **options: Any
+) -> nn.Module:
+    """Shard each sparse layer, and what is left with the root; compile the layer of this name."""
+    if compiled:
+        model.get_submodule(compiled).compile(fullgraph=True, backend="aot_eager")
     for module in () if root_only else list(model.modules()):
         if isinstance(module, BlockSparse):
             fully_shard(module, mesh=mesh, **options)

@@ -164,7 +164,7 @@ def run_rank(rank: int, folder: Path) -> dict[str, Any]:
     pair, three, square = fsdp.meshes()
     found: dict[str, Any] = {"hybrid": {name_of(case): train(case, square, rank, 4) for case in HYBRID}}
     if rank < 3:
-        found["three"] = {name_of(case): train(case, three) for case in THREE}
+        found["three"] = {name_of(case): train(case, three, rank, 3) for case in THREE}
     if rank < 2:
         found["same"] = {name_of(case): train(case, pair) for case in [*SAME, *ROUNDED]}
         found["split"] = {name_of(case): train(case, pair, rank, 2) for case in SPLIT}
@@ -227,7 +227,7 @@ def test_batches_split_over_two_ranks(ranks, case):
 
 
 @pytest.mark.parametrize("case", THREE, ids=name_of)
-def test_three_ranks_with_the_same_data(ranks, case):
+def test_batches_split_over_three_ranks(ranks, case):
     assert_same(train(case), [rank["three"][name_of(case)] for rank in ranks[:3]], 1e-6)
 
 
