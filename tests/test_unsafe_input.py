@@ -6,6 +6,7 @@ import pytest
 import torch
 from sparsekern.kernels import cpu
 from sparsekern.kernels.contract import ConvShape, Index, LinearShape
+from sparsekern.kernels.cpu import attention, norms
 
 import sparsekern as sk
 from sparsekern import ops
@@ -101,6 +102,67 @@ def test_a_storage_that_was_resized_to_nothing(call):
     values.untyped_storage().resize_(100)
     with pytest.raises(ValueError, match="has a storage of 100 bytes, too small for it"):
         call((16, 16), values=values)
+    images = torch.ones(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    x, bias = images if call is conv_call else torch.ones(3, 32), torch.ones(32 if call is conv_call else 64)
+    call((16, 16), x=x, bias=bias[:1].expand_as(bias))  # of one number, and complete
+    for tensor in (bias, x):
+        tensor.untyped_storage().resize_(20)
+        with pytest.raises(ValueError, match="has a storage of 20 bytes, too small for it"):
+            call((16, 16), x=x, bias=bias)
+        tensor.untyped_storage().resize_(tensor.nbytes)
+
+
+@pytest.mark.parametrize("held", [0, 100])
+def test_storages_that_attention_and_batch_norm_read(held: int) -> None:
+    def attend(qkv: torch.Tensor) -> torch.Tensor:
+        return sk.nn.qkv_attention(qkv, 2)
+
+    def norm(*tensors: torch.Tensor) -> torch.Tensor:
+        assert ops.fuses_batch_norm_relu(*tensors)
+        return ops.batch_norm_relu(*tensors)[0]
+
+    images = [torch.rand(2, 64, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    for f, inputs in (
+        (attend, (torch.rand(1, 9, 192),)),
+        (norm, (images[0], torch.rand(64), torch.rand(64), images[1])),
+    ):
+        for tensor in inputs:
+            tensor.requires_grad_()
+        y = f(*inputs)
+        dy = torch.rand_like(y)
+        for tensor, call in (
+            *((tensor, lambda f=f, inputs=inputs: f(*inputs)) for tensor in inputs),
+            *(
+                (tensor, lambda y=y, dy=dy, x=inputs[0]: torch.autograd.grad(y, x, dy, retain_graph=True))
+                for tensor in (dy, *inputs[:3])
+            ),
+        ):
+            tensor.untyped_storage().resize_(held)
+            with pytest.raises(ValueError, match=f"has a storage of {held} bytes, too small for it"):
+                call()
+            tensor.untyped_storage().resize_(tensor.nbytes)
+
+
+def test_the_library_itself_refuses_tensors_without_storage() -> None:
+    qkv, x, one = (
+        torch.ones(1, 9, 96),
+        torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.ones(3),
+    )
+    y, stats = attention.forward(qkv, 1, False)
+    _, moments = norms.forward(x, one, one, None, 1e-5)
+    freed_qkv, freed_y, freed_x = (torch.ones_like(t) for t in (qkv, y, x))
+    for tensor in (freed_qkv, freed_y, freed_x):
+        tensor.untyped_storage().resize_(0)
+    for call in (
+        lambda: attention.forward(freed_qkv, 1, False),
+        lambda: attention.backward(freed_y, qkv, stats, 1, False),
+        lambda: norms.forward(freed_x, one, one, None, 1e-5),
+        lambda: norms.backward(freed_x, x, None, one, one, moments, 1e-5),
+        lambda: norms.backward(x, x, freed_x, one, one, moments, 1e-5),
+    ):
+        with pytest.raises(ValueError, match="resized to nothing"):
+            call()
 
 
 def test_an_index_without_storage():

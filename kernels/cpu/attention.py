@@ -8,7 +8,7 @@ import torch
 from sparsekern.kernels.cpu.library import call, numbers, threads
 from torch import Tensor
 
-POINTERS = ("qkv", "dy", "y", "dqkv", "lse")
+POINTERS = ("qkv", "dy", "y", "dqkv", "stats")
 SIZES = ("batch", "tokens", "heads", "features", "causal", "threads")
 
 
@@ -32,7 +32,7 @@ class Attention(ctypes.Structure):
 
 
 def forward(qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """Return y ``(N, tokens, heads * features)`` and what the backward needs: the log of each sum of exponentials.
+    """Return y ``(N, tokens, heads * features)`` and ``(2, N, heads, tokens)`` for the backward: see ``csrc/api.h``.
 
     Args:
         qkv: ``(N, tokens, 3 * heads * features)``, float32: queries, keys, values, of each the heads one after the
@@ -42,21 +42,21 @@ def forward(qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
     """
     qkv = numbers(qkv)
     batch, tokens, width = qkv.shape
-    y, lse = qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens)
-    call("sk_attention", Attention.of(heads, is_causal, qkv, y=y, lse=lse))
-    return y, lse
+    y, stats = qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(2, batch, heads, tokens)
+    call("sk_attention", Attention.of(heads, is_causal, qkv, y=y, stats=stats))
+    return y, stats
 
 
-def backward(dy: Tensor, qkv: Tensor, lse: Tensor, heads: int, is_causal: bool) -> Tensor:
+def backward(dy: Tensor, qkv: Tensor, stats: Tensor, heads: int, is_causal: bool) -> Tensor:
     """Return the gradient of qkv.
 
     Args:
         dy: like y, in any layout.
-        qkv, lse, heads, is_causal: of :func:`forward`.
+        qkv, stats, heads, is_causal: of :func:`forward`.
     """
     dy, qkv = numbers(dy), numbers(qkv)
     dqkv = torch.empty_like(qkv)
-    call("sk_attention", Attention.of(heads, is_causal, qkv, dy=dy, dqkv=dqkv, lse=lse))
+    call("sk_attention", Attention.of(heads, is_causal, qkv, dy=dy, dqkv=dqkv, stats=stats))
     return dqkv
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 _log = logging.getLogger("sparsekern")
 
-ABI = 13
+ABI = 14
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
 CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

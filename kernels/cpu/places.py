@@ -45,9 +45,11 @@ def masked_(into: Index, index: Index, keep: Tensor, *, by_slot: bool) -> None:
     for (ptr, other, slot), (into_ptr, into_other, into_slot) in ((index[:3], into[:3]), (index[3:], into[3:])):
         others = (None, None) if by_slot else (other, into_other)
         sizes = ptr.shape[0] - 1, keep.shape[0]
-        _must("sk_masked", ptr, others[0], slot, *sizes, keep, into_ptr, others[1], into_slot)
-        # A backward whose forward read the former index must notice.
-        torch.autograd.graph.increment_version((into_ptr, into_slot) if by_slot else (into_ptr, into_other, into_slot))
+        try:
+            _must("sk_masked", ptr, others[0], slot, *sizes, keep, into_ptr, others[1], into_slot)
+        finally:  # a backward whose forward read the former index must notice, also where the call ended midway
+            written = (into_ptr, into_slot) if by_slot else (into_ptr, into_other, into_slot)
+            torch.autograd.graph.increment_version(written)
 
 
 def are_legal(row: Tensor, col: Tensor, rows: int, cols: int) -> bool:
@@ -135,6 +137,7 @@ def _run(name: str, *arguments: Tensor | int | None) -> int:
 
     Raises:
         MemoryError: no memory for the scratch.
+        ValueError: a list without memory.
     """
     library, reason = load()
     if library is None:
@@ -148,4 +151,9 @@ def _run(name: str, *arguments: Tensor | int | None) -> int:
 def _plain(argument: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(None)
+    address = argument.data_ptr()
+    if not address and argument.numel():
+        raise ValueError("the storage of a list of places was resized to nothing: restore it before the call")
+    return ctypes.c_void_p(address)

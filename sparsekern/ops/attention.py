@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,16 +10,17 @@ from torch.nn import functional as F
 
 from sparsekern.errors import InputError
 from sparsekern.kernels.cpu import attention
-from sparsekern.ops.backends import runs_natively
-from sparsekern.ops.library import is_batch
+from sparsekern.ops.backends import differentiates_natively, runs_natively
+from sparsekern.ops.checks import check_storage
 
 
 def qkv_attention(qkv: Tensor, heads: int, *, is_causal: bool = False) -> Tensor:
     """Compute :func:`torch.nn.functional.scaled_dot_product_attention` of the output of one linear layer.
 
     On a CPU, float32 with heads of 32, 64, 96 or 128 features is computed natively: no part of ``qkv`` or of its
-    gradient is copied, and a short causal context takes about 60 % of the time. Everything else (another device or
-    dtype, autocast, compiled or transformed code) is computed by PyTorch.
+    gradient is copied (a ``qkv`` that is not contiguous is, whole, in the forward and in the backward), and a short
+    causal context takes about 60 % of the time. Everything else (another device or dtype, autocast, compiled or
+    transformed code) is computed by PyTorch.
 
     Args:
         qkv: ``(N, tokens, 3 * heads * features)``: queries, keys and values, of each the heads one after the other.
@@ -31,7 +31,7 @@ def qkv_attention(qkv: Tensor, heads: int, *, is_causal: bool = False) -> Tensor
         ``(N, tokens, heads * features)``: the heads one after the other.
 
     Raises:
-        ValueError: qkv has other dimensions, or no whole number of features for each head.
+        ValueError: qkv has other dimensions, no whole number of features for each head, or a storage too small for it.
 
     Example:
         >>> import sparsekern as sk
@@ -82,30 +82,33 @@ def _joined(y: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
-        y, lse = attention.forward(qkv, heads, is_causal)
-        ctx.save_for_backward(qkv, lse)
+        check_storage(qkv)
+        y, stats = attention.forward(qkv, heads, is_causal)
+        ctx.save_for_backward(qkv, stats)
         ctx.given = heads, is_causal
-        ctx.mark_non_differentiable(lse)
-        return y, lse
+        ctx.mark_non_differentiable(stats)
+        return y, stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
-        qkv, lse = ctx.saved_tensors
+        qkv, stats = ctx.saved_tensors
         heads, is_causal = ctx.given
-        differentiated = torch.is_grad_enabled()
-        if not differentiated and not is_batch(dy):
-            return attention.backward(dy, qkv, lse, heads, is_causal), None, None
-        with torch.enable_grad():
-            alias = qkv.view_as(qkv)  # hooks of a tensor do not see its alias
-            y = _composed(alias, heads, is_causal)
-        return torch.autograd.grad(y, alias, dy, create_graph=differentiated)[0], None, None
+        if not differentiates_natively(dy):
+            return _composed_backward(dy, qkv, heads, is_causal), None, None
+        check_storage(dy, qkv)
+        return attention.backward(dy, qkv, stats, heads, is_causal), None, None
 
 
-def _composed(qkv: Tensor, heads: int, is_causal: bool) -> Tensor:
-    """Compute attention by ops that can be differentiated twice, which PyTorch's fused one cannot."""
-    q, k, v = _split(qkv, heads)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+def _composed_backward(dy: Tensor, qkv: Tensor, heads: int, is_causal: bool) -> Tensor:
+    """Return the gradient of qkv by ops that can be differentiated and mapped, which PyTorch's fused one cannot."""
+    (q, k, v), g = _split(qkv, heads), dy.reshape(*dy.shape[:2], heads, -1).transpose(1, 2)
+    scale = q.shape[-1] ** -0.5
+    scores = scale * q @ k.transpose(-1, -2)
     if is_causal:
         later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(later, -math.inf)
-    return _joined(scores.softmax(-1) @ v)
+        scores = scores.masked_fill(later, -torch.inf)
+    p = scores.softmax(-1)
+    dp = g @ v.transpose(-1, -2)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    parts = torch.stack((ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ g))
+    return parts.permute(1, 3, 0, 2, 4).reshape(qkv.shape)

@@ -143,11 +143,28 @@ def runs_natively(*tensors: Tensor | None) -> bool:
     return (
         type(tensors[0]) is Tensor
         and all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors)
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
+        and not _ops_are_observed()
         and requested_backend() in ("auto", "cpu")
         and load()[0] is not None
+    )
+
+
+def differentiates_natively(dy: Tensor) -> bool:
+    """Return whether the backward of such a function may compute with the gradient of its output.
+
+    If not, PyTorch's ops compute it: they are differentiated themselves (backward, or forward if dy has a tangent),
+    mapped over a batch of gradients, or counted.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # by is_grads_batched
+    return not (batched or torch.is_grad_enabled() or _ops_are_observed())
+
+
+def _ops_are_observed() -> bool:
+    """Return whether calls of PyTorch's ops are compiled, traced, transformed, counted or differentiated forward."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
     )

@@ -60,16 +60,26 @@ def _check_tensor(x: object) -> None:
         layout, way_out = ("nested", "to_padded_tensor(0)") if x.is_nested else (x.layout, "to_dense()")
         raise TypeError(f"input is a {layout} tensor; a sparse layer takes dense ones: convert it with .{way_out}")
     if not torch.compiler.is_compiling():  # before anything copies it
-        _check_storage(x)
+        check_storage(x)
 
 
-def _check_storage(tensor: Tensor) -> None:
-    held = tensor.untyped_storage().nbytes()
-    if type(held) is int and held < tensor.nbytes and (held == 0 or tensor.is_contiguous()):  # a symbol in traces
-        raise InputError(
-            f"a tensor of shape {tuple(tensor.shape)} has a storage of {held} bytes, too small for it: it was resized, "
-            "as FSDP does outside of its modules' forward; restore it before the call"
-        )
+def check_storage(*tensors: Tensor | None) -> None:
+    """Raise ValueError if the storage of a tensor was resized and is too small for it."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        held = tensor.untyped_storage().nbytes()
+        if type(held) is int and held < tensor.nbytes and held < _end(tensor):  # a symbol in traces
+            raise InputError(
+                f"a tensor of shape {tuple(tensor.shape)} has a storage of {held} bytes, too small for it: it was "
+                "resized, as FSDP does outside of its modules' forward; restore it before the call"
+            )
+
+
+def _end(tensor: Tensor) -> int:
+    """Return where the last number of a tensor ends in its storage: before ``nbytes`` in one that was expanded."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _check_weight(
@@ -125,7 +135,7 @@ def _check_dtypes(x: Tensor, values: Tensor, bias: Tensor | None) -> None:
     raise TypeError(f"bias is {bias.dtype} but values are {values.dtype}; they must be the same")
 
 
-def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: Tensor) -> Index:
+def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: Tensor | None) -> Index:
     """Return the index that an op was given, checked: kernels read it at its addresses.
 
     The implementations of the ops call this, so the arguments of a compiled or exported program are checked too.
@@ -133,7 +143,7 @@ def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: T
     Args:
         lists: the six tensors of the index.
         slots_block: ``(Z, bo, bi)``.
-        tensors: what the kernels read beside the index.
+        tensors: what the kernels read beside the index; None is one that is absent.
 
     Raises:
         ValueError: a list is not int32, not contiguous or of another length, or the storage of a tensor was resized;
@@ -157,8 +167,7 @@ def legal_index(lists: Sequence[Tensor], slots_block: Sequence[int], *tensors: T
         and col_slot.is_contiguous()
     ):
         raise InputError(_what_is_wrong(index, (-1, others, entries, -1, others, entries), slots))
-    for tensor in tensors:
-        _check_storage(tensor)
+    check_storage(*tensors)
     return index
 
 

@@ -140,9 +140,3 @@ def channels_last(x: Tensor) -> Tensor:
 def as_tokens(x: Tensor) -> Tensor:
     """Return ``(T, F)``, a view: the pixels of images that are channels last, or the tokens of a linear layer."""
     return x.permute(0, 2, 3, 1).flatten(0, 2) if x.dim() == 4 else x
-
-
-def is_batch(dy: Tensor) -> bool:
-    """Return whether a tensor stands for several, as vmap makes them, also that of ``is_grads_batched``."""
-    batched: bool = torch._C._functorch.is_batchedtensor(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
-    return batched

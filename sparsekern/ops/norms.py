@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsekern.kernels.cpu import norms
-from sparsekern.ops.backends import runs_natively
-from sparsekern.ops.library import is_batch
+from sparsekern.ops.backends import differentiates_natively, runs_natively
+from sparsekern.ops.checks import check_storage
 
 SMALL = 2**16
 """Of fewer numbers PyTorch's own ops take less time than this call."""
@@ -50,6 +49,9 @@ def batch_norm_relu(
 
     Returns:
         y like x; the mean and the biased variance of each channel, ``(C,)``, which have no gradient.
+
+    Raises:
+        ValueError: the storage of a tensor was resized and is too small for it.
     """
     y, stats = _BatchNormReLU.apply(x, weight, bias, residual, eps)
     mean, variance = stats.unbind()
@@ -61,6 +63,7 @@ class _BatchNormReLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
+        check_storage(x, weight, bias, residual)
         y, stats = norms.forward(x, weight, bias, residual, eps)
         ctx.save_for_backward(x, None if residual is None else y, weight, bias, stats)
         ctx.eps = eps
@@ -70,15 +73,22 @@ class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         x, y, weight, bias, stats = ctx.saved_tensors
-        differentiated = torch.is_grad_enabled()
-        if differentiated or is_batch(dy):  # PyTorch's ops can be differentiated themselves, and mapped
-            *need, need_residual, _ = ctx.needs_input_grad
-            with torch.enable_grad():
-                x, weight, bias = (t.view_as(t) for t in (x, weight, bias))  # hooks of a tensor do not see its alias
-                normed = F.batch_norm(x, None, None, weight, bias, training=True, eps=ctx.eps)
-            g = dy.masked_fill((normed if y is None else y) <= 0, 0)
-            inputs = [t for t, needed in zip((x, weight, bias), need, strict=True) if needed]
-            found = iter(torch.autograd.grad(normed, inputs, g, create_graph=differentiated) if inputs else ())
-            return *(next(found) if needed else None for needed in need), g if need_residual else None, None
+        if not differentiates_natively(dy):
+            return *_composed_backward(dy, x, y, weight, bias, ctx.eps), None
+        check_storage(dy, x, y, weight, bias)
         dx, added, grads = norms.backward(dy, x, y, weight, bias, stats, ctx.eps)
         return dx, grads[0], grads[1], added, None
+
+
+def _composed_backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of x, weight, bias and the residual by ops that can be differentiated and mapped."""
+    pixels = (0, 2, 3)
+    centred = x - x.mean(pixels, keepdim=True)
+    scale = (centred.square().mean(pixels, keepdim=True) + eps).rsqrt()
+    normed, weight = centred * scale, weight[:, None, None]
+    g = dy.masked_fill((normed * weight + bias[:, None, None] if y is None else y) <= 0, 0)
+    of_normed = g * normed
+    dx = weight * scale * (g - g.mean(pixels, keepdim=True) - normed * of_normed.mean(pixels, keepdim=True))
+    return dx, of_normed.sum(pixels), g.sum(pixels), None if y is None else g

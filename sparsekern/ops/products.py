@@ -127,7 +127,7 @@ def _run_forward(
 ) -> Tensor:
     geometry = unpack(sizes)
     kernels = kernels_for(backend, geometry, x, _block(values))
-    return kernels.fwd(channels_last(x), values, bias, checks.legal_index(index, values.shape, values), geometry)
+    return kernels.fwd(channels_last(x), values, bias, checks.legal_index(index, values.shape, values, bias), geometry)
 
 
 def _run_dx(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import sparsekern as sk
@@ -164,6 +165,32 @@ def test_a_second_derivative_calls_hooks_once_and_leaves_the_residual_alone(froz
     assert len(twice) == len(inputs) - 1 and all(t.requires_grad for t in again)
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+def test_a_backward_is_transformed(with_residual: bool, fused: list[bool]) -> None:
+    """The norm was called outside, natively: a gradient is linear in dy, so its tangent is that of dy's tangent."""
+    norm, x, residual = norm_of(64), images(LARGE, 0, True), images(LARGE, 1, True) if with_residual else None
+    inputs = [t for t in (x, residual, *norm.parameters()) if t is not None]
+    y, dy, tangent = norm_relu(norm, x, residual), images(LARGE, 2), images(LARGE, 3)
+
+    def gradient(dy: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, inputs, dy, retain_graph=True, create_graph=torch.is_grad_enabled())
+
+    with torch.no_grad():
+        plain = gradient(dy), gradient(tangent)
+        with forward_ad.dual_level():
+            duals = [forward_ad.unpack_dual(t) for t in gradient(forward_ad.make_dual(dy, tangent))]
+        assert all(dual.tangent is not None for dual in duals)
+        for found in (
+            tuple(zip(*duals, strict=True)),
+            torch.func.jvp(gradient, (dy,), (tangent,)),
+            tuple(zip(*torch.func.vmap(gradient)(torch.stack([dy, tangent])), strict=True)),
+        ):
+            torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3)
+    slope = torch.func.grad(lambda scale: sum(t.square().sum() for t in gradient(scale * dy)))(torch.ones(()))
+    torch.testing.assert_close(slope, 2 * sum(t.square().sum() for t in plain[0]), rtol=1e-3, atol=0)
+    assert fused == [True]
 
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sparsekern.kernels.cpu import attention as kernels
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,12 +68,37 @@ def test_outputs_and_gradients_are_those_of_float64(is_causal: bool, native: lis
     assert len(native) == 2 * len(shapes)
 
 
+def errors(scale: float, tokens: int, is_causal: bool) -> Tensor:
+    """Return root mean square errors of y and of the gradients of q, k and v: ours divided by PyTorch's in float32.
+
+    The geometric mean over draws: in a few of them two keys nearly tie, and their errors would outweigh all others.
+    """
+    logarithms = []
+    for seed in range(2 if tokens > 100 else 32):
+        qkv, dy = drawn(2, tokens, 192, seed, scale), drawn(2, tokens, 64, 100 + seed)
+        exact, theirs = (t.requires_grad_() for t in (qkv.double(), qkv.clone()))
+        pairs = [
+            (y := wanted(t, 1, is_causal=is_causal), *torch.autograd.grad(y, t, dy.to(t))) for t in (exact, theirs)
+        ]
+        parts = [(y.detach(), *dx.chunk(3, -1)) for y, dx in (*pairs, with_gradient(qkv, 1, dy, is_causal))]
+        for found in (parts[2], parts[1]):
+            squares = [((a - b).square().mean() / b.square().mean()) for a, b in zip(found, parts[0], strict=True)]
+            logarithms.append((torch.stack(squares) + 1e-20).log() / 2)
+    ours, theirs = torch.stack(logarithms).unflatten(0, (-1, 2)).mean(0)
+    return (ours - theirs).exp()
+
+
 @pytest.mark.usefixtures("instructions")
-def test_scores_of_any_size_are_exact_where_one_key_outweighs_all() -> None:
-    qkv = drawn(1, 40, 96, scale=100)
-    found = with_gradient(qkv, 1, drawn(1, 40, 32, 1), True)
-    torch.testing.assert_close(found[0].double(), wanted(qkv.double(), 1, is_causal=True), rtol=0, atol=0.2)
-    assert found[1].isfinite().all()
+@pytest.mark.parametrize(("scale", "tokens"), [(0.3, 512), (3, 60), (30, 60), (100, 60)])
+def test_errors_are_no_larger_than_those_of_pytorch(scale: float, tokens: int) -> None:
+    """Where many small scores are summed, and where one key outweighs all and differences cancel."""
+    for is_causal in (False, True):
+        y, *gradients = errors(scale, tokens, is_causal).tolist()
+        assert y < 1.5 and max(gradients) < 1.1, (y, gradients)
+
+
+@pytest.mark.usefixtures("instructions")
+def test_equal_scores_give_means() -> None:
     equal = torch.zeros(1, 40, 96)
     equal[..., 64:] = torch.arange(40.0)[:, None]
     means = qkv_attention(equal, 1, is_causal=True)
@@ -132,6 +158,34 @@ def test_second_derivatives_and_batches_of_gradients(is_causal: bool, native: li
     (batch,) = torch.autograd.grad(y, qkv, several, is_grads_batched=True, retain_graph=True)
     for one, g in zip(batch, several, strict=True):
         torch.testing.assert_close(one, torch.autograd.grad(y, qkv, g, retain_graph=True)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_backward_is_transformed_and_counted(native: list[int]) -> None:
+    """Its function was called outside, natively: a gradient is linear in dy, so its tangent is that of dy's tangent."""
+    qkv, dy, tangent = drawn(1, 9, 192).requires_grad_(), drawn(1, 9, 64, 1), drawn(1, 9, 64, 2)
+    y = qkv_attention(qkv, 2, is_causal=True)
+
+    def gradient(dy: Tensor) -> Tensor:
+        return torch.autograd.grad(y, qkv, dy, retain_graph=True, create_graph=torch.is_grad_enabled())[0]
+
+    with torch.no_grad():
+        one, other = gradient(dy), gradient(tangent)
+        assert len(native) == 3
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(gradient(forward_ad.make_dual(dy, tangent)))
+        assert dual.tangent is not None
+        for found in (
+            dual,
+            torch.func.jvp(gradient, (dy,), (tangent,)),
+            torch.func.vmap(gradient)(torch.stack([dy, tangent])),
+        ):
+            torch.testing.assert_close(tuple(found), (one, other), rtol=1e-4, atol=1e-5)
+        with FlopCounterMode(display=False) as counter:
+            gradient(dy)
+        assert counter.get_total_flops() == 5 * 2 * 2 * 9 * 9 * 32
+    slope = torch.func.grad(lambda scale: gradient(scale * dy).square().sum())(torch.ones(()))
+    torch.testing.assert_close(slope, 2 * one.square().sum(), rtol=1e-4, atol=1e-5)
+    assert len(native) == 3
 
 
 class Heads(nn.Module):

@@ -61,7 +61,7 @@ struct NormCall {
 struct AttentionCall {
   const float *qkv, *dy;               // dy like y
   float *y, *dqkv;                     // y (batch, tokens, heads, features); dqkv like qkv
-  float *lse;                          // (batch, heads, tokens): log of the sums of exponentials
+  float *stats;                        // (2, batch, heads, tokens): largest score, 1 / sum of exp(score - largest)
   int64_t batch, tokens, heads, features, causal, threads;
   double scale;
 };

@@ -1,7 +1,10 @@
 // Softmax attention of one tensor that holds queries, keys and values, and its gradient.
 //
-//   forward     S = scale * K Q' | P = exp(S - the largest of each query) | y = P' V / sums | lse = largest + log(sums)
-//   backward    P = exp(S - lse) | dP = V dy' | dS = P * (dP - sum of P * dP) * scale | dQ = dS' K, dK = dS Q, dV = P dy
+//   forward     S = scale * K Q' | P = exp(S - largest of each query) | y = P' V / sums of P
+//   backward    P = exp(S - largest) / sums | dP = V dy' | dS = P * (dP - sum of P * dP) * scale | dQ = dS' K, dK = dS Q, dV = P dy
+//
+// The largest score and the sum are kept apart: their one logarithm, largest + log(sum), is rounded as coarsely as large scores are,
+// P would no longer sum to 1, and the differences of dP, which cancel where one key outweighs all, would lose what remains.
 //
 // A head is computed by one thread, some queries at a time: these are the lanes of a row of S for each key, so that the largest
 // and the sums of all keys are formed without exchanges, and S and dP of a block of queries stay in the L1 cache.
@@ -13,6 +16,7 @@ namespace {
 
 constexpr int64_t QUERIES = 2 * VL;  // of a block, and keys of a packed panel
 constexpr int HEIGHT = OUTER_ROWS;   // rows of a tile, which is two vectors wide
+constexpr int64_t CHAIN = 128;       // keys whose sum is one chain of additions: the rounding of longer ones adds up
 
 // e^x for x up to 0 or so, to 2 units in the last place; 0 below the smallest normal number.
 INLINE Vector exponential(Vector x) {
@@ -22,6 +26,17 @@ INLINE Vector exponential(Vector x) {
   p = p * r + 8.3334519073e-3f, p = p * r + 4.1665795894e-2f, p = p * r + 1.6666665459e-1f, p = p * r + 5.0000001201e-1f;
   const Vector power = (Vector)((Bits)rounded << 23);
   return (Vector)((Bits)((p * (r * r) + r + 1.f) * power) & ~(Bits)(x < all(-87.33654f)));
+}
+
+// The sum of f(j) over the keys.
+template <class F> INLINE Vector sum_chains(int64_t keys, const F &f) {
+  Vector sum = {};
+  for (int64_t first = 0; first < keys; first += CHAIN) {
+    Vector part = {};
+    for (int64_t j = first; j < keys && j < first + CHAIN; j++) part += f(j);
+    sum += part;
+  }
+  return sum;
 }
 
 struct TileSums {
@@ -41,7 +56,7 @@ template <int64_t ROW, int64_t COL> INLINE TileSums sum_tile(const float *a, con
 // A head of a call: where its rows begin. Rows of q, k and v are `step` apart, those of y are `width` apart.
 struct Head {
   const float *q, *k, *v, *dy;
-  float *y, *dq, *dk, *dv, *lse;
+  float *y, *dq, *dk, *dv, *largest, *shares;
   int64_t step, width, tokens, features;
   float scale;
   bool causal;
@@ -56,7 +71,8 @@ INLINE Head head_of(const AttentionCall &c, int64_t i) {
   a.q = c.qkv + at, a.k = a.q + width, a.v = a.k + width;
   if (c.dqkv) a.dy = c.dy + out, a.dq = c.dqkv + at, a.dk = a.dq + width, a.dv = a.dk + width;
   else a.y = c.y + out;
-  a.lse = c.lse + i * c.tokens, a.step = step, a.width = width, a.tokens = c.tokens, a.features = c.features;
+  a.largest = c.stats + i * c.tokens, a.shares = a.largest + c.batch * c.heads * c.tokens;
+  a.step = step, a.width = width, a.tokens = c.tokens, a.features = c.features;
   a.scale = float(c.scale), a.causal = c.causal;
   return a;
 }
@@ -95,7 +111,13 @@ INLINE void sum_keys(const float *factors, const float *rows, const Head &a, int
                      int64_t step, const float *times) {
   for (int64_t i = 0; i < QUERIES && query + i < a.tokens; i += HEIGHT)
     for (int64_t f = 0; f < a.features; f += 2 * VL) {
-      const TileSums t = sum_tile<1, QUERIES>(factors + i, rows + f, a.step, keys);
+      TileSums t = {};
+      for (int64_t j = 0; j < keys; j += CHAIN) {
+        const int64_t count = keys - j < CHAIN ? keys - j : CHAIN;
+        const TileSums part = sum_tile<1, QUERIES>(factors + j * QUERIES + i, rows + j * a.step + f, a.step, count);
+        UNROLL for (int r = 0; r < HEIGHT; r++)
+          UNROLL for (int v = 0; v < 2; v++) t.sum[r][v] += part.sum[r][v];
+      }
       UNROLL for (int r = 0; r < HEIGHT; r++) {
         if (query + i + r >= a.tokens) break;
         UNROLL for (int v = 0; v < 2; v++) store(to + (query + i + r) * step + f + v * VL, t.sum[r][v] * times[i + r]);
@@ -111,23 +133,23 @@ void attend(const Head &a, float *packed, float *queries, float *scores) {
     pack_lanes<QUERIES>(q, i, count, queries);
     multiply_keys(packed, queries, a, keys, a.scale, scores);
     hide_later(a, i, keys, scores);
-    float largest[QUERIES], sums[QUERIES];
+    float largest[QUERIES], shares[QUERIES];
     UNROLL for (int v = 0; v < 2; v++) {
       float *s = scores + v * VL;
-      Vector most = all(-INFINITY), sum = {};
+      Vector most = all(-INFINITY);
       for (int64_t j = 0; j < keys; j++) {
         const Vector x = load(s + j * QUERIES);
         most = most > x ? most : x;
       }
-      for (int64_t j = 0; j < keys; j++) {
+      const Vector sum = sum_chains(keys, [&](int64_t j) {
         const Vector p = exponential(load(s + j * QUERIES) - most);
-        store(s + j * QUERIES, p), sum += p;
-      }
-      store(largest + v * VL, most), store(sums + v * VL, sum);
+        store(s + j * QUERIES, p);
+        return p;
+      });
+      store(largest + v * VL, most), store(shares + v * VL, 1.f / sum);
     }
-    for (int64_t l = 0; l < count; l++) a.lse[i + l] = largest[l] + std::log(sums[l]);
-    for (int64_t l = 0; l < QUERIES; l++) sums[l] = 1.f / sums[l];
-    sum_keys(scores, a.v, a, i, keys, a.y, a.width, sums);
+    for (int64_t l = 0; l < count; l++) a.largest[i + l] = largest[l], a.shares[i + l] = shares[l];
+    sum_keys(scores, a.v, a, i, keys, a.y, a.width, shares);
   }
 }
 
@@ -150,14 +172,14 @@ INLINE void add_queries(const float *factors, const float *rows, int64_t rows_st
 }
 
 void attend_backward(const Head &a, float *packed_k, float *packed_v, float *queries, float *scores, float *slopes) {
-  float lse[QUERIES], ones[QUERIES];
+  float largest[QUERIES], shares[QUERIES], ones[QUERIES];
   for (int64_t l = 0; l < QUERIES; l++) ones[l] = 1.f;
   pack_head(a.k, a.step, a, packed_k), pack_head(a.v, a.step, a, packed_v);
   const Matrix q = {(void *)a.q, a.tokens, a.features, a.step, 1, FLOAT32};
   const Matrix dy = {(void *)a.dy, a.tokens, a.features, a.width, 1, FLOAT32};
   for (int64_t i = 0; i < a.tokens; i += QUERIES) {
     const int64_t keys = a.keys(i), count = a.tokens - i < QUERIES ? a.tokens - i : QUERIES;
-    for (int64_t l = 0; l < QUERIES; l++) lse[l] = l < count ? a.lse[i + l] : 0.f;
+    for (int64_t l = 0; l < QUERIES; l++) largest[l] = l < count ? a.largest[i + l] : 0.f, shares[l] = l < count ? a.shares[i + l] : 0.f;
     pack_lanes<QUERIES>(q, i, count, queries);
     multiply_keys(packed_k, queries, a, keys, a.scale, scores);
     hide_later(a, i, keys, scores);
@@ -165,12 +187,12 @@ void attend_backward(const Head &a, float *packed_k, float *packed_v, float *que
     multiply_keys(packed_v, queries, a, keys, 1.f, slopes);
     UNROLL for (int v = 0; v < 2; v++) {
       float *s = scores + v * VL, *d = slopes + v * VL;
-      const Vector shift = load(lse + v * VL);
-      Vector sum = {};
-      for (int64_t j = 0; j < keys; j++) {
-        const Vector p = exponential(load(s + j * QUERIES) - shift);
-        store(s + j * QUERIES, p), sum += p * load(d + j * QUERIES);
-      }
+      const Vector most = load(largest + v * VL), share = load(shares + v * VL);
+      const Vector sum = sum_chains(keys, [&](int64_t j) {
+        const Vector p = exponential(load(s + j * QUERIES) - most) * share;
+        store(s + j * QUERIES, p);
+        return p * load(d + j * QUERIES);
+      });
       for (int64_t j = 0; j < keys; j++)
         store(d + j * QUERIES, load(s + j * QUERIES) * (load(d + j * QUERIES) - sum) * a.scale);
     }

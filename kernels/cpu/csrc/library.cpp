@@ -27,7 +27,7 @@ struct Arena {
 
 namespace {
 
-const int ABI = 13;  // raise it with every change of Call or of an exported signature; library.py compares it
+const int ABI = 14;  // raise it with every change of Call or of an exported signature; library.py compares it
 
 constexpr int ARENAS = 128;  // calls at the same time whose scratch is kept; that of more is allocated and freed
 Arena arenas[ARENAS];
@@ -239,6 +239,7 @@ static int with_order(const Call &c, int (*product)(const Call &, const Order &)
 
 // Plan a batch norm, allocate its scratch and run it; `beside`: floats of each channel beside the sums of chunks.
 static int with_norm(const NormCall &c, void (*kernel)(const Norm &), const float *result, int beside) {
+  if (!c.x || !c.weight || !c.bias || !c.stats || (c.dx ? !c.dy || (c.residual_grad && !c.y) : !c.y)) return NO_STORAGE;
   Norm m = {c, 0, 0, nullptr};
   m.chunk = half_of_l2() / 4 / c.channels;  // a chunk of all tensors that are read fits the L2 cache
   if (m.chunk < 8) m.chunk = 8;
@@ -312,6 +313,7 @@ int sk_norm_backward(const NormCall *c) { return with_norm(*c, kernels().norm_ba
 
 // Forward, or backward if c->dqkv is given.
 int sk_attention(const AttentionCall *c) {
+  if (!c->qkv || !c->stats || (c->dqkv ? !c->dy : !c->y)) return NO_STORAGE;
   Attention a = {*c, nullptr};
   const int64_t numbers = c->batch * c->tokens * c->heads * c->features;
   a.threads = threads_for(4 * numbers * c->tokens, (int)c->threads);

@@ -60,8 +60,18 @@ def test_masks_of_an_illegal_index_are_refused() -> None:
         index, into = index_of(10, 4, 5), index_of(10, 4, 5)
         places.orders_(index, row, col, by_slot=False, ascending=False)
         getattr(index, part)[at] = wrong
+        before = [(tensor.clone(), tensor._version) for tensor in into]
         with pytest.raises(ValueError, match="sk_masked met a number below 0 or too large"):
             places.masked_(into, index, torch.ones(10, dtype=torch.bool), by_slot=False)
+        for tensor, (former, version) in zip(into, before, strict=True):  # some were written to before the call ended
+            assert torch.equal(tensor, former) or tensor._version > version
+
+
+def test_lists_without_storage_are_refused() -> None:
+    freed = ints(1, 2)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="storage of a list of places was resized to nothing"):
+        places.are_legal(freed, ints(1, 2), 3, 3)
 
 
 @pytest.mark.parametrize("by_slot", [True, False])
