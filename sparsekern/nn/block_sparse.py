@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from sparsekern.errors import InputError
 from sparsekern.nn.converters import CONVERTERS, converter_for, converter_of, grid_of
 from sparsekern.nn.indexed import Indexed
-from sparsekern.nn.init import blocks_of, check_init, draw_bias, draw_values
+from sparsekern.nn.init import blocks_of, check_init, draw_bias, draw_values, fan_in
 from sparsekern.nn.layer_state import LAYER_VERSION, adapt, describe
 from sparsekern.nn.sharded import check_by_slots, fill_slots_, sharded_as, whole
 from sparsekern.nn.weight import WeightInfo
@@ -277,15 +277,17 @@ class BlockSparse(Indexed):
         if self.row.is_meta:
             return
         topology = self._places()
+        inputs = fan_in(topology)
         with torch.no_grad():
             generator = generator_for(self.seed, self.name, "values")
-            drawn = draw_values(topology, self.values.dtype, generator, self.init_scale)
+            drawn = draw_values(topology, inputs, self.values.dtype, generator, self.init_scale)
             self.values.copy_(sharded_as(self.values, drawn))
             if self.bias is not None:
                 generator = generator_for(self.seed, self.name, "bias")
-                drawn = draw_bias(topology, self.bias.dtype, generator, self.init_scale)
+                drawn = draw_bias(self.grid, inputs, self.bias.dtype, generator, self.init_scale)
                 self.bias.copy_(sharded_as(self.bias, drawn))
-        self.refresh_()
+        self._settle_places()
+        self._build_index()
 
     def moved(self, slots: Tensor, row: Tensor, col: Tensor) -> Topology:
         """Return the topology that :meth:`move_` would leave, with the same errors; nothing changes."""
@@ -356,7 +358,8 @@ class BlockSparse(Indexed):
         super()._apply(fn, recurse)
         if was_meta and not self.row.is_meta:  # to_empty(): the content is undefined
             self._draw_again()
-            self.refresh_()
+            self._settle_places()
+            self._build_index()
         return self
 
     def _counts_repr(self) -> str:

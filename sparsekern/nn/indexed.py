@@ -214,10 +214,13 @@ class Indexed(nn.Module):
         Raises:
             ValueError: the places are not a valid topology.
         """
-        if self.row.is_meta:
-            return
-        self._settle_places()
-        self._check(self.topology)
+        if not self.row.is_meta:
+            self._settle_places()
+            self._check(self.topology)
+            self._build_index()
+
+    def _build_index(self) -> None:
+        """Build the index of the places that ``row`` and ``col`` hold, which are known to be valid."""
         if not self._index_is_usable():
             self._allocate_index()
         index, slots = self._buffered_index(), self.row.shape[0]

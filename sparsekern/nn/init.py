@@ -70,11 +70,7 @@ def draw_topology(grid: Grid, init: str, blocks: int, tie_taps: bool, generator:
 
 
 def draw_values(
-    topology: Topology,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-    scale: float = 1.0,
-    within: Topology | None = None,
+    topology: Topology, inputs: Tensor, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
 ) -> Tensor:
     """Draw ``values (Z, bo, bi)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)``.
 
@@ -83,16 +79,16 @@ def draw_values(
     distribution is the same. Free slots and phantom elements are zero.
 
     Args:
-        topology: the places, on the CPU.
+        topology: the places, on the CPU; of all blocks of a layer, or of some.
+        inputs: the layer's :func:`fan_in` ``(R,)``.
         dtype: dtype of the result; float64 is drawn in float64, all others in float32.
         generator: a CPU generator.
         scale: multiplies the bound.
-        within: topology of the whole layer, if ``topology`` is only some of its blocks.
     """
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     values = torch.empty(topology.slots, *topology.grid.block, dtype=drawn, device="cpu")
     values.uniform_(-1, 1, generator=generator)
-    bound = fan_in(within or topology).clamp(min=1).to(drawn).rsqrt() * scale
+    bound = inputs.clamp(min=1).to(drawn).rsqrt() * scale
     for part, some in _chunks(topology):
         values[part] *= bound.index_select(0, some.row.clamp(min=0)).view(-1, 1, 1)
         if (real := some.real()) is not None:
@@ -100,11 +96,15 @@ def draw_values(
     return values.to(dtype)
 
 
-def draw_bias(topology: Topology, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-    """Draw the bias ``(out_features,)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)`` of each output."""
-    grid = topology.grid
+def draw_bias(grid: Grid, inputs: Tensor, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """Draw the bias ``(out_features,)`` on the CPU, uniform in ``+-scale / sqrt(fan_in)`` of each output.
+
+    Args:
+        grid: the grid of the layer.
+        inputs, dtype, generator, scale: as in :func:`draw_values`.
+    """
     real_rows = grid.real_rows(torch.arange(grid.rows, device="cpu"))  # the last block row of each group may have fewer
-    bound = fan_in(topology).clamp(min=1).double().rsqrt().repeat_interleave(real_rows) * scale
+    bound = inputs.clamp(min=1).double().rsqrt().repeat_interleave(real_rows) * scale
     drawn = torch.empty(grid.out_features, dtype=torch.float64, device="cpu")
     drawn.uniform_(-1, 1, generator=generator)
     return (drawn * bound).to(dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, refuse_sharded
-from sparsekern.nn.init import draw_values
+from sparsekern.nn.init import draw_values, fan_in
 from sparsekern.nn.selectors import by_entry
 from sparsekern.nn.sharded import copy_slots_, slot_scores
 from sparsekern.topology import (
@@ -107,7 +107,7 @@ class SET(Method):
         whole = Topology(layer.grid, layer.row.cpu(), layer.col.cpu())
         moved = Topology(layer.grid, move.row.cpu(), move.col.cpu())
         generator = generator_for(self.seed, type(self).__name__, name, self.steps, "values")
-        drawn = draw_values(moved, layer.values.dtype, generator, layer.init_scale, whole)
+        drawn = draw_values(moved, fan_in(whole), layer.values.dtype, generator, layer.init_scale)
         copy_slots_(layer.values, move.slots.long(), drawn.to(layer.values.device))
 
 
@@ -115,10 +115,11 @@ def grow_at_random(layer: BlockSparse, parts: Units, dropped: Tensor, count: int
     """Return the move that drops units and grows others, at places drawn uniformly among those that are empty before.
 
     Args:
-        layer: see above.
+        layer: the layer.
         parts: its units.
         dropped: ``(k,)`` units.
-        count: how many grow, in the slots of the dropped ones and in free ones, as far as there are places and slots.
+        count: number of units to grow, in the slots of the dropped ones and then in free ones; fewer where places or
+            slots run out.
         generator: on the CPU.
     """
     topology, free = parts.topology, None

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sparsekern as sk
-from sparsekern.topology import build_index, to_dense
+from sparsekern.topology import Topology, build_index, to_dense
 
 X = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
 OVERWROTE = "other code overwrote row and col"
@@ -362,3 +362,15 @@ def test_nothing_keeps_a_layer_alive():
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_drawn_places_are_validated_once_at_most(monkeypatch):
+    checked = []
+    validate = Topology.validate
+    monkeypatch.setattr(Topology, "validate", lambda topology: checked.append(topology) or validate(topology))
+    sk.SparseLinear(64, 64, sparsity=0.5, block_size=16)
+    assert len(checked) == 1
+    empty = sk.SparseLinear(64, 64, sparsity=0.5, block_size=16, seed=0, device="meta").to_empty(device="cpu")
+    assert len(checked) == 1, "to_empty() draws them"
+    whole = sk.SparseLinear(64, 64, sparsity=0.5, block_size=16, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(empty.index, whole.index, strict=True))

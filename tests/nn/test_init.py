@@ -21,7 +21,7 @@ def test_fan_in_by_hand():
 
 
 def test_values_are_bounded_by_the_actual_fan_in():
-    values = draw_values(TOPOLOGY, torch.float32, generator_for(0))
+    values = draw_values(TOPOLOGY, fan_in(TOPOLOGY), torch.float32, generator_for(0))
     bounds = [5**-0.5, 5**-0.5, 2**-0.5, 3**-0.5]
     for slot, bound in enumerate(bounds):
         assert 0 < values[slot].abs().max() <= bound
@@ -31,14 +31,18 @@ def test_values_are_bounded_by_the_actual_fan_in():
 
 
 def test_values_are_the_same_however_many_slots_are_looked_at_together(monkeypatch):
-    whole = draw_values(TOPOLOGY, torch.float32, generator_for(0))
+    whole = draw_values(TOPOLOGY, fan_in(TOPOLOGY), torch.float32, generator_for(0))
     monkeypatch.setattr(init, "CHUNK", 2)
-    assert torch.equal(draw_values(TOPOLOGY, torch.float32, generator_for(0)), whole)
+    assert torch.equal(draw_values(TOPOLOGY, fan_in(TOPOLOGY), torch.float32, generator_for(0)), whole)
     assert fan_in(TOPOLOGY).tolist() == [5, 2, 0, 3]
 
 
 def test_bias_is_bounded_by_the_actual_fan_in():
-    many = torch.stack([draw_bias(TOPOLOGY, torch.float32, generator_for(s)) for s in range(200)]).abs().amax(0)
+    many = (
+        torch.stack([draw_bias(TOPOLOGY.grid, fan_in(TOPOLOGY), torch.float32, generator_for(s)) for s in range(200)])
+        .abs()
+        .amax(0)
+    )
     bounds = torch.tensor([5, 5, 2, 2, 1, 1, 3]).rsqrt()
     assert (many <= bounds).all() and (many > 0.9 * bounds).all()
 
@@ -50,21 +54,21 @@ def test_outputs_keep_their_variance_at_any_sparsity():
         topology = balanced(Grid(512, 512, (32, 32)), blocks, generator_for(0))
         from sparsekern.topology import to_dense
 
-        y = x @ to_dense(topology, draw_values(topology, torch.float32, generator_for(1))).T
+        y = x @ to_dense(topology, draw_values(topology, fan_in(topology), torch.float32, generator_for(1))).T
         # 512 outputs of 4096 tokens: the relative deviation of the variance is a few per cent
         assert 0.9 / 3 < y.var() < 1.1 / 3
 
 
 def test_the_whole_grid_is_distributed_as_nn_linear():
     full = Topology(Grid(6, 64, (6, 64)), *torch.zeros(2, 1, dtype=torch.int32))
-    values = draw_values(full, torch.float64, generator_for(0))
+    values = draw_values(full, fan_in(full), torch.float64, generator_for(0))
     assert values.dtype == torch.float64
     assert values.abs().max() <= 1 / 8 and values.abs().max() > 0.95 / 8
 
 
 def test_half_precision_is_the_rounded_float():
-    low = draw_values(TOPOLOGY, torch.bfloat16, generator_for(0))
-    assert torch.equal(low, draw_values(TOPOLOGY, torch.float32, generator_for(0)).bfloat16())
+    low = draw_values(TOPOLOGY, fan_in(TOPOLOGY), torch.bfloat16, generator_for(0))
+    assert torch.equal(low, draw_values(TOPOLOGY, fan_in(TOPOLOGY), torch.float32, generator_for(0)).bfloat16())
 
 
 # A convolution of two groups of 3 x 4 channels and 2 taps in blocks of 2 x 3: 2 rows a group, 2 columns a tap.
@@ -75,13 +79,17 @@ CONV = Topology(conv_grid(8, 6, (2, 1), (2, 3), 2), *torch.tensor(PLACES, dtype=
 
 def test_the_fan_in_of_a_convolution_by_hand():
     assert fan_in(CONV).tolist() == [4, 3, 0, 1]
-    values = draw_values(CONV, torch.float32, generator_for(0))
+    values = draw_values(CONV, fan_in(CONV), torch.float32, generator_for(0))
     assert 0 < values[0].abs().max() <= 4**-0.5 and 0 < values[2].abs().max() <= 3**-0.5
     assert (values[1, :, 1:] == 0).all() and (values[2, 1:] == 0).all()  # phantom: of a tap, of a group
 
 
 def test_the_bias_of_a_convolution_is_bounded_group_by_group():
-    many = torch.stack([draw_bias(CONV, torch.float32, generator_for(s)) for s in range(200)]).abs().amax(0)
+    many = (
+        torch.stack([draw_bias(CONV.grid, fan_in(CONV), torch.float32, generator_for(s)) for s in range(200)])
+        .abs()
+        .amax(0)
+    )
     bounds = torch.tensor([4, 4, 3, 1, 1, 1]).rsqrt()
     assert (many <= bounds).all() and (many > 0.9 * bounds).all()
 
