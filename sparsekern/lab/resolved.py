@@ -68,6 +68,11 @@ class Run:
     spectral: bool
     world: World
 
+    @property
+    def rewind(self) -> int:
+        """Steps of the first round after which the later ones begin; 0 where there is one round."""
+        return int(self.arguments.get("rewind", 0))
+
     def order(self, seed: int, epoch: int, purpose: str = "order") -> Any:
         """Return the order of the examples in an epoch, which seed, epoch and purpose decide."""
         return self.task.order(generator_for(seed, purpose, epoch))

@@ -73,12 +73,12 @@ class Learner:
     @property
     def all_epochs(self) -> int:
         """Epochs completed in all rounds."""
-        return self.epoch + self.round * (self.total_steps // self.batches - self.run.config.rewound())
+        return self.epoch + self.round * (self.total_steps // self.batches - self.run.rewind // self.batches)
 
     @property
     def all_steps(self) -> int:
         """Optimizer steps in all rounds."""
-        return self.steps + self.round * (self.total_steps - self.run.config.rewound(self.batches))
+        return self.steps + self.round * (self.total_steps - self.run.rewind)
 
     def step(self) -> float:
         """Train on the next batch of the epoch and return its mean loss. Call finish_epoch() after the last one.
@@ -105,7 +105,7 @@ class Learner:
         self._seconds += spent
         if self.steps >= WARM_UP:
             self._milliseconds.append(1e3 * spent)
-        begin = self.run.config.rewound(self.batches) if self.round else 0
+        begin = self.run.rewind if self.round else 0
         if self._spectral and (moved or self.steps == begin):
             graphs = {name: asdict(spectral(layer)) for name, layer in sparse_layers(self.model).items()}
             self._graphs.append({"step": self.all_steps + 1, "layers": graphs})
@@ -117,7 +117,7 @@ class Learner:
         self._loss_sum += value * batch.examples
         self.batch += 1
         self.steps += 1
-        if self.round == 0 and self.steps == self.run.config.rewound(self.batches):
+        if self.round == 0 and self.steps == self.run.rewind:
             self._early_loss_sum = self._loss_sum
         return value
 
