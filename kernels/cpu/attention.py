@@ -35,9 +35,9 @@ def forward(qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
     """Return y ``(N, tokens, heads * features)`` and ``(2, N, heads, tokens)`` for the backward: see ``csrc/api.h``.
 
     Args:
-        qkv: ``(N, tokens, 3 * heads * features)``, float32: queries, keys, values, of each the heads one after the
-            other. ``features`` is a multiple of :data:`FEATURES`.
-        heads: how many.
+        qkv: ``(N, tokens, 3 * heads * features)``, float32: queries, keys and values, each with its heads one
+            after the other. ``features`` is a multiple of :data:`FEATURES`.
+        heads: number of heads.
         is_causal: whether a token attends only to itself and those before it.
     """
     qkv = numbers(qkv)
@@ -61,4 +61,4 @@ def backward(dy: Tensor, qkv: Tensor, stats: Tensor, heads: int, is_causal: bool
 
 
 FEATURES = 32
-"""The features of a head are a multiple of it: of two of the widest vectors."""
+"""Divisor of the number of features of a head: two of the widest vectors."""

@@ -1,7 +1,8 @@
-"""Whole trainings of publications, for ``--paper``: values of a configuration, and what differs from the publication.
+"""Published trainings, for ``--paper``: values of a configuration, and how a run differs from the publication.
 
-A family of names, such as ``gse-cifar10-resnet56-98``, is one entry: method, data, network, and sparsity in per cent.
-Networks and schedules are recipes, methods are presets; an entry says which go together. Data are whatever is given.
+A name such as ``gse-cifar10-resnet56-98`` is method, data, network, and sparsity in per cent. A :class:`Family` says
+which of them go together: the network with its schedule is a recipe, the method with its options a preset. The data
+are those that the user gives.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ class Family:
 
     Attributes:
         source: the publication.
-        methods: the first part of a name, and the values of a configuration that it stands for.
+        methods: values of a configuration by the first part of a name.
         data: names in :data:`DATA`.
-        networks: the part of a name, and the recipe.
+        networks: recipes by the third part of a name.
         sparsities: in per cent.
-        deviations: what is done otherwise here, besides what ``docs/methods.md`` says of the method.
+        deviations: what is done differently here, besides what ``docs/methods.md`` says of the method.
     """
 
     source: str
@@ -81,8 +82,8 @@ class Paper:
 
     Attributes:
         name: for ``--paper``.
-        family: where it belongs.
-        data: that it trains on.
+        family: the family that it belongs to.
+        data: the data that it trains on.
         values: of a :class:`~sparsekern.lab.Config`.
     """
 
@@ -213,18 +214,18 @@ def find_paper(name: object) -> Paper:
         return PAPERS[name]
     near = difflib.get_close_matches(str(name), PAPERS, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise InputError(f"paper is {name!r}, which there is not; {hint}--list shows all", parameter="paper")
+    raise InputError(f"paper is {name!r}, which is unknown; {hint}--list shows all", parameter="paper")
 
 
 def with_paper(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of a configuration beside those of the paper that they name; what is given outweighs the paper.
+    """Return the values of a configuration that were given, completed by those of the paper that they name.
 
     Args:
-        values: of :class:`~sparsekern.lab.Config`, those that were given. Another method or preset comes without the
-            paper's, and without its options.
+        values: of :class:`~sparsekern.lab.Config`. They take precedence over the paper's; a method or preset among them
+            replaces the paper's preset and its options.
 
     Raises:
-        ValueError: there is no such paper, its recipe is given another, or data are missing.
+        ValueError: there is no such paper, another recipe than the paper's is given, or data are missing.
     """
     if "paper" not in values:
         return dict(values)
@@ -251,7 +252,7 @@ def with_paper(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def deviations(config: Config, described: Mapping[str, Any]) -> list[str]:
-    """Return what a run does otherwise than its paper, a sentence each; none without a paper.
+    """Return the differences between a run and its paper, as texts; none without a paper.
 
     Args:
         config: of the run, nothing left open.

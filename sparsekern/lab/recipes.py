@@ -383,4 +383,4 @@ def find(name: str) -> Recipe:
         return RECIPES[name]
     near = difflib.get_close_matches(str(name), RECIPES, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(RECIPES)}"
-    raise InputError(f"recipe is {name!r}, which there is not; {hint} (--list shows all)", parameter="recipe")
+    raise InputError(f"recipe is {name!r}, which is unknown; {hint} (--list shows all)", parameter="recipe")

@@ -40,7 +40,7 @@ class Run:
         network: options of the network, but for its width.
         sparsity: of all sparse layers, or of those whose names match a glob.
         dtype: in which autocast computes, or None for a training without it.
-        stored: the same of what is stored in the beginning, candidates and what is to go included.
+        stored: sparsity of the layers as they are built, with candidates and the blocks that will go.
         pool: blocks to store for each one that is to remain; None if the method does not choose among candidates.
         agent: arguments of AGENT, or None for a training without it.
         layers: arguments of :func:`sparsekern.sparsify_`, but for sparsity, blocks and what stays dense.

@@ -41,7 +41,7 @@ ITERATIONS = 100
 
 
 Share = tuple[list[str], int]
-"""Names of layers that have a common number of blocks, and the number."""
+"""Names of layers, and the number of blocks that they have together."""
 
 
 def check_score(score: str | None, sample: Any, init: str, distribution: str) -> None:
@@ -94,7 +94,7 @@ class Scoring:
         self.loss = _loss(model, score, sample)
 
     def places(self, shares: list[Share]) -> dict[str, Topology]:
-        """Return the topologies of the blocks of highest score, as many in each share as it says.
+        """Return the topologies of the blocks of highest score, in each share the number of blocks that it gives.
 
         The best block of each layer is always among them.
 
@@ -217,7 +217,7 @@ class Scoring:
         return kept
 
     def _best(self, scores: Mapping[str, Tensor], shares: list[Share]) -> dict[str, Tensor]:
-        """Return which blocks ``(R, C)`` of each layer are among the best of its share."""
+        """Return masks ``(R, C)``, by layer, of the blocks that are among the best of their share."""
         kept = {}
         for names, blocks in shares:
             parts = [scores[name].flatten() for name in names]

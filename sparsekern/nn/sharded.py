@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 GATHER = "gather them first, by get_model_state_dict with full_state_dict=True"
-"""Way out for functions that take whole tensors."""
+"""End of the errors of functions that take whole tensors: what to do first."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -32,29 +32,29 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank holds; a write into it, without gradients, is one into the tensor."""
+    """Return the part of a tensor that this rank holds: a view, whose writes go into the tensor."""
     sharded: Any = tensor
     part: Tensor = sharded.to_local() if is_sharded(tensor) else tensor
     return part
 
 
 def own_rows(tensor: Tensor) -> Tensor | None:
-    """Return the positions ``(n,)``, on the first axis of a tensor, of the rows of its local part; None for all."""
+    """Return which rows ``(n,)`` of a tensor this rank holds, in the order of its local part; None for all of them."""
     if not is_sharded(tensor):
         return None
     return local(sharded_as(tensor, torch.arange(tensor.shape[0], device=tensor.device)))
 
 
 def own_slots(tensor: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return which of some slots are in the local part of a tensor.
+    """Return which of the given slots this rank holds.
 
     Args:
         tensor: ``(Z, ...)``.
         slots: ``(k,)`` int64.
 
     Returns:
-        Their rows ``(m,)`` in the local part, and the positions ``(m,)`` in ``slots`` of those that are there, or None
-        for all. Synchronises the device if the tensor is sharded.
+        The rows ``(m,)`` of these in the local part, and their positions ``(m,)`` in ``slots``, or None if all are
+        here. Synchronises the device if the tensor is sharded.
     """
     rows = own_rows(tensor)
     if rows is None:
@@ -90,7 +90,10 @@ def take_slots(tensor: Tensor, slots: Tensor) -> Tensor:
 
 
 def joined(part: Tensor, like: Tensor, slots: int) -> Tensor:
-    """Return the tensor ``(slots, ...)`` with this local part, sharded as ``like`` is; the part if that is not."""
+    """Return the tensor ``(slots, ...)`` of which each rank gives its local part; the part if ``like`` is not sharded.
+
+    It is sharded as ``like`` is.
+    """
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -172,8 +175,8 @@ def slot_scores(values: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a number ``(Z,)`` for each slot: computed from the values on this rank, and gathered from all shards.
 
     Args:
-        values: ``(Z, bo, bi)``, on all ranks of its mesh.
-        measure: returns a number ``(z,)`` for each of some blocks ``(z, bo, bi)``.
+        values: ``(Z, bo, bi)``. If they are sharded, all ranks must call this.
+        measure: returns a number ``(z,)`` for each of the blocks ``(z, bo, bi)`` that it is given.
     """
     return whole(joined(measure(local(values.detach())), values, values.shape[0]))
 

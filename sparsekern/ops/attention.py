@@ -23,7 +23,7 @@ def qkv_attention(qkv: Tensor, heads: int, *, is_causal: bool = False) -> Tensor
     transformed code) is computed by PyTorch.
 
     Args:
-        qkv: ``(N, tokens, 3 * heads * features)``: queries, keys and values, of each the heads one after the other.
+        qkv: ``(N, tokens, 3 * heads * features)``: queries, keys and values, each with its heads one after the other.
         heads: of ``features`` each.
         is_causal: whether a token attends only to itself and those before it.
 
@@ -63,10 +63,13 @@ def _is_native(qkv: Tensor, heads: int) -> bool:
 
 
 MOST_FEATURES = 128
-"""Of a head; wider ones have not been measured."""
+"""Largest number of features of a head that is computed natively; wider heads have not been measured."""
 
 MOST_TOKENS = 4096
-"""A thread holds the keys and values of a head; PyTorch cuts longer ones into pieces that fit the caches."""
+"""Longest text that is computed natively.
+
+A thread reads all keys and values of a head; PyTorch reads those of longer texts in pieces that fit the caches.
+"""
 
 
 def _split(qkv: Tensor, heads: int) -> Tensor:

@@ -12,14 +12,14 @@ from sparsekern.ops.backends import differentiates_natively, runs_natively
 from sparsekern.ops.checks import check_storage
 
 SMALL = 2**16
-"""Of fewer numbers PyTorch's own ops take less time than this call."""
+"""Number of elements below which PyTorch's own ops are faster."""
 
 
 def fuses_batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> bool:
     """Return whether :func:`batch_norm_relu` takes these tensors.
 
     Args:
-        x: ``(N, C, H, W)``; float32 on a CPU, channels last, and at least :data:`SMALL` numbers.
+        x: ``(N, C, H, W)``; float32 on a CPU, channels last, and at least :data:`SMALL` elements.
         weight, bias: ``(C,)``, float32.
         residual: like x, or None.
     """
@@ -27,7 +27,7 @@ def fuses_batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, residual: Ten
         runs_natively(x, weight, bias, residual)
         and x.dim() == 4
         and x.numel() >= SMALL
-        and x.numel() > x.shape[1]
+        and x.numel() > x.shape[1]  # one element a channel has no variance, which PyTorch refuses
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.shape == bias.shape == x.shape[1:2]
         and (residual is None or residual.shape == x.shape)
@@ -65,6 +65,7 @@ class _BatchNormReLU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         check_storage(x, weight, bias, residual)
         y, stats = norms.forward(x, weight, bias, residual, eps)
+        # without a residual the backward computes the sign of y from x again
         ctx.save_for_backward(x, None if residual is None else y, weight, bias, stats)
         ctx.eps = eps
         ctx.mark_non_differentiable(stats)

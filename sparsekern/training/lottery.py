@@ -28,7 +28,7 @@ class Lottery(Gradual):
     The values of the model, its buffers and the optimizer's state are recorded after step ``rewind`` of the first
     round. At the end of a round :meth:`next_round` frees the weakest blocks, gives their memory back, and puts what is
     left to what was recorded: the next round trains from step ``rewind`` on, and only what is stored. The number of
-    blocks falls by the same factor from round to round, from that which the layers have to that of the final
+    blocks falls by the same factor from round to round, from that of the layers as they are built to that of the final
     sparsity::
 
         tickets = Lottery(model, optimizer, final_sparsity=0.9, rounds=3, rewind=100)

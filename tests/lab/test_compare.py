@@ -17,7 +17,7 @@ from tests.saved import leftover
 
 VALUES = {"width": 32, "epochs": 2, "batch_size": 400, "seeds": 2, "update_every": 2, "device": "cpu"}
 CELLS = ["dense", "static-s0.5-b8", "gse-scope-global-s0.5-b8"]
-NOWHERE = Path("a folder that there is not")
+NOWHERE = Path("a folder that does not exist")
 TWO = (Config(method="static"), Config(method="gse", options={"scope": "global"}))
 
 

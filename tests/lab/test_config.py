@@ -89,7 +89,7 @@ def test_the_title_of_the_network():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"recipe": "resnet-20"}, "recipe is 'resnet-20', which there is not; did you mean resnet20"),
+        ({"recipe": "resnet-20"}, "recipe is 'resnet-20', which is unknown; did you mean resnet20"),
         *(
             ({"recipe": "resnet20", "width_multiplier": value}, "width_multiplier is .*; it must be a number above 0")
             for value in (0.0, -1.0, float("nan"))

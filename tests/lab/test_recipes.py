@@ -77,7 +77,7 @@ def test_find():
     ],
 )
 def test_a_name_that_there_is_not(name, hint):
-    with pytest.raises(ValueError, match=rf"recipe is {name!r}, which there is not; {hint}.* \(--list shows all\)"):
+    with pytest.raises(ValueError, match=rf"recipe is {name!r}, which is unknown; {hint}.* \(--list shows all\)"):
         find(name)
 
 

@@ -2,11 +2,11 @@
 
 An operator call is reduced to what its time depends on (:class:`Operation`).
 
-A measurement is a set of curves. A product takes ``elements * curve(intensity)`` seconds: how long it takes for each
-number that it reads or writes, by the multiply-adds for each of them. Any other operator takes ``bytes *
-curve(bytes)``. Between two points a curve is a straight line on logarithmic axes, and beyond its ends it is constant.
-Each call takes some time more: Python, autograd and the dispatcher. In a step, inputs are less often in the caches than
-where an operator is measured alone, so curves are scaled to the step of a whole network.
+A measurement is a set of curves. A product takes ``elements * curve(intensity)`` seconds: its curve gives the seconds
+for each element that is read or written, by the number of multiply-adds for each element. Any other operator takes
+``bytes * curve(bytes)``. Between two points a curve is a straight line on logarithmic axes, and beyond its ends it is
+constant. Each call takes a constant time in addition: Python, autograd and the dispatcher. In a step, inputs are less
+often in the caches than where an operator is measured alone, so curves are scaled to the step of a whole network.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Operation(NamedTuple):
     Attributes:
         group: one of :data:`GROUPS`.
         kind: name of what was measured for such operators; ``""`` for a view, which moves no data.
-        elements: numbers that it reads and writes at least, each once.
-        intensity: multiply-adds for each of them; 0 where there are none.
+        elements: elements that it reads and writes, each counted once.
+        intensity: multiply-adds for each of these elements; 0 where there are none.
         tokens: rows of the activations of a sparse product; 0 otherwise.
         flops: floating point operations of its products; 0 for others.
         bytes: of the elements.
@@ -69,7 +69,7 @@ class Operation(NamedTuple):
 
 
 def operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> list[Operation]:
-    """Return what an operator call is, as a list of one; an empty one for what computes nothing on tensors."""
+    """Return the operation of an operator call, in a list that is empty if the call computes nothing on tensors."""
     name = func._overloadpacket.__name__
     namespace = func.namespace
     tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
@@ -165,7 +165,7 @@ _PRODUCTS: dict[str, _Reader] = {
 Points = list[tuple[float, float]]
 
 FORMAT = 1
-"""Of the file of a measurement."""
+"""Version of the file of a measurement."""
 
 FAMILIES = {
     "add": ("add_", "mul", "mul_", "div", "sub", "pow", "neg", "rsqrt", "constant_pad_nd", "cat", "slice_backward"),
@@ -197,8 +197,8 @@ class Machine:
 
     Attributes:
         about: processor, threads, versions of PyTorch and of this package, and the date.
-        call: seconds that any call takes besides its work.
-        sparse_call: seconds that a call of a sparse product takes besides its work.
+        call: seconds that a call takes in addition to its work.
+        sparse_call: the same of a sparse product.
         curves: points of each curve by its name, which ends with ``@tokens`` where the number of tokens matters too.
     """
 
@@ -311,10 +311,11 @@ class Device:
         name: of the device.
         arch: whose rates of the tensor cores and of the L2 cache are in ``kernels/gpu/configs/devices.json``.
         gigabytes: of its memory.
-        memory_tb_s: of its memory, terabytes a second.
-        link_gb_s: that it sends to its neighbours in one machine, gigabytes a second.
+        memory_tb_s: rate of its memory, in terabytes a second.
+        link_gb_s: rate at which it sends to others in its machine, in gigabytes a second.
         tflops: rates of the tensor cores where they are not those of the architecture's entry.
-        network_gb_s: that it sends beyond its machine, gigabytes a second: 400 Gbit/s a device where it is meant to.
+        network_gb_s: rate at which it sends to other machines, in gigabytes a second: an assumption, 400 Gbit/s for
+            devices of data centres and 100 Gbit/s for others.
         launch: seconds between the starts of two kernels: an estimate.
         dtype: ``"half"``, ``"tf32"`` or ``"ieee"``: how products are computed; PyTorch computes float32 by ``"ieee"``.
     """
@@ -341,7 +342,7 @@ class Device:
         return float(max(compute, moving, gathering, self.launch))
 
     def sends(self, devices: int) -> float:
-        """Return the bytes a second that each of some devices sends; more than eight are in several machines."""
+        """Return the bytes a second that each of ``devices`` devices sends; more than eight are in several machines."""
         return 1e9 * (self.link_gb_s if devices <= 8 else min(self.link_gb_s, self.network_gb_s))
 
 

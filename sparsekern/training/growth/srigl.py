@@ -1,4 +1,4 @@
-"""SRigL: RigL with as many blocks in each block row, in which rows with few important blocks are left out.
+"""SRigL: RigL with the same number of blocks in all block rows but those with few important ones, which get none.
 
 Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, arXiv 2305.02299.
 """
@@ -25,12 +25,12 @@ CHUNK = 2**16
 class SRigL(RigL):
     """Structured RigL on blocks: a constant fan-in, and ablation of neurons (Lasby et al., ICLR 2024).
 
-    A neuron is a block row, of one output where blocks are one high. An update counts the salient places of each: those
-    of the ``blocks - n`` strongest blocks, and the ``n = floor(drop_fraction * blocks)`` places where the gradient is
-    largest. Neurons with too few are ablated: they lose all their blocks. The others share the layer's blocks, so that
-    all have the same number, or one more where that leaves some over (those with the most salient places). Of the
-    strongest blocks each keeps at most that many, and it grows at its places with the largest gradient until it has
-    them. A neuron that was ablated returns when it has enough salient places. The number of blocks stays.
+    A neuron is a block row: one output if blocks are one element high. An update counts the salient places of each
+    neuron: those of the layer's ``blocks - n`` strongest blocks, and the ``n = floor(drop_fraction * blocks)`` places
+    of largest gradient. Neurons with too few are ablated: they lose all their blocks. The others get an equal share of
+    the layer's blocks each, and what is left over goes, one block each, to those with the most salient places. A neuron
+    keeps its blocks among the strongest, up to its share, and grows at its places of largest gradient up to its share.
+    An ablated neuron returns when it has enough salient places. The layer's number of blocks never changes.
 
     Places are scored as in :class:`RigL`. Where norms do not add up, the estimates of the sketches rank them.
 
