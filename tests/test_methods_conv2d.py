@@ -14,8 +14,8 @@ from sparsekern.topology import generator_for, part_of
 from sparsekern.training import GradientMethod
 from sparsekern.training.growth.gse import DISTRIBUTIONS, weights
 from tests.oracle_conv2d import conv_blocks, dense_gradients
-from tests.saved import through_a_file
 from tests.topology.test_sampling import chi_square_quantile
+from tests.training.test_base import check_resumed
 
 F64 = torch.float64
 CONVS: dict[str, Callable[[], nn.Conv2d]] = {
@@ -146,11 +146,6 @@ def train(model, optimizer, method, steps, parts: int = 1) -> None:
         method.step()
 
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer, method: sk.Method) -> list[Tensor]:
-    moments = [optimizer.state[layer.values]["exp_avg"] for layer in method.layers.values()]
-    return [t.clone() for t in (*model.state_dict().values(), *moments)]
-
-
 def places(model: nn.Module) -> list[list[int]]:
     return [layer.topology.keys().tolist() for layer in sk.sparse_layers(model).values()]
 
@@ -171,21 +166,21 @@ def test_micro_batches_are_one_large_batch(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_and_resumed_bit_for_bit(name, at):
     """Updates after steps 4, 8 and 12: after 3 a probe is armed, after 2 and 6 the first of two may be."""
-    through, first, second = start(name), start(name), start(name)
-    train(*through, range(14))
-    train(*first, range(at))
-    if isinstance(first[2], GradientMethod) and at != 4:
-        stages = first[2].stages()
-        assert (first[0][2].probe is not None) == (at % 4 >= 4 - stages)
-    saved = through_a_file(first)
-    train(*second, range(1))  # what is there before must not matter
-    for part, loaded in zip(second, saved, strict=True):
-        part.load_state_dict(loaded)
-    train(*second, range(at, 14))
-    for a, b in zip(state(*second), state(*through), strict=True):
-        assert torch.equal(a, b)
-    assert places(through[0]) != places(network())
-    assert copy.deepcopy(second[0])[2].probe is None
+
+    def build(seed):
+        parts = start(name)
+        if seed:
+            train(*parts, range(1))  # what is there before must not matter
+        return parts
+
+    def go_on(model, optimizer, method, steps):
+        train(model, optimizer, method, steps)
+        if isinstance(method, GradientMethod) and steps.stop == at != 4:
+            assert (model[2].probe is not None) == (at % 4 >= 4 - method.stages())
+
+    model, _, _ = check_resumed(build, at, 14, go_on)
+    assert places(model) != places(network())
+    assert copy.deepcopy(model)[2].probe is None
 
 
 def test_tied_taps_are_refused_by_methods_that_score_blocks():

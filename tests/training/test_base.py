@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,9 @@ def make(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     return sk.sparsify_(model, 0.5, 4, seed=seed)
+
+
+sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -42,59 +48,74 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_saved_loaded_and_continued_bit_for_bit(name):
-    def build(seed):
-        model = make(seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        return model, optimizer, METHODS[name](model, optimizer, update_every=3, stop=40, seed=7)
+Parts = tuple[nn.Module, torch.optim.Optimizer, Any]
 
-    through = build(0)
-    train(*through, range(20))
-    first = build(0)
-    train(*first, range(10))
+
+def built(kind: type, seed: int = 0, optimizer: Callable[..., Any] = sgd, **options: Any) -> Parts:
+    """A model, its optimizer and a method."""
+    model = make(seed)
+    made = optimizer(model.parameters())
+    return model, made, kind(model, made, **options)
+
+
+def numbers(parts: Parts) -> dict[str, float]:
+    """The metrics of a method that every run repeats."""
+    return {name: value for name, value in parts[2].metrics().items() if "seconds" not in name}
+
+
+def check_resumed(build: Callable[[int], Parts], at: int, end: int, go_on: Callable[..., Any] = train) -> Parts:
+    """Check that a run that is saved to a file, and loaded into parts of another seed, goes on bit for bit.
+
+    Returns the parts of the run that went through.
+    """
+    through, first, second = build(0), build(0), build(1)
+    go_on(*through, range(end))
+    go_on(*first, range(at))
     saved = through_a_file(first)
-    second = build(1)
+    if getattr(second[2], "compact", False):
+        assert sk.compact_(*second[:2], like=saved[0]) > 0
     for part, state in zip(second, saved, strict=True):
         part.load_state_dict(state)
-    train(*second, range(10, 20))
-    assert equal(bits(second[0]), bits(through[0]))
-    theirs = {k: v for k, v in through[2].metrics().items() if k != "update_seconds"}
-    assert {k: v for k, v in second[2].metrics().items() if k != "update_seconds"} == theirs
+    go_on(*second, range(at, end))
+    assert equal(bits(second[0]), bits(through[0])) and numbers(second) == numbers(through)
+    states = [parts[1].state_dict()["state"] for parts in (second, through)]
+    for mine, other in zip(*(state.values() for state in states), strict=True):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(other[key])) for key in mine)
+    return through
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_loaded_and_continued_bit_for_bit(name):
+    options = {"update_every": 3, "stop": 40}
+    check_resumed(lambda seed: built(METHODS[name], seed, torch.optim.AdamW, **options), 10, 20)
 
 
 def test_one_seed_one_run():
     def run(seed):
-        model = make()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        train(model, optimizer, sk.SET(model, optimizer, update_every=1, seed=seed), range(5))
-        return bits(model)
+        parts = built(sk.SET, update_every=1, seed=seed)
+        train(*parts, range(5))
+        return bits(parts[0])
 
     assert equal(run(0), run(0)) and not equal(run(0), run(1))
 
 
 def test_the_global_generator_is_not_read():
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = sk.SET(model, optimizer, update_every=1)
+    parts = built(sk.SET, update_every=1)
     state = torch.get_rng_state()
-    assert all(train(model, optimizer, method, range(3)))
+    assert all(train(*parts, range(3)))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_step_returns_whether_blocks_moved_and_counts_optimizer_steps():
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = sk.SET(model, optimizer, update_every=3, stop=10, drop_fraction=lambda step: 0.5)
+    model, optimizer, method = built(sk.SET, update_every=3, stop=10, drop_fraction=lambda step: 0.5)
     assert train(model, optimizer, method, range(12)) == [s % 3 == 0 and s < 10 for s in range(1, 13)]
     assert method.step() is False, "no optimizer step since the last call"
     assert method.steps == 12 and method.updates == 3
 
 
 def test_gradient_accumulation_and_late_calls():
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = sk.SET(model, optimizer, update_every=2)
+    model, optimizer, method = built(sk.SET, update_every=2)
     for micro in range(3):
         model(batch(micro)).sum().backward()
         assert method.step() is False
@@ -105,9 +126,7 @@ def test_gradient_accumulation_and_late_calls():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_scaling_skipped_does_not_count(fused):
-    model = make()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
-    method = sk.SET(model, optimizer, update_every=1)
+    model, optimizer, method = built(sk.SET, 0, partial(torch.optim.AdamW, fused=fused), update_every=1)
     scaler = torch.amp.GradScaler("cpu")
     before = bits(model)
     method.backward(lambda: model(batch(0)).sum() * float("inf"), scaler=scaler)
@@ -123,9 +142,7 @@ def test_a_step_that_scaling_skipped_does_not_count(fused):
 
 
 def test_backward_returns_the_loss_detached_and_not_scaled():
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters())
-    method = sk.Static(model, optimizer)
+    model, _, method = built(sk.Static)
     expected = model(batch(0)).square().mean()
     loss = method.backward(lambda: model(batch(0)).square().mean(), scaler=torch.amp.GradScaler("cpu"))
     assert torch.equal(loss, expected) and not loss.requires_grad
@@ -133,8 +150,7 @@ def test_backward_returns_the_loss_detached_and_not_scaled():
 
 
 def test_repr():
-    model = make()
-    method = sk.SET(model, torch.optim.SGD(model.parameters()), update_every=5, stop=50)
+    _, _, method = built(sk.SET, update_every=5, stop=50)
     assert repr(method) == "SET(3 layers, update_every=5, start=0, stop=50, step 0, 0 updates)"
 
 
@@ -150,9 +166,7 @@ def test_frozen_layers_stay():
 
 
 def test_sparsity_never_changes_and_metrics_are_plain_floats():
-    model = make()
-    optimizer = torch.optim.Adam(model.parameters())
-    method = sk.SET(model, optimizer, update_every=1, drop_fraction=0.25)
+    model, optimizer, method = built(sk.SET, 0, torch.optim.Adam, update_every=1, drop_fraction=0.25)
     assert method.metrics()["kept/2"] == 1
     sparsity = {k: v for k, v in method.metrics().items() if k.startswith("sparsity")}
     train(model, optimizer, method, range(5))
@@ -166,9 +180,7 @@ def test_sparsity_never_changes_and_metrics_are_plain_floats():
 
 def test_a_failed_check_moves_nothing():
     """An optimizer that cannot follow is found before the first layer moves."""
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    method = sk.SET(model, optimizer, update_every=1)
+    model, optimizer, method = built(sk.SET, update_every=1)
     model(batch(0)).sum().backward()
     optimizer.step()
     optimizer.state[model[4].values]["flat"] = torch.zeros(3)
@@ -184,8 +196,7 @@ def test_an_illegal_move_of_one_layer_moves_none():
             row = torch.tensor([-1 if name == "0" else 99], dtype=torch.int32)
             return Move(torch.tensor([0]), row, row)
 
-    model = make()
-    method = Wrong(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model, _, method = built(Wrong)
     before = bits(model)
     with pytest.raises(ValueError, match="row is 99 for slot 0"):
         method.update()
@@ -193,9 +204,7 @@ def test_an_illegal_move_of_one_layer_moves_none():
 
 
 def test_nothing_moves_at_stop_or_later_however_late_the_call():
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    method = sk.SET(model, optimizer, update_every=10, stop=15, drop_fraction=lambda step: 0.5)
+    model, optimizer, method = built(sk.SET, update_every=10, stop=15, drop_fraction=lambda step: 0.5)
     model(batch(0)).sum().backward()
     for _ in range(20):
         optimizer.step()
@@ -240,15 +249,13 @@ class TestErrors:
             sk.SET(model, optimizer)
 
     def test_choose_is_for_subclasses(self):
-        model = make()
         with pytest.raises(NotImplementedError):
-            Method(model, torch.optim.SGD(model.parameters())).update()
+            built(Method)[2].update()
 
     def test_a_state_that_lacks_all_entries(self):
-        model = make()
         names = "born, churn, explored, method, seconds, seen, start, steps, updates"
         with pytest.raises(ValueError, match=f"the state lacks {names}"):
-            sk.SET(model, torch.optim.SGD(model.parameters())).load_state_dict({"version": 2})
+            built(sk.SET)[2].load_state_dict({"version": 2})
 
 
 @pytest.mark.parametrize(
@@ -263,19 +270,15 @@ class TestErrors:
     ],
 )
 def test_an_option_without_effect_is_refused(kind, option):
-    model = make()
-    with pytest.raises(
-        ValueError, match=f"{option} is no option of {kind.__name__}, on which it would have no"
-    ) as raised:
-        kind(model, torch.optim.SGD(model.parameters()), **{option: 1})
+    text = f"{option} is no option of {kind.__name__}, on which it would have no"
+    with pytest.raises(ValueError, match=text) as raised:
+        built(kind, **{option: 1})
     assert raised.value.parameter == option
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_choosing_changes_nothing(name):
-    model = make()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    method = METHODS[name](model, optimizer, update_every=3, stop=40)
+    model, optimizer, method = built(METHODS[name], 0, torch.optim.AdamW, update_every=3, stop=40)
     if name == "vrpge":
         with torch.no_grad():
             method.probabilities._value[:9] = 0  # to be refilled
@@ -295,12 +298,7 @@ def test_choosing_changes_nothing(name):
 
 
 def test_only_a_method_that_samples_networks_says_so():
-    model = make()
-    samplers = [
-        kind
-        for kind in METHODS.values()
-        if isinstance(kind(model, torch.optim.SGD(model.parameters()), stop=400), NetworkSampler)
-    ]
+    samplers = [kind for kind in METHODS.values() if isinstance(built(kind, stop=400)[2], NetworkSampler)]
     assert samplers == [sk.VRPGE]
 
 
@@ -353,9 +351,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("kind", "options", "text"), REFUSED)
 def test_values_out_of_range_are_named(kind, options, text):
-    model = make()
     with pytest.raises(ValueError, match=text):
-        kind(model, torch.optim.SGD(model.parameters()), **options)
+        built(kind, **options)
 
 
 def arguments(kind: type) -> list[str]:

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.topology import Grid, check_tied, from_mask
-from tests.saved import through_a_file
-from tests.training.test_base import bits, equal, make, train
-from tests.training.test_set import MASK, NORMS
-
-
-def grid_layer(block: int = 2) -> sk.SparseLinear:
-    """The layer of tests/training/test_set.py: blocks in slots 0 to 5 with norms 9, 1, 2, 8, 3, 4."""
-    side = 4 * block
-    layer = sk.SparseLinear(side, side, topology=from_mask(Grid(side, side, (block, block)), MASK))
-    with torch.no_grad():
-        layer.values.copy_(NORMS.view(6, 1, 1) / block)
-    return layer
+from sparsekern.topology import check_tied
+from tests.training.grids import advance, free, grid_layer, over
+from tests.training.test_base import built, check_resumed, make, train
 
 
 def gradual(model: nn.Module, **options) -> sk.Gradual:
-    options = {"final_sparsity": 0.875, "update_every": 1, "stop": 3} | options
-    return sk.Gradual(model, torch.optim.SGD(model.parameters(), lr=0.0), **options)
-
-
-def free(layer: sk.SparseLinear) -> list[int]:
-    return (layer.row < 0).nonzero().flatten().tolist()
-
-
-def advance(method: sk.Gradual) -> bool:
-    method.optimizer.step()
-    return method.step()
+    return over(model, sk.Gradual, **({"final_sparsity": 0.875, "stop": 3} | options))
 
 
 @pytest.mark.parametrize("block", [2, 1])
@@ -139,28 +120,11 @@ def test_tied_taps_go_together(scope):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 def test_saved_loaded_and_continued_bit_for_bit(scope, compact, optimizer):
-    def build(seed):
-        model = make(seed)
-        made = getattr(torch.optim, optimizer)(model.parameters(), lr=0.01, weight_decay=0.1)
-        options = {"update_every": 3, "stop": 17, "scope": scope, "compact": compact}
-        return model, made, sk.Gradual(model, made, final_sparsity=0.8, **options)
-
-    through = build(0)
-    train(*through, range(20))
-    assert through[0][2].topology.blocks() == 3 or scope == "global"
-    first = build(0)
-    train(*first, range(10))
-    saved = through_a_file(first)
-    second = build(1)
-    if compact:
-        assert sk.compact_(*second[:2], like=saved[0]) > 0
-    for part, state in zip(second, saved, strict=True):
-        part.load_state_dict(state)
-    assert second[2].first_keys["2"].shape[0] == 8
-    train(*second, range(10, 20))
-    assert equal(bits(second[0]), bits(through[0]))
-    theirs = {k: v for k, v in through[2].metrics().items() if k != "update_seconds"}
-    assert {k: v for k, v in second[2].metrics().items() if k != "update_seconds"} == theirs
+    kind = partial(getattr(torch.optim, optimizer), lr=0.01, weight_decay=0.1)
+    options = {"final_sparsity": 0.8, "update_every": 3, "stop": 17, "scope": scope, "compact": compact}
+    model, _, method = check_resumed(lambda seed: built(sk.Gradual, seed, kind, **options), 10, 20)
+    assert model[2].topology.blocks() == 3 or scope == "global"
+    assert method.first_keys["2"].shape[0] == 8
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "Adafactor"])
@@ -168,12 +132,11 @@ def test_giving_memory_back_changes_no_number(optimizer):
     """Weight decay and momentum leave free slots at zero, so it does not matter whether they are there."""
 
     def run(compact):
-        model = make()
         options = {"lr": 0.01, "weight_decay": 0.1} | ({"momentum": 0.9} if optimizer == "SGD" else {})
-        made = getattr(torch.optim, optimizer)(model.parameters(), **options)
-        method = sk.Gradual(model, made, final_sparsity=0.8, update_every=2, stop=9, compact=compact)
-        train(model, made, method, range(12))
-        return model
+        kind = partial(getattr(torch.optim, optimizer), **options)
+        parts = built(sk.Gradual, 0, kind, final_sparsity=0.8, update_every=2, stop=9, compact=compact)
+        train(*parts, range(12))
+        return parts[0]
 
     full, small = run(False), run(True)
     for a, b in zip(full[::2], small[::2], strict=True):
@@ -185,10 +148,8 @@ def test_giving_memory_back_changes_no_number(optimizer):
 
 
 def test_the_copy_of_a_model_follows():
-    model = make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, method = built(sk.Gradual, final_sparsity=0.8, update_every=1, stop=3, compact=True)
     average = torch.optim.swa_utils.AveragedModel(model)
-    method = sk.Gradual(model, optimizer, final_sparsity=0.8, update_every=1, stop=3, compact=True)
     method.follow(average)
     for step in range(3):
         train(model, optimizer, method, [step])

@@ -8,28 +8,17 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.topology import Grid, check_tied, from_mask, generator_for
-
-#   norms of the stored blocks, by place:       slots in row-major order
-#     9  .  1  .                                0: (0,0)=9   1: (0,2)=1
-#     .  2  .  .                                2: (1,1)=2
-#     .  .  .  8                                3: (2,3)=8
-#     3  .  .  4                                4: (3,0)=3   5: (3,3)=4
-NORMS = torch.tensor([9.0, 1, 2, 8, 3, 4])
-MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 1]])
+from sparsekern.topology import Move, check_tied, generator_for
+from tests.training.grids import MASK, advance, grid_layer, over, places
 
 
-def layer() -> sk.SparseLinear:
-    module = sk.SparseLinear(8, 8, topology=from_mask(Grid(8, 8, (2, 2)), MASK), capacity=7)
-    with torch.no_grad():
-        module.values[:6] = NORMS.view(6, 1, 1) / 2  # the norm of four equal entries is twice the entry
-    return module
+def chosen(module, fraction: float, seed: int = 0, **options) -> Move:
+    return over(module, sk.SET, **options).choose("", module, fraction, generator_for(seed))
 
 
 def choose(fraction: float, seed: int = 0, **options):
-    module = layer()
-    method = sk.SET(module, torch.optim.SGD(module.parameters()), **options)
-    return module, method.choose("", module, fraction, generator_for(seed))
+    module = grid_layer(capacity=7)
+    return module, chosen(module, fraction, seed, **options)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +40,7 @@ def test_the_weakest_blocks_are_dropped_rounding_down(fraction, dropped):
 
 def test_a_decimal_fraction_counts_as_it_is_written():
     """0.29 of 100 is 28.999999999999996 in floats."""
-    module = sk.SparseLinear(40, 40, block_size=2, blocks=100)
-    method = sk.SET(module, torch.optim.SGD(module.parameters()))
-    assert method.choose("", module, 0.29, generator_for(0)).slots.numel() == 29
+    assert chosen(sk.SparseLinear(40, 40, block_size=2, blocks=100), 0.29).slots.numel() == 29
 
 
 def test_with_keep_connected_no_row_or_column_is_emptied():
@@ -76,8 +63,10 @@ def test_growth_is_in_places_that_were_empty_and_distinct():
 def test_growth_is_uniform_over_the_empty_places():
     draws = 3000
     counts = torch.zeros(4, 4)
+    module = grid_layer(capacity=7)
+    method = over(module, sk.SET)
     for seed in range(draws):
-        _, move = choose(0.34, seed)  # two of ten empty places
+        move = method.choose("", module, 0.34, generator_for(seed))  # two of ten empty places
         counts[move.row.long(), move.col.long()] += 1
     assert (counts[MASK.bool()] == 0).all()
     expected = draws * 2 / 10
@@ -86,23 +75,17 @@ def test_growth_is_uniform_over_the_empty_places():
 
 
 def test_no_more_blocks_move_than_there_are_empty_places():
-    module = sk.SparseLinear(8, 8, block_size=2, sparsity=0)
-    method = sk.SET(module, torch.optim.SGD(module.parameters()))
-    assert method.choose("", module, 1.0, generator_for(0)).slots.numel() == 0
-    module = sk.SparseLinear(8, 8, block_size=2, blocks=15)
-    assert method.choose("", module, 1.0, generator_for(0)).slots.numel() == 1
+    for blocks in (16, 15):
+        assert chosen(sk.SparseLinear(8, 8, block_size=2, blocks=blocks), 1.0).slots.numel() == 16 - blocks
 
 
 def test_the_drop_fraction_ends_at_zero():
-    module = layer()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.SET(module, optimizer, update_every=1, stop=8, drop_fraction=0.5)
+    module = grid_layer(capacity=7)
+    method = over(module, sk.SET, stop=8, drop_fraction=0.5)
     churn = []
     for _ in range(10):
         module(torch.ones(1, 8)).sum().backward()
-        optimizer.step()
-        churn.append(6 * method.metrics()["churn/"] if method.step() else None)
-        churn[-1] = None if churn[-1] is None else round(6 * method.metrics()["churn/"])
+        churn.append(round(6 * method.metrics()["churn/"]) if advance(method) else None)
     # floor(6 * 0.25 (1 + cos(pi t / 8))): t = 1 2 3 4 5 6 7
     assert churn == [2, 2, 2, 1, None, None, None, None, None, None]
 
@@ -113,12 +96,11 @@ def test_tied_taps_move_together(keep_connected):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     method = sk.SET(module, optimizer, update_every=1, drop_fraction=0.4, keep_connected=keep_connected)
     for _ in range(4):
-        before = {*zip(module.row.tolist(), module.col.tolist(), strict=True)}
+        before = set(places(module))
         module(torch.randn(2, 32, 6, 6)).square().mean().backward()
-        optimizer.step()
-        assert method.step()
+        assert advance(method)
         check_tied(module.topology)
-        after = {*zip(module.row.tolist(), module.col.tolist(), strict=True)}
+        after = set(places(module))
         assert len(after - before) == len(before - after) == 3 * 9 or keep_connected  # floor(0.4 * 8) cells of channels
         assert len(after) == 73 and (-1, -1) in after
 
@@ -128,8 +110,7 @@ def test_the_weakest_channels_of_tied_taps_go_by_their_common_norm():
     module = sk.SparseConv2d(4, 4, (1, 2), block_size=2, blocks=4, tie_taps=True, seed=0)
     with torch.no_grad():
         module.values.copy_(torch.tensor([0.0, 9, 3, 4]).view(4, 1, 1))
-    method = sk.SET(module, torch.optim.SGD(module.parameters()))
-    assert method.choose("", module, 0.5, generator_for(0)).slots.tolist() == [2, 3]
+    assert chosen(module, 0.5).slots.tolist() == [2, 3]
 
 
 def test_a_method_that_parts_tied_taps_is_stopped_before_anything_moves():
@@ -146,23 +127,17 @@ def test_a_method_that_parts_tied_taps_is_stopped_before_anything_moves():
     assert torch.equal(module.row, before)
 
 
-def signed(block: int = 1, **options) -> tuple[sk.SparseLinear, sk.SET]:
-    """Ten blocks: 1 2 3 4 5 6 and -1.5 -2.5 -3.5 -10, in a row of 40 places."""
-    module = sk.SparseLinear(40 * block, block, block_size=block, blocks=10, bias=False, seed=0)
-    with torch.no_grad():
-        numbers = torch.tensor([1, -1.5, 2, -2.5, 3, -3.5, 4, 5, 6, -10])
-        module.values.copy_((numbers / block).view(-1, 1, 1).expand_as(module.values))
-    return module, sk.SET(module, torch.optim.SGD(module.parameters(), lr=0.1), drop="signs", **options)
-
-
 @pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize(
     ("fraction", "dropped"), [(0.2, [0]), (0.34, [0, 1, 2]), (0.5, [0, 1, 2, 3, 4]), (0.75, [0, 1, 2, 3, 4, 5, 6])]
 )
 def test_the_weakest_of_each_sign_are_dropped(fraction, dropped, block):
     """Of six positive ones 1, 2, 3, 4 and of four negative ones 0, 1, 2, 3, rounding down for each sign."""
-    module, method = signed(block)
-    move = method.choose("", module, fraction, generator_for(0))
+    module = sk.SparseLinear(40 * block, block, block_size=block, blocks=10, bias=False, seed=0)
+    with torch.no_grad():
+        numbers = torch.tensor([1, -1.5, 2, -2.5, 3, -3.5, 4, 5, 6, -10])
+        module.values.copy_((numbers / block).view(-1, 1, 1).expand_as(module.values))
+    move = chosen(module, fraction, drop="signs")
     assert move.slots.tolist() == dropped and len(set(move.col.tolist())) == len(dropped)
     assert not torch.isin(move.col, module.col).any()
 
@@ -171,8 +146,7 @@ def test_signs_with_little_room_with_free_slots_and_with_tied_taps():
     module = sk.SparseLinear(12, 1, block_size=1, blocks=10, capacity=11, bias=False, seed=0)
     with torch.no_grad():
         module.values.copy_(torch.tensor([1, -1.5, 2, -2.5, 3, -3.5, 4, 5, 6, -10, 0]).view(-1, 1, 1))
-    method = sk.SET(module, torch.optim.SGD(module.parameters(), lr=0.1), drop="signs")
-    assert method.choose("", module, 0.5, generator_for(0)).slots.tolist() == [0, 1], "two places are empty"
+    assert chosen(module, 0.5, drop="signs").slots.tolist() == [0, 1], "two places are empty"
     conv = sk.SparseConv2d(8, 8, (1, 2), block_size=2, sparsity=0.5, tie_taps=True, seed=0)
     method = sk.SET(conv, torch.optim.SGD(conv.parameters(), lr=0.1), drop="signs", drop_fraction=0.5)
     assert method.update()
@@ -209,11 +183,9 @@ def test_random_values_stay_within_the_matrix():
 def test_no_block_ever_moves():
     layer = sk.SparseLinear(8, 12, block_size=(4, 2), blocks=5)
     before = copy.deepcopy(layer.state_dict())
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-    method = sk.Static(layer, optimizer, update_every=1)
+    method = over(layer, sk.Static)
     for _ in range(3):
         layer(torch.ones(1, 8)).sum().backward()
-        optimizer.step()
-        assert method.step() is False
+        assert advance(method) is False
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
     assert method.metrics()["updates"] == 3 and method.metrics()["churn/"] == 0

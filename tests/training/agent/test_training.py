@@ -9,8 +9,8 @@ import torch
 
 import sparsekern as sk
 from tests.memory import allocations
-from tests.saved import through_a_file
-from tests.training.agent.models import ESTIMATES, F64, METHODS, batches, loss_of, make, same, sgd, train
+from tests.training.agent.models import ESTIMATES, F64, METHODS, batches, loss_of, make, sgd, train
+from tests.training.test_base import check_resumed
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -77,14 +77,13 @@ def test_both_passes_have_the_same_dropout_and_random_numbers_are_drawn_once():
 @pytest.mark.parametrize("options", [*ESTIMATES, {"estimate": "gradients", "every": 3}])
 @pytest.mark.parametrize("kind", [sk.SET, sk.GSE])
 def test_killed_and_resumed_bit_for_bit(kind, options):
-    def build():
+    def build(seed):
         model = make(norm=True, dropout=0.3)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         method = kind(model, optimizer, update_every=3, seed=2)
         return model, optimizer, sk.AGENT(model, optimizer, method=method, gamma=0.5, **options)
 
-    def run(parts, steps):
-        model, optimizer, agent = parts
+    def run(model, optimizer, agent, steps):
         loss, data = loss_of(model), batches(4)
         for step in steps:
             torch.manual_seed(step)  # dropout, which the loop has to save
@@ -95,19 +94,8 @@ def test_killed_and_resumed_bit_for_bit(kind, options):
             optimizer.zero_grad()
             agent.step()
 
-    through = build()
-    run(through, range(16))
-    assert all(c > 0 for c in through[2].c.values())
-    first = build()
-    run(first, range(10))
-    saved = through_a_file(first)
-    second = build()
-    for part, state in zip(second, saved, strict=True):
-        part.load_state_dict(state)
-    run(second, range(10, 16))
-    assert same(second[0], through[0])
-    metrics = [{k: v for k, v in parts[2].metrics().items() if "seconds" not in k} for parts in (second, through)]
-    assert metrics[0] == metrics[1]
+    _, _, agent = check_resumed(build, 10, 16, run)
+    assert all(c > 0 for c in agent.c.values())
 
 
 def test_a_state_from_before_the_first_snapshot():

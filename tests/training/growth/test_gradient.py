@@ -13,6 +13,7 @@ import sparsekern as sk
 from sparsekern.training import GradientMethod
 from sparsekern.training.growth.gradient import is_finite
 from tests.saved import through_a_file
+from tests.training.test_base import bits, equal
 
 METHODS = {
     "RigL": (sk.RigL, {"scoring": "exact"}),
@@ -64,14 +65,6 @@ def train(model, optimizer, method, steps, parts: int = 1, scaler=None) -> list[
 
 def places(model: nn.Module) -> list[list[int]]:
     return [layer.topology.keys().tolist() for layer in sk.sparse_layers(model).values()]
-
-
-def state(model: nn.Module) -> list[torch.Tensor]:
-    return list(copy.deepcopy(model.state_dict()).values())
-
-
-def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def armed(model: nn.Module) -> list[bool]:
@@ -155,7 +148,7 @@ def test_a_skipped_step_leaves_no_trace(name, zero_first, overflow):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     for step in range(5):
         if any(armed(skipping)):
-            before = state(skipping)
+            before = bits(skipping)
             loss = skipping(batch(99)).square().mean() * (float("inf") if overflow == "everywhere" else 1)
             scaler.scale(loss).backward()
             skipping[4].bias.grad.fill_(float("inf"))
@@ -163,7 +156,7 @@ def test_a_skipped_step_leaves_no_trace(name, zero_first, overflow):
             scaler.update()
             if zero_first:
                 optimizer.zero_grad()
-            assert method.step() is False and equal(before, state(skipping))
+            assert method.step() is False and equal(before, bits(skipping))
             optimizer.zero_grad()
         train(skipping, optimizer, method, [step], scaler=scaler)
     assert method.updates == 1 and places(plain) == places(skipping)
@@ -242,12 +235,12 @@ def test_killed_and_resumed_bit_for_bit(name, at):
         method.step()
         start = 8
     train(second, optimizer, method, range(start, 14), parts)
-    assert equal(state(second), state(through)) and method.updates == 3
+    assert equal(bits(second), bits(through)) and method.updates == 3
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("GSE, global", "GSE, sketched")])
 def test_at_most_two_graphs_or_one_more_for_a_second_stage(name):
-    """Shapes stay while the drop fraction falls and the topology moves."""
+    """Shapes stay while the drop fraction falls and the topology moves. All of GSE's scopes compile to one probe."""
     torch._dynamo.reset()
     model = make()
     optimizer, method = build(name, model, update_every=3, stop=30)

@@ -13,24 +13,21 @@ import sparsekern as sk
 from sparsekern.topology import Grid, conv_grid, dense_block_norms, generator_for
 from sparsekern.training.growth.gse import DISTRIBUTIONS, weights
 from tests.topology.test_sampling import chi_square_quantile
-from tests.training.growth.test_rigl import MASK, SCORES, ask_for, layer
+from tests.training.grids import MASK, advance, ask_for, changed, grid_layer, over, places
 
 F64 = torch.float64
 
 
-def grow(candidates: list[int], fraction: float, scores: torch.Tensor = SCORES):
+def grow(candidates: list[int], fraction: float):
     """Return which slots move where, the drawn places being given."""
-    module = layer()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.GSE(module, optimizer, update_every=2, drop_fraction=lambda step: fraction)
+    module = grid_layer(capacity=7)
+    method = over(module, sk.GSE, update_every=2, drop_fraction=lambda step: fraction)
     method.prepare = lambda stage: method._keys.update({"": torch.tensor(candidates, dtype=torch.int32)})
-    before = module.topology.keys().clone()
-    for _ in range(2):
-        ask_for(module, scores)
-        optimizer.step()
-        method.step()
-    moved = (module.topology.keys() != before).nonzero().squeeze(1)
-    return moved.tolist(), [divmod(k, 4) for k in module.topology.keys()[moved].tolist()]
+    ask_for(module)
+    assert not advance(method)
+    ask_for(module)
+    slots = changed(module, lambda: advance(method))
+    return slots, places(module, slots)
 
 
 #   norms                   scores of the gradient's blocks      candidates (x)
@@ -51,8 +48,8 @@ def grow(candidates: list[int], fraction: float, scores: torch.Tensor = SCORES):
     ],
 )
 def test_the_weakest_go_to_the_best_candidates(fraction, slots, grown):
-    moved, places = grow([3, 4, 6, 8, 13], fraction)
-    assert moved == slots and sorted(places) == grown
+    moved, there = grow([3, 4, 6, 8, 13], fraction)
+    assert moved == slots and sorted(there) == grown
 
 
 def test_no_candidates_no_moves():
@@ -67,18 +64,14 @@ def run(module, method, steps: int, tokens: int = 9, seed: int = 0) -> list[torc
         x = torch.randn(tokens, module.grid.in_features, dtype=F64, generator=generator)
         dy = torch.randn(tokens, module.grid.out_features, dtype=F64, generator=generator)
         module(x).backward(dy)
-        method.optimizer.step()
-        method.optimizer.zero_grad()
-        method.step()
+        advance(method)
         gradients.append(dy.T @ x)
     return gradients
 
 
 def build(kind=sk.GSE, block=(4, 2), sparsity: float = 0.8, blocks: int | None = None, **options):
     module = sk.SparseLinear(23, 38, sparsity=sparsity, blocks=blocks, block_size=block, seed=0, dtype=F64)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    options = {"update_every": 2, "drop_fraction": lambda step: 0.3} | options
-    return module, kind(module, optimizer, **options)
+    return module, over(module, kind, **({"update_every": 2, "drop_fraction": lambda step: 0.3} | options))
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -133,8 +126,8 @@ def test_scores_are_the_norms_of_the_dense_gradients_blocks(distribution, block,
 
 def test_uniform_candidates_are_equally_likely():
     """Chi-square on inclusion counts: without replacement 3 of 10, so the counts vary by less than a Poisson's."""
-    module = layer()
-    method = sk.GSE(module, torch.optim.SGD(module.parameters()), subset_factor=0.5)
+    module = grid_layer(capacity=7)
+    method = over(module, sk.GSE, subset_factor=0.5)
     draws, counts = 4000, torch.zeros(16)
     for step in range(draws):
         method.steps = step
@@ -246,9 +239,7 @@ def test_resumed_between_backwards_after_a_larger_subset():
 
     def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: sk.GSE, x: torch.Tensor) -> None:
         model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        sparse.step()
+        advance(sparse)
 
     data = torch.randn(40, 8, 64, generator=generator_for(0))
     first = build()

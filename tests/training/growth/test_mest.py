@@ -9,11 +9,9 @@ import pytest
 import torch
 
 import sparsekern as sk
-from sparsekern.topology import Grid, check_tied, from_mask
-from tests.saved import through_a_file
-from tests.training.growth.test_granet import F, G, step
-from tests.training.test_base import batch, bits, equal, make, train
-from tests.training.test_set import MASK, NORMS
+from sparsekern.topology import check_tied
+from tests.training.grids import F, G, advance, changed, free, grid_layer, over, step
+from tests.training.test_base import batch, built, check_resumed, make, train
 
 # norms of the blocks, by slot         norms of their gradients, g_J * f_I      importance with half the gradient
 #     9:0  .   1:1  .                      4   .   2   .                           11   .   2   .
@@ -23,16 +21,8 @@ from tests.training.test_set import MASK, NORMS
 IMPORTANCE = [11.0, 2.0, 5.5, 9.5, 11.0, 6.0]
 
 
-def grid_layer(block: int, capacity: int = 6) -> sk.SparseLinear:
-    side = 4 * block
-    layer = sk.SparseLinear(side, side, topology=from_mask(Grid(side, side, (block, block)), MASK), capacity=capacity)
-    with torch.no_grad():
-        layer.values[:6] = NORMS.view(6, 1, 1) / block
-    return layer
-
-
 def mest(model, **options) -> sk.MEST:
-    return sk.MEST(model, torch.optim.SGD(model.parameters(), lr=0.0), **({"update_every": 1} | options))
+    return over(model, sk.MEST, **options)
 
 
 def gradient_of(layer: sk.SparseLinear, slots: list[int]) -> list[float]:
@@ -44,14 +34,11 @@ def test_two_updates_by_hand(block):
     layer = grid_layer(block)
     method = mest(layer, drop_fraction=lambda step: 0.5)
     before = layer.topology.keys().clone()
-    assert step(layer, method)
-    moved = (layer.topology.keys() != before).nonzero().flatten().tolist()
+    moved = changed(layer, lambda: step(layer, method))
     assert moved == [1, 2, 5], "2, 5.5 and 6; SET would take norms 1, 2 and 3"
     assert not layer.values[moved].any() and not set(layer.topology.keys()[moved].tolist()) & set(before.tolist())
     # The new ones are 0, with half of their gradients' norms, 7 at most: below 9.5. Of all six half go again.
-    before = layer.topology.keys().clone()
-    assert step(layer, method)
-    assert (layer.topology.keys() != before).nonzero().flatten().tolist() == [1, 2, 5]
+    assert changed(layer, lambda: step(layer, method)) == [1, 2, 5] and method.updates == 2
     assert layer.topology.blocks() == 6 and layer.values[0, 0, 0] == 9 / block
 
 
@@ -65,9 +52,7 @@ def test_the_soft_bound_by_hand(block):
     assert layer.topology.blocks() == 8 and torch.equal(layer.topology.keys()[:6], before[:6])
     importance = IMPORTANCE + [g / 2 for g in gradient_of(layer, [6, 7])]
     weakest = sorted(sorted(range(8), key=lambda slot: importance[slot])[:2])
-    before = layer.topology.keys().clone()
-    assert step(layer, method)
-    assert (layer.topology.keys() != before).nonzero().flatten().tolist() == weakest and 1 in weakest
+    assert changed(layer, lambda: step(layer, method)) == weakest and 1 in weakest
     assert layer.topology.blocks() == 8
     importance = [0 if slot in weakest else number for slot, number in enumerate(importance)]
     importance = [
@@ -76,7 +61,7 @@ def test_the_soft_bound_by_hand(block):
     ]
     weakest = sorted(sorted(range(8), key=lambda slot: importance[slot])[:2])
     assert step(layer, method)
-    assert (layer.row < 0).nonzero().flatten().tolist() == weakest and method.metrics()["sparsity/"] == 10 / 16
+    assert free(layer) == weakest and method.metrics()["sparsity/"] == 10 / 16
     assert not step(layer, method)
 
 
@@ -90,9 +75,7 @@ def test_the_fraction_falls_in_steps():
 def test_a_layer_without_a_gradient_goes_by_its_norms():
     layer = grid_layer(2)
     method = mest(layer, drop_fraction=lambda step: 0.5)
-    before = layer.topology.keys().clone()
-    method.optimizer.step()
-    assert method.step() and (layer.topology.keys() != before).nonzero().flatten().tolist() == [1, 2, 4]
+    assert changed(layer, lambda: advance(method)) == [1, 2, 4]
 
 
 def test_an_update_by_hand_takes_the_gradient_that_is_there():
@@ -100,8 +83,7 @@ def test_an_update_by_hand_takes_the_gradient_that_is_there():
     method = mest(layer, update_every=100, drop_fraction=lambda step: 0.5)
     layer.values.grad = torch.zeros_like(layer.values)
     layer.values.grad[1] = 100
-    before = layer.topology.keys().clone()
-    assert method.update() and (layer.topology.keys() != before).nonzero().flatten().tolist() == [2, 4, 5]
+    assert changed(layer, method.update) == [2, 4, 5]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -121,20 +103,11 @@ def test_gradients_are_those_that_the_optimizer_takes(fused):
 
 def test_tied_taps_move_together():
     conv = sk.SparseConv2d(8, 8, 3, block_size=4, sparsity=0.5, tie_taps=True, capacity=27, seed=0)
-    method = sk.MEST(
-        conv,
-        torch.optim.SGD(conv.parameters(), lr=0.1),
-        soft_bound=True,
-        update_every=1,
-        stop=4,
-        drop_fraction=0.5,
-        anneal="constant",
-    )
+    method = mest(conv, soft_bound=True, stop=4, drop_fraction=0.5, anneal="constant")
     blocks = []
     for _ in range(3):
         conv(torch.randn(2, 8, 4, 4)).square().mean().backward()
-        method.optimizer.step()
-        assert method.step()
+        assert advance(method)
         check_tied(conv.topology)
         blocks.append(conv.topology.blocks())
     assert blocks == [27, 27, 18]
@@ -144,26 +117,18 @@ def test_tied_taps_move_together():
 def test_saved_loaded_and_continued_bit_for_bit(between):
     """Also between the optimizer's step and the update, which needs the gradients of that step."""
 
-    def build(seed):
-        model = make(seed)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, optimizer, sk.MEST(model, optimizer, update_every=3, drop_fraction=0.5, seed=1)
+    def go_on(model, optimizer, method, steps):
+        if between and steps.start == 5:
+            assert method._gradients.keys() == {"0", "2", "4"} and method.step()
+            steps = steps[1:]
+        train(model, optimizer, method, steps)
+        assert not method._gradients
+        if between and steps.stop == 5:
+            method.backward(lambda: model(batch(5)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
 
-    through, first, second = build(0), build(0), build(1)
-    train(*through, range(7))
-    train(*first, range(5))
-    if between:
-        first[2].backward(lambda: first[0](batch(5)).square().mean())
-        first[1].step()
-        first[1].zero_grad()
-    saved = through_a_file(first)
-    for part, state in zip(second, saved, strict=True):
-        part.load_state_dict(state)
-    assert second[2]._gradients.keys() == ({"0", "2", "4"} if between else set())
-    if between:
-        assert second[2].step()
-    train(*second, range(5 + between, 7))
-    assert equal(bits(second[0]), bits(through[0]))
+    check_resumed(lambda seed: built(sk.MEST, seed, update_every=3, drop_fraction=0.5), 5, 7, go_on)
 
 
 def test_compacted_between_a_step_and_its_update():

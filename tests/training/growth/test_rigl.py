@@ -9,48 +9,22 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.topology import Grid, dense_block_norms, from_mask, generator_for
+from sparsekern.topology import Grid, dense_block_norms, generator_for
 from sparsekern.training import METHODS
 from sparsekern.training.distributed import Ranks
-
-#   norms of the stored blocks          norms of the gradient's blocks
-#     9  .  1  .                          1  6  9  2
-#     .  2  .  .                          0  8  3  4
-#     .  .  .  8                          5  1  7  9
-#     3  .  .  4                          2  3  6  1
-NORMS = torch.tensor([9.0, 1, 2, 8, 3, 4])
-MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 1]])
-SCORES = torch.tensor([[1.0, 6, 9, 2], [0, 8, 3, 4], [5, 1, 7, 9], [2, 3, 6, 1]])
+from tests.training.grids import MASK, SCORES, advance, ask_for, changed, grid_layer, over, places
 
 
-def layer(block: int = 2) -> sk.SparseLinear:
-    side = 4 * block
-    module = sk.SparseLinear(side, side, topology=from_mask(Grid(side, side, (block, block)), MASK), capacity=7)
-    with torch.no_grad():
-        module.values[:6] = NORMS.view(6, 1, 1) / block  # the norm of four equal entries is twice the entry
-    return module
+def rigl(module: sk.SparseLinear, **options) -> sk.RigL:
+    return over(module, sk.RigL, **options)
 
 
-def ask_for(module: sk.SparseLinear, scores: torch.Tensor) -> torch.Tensor:
-    """Run a backward in which the norms of the gradient's blocks are ``scores``: x = 1, one token a feature."""
-    bo, bi = module.block_size
-    x = torch.zeros(4 * bi, 4 * bi)
-    x[range(4 * bi), range(4 * bi)] = 1
-    dy = (scores / (bo * bi) ** 0.5).repeat_interleave(bo, 0).repeat_interleave(bi, 1).T
-    module(x).backward(dy.contiguous())
-    return dy.T @ x
-
-
-def move(fraction: float, scores: torch.Tensor = SCORES, block: int = 2, **options):
-    module = layer(block)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=1, drop_fraction=lambda step: fraction, **options)
+def move(fraction: float, block: int = 2, scores: torch.Tensor = SCORES, **options):
+    module = grid_layer(block, capacity=7)
+    method = rigl(module, drop_fraction=lambda step: fraction, **options)
     ask_for(module, scores)
-    optimizer.step()
-    before = module.topology.keys().clone()
-    method.step()
-    moved = (module.topology.keys() != before).nonzero().squeeze(1)
-    return moved.tolist(), [divmod(k, 4) for k in module.topology.keys()[moved].tolist()]
+    slots = changed(module, lambda: advance(method))
+    return slots, places(module, slots)
 
 
 #   The best of the ten empty places: 7 at (2, 2); 6 at (0, 1) and (3, 2); 5 at (2, 0); 4 at (1, 3); 3 at (1, 2), (3, 1)
@@ -67,8 +41,8 @@ def move(fraction: float, scores: torch.Tensor = SCORES, block: int = 2, **optio
     ],
 )
 def test_the_weakest_go_where_the_gradient_is_largest(fraction, slots, grown):
-    moved, places = move(fraction)
-    assert moved == slots and sorted(places) == sorted(grown)
+    moved, there = move(fraction)
+    assert moved == slots and sorted(there) == sorted(grown)
 
 
 def test_unstructured_weights_are_the_same_table():
@@ -81,12 +55,11 @@ def test_regrow():
 
 
 def test_regrown_blocks_stay_as_they_are():
-    module = layer()
-    method = sk.RigL(module, torch.optim.SGD(module.parameters()), update_every=1, regrow=True)
-    ask_for(module, SCORES)
-    method.optimizer.step()
+    module = grid_layer()
+    method = rigl(module, regrow=True)
+    ask_for(module)
     before = module.values.detach().clone()
-    method.step()
+    advance(method)
     assert torch.equal(before[[0, 1, 2, 3, 5]], module.values.detach()[[0, 1, 2, 3, 5]])
 
 
@@ -96,27 +69,20 @@ def test_nothing_moves_without_a_gradient():
 
 def test_no_more_than_the_empty_places():
     module = sk.SparseLinear(8, 8, block_size=2, blocks=15, seed=0)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=1, drop_fraction=1.0)
+    method = rigl(module, drop_fraction=1.0)
     ask_for(module, SCORES + 1)
-    optimizer.step()
-    assert method.step() and method.metrics()["churn/"] == 1 / 15
+    assert advance(method) and method.metrics()["churn/"] == 1 / 15
 
 
 def test_min_age_and_keep_connected_spare_blocks():
     # row 1 and column 1 have only slot 2, column 2 only slot 1; see test_set.py: only slot 4 may go
     assert move(1.0, keep_connected=True)[0] == [4]
-    module = layer()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=1, drop_fraction=lambda step: 0.34, min_age=1)
+    module = grid_layer(capacity=7)
+    method = rigl(module, drop_fraction=lambda step: 0.34, min_age=1)
     dropped = []
-    for _ in range(4):
-        before = module.topology.keys().clone()
-        ask_for(module, torch.rand(4, 4, generator=generator_for(len(dropped))) + 1)
-        optimizer.step()
-        method.step()
-        dropped.append((module.topology.keys() != before).nonzero().squeeze(1).tolist())
-        optimizer.zero_grad()
+    for at in range(4):
+        ask_for(module, torch.rand(4, 4, generator=generator_for(at)) + 1)
+        dropped.append(changed(module, lambda: advance(method)))
     # 1 and 2 are the weakest; they are spared once, when 3 and 4 go, then go again, being zero
     assert dropped == [[1, 2], [4, 5], [1, 2], [4, 5]]
 
@@ -140,66 +106,53 @@ CASES = {
 def test_it_is_rigl_on_the_dense_gradient(case):
     block, options = CASES[case]
     module = sk.SparseLinear(23, 38, sparsity=0.8, block_size=block, seed=0, dtype=torch.float64)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 0.3, **options)
+    method = rigl(module, update_every=2, drop_fraction=lambda step: 0.3, **options)
     for step in range(2):
         x = torch.randn(9, 23, dtype=torch.float64, generator=generator_for(step))
         dy = torch.randn(9, 38, dtype=torch.float64, generator=generator_for(step + 10))
         module(x).backward(dy)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step == 1:
-            blocks = module.topology.blocks()
-            before = set(module.topology.keys().tolist())
-            expected = dense_choice(module, x, dy, int(0.3 * blocks))
-        assert method.step() == (step == 1)
+        before = set(module.topology.keys().tolist())
+        expected = dense_choice(module, x, dy, int(0.3 * module.topology.blocks()))
+        assert advance(method) == (step == 1)
     assert set(module.topology.keys().tolist()) - before == expected and len(expected) > 4
 
 
 def test_screening_finds_most_of_the_best():
     """Not all: the estimate of a norm from 16 sketches deviates by about a third."""
     module = sk.SparseLinear(96, 96, sparsity=0.9, block_size=4, seed=0, dtype=torch.float64)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(
-        module, optimizer, update_every=2, drop_fraction=lambda step: 0.3, scoring="screen", allow_dense_scores=True
-    )
+    method = rigl(module, update_every=2, drop_fraction=lambda step: 0.3, scoring="screen", allow_dense_scores=True)
     x, dy = (torch.randn(5, 96, dtype=torch.float64, generator=generator_for(s)) for s in range(2))
     before = set(module.topology.keys().tolist())
     expected = dense_choice(module, x, dy, 17)
     for _ in range(2):
         module(x).backward(dy)
-        optimizer.step()
-        method.step()
+        advance(method)
     grown = set(module.topology.keys().tolist()) - before
     assert len(grown) == 17 and len(grown & expected) >= 12  # by chance it would be one
 
 
 def test_screening_does_not_look_at_places_that_hold_a_block():
     """Where the gradient is by far the largest."""
-    module = layer()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 0.5, scoring="screen", shortlist=1)
+    module = grid_layer(capacity=7)
+    method = rigl(module, update_every=2, drop_fraction=lambda step: 0.5, scoring="screen", shortlist=1)
     before = set(module.topology.keys().tolist())
     for _ in range(2):
         ask_for(module, torch.where(MASK > 0, 1000.0, SCORES))
-        optimizer.step()
-        moved = method.step()
+        moved = advance(method)
     assert moved and len(set(module.topology.keys().tolist()) - before) == 3
 
 
 def test_screening_estimates_norms_and_not_sums():
     """Blocks of changing signs have norm 8, those of one sign 4: their sums would be 0 and 32."""
     module = sk.SparseLinear(64, 64, sparsity=0.9, block_size=8, seed=0)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=2, drop_fraction=lambda step: 1.0, scoring="screen", shortlist=1)
+    method = rigl(module, update_every=2, drop_fraction=lambda step: 1.0, scoring="screen", shortlist=1)
     rows, cols = torch.arange(64)[:, None], torch.arange(64)
     one_sign = (rows // 8 + cols // 8) % 2 == 0
     gradient = torch.where(one_sign, 0.5, (-1.0) ** (rows + cols))
     before = module.topology.keys().clone()
     for _ in range(2):
         module(torch.eye(64)).backward(gradient.T.contiguous())
-        optimizer.step()
-        method.step()
+        advance(method)
     grown = module.topology.keys()[~torch.isin(module.topology.keys(), before)]
     assert grown.numel() == 6 and not one_sign[grown // 8 * 8, grown % 8 * 8].any()
 
@@ -222,16 +175,13 @@ def test_the_sketch_is_unbiased_and_deviates_as_it_should():
 def test_several_backwards_a_step_are_noticed(caplog):
     """Norms of two micro-batches do not add up to the norm of their sum."""
     module = sk.SparseLinear(8, 8, block_size=2, blocks=6, seed=0)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=3)
+    method = rigl(module, update_every=3)
     moved = []
     for _ in range(7):
         for _ in range(2):
-            ask_for(module, SCORES)
-        optimizer.step()
-        optimizer.zero_grad()
+            ask_for(module)
         with caplog.at_level(logging.WARNING, "sparsekern"):
-            moved.append(method.step())
+            moved.append(advance(method))
     assert moved == [False] * 4 + [True, False, True], "the first is two steps late, the second one"
     assert caplog.text.count("the gradient of '' comes in 2 parts a step (several batches") == 1
     assert method.state_dict()["screen"] is True
@@ -239,11 +189,10 @@ def test_several_backwards_a_step_are_noticed(caplog):
 
 def test_a_backward_that_creates_a_graph_is_one(caplog):
     module = sk.SparseLinear(8, 8, block_size=2, blocks=6, seed=0)
-    method = sk.RigL(module, torch.optim.SGD(module.parameters(), lr=0.0), update_every=1)
+    method = rigl(module)
     with pytest.warns(UserWarning, match="create_graph"):
         module(torch.ones(1, 8)).square().sum().backward(create_graph=True)
-    method.optimizer.step()
-    assert method.step() is True and not caplog.text
+    assert advance(method) is True and not caplog.text
 
 
 def test_skip_step_leaves_the_weights_of_an_update_alone():
@@ -263,13 +212,8 @@ def test_skip_step_leaves_the_weights_of_an_update_alone():
 
 
 def test_score_tokens_scores_on_a_slice():
-    module = layer()
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
-    method = sk.RigL(module, optimizer, update_every=1, drop_fraction=lambda step: 0.17, score_tokens=2)
-    ask_for(module, SCORES)  # tokens 0 and 4 of 8 are the first features of block columns 0 and 2
-    optimizer.step()
-    assert method.step()
-    assert divmod(int(module.topology.keys()[1]), 4) == (2, 2)  # of columns 0 and 2: 5 at (2, 0), 7 at (2, 2)
+    # Tokens 0 and 4 of 8 are the first features of block columns 0 and 2, where there are 5 at (2, 0) and 7 at (2, 2).
+    assert move(0.17, score_tokens=2) == ([1], [(2, 2)])
 
 
 @pytest.mark.parametrize(
@@ -291,7 +235,7 @@ def test_fewer_sketches_where_more_would_not_be_fewer_than_values(block, sparsit
 
 class TestErrors:
     def test_unstructured_weights_need_consent(self):
-        module = layer(block=1)
+        module = grid_layer(1)
         with pytest.raises(ValueError, match=r"has 1x1 blocks.*4 x 4 matrix.*Use GSE.*allow_dense_scores=True"):
             METHODS["rigl"](module, torch.optim.SGD(module.parameters()))
 
@@ -306,36 +250,33 @@ class TestErrors:
     )
     def test_more_scores_than_values_need_consent(self, block, sparsity, options, text):
         module = sk.SparseLinear(32 * block, 32 * block, block_size=block, sparsity=sparsity, seed=0)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
         with pytest.raises(ValueError, match=text):
-            sk.RigL(module, optimizer, **options)
+            rigl(module, **options)
         assert module.probe is None
-        sk.RigL(module, optimizer, allow_dense_scores=True, **options)
+        rigl(module, allow_dense_scores=True, **options)
 
     def test_screening_that_turns_out_to_be_needed_asks_for_consent(self):
         module = sk.SparseLinear(128, 128, block_size=4, sparsity=0.8, seed=0)
         before = module.topology.keys().clone()
-        method = sk.RigL(module, torch.optim.SGD(module.parameters(), lr=0.0), update_every=1)
+        method = rigl(module)
         for _ in range(2):
             module(torch.ones(1, 128)).sum().backward()
-        method.optimizer.step()
         with pytest.raises(ValueError, match="would hold 4 numbers.*allow_dense_scores=True"):
-            method.step()
+            advance(method)
         assert method.updates == 0 and method.stages() == 1 and torch.equal(module.topology.keys(), before)
 
     def test_exact_scores_of_several_backwards(self):
-        module = layer()
-        method = sk.RigL(module, torch.optim.SGD(module.parameters()), update_every=1, scoring="exact")
+        module = grid_layer()
+        method = rigl(module, scoring="exact")
         for _ in range(2):
-            ask_for(module, SCORES)
-        method.optimizer.step()
+            ask_for(module)
         with pytest.raises(ValueError, match="scoring is 'exact', but the gradient of '' comes in 2 parts"):
-            method.step()
+            advance(method)
 
     def test_exact_scores_on_several_ranks(self, monkeypatch):
         monkeypatch.setattr(Ranks, "count", 2)
         monkeypatch.setattr(Ranks, "check_agreement", lambda *args: None)
-        module = layer()
+        module = grid_layer()
         with pytest.raises(ValueError, match="norms do not add up over ranks; use 'auto' or 'screen'"):
             sk.RigL(module, torch.optim.SGD(module.parameters()), scoring="exact")
         assert sk.RigL(module, torch.optim.SGD(module.parameters())).stages() == 2

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import generator_for
-from tests.training.growth.test_granet import F, G
-from tests.training.test_base import batch, bits, equal, make, train
-from tests.training.test_gradual import grid_layer
-
-# norms of the blocks, by slot         scores of places: norms of the gradient's blocks, g_J * f_I
-#     9:0  .   1:1  .                     4  3.5  2  1
-#     .   2:2  .    .                     8  7    4  2
-#     .    .   .   8:3                   12 10.5  6  3
-#    3:4   .   .   4:5                   16 14    8  4
+from tests.training.grids import advance, grid_layer, over, places, step
+from tests.training.test_base import batch, bits, built, check_resumed, equal, make
 
 
 def build(block: int, **options):
     model = nn.Sequential(grid_layer(block), nn.Linear(4 * block, 1))
-    options = {"drop_fraction": lambda step: 0.5, "update_every": 1, "allow_dense_scores": True} | options
-    return model[0], sk.SRigL(model, torch.optim.SGD(model.parameters(), lr=0.0), **options)
-
-
-def step(layer, method, g=G) -> bool:
-    """A step in which nothing is learnt, with the gradient above. One element of a block: sketches are exact."""
-    block = layer.block_size[0]
-    x, dy = torch.zeros(1, 4 * block), torch.zeros(1, 4 * block)
-    x[0, ::block], dy[0, ::block] = torch.tensor(F), torch.tensor(g)
-    layer(x).backward(dy)
-    method.optimizer.step()
-    method.optimizer.zero_grad()
-    return method.step()
-
-
-def places(layer) -> list[tuple[int, int]]:
-    return list(zip(layer.row.tolist(), layer.col.tolist(), strict=True))
+    return model[0], over(model, sk.SRigL, drop_fraction=lambda step: 0.5, allow_dense_scores=True, **options)
 
 
 @pytest.mark.parametrize(("block", "scoring"), [(1, "exact"), (2, "exact"), (2, "screen")])
@@ -102,40 +77,27 @@ def test_rows_differ_by_one_block_at_most_and_the_number_stays(blocks, rows, col
 
 def test_a_layer_that_was_not_used_stays():
     model = make()
-    method = sk.SRigL(model, torch.optim.SGD(model.parameters(), lr=0.1), update_every=1)
+    method = over(model, sk.SRigL)
     before = bits(model)
     (0 * model(batch(0))).sum().backward()
-    method.optimizer.step()
-    assert not method.step() and equal(bits(model), before)
+    assert not advance(method) and equal(bits(model), before)
 
 
 @pytest.mark.parametrize("scoring", ["exact", "screen"])
 @pytest.mark.parametrize("at", [5, 7])
 def test_saved_loaded_and_continued_bit_for_bit(scoring, at):
     """Updates after steps 4, 8 and 12: after 7 a probe is armed."""
-
-    def built(seed):
-        model = make(seed)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, optimizer, sk.SRigL(model, optimizer, update_every=4, stop=13, scoring=scoring, seed=1)
-
-    through, first, second = built(0), built(0), built(1)
-    moved = train(*through, range(14))
-    train(*first, range(at))
-    for part, state in zip(second, copy.deepcopy([part.state_dict() for part in first]), strict=True):
-        part.load_state_dict(state)
-    train(*second, range(at, 14))
-    assert equal(bits(second[0]), bits(through[0])) and any(moved)
+    options = {"update_every": 4, "stop": 13, "scoring": scoring}
+    model, _, _ = check_resumed(lambda seed: built(sk.SRigL, seed, **options), at, 14)
+    assert places(model[0]) != places(make()[0])
 
 
 def test_several_backwards_a_step_are_ranked_by_sketches(caplog):
-    model = make()
-    method = sk.SRigL(model, torch.optim.SGD(model.parameters(), lr=0.1), update_every=1)
+    model, _, method = built(sk.SRigL, update_every=1)
     for _ in range(2):
         for part in batch(0).chunk(2):
             model(part).square().mean().backward()
-        method.optimizer.step()
-        moved = method.step()
+        moved = advance(method)
     assert moved and "screens its blocks by sketches" in caplog.text
 
 

@@ -11,7 +11,8 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.topology import to_dense
 from sparsekern.training.vrpge.masks import score_gradient
-from tests.saved import through_a_file
+from tests.training.grids import advance
+from tests.training.test_base import check_resumed
 
 
 def make(block: int = 4, norm: bool = False, dropout: float = 0.0, dtype=torch.float32) -> nn.Sequential:
@@ -30,12 +31,13 @@ def sgd(model: nn.Module, momentum: float = 0.9) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, weight_decay=0.01)
 
 
-def one_step(model, optimizer, method, step, **options):
-    loss = method.backward(lambda: model(batch(step)).square().mean(), **options)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    method.step()
-    return loss
+def built(model: nn.Module, **options) -> sk.VRPGE:
+    return sk.VRPGE(model, sgd(model), **options)
+
+
+def one_step(model: nn.Module, method: sk.VRPGE, step: int) -> None:
+    method.backward(lambda: model(batch(step)).square().mean())
+    advance(method)
 
 
 def masked_twin(model: nn.Module, method: sk.VRPGE, units: torch.Tensor) -> nn.Module:
@@ -52,10 +54,7 @@ def masked_twin(model: nn.Module, method: sk.VRPGE, units: torch.Tensor) -> nn.M
 @pytest.mark.parametrize("block", [1, 4])
 def test_gradients_and_scores_are_those_of_masked_dense_networks(block, weight_step):
     model = make(block, dtype=torch.float64)
-    optimizer = sgd(model)
-    method = sk.VRPGE(
-        model, optimizer, masks=3, weight_step=weight_step, probability_optimizer="sgd", score_clip=None, seed=3
-    )
+    method = built(model, masks=3, weight_step=weight_step, probability_optimizer="sgd", score_clip=None, seed=3)
     loss = method.backward(lambda: model(batch(0, torch.float64)).square().mean())
     masks = method._masks
     twins = [masked_twin(model, method, units) for units in masks]
@@ -72,8 +71,7 @@ def test_gradients_and_scores_are_those_of_masked_dense_networks(block, weight_s
             expected += sk.topology.gather_blocks(layer.topology, weight) * keep / len(used)
         torch.testing.assert_close(layer.values.grad, expected, atol=1e-12, rtol=1e-9)
     before = method.probabilities.value.clone()
-    optimizer.step()
-    method.step()
+    advance(method)
     scores = score_gradient(torch.stack(losses).detach().float(), masks, before)
     wanted = method.budget.project(before - method.probabilities.rate * scores)
     torch.testing.assert_close(method.probabilities.value, wanted, atol=1e-6, rtol=0)
@@ -81,7 +79,7 @@ def test_gradients_and_scores_are_those_of_masked_dense_networks(block, weight_s
 
 def test_the_extra_passes_leave_no_graph_and_values_are_computed_once():
     model = make()
-    method = sk.VRPGE(model, sgd(model), masks=4)
+    method = built(model, masks=4)
     graphs = []
 
     def closure():
@@ -95,16 +93,13 @@ def test_the_extra_passes_leave_no_graph_and_values_are_computed_once():
 
 def test_structure_every_few_steps_takes_one_pass_between():
     model = make()
-    optimizer = sgd(model)
-    method = sk.VRPGE(model, optimizer, structure_every=3, start=2)
+    method = built(model, structure_every=3, start=2)
     calls, moved = [], []
     for step in range(7):
         count = []
         method.backward(lambda step=step, count=count: (count.append(1), model(batch(step)).square().mean())[1])
-        optimizer.step()
-        optimizer.zero_grad()
         before = method.probabilities.value.clone()
-        method.step()
+        advance(method)
         calls.append(len(count))
         moved.append(not torch.equal(before, method.probabilities.value))
     assert calls == [1, 1, 1, 2, 1, 1, 2]
@@ -113,7 +108,7 @@ def test_structure_every_few_steps_takes_one_pass_between():
 
 def test_dropout_is_the_same_in_all_passes_and_drawn_once():
     model = make(dropout=0.5)
-    method = sk.VRPGE(model, sgd(model), masks=3)
+    method = built(model, masks=3)
     dropped = []
     model[1].register_forward_hook(lambda module, args, y: dropped.append((y == 0) & (args[0] != 0)))
     state = torch.get_rng_state()
@@ -129,7 +124,7 @@ def test_dropout_is_the_same_in_all_passes_and_drawn_once():
 @pytest.mark.parametrize("weight_step", ["one", "all"])
 def test_running_statistics_see_the_first_mask_only(weight_step):
     model = make(norm=True)
-    method = sk.VRPGE(model, sgd(model), masks=3, weight_step=weight_step)
+    method = built(model, masks=3, weight_step=weight_step)
     twin = copy.deepcopy(model)
     method.backward(lambda: model(batch(0)).square().mean())
     dense = masked_twin(twin, method, method._masks[0])
@@ -158,26 +153,24 @@ def test_blocks_that_no_mask_held_are_untouched_state_included(make_optimizer):
 
 def test_without_lazy_steps_decay_acts_on_all():
     model = make()
-    optimizer = sgd(model)
-    method = sk.VRPGE(model, optimizer, unsampled="decay")
+    method = built(model, unsampled="decay")
     before = model[0].values.detach().clone()
     method.backward(lambda: model(batch(0)).square().mean())
     out = ~method.candidates["0"].slots(method._masks[0][method.budget.parts["0"]])
-    optimizer.step()
+    method.optimizer.step()
     torch.testing.assert_close(model[0].values[out], before[out] * (1 - 0.1 * 0.01))
 
 
 def test_micro_batches_have_the_same_masks_and_add_up():
     model = make(dtype=torch.float64)
     first, second = copy.deepcopy(model), copy.deepcopy(model)
-    methods = [sk.VRPGE(m, sgd(m), seed=5, score_clip=None) for m in (first, second)]
+    methods = [built(m, seed=5, score_clip=None) for m in (first, second)]
     for half in batch(0, torch.float64).chunk(2):
         methods[0].backward(lambda half=half: first(half).square().mean() / 2)
         assert methods[0].step() is False
     methods[1].backward(lambda: second(batch(0, torch.float64)).square().mean())
     for method in methods:
-        method.optimizer.step()
-        method.step()
+        advance(method)
     torch.testing.assert_close(first[0].values, second[0].values)
     torch.testing.assert_close(methods[0].probabilities.value, methods[1].probabilities.value, atol=1e-6, rtol=0)
 
@@ -250,10 +243,9 @@ def test_the_end_is_the_budget_exactly_and_ordinary_training_follows(group):
 
 def test_an_evaluation_is_the_network_of_the_end():
     model = make()
-    optimizer = sgd(model)
-    method = sk.VRPGE(model, optimizer)
+    method = built(model)
     for step in range(3):
-        one_step(model, optimizer, method, step)
+        one_step(model, method, step)
     with method.evaluation():
         before = model(batch(9))
     whole = model(batch(9))
@@ -275,37 +267,25 @@ def test_it_finds_the_blocks_that_matter():
     for _ in range(800):
         x = torch.randn(32, 16, generator=generator)
         method.backward(lambda x=x: (layer(x) - x @ target.T).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
-        method.step()
+        advance(method)
     assert torch.equal(layer.topology.used(), true)
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_step": "all", "group": "row"}, {"probability_optimizer": "sgd"}])
 def test_killed_and_resumed_bit_for_bit(options):
-    def build():
+    def build(seed):
         model = make(norm=True, dropout=0.3)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         settings = {"sparsity": 0.6, "update_every": 3, "stop": 14, "floor": 0.05, "seed": 7, **options}
         return model, optimizer, sk.VRPGE(model, optimizer, **settings)
 
-    def run(parts, steps):
+    def run(model, optimizer, method, steps):
         for step in steps:
             torch.manual_seed(step)  # dropout, which the loop has to save
-            one_step(*parts, step)
+            one_step(model, method, step)
 
-    through = build()
-    run(through, range(18))
-    first = build()
-    run(first, range(7))
-    saved = through_a_file(first)
-    second = build()
-    for part, state in zip(second, saved, strict=True):
-        part.load_state_dict(state)
-    run(second, range(7, 18))
-    for a, b in zip(second[0].state_dict().values(), through[0].state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(second[2].probabilities.value, through[2].probabilities.value) and second[2].finished
+    _, _, method = check_resumed(build, 7, 18, run)
+    assert method.finished
 
 
 def test_a_convolution_with_tied_taps_and_a_layer_that_is_frozen():
@@ -318,8 +298,7 @@ def test_a_convolution_with_tied_taps_and_a_layer_that_is_frozen():
     for step in range(4):
         x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(step))
         method.backward(lambda x=x: model(x).square().mean())
-        optimizer.step()
-        method.step()
+        advance(method)
     assert method.finish() and torch.equal(model[2].row, before) and list(method.candidates) == ["0"]
     assert method.metrics()["expected_sparsity/2"] == 0.5
 
@@ -327,23 +306,19 @@ def test_a_convolution_with_tied_taps_and_a_layer_that_is_frozen():
 class TestErrors:
     def test_a_step_without_its_backward(self):
         model = make()
-        optimizer = sgd(model)
-        method = sk.VRPGE(model, optimizer)
+        method = built(model)
         model(batch(0)).sum().backward()
         with pytest.raises(RuntimeError, match=r"in place of loss.backward\(\) write sparse.backward"):
-            optimizer.step()
+            method.optimizer.step()
         assert method.steps == 0
 
     def test_all_frozen(self):
         model = make()
-        optimizer = sgd(model)
         for layer in sk.sparse_layers(model).values():
             layer.values.requires_grad_(False)
         with pytest.raises(ValueError, match="the values of all sparse layers are frozen"):
-            sk.VRPGE(model, optimizer)
+            built(model)
 
     def test_a_state_of_other_candidates(self):
-        model, other = make(), make(2)
-        state = sk.VRPGE(other, sgd(other)).state_dict()
         with pytest.raises(ValueError, match="the state has other candidates"):
-            sk.VRPGE(model, sgd(model)).load_state_dict(state)
+            built(make()).load_state_dict(built(make(2)).state_dict())
