@@ -65,6 +65,7 @@ from sparsekern.nn import (  # noqa: E402
 from sparsekern.ops import Probe, backend  # noqa: E402
 from sparsekern.training import (  # noqa: E402
     AGENT,
+    DSR,
     GSE,
     MEST,
     SET,
@@ -84,6 +85,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AGENT",
+    "DSR",
     "GSE",
     "MEST",
     "SET",

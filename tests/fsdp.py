@@ -25,6 +25,7 @@ METHODS: dict[str, tuple[type[sk.Method], dict[str, Any]]] = {
     "RigL": (sk.RigL, {"scoring": "screen"}),  # what it does on several ranks anyway
     "MEST": (sk.MEST, {"soft_bound": True, "stop": 13}),
     "SRigL": (sk.SRigL, {"scoring": "screen"}),
+    "DSR": (sk.DSR, {"threshold": 0.05}),
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 13}),
     "GSE": (sk.GSE, {}),
     "GSE, sketches": (sk.GSE, {"score_sketches": 2}),

@@ -45,6 +45,7 @@ METHODS = {
     "Gradual": (sk.Gradual, {"scope": "global", "stop": 10}),
     "MEST": (sk.MEST, {"drop_fraction": 0.3}),
     "SRigL": (sk.SRigL, {"scoring": "screen"}),
+    "DSR": (sk.DSR, {"threshold": 0.1}),
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 10}),
 }
 VRPGE = {

@@ -22,6 +22,7 @@ METHODS = {
     "Gradual": (sk.Gradual, {"final_sparsity": 0.8}),
     "MEST": (sk.MEST, {}),
     "SRigL": (sk.SRigL, {}),
+    "DSR": (sk.DSR, {"threshold": 0.05}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.8}),
 }
 AGENTS = {

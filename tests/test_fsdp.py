@@ -23,7 +23,7 @@ from tests.ranks import refusal
 
 RANKS = 4
 TIED = ("SET", "Gradual", "MEST", "VRPGE", "VRPGE, refill")
-IN_CONV = ("SET", "Gradual", "MEST", "SRigL", "GSE", "GSE, global", "GraEst", "VRPGE, refill")
+IN_CONV = ("SET", "Gradual", "MEST", "DSR", "SRigL", "GSE", "GSE, global", "GraEst", "VRPGE, refill")
 IN_LINEAR = [name for name in fsdp.METHODS if name not in IN_CONV]
 
 LINEAR = [

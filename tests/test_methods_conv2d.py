@@ -38,6 +38,7 @@ METHODS = {
     "Gradual": (sk.Gradual, {"final_sparsity": 0.8}),
     "MEST": (sk.MEST, {"soft_bound": True}),
     "SRigL": (sk.SRigL, {"scoring": "screen"}),
+    "DSR": (sk.DSR, {"threshold": 0.05}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.8, "scoring": "screen", "shortlist": 1e6}),
 }
 

@@ -66,6 +66,7 @@ KINDS = {
 }
 METHODS = {
     **{kind.__name__: (kind, {}) for kind in (sk.Static, sk.RigL, sk.GSE, sk.MEST, sk.SRigL)},
+    "DSR": (sk.DSR, {"threshold": 1.0}),
     "SET": (sk.SET, {"keep_connected": True}),
     "RigL, screened": (sk.RigL, {"scoring": "screen", "sketches": 8}),
     "RigL, some tokens": (sk.RigL, {"score_tokens": 8}),

@@ -25,6 +25,7 @@ from sparsekern.lab.resolved import Run, build_places, build_shapes, resolve
 from sparsekern.lab.train import Learner
 from sparsekern.training import (
     AGENT,
+    DSR,
     GSE,
     MEST,
     SET,
@@ -312,11 +313,11 @@ class Planned:
             return Updates(every=every, masked=1 / run.pool, forwards=forwards)
         if issubclass(method, Gradual):
             return Updates(every=every, ranked=True)
-        if not issubclass(method, (SET, RigL, GSE)):
+        if not issubclass(method, (SET, DSR, RigL, GSE)):
             return Updates()
         moved = float(argument("drop_fraction"))
         updates = Updates(every=every, moved=moved, ranked=True)
-        if not issubclass(method, SET):
+        if not issubclass(method, (SET, DSR)):
             updates = replace(updates, score_sketches=argument("score_sketches") or 0)
         if issubclass(method, GSE):
             return replace(updates, candidates=float(argument("subset_factor")))

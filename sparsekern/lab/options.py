@@ -159,7 +159,7 @@ def _of_part(part: str, owner: Callable[..., Any], names: Sequence[str] = ()) ->
     }
 
 
-GAIN = ("rigl", "gse", "mest")
+GAIN = ("rigl", "gse", "mest", "dsr")
 """Methods in which layers may gain blocks."""
 
 _OTHERS = (

@@ -4,6 +4,7 @@ from sparsekern.nn.norm import recalibrate_norms
 from sparsekern.topology import Move
 from sparsekern.training.agent import AGENT
 from sparsekern.training.base import Method, NetworkSampler
+from sparsekern.training.dsr import DSR
 from sparsekern.training.followers import Followers, compact_
 from sparsekern.training.growth import GSE, MEST, GradientMethod, GraNet, RigL, SRigL
 from sparsekern.training.lottery import Lottery
@@ -22,11 +23,13 @@ METHODS: dict[str, type[Method]] = {
     "granet": GraNet,
     "mest": MEST,
     "srigl": SRigL,
+    "dsr": DSR,
 }
 """The methods by their names on the command line."""
 
 __all__ = [
     "AGENT",
+    "DSR",
     "GSE",
     "MEST",
     "METHODS",

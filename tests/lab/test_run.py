@@ -235,6 +235,7 @@ EVERY_METHOD = {
     "gse": {"distribution": "graest", "scope": "global"},
     "vrpge": {"structure_every": 2},
     "gradual": {"initial_sparsity": 0.2, "compact": True},
+    "dsr": {"threshold": 0.1, "capacity": 1.5},
     "srigl": {"min_salient": 1},
     "mest": {"soft_bound": True, "capacity": 1.5},
     "granet": {"initial_sparsity": 0.2, "scoring": "screen"},
