@@ -8,15 +8,17 @@ namespace {
 // x[first .. first + count) -> out[block][token][side]: the blocks that are wanted, the last one filled up with zeros. Some
 // tokens at a time, so that rows of x are read side by side and several lines of a block are written at once.
 INLINE void pack_panel(const Matrix &x, int64_t first, int64_t count, int64_t side, const uint8_t *wanted, float *out) {
-  constexpr int64_t AT_ONCE = 8;
-  const int64_t blocks = blocks_of(x.cols, side), whole = x.col_stride == 1 ? x.cols / side : 0;
+  constexpr int64_t AT_ONCE = 8, READ_AHEAD = 2 * AT_ONCE;
+  const int64_t blocks = blocks_of(x.cols, side), whole = x.col_stride == 1 ? x.cols / side : 0, bytes = x.dtype == FLOAT32 ? 4 : 2;
   for (int64_t t0 = 0; t0 < count; t0 += AT_ONCE) {
     const int64_t t1 = t0 + AT_ONCE < count ? t0 + AT_ONCE : count;
+    const int64_t ahead = first + t1 + READ_AHEAD <= x.rows ? READ_AHEAD * x.row_stride : 0;  // else what is read anyway
     for (int64_t b = 0; b < whole; b++) {
       if (!wanted[b]) continue;
       for (int64_t t = t0; t < t1; t++) {
         float *to = out + (b * count + t) * side;
         const int64_t from = (first + t) * x.row_stride + b * side;
+        for (int64_t c = 0; c < side; c += LINE) __builtin_prefetch((const char *)x.data + (from + ahead + c) * bytes, 0, 2);
         for (int64_t c = 0; c < side; c += VL) store(to + c, read_vector(x.data, from + c, x.dtype));
       }
     }
