@@ -64,8 +64,8 @@ int64_t plan_superpanel(Outer &m) {
   // Each panel reads and writes all blocks of the thread: if these do not fit the cache, panels are long.
   const bool large = bytes > (int64_t(4) << 20);
   m.panel = large ? (tokens < 256 ? tokens : 256) : panel_tokens(tokens, x_width + dy_width, 48, 256, 1);
-  const int64_t panels = (tokens + m.panel - 1) / m.panel;
-  m.panels_at_once = panels_at_once(panels, m.threads);
+  // One for each thread: two fill its L2 cache, and all are read after dx was written.
+  m.panels_at_once = std::min<int64_t>((tokens + m.panel - 1) / m.panel, m.threads);
   return m.panels_at_once * m.panel * (x_width + dy_width);
 }
 
