@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.errors import InputError
 from sparsekern.training import METHODS
 from sparsekern.training.attachment import Freeze
 from tests.training.test_base import batch, bits, equal, make, train
@@ -104,6 +105,26 @@ class TestReplaced:
         model, _, first = build("set")
         with pytest.raises(ValueError, match="not in this optimizer"):
             sk.SET(model, torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+        assert not first.closed
+
+    @pytest.mark.parametrize(
+        ("name", "refused"),
+        [
+            ("set", {"drop": "none"}),
+            ("gse", {"subset_factor": 0.0}),
+            ("rigl", {"scoring": "none"}),
+            ("rigl", {"regrow": True, "scope": "global"}),
+            ("srigl", {"min_salient": -1.0}),
+            ("mest", {"soft_bound": True}),
+            ("granet", {"sketches": 0}),
+            ("vrpge", {"masks": 1}),
+            ("vrpge", {"refill": 0.5, "group": "row"}),
+        ],
+    )
+    def test_one_whose_options_are_refused_closes_nothing(self, name, refused):
+        model, optimizer, first = build("set")
+        with pytest.raises(InputError):
+            METHODS[name](model, optimizer, **refused)
         assert not first.closed
 
     def test_agent_and_its_method_live_together_and_a_second_agent_closes_the_first(self):

@@ -88,9 +88,9 @@ class GSE(GradientMethod):
         with_replacement: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(model, optimizer, **options)
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_number("subset_factor", subset_factor, "a number above 0", lambda factor: 0 < factor < math.inf)
+        super().__init__(model, optimizer, **options)
         self.distribution, self.subset_factor, self.with_replacement = distribution, subset_factor, with_replacement
         self.begin()
 

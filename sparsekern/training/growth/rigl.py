@@ -96,15 +96,15 @@ class RigL(GradientMethod):
         allow_dense_scores: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(model, optimizer, **options)
         check_choice("scoring", scoring, ("auto", "exact", "screen"))
         check_whole("sketches", sketches, 1)
         check_number("shortlist", shortlist, "1 or more times what is grown", lambda factor: 1 <= factor < math.inf)
-        if regrow and self.scope == "global":
+        if regrow and options.get("scope") == "global":
             raise InputError(
                 "regrow is for scope='layer'; with scope='global' dropped blocks do not return at once",
                 parameter="regrow",
             )
+        super().__init__(model, optimizer, **options)
         for name, layer in self.layers.items():
             if is_dense(layer) and not allow_dense_scores:
                 raise InputError(

@@ -118,12 +118,19 @@ class VRPGE(Method):
         **options: Any,
     ) -> None:
         self.check_options(options)
-        super().__init__(model, optimizer, update_every=update_every, **options)
         check_whole("masks", masks, 2)
         check_whole("structure_every", structure_every, 1)
         check_choice("scope", scope, ("layer", "global"))
         check_choice("weight_step", weight_step, ("one", "all"))
         check_choice("unsampled", unsampled, ("lazy", "decay"))
+        if refill is not None:
+            check_number("refill", refill, "a probability, in [0, 1]", lambda chance: 0 <= chance <= 1)
+        if refill and group != "block":
+            raise InputError(
+                f"refill is {refill}, which has no effect with group={group!r}: only single blocks move to new places",
+                parameter="refill",
+            )
+        super().__init__(model, optimizer, update_every=update_every, **options)
         self.model = model
         self.scope, self.masks, self.structure_every = scope, masks, structure_every
         self.weight_step, self.lazy = weight_step, unsampled == "lazy"
@@ -143,12 +150,6 @@ class VRPGE(Method):
             mean_over_ranks=self.ranks.mean,
         )
         self.refill = self.budget.ratio / 2 if refill is None else refill
-        check_number("refill", self.refill, "a probability, in [0, 1]", lambda chance: 0 <= chance <= 1)
-        if refill and group != "block":
-            raise InputError(
-                f"refill is {refill}, which has no effect with group={group!r}: only single blocks move to new places",
-                parameter="refill",
-            )
         self.finished = False  # whether the final units are chosen
         self._masks: Tensor | None = None
         self._drawn_at = -1
