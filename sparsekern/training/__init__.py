@@ -3,7 +3,8 @@
 from sparsekern.nn.norm import recalibrate_norms
 from sparsekern.topology import Move
 from sparsekern.training.agent import AGENT
-from sparsekern.training.base import Method, NetworkSampler
+from sparsekern.training.attachment import NetworkSampler
+from sparsekern.training.base import Method
 from sparsekern.training.dsr import DSR
 from sparsekern.training.followers import Followers, compact_
 from sparsekern.training.growth import GSE, MEST, GradientMethod, GraNet, RigL, SRigL

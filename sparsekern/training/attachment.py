@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -155,6 +155,18 @@ class Attached:
         self._handles, self._freeze = [], Freeze()
         if not self.closed:
             self._begin()
+
+
+@runtime_checkable
+class NetworkSampler(Protocol):
+    """A method that trains networks which it samples at each step, until it has chosen one: VR-PGE."""
+
+    finished: bool
+    """Whether the choice is made."""
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Return a context in which the model computes as the network that would be chosen now."""
+        ...
 
 
 def acting_on(places: Iterable[Any]) -> list[Attached]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -69,7 +68,8 @@ class Method(Attached):
         ValueError: a number is out of range, an option has no effect, there is no sparse layer, the optimizer does not
             hold one or keeps a state that cannot follow, or ranks differ.
         TypeError: the optimizer is not a :class:`torch.optim.Optimizer`.
-        NotImplementedError: the values are sharded, but not by slots, or not by ``fully_shard``.
+        NotImplementedError: the values are sharded, but not by slots, or not by ``fully_shard``; or a layer ties its
+            taps, and the method moves single blocks.
     """
 
     unused_options: ClassVar[tuple[str, ...]] = ()
@@ -77,6 +77,9 @@ class Method(Attached):
 
     moves_fraction: bool = True
     """Whether an update moves ``drop_fraction`` of the blocks of each layer."""
+
+    moves_tied_taps: ClassVar[bool] = True
+    """Whether layers may tie their taps, so that the blocks of all taps move together."""
 
     sums_over_ranks: ClassVar[bool] = False
     """Whether ranks communicate in addition to ``check_ranks``."""
@@ -105,6 +108,12 @@ class Method(Attached):
         self.layers = sparse_layers(model)
         if not self.layers:
             raise InputError("the model has no sparse layer; call sparsekern.sparsify_ first")
+        for name, layer in self.layers.items():
+            if layer.tie_taps and not self.moves_tied_taps:
+                raise NotImplementedError(
+                    f"{name!r} has tie_taps=True, but {type(self).__name__} moves every block by itself; "
+                    "leave the taps untied, or use SET or VRPGE"
+                )
         check_whole("min_age", min_age, 0, " updates")
         check_whole("seed", seed)
         self._sharded = sharded_modules(model)
@@ -386,15 +395,3 @@ class Method(Attached):
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise what :meth:`load_state_dict` would raise, without loading anything."""
         check_state_of_method(self, state)
-
-
-@runtime_checkable
-class NetworkSampler(Protocol):
-    """A method that trains networks which it samples at each step, until it has chosen one: VR-PGE."""
-
-    finished: bool
-    """Whether the choice is made."""
-
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Return a context in which the model computes as the network that would be chosen now."""
-        ...

@@ -54,6 +54,7 @@ class DSR(Method):
     """
 
     moves_fraction = False
+    moves_tied_taps = False
 
     def __init__(
         self,
@@ -67,11 +68,6 @@ class DSR(Method):
         check_number("threshold", threshold, "above 0, and finite", lambda number: 0 < number < math.inf)
         check_number("tolerance", tolerance, "in [0, 1]", lambda part: 0 <= part <= 1)
         super().__init__(model, optimizer, **options)
-        for name, layer in self.layers.items():
-            if layer.tie_taps:
-                raise NotImplementedError(
-                    f"{name!r} has tie_taps=True, but DSR moves every block by itself; leave them untied, or use SET"
-                )
         self.threshold, self.tolerance = threshold, tolerance
         if len(self.layers) > 1:
             warn_of_no_room(dict(self.trained_layers()), "DSR moves blocks between layers", "use SET")

@@ -127,6 +127,15 @@ class TestReplaced:
             METHODS[name](model, optimizer, **refused)
         assert not first.closed
 
+    @pytest.mark.parametrize("name", ["gse", "rigl", "dsr"])
+    def test_one_that_refuses_tied_taps_closes_nothing(self, name):
+        conv = sk.SparseConv2d(8, 8, 3, block_size=4, sparsity=0.5, tie_taps=True)
+        optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+        first = sk.SET(conv, optimizer)
+        with pytest.raises(NotImplementedError, match="tie_taps=True"):
+            METHODS[name](conv, optimizer)
+        assert not first.closed
+
     def test_agent_and_its_method_live_together_and_a_second_agent_closes_the_first(self):
         model, optimizer, method = build("set")
         first = sk.AGENT(model, optimizer, method=method)

@@ -22,8 +22,8 @@ from sparsekern.nn.sharded import parallel_modules
 from sparsekern.topology.arguments import check_choice, check_kind, check_number, check_whole
 from sparsekern.training.agent.correction import Correction, pass_over
 from sparsekern.training.agent.snapshot import ExtraCost, Snapshot
-from sparsekern.training.attachment import Attached, check_like, unwrapped
-from sparsekern.training.base import Method, NetworkSampler
+from sparsekern.training.attachment import Attached, NetworkSampler, check_like, unwrapped
+from sparsekern.training.base import Method
 
 AGENT_STATE_VERSION = 2
 

@@ -53,6 +53,7 @@ class GradientMethod(Method):
         NotImplementedError: a layer ties its taps; these methods move single blocks.
     """
 
+    moves_tied_taps = False
     sums_over_ranks = True
 
     def __init__(
@@ -73,12 +74,6 @@ class GradientMethod(Method):
         self.scope, self.score_tokens, self.score_sketches = scope, score_tokens, score_sketches
         self.moves_fraction = scope == "layer"
         super().__init__(model, optimizer, **options)
-        for name, layer in self.layers.items():
-            if layer.tie_taps:
-                raise NotImplementedError(
-                    f"{name!r} has tie_taps=True, but {type(self).__name__} moves every block by itself; "
-                    "leave the taps untied, or use SET or VRPGE"
-                )
         if self.scope == "global" and len(self.layers) > 1:
             warn_of_no_room(dict(self.trained_layers()), "scope is 'global'", "use scope='layer'")
         self._stage: int | None = None
