@@ -11,8 +11,8 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.topology import Grid, from_mask
 from tests.saved import through_a_file
+from tests.training.grids import grid_layer
 from tests.training.test_base import bits, equal, make, train
-from tests.training.test_set import layer as first_layer
 
 
 def two_layers() -> nn.Sequential:
@@ -22,7 +22,7 @@ def two_layers() -> nn.Sequential:
     second = sk.SparseLinear(4, 4, topology=from_mask(Grid(4, 4, (1, 1)), mask), capacity=6)
     with torch.no_grad():
         second.values[:4] = torch.tensor([0.1, 0.2, 5, 6]).view(4, 1, 1)
-    return nn.Sequential(first_layer(), second)
+    return nn.Sequential(grid_layer(capacity=7), second)
 
 
 def dsr(model, **options) -> sk.DSR:
