@@ -43,6 +43,7 @@ from sparsekern.lab.cost import Planned
 from sparsekern.lab.options import percent
 from sparsekern.lab.recipes import find
 from sparsekern.lab.report.tables import Cells, count
+from sparsekern.ops import backend
 from sparsekern.topology.arguments import check_choice
 
 OF_MODEL = ("sparsity", "block_size", "batch_size", "accumulate", "precision")
@@ -113,7 +114,8 @@ def plan(
                 names = ", ".join(wrong)
                 raise InputError(f"config is given, with which {names} do not go; drop one or the other")
             source, found = _of_config(config, values, layout, tokens, device)
-        facts, predictions, notes = planned(source, found, layout, device)
+        with backend("auto" if device == CPU else "gpu"):
+            facts, predictions, notes = planned(source, found, layout, device)
     if as_json:
         say(json.dumps({**facts, "predictions": {name: plain(one) for name, one in predictions.items()}}))
     else:

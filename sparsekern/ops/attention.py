@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from sparsekern.errors import InputError
 from sparsekern.kernels.cpu import attention
 from sparsekern.ops.backends import differentiates_natively, runs_natively
 from sparsekern.ops.checks import check_storage
+from sparsekern.ops.library import below_autograd, define
 
 
 def qkv_attention(qkv: Tensor, heads: int, *, is_causal: bool = False) -> Tensor:
@@ -45,7 +47,7 @@ def qkv_attention(qkv: Tensor, heads: int, *, is_causal: bool = False) -> Tensor
             parameter="qkv",
         )
     if _is_native(qkv, heads):
-        y: Tensor = _Attention.apply(qkv, heads, is_causal)[0]
+        y: Tensor = _forward(qkv, heads, is_causal)[0]
         return y
     q, k, v = _split(qkv, heads)
     return _joined(F.scaled_dot_product_attention(q, k, v, is_causal=is_causal))
@@ -53,7 +55,7 @@ def qkv_attention(qkv: Tensor, heads: int, *, is_causal: bool = False) -> Tensor
 
 def _is_native(qkv: Tensor, heads: int) -> bool:
     return (
-        runs_natively(qkv)
+        runs_natively(qkv, is_op=True)
         and qkv.numel() > 0
         and qkv.shape[2] % (3 * heads * attention.FEATURES) == 0
         and qkv.shape[2] <= 3 * heads * MOST_FEATURES
@@ -86,7 +88,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
         check_storage(qkv)
-        y, stats = attention.forward(qkv, heads, is_causal)
+        y, stats = below_autograd(_forward, qkv, heads, is_causal)
         ctx.save_for_backward(qkv, stats)
         ctx.given = heads, is_causal
         ctx.mark_non_differentiable(stats)
@@ -96,10 +98,32 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Any) -> Any:
         qkv, stats = ctx.saved_tensors
         heads, is_causal = ctx.given
-        if not differentiates_natively(dy):
+        if not differentiates_natively(dy, is_op=True):
             return _composed_backward(dy, qkv, heads, is_causal), None, None
         check_storage(dy, qkv)
-        return attention.backward(dy, qkv, stats, heads, is_causal), None, None
+        return below_autograd(_backward, dy, qkv, stats, heads, is_causal), None, None
+
+
+def _fake_forward(qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(2, batch, heads, tokens)
+
+
+_forward: Callable[..., tuple[Tensor, Tensor]] = define(
+    "qkv_attention",
+    "(Tensor qkv, int heads, bool is_causal) -> (Tensor, Tensor)",
+    fake=_fake_forward,
+    run=lambda *given: attention.forward(*given),
+    autograd=_Attention.apply,
+)
+
+_backward: Callable[..., Tensor] = define(
+    "qkv_attention_backward",
+    "(Tensor dy, Tensor qkv, Tensor stats, int heads, bool is_causal) -> Tensor",
+    fake=lambda dy, qkv, *_: qkv.new_empty(qkv.shape),
+    run=lambda *given: attention.backward(*given),
+    autograd=lambda *given: below_autograd(_backward, *given),
+)
 
 
 def _composed_backward(dy: Tensor, qkv: Tensor, heads: int, is_causal: bool) -> Tensor:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sparsekern.kernels import cpu, eager, gpu
 from sparsekern.kernels.contract import Backend, Geometry, Kernels
@@ -131,7 +133,7 @@ def kernels_for(name: str, geometry: Geometry, x: torch.Tensor, block: tuple[int
     return BACKENDS[resolve(name, geometry.op, x, block)].kernels(geometry)
 
 
-def runs_natively(*tensors: Tensor | None) -> bool:
+def runs_natively(*tensors: Tensor | None, is_op: bool = False) -> bool:
     """Return whether a function that is no op of PyTorch's dispatcher may compute with these tensors.
 
     It takes the place of PyTorch's ops, which alone can be compiled and differentiated forward: nothing may trace,
@@ -139,32 +141,40 @@ def runs_natively(*tensors: Tensor | None) -> bool:
 
     Args:
         tensors: those that it reads; None is one that is absent. The first is no parameter, nor any other subclass.
+        is_op: whether what computes natively is an op after all, which a step that is only foretold on tensors without
+            data then calls too (:func:`sparsekern.analysis.plan.trace`).
     """
+    foretold = is_op and _is_foretold(tensors[0])
     return (
-        type(tensors[0]) is Tensor
+        (type(tensors[0]) is Tensor or foretold)
         and all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors)
-        and not _ops_are_observed()
+        and not _ops_are_observed(foretold)
         and requested_backend() in ("auto", "cpu")
         and load()[0] is not None
     )
 
 
-def differentiates_natively(dy: Tensor) -> bool:
+def differentiates_natively(dy: Tensor, is_op: bool = False) -> bool:
     """Return whether the backward of such a function may compute with the gradient of its output.
 
     If not, PyTorch's ops compute it: they are differentiated themselves (backward, or forward if dy has a tangent),
     mapped over a batch of gradients, or counted.
     """
     batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # by is_grads_batched
-    return not (batched or torch.is_grad_enabled() or _ops_are_observed())
+    return not (batched or torch.is_grad_enabled() or _ops_are_observed(is_op and _is_foretold(dy)))
 
 
-def _ops_are_observed() -> bool:
+def _is_foretold(x: Tensor | None) -> bool:
+    """Return whether a tensor has no data, and no graph of PyTorch's ops is made of what it goes through."""
+    return isinstance(x, FakeTensor) and get_proxy_mode() is None
+
+
+def _ops_are_observed(foretold: bool) -> bool:
     """Return whether calls of PyTorch's ops are compiled, traced, transformed, counted or differentiated forward."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and not foretold)
         or forward_ad._current_level >= 0
     )

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+import sparsekern.ops.attention
 import sparsekern.ops.products
 import sparsekern.ops.scores  # noqa: F401  the ops must be defined before their formulas
 from sparsekern.kernels.contract import ConvShape, Index
@@ -125,3 +126,21 @@ for _name, _formula in (("", _attention), ("_backward", _attention_backward)):
     _attention_op = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{_name}")
     if _attention_op not in flop_registry:  # a second formula would raise
         register_flop_formula(_attention_op)(_formula)
+
+
+def _qkv_attention(qkv: Any, heads: int, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(*[_head_shape(qkv, heads)] * 3))
+
+
+def _qkv_attention_backward(dy: Any, qkv: Any, stats: Any, heads: int, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(*[_head_shape(qkv, heads)] * 4))
+
+
+def _head_shape(qkv: Sequence[int], heads: int) -> tuple[int, ...]:
+    """Return the shape of the queries: that of the keys and values too."""
+    batch, tokens, width = qkv
+    return batch, heads, tokens, width // 3 // heads
+
+
+register_flop_formula(torch.ops.sparsekern.qkv_attention)(_qkv_attention)
+register_flop_formula(torch.ops.sparsekern.qkv_attention_backward)(_qkv_attention_backward)

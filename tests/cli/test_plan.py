@@ -8,7 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparsekern.analysis.plan import DEVICES, Machine
+from sparsekern.analysis.plan import DEVICES, Machine, trace
+from sparsekern.analysis.plan.machine import ATTENTION
 from sparsekern.cli import plan as module
 from sparsekern.cli.main import application
 
@@ -53,6 +54,19 @@ def test_a_plan_for_gpus(largest):
     assert "published peaks of h200" in found["constants"] and "nothing was run there" in found["constants"]
     plain, small = found["largest sparse"], found["largest sparse checkpointed"]
     assert plain["size"] > 100 < small["size"] and plain["now"] == 1
+
+
+@pytest.mark.parametrize(("device", "kind"), [("h200", "attention"), ("cpu", "qkv attention")])
+def test_attention_is_that_of_the_device(monkeypatch, device, kind):
+    seen = []
+    monkeypatch.setattr(module, "clocked_of", lambda *_: DEVICES["h200"])
+    monkeypatch.setattr(module, "trace", lambda *given: seen.append(trace(*given)) or seen[-1])
+    run(*SMALL, "--device", device, "--precision", "float32")
+    kinds = {op.kind for found in seen for op in found.backward if op.group == ATTENTION}
+    assert kinds == {
+        f"{kind} forward causal",
+        f"{kind} backward causal",
+    }  # the former where checkpointed
 
 
 def test_a_device_holds_the_same_from_one_and_from_four():

@@ -9,6 +9,8 @@ import torch
 from sparsekern.kernels.cpu import attention as kernels
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -212,6 +214,22 @@ def test_everything_else_is_computed_by_pytorch(native: list[int]) -> None:
     assert torch.equal(torch.fx.symbolic_trace(heads)(qkv), y)
     ones = torch.func.grad(lambda qkv: heads(qkv).sum())(qkv)
     torch.testing.assert_close(ones, torch.func.grad(lambda x: wanted(x, 2, is_causal=True).sum())(qkv))
+    assert not native
+
+
+def test_its_ops_pass_the_checks_of_pytorch() -> None:
+    qkv, dy, ops = drawn(2, 10, 192).requires_grad_(), drawn(2, 10, 64, 1), torch.ops.sparsekern
+    _, stats = ops.qkv_attention(qkv.detach(), 2, True)
+    assert set(opcheck(ops.qkv_attention.default, (qkv, 2, True)).values()) == {"SUCCESS"}
+    given = dy, qkv.detach(), stats, 2, True
+    assert set(opcheck(ops.qkv_attention_backward.default, given).values()) == {"SUCCESS"}
+
+
+def test_a_graph_of_it_is_one_of_pytorchs_ops(native: list[int]) -> None:
+    qkv = drawn(1, 9, 192)
+    for mode in ("real", "fake"):
+        graph = make_fx(Heads(), tracing_mode=mode)(qkv)
+        assert "sparsekern" not in graph.code and torch.equal(graph(qkv), wanted(qkv, 2, is_causal=True))
     assert not native
 
 

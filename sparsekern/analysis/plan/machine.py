@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from sparsekern.errors import InputError
 from sparsekern.kernels.gpu.roofline import device as architecture
@@ -139,12 +139,18 @@ def _attention(name: str, args: Sequence[Any], result: Any, flops: int, size: in
     backward = "backward" in name
     q, k = (args[1], args[2]) if backward else (args[0], args[1])
     causal = any(a is True for a in args)
-    sizes = tuple(q.shape), tuple(k.shape), tuple((args[3] if backward else args[2]).shape)
-    flops = sdpa_backward_flop_count(tuple(q.shape), *sizes) if backward else sdpa_flop_count(*sizes)
     kind = f"attention {'backward' if backward else 'forward'}{' causal' if causal else ''}"
     elements = 2 * q.numel() + 2 * k.numel()
     intensity = float(k.shape[-2])
     return Operation(ATTENTION, kind, elements, intensity, flops=flops, bytes=(1 + backward) * elements * size)
+
+
+def _qkv_attention(name: str, args: Sequence[Any], result: Any, flops: int, size: int) -> Operation:
+    backward = name.endswith("backward")
+    batch, tokens, width = args[backward].shape
+    kind = f"qkv attention {'backward' if backward else 'forward'}{' causal' if args[-1] else ''}"
+    elements = batch * tokens * width // 3 * 4  # queries, keys, values and y
+    return Operation(ATTENTION, kind, elements, float(tokens), flops=flops, bytes=(1 + backward) * elements * size)
 
 
 _Reader = Callable[[str, Sequence[Any], Any, int, int], Operation]
@@ -159,12 +165,13 @@ _PRODUCTS: dict[str, _Reader] = {
         ),
         _attention,
     ),
+    **dict.fromkeys(("qkv_attention", "qkv_attention_backward"), _qkv_attention),
 }
 
 
 Points = list[tuple[float, float]]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file of a measurement."""
 
 FAMILIES = {
@@ -214,7 +221,9 @@ class Machine:
         if operation.group == SPARSE:
             return self.sparse_call + operation.elements * self._at_tokens(operation)
         if operation.group in (DENSE, ATTENTION):
-            kind = operation.kind if operation.kind in self.curves else operation.kind.removesuffix(" causal")
+            without_native = operation.kind.removeprefix("qkv ")
+            kinds = operation.kind, without_native, without_native.removesuffix(" causal")
+            kind = next(kind for kind in kinds if kind in self.curves)
             return self.call + operation.elements * value(self.curves[kind], operation.intensity)
         usual = operation.group == OPTIMIZER and operation.kind not in self.curves
         kind = "_fused_adamw_" if usual else FAMILY.get(operation.kind, operation.kind)

@@ -16,7 +16,7 @@ from sparsekern.analysis.plan.machine import OPTIMIZER, OTHER, SPARSE, Machine, 
 from sparsekern.analysis.plan.trace import Calls, Recorder, Step, trace
 from sparsekern.kernels.contract import ConvShape
 from sparsekern.nn import SparseConv2d, SparseLinear
-from sparsekern.ops.backends import requested_backend
+from sparsekern.ops.backends import requested_backend, runs_natively
 from sparsekern.ops.library import pack
 
 Call = Callable[[], object]
@@ -43,6 +43,9 @@ ROTATED = 2**24
 
 ROUNDS = 7
 """Calls of an operator that are timed; their median counts."""
+
+SHORT_ROUNDS = 200
+"""Steps of a network that computes next to nothing: some tenths of a second, in which a disturbed moment is a few."""
 
 
 def probes() -> list[Iterator[Call]]:
@@ -159,12 +162,18 @@ CONTEXTS = (64, 128, 256, 1024)
 
 
 def _attentions() -> Iterator[Call]:
+    ops = torch.ops.sparsekern
     forward, backward = (getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{n}") for n in ("", "_backward"))
     for context, causal in itertools.product(CONTEXTS, (True, False)):
         q, k, v, dy = ([torch.randn(max(1, 4096 // context), context, 4, 64).transpose(1, 2)] for _ in range(4))
         y, sums = forward(q[0], k[0], v[0], 0.0, causal)
         yield rotating(lambda q, k, v, c=causal: forward(q, k, v, 0.0, c), q, k, v)
         yield rotating(lambda *given, c=causal: backward(*given, 0.0, c), dy, q, k, v, [y], [sums])
+        qkv, dy = ([torch.randn(max(1, 4096 // context), context, parts * 4 * 64)] for parts in (3, 1))
+        if runs_natively(*qkv):
+            _, sums = ops.qkv_attention(qkv[0], 4, causal)
+            yield rotating(lambda qkv, c=causal: ops.qkv_attention(qkv, 4, c), qkv)
+            yield rotating(lambda *given, c=causal: ops.qkv_attention_backward(*given, 4, c), dy, qkv, [sums])
 
 
 def _elementwise(size: int) -> Iterator[Call]:
@@ -235,7 +244,7 @@ def _calls(watch: Watch) -> tuple[float, float]:
 
     seconds, counts = [], []
     for sparse in (False, True):
-        spent, calls = _whole_step(partial(network, sparse), torch.randn(4, 16), 30, watch)
+        spent, calls = _whole_step(partial(network, sparse), torch.randn(4, 16), SHORT_ROUNDS, watch)
         seconds.append(spent)
         counts.append((sum(calls.values()), sum(n for op, n in calls.items() if op.group == SPARSE)))
     plain = seconds[0] / counts[0][0]

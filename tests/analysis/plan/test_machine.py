@@ -21,6 +21,7 @@ CURVES = {
     "sparse linear 16x16 backward@64": [(1.0, 9e-9)],
     "mm": [(10.0, 2e-9)],
     "attention forward": [(64.0, 3e-9)],
+    "qkv attention forward": [(64.0, 1e-9)],
     "add": [(1000.0, 5e-9)],
     "gelu": [(1000.0, 6e-9)],
     "_fused_adamw_": [(1000.0, 8e-9)],
@@ -44,6 +45,11 @@ def test_a_curve_is_a_line_on_logarithmic_axes():
         (Operation(SPARSE, "sparse linear 16x16 dvalues", 1000, 10.0, 64), 1e-4 + 1000 * 9e-9),
         (Operation(DENSE, "mm", 1000, 5.0), 1e-5 + 1000 * 2e-9),
         (Operation(ATTENTION, "attention forward causal", 1000, 64.0), 1e-5 + 1000 * 3e-9),
+        (Operation(ATTENTION, "qkv attention forward", 1000, 64.0), 1e-5 + 1000 * 1e-9),
+        (
+            Operation(ATTENTION, "qkv attention forward causal", 1000, 64.0),
+            1e-5 + 1000 * 3e-9,
+        ),  # PyTorch's
         (Operation(OTHER, "gelu", 9, bytes=1000), 1e-5 + 1000 * 6e-9),
         (Operation(OTHER, "mul", 9, bytes=1000), 1e-5 + 1000 * 5e-9),
         (Operation(OTHER, "an operator that nobody measured", 9, bytes=1000), 1e-5 + 1000 * 5e-9),
@@ -72,7 +78,7 @@ def test_a_measurement_is_kept_and_read_again(tmp_path):
     MACHINE.save(file)
     assert Machine.load(file) == MACHINE
     assert [path.name for path in file.parent.iterdir()] == ["machine.json"]
-    for damaged in ("", "[]", '{"format": 0}', '{"format": 1}', file.read_text().replace('"format": 1', '"format": 2')):
+    for damaged in ("", "[]", '{"format": 0}', '{"format": 2}', file.read_text().replace('"format": 2', '"format": 1')):
         file.write_text(damaged)
         with pytest.raises(InputError, match="is no measurement of this version; run sparsekern plan --measure"):
             Machine.load(file)
@@ -108,6 +114,7 @@ def small(monkeypatch):
     monkeypatch.setattr(measurement, "ROTATED", 2**15)
     monkeypatch.setattr(measurement, "IMAGES", 1)
     monkeypatch.setattr(measurement, "ROUNDS", 1)
+    monkeypatch.setattr(measurement, "SHORT_ROUNDS", 1)
 
 
 def test_a_measurement_times_every_kind_of_operator(small):
@@ -122,4 +129,5 @@ def test_a_measurement_times_every_kind_of_operator(small):
     assert all(machine.seconds(op) > 0 for calls in (found.forward, found.backward, found.update) for op in calls)
     kinds = {name.partition("@")[0] for name in machine.curves}
     assert {"sparse conv2d 1x1 backward", "sparse linear 16x16 forward", "mm", "conv backward", "gelu"} <= kinds
-    assert {"attention backward causal", "native_batch_norm_backward", "_fused_adamw_", "_fused_sgd_"} <= kinds
+    assert {"attention backward causal", "qkv attention forward", "qkv attention backward causal"} <= kinds
+    assert {"native_batch_norm_backward", "_fused_adamw_", "_fused_sgd_"} <= kinds

@@ -80,9 +80,29 @@ def test_a_layer_of_a_gpt_by_hand():
     forward = by_group(found.forward)
     assert (forward[SPARSE], forward[ATTENTION]) == (2 * tokens * elements, attention)
     unit = tokens * features * FLOAT
-    norms, sums = 2 * 2 * tokens * FLOAT, tokens * FLOAT  # means and deviations of two norms; sums of the attention
+    norms, sums = 2 * 2 * tokens * FLOAT, 2 * tokens * FLOAT  # means and deviations; largest scores and sums
     # two norms, qkv (3), attention, the sum after it, and before and after the GELU 4 each
     assert found.saved == (2 + 3 + 1 + 1 + 4 + 4) * unit + norms + sums + FLOAT
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kind"),
+    [
+        ("auto", None, "qkv attention"),
+        ("gpu", None, "attention"),  # what a GPU runs is PyTorch's
+        ("auto", torch.bfloat16, "attention"),
+    ],
+)
+def test_attention_is_that_which_a_step_would_call(name, dtype, kind):
+    with torch.device("meta"):
+        step = step_of(Layer(64, 2, swiglu=False, rotary=False), (2, 32, 64), autocast=dtype)
+    with sk.backend(name):
+        found = trace(step)
+    for calls, which, products in ((found.forward, "forward", 2), (found.backward, "backward", 5)):
+        (operation,) = (op for op in calls if op.group == ATTENTION)
+        assert operation.kind == f"{kind} {which} causal"
+        assert operation.flops == products * 2 * 2 * 32 * 32 * 64
+        assert (operation.elements, operation.intensity) == (4 * 2 * 32 * 64, 32)
 
 
 @pytest.mark.parametrize("network", ["sparse", "dense"])
