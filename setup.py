@@ -40,11 +40,13 @@ ISA_FLAGS = {
     "avx512.cpp": AVX512,
     "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "neon_bf16.cpp": ["-march=armv8.2-a+bf16"],
 }
 """By file: which of them runs is chosen on the machine that runs it, so nothing is compiled for the one that builds."""
 
-NEWER = ("avx512_bf16.cpp", "amx.cpp")
-"""Files that a compiler without their flags (before GCC 10, GCC 11) compiles to nothing."""
+OF_ARM = ("neon_bf16.cpp",)
+NEWER = ("avx512_bf16.cpp", "amx.cpp", "neon_bf16.cpp")
+"""Files that a compiler without their flags (before GCC 10, GCC 11, GCC 10) compiles without kernels."""
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 FLAGS += ["-falign-functions=64"]  # else the speed of a loop (1x1, 8 tokens: 20 %) hangs on the code before it
@@ -58,6 +60,7 @@ does not link with this one, and the library is built without threads."""
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"  # as WITH_AVX of api.h
 if X86:
     FLAGS += ["-march=x86-64"]  # lest a -march=native of CXXFLAGS reach the files for every machine
+ARM = platform.machine().lower() == "aarch64" and sys.platform == "linux"  # as WITH_NEON
 
 
 class BuildLibrary(build_ext):
@@ -92,7 +95,8 @@ class BuildLibrary(build_ext):
 
     def _compile(self, ext: Extension, openmp: list[str]) -> list[str]:
         def compile_one(source: str) -> list[str]:
-            isa = ISA_FLAGS[Path(source).name] if X86 else []
+            name = Path(source).name
+            isa = ISA_FLAGS[name] if (ARM if name in OF_ARM else X86) else []
 
             def with_flags(flags: list[str]) -> list[str]:
                 objects: list[str] = self.compiler.compile(
@@ -106,10 +110,10 @@ class BuildLibrary(build_ext):
             try:
                 return with_flags(isa)
             except BUILD_ERRORS:
-                if Path(source).name not in NEWER:
+                if name not in NEWER:
                     raise
-            compiled = with_flags(AVX512)
-            self.warn(f"{Path(source).name} is built without kernels: the compiler does not know {' '.join(isa)}")
+            compiled = with_flags([] if name in OF_ARM else AVX512)
+            self.warn(f"{name} is built without kernels: the compiler does not know {' '.join(isa)}")
             return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread waits for the compiler that it started

@@ -7,6 +7,7 @@ imported, so it is set here, before any test module is; importing torch does not
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -140,7 +141,8 @@ def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
     tables.forget()
 
 
-INSTRUCTIONS = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
+OF_X86 = ("amx", "avx512_bf16", "avx512", "avx2")
+INSTRUCTIONS = ("neon_bf16", "generic") if platform.machine() == "aarch64" else (*OF_X86, "generic")
 
 
 @contextmanager

@@ -81,7 +81,7 @@ ARM = shutil.which("aarch64-linux-gnu-g++")
 def test_the_library_compiles_and_links_for_arm_without_a_warning(tmp_path):
     """``make arm`` runs it there too."""
     sources = sorted(str(path) for path in (ROOT / LIBRARY).parent.glob("csrc/*.cpp"))
-    flags = ["-std=c++17", "-O0", "-fPIC", "-fopenmp", "-Wall", "-Werror"]
+    flags = ["-std=c++17", "-O0", "-fPIC", "-fopenmp", "-Wall", "-Werror", "-march=armv8.2-a+bf16"]
     built = tmp_path / "arm.so"
     subprocess.run([ARM, *flags, *sources, "-shared", "-pthread", "-Wl,-z,defs", "-lgomp", "-o", built], check=True)
 
@@ -135,7 +135,7 @@ def test_a_wheel_holds_the_library_and_no_source_and_its_layers_run_on_it(source
 
     lines = (tmp_path / "calls").read_text().splitlines()
     flags = {Path(name).name: line for line in lines for name in line.split() if name.endswith(".cpp")}
-    baseline = {"library.cpp", "linear.cpp", "conv.cpp", "places.cpp", "generic.cpp"}
+    baseline = {"library.cpp", "linear.cpp", "conv.cpp", "places.cpp", "generic.cpp", "neon_bf16.cpp"}
     assert set(flags) == baseline | {"avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"}
     for name, line in flags.items():
         assert "fast-math" not in line and "-O3" in line and "-fopenmp" in line

@@ -1,8 +1,8 @@
 """Native CPU kernels: C++ micro-kernels in ``csrc``, compiled at installation, once per instruction set.
 
 Blocks of 16, 32, 64 and 128 and their rectangles, and 1x1; float32, bfloat16 and float16, with sums in float32. The
-result is the same to the bit for any number of threads. A processor's own bfloat16 instructions (AMX, AVX512_BF16)
-take its subnormal numbers for zero.
+result is the same to the bit for any number of threads. A processor's own bfloat16 instructions (AMX, AVX512_BF16,
+ARM's bfmmla) take its subnormal numbers for zero.
 """
 
 from __future__ import annotations

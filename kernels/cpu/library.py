@@ -1,8 +1,9 @@
 """The compiled library: finding it, choosing its instruction set, calling it.
 
-``SPARSEKERN_CPU`` asks for one: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``generic``, or ``off`` for none. The
-first two are ``avx512`` with instructions for bfloat16. What the machine lacks, or a library that was never built, is
-an error then; without the variable it is a reason to take the eager kernels.
+``SPARSEKERN_CPU`` asks for one: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``neon_bf16``, ``generic``, or ``off``
+for none. The first two are ``avx512`` with instructions for bfloat16, ``neon_bf16`` is ``generic`` with those of ARM.
+What the machine lacks, or a library that was never built, is an error then; without the variable it is a reason to
+take the eager kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _log = logging.getLogger("sparsekern")
 
 ABI = 14
 FILE = Path(__file__).parent / "_sparsekern_cpu.so"
-CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "generic", "off")
+CHOICES = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "generic", "off")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -39,7 +39,7 @@ WHEELS = (
 """With all that they need: pip would decide by the processor that it runs on what that is."""
 
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
-TESTS = ("tests/kernels/cpu", "tests/test_cpu_precision.py", "-k", "not amx and not avx")
+TESTS = ("tests/kernels/cpu", "tests/test_cpu_precision.py")
 
 
 def run(*command: object, **given: object) -> None:

@@ -15,6 +15,8 @@
 // Not on macOS, which compiles a file for two processors at once, with the flags of one.
 #if defined(__x86_64__) && !defined(__APPLE__)
 #define WITH_AVX
+#elif defined(__aarch64__) && defined(__linux__)
+#define WITH_NEON
 #endif
 
 extern "C" {
@@ -187,6 +189,8 @@ extern const Kernels generic_kernels;
 #if defined(WITH_AVX)
 extern const Kernels avx2_kernels, avx512_kernels;
 extern const HalfKernels avx512_bf16_kernels, amx_kernels;
+#elif defined(WITH_NEON)
+extern const HalfKernels neon_bf16_kernels;
 #endif
 
 // Checks of the numbers in an index: whatever they are, nothing outside the tensors is read or written.

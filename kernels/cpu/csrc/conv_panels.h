@@ -61,23 +61,28 @@ INLINE Channels channels_of(const Convolve &c, int64_t r) {
   return {r / c.group_blocks * group_channels + block * c.out, left < c.out ? left : c.out};
 }
 
-// Write a tile from aside to the outputs from t on of a panel in turn, except those beside the subgrid.
-INLINE void scatter(const Outputs &o, int64_t t, int64_t count, int64_t channel, int64_t width, const float *from, int64_t step) {
+// Call write(where it is in the result, j) for the outputs t + j < t + count of a panel in turn, except those beside the subgrid.
+template <class Write> INLINE void scatter(const Outputs &o, int64_t t, int64_t count, const Write &write) {
   const Convolve &c = o.c;
   const int64_t turn = c.x.cols, wide = c.images_at_once * turn;
-  const bool past = c.past && width % LINE == 0;
   int64_t y = o.y0 + t / wide, n = o.part.n0 + t % wide / turn, x = c.first_col + t % turn;
   for (int64_t j = 0; j < count; j++) {
-    if (n < o.part.n1 && x >= o.s.x0 && x < o.s.x1) {
-      const int64_t at = o.at(n, y, x) + channel;
-      if (past) for (int64_t i = 0; i < width; i += VL) store_past((float *)c.y + at + i, load(from + j * step + i));
-      else write_row(c.y, at, c.dtype, from + j * step, width);
-    }
+    if (n < o.part.n1 && x >= o.s.x0 && x < o.s.x1) write(o.at(n, y, x), j);
     if (++x == c.first_col + turn) {
       x = c.first_col;
       if (++n == o.part.n0 + c.images_at_once) n = o.part.n0, y++;
     }
   }
+}
+
+// The same from float32 sums, `width` channels from `channel` on.
+INLINE void scatter(const Outputs &o, int64_t t, int64_t count, int64_t channel, int64_t width, const float *from, int64_t step) {
+  const Convolve &c = o.c;
+  const bool past = c.past && width % LINE == 0;
+  scatter(o, t, count, [&](int64_t at, int64_t j) {
+    if (past) for (int64_t i = 0; i < width; i += VL) store_past((float *)c.y + at + channel + i, load(from + j * step + i));
+    else write_row(c.y, at + channel, c.dtype, from + j * step, width);
+  });
 }
 
 INLINE Edges edges_of(const ConvOuter &m) {

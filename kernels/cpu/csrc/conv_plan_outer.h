@@ -85,7 +85,10 @@ bool plan_outer_half(OuterPlan &p, const Conv &c, int most_packed) {
   const int64_t unit = HALF_TOKENS / std::gcd(HALF_TOKENS, m.cols);
   Panel panel = plan_panel(c.images, m.last_row, m.reach, row_floats, c.order.ptr[c.order.rows] * c.bo * c.bi, 1, INT32_MAX);
   if (panel.images > unit) panel.images -= panel.images % unit;
-  else if (panel.band == m.last_row && unit * (m.last_row + m.reach) * row_floats <= half_of_l2()) panel.images = std::min(unit, c.images);
+  else if (5 * panel.images * m.cols < 4 * round_up(panel.images * m.cols, HALF_TOKENS)) {  // else a quarter or more would be filling
+    const int64_t rows = 3 * half_of_l2() / (2 * unit * row_floats) - m.reach;  // of so many images, in three quarters of the L2 cache
+    if (rows > m.reach) panel = {blocks_of(m.last_row, blocks_of(m.last_row, std::min(rows, m.last_row))), std::min(unit, c.images)};
+  }
   const int64_t pixels = panel.images * m.cols, pitch = round_up(pixels, HALF_TOKENS);
   if (2 * pitch > most_packed * pixels) return false;
   end_outer(p, c, panel, m.cols, true);

@@ -12,6 +12,8 @@
 #include "library.h"
 #if defined(WITH_AVX)
 #include <cpuid.h>
+#elif defined(WITH_NEON)
+#include <sys/auxv.h>
 #endif
 
 // The scratch memory: arenas that grow, one for each running call. Idle ones are kept until the thread ends that allocated
@@ -140,6 +142,10 @@ Level by_name(const char *name) {
     return {"avx512_bf16", &avx512_kernels, &avx512_bf16_kernels};
   if (avx512 && wanted("avx512")) return {"avx512", &avx512_kernels, nullptr};
   if (avx2 && wanted("avx2")) return {"avx2", &avx2_kernels, nullptr};
+#elif defined(WITH_NEON)
+  constexpr unsigned long has_bf16 = 1 << 14;  // HWCAP2_BF16, which older headers lack
+  if (neon_bf16_kernels.multiply && wanted("neon_bf16") && getauxval(AT_HWCAP2) & has_bf16)
+    return {"neon_bf16", &generic_kernels, &neon_bf16_kernels};
 #endif
   return wanted("generic") ? Level{"generic", &generic_kernels, nullptr} : Level{};
 }

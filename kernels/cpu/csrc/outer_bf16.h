@@ -57,10 +57,10 @@ void outer_bf16(const Outer &m) {
 // The gradient of a convolution's weight. Images lie in turn, rows of pixels in a panel are filled up to multiples of
 // HALF_TOKENS, and there is a view for each column of the kernel, so that pairs of pixels are pairs for every tap.
 
-// 16 channels of a pixel, zeros behind the first `width`.
+// VL channels of a pixel, zeros behind the first `width`.
 INLINE Halves channels_at(const Half *pixel, int64_t channel, int64_t width) {
   if (!pixel || width <= 0) return Halves{};
-  if (width >= 16) return *(const Halves *)(pixel + channel);
+  if (width >= VL) return *(const Halves *)(pixel + channel);
   Halves some = {};
   for (int64_t i = 0; i < width; i++) some[i] = pixel[channel + i];
   return some;
@@ -100,7 +100,8 @@ INLINE void pack_conv_pairs(const Packing &p, const ConvPart &part, int64_t widt
         const int64_t c = b % per_group * p.side + 16 * k, left = group_channels - c, channel = b / per_group * group_channels + c;
         Half *to = out + ((b * p.slices + k) * p.plane + at) * 16;
         for (int64_t l = 0; l < 32; l += 2)
-          store_pairs(to + l * 16, pairs(channels_at(sources[l], channel, left), channels_at(sources[l + 1], channel, left)));
+          UNROLL for (int i = 0; i < 16; i += VL)
+            store_pairs(to + l * 16 + i * 2, pairs(channels_at(sources[l], channel + i, left - i), channels_at(sources[l + 1], channel + i, left - i)));
       }
     }
   });
@@ -115,11 +116,9 @@ INLINE void pack_conv_turned(const Packing &p, const ConvPart &part, int64_t wid
       Half *to = out + (b * p.plane + at) * p.side;
       for (int64_t i = 0; i < p.side; i += 16) {
         const int64_t c = b % per_group * p.side + i, left = group_channels - c, channel = b / per_group * group_channels + c;
-        Vector a[16];
-        UNROLL for (int l = 0; l < 16; l++)
-          a[l] = pairs(channels_at(sources[2 * l], channel, left), channels_at(sources[2 * l + 1], channel, left));
-        transpose(a);
-        UNROLL for (int l = 0; l < 16; l++) store_pairs(to + (i + l) * 32, a[l]);
+        turn<16>(to + i * 32, [&](int l, int j) {
+          return pairs(channels_at(sources[2 * l], channel + j, left - j), channels_at(sources[2 * l + 1], channel + j, left - j));
+        });
       }
     }
   });

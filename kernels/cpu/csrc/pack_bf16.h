@@ -1,17 +1,21 @@
 // Activations and blocks in bfloat16, packed as the processor's bf16 instructions read them: 32 bits are two neighbouring
-// factors of a sum. These instructions take subnormal numbers for zero, and so does the rounding here.
+// factors of a sum. These instructions take subnormal numbers for zero, and so does x86's rounding.
 #pragma once
 #include "vector.h"
 
 namespace {
 
 typedef uint16_t Half;
-typedef float Pairs __attribute__((vector_size(64), aligned(2), may_alias));
+typedef float Pairs __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 
-// 16 numbers, of values in either dtype.
+// VL numbers, of values in either dtype.
 INLINE Halves halves(const void *p, int64_t i, int dtype) {
   if (dtype == BFLOAT16) return *(const Halves *)((const Half *)p + i);
+#if VL == 16
   return (Halves)_mm512_cvtneps_pbh((__m512)load((const float *)p + i));
+#else
+  return (Halves)vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)load((const float *)p + i)));
+#endif
 }
 
 // Lane l is the pair low[l], high[l].
@@ -20,6 +24,43 @@ INLINE Vector pairs(Halves low, Halves high) {
 }
 INLINE void store_pairs(Half *to, Vector v) { *(Pairs *)to = v; }
 INLINE Vector load_pairs(const Half *from) { return *(const Pairs *)from; }
+
+// VL neighbouring pairs of values.
+INLINE Vector line(const void *p, int64_t i, int dtype) {
+  if (dtype == BFLOAT16) return load_pairs((const Half *)p + i);
+  const float *from = (const float *)p + i;
+#if VL == 16
+  return (Vector)_mm512_cvtne2ps_pbh((__m512)load(from + 16), (__m512)load(from));
+#else
+  return (Vector)vreinterpretq_f32_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)load(from)), (float32x4_t)load(from + 4)));
+#endif
+}
+
+// Copy a slice, 16 or 32 numbers.
+INLINE void copy_slice(Half *to, const Half *from, int64_t slice) {
+  if (slice == 32) UNROLL for (int c = 0; c < 32; c += 2 * VL) store_pairs(to + c, load_pairs(from + c));
+  else UNROLL for (int c = 0; c < 16; c += VL) *(Halves *)(to + c) = *(const Halves *)(from + c);
+}
+
+// Round float32 numbers.
+INLINE void write_halves(Half *to, const float *from, int64_t count) {
+  if (count == 32) UNROLL for (int c = 0; c < 32; c += 2 * VL) store_pairs(to + c, line(from, c, FLOAT32));
+  else if (count == 16) UNROLL for (int c = 0; c < 16; c += VL) *(Halves *)(to + c) = halves(from, c, FLOAT32);
+  else write_row(to, 0, BFLOAT16, from, count);
+}
+
+// Transpose 16 rows of COLUMNS pairs; read(row, column) returns VL pairs of a row. Row c of the result is at to + c * 32.
+template <int COLUMNS, class Read> INLINE void turn(Half *to, const Read &read) {
+  constexpr int STORED = COLUMNS < VL ? COLUMNS : VL;
+  UNROLL for (int r = 0; r < 16; r += VL) {
+    UNROLL for (int c = 0; c < COLUMNS; c += VL) {
+      Vector a[VL];
+      UNROLL for (int l = 0; l < VL; l++) a[l] = read(r + l, c);
+      transpose(a);
+      UNROLL for (int l = 0; l < STORED; l++) store_pairs(to + (c + l) * 32 + r * 2, a[l]);
+    }
+  }
+}
 
 // Prefetch a block: the hardware does not, for blocks lie anywhere.
 INLINE void prefetch_block(const void *p, int64_t bytes) {
@@ -46,9 +87,7 @@ INLINE void pack_rows(const Matrix &x, int64_t first, int64_t count, int64_t sid
       if (!wanted[b]) continue;
       for (int64_t p = b * slices; p < (b + 1) * slices; p++) {
         const Half *from = slice_of(x, first + t, p, slice, copy);
-        Half *to = out + (p * count + t) * slice;
-        if (slice == 32) store_pairs(to, load_pairs(from));
-        else *(Halves *)to = *(const Halves *)from;
+        copy_slice(out + (p * count + t) * slice, from, slice);
       }
     }
   }
@@ -63,7 +102,8 @@ INLINE void pack_pairs(const Matrix &x, int64_t first, int64_t count, int64_t si
       if (!wanted[b]) continue;
       for (int64_t p = b * slices; p < (b + 1) * slices; p++) {
         const Half *even = slice_of(x, first + t, p, 16, low), *odd = slice_of(x, first + t + 1, p, 16, high);
-        store_pairs(out + (p * count + t) * 16, pairs(*(const Halves *)even, *(const Halves *)odd));
+        UNROLL for (int c = 0; c < 16; c += VL)
+          store_pairs(out + (p * count + t) * 16 + c * 2, pairs(*(const Halves *)(even + c), *(const Halves *)(odd + c)));
       }
     }
   }
@@ -79,38 +119,29 @@ INLINE void pack_turned(const Matrix &x, int64_t first, int64_t count, int64_t s
       const Half *rows[32];
       for (int64_t l = 0; l < 32; l++) rows[l] = slice_of(x, first + t + l, b, side, copies[l]);
       Half *to = out + (b * count + t) * side;
-      for (int64_t c = 0; c < side; c += 16) {
-        Vector a[16];
-        UNROLL for (int l = 0; l < 16; l++) a[l] = pairs(*(const Halves *)(rows[2 * l] + c), *(const Halves *)(rows[2 * l + 1] + c));
-        transpose(a);
-        UNROLL for (int l = 0; l < 16; l++) store_pairs(to + (c + l) * 32, a[l]);
-      }
+      for (int64_t i = 0; i < side; i += 16)
+        turn<16>(to + i * 32, [&](int l, int c) {
+          return pairs(*(const Halves *)(rows[2 * l] + i + c), *(const Halves *)(rows[2 * l + 1] + i + c));
+        });
     }
   }
 }
 
-// 16 neighbouring pairs of values.
-INLINE Vector line(const void *p, int64_t i, int dtype) {
-  if (dtype == BFLOAT16) return load_pairs((const Half *)p + i);
-  const float *from = (const float *)p + i;
-  return (Vector)_mm512_cvtne2ps_pbh((__m512)load(from + 16), (__m512)load(from));
-}
-
 // A block (out, in) -> (out / 16, in / 2, 16, 2).
 INLINE void pack_block_turned(const void *values, int64_t at, int dtype, int64_t out, int64_t in, Half *to) {
-  Vector a[16];
   for (int64_t o = 0; o < out; o += 16) {
-    if (in == 16) {
-      UNROLL for (int l = 0; l < 16; l++)
-        a[l] = (Vector)_mm512_zextsi256_si512((__m256i)halves(values, at + (o + l) * 16, dtype));
-      transpose(a);
-      UNROLL for (int l = 0; l < 8; l++) store_pairs(to + o * 16 + l * 32, a[l]);
-    }
-    for (int64_t i = 0; i + 32 <= in; i += 32) {
-      UNROLL for (int l = 0; l < 16; l++) a[l] = line(values, at + (o + l) * in + i, dtype);
-      transpose(a);
-      UNROLL for (int l = 0; l < 16; l++) store_pairs(to + o * in + (i / 2 + l) * 32, a[l]);
-    }
+    const int64_t from = at + o * in;
+    Half *rows = to + o * in;
+    if (in == 16)
+      turn<8>(rows, [&](int l, int c) {
+#if VL == 16
+        return (Vector)_mm512_zextsi256_si512((__m256i)halves(values, from + l * 16, dtype));  // the row ends here
+#else
+        return line(values, from + l * 16 + c * 2, dtype);
+#endif
+      });
+    for (int64_t i = 0; i + 32 <= in; i += 32)
+      turn<16>(rows + i * 16, [&](int l, int c) { return line(values, from + l * in + i + c * 2, dtype); });
   }
 }
 
@@ -118,8 +149,9 @@ INLINE void pack_block_turned(const void *values, int64_t at, int dtype, int64_t
 INLINE void pack_block(const void *values, int64_t at, int dtype, int64_t in, int64_t out, Half *to) {
   for (int64_t i = 0; i < in; i += 2)
     for (int64_t o = 0; o < out; o += 16)
-      store_pairs(to + o * in + i * 16,
-                  pairs(halves(values, at + i * out + o, dtype), halves(values, at + (i + 1) * out + o, dtype)));
+      UNROLL for (int c = 0; c < 16; c += VL)
+        store_pairs(to + o * in + i * 16 + c * 2,
+                    pairs(halves(values, at + i * out + o + c, dtype), halves(values, at + (i + 1) * out + o + c, dtype)));
 }
 
 // The arguments of the tiles of HalfKernels.

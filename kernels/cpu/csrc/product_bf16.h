@@ -18,11 +18,7 @@ INLINE void write_tile(const Multiply &m, int64_t t, int64_t r, int64_t n, int64
   const int64_t features = m.y.cols - r * m.out < m.out ? m.y.cols - r * m.out : m.out;
   const int64_t left = features - n < width ? features - n : width;
   Half *to = (Half *)m.y.data + t * m.y.row_stride + r * m.out + n;
-  for (int64_t j = 0; j < tokens; j++, to += m.y.row_stride, aside += width) {
-    if (left == 32) store_pairs(to, line(aside, 0, FLOAT32));
-    else if (left == 16) *(Halves *)to = halves(aside, 0, FLOAT32);
-    else write_row(to, 0, BFLOAT16, aside, left);
-  }
+  for (int64_t j = 0; j < tokens; j++, to += m.y.row_stride, aside += width) write_halves(to, aside, left);
 }
 
 // One panel of tokens times the block rows [first, last), whose packed entries start at w.
@@ -120,8 +116,7 @@ INLINE void pack_half_row(const Packing &p, int64_t pixel, Columns has, int64_t 
       for (int64_t m = has.first; m < has.last; m++) {
         const Half *source = from + m * step;
         Half *target = to + m * slice;
-        if (width == 32) store_pairs(target, load_pairs(source));
-        else if (width == slice) *(Halves *)target = *(const Halves *)source;
+        if (width == slice) copy_slice(target, source, slice);
         else for (int64_t i = 0; i < slice; i++) target[i] = i < width ? source[i] : Half(0);
       }
     }
@@ -147,8 +142,8 @@ INLINE void conv_panel_bf16(const Outputs &out, const Half *packed, int64_t firs
           const int64_t tokens = out.length - t < step ? out.length - t : step;
           row.x = x + t * slice;
           product_tile(row, tokens, bias, aside);
-          if (c.in_turn) scatter(out, t, tokens, channel, some, aside, width);
-          else for (int64_t j = 0; j < tokens; j++) write_row(c.y, out.at(span, t + j) + channel, BFLOAT16, aside + j * width, some);
+          if (c.in_turn) scatter(out, t, tokens, [&](int64_t at, int64_t j) { write_halves((Half *)c.y + at + channel, aside + j * width, some); });
+          else for (int64_t j = 0; j < tokens; j++) write_halves((Half *)c.y + out.at(span, t + j) + channel, aside + j * width, some);
         }
       }
     }

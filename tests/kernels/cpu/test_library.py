@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
 import re
 import subprocess
 import sys
@@ -99,8 +100,8 @@ def test_other_ops_devices_and_dtypes_are_refused_with_the_reason() -> None:
 
 @needs_library
 def test_the_best_instruction_set_of_the_machine_is_taken() -> None:
-    if not Path("/proc/cpuinfo").exists():
-        pytest.skip("the instruction sets are read from Linux's /proc/cpuinfo")
+    if platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists():
+        pytest.skip("the instruction sets of x86 are read from Linux's /proc/cpuinfo")
     text = Path("/proc/cpuinfo").read_text()
     flags = set(text.partition("flags")[2].partition("\n")[0].split())
     avx2 = {"avx2", "fma", "f16c"}
@@ -125,7 +126,7 @@ def test_an_instruction_set_can_be_asked_for(instructions: str) -> None:
 
 @needs_library
 def test_only_the_levels_with_instructions_for_it_take_bfloat16(instructions: str) -> None:
-    assert library.takes_bfloat16() == (instructions in ("amx", "avx512_bf16"))
+    assert library.takes_bfloat16() == (instructions in ("amx", "avx512_bf16", "neon_bf16"))
 
 
 @pytest.mark.parametrize("wrong", ["AVX2", "sse", "1", " "])
@@ -133,7 +134,8 @@ def test_an_unknown_request_names_the_choices(wrong: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("SPARSEKERN_CPU", wrong)
 
     with pytest.raises(
-        ValueError, match=f"SPARSEKERN_CPU is '{wrong}'; it must be one of amx, avx512_bf16, avx512, avx2, generic, off"
+        ValueError,
+        match=f"SPARSEKERN_CPU is '{wrong}'; it must be one of amx, avx512_bf16, avx512, avx2, neon_bf16, generic, off",
     ):
         why_not()
 
