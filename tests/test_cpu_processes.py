@@ -167,18 +167,10 @@ print([torch.equal(a, b) for a, b in zip(loader, alone)].count(True), right())
 
 
 @linux_only
-def test_children_and_grandchildren_after_a_fork_compute_the_same() -> None:
-    assert run(SETTING + FORK) == "0 True\n" * 3
-
-
-@linux_only
-def test_a_fork_while_other_threads_are_in_a_call() -> None:
-    assert run(SETTING + FORK_WHILE_CALLING) == "{0} True\n"
-
-
-@linux_only
-def test_a_fork_while_another_thread_grows_and_releases_the_scratch() -> None:
-    assert run(SETTING + FORK_WHILE_SCRATCH_COMES_AND_GOES) == "{0}\n"
+def test_forks_and_data_loaders() -> None:
+    """Children and grandchildren; workers; forks while others are in a call, and while the scratch comes and goes."""
+    said = run(SETTING + FORK + LOADER + FORK_WHILE_CALLING + FORK_WHILE_SCRATCH_COMES_AND_GOES)
+    assert said.splitlines() == ["0 True"] * 3 + ["8 True", "{0} True", "{0}"]
 
 
 @linux_only
@@ -187,11 +179,6 @@ def test_a_child_that_is_the_first_to_open_the_library() -> None:
     without = 'os.environ["SPARSEKERN_CPU"] = "off"'
     setting = SETTING.replace("expected = call()", "# ").replace("layer = ", f"{without}\nlayer = ")
     assert run(setting + FIRST_IN_CHILD) == "0\n"
-
-
-@linux_only
-def test_a_data_loader_whose_workers_call_the_kernels() -> None:
-    assert run(SETTING + LOADER) == "8 True\n"
 
 
 def resident() -> int:
