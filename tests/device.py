@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ BFLOAT16 = pytest.param(
 )
 DTYPES = (torch.float32, torch.float16, BFLOAT16)
 """Of a ``parametrize``: what the kernels offer and this device computes."""
+
+
+def in_dtypes(*cases: Any) -> list[tuple[Any, Any]]:
+    """Cases with a dtype each: on a GPU with each one, in the interpreter, to which dtypes are alike, by turns."""
+    if INTERPRETED:
+        return [(case, DTYPES[number % 2]) for number, case in enumerate(cases)]
+    return [(case, dtype) for case in cases for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+
 
 NO_RESERVE = 0x4000
 """Linux's MAP_NORESERVE, which ``mmap`` names from Python 3.13 on."""

@@ -17,13 +17,11 @@ import sparsekern as sk
 from sparsekern.errors import InputError
 from sparsekern.training import METHODS
 from sparsekern.training.attachment import Freeze
-from tests.training.test_base import batch, bits, equal, make, train
+from tests.training.test_base import batch, bits, built, equal, make, train
 
 
 def build(name: str, **options):
-    model = make()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    return model, optimizer, METHODS[name](model, optimizer, update_every=3, stop=40, seed=7, **options)
+    return built(METHODS[name], 0, torch.optim.AdamW, update_every=3, stop=40, **options)
 
 
 def hooks(optimizer) -> int:

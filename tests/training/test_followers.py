@@ -13,13 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 import sparsekern as sk
 from sparsekern.topology import IndexSource
 from sparsekern.training import Followers, Move
+from tests.kernels.calls import ints
 from tests.training.test_optimizer_state import OPTIMIZERS
 
 SLOTS = torch.tensor([1, 3])
-
-
-def ints(*numbers: int) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def model() -> nn.Sequential:

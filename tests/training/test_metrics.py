@@ -17,12 +17,9 @@ from sparsekern.topology import (
     with_capacity,
 )
 from sparsekern.training.metrics import LEAST, Coverage, TopologyMetrics
+from tests.kernels.calls import ints
 
 MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
-
-
-def ints(*numbers: int) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
 
 
 def make() -> tuple[sk.SparseLinear, TopologyMetrics]:

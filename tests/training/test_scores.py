@@ -19,10 +19,7 @@ from sparsekern.topology import (
     with_capacity,
 )
 from sparsekern.training.scores import ascending, block_norms, descending, lowest, protect_last
-
-
-def ints(*numbers: int) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
+from tests.kernels.calls import ints
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -10,7 +10,7 @@ from sparsekern.kernels.gpu import linear
 from sparsekern.kernels.gpu.config import FewTokens
 from sparsekern.kernels.gpu.multiply import few_tokens_kernel
 
-from tests.device import DEVICE, DTYPES, huge
+from tests.device import DEVICE, huge, in_dtypes
 from tests.gpu_checks import HOLES, PRODUCTS, check_products, corners, drawn, fwd
 from tests.oracle import check_y
 
@@ -30,10 +30,9 @@ def test_any_number_of_tokens(tile_k: int, tokens: int) -> None:
     check_products(corners((16, 32), tokens=tokens), config(tile_k=tile_k))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("block", "tile_n", "tile_k"),
-    [
+    ("sizes", "dtype"),
+    in_dtypes(
         ((16, 16), 16, 16),
         ((16, 16), 16, 64),
         ((32, 32), 32, 16),
@@ -42,9 +41,10 @@ def test_any_number_of_tokens(tile_k: int, tokens: int) -> None:
         ((128, 128), 32, 128),
         ((16, 64), 16, 32),
         ((128, 32), 32, 64),
-    ],
+    ),
 )
-def test_any_block_and_tile(block: tuple[int, int], tile_n: int, tile_k: int, dtype: torch.dtype) -> None:
+def test_any_block_and_tile(sizes: tuple[tuple[int, int], int, int], dtype: torch.dtype) -> None:
+    block, tile_n, tile_k = sizes
     check_products(corners(block, tokens=3, dtype=dtype), config(tile_n, tile_k))
 
 

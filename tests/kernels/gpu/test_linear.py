@@ -11,7 +11,7 @@ from sparsekern.kernels import gpu
 from sparsekern.kernels.gpu import linear
 
 from sparsekern.topology import mask_index
-from tests.device import DEVICE, DTYPES, on_gpu_only
+from tests.device import DEVICE, in_dtypes, on_gpu_only
 from tests.gpu_checks import (
     HOLES,
     PRODUCTS,
@@ -52,8 +52,7 @@ def product(request: pytest.FixtureRequest) -> Product:
 # As it is configured by default.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [(16, 16), (64, 64), (32, 128)])
+@pytest.mark.parametrize(("block", "dtype"), in_dtypes((16, 16), (64, 64), (32, 128)))
 @pytest.mark.parametrize("tokens", [0, 1, 32, 33])
 def test_the_layer_as_it_is_configured_by_default(tokens: int, block: tuple[int, int], dtype: torch.dtype) -> None:
     check_kernels(gpu, corners(block, tokens=tokens, dtype=dtype), DEVICE)

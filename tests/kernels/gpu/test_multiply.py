@@ -9,7 +9,7 @@ from sparsekern.kernels.gpu.config import Multiply
 from sparsekern.kernels.gpu.multiply import multiply_kernel
 from torch import Tensor
 
-from tests.device import DEVICE, DTYPES, huge
+from tests.device import DEVICE, huge, in_dtypes
 from tests.gpu_checks import CUT_PRODUCTS, HOLES, PRODUCTS, check_products, corners, drawn
 from tests.oracle import Case, check_y
 
@@ -18,10 +18,9 @@ def config(tile_t: int = 16, tile_k: int = 32, group: int = 2) -> Multiply:
     return Multiply(tile_t, tile_k, group, warps=4, stages=3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("block", "tile_k"),
-    [
+    ("sizes", "dtype"),
+    in_dtypes(
         ((16, 16), 16),  # one block a turn
         ((16, 16), 32),  # two blocks a turn
         ((16, 16), 128),  # more blocks a turn than a row has
@@ -32,10 +31,10 @@ def config(tile_t: int = 16, tile_k: int = 32, group: int = 2) -> Multiply:
         ((16, 64), 32),  # parts for y, a gather for dx
         ((64, 16), 32),  # the other way round
         ((32, 128), 64),
-    ],
+    ),
 )
-def test_any_block_with_tiles_of_k_larger_and_smaller(block: tuple[int, int], tile_k: int, dtype: torch.dtype) -> None:
-    check_products(corners(block, dtype=dtype), config(tile_k=tile_k))
+def test_any_block_with_tiles_of_k_larger_and_smaller(sizes: tuple[tuple[int, int], int], dtype: torch.dtype) -> None:
+    check_products(corners(sizes[0], dtype=dtype), config(tile_k=sizes[1]))
 
 
 @pytest.mark.parametrize("tokens", [33, 48, 65])

@@ -8,7 +8,7 @@ from sparsekern.kernels.gpu import linear
 from sparsekern.kernels.gpu.config import Multiply
 from sparsekern.kernels.gpu.multiply import can_describe, descriptor
 
-from tests.device import DEVICE, DTYPES
+from tests.device import DEVICE, in_dtypes
 from tests.gpu_checks import HOLES, check_products, corners, drawn
 
 VALUES = torch.zeros(1, 64, 64).half()
@@ -26,12 +26,12 @@ def only_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("only_descriptors")
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("block", "tile_k"), [((64, 64), 64), ((64, 64), 16), ((128, 128), 64), ((64, 128), 32), ((128, 64), 64)]
+    ("sizes", "dtype"),
+    in_dtypes(((64, 64), 64), ((64, 64), 16), ((128, 128), 64), ((64, 128), 32), ((128, 64), 64)),
 )
-def test_any_block_and_part_of_it(block: tuple[int, int], tile_k: int, dtype: torch.dtype) -> None:
-    check_products(corners(block, dtype=dtype), config(tile_k=tile_k))
+def test_any_block_and_part_of_it(sizes: tuple[tuple[int, int], int], dtype: torch.dtype) -> None:
+    check_products(corners(sizes[0], dtype=dtype), config(tile_k=sizes[1]))
 
 
 @pytest.mark.usefixtures("only_descriptors")

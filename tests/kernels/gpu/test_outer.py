@@ -11,7 +11,7 @@ from sparsekern.kernels.gpu import conv2d, linear
 from sparsekern.kernels.gpu.config import Outer
 from sparsekern.kernels.gpu.outer import outer_kernel, sum_splits_kernel
 
-from tests.device import DEVICE, DTYPES, huge
+from tests.device import DEVICE, DTYPES, huge, in_dtypes
 from tests.gpu_checks import HOLES, OUTERS, check_block_norms, check_outer, corners, drawn, dvalues, far_apart, forced
 from tests.gpu_conv2d_checks import GATHER, PARTS, check_that_phantom_elements_are_zero, edge_case
 from tests.oracle import DY_LAYOUTS, X_LAYOUTS, check_dvalues
@@ -36,10 +36,9 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("block", "tile_in"),
-    [
+    ("sizes", "dtype"),
+    in_dtypes(
         ((16, 16), 16),  # one block a program
         ((16, 16), 32),  # two blocks a program
         ((16, 16), 128),  # more blocks a program than a row has
@@ -48,10 +47,10 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ((128, 128), 64),
         ((64, 16), 64),
         ((16, 64), 32),
-    ],
+    ),
 )
-def test_any_block_in_groups_and_in_pieces(block: tuple[int, int], tile_in: int, dtype: torch.dtype) -> None:
-    check_outer(corners(block, dtype=dtype), config(tile_in))
+def test_any_block_in_groups_and_in_pieces(sizes: tuple[tuple[int, int], int], dtype: torch.dtype) -> None:
+    check_outer(corners(sizes[0], dtype=dtype), config(sizes[1]))
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 33, 65])
@@ -158,12 +157,12 @@ def test_a_nan_in_dy_reaches_only_its_row_and_one_in_x_only_its_column() -> None
 # Norms.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("block", "tile_in"), [((16, 16), 16), ((16, 16), 64), ((32, 32), 64), ((64, 16), 32), ((16, 128), 128)]
+    ("sizes", "dtype"),
+    in_dtypes(((16, 16), 16), ((16, 16), 64), ((32, 32), 64), ((64, 16), 32), ((16, 128), 128)),
 )
-def test_norms_of_chosen_blocks(block: tuple[int, int], tile_in: int, dtype: torch.dtype) -> None:
-    check_block_norms(corners(block, dtype=dtype), config(tile_in))
+def test_norms_of_chosen_blocks(sizes: tuple[tuple[int, int], int], dtype: torch.dtype) -> None:
+    check_block_norms(corners(sizes[0], dtype=dtype), config(sizes[1]))
 
 
 def test_norms_of_tokens_in_splits() -> None:

@@ -12,7 +12,7 @@ from sparsekern.kernels.gpu import conv2d, linear
 from sparsekern.kernels.gpu.linear import PROJECTED
 from torch import Tensor
 
-from tests.device import DEVICE, DTYPES
+from tests.device import DEVICE, in_dtypes
 from tests.gpu_checks import calls, check_all_block_norms, check_block_norms, check_sketches, corners, norms_in
 from tests.gpu_conv2d_checks import SHAPES, edge_case
 from tests.kernels.calls import AnyCase, directions, ints
@@ -33,8 +33,7 @@ def scores(case: AnyCase, pairs: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 # By the oracle.
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [(16, 16), (64, 32), (16, 128)])
+@pytest.mark.parametrize(("block", "dtype"), in_dtypes((16, 16), (64, 32), (16, 128)))
 def test_all_scores_as_they_are_configured_by_default(block: tuple[int, int], dtype: torch.dtype) -> None:
     case = corners(block, dtype=dtype)
 
@@ -48,8 +47,7 @@ def test_the_sketch_of_any_convolution(name: str) -> None:
     check_sketches(edge_case(**SHAPES[name]), pairs=2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [(16, 32), (128, 128)])
+@pytest.mark.parametrize(("block", "dtype"), in_dtypes((16, 32), (128, 128)))
 def test_the_sketch_of_a_convolution_of_any_dtype_and_side(block: tuple[int, int], dtype: torch.dtype) -> None:
     check_sketches(edge_case(block=block, dtype=dtype, kernel=(1, 2), images=1))
 

@@ -11,7 +11,7 @@ from sparsekern.kernels import gpu
 from sparsekern.kernels.contract import ConvShape
 from sparsekern.kernels.gpu.config import Supertile
 
-from tests.device import DEVICE, DTYPES
+from tests.device import DEVICE, DTYPES, in_dtypes
 from tests.gpu_checks import SUPERTILE, calls, check_all_block_norms, corners, drawn, far_apart, forced
 from tests.gpu_conv2d_checks import SHAPES, edge_case
 from tests.oracle import check_norms
@@ -21,10 +21,9 @@ def config(tile_out: int, tile_in: int, tile_t: int = 16) -> Supertile:
     return Supertile(tile_out, tile_in, tile_t, warps=4, stages=3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("block", "tile_out", "tile_in"),
-    [
+    ("sizes", "dtype"),
+    in_dtypes(
         ((16, 16), 16, 16),
         ((16, 16), 64, 32),  # 3 rows and 4 columns of blocks: no whole number of supertiles
         ((16, 16), 128, 128),
@@ -32,10 +31,10 @@ def config(tile_out: int, tile_in: int, tile_t: int = 16) -> Supertile:
         ((64, 16), 64, 64),
         ((16, 64), 32, 128),
         ((128, 128), 128, 128),
-    ],
+    ),
 )
-def test_any_block_and_supertile(block: tuple[int, int], tile_out: int, tile_in: int, dtype: torch.dtype) -> None:
-    check_all_block_norms(corners(block, dtype=dtype), config(tile_out, tile_in))
+def test_any_block_and_supertile(sizes: tuple[tuple[int, int], int, int], dtype: torch.dtype) -> None:
+    check_all_block_norms(corners(sizes[0], dtype=dtype), config(*sizes[1:]))
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 33])
