@@ -322,13 +322,13 @@ def run_norm(seed: int) -> None:
 
 
 def run_attention(seed: int) -> None:
-    """Call attention, forward and backward, on some number of tokens: less than a tile, and several."""
+    """Call attention, forward and backward, on some number of tokens: few, more than a tile, and parts of a head."""
     import torch
     from sparsekern.kernels.cpu import attention
 
     draw = random.Random(seed).randint
-    for tokens in (draw(1, 64), draw(65, 300)):
-        batch, heads, features = draw(1, 2), draw(1, 3), 32 * draw(1, 4)
+    for tokens in (draw(1, 64), draw(65, 300), draw(512, 800)):
+        batch, heads, features = draw(1, 2), draw(1, 3), 32 * draw(1, 4 if tokens < 512 else 1)
         qkv, dy = torch.randn(batch, tokens, 3 * heads * features), torch.randn(batch, tokens, heads * features)
         for is_causal in (False, True):
             _, stats = attention.forward(qkv, heads, is_causal)

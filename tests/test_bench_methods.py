@@ -14,6 +14,7 @@ from torch import nn
 import sparsekern as sk
 from bench import (
     agent_claim,
+    attention,
     end_to_end,
     gradual,
     language,
@@ -128,6 +129,17 @@ def test_the_cost_of_updates_has_a_row_for_each_method(capsys):
     assert [set(row) for row in committed("method_cost")] == 2 * [set(row) for row in made]
     with pytest.raises(ValueError, match="drop_fraction is 2.0"):
         method_cost.main([*TINY, "--blocks", "16", "--methods", "SET", "--drop", "2"])
+
+
+def test_attention_is_compared_at_each_number_of_threads(capsys, tmp_path):
+    attention.main(["--out", str(tmp_path / "rows.jsonl"), "--threads", "1", "--most-tokens", "64", "--rounds", "1"])
+    (made,) = lines(capsys.readouterr().out)
+    assert all(made[f"{name}_{part}_ms"] > 0 for name in ("pytorch", "ours") for part in ("forward", "backward"))
+    rows = committed("attention")
+    assert [row["threads"] for row in rows] == [1] * len(attention.CASES) + [2] * len(attention.CASES)
+    assert all(set(row) == set(made) for row in rows)
+    qkv = torch.randn(2, 5, 3 * 128)
+    torch.testing.assert_close(attention.pytorch(qkv, 2), sk.nn.qkv_attention(qkv, 2, is_causal=True))
 
 
 def test_a_measured_cycle_ends_in_an_update():

@@ -70,6 +70,7 @@ struct AttentionCall {
 }
 
 struct Attention : AttentionCall {
+  int64_t part, parts;   // queries that a thread computes at a time, and how often a head has as many
   char *scratch;
 };
 

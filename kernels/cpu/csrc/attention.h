@@ -6,8 +6,9 @@
 // The largest score and the sum are kept apart: their one logarithm, largest + log(sum), is rounded as coarsely as large scores are,
 // P would no longer sum to 1, and the differences of dP, which cancel where one key outweighs all, would lose what remains.
 //
-// A head is computed by one thread, some queries at a time: these are the lanes of a row of S for each key, so that the largest
-// and the sums of all keys are formed without exchanges, and S and dP of a block of queries stay in the L1 cache.
+// A head, or a part of its queries, is computed by one thread, some queries at a time: these are the lanes of a row of S for each
+// key, so that the largest and the sums of all keys are formed without exchanges, and S and dP of a block of queries stay in the L1
+// cache. dK and dV are sums over all parts: all but the last, which sees all keys, write theirs into scratch.
 #pragma once
 #include <cmath>
 #include "pack.h"
@@ -53,18 +54,19 @@ template <int64_t ROW, int64_t COL> INLINE TileSums sum_tile(const float *a, con
   return t;
 }
 
-// A head of a call: where its rows begin. Rows of q, k and v are `step` apart, those of y are `width` apart.
+// A part of a head: where the head's rows begin, the part's queries, and how many keys these see. Rows of q, k, v and dq are `step`
+// apart, those of y `width`, those of dk and dv `sum_step`.
 struct Head {
   const float *q, *k, *v, *dy;
   float *y, *dq, *dk, *dv, *largest, *shares;
-  int64_t step, width, tokens, features;
+  int64_t step, width, sum_step, tokens, features, first, last, seen;
   float scale;
   bool causal;
 
   int64_t keys(int64_t query) const { return causal && query + QUERIES < tokens ? query + QUERIES : tokens; }
 };
 
-INLINE Head head_of(const AttentionCall &c, int64_t i) {
+INLINE Head head_of(const Attention &c, int64_t i, int64_t part) {
   const int64_t n = i / c.heads, h = i % c.heads, width = c.heads * c.features, step = 3 * width;
   const int64_t at = n * c.tokens * step + h * c.features, out = n * c.tokens * width + h * c.features;
   Head a = {};
@@ -72,15 +74,21 @@ INLINE Head head_of(const AttentionCall &c, int64_t i) {
   if (c.dqkv) a.dy = c.dy + out, a.dq = c.dqkv + at, a.dk = a.dq + width, a.dv = a.dk + width;
   else a.y = c.y + out;
   a.largest = c.stats + i * c.tokens, a.shares = a.largest + c.batch * c.heads * c.tokens;
-  a.step = step, a.width = width, a.tokens = c.tokens, a.features = c.features;
+  a.step = a.sum_step = step, a.width = width, a.tokens = c.tokens, a.features = c.features;
   a.scale = float(c.scale), a.causal = c.causal;
+  a.first = part * c.part, a.last = part + 1 < c.parts ? a.first + c.part : c.tokens, a.seen = a.causal ? a.last : a.tokens;
+  if (part + 1 < c.parts) {
+    const int64_t size = c.tokens * c.features;
+    a.dk = (float *)c.scratch + c.threads * attention_floats(c) + (i * (c.parts - 1) + part) * 2 * size, a.dv = a.dk + size;
+    a.sum_step = c.features;
+  }
   return a;
 }
 
-// Rows of a head -> panels [features][QUERIES].
+// The rows of the keys that a part sees -> panels [features][QUERIES].
 INLINE void pack_head(const float *rows, int64_t step, const Head &a, float *to) {
   const Matrix x = {(void *)rows, a.tokens, a.features, step, 1, FLOAT32};
-  for (int64_t i = 0; i < a.tokens; i += QUERIES, to += a.features * QUERIES)
+  for (int64_t i = 0; i < a.seen; i += QUERIES, to += a.features * QUERIES)
     pack_lanes<QUERIES>(x, i, a.tokens - i < QUERIES ? a.tokens - i : QUERIES, to);
 }
 
@@ -128,7 +136,7 @@ INLINE void sum_keys(const float *factors, const float *rows, const Head &a, int
 void attend(const Head &a, float *packed, float *queries, float *scores) {
   pack_head(a.k, a.step, a, packed);
   const Matrix q = {(void *)a.q, a.tokens, a.features, a.step, 1, FLOAT32};
-  for (int64_t i = 0; i < a.tokens; i += QUERIES) {
+  for (int64_t i = a.first; i < a.last; i += QUERIES) {
     const int64_t keys = a.keys(i), count = a.tokens - i < QUERIES ? a.tokens - i : QUERIES;
     pack_lanes<QUERIES>(q, i, count, queries);
     multiply_keys(packed, queries, a, keys, a.scale, scores);
@@ -157,13 +165,14 @@ void attend(const Head &a, float *packed, float *queries, float *scores) {
 INLINE void add_queries(const float *factors, const float *rows, int64_t rows_step, const Head &a, int64_t query, int64_t keys, float *to) {
   const int64_t count = a.tokens - query < QUERIES ? a.tokens - query : QUERIES;
   for (int64_t j = 0; j < keys; j += HEIGHT) {
-    const bool fresh = query == (a.causal ? j / QUERIES * QUERIES : 0);  // no block before has seen these keys
+    const int64_t own = j / QUERIES * QUERIES;
+    const bool fresh = query == (a.causal && own > a.first ? own : a.first);  // no block of the part before has seen these keys
     for (int64_t f = 0; f < a.features; f += 2 * VL) {
       const TileSums t = sum_tile<QUERIES, 1>(factors + j * QUERIES, rows + query * rows_step + f, rows_step, count);
       UNROLL for (int r = 0; r < HEIGHT; r++) {
         if (j + r >= keys) break;
         UNROLL for (int v = 0; v < 2; v++) {
-          float *at = to + (j + r) * a.step + f + v * VL;
+          float *at = to + (j + r) * a.sum_step + f + v * VL;
           store(at, fresh ? t.sum[r][v] : load(at) + t.sum[r][v]);
         }
       }
@@ -177,7 +186,7 @@ void attend_backward(const Head &a, float *packed_k, float *packed_v, float *que
   pack_head(a.k, a.step, a, packed_k), pack_head(a.v, a.step, a, packed_v);
   const Matrix q = {(void *)a.q, a.tokens, a.features, a.step, 1, FLOAT32};
   const Matrix dy = {(void *)a.dy, a.tokens, a.features, a.width, 1, FLOAT32};
-  for (int64_t i = 0; i < a.tokens; i += QUERIES) {
+  for (int64_t i = a.first; i < a.last; i += QUERIES) {
     const int64_t keys = a.keys(i), count = a.tokens - i < QUERIES ? a.tokens - i : QUERIES;
     for (int64_t l = 0; l < QUERIES; l++) largest[l] = l < count ? a.largest[i + l] : 0.f, shares[l] = l < count ? a.shares[i + l] : 0.f;
     pack_lanes<QUERIES>(q, i, count, queries);
@@ -202,17 +211,37 @@ void attend_backward(const Head &a, float *packed_k, float *packed_v, float *que
   }
 }
 
+// Add the dk and dv of the parts before the last, of the keys whose tokens are the queries of this part.
+void add_parts(const Attention &c, int64_t head, int64_t part) {
+  const Head all = head_of(c, head, c.parts - 1), mine = head_of(c, head, part);
+  for (int64_t p = all.causal ? part : 0; p + 1 < c.parts; p++) {
+    const Head a = head_of(c, head, p);
+    for (int64_t j = mine.first; j < mine.last; j++)
+      for (int64_t f = 0; f < c.features; f += VL) {
+        float *dk = all.dk + j * all.sum_step + f, *dv = all.dv + j * all.sum_step + f;
+        store(dk, load(dk) + load(a.dk + j * a.sum_step + f)), store(dv, load(dv) + load(a.dv + j * a.sum_step + f));
+      }
+  }
+}
+
 // Forward, or backward where dqkv is wanted.
 void attention(const Attention &c) {
   const int64_t heads = c.batch * c.heads, panels = round_up(c.tokens, QUERIES) * c.features;
   const int64_t rows = round_up(c.tokens, QUERIES) * QUERIES;
-#pragma omp parallel for schedule(static) num_threads(c.threads)
-  for (int64_t i = 0; i < heads; i++) {
-    float *packed = (float *)c.scratch + thread_number() * attention_floats(c), *more = packed + panels;
-    float *queries = more + panels, *scores = queries + c.features * QUERIES, *slopes = scores + rows;
-    const Head a = head_of(c, i);
-    if (c.dqkv) attend_backward(a, packed, more, queries, scores, slopes);
-    else attend(a, packed, queries, scores);
+#pragma omp parallel num_threads(c.threads)
+  {
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < heads * c.parts; i++) {  // of causal ones the last parts first: they are the largest
+      float *packed = (float *)c.scratch + thread_number() * attention_floats(c), *more = packed + panels;
+      float *queries = more + panels, *scores = queries + c.features * QUERIES, *slopes = scores + rows;
+      const Head a = head_of(c, i % heads, c.parts - 1 - i / heads);
+      if (c.dqkv) attend_backward(a, packed, more, queries, scores, slopes);
+      else attend(a, packed, queries, scores);
+    }
+    if (c.dqkv && c.parts > 1) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < heads * c.parts; i++) add_parts(c, i % heads, i / heads);
+    }
   }
 }
 

@@ -320,11 +320,15 @@ int sk_norm_backward(const NormCall *c) { return with_norm(*c, kernels().norm_ba
 // Forward, or backward if c->dqkv is given.
 int sk_attention(const AttentionCall *c) {
   if (!c->qkv || !c->stats || (c->dqkv ? !c->dy : !c->y)) return NO_STORAGE;
-  Attention a = {*c, nullptr};
-  const int64_t numbers = c->batch * c->tokens * c->heads * c->features;
+  Attention a = {*c, 0, 0, nullptr};
+  const int64_t heads = c->batch * c->heads, numbers = heads * c->tokens * c->features;
   a.threads = threads_for(4 * numbers * c->tokens, (int)c->threads);
+  // Few heads with long contexts are cut, by their sizes alone: the gradient of keys and values is summed over the parts.
+  const int64_t least = 256, most = c->tokens < 2 * least ? 1 : c->tokens / least, wanted = blocks_of(8, heads);
+  a.part = round_up(blocks_of(c->tokens, wanted < most ? wanted : most), 2 * LINE), a.parts = blocks_of(c->tokens, a.part);
   expect_large(c->dqkv ? c->dqkv : c->y, numbers * (c->dqkv ? 12 : 4));
-  return with_scratch(a.threads * attention_floats(a), [&](float *memory) {
+  const int64_t sums = c->dqkv ? (a.parts - 1) * 2 * numbers : 0;
+  return with_scratch(a.threads * attention_floats(a) + sums, [&](float *memory) {
     a.scratch = (char *)memory;
     kernels().attention(a);
     return 0;
