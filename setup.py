@@ -28,6 +28,8 @@ except ImportError:  # before setuptools 70.1; only `setup.py build_ext --inplac
 BUILD_ERRORS = (BaseError, CCompilerError)
 LIBRARY = "sparsekern.kernels.cpu._sparsekern_cpu"
 CSRC = Path("kernels/cpu/csrc")
+X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"  # as WITH_AVX of api.h
+ARM = platform.machine().lower() == "aarch64" and sys.platform == "linux"  # as WITH_NEON
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
@@ -43,8 +45,11 @@ ISA_FLAGS = {
     "neon_bf16.cpp": ["-march=armv8.2-a+bf16"],
 }
 """By file: which of them runs is chosen on the machine that runs it, so nothing is compiled for the one that builds."""
+if not X86:
+    ISA_FLAGS |= {name: [] for name in ("avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp")}
+if not ARM:
+    ISA_FLAGS["neon_bf16.cpp"] = []
 
-OF_ARM = ("neon_bf16.cpp",)
 NEWER = ("avx512_bf16.cpp", "amx.cpp", "neon_bf16.cpp")
 """Files that a compiler without their flags (before GCC 10, GCC 11, GCC 10) compiles without kernels."""
 
@@ -57,10 +62,8 @@ OPENMP = ["-lgomp"] if sys.platform == "linux" else ["-fopenmp"]
 """PyTorch brings GCC's runtime. Clang's code calls another, whose threads would be a second team on the same cores: it
 does not link with this one, and the library is built without threads."""
 
-X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "darwin"  # as WITH_AVX of api.h
 if X86:
     FLAGS += ["-march=x86-64"]  # lest a -march=native of CXXFLAGS reach the files for every machine
-ARM = platform.machine().lower() == "aarch64" and sys.platform == "linux"  # as WITH_NEON
 
 
 class BuildLibrary(build_ext):
@@ -96,7 +99,7 @@ class BuildLibrary(build_ext):
     def _compile(self, ext: Extension, openmp: list[str]) -> list[str]:
         def compile_one(source: str) -> list[str]:
             name = Path(source).name
-            isa = ISA_FLAGS[name] if (ARM if name in OF_ARM else X86) else []
+            isa = ISA_FLAGS[name]
 
             def with_flags(flags: list[str]) -> list[str]:
                 objects: list[str] = self.compiler.compile(
@@ -112,7 +115,7 @@ class BuildLibrary(build_ext):
             except BUILD_ERRORS:
                 if name not in NEWER:
                     raise
-            compiled = with_flags([] if name in OF_ARM else AVX512)
+            compiled = with_flags(AVX512 if X86 else [])
             self.warn(f"{name} is built without kernels: the compiler does not know {' '.join(isa)}")
             return compiled
 
