@@ -10,9 +10,8 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.topology import Grid, from_mask
-from tests.saved import through_a_file
-from tests.training.grids import grid_layer
-from tests.training.test_base import bits, equal, make, train
+from tests.training.grids import changed, grid_layer, over
+from tests.training.test_base import built, check_resumed, make
 
 
 def two_layers() -> nn.Sequential:
@@ -26,8 +25,8 @@ def two_layers() -> nn.Sequential:
 
 
 def dsr(model, **options) -> sk.DSR:
-    options = {"update_every": 1, "drop_fraction": lambda step: 0.3} | options
-    return sk.DSR(model, torch.optim.SGD(model.parameters(), lr=0.0), **options)
+    options = {"drop_fraction": lambda step: 0.3} | options
+    return over(model, sk.DSR, **options)
 
 
 def test_two_updates_by_hand():
@@ -46,10 +45,8 @@ def test_two_updates_by_hand():
         new = layer.topology.keys()[layer.topology.keys() != keys]
         assert not set(new[new < 16].tolist()) & set(keys.tolist())
     # The four new ones are 0 and go; the rest is above 0.6. Again 3 and 1 grow, where the first has no free slot left.
-    before = model[0].topology.keys().clone()
-    assert method.update() and method.threshold == 0.3
+    assert changed(model[0], method.update) == [1, 2, 6] and method.threshold == 0.3
     assert [layer.topology.blocks() for layer in model] == [7, 3]
-    assert (model[0].topology.keys() != before).nonzero().flatten().tolist() == [1, 2, 6]
 
 
 def test_the_threshold_doubles_until_enough_go_and_stays_within_the_tolerance():
@@ -79,19 +76,8 @@ def test_the_strongest_block_of_each_layer_stays_and_full_layers_keep_theirs():
 
 
 def test_saved_loaded_and_continued_bit_for_bit():
-    def build(seed):
-        model = make(seed)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, optimizer, sk.DSR(model, optimizer, update_every=2, threshold=0.05, seed=1)
-
-    through, first, second = build(0), build(0), build(1)
-    train(*through, range(9))
-    train(*first, range(5))
-    for part, state in zip(second, through_a_file(first), strict=True):
-        part.load_state_dict(state)
-    assert second[2].threshold == first[2].threshold != 0.05
-    train(*second, range(5, 9))
-    assert equal(bits(second[0]), bits(through[0]))
+    _, _, method = check_resumed(lambda seed: built(sk.DSR, seed, update_every=2, threshold=0.05), 5, 9)
+    assert method.threshold != 0.05, "which the metrics compare, too"
 
 
 def test_what_is_refused(caplog):
