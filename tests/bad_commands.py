@@ -31,6 +31,7 @@ COMMANDS: list[tuple[str, tuple[str, ...]]] = [
     ("train --score snipp", ("score is 'snipp'; it must be one of magnitude, random, snip",)),
     ("train --recipe gpt --score synflow", ("score is synflow", "an input of ones, which the tokens of recipe gpt")),
     ("train --no-sparse --score snip", ("score would change nothing: only the dense twin is trained",)),
+    ("plan --device h200 --image-size 0", ("image_size is 0; it must be 1 or more",)),
     ("plan --score snip", ("score is on, of which no plan is made; drop the option",)),
     (
         "train --paper gse-cifar10-resnet56-97",

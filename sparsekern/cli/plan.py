@@ -175,6 +175,8 @@ def about_text(about: Mapping[str, Any]) -> str:
 
 
 def _of_recipe(values: dict[str, Any], layout: Layout, image_size: int | None) -> tuple[Planned, Found]:
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size is {image_size}; it must be 1 or more", parameter="image_size")
     config = Config(**values)
     recipe = find(config.recipe)
     _check_divides(config.batch_size, layout.devices, config.accumulate)
