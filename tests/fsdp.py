@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[type[sk.Method], dict[str, Any]]] = {
     "MEST": (sk.MEST, {"soft_bound": True, "stop": 13}),
     "SRigL": (sk.SRigL, {"scoring": "screen"}),
     "DSR": (sk.DSR, {"threshold": 0.05}),
+    "TopKAST": (sk.TopKAST, {"stop": 10, "regularization": 0.1}),
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 13}),
     "GSE": (sk.GSE, {}),
     "GSE, sketches": (sk.GSE, {"score_sketches": 2}),

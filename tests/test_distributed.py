@@ -46,6 +46,7 @@ METHODS = {
     "MEST": (sk.MEST, {"drop_fraction": 0.3}),
     "SRigL": (sk.SRigL, {"scoring": "screen"}),
     "DSR": (sk.DSR, {"threshold": 0.1}),
+    "TopKAST": (sk.TopKAST, {"drop_fraction": 0.5, "regularization": 0.1}),
     "GraNet": (sk.GraNet, {"scoring": "screen", "stop": 10}),
 }
 VRPGE = {

@@ -23,6 +23,7 @@ METHODS = {
     "MEST": (sk.MEST, {}),
     "SRigL": (sk.SRigL, {}),
     "DSR": (sk.DSR, {"threshold": 0.05}),
+    "TopKAST": (sk.TopKAST, {}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.8}),
 }
 AGENTS = {

@@ -22,8 +22,8 @@ from tests import fsdp
 from tests.ranks import refusal
 
 RANKS = 4
-TIED = ("SET", "Gradual", "MEST", "VRPGE", "VRPGE, refill")
-IN_CONV = ("SET", "Gradual", "MEST", "DSR", "SRigL", "GSE", "GSE, global", "GraEst", "VRPGE, refill")
+TIED = ("SET", "Gradual", "MEST", "TopKAST", "VRPGE", "VRPGE, refill")
+IN_CONV = ("SET", "Gradual", "MEST", "DSR", "SRigL", "TopKAST", "GSE", "GSE, global", "GraEst", "VRPGE, refill")
 IN_LINEAR = [name for name in fsdp.METHODS if name not in IN_CONV]
 
 LINEAR = [

@@ -39,6 +39,7 @@ METHODS = {
     "MEST": (sk.MEST, {"soft_bound": True}),
     "SRigL": (sk.SRigL, {"scoring": "screen"}),
     "DSR": (sk.DSR, {"threshold": 0.05}),
+    "TopKAST": (sk.TopKAST, {}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.8, "scoring": "screen", "shortlist": 1e6}),
 }
 

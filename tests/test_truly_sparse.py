@@ -291,17 +291,15 @@ def test_the_native_scratch_of_a_convolution_does_not_grow_with_the_images(block
     assert held[0] == held[1] > 0
 
 
-class VrpgeStep:
-    """A layer that stores twice as many candidates as remain, and the parts of a step of VR-PGE."""
+class SamplerStep:
+    """A layer that stores twice as many blocks as remain, and the parts of a step of VR-PGE or Top-KAST."""
 
-    def __init__(self, kind: str, block: Block, sparsity: float) -> None:
+    def __init__(self, kind: str, block: Block, sparsity: float, method: type[sk.Method] = sk.VRPGE) -> None:
         self.layer, self.x = KINDS[kind].make(block, 1 - 2 * (1 - sparsity)), KINDS[kind].input()
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), fused=True)
         # At 1x1 a unit is a single value, beside which the sums of a sort are large.
-        how = "bisection" if block == (1, 1) else "sort"
-        self.method = sk.VRPGE(
-            self.layer, self.optimizer, sparsity=sparsity, update_every=1, floor=0.05, projection=how
-        )
+        how = {"floor": 0.05, "projection": "bisection" if block == (1, 1) else "sort"} if method is sk.VRPGE else {}
+        self.method = method(self.layer, self.optimizer, sparsity=sparsity, update_every=1, **how)
         for part in ("backward", "step", "update"):
             getattr(self, part)()
 
@@ -320,13 +318,11 @@ class VrpgeStep:
         assert self.method.finish()
 
     def allowed(self, part: str) -> float:
-        """Return a quarter of what is stored; the gradient; during the optimizer's step a copy of the sampled blocks.
-
-        The index of a mask, which is made anew for each, takes at most as much again for as long.
-        """
+        """Return a quarter of what is stored; the gradient and the index of a mask; in VR-PGE's step sampled blocks."""
         values, index, state = stored_bytes(self.layer, self.optimizer)
         stored = 2 * values + state + index
-        more = {"backward": values + 2 * index, "step": float(self.method._masks[0].float().mean()) * stored}
+        masks = getattr(self.method, "_masks", None)
+        more = {"backward": values + 2 * index, "step": 0 if masks is None else float(masks[0].float().mean()) * stored}
         return 0.25 * stored + more.get(part, 0) + SCRATCH + 6 * self.x.numel() * 4
 
 
@@ -336,8 +332,9 @@ class VrpgeStep:
     [*(("linear", b) for b in [(32, 32), (16, 32), (1, 1)]), *(("conv2d", b) for b in [(16, 16), (1, 1)])],
     ids=str,
 )
-def test_a_step_of_vrpge(part, kind, block, kernels):
-    training = VrpgeStep(kind, block, 0.99 if block == (1, 1) else 0.9)
+@pytest.mark.parametrize("method", [sk.VRPGE, sk.TopKAST])
+def test_a_step_with_a_part_of_the_blocks(part, kind, block, method, kernels):
+    training = SamplerStep(kind, block, 0.99 if block == (1, 1) else 0.9, method)
     if part in ("step", "update"):
         training.backward()
     if part == "update":
@@ -395,6 +392,6 @@ def test_a_densifying_line_is_found(kind, method, part, plant, kernels, monkeypa
 
 
 def test_a_step_of_vrpge_that_multiplies_a_dense_weight_by_a_mask_is_found(kernels, monkeypatch):
-    training = VrpgeStep("linear", (32, 32), 0.9)
+    training = SamplerStep("linear", (32, 32), 0.9)
     plant_forward(monkeypatch, kernels, training.layer)
     assert allocations(training.backward).largest >= DENSE

@@ -135,6 +135,7 @@ METHODS = {
     "MEST": (sk.MEST, {}),
     "SRigL": (sk.SRigL, {}),
     "DSR": (sk.DSR, {"threshold": 1.0}),
+    "TopKAST": (sk.TopKAST, {}),
     "Gradual": (sk.Gradual, {"final_sparsity": 0.99, "stop": 5}),
     "GraNet": (sk.GraNet, {"final_sparsity": 0.99, "stop": 5, "compact": True}),
     "Gradual, compact": (sk.Gradual, {"final_sparsity": 0.99, "stop": 5, "scope": "global", "compact": True}),

@@ -27,8 +27,8 @@ class SparseCallback(Callback):
     real steps, in automatic and in manual optimization: accumulated batches and steps that gradient scaling skips do
     not count. Its state is in every checkpoint, and ``trainer.fit(..., ckpt_path=...)`` goes on exactly.
 
-    VR-PGE and AGENT run several passes over a batch, so they need manual optimization: in ``training_step`` write
-    ``loss = callback.method.backward(lambda: ...)`` in the place of ``self.manual_backward``.
+    VR-PGE, Top-KAST and AGENT run the passes over a batch themselves, so they need manual optimization: in
+    ``training_step`` write ``loss = callback.method.backward(lambda: ...)`` in the place of ``self.manual_backward``.
 
     Args:
         method: one of :data:`sparsekern.training.METHODS`, such as ``"set"``; or a function of the module and the
@@ -59,8 +59,8 @@ class SparseCallback(Callback):
         )
         if needs_closure(method) and pl_module.automatic_optimization:
             raise InputError(
-                f"{type(method).__name__} runs several passes over a batch: set self.automatic_optimization = False, "
-                "and call callback.method.backward(lambda: ...) in training_step"
+                f"{type(method).__name__} runs the passes over a batch itself: set self.automatic_optimization = "
+                "False, and call callback.method.backward(lambda: ...) in training_step"
             )
         saved = self._saved or last
         if trainer.global_step and saved is None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsekern.errors import InputError
 from sparsekern.topology.arguments import check_choice
-from sparsekern.training import AGENT, METHODS, VRPGE, Method
+from sparsekern.training import AGENT, METHODS, Method, NetworkSampler
 
 AnyMethod: TypeAlias = Method | AGENT
 
@@ -64,8 +64,8 @@ class MethodSpec:
 
 
 def needs_closure(method: AnyMethod) -> bool:
-    """Return whether a method runs several passes over a batch, and so takes the loss as a function."""
-    return isinstance(method, (VRPGE, AGENT))
+    """Return whether a method runs the passes over a batch itself, and so takes the loss as a function."""
+    return isinstance(method, (NetworkSampler, AGENT))
 
 
 def numbers(method: AnyMethod, layers: bool = False) -> dict[str, float]:

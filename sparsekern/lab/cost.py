@@ -36,6 +36,7 @@ from sparsekern.training import (
     NetworkSampler,
     RigL,
     SRigL,
+    TopKAST,
     compact_,
 )
 
@@ -310,7 +311,11 @@ class Planned:
         if issubclass(method, VRPGE):
             assert run.pool is not None
             forwards = (argument("masks") - 1) / argument("structure_every")
-            return Updates(every=every, masked=1 / run.pool, forwards=forwards)
+            return Updates(every=every, masked=1 / run.pool, trained=1 / run.pool, forwards=forwards)
+        if issubclass(method, TopKAST):
+            assert run.pool is not None
+            moved = float(argument("drop_fraction")) * (1 - 1 / run.pool)
+            return Updates(every=every, moved=moved, ranked=True, masked=1 / run.pool)
         if issubclass(method, Gradual):
             return Updates(every=every, ranked=True)
         if not issubclass(method, (SET, DSR, RigL, GSE)):

@@ -175,7 +175,13 @@ _OTHERS = (
         part="recipe",
     ),
     Option(
-        "pool", float, "Candidates for each block that is to remain.", f"{VRPGE.pool}", ("vrpge",), low=1, part="recipe"
+        "pool",
+        float,
+        "Stored blocks for each one that is to remain.",
+        f"{VRPGE.pool}",
+        ("vrpge", "top-kast"),
+        low=1,
+        part="recipe",
     ),
     Option(
         "initial_sparsity",

@@ -20,7 +20,7 @@ from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
 from sparsekern.lab.tasks import Batch, Task
 from sparsekern.topology import generator_for
-from sparsekern.training import AGENT, METHODS, VRPGE, Gradual, Lottery, Method
+from sparsekern.training import AGENT, METHODS, VRPGE, Gradual, Lottery, Method, TopKAST
 from sparsekern.transforms import Width
 
 
@@ -120,7 +120,7 @@ def resolve(config: Config, task: Task, world: World = ALONE) -> Run:
     layers: dict[str, Any] = {"distribution": recipe.distribution, "init_scale": recipe.init_scale}
     layers |= {} if chosen is None else chosen.layers
     layers |= part_of("recipe", options)
-    pool = float(layers.pop("pool", VRPGE.pool)) if issubclass(method, VRPGE) else None
+    pool = float(layers.pop("pool", method.pool)) if issubclass(method, (VRPGE, TopKAST)) else None
     initial = layers.pop("initial_sparsity", method.initial_sparsity if issubclass(method, Gradual) else None)
     agent, transform = part_of("agent", options), part_of("transform", options)
     if transform and issubclass(method, Gradual):

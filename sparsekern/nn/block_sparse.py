@@ -131,7 +131,7 @@ class BlockSparse(Indexed):
         self.seed = int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed
         self.name = name
         self.probe: Probe | None = None
-        self._lent = self._source = None
+        self._lent = self.gradient_index = self._source = None
         self._lost = False
         self._blocks = blocks
         self._capacity = blocks if capacity is None else check_whole("capacity", capacity)

@@ -138,7 +138,8 @@ class SparseConv2d(BlockSparse):
             return self.traced(input)
         if self.padding_mode != "zeros":
             input = self._padded(input)
-        return ops.conv2d(input, self.values, self.bias, self.index, self.grid, self.conv_shape, self.probe)
+        values, index, probe = self.operands()
+        return ops.conv2d(input, values, self.bias, index, self.grid, self.conv_shape, probe)
 
     def dense_forward(self, input: Tensor, weight: Tensor) -> Tensor:
         """Return the output of PyTorch's convolution with a dense ``weight``, and this layer's sizes and bias."""

@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from sparsekern.errors import InputError
 from sparsekern.nn.init import draw_topology
+from sparsekern.ops import Probe
 from sparsekern.topology import (
     Grid,
     Index,
@@ -47,6 +48,7 @@ class Indexed(nn.Module):
     seed: int
     name: str
     values: nn.Parameter
+    probe: Probe | None
     row: Tensor
     col: Tensor
     row_ptr: Tensor
@@ -63,6 +65,8 @@ class Indexed(nn.Module):
     """Whether the places were given, and have been lost on the meta device."""
     _lent: Index | None
     """The index that replaces the layer's own; see :func:`lend_index`."""
+    gradient_index: Index | None
+    """The blocks whose gradient is computed, where they are others than those that compute; see :func:`lend_index`."""
     _source: IndexSource | None
     """What the layer's own index was built from; None on the meta device."""
 
@@ -206,6 +210,13 @@ class Indexed(nn.Module):
             own = source.index
         return own if self._lent is None else self._lent
 
+    def operands(self) -> tuple[Tensor, Index, Probe | None]:
+        """Return the values, the index and the probe of the layer's product."""
+        index, trained = self.index, self.gradient_index
+        if trained is None:
+            return self.values, index, self.probe
+        return self.values.detach(), index, Probe.of_stored(self.values, trained)
+
     def refresh_(self) -> None:
         """Accept the places that ``row`` and ``col`` hold now: validate them and rebuild the index.
 
@@ -315,7 +326,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def lend_index(layer: Indexed, index: Index) -> Iterator[None]:
+def lend_index(layer: Indexed, index: Index, gradient_index: Index | None = None) -> Iterator[None]:
     """Make a layer compute with another index, such as one from :func:`~sparsekern.topology.mask_index`.
 
     The layer's topology does not change. A backward may follow after the context ends, if ``index`` has not been
@@ -325,6 +336,8 @@ def lend_index(layer: Indexed, index: Index) -> Iterator[None]:
     Args:
         layer: a sparse layer.
         index: an index with as many slots as the layer.
+        gradient_index: the blocks whose gradient is computed, such as the layer's own index. Default: those of
+            ``index``.
 
     Raises:
         ValueError: the index has another number of slots or block rows.
@@ -338,8 +351,8 @@ def lend_index(layer: Indexed, index: Index) -> Iterator[None]:
         )
     if layer._lent is not None:
         raise RuntimeError("the layer already computes with another index; leave that context before entering this one")
-    layer._lent = index
+    layer._lent, layer.gradient_index = index, gradient_index
     try:
         yield
     finally:
-        layer._lent = None
+        layer._lent = layer.gradient_index = None

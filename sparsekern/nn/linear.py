@@ -100,7 +100,8 @@ class SparseLinear(BlockSparse):
         """Return ``input W' + bias``; see :func:`sparsekern.ops.linear` for the errors."""
         if isinstance(input, Proxy):
             return self.traced(input)
-        return ops.linear(input, self.values, self.bias, self.index, self.grid, self.probe)
+        values, index, probe = self.operands()
+        return ops.linear(input, values, self.bias, index, self.grid, probe)
 
     def dense_forward(self, input: Tensor, weight: Tensor) -> Tensor:
         """Return the output of PyTorch's linear layer with a dense ``weight (out, in)`` and this layer's bias."""

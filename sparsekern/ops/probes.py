@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.errors import InputError
-from sparsekern.kernels.contract import ConvShape, Geometry
+from sparsekern.kernels.contract import ConvShape, Geometry, Index
 from sparsekern.ops import marginals, scores
 from sparsekern.ops.library import channels_last, pack
 from sparsekern.topology import Grid, Topology, build_index
@@ -56,6 +56,14 @@ class Probe(NamedTuple):
         index = build_index(Topology(grid, row, col), checked=True, ascending=checked)
         shape = (row.shape[0], *grid.block)
         return cls("candidates", _zeros(shape, dtype, row.device), tuple(index))
+
+    @classmethod
+    def of_stored(cls, values: Tensor, index: Index) -> Probe:
+        """Ask for the blocks of G that an index has, as the gradient of ``values (Z, bo, bi)``, which are the probe.
+
+        The product takes these values detached, and an index of some of the blocks.
+        """
+        return cls("candidates", values, tuple(index))
 
     @classmethod
     def norms(cls, grid: Grid, row: Tensor, col: Tensor, *, dtype: torch.dtype = torch.float32) -> Probe:

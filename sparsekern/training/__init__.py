@@ -12,6 +12,7 @@ from sparsekern.training.lottery import Lottery
 from sparsekern.training.magnitude import SET, Gradual, Static
 from sparsekern.training.presets import PRESETS, Preset, preset
 from sparsekern.training.schedules import Schedule
+from sparsekern.training.topkast import TopKAST
 from sparsekern.training.vrpge import VRPGE
 
 METHODS: dict[str, type[Method]] = {
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "mest": MEST,
     "srigl": SRigL,
     "dsr": DSR,
+    "top-kast": TopKAST,
 }
 """The methods by their names on the command line."""
 
@@ -50,6 +52,7 @@ __all__ = [
     "SRigL",
     "Schedule",
     "Static",
+    "TopKAST",
     "compact_",
     "preset",
     "recalibrate_norms",

@@ -87,7 +87,7 @@ class Attached:
     def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
 
-        All methods have this form; those that need several passes over a batch require it.
+        All methods have this form; those that compute with a part of the blocks, or in several passes, require it.
 
         Args:
             closure: computes the loss ``()`` of one batch.

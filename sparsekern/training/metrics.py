@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ class TopologyMetrics:
         layer = self._layers[name]
         self.churn[name] = move.slots.numel() / max(1, stored_blocks(layer.index))
         self._coverage[name].add(move.row * layer.grid.cols + move.col)
+
+    def free(self, moves: Mapping[str, Move]) -> None:
+        """Set the churn of moves that freed slots and grew nothing: the fraction of the blocks that were there."""
+        for name, layer in self._layers.items():
+            left, freed = stored_blocks(layer.index), moves[name].slots.numel() if name in moves else 0
+            self.churn[name] = 1 - left / max(1, left + freed)
 
     def values(self) -> dict[str, float]:
         """Return the metrics of :meth:`sparsekern.training.Method.metrics` by name; synchronises the device."""

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsekern.errors import InputError
 from sparsekern.kernels.contract import accumulate_dtype, ordered_bits
 from sparsekern.nn import BlockSparse
 from sparsekern.nn.sharded import slot_scores
-from sparsekern.topology import Move, Topology, part_of, places_for, stored_blocks, units
+from sparsekern.topology import Move, Topology, check_sparsity, part_of, places_for, stored_blocks, units
 
 _log = logging.getLogger("sparsekern")
 
@@ -59,6 +60,30 @@ def warn_of_no_room(layers: dict[str, BlockSparse], why: str, instead: str) -> N
             ", ".join(could),
             instead,
         )
+
+
+def part_that_remains(sparsity: float | None, stored: float, whole: float) -> float:
+    """Return which fraction of what layers store is to remain, so that they have a sparsity.
+
+    Args:
+        sparsity: fraction of the whole that is to be absent; None for half of what is stored.
+        stored, whole: elements, or their costs.
+
+    Raises:
+        ValueError: the sparsity is out of range, or less is stored than is to remain.
+    """
+    if sparsity is None:
+        return 0.5
+    check_sparsity(sparsity)
+    part = (1 - sparsity) * whole / stored
+    if part > 1 + 1e-9:
+        now, lower = 1 - stored / whole, max(0.0, 1 - 2 * (1 - sparsity))
+        raise InputError(
+            f"sparsity is {sparsity}, but the layers store too few blocks to choose from: they are at sparsity "
+            f"{now:.4g}. Build them at a lower one, such as {lower:.4g}",
+            parameter="sparsity",
+        )
+    return min(1.0, part)
 
 
 def block_norms(layer: BlockSparse) -> Tensor:

@@ -178,7 +178,7 @@ def test_numbers_are_logged_where_asked(tmp_path: Path):
 def test_wrong_inputs_are_one_sentence(tmp_path: Path):
     cases = [
         ("method is 'x'; it must be one of", lambda: SparseCallback("x")),
-        ("VRPGE runs several passes.*automatic_optimization = False", lambda: fit(tmp_path, SparseCallback("vrpge"))),
+        ("VRPGE runs the passes.*automatic_optimization = False", lambda: fit(tmp_path, SparseCallback("vrpge"))),
         ("no optimizer of configure_optimizers holds", lambda: fit(tmp_path, SparseCallback("set"), sparse=False)),
     ]
     for message, wrong in cases:

@@ -159,6 +159,7 @@ def test_the_defaults():
         "mest",
         "srigl",
         "dsr",
+        "top-kast",
     ]
     assert (found.sparsities, found.block_sizes, found.dense) == ((0.9,), (16,), True)
     twice = plan_for(NOWHERE, {}, (*TWO, *TWO), (0.5, 0.5), (8, 8))

@@ -84,6 +84,12 @@ def test_masks_are_passes_until_they_end(data):
     assert cost(data, method="vrpge", options={"masks": 4})["peak_bytes"] > 0
 
 
+def test_forward_sets_compute_a_part_of_what_is_trained(data):
+    # 6 of 9 steps: forward and the input's gradient of half of the elements, gradients of all; then as static
+    by_hand = ((ENDS + (2 + 2) * HIDDEN / 2 + 2 * HIDDEN) * 6 + (ENDS + 3 * HIDDEN) * 3) / STEPS * images()
+    assert cost(data, method="top-kast")["training_flops"] == pytest.approx(by_hand, rel=1e-6)
+
+
 def test_a_dense_score_shows_in_the_peak(data):
     changes = {"block_size": 1, "sparsity": 0.95, "width": 128, "batch_size": 16}
     dense_scores = cost(data, method="rigl", options={"allow_dense_scores": True}, **changes)["peak_bytes"]

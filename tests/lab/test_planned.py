@@ -38,7 +38,8 @@ def test_images_have_their_channels_last_where_the_recipe_wants_it():
         ({"method": "rigl"}, 1, Updates(50, 0.3, ranked=True, scores_all=True)),
         ({"method": "rigl"}, 2, Updates(50, 0.3, ranked=True, candidates=4 * 0.3, sketches=16)),
         ({"method": "srigl"}, 2, Updates(50, 0.3, ranked=True, sketches=16)),
-        ({"method": "vrpge", "options": {"masks": 3}}, 1, Updates(50, masked=0.5, forwards=2.0)),
+        ({"method": "vrpge", "options": {"masks": 3}}, 1, Updates(50, masked=0.5, trained=0.5, forwards=2.0)),
+        ({"method": "top-kast", "options": {"pool": 3}}, 1, Updates(50, 0.3 * (1 - 1 / 3), ranked=True, masked=1 / 3)),
         ({"method": "gradual"}, 1, Updates(50, ranked=True)),
     ],
 )

@@ -238,6 +238,7 @@ EVERY_METHOD = {
     "dsr": {"threshold": 0.1, "capacity": 1.5},
     "srigl": {"min_salient": 1},
     "mest": {"soft_bound": True, "capacity": 1.5},
+    "top-kast": {"pool": 1.5},
     "granet": {"initial_sparsity": 0.2, "scoring": "screen"},
 }
 

@@ -262,7 +262,7 @@ class TestErrors:
     ("kind", "option"),
     [
         *((sk.SET, name) for name in ("scope", "score_tokens", "updte_every")),
-        *((sk.VRPGE, name) for name in ("keep_connected", "min_age", "score_tokens")),
+        *((kind, name) for kind in (sk.VRPGE, sk.TopKAST) for name in ("keep_connected", "min_age", "score_tokens")),
         *(
             (sk.Static, name)
             for name in ("drop_fraction", "anneal", "grown_state", "keep_connected", "min_age", "scope")
@@ -299,7 +299,7 @@ def test_choosing_changes_nothing(name):
 
 def test_only_a_method_that_samples_networks_says_so():
     samplers = [kind for kind in METHODS.values() if isinstance(built(kind, stop=400)[2], NetworkSampler)]
-    assert samplers == [sk.VRPGE]
+    assert samplers == [sk.VRPGE, sk.TopKAST]
 
 
 REFUSED = [

@@ -133,7 +133,7 @@ def plain(state):
 
 
 @pytest.mark.parametrize(
-    "name", ["Static", "SET", "RigL", "GSE", "VRPGE", "Gradual", "GraNet", "MEST", "SRigL", "DSR", "AGENT"]
+    "name", ["Static", "SET", "RigL", "GSE", "VRPGE", "Gradual", "GraNet", "MEST", "SRigL", "DSR", "TopKAST", "AGENT"]
 )
 def test_a_state_that_is_refused_changes_nothing(name):
     method = trained(name)

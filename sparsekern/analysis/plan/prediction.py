@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -146,6 +147,7 @@ class Updates:
         sketches: numbers a place from which candidates are chosen. They are added up over devices; with
             ``score_sketches`` each device names its candidates instead.
         masked: the part of the stored blocks with which a pass computes.
+        trained: the part whose gradient it computes.
         forwards: forward passes of a step beyond the first.
     """
 
@@ -157,6 +159,7 @@ class Updates:
     scores_all: bool = False
     sketches: int = 0
     masked: float = 1.0
+    trained: float = 1.0
     forwards: float = 0.0
 
 
@@ -280,7 +283,8 @@ def predict(
         sends: bytes a second that a device sends.
     """
     layout, updates = layout or Layout(), updates or Updates()
-    forward, backward = (_seconds(calls, clocked, updates.masked) for calls in (trace.forward, trace.backward))
+    passes = [_masked(calls, updates.masked, updates.trained) for calls in (trace.forward, trace.backward)]
+    forward, backward = (_seconds(calls, clocked) for calls in passes)
     seconds: dict[str, float] = _seconds(trace.update, clocked)
     for pass_, times in ((forward, accumulate * (1 + updates.forwards)), (backward, accumulate)):
         seconds = {group: seconds[group] + times * spent for group, spent in pass_.items()}
@@ -288,21 +292,30 @@ def predict(
     hidden = accumulate * sum(backward.values()) + (accumulate * sum(forward.values()) if layout.sharded else 0.0)
     seconds[UPDATES] = _update_seconds(trace, clocked, updates) * accumulate / max(1, updates.every)
     seconds[COMMUNICATION] = max(0.0, sent.step / sends - hidden)
-    extra = updates.forwards * sum(op.flops * n for op, n in trace.forward.items())
+    flops = [sum(op.flops * n for op, n in calls.items()) for calls in passes]
     return Prediction(
-        flops=round(accumulate * (trace.flops + extra)),
+        flops=round(accumulate * ((1 + updates.forwards) * flops[0] + flops[1])),
         memory=memory(trace, layout, accumulate),
         traffic=sent,
         seconds={part: seconds.get(part, 0.0) for part in PARTS},
     )
 
 
-def _seconds(calls: Calls, clocked: Clocked, masked: float = 1.0) -> dict[str, float]:
-    """Return the seconds of calls by group; ``masked`` is the part of the blocks with which products compute."""
+def _masked(calls: Calls, masked: float, trained: float) -> Calls:
+    """Return calls that compute with a part of the blocks, and the gradient of another part."""
+    parts = {"dvalues": trained, "backward": (masked + trained) / 2}
+    found: Calls = Counter()
+    for operation, count in calls.items():
+        if operation.group == SPARSE:
+            operation = operation.scaled(parts.get(operation.kind.rpartition(" ")[2], masked))
+        found[operation] += count
+    return found
+
+
+def _seconds(calls: Calls, clocked: Clocked) -> dict[str, float]:
+    """Return the seconds of calls by group."""
     spent = dict.fromkeys(GROUPS, 0.0)
     for operation, count in calls.items():
-        if operation.group == SPARSE and masked < 1:
-            operation = operation.scaled(masked)
         spent[operation.group] += count * clocked.seconds(operation)
     return spent
 

@@ -61,7 +61,7 @@ class SparseCallback(TrainerCallback):
         method = self.method = self.spec.build(kwargs["model"], optimizer, state.max_steps)
         if needs_closure(method) and not self.hands_closure:
             raise InputError(
-                f"{type(method).__name__} runs several passes over a batch, which a callback cannot: use "
+                f"{type(method).__name__} runs the passes over a batch itself, which a callback cannot: use "
                 "SparseTrainer(..., sparse=SparseCallback(...))"
             )
         if saved is not None:
@@ -162,7 +162,8 @@ class SparseTrainer(Trainer):
         return cast(Tensor, loss if scaled else loss / self.current_gradient_accumulation_steps)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the network that is being trained: in VR-PGE, the likeliest of those that it draws."""
+        """Evaluate the network that is being trained: in VR-PGE, the likeliest of those that it draws,
+        in Top-KAST that of the forward set."""
         method = self.sparse.method
         active = method is not None and not method.closed
         with method.evaluation() if active and isinstance(method, NetworkSampler) else nullcontext():

@@ -290,7 +290,7 @@ def _about(about: dict[str, Any], record: Record) -> str:
     if about["groups"] > 1:
         where += f"; the {about['groups']} groups lie below each other"
     pooled = record.config.method in OPTIONS["pool"].methods
-    extra = " The method stores candidates, of which it keeps the likeliest at its last update." if pooled else ""
+    extra = " The method stores candidates, of which it keeps a part at its last update." if pooled else ""
     return f"{cell}; {where}.{extra}"
 
 

@@ -235,9 +235,7 @@ class VRPGE(Method):
         return {name: self._masked.leaving(name, chosen) for name in self.candidates if name in trained}
 
     def _end_choice(self, moves: dict[str, Move]) -> None:
-        for name, layer in self.layers.items():
-            left, freed = layer.topology.blocks(), moves[name].slots.numel() if name in moves else 0
-            self._metrics.churn[name] = 1 - left / max(1, left + freed)  # of the blocks before
+        self._metrics.free(moves)
         self.finished = True
         self._masked.clear()
         self._masks = None

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
-from sparsekern.topology import Move, Topology, Units, check_sparsity, one_tap, ordered_keys, sample_absent, to_places
+from sparsekern.topology import Move, Topology, Units, one_tap, ordered_keys, sample_absent, to_places
 from sparsekern.topology.arguments import check_choice, check_number
+from sparsekern.training.scores import part_that_remains
 
 Group = str | Callable[[BlockSparse], Tensor]
 """``"block"``, ``"row"``, ``"column"``, or a function that returns a whole number ``(Z,)`` for each slot of a layer."""
@@ -175,19 +176,7 @@ class Budget:
         self.refresh()
         stored = float(self._costs.sum())
         whole = sum(c.layer.grid.numel * weights[name] for name, c in candidates.items()) / self._scale
-        if sparsity is None:
-            self.ratio = 0.5
-        else:
-            check_sparsity(sparsity)
-            self.ratio = (1 - sparsity) * whole / stored
-            if self.ratio > 1 + 1e-9:
-                now, lower = 1 - stored / whole, max(0.0, 1 - 2 * (1 - sparsity))
-                raise InputError(
-                    f"sparsity is {sparsity}, but the layers store too few blocks to choose from: they are at sparsity "
-                    f"{now:.4g}. Build them at a lower one, such as {lower:.4g}",
-                    parameter="sparsity",
-                )
-            self.ratio = min(1.0, self.ratio)
+        self.ratio = part_that_remains(sparsity, stored, whole)
         if not 0 <= floor <= self.ratio:
             raise InputError(
                 f"floor is {floor}; it must be 0 to {self.ratio:.4g}, the fraction of the candidates that may remain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -60,8 +61,22 @@ def test_candidates_and_dense_scores_cost_their_share_of_half_a_backward():
 
 
 def test_masked_passes_compute_with_a_part_of_the_blocks():
-    spent = seconds(updates=Updates(every=100, masked=0.5, forwards=1.0))
-    assert spent == {"sparse products": 1000 * 2 + 2000, "dense products": 2, "other": 2, "optimizer": 1}
+    updates = Updates(every=100, masked=0.5, trained=0.5, forwards=1.0)
+    assert seconds(updates=updates) == {
+        "sparse products": 1000 * 2 + 2000,
+        "dense products": 2,
+        "other": 2,
+        "optimizer": 1,
+    }
+    assert predict(TRACE, Clock(), updates=updates).flops == 2 * (1000 + 20) + 2000
+
+
+def test_gradients_of_all_blocks_beside_passes_with_a_part():
+    updates = Updates(every=100, masked=0.5)
+    found = predict(TRACE, Clock(), updates=updates)
+    assert found.seconds["sparse products"] == 1000 + 1000 + 2000 and found.flops == 1000 + 20 + 1000 + 2000
+    one = Operation(SPARSE, "sparse linear 16x16 dvalues", 100, 10.0, flops=1000)  # of a layer whose input is data
+    assert predict(replace(TRACE, backward=Counter({one: 1})), Clock(), updates=updates).flops == 1000 + 20 + 1000
 
 
 def test_communication_that_computing_does_not_hide():
