@@ -159,7 +159,7 @@ class Attached:
 
 @runtime_checkable
 class NetworkSampler(Protocol):
-    """A method that trains networks which it samples at each step, until it has chosen one: VR-PGE."""
+    """A method that computes with a part of the blocks until it has chosen those that stay: VR-PGE, Top-KAST."""
 
     finished: bool
     """Whether the choice is made."""
