@@ -310,16 +310,26 @@ def planned(
     return facts, predictions, [*notes, constants]
 
 
+MOST_PLACES = 2**28
+"""Places for blocks in a network that is built only to see what it holds: drawing those of more takes many GB."""
+
+
 def _largest(source: Any, found: Found, layout: Layout, checkpointed: bool, capacity: float) -> int:
+    places = 0
+
     def total(size: int) -> int:
+        nonlocal places
         step = source.scaled(size).step("sparse")
         blocks = repeated_blocks(step.model)
         here = Layout(layout.strategy, layout.devices, tuple(blocks))
         traced = trace(step, blocks if checkpointed else ())
+        places = sum(parameter.cells for parameter in traced.parameters)
         return memory(traced, here, found.accumulate).total
 
     first = largest(total, capacity, found.sizes)
-    return first if first < 8 else largest(total, capacity, (first // 2, first * 3 // 4, first))  # nearer by
+    if first < 8 or places * (first / found.sizes[-1]) ** 2 > MOST_PLACES:
+        return first
+    return largest(total, capacity, (first // 2, first * 3 // 4, first))  # nearer by
 
 
 def _constants(clocked: Machine | Device) -> str:

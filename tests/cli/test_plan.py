@@ -69,6 +69,15 @@ def test_attention_is_that_of_the_device(monkeypatch, device, kind):
     }  # the former where checkpointed
 
 
+def test_the_largest_network_is_not_built_where_its_blocks_would_fill_the_memory_here(largest, monkeypatch):
+    largest()
+    built, real = [], module.Planned.scaled
+    monkeypatch.setattr(module.Planned, "scaled", lambda source, size: built.append(size) or real(source, size))
+    options = ("--recipe", "mlp", "--width", "64", "--block-size", "1", "--device", "h200", "--json")
+    size = json.loads(run(*options).stdout)["largest sparse"]["size"]
+    assert built == [64, 128, 192] and size > 10_000
+
+
 def test_a_device_holds_the_same_from_one_and_from_four():
     """Four devices with a quarter of the batch each hold what one does of the sparse layers, and buckets."""
     alone = json.loads(run(*SMALL[:-1], "2", "--device", "a100", "--json").stdout)["predictions"]["sparse"]
