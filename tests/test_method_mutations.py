@@ -66,7 +66,7 @@ MUTATIONS: dict[str, Mutation] = {
         partial(t_scores.test_part_of, 100, 0.299, 29),
     ),
     "a free slot counts as the weakest": (
-        scores.block_norms,
+        scores.protect_free,
         "torch.inf)",
         "0.0)",
         partial(t_set.test_the_weakest_blocks_are_dropped_rounding_down, 0.17, [1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from sparsekern.lab.config import Config
 from sparsekern.lab.language import Language
 from sparsekern.lab.options import OPTIONS
 from sparsekern.lab.recipes import find
-from sparsekern.lab.resolved import Run, build_places, build_shapes, resolve
+from sparsekern.lab.resolved import Run, build, build_places, build_shapes, resolve
 from sparsekern.lab.train import Learner
+from sparsekern.nn import sparse_layers
 from sparsekern.training import (
     AGENT,
     DSR,
@@ -58,6 +60,9 @@ def training_cost(run: Run, network: str) -> dict[str, int]:
         run: the training.
         network: ``"sparse"`` or ``"dense"``.
     """
+    if network == "sparse" and "score" in run.layers:  # scored here, for all copies
+        scored = {name: layer.topology for name, layer in sparse_layers(build(run, network, 0)).items()}
+        run = _unscored(run, {name: 1 - places.blocks() / places.grid.cells for name, places in scored.items()})
     options = run.config.options
     without_agent = {name: value for name, value in options.items() if OPTIONS[name].part != "agent"}
     real = _long(run, network, options=without_agent, epochs=run.config.epochs)
@@ -176,8 +181,9 @@ def _with_correction(run: Run, network: str, period: int) -> Learner:
 
 
 def _long(run: Run, network: str, **changes: Any) -> Learner:
-    """Return a learner of another run on the same data that is far from its end."""
-    return Learner(resolve(replace(run.config, **{"epochs": LONG, **changes}), run.task), network, seed=0)
+    """Return a learner of another run on the same data, with as many blocks, that is far from its end."""
+    longer = resolve(replace(run.config, **{"epochs": LONG, **changes}), run.task)
+    return Learner(replace(longer, layers=run.layers, stored=run.stored), network, seed=0)
 
 
 def _flops(learner: Learner, steps: int) -> int:
@@ -215,7 +221,9 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
     """
     run = resolve(replace(config, epochs=LONG), find(config.recipe).task.noise(described, config.batch_size))
     if "score" in run.layers:  # which had chosen by the data
-        run = _unscored(run, newest / "sparse.safetensors")
+        stored = stored_layers(read_state(newest / "sparse.safetensors")).values()
+        slots = {layer.name: 1 - layer.topology.slots / layer.topology.grid.cells for layer in stored}
+        run = _unscored(run, slots, "capacity")
     sizes = {}
     for network in reversed(config.networks):  # the sparse one last
         learner = Learner(run, network, seed=0)
@@ -230,12 +238,10 @@ def measure(config: Config, described: dict[str, Any], newest: Path, *, timed: b
     return account, {name: sizes[name] for name in config.networks}
 
 
-def _unscored(run: Run, weights: Path) -> Run:
-    """Return a run whose layers have as many slots as those in a file, in places that are drawn."""
-    layers = {name: value for name, value in run.layers.items() if name not in ("score", "capacity")}
-    stored = stored_layers(read_state(weights)).values()
-    slots = {layer.name: 1 - layer.topology.slots / layer.topology.grid.cells for layer in stored}
-    return replace(run, layers=layers | {"distribution": "uniform"}, stored=slots)
+def _unscored(run: Run, sparsity: Mapping[str, float], *without: str) -> Run:
+    """Return a run whose layers, by name, have these sparsities in places that are drawn, ``without`` some options."""
+    layers = {name: value for name, value in run.layers.items() if name not in ("score", *without)}
+    return replace(run, layers=layers | {"distribution": "uniform"}, stored=sparsity)
 
 
 WIDTHS = 8

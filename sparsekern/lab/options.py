@@ -144,7 +144,7 @@ def _of_methods() -> dict[str, Option]:
             if name not in {*SET_BY_RUN, *cls.unused_options}:
                 before = found.setdefault(name, replace(option, default=""))
                 defaults = [before.default] if before.default else []
-                if option.default != before.default.partition(";")[0]:
+                if option.default not in ("", before.default.partition(";")[0]):
                     defaults.append(f"{method}: {option.default}" if defaults else option.default)
                 found[name] = replace(before, methods=(*before.methods, method), default="; ".join(defaults))
     return found

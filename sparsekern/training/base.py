@@ -54,7 +54,7 @@ class Method(Attached):
         drop_fraction: fraction of a layer's blocks that an update moves; it falls to 0 along a cosine until ``stop``.
             Or a function of the step.
         anneal: ``"cosine"``; ``"constant"`` for a fraction that does not fall; or ``"steps"`` for one that is halved
-            after three quarters of the way to ``stop``.
+            after three quarters of the way to ``stop`` (MEST's default).
         offset: steps by which the schedule is delayed. See :class:`~sparsekern.training.Schedule`.
         grown_state: optimizer state of a moved block: ``"zero"`` or ``"mean_v"``. See :class:`Followers`.
         keep_connected: never drop the strongest block of a block row or block column, so that none becomes empty.
@@ -215,7 +215,7 @@ class Method(Attached):
         """Set the values of blocks that have just moved, which are zero; leaves them by default."""
 
     def step(self) -> bool:
-        """Update the topology if an update is due. Call it after ``optimizer.step()``; returns whether blocks moved."""
+        """Update the topology if an update is due; returns whether blocks moved. Call it after each optimizer step."""
         self.check_step()
         due = self.schedule.due_since(self._seen, self.steps)
         self._seen = self.steps

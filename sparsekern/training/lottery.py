@@ -6,6 +6,7 @@ to the first one: Frankle et al., "Linear Mode Connectivity and the Lottery Tick
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse
 from sparsekern.topology.arguments import check_whole
 from sparsekern.training.magnitude import Gradual
-from sparsekern.training.optimizer_state import slot_state
+from sparsekern.training.optimizer_state import is_one_value, slot_state
 
 VALUES = ""
 """Key of a parameter or a buffer itself, beside the keys of its optimizer state."""
@@ -38,6 +39,9 @@ class Lottery(Gradual):
                 optimizer.step(); optimizer.zero_grad(set_to_none=True)
             if not tickets.next_round():
                 break
+
+    A copy of the model that follows the blocks (:meth:`Method.follow`), such as an average, loses the same ones and
+    keeps its values: load the model's state into it where a round begins.
 
     Args:
         model, optimizer: as for :class:`Method`.
@@ -68,7 +72,7 @@ class Lottery(Gradual):
         super().__init__(model, optimizer, compact=True, update_every=1, stop=2, **options)
         self.rounds, self.rewind, self.round = rounds, rewind, 0
         self._model = model
-        self._recorded: dict[tuple[str, str], Tensor] = {}
+        self._recorded: dict[tuple[str, str], Any] = {}
         if rewind == 0:
             self._record()
 
@@ -114,7 +118,7 @@ class Lottery(Gradual):
             if isinstance(tensor, nn.Parameter):
                 state.pop(tensor, None)
                 if kept:
-                    state[tensor] = {key: entry.clone() for key, entry in kept.items()}
+                    state[tensor] = {key: _copied(entry) for key, entry in kept.items()}
         self.steps = self._seen = self.rewind
         self.note_values()
         return True
@@ -130,7 +134,7 @@ class Lottery(Gradual):
         for name, tensor in self._tensors():
             self._recorded[name, VALUES] = tensor.detach().clone()
             for key, entry in self.optimizer.state.get(tensor, {}).items():
-                self._recorded[name, key] = entry.detach().clone()
+                self._recorded[name, key] = _copied(entry)
 
     def compacted(self, kept: Mapping[BlockSparse, Tensor]) -> None:
         """Adapt to layers that kept only some slots."""
@@ -162,10 +166,12 @@ class Lottery(Gradual):
             raise InputError(f"the state is of round {state['round'] + 1}, but nothing was recorded to rewind to")
 
     def _fits(self, entry: Any, like: Mapping[str, Tensor]) -> bool:
-        """Return whether an entry of a state is a tensor like the present one, whose optimizer state is loaded."""
-        if not (isinstance(entry, tuple) and len(entry) == 3 and entry[0] in like and isinstance(entry[2], Tensor)):
+        """Return whether an entry of a state is one like the present one, whose optimizer state is loaded."""
+        if not (isinstance(entry, tuple) and len(entry) == 3 and entry[0] in like):
             return False
         name, key, tensor = entry
+        if not isinstance(tensor, Tensor):
+            return key != VALUES and is_one_value(tensor)
         present = self.optimizer.state.get(like[name], {})
         shape = like[name].shape if key == VALUES or key not in present else present[key].shape
         return tensor.layout == torch.strided and (tensor.shape == shape or (key != VALUES and not tensor.dim()))
@@ -177,6 +183,14 @@ class Lottery(Gradual):
         like = dict(self._tensors())
         self._recorded = {}
         for name, key, entry in state["recorded"]:
+            if not isinstance(entry, Tensor):
+                self._recorded[name, key] = _copied(entry)
+                continue
             present = like[name] if key == VALUES else self.optimizer.state.get(like[name], {}).get(key, entry)
             into = torch.empty_like(present, dtype=entry.dtype, requires_grad=False)  # its device and memory format
             self._recorded[name, key] = into.copy_(entry)
+
+
+def _copied(entry: Any) -> Any:
+    """Return a copy of an entry of an optimizer's state: a tensor, or a number or None."""
+    return entry.detach().clone() if isinstance(entry, Tensor) else copy.deepcopy(entry)

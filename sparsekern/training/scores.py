@@ -88,10 +88,14 @@ def part_that_remains(sparsity: float | None, stored: float, whole: float) -> fl
 
 def block_norms(layer: BlockSparse) -> Tensor:
     """Return the Frobenius norm ``(Z,)`` of each slot's block; infinity for a free slot, which is never dropped."""
-    norms = slot_scores(layer.values, norms_of)
+    return protect_free(layer, slot_scores(layer.values, norms_of))
+
+
+def protect_free(layer: BlockSparse, scores: Tensor) -> Tensor:
+    """Return scores ``(Z,)`` with infinity at free slots, set in place."""
     if stored_blocks(layer.index) < layer.topology.slots:
-        norms.masked_fill_(~layer.topology.used(), torch.inf)
-    return norms
+        scores.masked_fill_(~layer.topology.used(), torch.inf)
+    return scores
 
 
 def norms_of(blocks: Tensor) -> Tensor:

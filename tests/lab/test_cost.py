@@ -34,6 +34,24 @@ def images(epochs=3):
     return epochs * IMAGES
 
 
+def test_a_score_is_computed_once(data, monkeypatch):
+    """For all copies whose steps are counted, which have as many blocks as it chose, and slots for more."""
+    made, sparsify = [], sk.sparsify_
+
+    def sparsified(*args, **options):
+        model = sparsify(*args, **options)
+        topologies = [layer.topology for layer in sk.sparse_layers(model).values()]
+        made.append(("score" in options, [(t.blocks(), t.slots) for t in topologies]))
+        return model
+
+    monkeypatch.setattr(sk, "sparsify_", sparsified)
+    asked = {"method": "gse", "options": {"score": "snip", "scope": "global", "capacity": 1.25}}
+    assert cost(data, update_every=100, **asked)["training_flops"] == (ENDS + 3 * HIDDEN) * images()
+    assert [scored for scored, _ in made] == [True] + [False] * (len(made) - 1) and len(made) > 3
+    sizes = made[0][1]
+    assert all(copy == sizes for _, copy in made) and sizes[0] != sizes[1] and sizes[0][0] < sizes[0][1]
+
+
 def test_the_dense_twin(data):
     whole = cost(data, "dense")
     assert whole["training_flops"] == (ENDS + 6 * HIDDEN) * images()

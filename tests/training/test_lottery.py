@@ -80,22 +80,42 @@ def test_the_original_ticket_starts_from_the_initial_values_without_state():
     assert not optimizer.state and int(model[1].num_batches_tracked) == 0
 
 
-@pytest.mark.parametrize("rounds", [0, 1, 2])
-def test_a_resumed_one_ends_bit_for_bit_alike(rounds):
+class Counting(torch.optim.Optimizer):
+    """Keeps plain numbers, None, and a list, for each parameter."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                steps = state.get("steps", 0) + 1
+                state.update({"steps": steps, "rate": 1 / steps, "none": None, "pair": [steps, 1.0]})
+                parameter.sub_(parameter.grad, alpha=group["lr"] * state["rate"])
+
+
+OPTIMIZERS = [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.NAdam, Counting]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("rewind", "rounds"), [(2, 0), (2, 1), (0, 1), (3, 2)])
+def test_a_resumed_one_ends_bit_for_bit_alike(kind, rewind, rounds):
     def finish(model, optimizer, tickets):
         train(model, optimizer, tickets)
         while tickets.next_round():
             train(model, optimizer, tickets)
         return model.state_dict()
 
-    model, optimizer, tickets = built()
+    model, optimizer, tickets = built(kind, rewind)
     for _ in range(rounds):
         train(model, optimizer, tickets)
         tickets.next_round()
     train(model, optimizer, tickets, 4)
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), tickets.state_dict()])
     straight = finish(model, optimizer, tickets)
-    model, optimizer, tickets = built()
+    model, optimizer, tickets = built(kind, rewind)
     compact_(model, optimizer, like=saved[0])
     for part, state in zip((model, optimizer, tickets), saved, strict=True):
         part.load_state_dict(state)
@@ -114,6 +134,30 @@ def test_a_resumed_one_ends_bit_for_bit_alike(rounds):
 def test_wrong_options(options, text):
     with pytest.raises(ValueError, match=text):
         built(**options)
+
+
+def test_state_that_is_no_tensor_rewinds():
+    model, optimizer, tickets = built(Counting)
+    train(model, optimizer, tickets)
+    assert optimizer.state[model[0].values]["steps"] == STEPS and tickets.next_round()
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert [state[key] for key in ("steps", "rate", "none", "pair")] == [REWIND, 1 / REWIND, None, [REWIND, 1.0]]
+
+
+def test_a_copy_that_follows_loses_the_same_blocks_and_takes_the_state_of_the_model():
+    model, optimizer, tickets = built()
+    tickets.follow(average := copy.deepcopy(model))
+    train(model, optimizer, tickets)
+    late = {at: values + 1 for at, values in blocks(model).items()}
+    with torch.no_grad():
+        average[0].values.copy_(model[0].values + 1)
+    assert tickets.next_round() and sorted(blocks(average)) == sorted(blocks(model))
+    assert all(torch.equal(values, late[at]) for at, values in blocks(average).items()), "its values stay"
+    average.load_state_dict(model.state_dict())
+    assert all(torch.equal(average.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    train(model, optimizer, tickets)
+    assert tickets.next_round() and sorted(blocks(average)) == sorted(blocks(model))
 
 
 def test_a_round_that_is_too_short():
@@ -143,6 +187,9 @@ def test_a_state_of_other_tensors():
     for recorded in (state["recorded"][1:], (("0.values", "", torch.ones(3)), *state["recorded"][1:]), (1,), 1):
         with pytest.raises(ValueError, match="recorded is of other tensors"):
             tickets.load_state_dict(state | {"recorded": recorded})
+    for odd in (object(), [object()]):
+        with pytest.raises(ValueError, match="recorded is of other tensors"):
+            tickets.load_state_dict(state | {"recorded": (*state["recorded"], ("0.values", "odd", odd))})
     wrong = tuple((n, k, t if k != "exp_avg" else t[:1]) for n, k, t in state["recorded"])
     with pytest.raises(ValueError, match="recorded is of other tensors"):
         tickets.load_state_dict(state | {"recorded": wrong})

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern.errors import InputError
-from sparsekern.kernels.contract import accumulate_dtype
+from sparsekern.kernels.contract import accumulate_dtype, is_finite
 from sparsekern.nn import BlockSparse
-from sparsekern.nn.sharded import reshard, slot_scores
+from sparsekern.nn.sharded import local, reshard, slot_scores
 from sparsekern.topology import Move, part_of, stored_blocks, units
 from sparsekern.topology.arguments import check_number
 from sparsekern.training.attachment import check_like
 from sparsekern.training.magnitude import SET, grow_at_random
-from sparsekern.training.scores import lowest, norms_of, warn_of_no_room
+from sparsekern.training.scores import lowest, norms_of, protect_free, warn_of_no_room
 
 
 class MEST(SET):
@@ -31,13 +31,14 @@ class MEST(SET):
     An update moves the ``floor(drop_fraction * blocks)`` least important blocks to places drawn uniformly among the
     empty ones, where they start from zero. With ``soft_bound`` it grows first: as many blocks grow in free slots, and
     the next update drops the least important ones, new or old, until the layer has as many as in the beginning. So new
-    blocks are judged after they have trained. The last update before ``stop`` drops, and grows none.
+    blocks are judged after they have trained. The last update before ``stop`` drops, and grows none: a loop that calls
+    :meth:`step` less often than after each step of the optimizer may miss it, and then keeps what has grown.
 
     Args:
         gradient_weight: the weight of the gradient's norm in the importance, 0 or more.
         soft_bound: grow before dropping, in the slots that are free (``capacity`` of :func:`sparsekern.sparsify_`).
-        drop_fraction, anneal: as in :class:`Method`. The fraction is of the blocks that a layer had in the beginning,
-            and is halved once by default.
+        drop_fraction: as in :class:`Method`; of the blocks that a layer had in the beginning.
+        anneal: as in :class:`Method`, ``"steps"`` by default where ``drop_fraction`` is a number.
         options: the arguments of :class:`Method`.
 
     Raises:
@@ -66,7 +67,7 @@ class MEST(SET):
         gradient_weight: float = 0.5,
         soft_bound: bool = False,
         drop_fraction: float | Callable[[int], float] = 0.2,
-        anneal: str = "steps",
+        anneal: str | None = None,
         **options: Any,
     ) -> None:
         self.check_options(options)
@@ -77,18 +78,26 @@ class MEST(SET):
                 "the step",
                 parameter="stop",
             )
-        if callable(drop_fraction) and anneal == "steps":
-            anneal = "cosine"  # steps are for a number
+        if anneal is None:
+            anneal = "cosine" if callable(drop_fraction) else "steps"  # steps are for a number
         super().__init__(model, optimizer, drop_fraction=drop_fraction, anneal=anneal, **options)
         self.gradient_weight, self.soft_bound = gradient_weight, soft_bound
-        self._gradients: dict[str, Tensor] = {}  # norms (Z,), from the optimizer's step to the update
+        self._gradients: dict[str, Tensor] = {}  # norms (z,) of this rank's slots, during the optimizer's step
+        self._importance: dict[str, Tensor] = {}  # (Z,), from that step to the update
         if soft_bound:
             warn_of_no_room(dict(self.trained_layers()), "soft_bound is True", "leave it out")
 
     def importance(self, name: str, layer: BlockSparse) -> Tensor:
         """Return the importance ``(Z,)`` of each block; where a layer has no gradient, its norm."""
-        norms, gradient = super().importance(name, layer), self._gradients.get(name)
-        return norms if gradient is None else norms.add_(gradient.to(norms), alpha=self.gradient_weight)
+        importance = self._importance.get(name)
+        if importance is None:
+            return super().importance(name, layer)
+        if not is_finite(importance):
+            raise InputError(
+                f"gradients or values of {name!r} hold NaN or infinity at step {self.steps}, so its blocks have no "
+                "order of importance: lower the learning rate, or clip the gradients"
+            )
+        return protect_free(layer, importance.clone())
 
     def choose(self, name: str, layer: BlockSparse, fraction: float, generator: torch.Generator) -> Move | None:
         """Return the move of the least important blocks; with ``soft_bound``, of what was grown and of what grows."""
@@ -103,61 +112,74 @@ class MEST(SET):
     def update(self) -> bool:
         """Update the topology now, by the gradients of the last step that was due, or else by those that are there."""
         self.check_open()
-        if not self._gradients:
-            self._read_gradients()
+        if not self._importance:
+            self._importance = self._weighed(self._gradients_now())
         return super().update()
 
     def settle(self, moves: dict[str, Move]) -> None:
-        """Forget the gradients."""
-        self._gradients = {}
+        """Forget the importance."""
+        self._importance = {}
 
     def before_step(self) -> None:
         """Read the gradients of the step before an update."""
         super().before_step()
         if self.schedule.due(self.steps + 1):
-            self._read_gradients()
+            self._gradients = self._gradients_now()
 
     def after_step(self, made: bool) -> None:
-        """Count the step, or forget the gradients of one that gradient scaling skipped."""
+        """Count the step, and weigh the blocks by what it left and by its gradients."""
         super().after_step(made)
-        if not made:
-            self._gradients = {}
+        if self._gradients and made:  # gradient scaling may skip it
+            self._importance = self._weighed(self._gradients)
+        self._gradients = {}
 
-    def _read_gradients(self) -> None:
+    def _gradients_now(self) -> dict[str, Tensor]:
+        """Return the norms ``(z,)`` of the gradients of this rank's slots."""
         reshard(self._sharded, self.layers)
         scale = getattr(self.optimizer, "grad_scale", None)  # of a fused optimizer, which divides by it
-        self._gradients = {
+        return {
             name: norms if scale is None else norms / scale
             for name, layer in self.trained_layers()
             if layer.values.grad is not None
-            for norms in [slot_scores(layer.values.grad, norms_of)]
+            for norms in [norms_of(local(layer.values.grad))]
         }
+
+    def _weighed(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the importance ``(Z,)`` of each slot of the layers with a gradient: gathered once from all shards."""
+        weighed = {}
+        for name, gradient in gradients.items():
+
+            def measured(blocks: Tensor, gradient: Tensor = gradient) -> Tensor:
+                return norms_of(blocks).add_(gradient, alpha=self.gradient_weight)
+
+            weighed[name] = slot_scores(self.layers[name].values, measured)
+        return weighed
 
     def compacted(self, kept: Mapping[BlockSparse, Tensor]) -> None:
         """Adapt to layers that kept only some slots."""
         super().compacted(kept)
-        for name, norms in self._gradients.items():
+        for name, importance in self._importance.items():
             if (slots := kept.get(self.layers[name])) is not None:
-                self._gradients[name] = norms.index_select(0, slots)
+                self._importance[name] = importance.index_select(0, slots)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, including the gradients' norms between a step and its update."""
-        return super().state_dict() | {"gradients": ({name: norms.cpu() for name, norms in self._gradients.items()},)}
+        """Return what a resumed run needs, including the importance of blocks between a step and its update."""
+        return super().state_dict() | {"importance": ({name: part.cpu() for name, part in self._importance.items()},)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
         super().load_state_dict(state)
-        self._gradients = {
-            name: norms.to(self.layers[name].row.device) for name, norms in state["gradients"][0].items()
+        self._importance = {
+            name: part.to(self.layers[name].row.device) for name, part in state["importance"][0].items()
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise what :meth:`load_state_dict` would raise, without loading anything."""
         super().check_state(state)
-        saved = state["gradients"][0]
+        saved = state["importance"][0]
         like = {
             name: torch.empty(layer.values.shape[0], dtype=accumulate_dtype(layer.values.dtype), device="meta")
             for name, layer in self.layers.items()
             if name in saved
         }
-        check_like(saved, like, "state['gradients']")
+        check_like(saved, like, "state['importance']")

@@ -127,7 +127,7 @@ class RigL(GradientMethod):
         else:
             for name, layer in self.layers.items():
                 if room_for_scores(layer) < 1 and not allow_dense_scores:
-                    raise InputError(_too_many(name, layer, "a norm", f"{layer.grid.cells} norms"))
+                    raise InputError(self._too_many(name, layer, "a norm", f"{layer.grid.cells} norms"))
         self._skip_step = skip_step
         self.begin()
 
@@ -226,8 +226,16 @@ class RigL(GradientMethod):
         room = self.sketches if self.allow_dense_scores or is_dense(layer) else room_for_scores(layer)
         if room < min(LEAST_SKETCHES, self.sketches):
             least = min(LEAST_SKETCHES, self.sketches)
-            raise InputError(_too_many(name, layer, f"{least} numbers", f"{least * layer.grid.cells} of them"))
+            raise InputError(self._too_many(name, layer, f"{least} numbers", f"{least * layer.grid.cells} of them"))
         return min(room, self.sketches)
+
+    def _too_many(self, name: str, layer: BlockSparse, a_block: str, all_blocks: str) -> str:
+        (bo, bi), slots = layer.grid.block, layer.topology.slots
+        return (
+            f"{name!r} has {bo}x{bi} blocks, for each of which {type(self).__name__} would hold {a_block}: "
+            f"{all_blocks}, and the layer has {slots * bo * bi} values. Use GSE, or larger blocks, or accept it with "
+            "allow_dense_scores=True"
+        )
 
     def offer(self, name: str, layer: BlockSparse, count: int) -> Offer:
         """Return the best empty places and their scores."""
@@ -283,14 +291,6 @@ def room_for_scores(layer: BlockSparse) -> int:
     if is_dense(layer) or min(grid.rows, grid.cols) < PROMISED:
         return grid.cells * bo * bi
     return (layer.topology.slots * bo * bi - 1) // grid.cells
-
-
-def _too_many(name: str, layer: BlockSparse, a_block: str, all_blocks: str) -> str:
-    (bo, bi), slots = layer.grid.block, layer.topology.slots
-    return (
-        f"{name!r} has {bo}x{bi} blocks, for each of which RigL would hold {a_block}: {all_blocks}, and the layer has "
-        f"{slots * bo * bi} values. Use GSE, or larger blocks, or accept it with allow_dense_scores=True"
-    )
 
 
 class GraNet(Gradual, RigL):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import sparsekern as sk
+from sparsekern.nn import sharded
 from sparsekern.topology import check_tied
-from tests.training.grids import F, G, advance, changed, free, grid_layer, over, step
+from tests.training.grids import NORMS, F, G, advance, changed, free, grid_layer, over, step
 from tests.training.test_base import batch, built, check_resumed, make, train
 
 # norms of the blocks, by slot         norms of their gradients, g_J * f_I      importance with half the gradient
@@ -97,8 +98,8 @@ def test_gradients_are_those_that_the_optimizer_takes(fused):
         scaler.scale(layer(torch.ones(1, 8)).sum() * factor).backward()
         scaler.step(method.optimizer)
         scaler.update()
-        assert method.steps == (factor == 1) and bool(method._gradients) == (factor == 1)
-    torch.testing.assert_close(method._gradients[""], torch.full((6,), 2.0))
+        assert method.steps == (factor == 1) and bool(method._importance) == (factor == 1)
+    torch.testing.assert_close(method._importance[""], NORMS + 0.5 * 2.0)
 
 
 def test_tied_taps_move_together():
@@ -119,10 +120,10 @@ def test_saved_loaded_and_continued_bit_for_bit(between):
 
     def go_on(model, optimizer, method, steps):
         if between and steps.start == 5:
-            assert method._gradients.keys() == {"0", "2", "4"} and method.step()
+            assert method._importance.keys() == {"0", "2", "4"} and method.step()
             steps = steps[1:]
         train(model, optimizer, method, steps)
-        assert not method._gradients
+        assert not method._importance
         if between and steps.stop == 5:
             method.backward(lambda: model(batch(5)).square().mean())
             optimizer.step()
@@ -150,6 +151,7 @@ def test_what_is_refused(caplog):
     for options, text in (
         ({"gradient_weight": -0.1}, "gradient_weight is -0.1; it must be 0 or more"),
         ({"soft_bound": True}, "stop is None, but with soft_bound the last update"),
+        ({"anneal": "steps", "drop_fraction": lambda step: 0.1}, "anneal is 'steps', which has no effect where drop"),
         ({"drop": "signs"}, "drop is no option of MEST"),
         ({"grown_values": "random"}, "grown_values is no option of MEST"),
     ):
@@ -168,12 +170,37 @@ def test_a_soft_bound_without_a_free_slot_drops_before_it_grows():
     assert torch.equal(layer.topology.keys(), hard.topology.keys()) and not torch.equal(layer.row, grid_layer(2).row)
 
 
-def test_a_state_with_other_gradients_is_refused():
+def test_ranks_gather_one_number_a_slot_for_an_update(monkeypatch):
+    gathered, joined = [], sharded.joined
+    monkeypatch.setattr(sharded, "joined", lambda *a: gathered.append(1) or joined(*a))
+    train(*built(sk.MEST, update_every=3, drop_fraction=0.5), range(6))
+    assert len(gathered) == 2 * 3, "of 2 updates of 3 layers"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_named(number):
+    layer = grid_layer(2)
+    method = mest(layer)
+    before = layer.row.clone()
+    layer.values.grad = torch.zeros_like(layer.values)
+    layer.values.grad[1, 0, 0] = number
+    for _ in range(2):
+        with pytest.raises(ValueError, match="gradients or values of '' hold NaN or infinity at step 0"):
+            method.update()
+    assert torch.equal(layer.row, before) and method.updates == 0
+
+
+def test_a_state_with_other_importance_is_refused():
     model = make()
     method = mest(model, update_every=3)
     state = copy.deepcopy(method.state_dict())
-    for gradients in ({"9": torch.zeros(4)}, {"0": torch.zeros(5)}, {"0": torch.zeros(4, dtype=torch.int32)}, {"0": 1}):
-        with pytest.raises(ValueError, match=r"state\['gradients'\]"):
-            method.load_state_dict(state | {"gradients": (gradients,)})
-    method.load_state_dict(state | {"gradients": ({"0": torch.ones(4)},)})
-    assert method._gradients["0"].sum() == 4
+    for importance in (
+        {"9": torch.zeros(4)},
+        {"0": torch.zeros(5)},
+        {"0": torch.zeros(4, dtype=torch.int32)},
+        {"0": 1},
+    ):
+        with pytest.raises(ValueError, match=r"state\['importance'\]"):
+            method.load_state_dict(state | {"importance": (importance,)})
+    method.load_state_dict(state | {"importance": ({"0": torch.ones(4)},)})
+    assert method._importance["0"].sum() == 4

@@ -252,6 +252,8 @@ class TestErrors:
         module = sk.SparseLinear(32 * block, 32 * block, block_size=block, sparsity=sparsity, seed=0)
         with pytest.raises(ValueError, match=text):
             rigl(module, **options)
+        with pytest.raises(ValueError, match="for each of which GraNet would hold"):
+            over(module, sk.GraNet, final_sparsity=0.97, stop=9, **options)
         assert module.probe is None
         rigl(module, allow_dense_scores=True, **options)
 
