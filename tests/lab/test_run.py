@@ -16,6 +16,7 @@ from sparsekern.lab.checkpoint import Keeping
 from sparsekern.lab.history import film
 from sparsekern.lab.resolved import build
 from sparsekern.lab.run import environment
+from sparsekern.lab.train import Learner
 from sparsekern.training import METHODS
 from tests.lab.runs import StopAt, changed, network_of, rows_of, run_of
 
@@ -374,7 +375,8 @@ def test_what_goes_wrong_with_a_picture_ends_no_training_and_resuming_draws_it(t
 def test_each_network_is_built_once(no_picture, tmp_path, monkeypatch):
     """Wrong options are found by the networks that train, before the folder is made."""
     built = []
-    monkeypatch.setattr("sparsekern.lab.train.build", lambda run, *which: built.append(which) or build(run, *which))
+    counted = (lambda run, *which: built.append(which) or build(run, *which),)
+    monkeypatch.setattr(Learner.__init__, "__defaults__", counted)
     start(changed(CONFIG, epochs=1), tmp_path / "run", Observer())
     assert built == [(network, seed) for seed in (0, 1) for network in ("sparse", "dense")]
 
