@@ -143,6 +143,28 @@ def test_storages_that_attention_and_batch_norm_read(held: int) -> None:
             tensor.untyped_storage().resize_(tensor.nbytes)
 
 
+def test_storages_of_views_and_without_autograd():
+    view = torch.rand(2 * 3456)[3456:].view(2, 9, 192)
+    view.untyped_storage().resize_(3456 * 4)
+    for tensor in (view, cut := torch.rand(2, 9, 192)):
+        cut.untyped_storage().resize_(100)
+        with torch.inference_mode(), pytest.raises(ValueError, match="bytes, too small for it"):
+            sk.nn.qkv_attention(tensor, 1)
+
+
+def test_the_attention_ops_refuse_what_their_kernels_cannot_read():
+    forward, backward = torch.ops.sparsekern.qkv_attention, torch.ops.sparsekern.qkv_attention_backward
+    qkv = torch.rand(3, 40, 96)
+    y, stats = forward(qkv, 1, False)
+    for bad, heads in ((qkv[..., :48], 1), (qkv.double(), 1), (qkv, 1000), (qkv, 0), (qkv[:, :0], 1), (qkv[0], 1)):
+        with pytest.raises(ValueError, match="the op takes float32") as error:
+            forward(bad, heads, False)
+        assert error.value.parameter == "qkv"
+    for dy, saved in ((y[:1], stats), (y, stats[:1]), (y.double(), stats), (y, stats.double())):
+        with pytest.raises(ValueError, match="dy and stats are"):
+            backward(dy, qkv, saved, 1, False)
+
+
 def test_the_library_itself_refuses_tensors_without_storage() -> None:
     qkv, x, one = (
         torch.ones(1, 9, 96),

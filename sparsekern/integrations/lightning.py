@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from sparsekern.errors import InputError
 from sparsekern.integrations.methods import AnyMethod, Factory, LogTo, MethodSpec, log, needs_closure, numbers, open_log
 from sparsekern.nn import sparse_layers
+from sparsekern.training import NetworkSampler
 
 __all__ = ["SparseCallback"]
 
@@ -29,6 +31,7 @@ class SparseCallback(Callback):
 
     VR-PGE, Top-KAST and AGENT run the passes over a batch themselves, so they need manual optimization: in
     ``training_step`` write ``loss = callback.method.backward(lambda: ...)`` in the place of ``self.manual_backward``.
+    Validation during the training is that of the likeliest network of VR-PGE, and of Top-KAST's forward set.
 
     Args:
         method: one of :data:`sparsekern.training.METHODS`, such as ``"set"``; or a function of the module and the
@@ -49,6 +52,7 @@ class SparseCallback(Callback):
         self.method: AnyMethod | None = None
         self._saved: dict[str, Any] | None = None
         self._logged = 0
+        self._validation = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the method, and load its state if the trainer resumes."""
@@ -87,6 +91,21 @@ class SparseCallback(Callback):
             logger.log_metrics(found, step=step)
         if trainer.is_global_zero:
             log(self.log_to, found, step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the network that VR-PGE or Top-KAST would choose now."""
+        method = self.method
+        active = method is not None and not method.closed
+        part = method.evaluation() if active and isinstance(method, NetworkSampler) else nullcontext()
+        self._validation.enter_context(part)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute with all blocks again."""
+        self._validation.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Compute with all blocks again."""
+        self._validation.close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the method; ``method.metrics()`` and ``method.state_dict()`` still answer."""

@@ -19,6 +19,7 @@ from sparsekern.lab.models.layers import widened
 from sparsekern.lab.options import STOP, part_of
 from sparsekern.lab.recipes import Recipe, find
 from sparsekern.lab.tasks import Batch, Task
+from sparsekern.nn import sparse_layers
 from sparsekern.topology import generator_for
 from sparsekern.training import AGENT, METHODS, VRPGE, Gradual, Lottery, Method, TopKAST
 from sparsekern.transforms import Width
@@ -240,13 +241,17 @@ def build_shapes(run: Run, network: str, seed: int) -> nn.Module:
 
 
 def build_places(run: Run, network: str, seed: int) -> nn.Module:
-    """Return the network of :func:`build` with its blocks in their places, and values that are allocated but not set.
+    """Return the network of :func:`build` with its blocks in their places, all of them zero.
 
     A score and a transform read the values of the dense network: networks with one are built whole.
     """
     if run.transform is not None or "score" in run.layers:
         return build(run, network, seed)
-    return build_shapes(run, network, seed).to_empty(device="cpu")
+    model = build_shapes(run, network, seed).to_empty(device="cpu")
+    with torch.no_grad():
+        for layer in sparse_layers(model).values():
+            layer.values.zero_()  # methods that rank blocks check that they are finite
+    return model
 
 
 def _check_rewind(config: Config, world: World) -> None:

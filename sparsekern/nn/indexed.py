@@ -297,8 +297,8 @@ class Indexed(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the source out: copies and pickles build their own."""
-        return self.__dict__ | {"_source": self._knows_index()}
+        """Leave out the source, of which copies and pickles build their own, and what the layer was lent."""
+        return self.__dict__ | {"_source": self._knows_index(), "_lent": None, "gradient_index": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_source": None})

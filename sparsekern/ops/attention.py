@@ -87,7 +87,6 @@ def _joined(y: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
-        check_storage(qkv)
         y, stats = below_autograd(_forward, qkv, heads, is_causal)
         ctx.save_for_backward(qkv, stats)
         ctx.given = heads, is_causal
@@ -100,7 +99,6 @@ class _Attention(torch.autograd.Function):
         heads, is_causal = ctx.given
         if not differentiates_natively(dy, is_op=True):
             return _composed_backward(dy, qkv, heads, is_causal), None, None
-        check_storage(dy, qkv)
         return below_autograd(_backward, dy, qkv, stats, heads, is_causal), None, None
 
 
@@ -109,11 +107,44 @@ def _fake_forward(qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Ten
     return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(2, batch, heads, tokens)
 
 
+def _check(qkv: Tensor, heads: int) -> None:
+    """Raise ValueError if the kernels cannot read a tensor; :func:`qkv_attention` calls the op with others never."""
+    width = 3 * heads * attention.FEATURES
+    if heads < 1 or not _is_plain(qkv) or qkv.dim() != 3 or not qkv.numel() or qkv.shape[2] % width:
+        raise InputError(
+            f"qkv is {qkv.dtype} {tuple(qkv.shape)} on {qkv.device} for {heads} heads; the op takes float32 "
+            f"(N, tokens, 3 * heads * features) on a CPU, with features a multiple of {attention.FEATURES}",
+            parameter="qkv",
+        )
+    check_storage(qkv)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype is torch.float32
+
+
+def _run_forward(qkv: Tensor, heads: int, is_causal: bool) -> tuple[Tensor, Tensor]:
+    _check(qkv, heads)
+    return attention.forward(qkv, heads, is_causal)
+
+
+def _run_backward(dy: Tensor, qkv: Tensor, stats: Tensor, heads: int, is_causal: bool) -> Tensor:
+    _check(qkv, heads)
+    batch, tokens, width = qkv.shape
+    given, right = (dy.shape, stats.shape), ((batch, tokens, width // 3), (2, batch, heads, tokens))
+    if given != right or not (_is_plain(dy) and _is_plain(stats)):
+        raise InputError(
+            f"dy and stats are {tuple(map(tuple, given))}; they must be float32 of {right} on the same CPU"
+        )
+    check_storage(dy, stats)
+    return attention.backward(dy, qkv, stats, heads, is_causal)
+
+
 _forward: Callable[..., tuple[Tensor, Tensor]] = define(
     "qkv_attention",
     "(Tensor qkv, int heads, bool is_causal) -> (Tensor, Tensor)",
     fake=_fake_forward,
-    run=lambda *given: attention.forward(*given),
+    run=_run_forward,
     autograd=_Attention.apply,
 )
 
@@ -121,7 +152,7 @@ _backward: Callable[..., Tensor] = define(
     "qkv_attention_backward",
     "(Tensor dy, Tensor qkv, Tensor stats, int heads, bool is_causal) -> Tensor",
     fake=lambda dy, qkv, *_: qkv.new_empty(qkv.shape),
-    run=lambda *given: attention.backward(*given),
+    run=_run_backward,
     autograd=lambda *given: below_autograd(_backward, *given),
 )
 
@@ -132,7 +163,7 @@ def _composed_backward(dy: Tensor, qkv: Tensor, heads: int, is_causal: bool) -> 
     scale = q.shape[-1] ** -0.5
     scores = scale * q @ k.transpose(-1, -2)
     if is_causal:
-        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        later = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
     p = scores.softmax(-1)
     dp = g @ v.transpose(-1, -2)

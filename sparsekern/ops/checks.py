@@ -69,7 +69,7 @@ def check_storage(*tensors: Tensor | None) -> None:
         if tensor is None:
             continue
         held = tensor.untyped_storage().nbytes()
-        if type(held) is int and held < tensor.nbytes and held < _end(tensor):  # a symbol in traces
+        if type(held) is int and held < _end(tensor):  # a symbol in traces
             raise InputError(
                 f"a tensor of shape {tuple(tensor.shape)} has a storage of {held} bytes, too small for it: it was "
                 "resized, as FSDP does outside of its modules' forward; restore it before the call"
@@ -77,7 +77,9 @@ def check_storage(*tensors: Tensor | None) -> None:
 
 
 def _end(tensor: Tensor) -> int:
-    """Return where the last number of a tensor ends in its storage: before ``nbytes`` in one that was expanded."""
+    """Return where the last number of a tensor ends in its storage, in bytes."""
+    if tensor.is_contiguous():
+        return int(tensor.nbytes + tensor.storage_offset() * tensor.element_size())
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 

@@ -20,6 +20,9 @@ from sparsekern.training.magnitude import grow_at_random
 from sparsekern.training.scores import free_slots, lowest, protect_strongest, warn_of_no_room
 
 SMALLEST, LARGEST = 2.0**-100, 2.0**100
+
+THRESHOLD = "above 0, and finite", lambda number: 0 < number < math.inf
+"""Which thresholds there are."""
 """Bounds of the threshold, which would otherwise become 0 or infinite where nothing can be dropped."""
 
 
@@ -65,7 +68,7 @@ class DSR(Method):
         tolerance: float = 0.1,
         **options: Any,
     ) -> None:
-        check_number("threshold", threshold, "above 0, and finite", lambda number: 0 < number < math.inf)
+        check_number("threshold", threshold, *THRESHOLD)
         check_number("tolerance", tolerance, "in [0, 1]", lambda part: 0 <= part <= 1)
         super().__init__(model, optimizer, **options)
         self.threshold, self.tolerance = threshold, tolerance
@@ -111,6 +114,11 @@ class DSR(Method):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, including the threshold."""
         return super().state_dict() | {"threshold": float(self.threshold)}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` would raise, without loading anything."""
+        super().check_state(state)
+        check_number("threshold of the state", state["threshold"], *THRESHOLD)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""

@@ -62,12 +62,13 @@ def warn_of_no_room(layers: dict[str, BlockSparse], why: str, instead: str) -> N
         )
 
 
-def part_that_remains(sparsity: float | None, stored: float, whole: float) -> float:
+def part_that_remains(sparsity: float | None, stored: float, whole: float, rounding: float) -> float:
     """Return which fraction of what layers store is to remain, so that they have a sparsity.
 
     Args:
         sparsity: fraction of the whole that is to be absent; None for half of what is stored.
         stored, whole: elements, or their costs.
+        rounding: by how much less may be stored than is to remain: in each layer what remains is rounded to blocks.
 
     Raises:
         ValueError: the sparsity is out of range, or less is stored than is to remain.
@@ -76,7 +77,7 @@ def part_that_remains(sparsity: float | None, stored: float, whole: float) -> fl
         return 0.5
     check_sparsity(sparsity)
     part = (1 - sparsity) * whole / stored
-    if part > 1 + 1e-9:
+    if part > (1 + 1e-9) * (1 + rounding / stored):
         now, lower = 1 - stored / whole, max(0.0, 1 - 2 * (1 - sparsity))
         raise InputError(
             f"sparsity is {sparsity}, but the layers store too few blocks to choose from: they are at sparsity "

@@ -5,6 +5,7 @@ Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", NeurIPS 2020 (arXiv 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -98,7 +99,12 @@ class TopKAST(Method):
         stored = sum(layer.topology.elements() for _, layer in self.trained_layers())
         if not stored:
             raise InputError("no sparse layer that trains stores a block; Top-KAST needs one")
-        self._part = part_that_remains(sparsity, stored, sum(n.grid.numel for _, n in self.trained_layers()))
+        whole = sum(layer.grid.numel for _, layer in self.trained_layers())
+        one_each = sum(
+            math.prod(layer.block_size) * (layer.grid.taps if layer.tie_taps else 1)
+            for _, layer in self.trained_layers()
+        )
+        self._part = part_that_remains(sparsity, stored, whole, one_each)
         self.finished = False
         self._computed_at = -1
         self._forward = {name: layer.topology.used() for name, layer in self.layers.items()}

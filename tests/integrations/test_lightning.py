@@ -118,6 +118,7 @@ CASES = {
     "rigl accumulated": ("rigl", {"update_every": 2}, {"accumulate": 2}),
     "gse by hand": ("gse", {"update_every": 2}, {"manual": True}),
     "vrpge by hand": ("vrpge", {"sparsity": 0.75}, {"manual": True}),
+    "top-kast by hand, finished": ("top-kast", {"sparsity": 0.7, "update_every": 1, "stop": 3}, {"manual": True}),
     "agent by hand": (agent, {}, {"manual": True}),
 }
 
@@ -137,6 +138,26 @@ def test_a_run_resumed_from_its_checkpoint_ends_with_the_same_weights(case: str,
     again = fit(tmp_path / "again", resumed, resume=tmp_path / "step=4.ckpt", **how)
     assert same(whole, again)
     assert resumed.method.metrics()["itop/global"] == callback.method.metrics()["itop/global"]
+
+
+def test_the_forward_set_is_validated(tmp_path: Path):
+    seen = []
+
+    class Validated(Module):
+        def validation_step(self, x: Tensor, number: int):
+            if self.callback[0].method is not None:  # Lightning tries a step before the training
+                seen.append(self.loss(x))
+
+    callback = SparseCallback("top-kast", sparsity=0.75, stop=100)
+    module = Validated(callback, manual=True)
+    trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, callbacks=[callback],
+                      enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    trainer.fit(module, Loader(), torch.utils.data.DataLoader(BATCHES[0], batch_size=8))
+    with torch.no_grad():
+        stored = module.loss(BATCHES[0])
+        for name, layer in callback.method.layers.items():
+            layer.values[~callback.method._forward[name]] = 0
+        assert seen == [module.loss(BATCHES[0])] != [stored]
 
 
 @pytest.mark.parametrize("manual", [False, True])

@@ -58,10 +58,16 @@ def test_a_sparsity_that_leaves_nothing():
         network_of("sparse", Config(width=16, block_size=16), SHAPE, 3, seed=0)
 
 
+def undefined(like, **how):
+    """What torch.empty_like may return."""
+    return torch.full_like(like, torch.nan if like.is_floating_point() else -1, **how)
+
+
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
         ("mlp", {"method": "vrpge"}),
+        ("mlp", {"method": "top-kast"}),
         ("mlp", {"method": "gse", "options": {"agent": True, "capacity": 1.5}}),
         ("mlp", {"method": "static", "options": {"rewind": 0.0}}),
         ("resnet20", {"method": "srigl"}),
@@ -73,6 +79,7 @@ def test_places_without_values_are_those_of_the_training(recipe, options, monkey
     run = run_of(Config(recipe=recipe, **width, block_size=8, sparsity=0.75, epochs=3, update_every=2, **options))
     whole = Learner(run, "sparse", 0)
     monkeypatch.setattr("sparsekern.nn.block_sparse.draw_values", None)
+    monkeypatch.setattr(torch, "empty_like", undefined)
     laid = Learner(run, "sparse", 0, build_places)
     for one, other in zip(sparse_layers(whole.model).values(), sparse_layers(laid.model).values(), strict=True):
         assert torch.equal(one.row, other.row) and torch.equal(one.col, other.col) and one.grid == other.grid

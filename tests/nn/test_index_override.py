@@ -86,3 +86,12 @@ def test_one_index_at_a_time():
     module = layer()
     with lend_index(module, module.index), pytest.raises(RuntimeError, match="already computes with another index"):
         lend_index(module, module.index).__enter__()
+
+
+def test_a_copy_made_meanwhile_has_its_own_index():
+    module = layer()
+    keep = torch.zeros(module.row.shape[0], dtype=torch.bool)
+    with lend_index(module, mask_index(module.index, keep, module.block_size), module.index):
+        twin = copy.deepcopy(module)
+    x = torch.rand(2, 12, dtype=torch.float64)
+    assert torch.equal(twin(x), module(x)) and twin.gradient_index is None

@@ -95,5 +95,8 @@ def test_what_is_refused(caplog):
     with caplog.at_level(logging.WARNING):
         dsr(make())
     assert "DSR moves blocks between layers, but no layer has a free slot" in caplog.text
-    with pytest.raises(ValueError, match="threshold"):
-        (method := dsr(make())).load_state_dict(method.state_dict() | {"threshold": float("inf")})
+    method = dsr(make())
+    for threshold in (float("inf"), 0.0, -1.0):
+        with pytest.raises(ValueError, match="threshold"):
+            method.load_state_dict(method.state_dict() | {"threshold": threshold})
+    assert method.threshold > 0

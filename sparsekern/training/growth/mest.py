@@ -112,9 +112,13 @@ class MEST(SET):
     def update(self) -> bool:
         """Update the topology now, by the gradients of the last step that was due, or else by those that are there."""
         self.check_open()
-        if not self._importance:
-            self._importance = self._weighed(self._gradients_now())
-        return super().update()
+        if self._importance:
+            return super().update()
+        self._importance = self._weighed(self._gradients_now())
+        try:
+            return super().update()
+        finally:
+            self._importance = {}
 
     def settle(self, moves: dict[str, Move]) -> None:
         """Forget the importance."""

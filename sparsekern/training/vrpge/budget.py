@@ -176,7 +176,8 @@ class Budget:
         self.refresh()
         stored = float(self._costs.sum())
         whole = sum(c.layer.grid.numel * weights[name] for name, c in candidates.items()) / self._scale
-        self.ratio = part_that_remains(sparsity, stored, whole)
+        one_each = sum(float(self._costs[part].max()) for part in self.parts.values())
+        self.ratio = part_that_remains(sparsity, stored, whole, one_each)
         if not 0 <= floor <= self.ratio:
             raise InputError(
                 f"floor is {floor}; it must be 0 to {self.ratio:.4g}, the fraction of the candidates that may remain",

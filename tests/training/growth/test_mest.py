@@ -188,6 +188,8 @@ def test_a_gradient_that_is_not_finite_is_named(number):
         with pytest.raises(ValueError, match="gradients or values of '' hold NaN or infinity at step 0"):
             method.update()
     assert torch.equal(layer.row, before) and method.updates == 0
+    layer.values.grad.zero_()
+    assert method.update()
 
 
 def test_a_state_with_other_importance_is_refused():
