@@ -78,6 +78,8 @@ def check_storage(*tensors: Tensor | None) -> None:
 
 def _end(tensor: Tensor) -> int:
     """Return where the last number of a tensor ends in its storage, in bytes."""
+    if not tensor.numel():
+        return 0
     if tensor.is_contiguous():
         return int(tensor.nbytes + tensor.storage_offset() * tensor.element_size())
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
