@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sparsekern.errors import InputError
-from sparsekern.integrations.methods import AnyMethod, Factory, LogTo, MethodSpec, log, needs_closure, numbers, open_log
+from sparsekern.integrations.methods import (
+    AnyMethod,
+    Factory,
+    LogTo,
+    MethodSpec,
+    evaluating,
+    log,
+    needs_closure,
+    numbers,
+    open_log,
+)
 from sparsekern.nn import sparse_layers
-from sparsekern.training import NetworkSampler
 
 __all__ = ["SparseCallback"]
 
@@ -94,10 +103,7 @@ class SparseCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the network that VR-PGE or Top-KAST would choose now."""
-        method = self.method
-        active = method is not None and not method.closed
-        part = method.evaluation() if active and isinstance(method, NetworkSampler) else nullcontext()
-        self._validation.enter_context(part)
+        self._validation.enter_context(evaluating(self.method))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute with all blocks again."""

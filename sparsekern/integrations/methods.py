@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -66,6 +67,12 @@ class MethodSpec:
 def needs_closure(method: AnyMethod) -> bool:
     """Return whether a method runs the passes over a batch itself, and so takes the loss as a function."""
     return isinstance(method, (NetworkSampler, AGENT))
+
+
+def evaluating(method: AnyMethod | None) -> AbstractContextManager[None]:
+    """Return a context in which the model is the network that a method would choose now; as it is without one."""
+    active = method is not None and not method.closed
+    return method.evaluation() if active and isinstance(method, NetworkSampler) else nullcontext()
 
 
 def numbers(method: AnyMethod, layers: bool = False) -> dict[str, float]:

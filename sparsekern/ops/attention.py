@@ -133,9 +133,7 @@ def _run_backward(dy: Tensor, qkv: Tensor, stats: Tensor, heads: int, is_causal:
     batch, tokens, width = qkv.shape
     given, right = (dy.shape, stats.shape), ((batch, tokens, width // 3), (2, batch, heads, tokens))
     if given != right or not (_is_plain(dy) and _is_plain(stats)):
-        raise InputError(
-            f"dy and stats are {tuple(map(tuple, given))}; they must be float32 of {right} on the same CPU"
-        )
+        raise InputError(f"dy and stats are {tuple(map(tuple, given))}; they must be float32 of {right} on a CPU")
     check_storage(dy, stats)
     return attention.backward(dy, qkv, stats, heads, is_causal)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -68,21 +69,20 @@ def check_storage(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is None:
             continue
-        held = tensor.untyped_storage().nbytes()
-        if type(held) is int and held < _end(tensor):  # a symbol in traces
+        held, size = tensor.untyped_storage().nbytes(), tensor.nbytes
+        if type(held) is int and size and held < _end(tensor, size):  # a symbol in traces
             raise InputError(
                 f"a tensor of shape {tuple(tensor.shape)} has a storage of {held} bytes, too small for it: it was "
                 "resized, as FSDP does outside of its modules' forward; restore it before the call"
             )
 
 
-def _end(tensor: Tensor) -> int:
-    """Return where the last number of a tensor ends in its storage, in bytes."""
-    if not tensor.numel():
-        return 0
+def _end(tensor: Tensor, size: int) -> int:
+    """Return where the last number of a tensor of ``size`` bytes, not empty, ends in its storage, in bytes."""
     if tensor.is_contiguous():
-        return int(tensor.nbytes + tensor.storage_offset() * tensor.element_size())
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return size + int(tensor.storage_offset()) * tensor.element_size()
+    strides = tensor.stride()
+    last = sum(map(mul, tensor.shape, strides)) - sum(strides)
     return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 

@@ -189,6 +189,12 @@ def to_places(slots: Tensor, keys: Tensor, grid: Grid) -> Move:
     return Move(slots, *places_for(keys).places_of(keys, grid.cols))
 
 
+def freeing(topology: Topology, kept: Tensor) -> Move:
+    """Return the move that frees the used slots that are not in a mask ``kept (Z,)``."""
+    slots = (topology.used() & ~kept).nonzero().squeeze(1)
+    return to_places(slots, torch.full_like(slots, -1), topology.grid)
+
+
 def from_keys(grid: Grid, keys: Tensor, *, checked: bool = False) -> Topology:
     """Return the topology with slot ``z`` at cell ``keys[z] = row * C + col``.
 

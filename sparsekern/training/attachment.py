@@ -84,6 +84,11 @@ class Attached:
             made: False for a step that gradient scaling skipped, or that only initialized the optimizer's state.
         """
 
+    @property
+    def grad_scale(self) -> Tensor | None:
+        """The scale by which a fused optimizer is to divide the gradients of its step; None if they are not scaled."""
+        return getattr(self.optimizer, "grad_scale", None)
+
     def backward(self, closure: Callable[[], Tensor], *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Compute the loss and its gradients: ``sparse.backward(lambda: loss_fn(model(x), y))``.
 

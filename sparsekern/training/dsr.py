@@ -20,10 +20,10 @@ from sparsekern.training.magnitude import grow_at_random
 from sparsekern.training.scores import free_slots, lowest, protect_strongest, warn_of_no_room
 
 SMALLEST, LARGEST = 2.0**-100, 2.0**100
+"""Bounds of the threshold, which would otherwise become 0 or infinite where nothing can be dropped."""
 
 THRESHOLD = "above 0, and finite", lambda number: 0 < number < math.inf
-"""Which thresholds there are."""
-"""Bounds of the threshold, which would otherwise become 0 or infinite where nothing can be dropped."""
+"""Which thresholds may be given or loaded: the arguments of ``check_number``."""
 
 
 class DSR(Method):

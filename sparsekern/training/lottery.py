@@ -192,5 +192,5 @@ class Lottery(Gradual):
 
 
 def _copied(entry: Any) -> Any:
-    """Return a copy of an entry of an optimizer's state: a tensor, or a number or None."""
+    """Return a copy of an entry of an optimizer's state: a tensor, or plain values, also in collections."""
     return entry.detach().clone() if isinstance(entry, Tensor) else copy.deepcopy(entry)

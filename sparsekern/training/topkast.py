@@ -17,7 +17,7 @@ from sparsekern.errors import InputError
 from sparsekern.nn import BlockSparse, lend_index
 from sparsekern.nn.sharded import local, own_rows
 from sparsekern.ops import stored_elements
-from sparsekern.topology import Index, Move, empty_index, mask_index_, part_of, stored_blocks, to_places, units
+from sparsekern.topology import Index, Move, empty_index, freeing, mask_index_, part_of, stored_blocks, units
 from sparsekern.topology.arguments import check_number
 from sparsekern.training.base import Method
 from sparsekern.training.magnitude import grow_at_random
@@ -197,7 +197,7 @@ class TopKAST(Method):
     def _regularize(self, layer: BlockSparse, gradient: Tensor, inside: Tensor) -> None:
         """Add ``regularization * w`` to a layer's gradient, outside of the forward set over the set's density."""
         values, gradient, rows = local(layer.values), local(gradient), own_rows(layer.values)
-        scale = getattr(self.optimizer, "grad_scale", None)  # of a fused optimizer, which divides by it
+        scale = self.grad_scale
         rate = torch.full((), self.regularization, dtype=gradient.dtype, device=gradient.device)
         rate = rate if scale is None else rate * scale.to(rate)
         higher = rate * (layer.grid.cells / inside.count_nonzero().clamp(min=1)).to(rate)
@@ -224,11 +224,7 @@ class TopKAST(Method):
         return self.move(self._choose_final, self._end)
 
     def _choose_final(self, fraction: float) -> dict[str, Move]:
-        moves = {}
-        for name, layer in self.trained_layers():
-            slots = (layer.topology.used() & ~self._forward[name]).nonzero().squeeze(1)
-            moves[name] = to_places(slots, torch.full_like(slots, -1), layer.grid)
-        return moves
+        return {name: freeing(layer.topology, self._forward[name]) for name, layer in self.trained_layers()}
 
     def _end(self, moves: dict[str, Move]) -> None:
         self._metrics.free(moves)

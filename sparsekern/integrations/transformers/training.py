@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -10,8 +9,18 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsekern.errors import InputError
-from sparsekern.integrations.methods import AnyMethod, Factory, LogTo, MethodSpec, log, needs_closure, numbers, open_log
-from sparsekern.training import AGENT, NetworkSampler
+from sparsekern.integrations.methods import (
+    AnyMethod,
+    Factory,
+    LogTo,
+    MethodSpec,
+    evaluating,
+    log,
+    needs_closure,
+    numbers,
+    open_log,
+)
+from sparsekern.training import AGENT
 
 STATE = "sparsekern"
 """The entry of an optimizer's first group under which its state dict holds that of the method."""
@@ -162,11 +171,8 @@ class SparseTrainer(Trainer):
         return cast(Tensor, loss if scaled else loss / self.current_gradient_accumulation_steps)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the network that is being trained: in VR-PGE, the likeliest of those that it draws,
-        in Top-KAST that of the forward set."""
-        method = self.sparse.method
-        active = method is not None and not method.closed
-        with method.evaluation() if active and isinstance(method, NetworkSampler) else nullcontext():
+        """Evaluate the network that is trained: the likeliest of VR-PGE, or that of Top-KAST's forward set."""
+        with evaluating(self.sparse.method):
             found: dict[str, float] = super().evaluate(*args, **kwargs)
         return found
 

@@ -6,6 +6,7 @@ Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -140,7 +141,7 @@ class MEST(SET):
     def _gradients_now(self) -> dict[str, Tensor]:
         """Return the norms ``(z,)`` of the gradients of this rank's slots."""
         reshard(self._sharded, self.layers)
-        scale = getattr(self.optimizer, "grad_scale", None)  # of a fused optimizer, which divides by it
+        scale = self.grad_scale
         return {
             name: norms if scale is None else norms / scale
             for name, layer in self.trained_layers()
@@ -150,14 +151,13 @@ class MEST(SET):
 
     def _weighed(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the importance ``(Z,)`` of each slot of the layers with a gradient: gathered once from all shards."""
-        weighed = {}
-        for name, gradient in gradients.items():
+        return {
+            name: slot_scores(self.layers[name].values, partial(self._weigh, gradient))
+            for name, gradient in gradients.items()
+        }
 
-            def measured(blocks: Tensor, gradient: Tensor = gradient) -> Tensor:
-                return norms_of(blocks).add_(gradient, alpha=self.gradient_weight)
-
-            weighed[name] = slot_scores(self.layers[name].values, measured)
-        return weighed
+    def _weigh(self, gradient: Tensor, blocks: Tensor) -> Tensor:
+        return norms_of(blocks).add_(gradient, alpha=self.gradient_weight)
 
     def compacted(self, kept: Mapping[BlockSparse, Tensor]) -> None:
         """Adapt to layers that kept only some slots."""

@@ -14,7 +14,7 @@ from sparsekern.nn import lend_index
 from sparsekern.nn.norm import keep_norm_statistics
 from sparsekern.nn.sharded import copy_slots_, full_like_rows, take_slots, without_sync
 from sparsekern.nn.surgery import param_group
-from sparsekern.topology import Index, Move, empty_index, mask_index_, to_places
+from sparsekern.topology import Index, Move, empty_index, freeing, mask_index_
 from sparsekern.topology.arguments import check_choice, check_number
 from sparsekern.training.optimizer_state import slot_state
 from sparsekern.training.passes import RandomState, backpropagate, loss_of
@@ -203,8 +203,7 @@ class MaskedLayers:
     def leaving(self, name: str, units: Tensor) -> Move:
         """Return the move that frees the slots of a layer that are not in a mask over all units."""
         topology = self._budget.candidates[name].layer.topology
-        slots = (topology.used() & ~self.slots(name, units)).nonzero().squeeze(1)
-        return to_places(slots, torch.full_like(slots, -1), topology.grid)
+        return freeing(topology, self.slots(name, units))
 
     def clear(self) -> None:
         """Free the tensors of the indices."""
