@@ -69,8 +69,8 @@ def check_storage(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is None:
             continue
-        held, size = tensor.untyped_storage().nbytes(), tensor.nbytes
-        if type(held) is int and size and held < _end(tensor, size):  # a symbol in traces
+        held = tensor.untyped_storage().nbytes()  # a symbol in traces, where a tensor has no number of bytes either
+        if type(held) is int and (size := tensor.nbytes) and held < _end(tensor, size):
             raise InputError(
                 f"a tensor of shape {tuple(tensor.shape)} has a storage of {held} bytes, too small for it: it was "
                 "resized, as FSDP does outside of its modules' forward; restore it before the call"
